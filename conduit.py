@@ -1,0 +1,17074 @@
+"""conduit.py: a Matrix homeserver in one file."""
+from __future__ import annotations
+
+import argparse
+import asyncio
+import traceback
+import ssl
+import socket
+import base64
+import array
+import bisect
+import io
+import math
+import operator
+import resource
+import shlex
+import errno
+import fcntl
+import queue
+import signal
+import binascii
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import heapq
+import hmac
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import re
+import secrets
+import sqlite3
+import string
+import sys
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, NewType, TypeVar, cast
+
+from urllib.parse import quote, unquote
+
+import nacl.bindings
+import nacl.exceptions
+import nacl.pwhash.argon2id
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# ╔═══════════════════════════════════════════════════════════════════════════╗
+# ║  PART I   FOUNDATIONS                                                     ║
+# ╚═══════════════════════════════════════════════════════════════════════════╝
+#
+# Everything above stands on five things: one kind of error, one set of
+# identifiers, one configuration, one way to write JSON as bytes that can be
+# signed, and one database in which a thing that was acknowledged stays.
+#
+# Two ideas carry this part. First, whatever arrives from the network can raise
+# nothing but a MatrixError, which already is the answer that the client gets.
+# Second, nothing leaves the machine before it is on the disk: writes go into
+# one shared transaction, a thread syncs it, and every answer waits for that.
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  1. ERRORS AND IDENTIFIERS
+#
+#  The one exception of the protocol, the short ways to make it, and the names
+#  of things: users, rooms, events, aliases, servers.   spec: CS-API "Standard
+#  error response", appendices "Identifier grammar"
+# ═════════════════════════════════════════════════════════════════════════════
+
+VERSION = "1.0.0"
+
+Json = dict[str, Any]
+RoomNid = NewType("RoomNid", int)  # "nid": the integer that stands for an id in the database
+EventNid = NewType("EventNid", int)
+UserNid = NewType("UserNid", int)
+DeviceNid = NewType("DeviceNid", int)
+StateNid = NewType("StateNid", int)  # stands for a pair (event type, state key)
+StateKey = tuple[str, str]  # (event type, state key)
+
+# ── 1.1  Errors ──────────────────────────────────────────────────────────────
+
+
+class MatrixError(Exception):
+    """The standard error response: an HTTP status, an errcode and a text for people."""
+
+    def __init__(self, status: int, errcode: str, error: str, **extra: Any) -> None:
+        super().__init__(f"{status} {errcode}: {error}")
+        self.status = status
+        self.errcode = errcode
+        self.error = error
+        self.extra = extra
+
+    def to_json(self) -> Json:
+        """The body of the response."""
+        return {"errcode": self.errcode, "error": self.error, **self.extra}
+
+
+def forbidden(error: str) -> MatrixError:
+    """403 M_FORBIDDEN."""
+    return MatrixError(403, "M_FORBIDDEN", error)
+
+
+def not_found(error: str) -> MatrixError:
+    """404 M_NOT_FOUND."""
+    return MatrixError(404, "M_NOT_FOUND", error)
+
+
+def invalid_param(error: str) -> MatrixError:
+    """400 M_INVALID_PARAM."""
+    return MatrixError(400, "M_INVALID_PARAM", error)
+
+
+def missing_param(error: str) -> MatrixError:
+    """400 M_MISSING_PARAM."""
+    return MatrixError(400, "M_MISSING_PARAM", error)
+
+
+def bad_json(error: str) -> MatrixError:
+    """400 M_BAD_JSON: valid JSON with the wrong members."""
+    return MatrixError(400, "M_BAD_JSON", error)
+
+
+def too_large(error: str) -> MatrixError:
+    """413 M_TOO_LARGE."""
+    return MatrixError(413, "M_TOO_LARGE", error)
+
+
+def limit_exceeded(retry_after_ms: int, error: str = "Too many requests") -> MatrixError:
+    """429 M_LIMIT_EXCEEDED; the HTTP layer turns retry_after_ms into Retry-After as well."""
+    return MatrixError(429, "M_LIMIT_EXCEEDED", error, retry_after_ms=retry_after_ms)
+
+
+# ── 1.2  Time and randomness ─────────────────────────────────────────────────
+
+
+def now_ms() -> int:
+    """Milliseconds since the Unix epoch, as in origin_server_ts."""
+    return time.time_ns() // 1_000_000
+
+
+def random_token(length: int = 43) -> str:
+    """Random letters and digits from the system's source; 43 of them carry 256 bits."""
+    return "".join(secrets.choice(TOKEN_ALPHABET) for _ in range(length))
+
+
+TOKEN_ALPHABET = string.ascii_letters + string.digits
+
+# ── 1.3  Identifiers ─────────────────────────────────────────────────────────
+
+MAX_ID_BYTES = 255
+SERVER_NAME = re.compile(
+    r"(?:\d{1,3}(?:\.\d{1,3}){3}|\[[0-9A-Fa-f:.]{2,45}\]|[0-9A-Za-z.-]{1,230})(?::\d{1,5})?"
+)
+LOCALPART = re.compile(r"[a-z0-9._=/+-]+")  # what a new user may have
+HISTORICAL_LOCALPART = re.compile(r"[\x21-\x39\x3B-\x7E]*")  # what a user elsewhere may have
+OPAQUE_ID = re.compile(r"[0-9A-Za-z._~-]{1,255}")  # media ids, device keys, refresh tokens
+
+
+def is_server_name(text: object) -> bool:
+    """Whether the text is a host name or address with an optional port.  Spec: "Server Name"."""
+    return isinstance(text, str) and len(text) <= MAX_ID_BYTES and bool(SERVER_NAME.fullmatch(text))
+
+
+def split_id(sigil: str, text: object) -> tuple[str, str] | None:
+    """The localpart and the server name of an id such as @user:server, or None if malformed."""
+    if not isinstance(text, str) or not text.startswith(sigil) or "\0" in text:
+        return None
+    localpart, colon, server = text[1:].partition(":")
+    if not colon or not is_server_name(server) or byte_length(text) > MAX_ID_BYTES:
+        return None
+    return localpart, server
+
+
+def byte_length(text: str) -> int:
+    """Length in UTF-8 bytes, the unit of the specification's limits; surrogates count as three."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def is_user_id(text: object) -> bool:
+    """Whether the text is a user id, historical ones included."""
+    parts = split_id("@", text)
+    return parts is not None and bool(HISTORICAL_LOCALPART.fullmatch(parts[0]))
+
+
+def is_room_id(text: object) -> bool:
+    """Whether the text is a room id: !opaque:server, or since version 12 !hash without a server."""
+    if not isinstance(text, str) or not text.startswith("!") or byte_length(text) > MAX_ID_BYTES:
+        return False
+    return split_id("!", text) is not None or bool(re.fullmatch(r"![0-9A-Za-z_-]{43}", text))
+
+
+def is_room_alias(text: object) -> bool:
+    """Whether the text is a room alias with a localpart of at least one character."""
+    parts = split_id("#", text)
+    return parts is not None and bool(parts[0])
+
+
+def server_of(identifier: str) -> str:
+    """The server name at the end of an id; empty when it has none."""
+    return identifier.partition(":")[2]
+
+
+# ── 1.4  A bounded cache ─────────────────────────────────────────────────────
+
+CacheKey = TypeVar("CacheKey")
+CacheValue = TypeVar("CacheValue")
+
+
+class LruCache(Generic[CacheKey, CacheValue]):
+    """A dictionary that forgets what was not asked for longest once it holds `capacity` weight."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = max(1, capacity)
+        self.weight = 0
+        self._items: OrderedDict[CacheKey, tuple[CacheValue, int]] = OrderedDict()
+
+    def get(self, key: CacheKey) -> CacheValue | None:
+        """The value, which is now the most recent, or None."""
+        item = self._items.get(key)
+        if item is None:
+            return None
+        self._items.move_to_end(key)
+        return item[0]
+
+    def put(self, key: CacheKey, value: CacheValue, weight: int = 1) -> None:
+        """Remember the value; `weight` is in the unit of the capacity (entries or bytes)."""
+        self.pop(key)
+        self._items[key] = (value, weight)
+        self.weight += weight
+        while self.weight > self.capacity and len(self._items) > 1:
+            self.weight -= self._items.popitem(last=False)[1][1]
+
+    def pop(self, key: CacheKey) -> None:
+        """Forget one entry, if it is there."""
+        item = self._items.pop(key, None)
+        if item is not None:
+            self.weight -= item[1]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._items.clear()
+        self.weight = 0
+
+    def values(self) -> Iterator[CacheValue]:
+        """Each value held, oldest first."""
+        return (item[0] for item in self._items.values())
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  2. CONFIGURATION
+#
+#  The dataclass Config is the table of all keys: its fields carry the type, the
+#  default, the bounds and the help text. The reader below, the README's table,
+#  the dump in the admin room and the tests are made from that one table.
+#  A file that is wrong is refused with all its mistakes at once.
+# ═════════════════════════════════════════════════════════════════════════════
+
+config_log = logging.getLogger("conduit.config")
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# ── 2.1  What a key may hold ─────────────────────────────────────────────────
+
+
+class ConfigError(Exception):
+    """Everything that is wrong with the configuration, one text for each mistake."""
+
+    def __init__(self, problems: list[str], warnings: Sequence[str] = ()) -> None:
+        super().__init__("\n".join([*problems, *warnings]))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the table says about one key, beside its name, type and default."""
+
+    text: str  # for people, in the README
+    check: Callable[[Any], bool] | None = None  # of a list: for each item
+    expect: str = ""  # what would be right, where the type alone does not say it
+    low: float | None = None
+    high: float | None = None
+    reload: bool = False  # SIGHUP takes a new value over
+    secret: bool = False  # masked wherever it is shown; may be given as <key>_file
+    shown: str = ""  # the default in the README, where the value itself is no help
+    no_effect: bool = False  # read for the sake of old files only
+
+
+def setting(text: str, default: Any = dataclasses.MISSING, **rules: Any) -> Any:
+    """A field of a configuration table; without a default the key is required."""
+    return field(default=default, metadata={"setting": Setting(text, **rules)})
+
+
+HTTP_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
+PROXY_URL = re.compile(r"(https?|socks5h?)://([^\s/?#@]+@)?[^\s/?#@]+:\d{1,5}/?")
+HOST_NAME = re.compile(r"[0-9A-Za-z]([0-9A-Za-z.-]{0,252})")
+EMAIL_ADDRESS = re.compile(r"[^\s@<>,;]{1,64}@[^\s@<>,;]{1,190}")
+TURN_URI = re.compile(r"turns?:\S+")
+RELIABLE_TOKEN = re.compile(r"[0-9A-Za-z._~-]{1,64}")  # what the specification lets a token be
+SAMPLE_TOKENS = frozenset({"YOU-NEED-TO-EDIT-THIS", "for_testing_only"})
+STABLE_ROOM_VERSIONS = tuple(str(number) for number in range(1, 13))
+
+
+def is_http_url(text: str) -> bool:
+    """Whether the text is a web address without query, fragment or password."""
+    return bool(HTTP_URL.fullmatch(text))
+
+
+def is_proxy_url(text: str) -> bool:
+    """Whether the text is the address of a proxy, with a port and perhaps user:password@."""
+    return bool(PROXY_URL.fullmatch(text))
+
+
+def is_listen_address(text: str) -> bool:
+    """Whether one can listen there: an IP address, a host name, or the path of a Unix socket."""
+    if text.startswith("/") or HOST_NAME.fullmatch(text):
+        return "\0" not in text
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_own_token(token: str) -> bool:
+    """Whether a registration token was chosen by somebody: not empty, not from a sample file."""
+    return bool(token.strip()) and token not in SAMPLE_TOKENS
+
+
+def is_contact(text: str) -> bool:
+    """Whether support can be reached there: a user id or an e-mail address."""
+    return is_user_id(text) or bool(EMAIL_ADDRESS.fullmatch(text))
+
+
+def is_server_or_empty(text: str) -> bool:
+    """A server name, or the empty one that old example files have in trusted_servers."""
+    return not text or is_server_name(text)
+
+
+def is_rtc_focus(focus: Json) -> bool:
+    """Whether a table names its type and can be sent as JSON.  Spec: MSC4143 "rtc_foci"."""
+    try:
+        json.dumps(focus)
+    except (TypeError, ValueError):  # a TOML date, for instance
+        return False
+    return isinstance(focus.get("type"), str)
+
+
+# ── 2.2  Log levels ──────────────────────────────────────────────────────────
+
+LOG_LEVELS = {
+    "off": logging.CRITICAL + 10,
+    "error": logging.ERROR,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "info": logging.INFO,
+    "debug": logging.DEBUG,
+    "trace": logging.DEBUG // 2,
+}
+
+
+def parse_log_levels(text: str) -> dict[str, int]:
+    """The level of each area, "" for all others, from "warn,http=debug".
+
+    Trap: old files name crates of Rust ("rocket=off"). They parse, and name areas that never log.
+    """
+    levels = {"": logging.WARNING}
+    for directive in filter(None, (part.strip() for part in text.split(","))):
+        area, _, level = directive.rpartition("=")
+        if level.lower() not in LOG_LEVELS or not re.fullmatch(r"[\w:.-]*", area):
+            raise ValueError(directive)
+        own_area = area.replace("::", ".").removeprefix("conduit").strip(".")
+        levels[own_area] = LOG_LEVELS[level.lower()]
+    return levels
+
+
+def is_log_filter(text: str) -> bool:
+    """Whether parse_log_levels understands the text."""
+    try:
+        parse_log_levels(text)
+    except ValueError:
+        return False
+    return True
+
+
+def apply_log_levels(levels: Mapping[str, int]) -> None:
+    """Set the loggers "conduit" and "conduit.<area>"; areas no longer named follow the first."""
+    named = {f"conduit.{area}" for area in levels if area}
+    silent = (name for name in logging.root.manager.loggerDict if name.startswith("conduit."))
+    for name in [*silent, *named]:
+        level = levels.get(name.removeprefix("conduit."), logging.NOTSET)
+        logging.getLogger(name).setLevel(level)
+    logging.getLogger("conduit").setLevel(levels[""])
+
+
+# ── 2.3  The table of keys ───────────────────────────────────────────────────
+#
+#  A trailing underscore (global_, from_) keeps a key apart from Python's word.
+
+
+@dataclass(frozen=True, kw_only=True)
+class TlsConfig:
+    """[global.tls]: serve HTTPS without a reverse proxy."""
+
+    certs: Path = setting(
+        "PEM file with the certificate chain", check=Path.is_file, expect="a file that exists"
+    )
+    key: Path = setting(
+        "PEM file with the private key", check=Path.is_file, expect="a file that exists"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WellKnown:
+    """[global.well_known]: where the server is reached, if not at server_name itself."""
+
+    client: str = setting(
+        "URL that clients shall use",
+        "",
+        check=is_http_url,
+        expect="a URL such as https://matrix.example.org",
+        shown="`https://<server_name>`",
+    )
+    server: str = setting(
+        "host and port that other servers shall use",
+        "",
+        check=is_server_name,
+        expect="host and port, such as matrix.example.org:443",
+        shown="`<server_name>:443`",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyGlobal:
+    """The proxy of all outgoing requests that no by_domain table claims."""
+
+    url: str = setting(
+        "address of the proxy: http, https, socks5 or socks5h",
+        check=is_proxy_url,
+        expect="a proxy such as socks5h://localhost:9050",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyRule:
+    """The proxy of some domains; `exclude` goes before `include`."""
+
+    url: str = setting(
+        "address of the proxy: http, https, socks5 or socks5h",
+        check=is_proxy_url,
+        expect="a proxy such as socks5h://localhost:9050",
+    )
+    include: tuple[str, ...] = setting("globs of domains that use this proxy", ("*",))
+    exclude: tuple[str, ...] = setting("globs of domains that do not", ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyConfig:
+    """[global.proxy]: the way out to other servers."""
+
+    global_: ProxyGlobal | None = setting("proxy of all outgoing requests", None)
+    by_domain: tuple[ProxyRule, ...] = setting("proxies of some domains; the first match wins", ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmtpConfig:
+    """[global.smtp]: how the server sends e-mail."""
+
+    host: str = setting(
+        "mail server", check=HOST_NAME.fullmatch, expect="a host such as mail.example.org"
+    )
+    port: int = setting("587 starts TLS, 465 begins with it", 587, low=1, high=65535)
+    user: str | None = setting("user name, where the mail server wants one", None)
+    password: str | None = setting("and the password", None, secret=True)
+    from_: str = setting(
+        "sender of the messages",
+        check=EMAIL_ADDRESS.fullmatch,
+        expect="an address such as matrix@example.org",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermsDocument:
+    """[[global.terms]]: a document that new users must accept."""
+
+    id: str = setting(
+        "short name, such as privacy_policy",
+        check=RELIABLE_TOKEN.fullmatch,
+        expect="a short name such as privacy_policy",
+    )
+    version: str = setting("version of the text; a new one is asked for again", "1.0")
+    name: str = setting("title that users see")
+    url: str = setting("where the text is", check=is_http_url, expect="a URL")
+    lang: str = setting(
+        "language of the text",
+        "en",
+        check=re.compile(r"[A-Za-z]{2,3}([_-][0-9A-Za-z]{2,8})*").fullmatch,
+        expect="a language code such as en",
+    )
+
+
+PRIVATE_RANGES = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        "0.0.0.0/8",  # this network
+        "10.0.0.0/8",  # private
+        "100.64.0.0/10",  # carrier-grade NAT
+        "127.0.0.0/8",  # loopback
+        "169.254.0.0/16",  # link-local, where clouds keep their metadata
+        "172.16.0.0/12",  # private
+        "192.0.0.0/24",  # protocol assignments
+        "192.0.2.0/24",  # documentation
+        "192.88.99.0/24",  # 6to4 relays
+        "192.168.0.0/16",  # private
+        "198.18.0.0/15",  # benchmarks
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, broadcast
+        "::/128",  # unspecified
+        "::1/128",  # loopback
+        "64:ff9b::/96",  # NAT64: an IPv4 address inside, perhaps a private one
+        "2001:db8::/32",  # documentation
+        "2002::/16",  # 6to4: the same
+        "fc00::/7",  # unique local
+        "fe80::/10",  # link-local
+        "fec0::/10",  # site-local
+        "ff00::/8",  # multicast
+    )
+)
+LOOPBACK_RANGES = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Each key of [global]; see README "Configuration" for the same table to read."""
+
+    # Who and where
+    server_name: str = setting(
+        "name of the server, the part behind the colon in @user:example.org. It can never change",
+        check=is_server_name,
+        expect="a name such as example.org, without https://",
+    )
+    database_path: Path = setting(
+        "folder that holds everything: database, media, signing key. Made if it is missing",
+        check=lambda path: path != Path(),
+        expect="a folder such as /var/lib/matrix-conduit",
+    )
+    database_backend: str = setting(
+        "the only one there is",
+        "sqlite",
+        check="sqlite".__eq__,
+        expect='write database_backend = "sqlite" and give database_path a folder of its own;'
+        " this server keeps its data in SQLite and cannot open a RocksDB database",
+    )
+    address: str = setting(
+        "address to listen on: an IP address, a host name, or the path of a Unix socket;"
+        " 0.0.0.0 or :: for all",
+        "127.0.0.1",
+        check=is_listen_address,
+        expect="an address such as 127.0.0.1 or ::, or a socket such as /run/conduit.sock",
+    )
+    port: int = setting("port to listen on; 0 takes a free one", 8000, low=0, high=65535)
+    tls: TlsConfig | None = setting(
+        "HTTPS without a reverse proxy; the files are read again on reload", None, reload=True
+    )
+    well_known: WellKnown = setting(
+        "where the server is reached, when that is not server_name", WellKnown(), reload=True
+    )
+    trusted_proxies: tuple[Network, ...] = setting(
+        "addresses of reverse proxies, whose X-Forwarded-For is believed",
+        LOOPBACK_RANGES,
+        reload=True,
+    )
+
+    # Who may register
+    allow_registration: bool = setting("whether new users can register", False, reload=True)
+    registration_token: str | None = setting(
+        "the word that new users must know",
+        None,
+        check=is_own_token,
+        expect="a token of your own; the output of `openssl rand -hex 16` is a good one",
+        reload=True,
+        secret=True,
+    )
+    allow_open_registration: bool = setting(
+        "without a token only this machine itself can register, unless this is true",
+        False,
+        reload=True,
+    )
+    registration_shared_secret: str | None = setting(
+        "secret of Synapse's registration API, /_synapse/admin/v1/register; off when unset",
+        None,
+        check=bool,
+        expect="a long random text",
+        reload=True,
+        secret=True,
+    )
+    enable_lightning_bolt: bool = setting(
+        "new users get ⚡️ behind their display name", True, reload=True
+    )
+    auto_join_rooms: tuple[str, ...] = setting(
+        "aliases of rooms that new users join",
+        (),
+        check=is_room_alias,
+        expect="aliases such as #family:example.org",
+        reload=True,
+    )
+    terms: tuple[TermsDocument, ...] = setting(
+        "documents that new users must accept", (), reload=True
+    )
+    emergency_password: str | None = setting(
+        "lets you log in as @conduit when nobody else can; remove it afterwards",
+        None,
+        check=bool,
+        expect="a password",
+        secret=True,
+    )
+    jwt_secret: str | None = setting(
+        "secret of JSON web tokens (HS256) that log in; off when unset",
+        None,
+        check=bool,
+        expect="a long random text",
+        reload=True,
+        secret=True,
+    )
+
+    # What users may do
+    allow_room_creation: bool = setting("whether users can create rooms", True, reload=True)
+    allow_encryption: bool = setting("whether rooms can be encrypted", True, reload=True)
+    allow_unstable_room_versions: bool = setting(
+        "whether rooms can have a version that is not stable", True, reload=True
+    )
+    default_room_version: str = setting(
+        "version of new rooms",
+        "12",
+        check=STABLE_ROOM_VERSIONS.__contains__,
+        expect='a version from "1" to "12", in quotes',
+        reload=True,
+    )
+    max_request_size: int = setting(
+        "largest upload, in bytes", 20_971_520, low=65_536, high=2**40, reload=True
+    )
+    rate_limit: bool = setting(
+        "whether a user or an address that asks too fast has to wait", True, reload=True
+    )
+    allow_local_presence: bool = setting("whether users see who is online", True, reload=True)
+
+    # Other servers
+    allow_federation: bool = setting("whether to talk to other servers", True)
+    trusted_servers: tuple[str, ...] = setting(
+        "servers asked for the keys of servers that are offline",
+        (),
+        check=is_server_or_empty,
+        expect="server names such as matrix.org",
+    )
+    max_concurrent_requests: int = setting(
+        "requests to other servers at the same time", 100, low=1, high=100_000
+    )
+    max_fetch_prev_events: int = setting(
+        "missing events to fetch for one that arrived", 100, low=0, high=100_000, reload=True
+    )
+    ip_range_denylist: tuple[Network, ...] = setting(
+        "addresses that requests to hosts named by others never go to",
+        PRIVATE_RANGES,
+        reload=True,
+        shown="private, loopback, link-local and reserved ranges",
+    )
+    proxy: ProxyConfig = setting("proxies for outgoing requests", ProxyConfig())
+    allow_incoming_presence: bool = setting("presence of users elsewhere", True, reload=True)
+    allow_outgoing_presence: bool = setting("presence of ours, to them", False, reload=True)
+    allow_incoming_typing: bool = setting("who is typing elsewhere", True, reload=True)
+    allow_outgoing_typing: bool = setting("who is typing here, to them", True, reload=True)
+    allow_incoming_read_receipts: bool = setting("what others have read", True, reload=True)
+    allow_outgoing_read_receipts: bool = setting("what ours have read, to them", True, reload=True)
+
+    # Calls
+    turn_uris: tuple[str, ...] = setting(
+        "TURN servers, without which calls fail behind many routers",
+        (),
+        check=TURN_URI.fullmatch,
+        expect="URIs such as turn:turn.example.org?transport=udp",
+        reload=True,
+    )
+    turn_secret: str = setting(
+        "static-auth-secret of coturn; goes before name and password",
+        "",
+        reload=True,
+        secret=True,
+    )
+    turn_username: str = setting("name for a TURN server without secret", "", reload=True)
+    turn_password: str = setting("and its password", "", reload=True, secret=True)
+    turn_ttl: int = setting(
+        "seconds for which TURN credentials are good", 86_400, low=60, high=31_536_000, reload=True
+    )
+    rtc_foci: tuple[Json, ...] = setting(
+        "backends of Element Call, such as LiveKit, as .well-known announces them",
+        (),
+        check=is_rtc_focus,
+        expect='a table such as { type = "livekit", livekit_service_url = "https://…" }',
+        reload=True,
+    )
+
+    # Media
+    url_preview_allowlist: tuple[str, ...] = setting(
+        "globs of hosts that previews are made of; empty: no previews", (), reload=True
+    )
+    media_retention_remote_days: int | None = setting(
+        "days after which media of other servers go; unset: they stay",
+        None,
+        low=1,
+        high=36_500,
+        reload=True,
+    )
+    media_budget_mb: int | None = setting(
+        "space for media of other servers and previews, in MB; unset: no limit",
+        None,
+        low=1,
+        high=2**30,
+        reload=True,
+    )
+
+    # The house
+    appservice_config_files: tuple[Path, ...] = setting(
+        "registration files (YAML) of bridges, beside those registered in the admin room", ()
+    )
+    support_contact: str | None = setting(
+        "whom to ask: an e-mail address or a user id",
+        None,
+        check=is_contact,
+        expect="an address such as admin@example.org, or @admin:example.org",
+        reload=True,
+    )
+    support_page: str | None = setting(
+        "a page that helps users", None, check=is_http_url, expect="a URL", reload=True
+    )
+    smtp: SmtpConfig | None = setting(
+        "sends e-mail: enables addresses in accounts and forgotten passwords", None, reload=True
+    )
+    allow_check_for_updates: bool = setting("whether to look for news of this server", True)
+    check_for_updates_url: str | None = setting(
+        "where to look; unset: there is nothing to look at", None, check=is_http_url, expect="a URL"
+    )
+
+    # Resources, logs, measurements
+    log: str = setting(
+        "what is logged: a level, then areas with another one",
+        "warn",
+        check=is_log_filter,
+        expect="off, error, warn, info, debug or trace, or a list such as warn,http=debug",
+        reload=True,
+    )
+    db_cache_capacity_mb: float = setting(
+        "memory that the database may use as cache, in MB", 300.0, low=1, high=2**20
+    )
+    conduit_cache_capacity_modifier: float = setting(
+        "all other caches times this number", 1.0, low=0.01, high=1000
+    )
+    pdu_cache_capacity: int = setting("events kept in memory", 150_000, low=1, high=10**9)
+    cleanup_second_interval: int = setting(
+        "seconds between two rounds of tidying up", 60, low=1, high=86_400
+    )
+    metrics: bool = setting(
+        "figures for Prometheus on /_conduit/metrics, for this machine or with a token", False
+    )
+    allow_jaeger: bool = setting("send traces to Jaeger", False)
+    tracing_flame: bool = setting("record a flame graph", False)
+    rocksdb_max_open_files: int = setting(
+        "has no effect here: there is no RocksDB", 1000, low=1, high=10**9, no_effect=True
+    )
+
+    def __post_init__(self) -> None:
+        """Fill in the defaults that depend on server_name."""
+        given, name = self.well_known, self.server_name
+        has_port = name.rpartition(":")[2].isdigit()
+        client = (given.client or f"https://{name}").rstrip("/")
+        server = given.server or (name if has_port else f"{name}:443")
+        object.__setattr__(self, "well_known", WellKnown(client=client, server=server))
+
+    @property
+    def log_levels(self) -> dict[str, int]:
+        """Level of each area, "" for all others."""
+        return parse_log_levels(self.log)
+
+
+CONFIG_TABLES: dict[str, type] = {
+    table.__name__: table
+    for table in (
+        *(TlsConfig, WellKnown, ProxyGlobal, ProxyRule),
+        *(ProxyConfig, SmtpConfig, TermsDocument),
+    )
+}
+
+# ── 2.4  Types of values ─────────────────────────────────────────────────────
+
+
+class Kind(NamedTuple):
+    """A type that a value can have, as TOML writes it."""
+
+    name: str  # one value, for the README
+    plural: str
+    expect: str
+    accepts: tuple[type, ...]
+    convert: Callable[[Any], Any]  # ValueError on one that is wrong
+
+
+KINDS = {
+    "str": Kind("text", "texts", "a text in quotes", (str,), str),
+    "Path": Kind("path", "paths", "a path in quotes", (str,), lambda text: Path(text).expanduser()),
+    "bool": Kind("true or false", "", "true or false", (bool,), bool),
+    "int": Kind("whole number", "", "a whole number", (int,), int),
+    "float": Kind("number", "", "a number", (int, float), float),
+    "Network": Kind(
+        "range", "address ranges", "address ranges such as 10.0.0.0/8", (str,), ipaddress.ip_network
+    ),
+    "Json": Kind("table", "tables", "a table", (dict,), dict),
+}
+READ_AS_IS = frozenset({"str", "Path"})  # values in the environment that need no quotes
+
+
+class Shape(NamedTuple):
+    """The type of a key, taken apart: `tuple[Path, ...]` is many of "Path"."""
+
+    base: str
+    many: bool
+    table: type | None
+
+
+@functools.cache
+def shape_of(annotation: str) -> Shape:
+    """Read the annotation of a field; annotations are texts in this file."""
+    inner = annotation.removesuffix(" | None")
+    base = inner.removeprefix("tuple[").removesuffix(", ...]")
+    return Shape(base, base != inner, CONFIG_TABLES.get(base))
+
+
+def keys_of(table: type) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a table by the name they have in the file."""
+    return {entry.name.rstrip("_"): entry for entry in dataclasses.fields(table)}
+
+
+def known_keys(table: type, prefix: str = "", separator: str = ".") -> Iterator[str]:
+    """Each key that can be written, those of nested tables and `<secret>_file` too."""
+    for name, entry in keys_of(table).items():
+        yield prefix + name
+        if entry.metadata["setting"].secret:
+            yield f"{prefix}{name}_file"
+        nested = shape_of(str(entry.type)).table
+        if nested:
+            yield from known_keys(nested, f"{prefix}{name}{separator}", separator)
+
+
+def edit_distance(left: str, right: str) -> int:
+    """How many letters must change, come or go to make one word of the other."""
+    row = list(range(len(right) + 1))
+    for i, letter in enumerate(left, 1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(right, 1):
+            change = before + (letter != other)
+            before, row[j] = row[j], min(change, row[j] + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+def nearest_key(name: str, known: Iterable[str]) -> str | None:
+    """The known key that is most like the name, if one is like it at all."""
+    distance, best = min((edit_distance(name, key), key) for key in known)
+    return best if distance <= max(2, len(name) // 3) else None
+
+
+# ── 2.5  Reading a table ─────────────────────────────────────────────────────
+
+URL_PASSWORD = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+MASK = "********"
+MAX_SHOWN = 80  # characters of a value in an error message
+
+
+def shown_value(value: Any, secret: bool) -> str:
+    """A value as the file would write it; secrets and passwords in URLs are masked."""
+    if secret:
+        return MASK
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return URL_PASSWORD.sub(MASK, text)
+
+
+class ConfigReader:
+    """Makes a dataclass of what TOML and the environment hold, and collects what is wrong."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self.origins: dict[str, str] = {}  # key → variable of the environment it came from
+
+    def complain(self, path: str, value: Any, right: str, secret: bool = False) -> None:
+        """Note a mistake: the key, the value, what would be right."""
+        shown = shown_value(value, secret)
+        if len(shown) > MAX_SHOWN:
+            shown = f"{shown[:MAX_SHOWN]}…"
+        self.problems.append(f"{self.origins.get(path, path)} = {shown}\n    should be: {right}")
+
+    def table(self, table: type, raw: Mapping[str, Any], prefix: str = "") -> Any:
+        """An instance of the table, or None when something in it is wrong."""
+        before = len(self.problems)
+        keys = keys_of(table)
+        given = self.read_secret_files(keys, raw, prefix)
+        values = {}
+        for name, entry in keys.items():
+            if name in given:
+                values[entry.name] = self.value(entry, given[name], prefix + name)
+            elif entry.default is dataclasses.MISSING:
+                text = entry.metadata["setting"].text
+                self.problems.append(f"{prefix}{name} is missing\n    it is: {text}")
+        for name in given.keys() - keys.keys():
+            self.warn_unknown(prefix + name)
+        return table(**values) if len(self.problems) == before else None
+
+    def read_secret_files(
+        self, keys: Mapping[str, dataclasses.Field[Any]], raw: Mapping[str, Any], prefix: str
+    ) -> dict[str, Any]:
+        """The same values, with what `<secret>_file` names in the place of `<secret>`."""
+        given = dict(raw)
+        for name in [name for name, entry in keys.items() if entry.metadata["setting"].secret]:
+            file = given.pop(f"{name}_file", None)
+            if file is None:
+                continue
+            if name in given:
+                self.complain(f"{prefix}{name}_file", file, f"left out, as there is {name} as well")
+            given[name] = self.read_secret(file, f"{prefix}{name}_file")
+            if given[name] is None:
+                del given[name]
+        return given
+
+    def read_secret(self, file: Any, path: str) -> str | None:
+        """The first line of a file that holds a secret."""
+        try:
+            return Path(file).expanduser().read_text("utf-8").strip().split("\n")[0]
+        except (OSError, TypeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not a text"
+            self.complain(path, file, f"a file that holds the secret ({reason})")
+            return None
+
+    def warn_unknown(self, path: str) -> None:
+        """Say that a key means nothing here, and which one may have been meant."""
+        nearest = nearest_key(path, known_keys(Config))
+        if nearest and path in self.origins:
+            nearest = f"CONDUIT_{nearest.upper().replace('.', '__')}"
+        hint = f"; did you mean {nearest}?" if nearest else ""
+        self.warnings.append(f"unknown key {self.origins.get(path, path)}{hint}")
+
+    def value(self, entry: dataclasses.Field[Any], raw: Any, path: str) -> Any:
+        """The value of one key, or None after noting a mistake."""
+        rules: Setting = entry.metadata["setting"]
+        shape = shape_of(str(entry.type))
+        if rules.no_effect:
+            self.warnings.append(f"{path} {rules.text}")
+        if not shape.many:
+            return self.item(shape, rules, raw, path)
+        if not isinstance(raw, list):
+            expect = rules.expect or (KINDS[shape.base].expect if not shape.table else "tables")
+            return self.complain(path, raw, f"a list in brackets: {expect}", rules.secret)
+        kept = [one for one in raw if one != ""]
+        at = f"{path}[{{}}]" if shape.table else path
+        return tuple(self.item(shape, rules, one, at.format(i)) for i, one in enumerate(kept))
+
+    def item(self, shape: Shape, rules: Setting, raw: Any, path: str) -> Any:
+        """One value, or one item of a list."""
+        if shape.table is not None:
+            if isinstance(raw, dict):
+                return self.table(shape.table, raw, f"{path}.")
+            return self.complain(path, raw, f"a table: [global.{path}]")
+        kind = KINDS[shape.base]
+        right = rules.expect or kind.expect + bounds_text(rules)
+        if not isinstance(raw, kind.accepts) or (isinstance(raw, bool) and kind.accepts != (bool,)):
+            hint = "" if right.startswith(kind.expect) else f"{kind.expect}: "
+            return self.complain(path, raw, hint + right, rules.secret)
+        try:
+            value = kind.convert(raw)
+        except (ValueError, OverflowError, RuntimeError):
+            return self.complain(path, raw, right, rules.secret)
+        if in_bounds(value, rules) and (rules.check is None or rules.check(value)):
+            return value
+        return self.complain(path, raw, right, rules.secret)
+
+
+def bounds_text(rules: Setting) -> str:
+    """The bounds of a number, in words."""
+    if rules.low is None or rules.high is None:
+        return ""
+    return f" from {rules.low} to {rules.high}"
+
+
+def in_bounds(value: Any, rules: Setting) -> bool:
+    """Whether a number is within its bounds; whatever has no bounds is.
+
+    Trap: NaN, which TOML can write, is smaller and greater than nothing, so ask for what is right.
+    """
+    if rules.low is None or rules.high is None:
+        return True
+    return bool(rules.low <= value <= rules.high)
+
+
+# ── 2.6  Files and the environment ───────────────────────────────────────────
+
+NO_CONFIGURATION = (
+    "There is no configuration: CONDUIT_CONFIG is not set and there is no ./conduit.toml.",
+    "Copy conduit-example.toml to conduit.toml and write your server_name into it,",
+    'or name a file in CONDUIT_CONFIG, or set CONDUIT_CONFIG="" and CONDUIT_SERVER_NAME and so on.',
+)
+
+
+def read_config_file(environ: Mapping[str, str], reader: ConfigReader) -> Json:
+    """The [global] table of the file in charge; empty where the environment has to do."""
+    name = environ.get("CONDUIT_CONFIG")
+    if name == "":
+        return {}
+    path = Path(name or "conduit.toml")
+    if name is None and not path.exists():
+        raise ConfigError(["\n".join(NO_CONFIGURATION)])
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError([f"{path} cannot be read: {error}"]) from error
+    return global_table(document, path, reader)
+
+
+def global_table(document: Json, path: Path, reader: ConfigReader) -> Json:
+    """The table [global] of a document; whatever stands outside is reported."""
+    table = document.pop("global", None)
+    if not isinstance(table, dict):
+        first = next(iter(document), "server_name")
+        raise ConfigError([f"{path} has no [global] table: write the line [global] above {first}"])
+    for name in document:
+        if name in keys_of(Config):
+            reader.problems.append(f"{name} stands outside of [global]: move it below that line")
+        else:
+            reader.warnings.append(f"{name} stands outside of [global] and is not read")
+    return table
+
+
+def flatten_turn(raw: Json, reader: ConfigReader) -> Json:
+    """The table [global.turn], as newer versions of Conduit write it, as the keys turn_*."""
+    turn = raw.get("turn")
+    if not isinstance(turn, dict):
+        return raw
+    flat = {f"turn_{name}": value for name, value in turn.items()}
+    for twice in sorted(flat.keys() & raw.keys()):
+        reader.complain(twice, flat[twice], "given once, here or in [global.turn]", secret=True)
+    return {name: value for name, value in raw.items() if name != "turn"} | flat
+
+
+def environment_table(environ: Mapping[str, str], reader: ConfigReader) -> Json:
+    """What CONDUIT_<KEY> and CONDUIT_<TABLE>__<KEY> say, in the shape of the file."""
+    overrides: Json = {}
+    for variable in sorted(environ):
+        if not variable.startswith("CONDUIT_") or variable == "CONDUIT_CONFIG":
+            continue
+        path = variable.removeprefix("CONDUIT_").lower().split("__")
+        reader.origins[".".join(path)] = variable
+        place = overrides
+        for table in path[:-1]:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                reader.problems.append(f"{variable} is set beside CONDUIT_{table.upper()}: use one")
+                break
+        else:
+            place[path[-1]] = environment_value(path, environ[variable])
+    return overrides
+
+
+def environment_value(path: Sequence[str], text: str) -> Any:
+    """The value of a variable: as it stands for texts, else as TOML or JSON would read it."""
+    table: type | None = Config
+    shape = Shape("str", False, None)
+    for name in path:
+        entry = keys_of(table).get(name) if table else None
+        if entry is None:  # unknown, or the file of a secret
+            return text
+        shape = shape_of(str(entry.type))
+        table = shape.table
+    if shape.base in READ_AS_IS and not shape.many:
+        return text
+    with contextlib.suppress(ValueError, RecursionError):
+        return tomllib.loads(f"value = {text.strip()}")["value"]
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    return text  # which is of the wrong type, and is reported as such
+
+
+def merge_tables(table: type, below: Json, above: Json) -> Json:
+    """Both tables in one; what is above wins, and a secret takes the place of its file."""
+    merged = dict(below)
+    keys = keys_of(table)
+    for name, value in above.items():
+        twin = name.removesuffix("_file") if name.endswith("_file") else f"{name}_file"
+        if twin in known_keys(table):
+            merged.pop(twin, None)
+        nested = shape_of(str(keys[name].type)).table if name in keys else None
+        old = merged.get(name)
+        if nested and isinstance(value, dict) and isinstance(old, dict):
+            merged[name] = merge_tables(nested, old, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+OPEN_DOOR = "registration is open to everybody who can reach this server, spammers included"
+CLOSED_DOOR = (
+    "allow_registration is true without a registration_token, so only this machine can register:"
+    " set a token, or allow_open_registration = true to let everybody in"
+)
+
+
+def advice(config: Config) -> Iterator[str]:
+    """What is allowed, but most likely not meant."""
+    token = config.registration_token
+    if token and not config.allow_registration:
+        yield "nobody can use registration_token while allow_registration is false"
+    if token and not RELIABLE_TOKEN.fullmatch(token):
+        yield "registration_token works in every client if it has up to 64 letters, digits or ._~-"
+    if config.allow_registration and not token:
+        yield OPEN_DOOR if config.allow_open_registration else CLOSED_DOOR
+    if config.turn_uris and not (config.turn_secret or config.turn_password):
+        yield "turn_uris needs turn_secret, or turn_username and turn_password; it is not used"
+    if config.emergency_password:
+        yield "emergency_password lets whoever knows it administer this server; remove it soon"
+
+
+def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
+    """The configuration and warnings about it; ConfigError names all mistakes at once."""
+    reader = ConfigReader()
+    below = flatten_turn(read_config_file(environ, reader), reader)
+    above = flatten_turn(environment_table(environ, reader), reader)
+    raw = merge_tables(Config, below, above)
+    if raw.get("proxy") == "none":  # how Conduit writes that there is none
+        del raw["proxy"]
+    if raw.get("address") == "":  # the documented default
+        del raw["address"]
+    config = reader.table(Config, raw)
+    if reader.problems:
+        raise ConfigError(reader.problems, reader.warnings)
+    return config, [*reader.warnings, *advice(config)]
+
+
+def reload_config(running: Config, environ: Mapping[str, str]) -> Config:
+    """What file and environment say now, for the keys that can change at run time.
+
+    Logs the warnings, and which keys wait for a restart. ConfigError if the file is wrong.
+    """
+    fresh, warnings = load_config(environ)
+    kept = {}
+    for entry in dataclasses.fields(Config):
+        old, new = getattr(running, entry.name), getattr(fresh, entry.name)
+        if old != new and not entry.metadata["setting"].reload:
+            kept[entry.name] = old
+            warnings.append(f"{entry.name} has changed; the new value waits for a restart")
+    for warning in warnings:
+        config_log.warning("%s", warning)
+    return dataclasses.replace(fresh, **kept)
+
+
+# ── 2.7  Showing the table ───────────────────────────────────────────────────
+
+
+def masked_config(config: Any, prefix: str = "global") -> str:
+    """The configuration as TOML to show to an admin, every secret masked."""
+    lines, tables = [f"[{prefix}]"], []
+    for name, entry in keys_of(type(config)).items():
+        value = getattr(config, entry.name)
+        if dataclasses.is_dataclass(value):
+            tables.append(masked_config(value, f"{prefix}.{name}"))
+        elif value and shape_of(str(entry.type)).table:
+            items = (masked_config(item, f"{prefix}.{name}") for item in value)
+            tables.extend(re.sub(r"^\[(.*)\]", r"[[\1]]", item) for item in items)
+        elif value is not None:
+            secret = entry.metadata["setting"].secret and bool(value)
+            lines.append(f"{name} = {shown_value(value, secret)}")
+    return "\n".join([*lines, *("\n" + table for table in tables)])
+
+
+def type_text(shape: Shape) -> str:
+    """The type of a key, in words."""
+    if shape.table:
+        return "list of tables" if shape.many else "table"
+    return f"list of {KINDS[shape.base].plural}" if shape.many else KINDS[shape.base].name
+
+
+def default_text(entry: dataclasses.Field[Any]) -> str:
+    """The default of a key as the README shows it."""
+    if entry.default is dataclasses.MISSING:
+        return "**required**"
+    if entry.metadata["setting"].shown:
+        return str(entry.metadata["setting"].shown)
+    if entry.default is None or dataclasses.is_dataclass(entry.default):
+        return ""
+    return f"`{shown_value(entry.default, False)}`"
+
+
+def config_table(table: type = Config, prefix: str = "") -> str:
+    """The README's table of keys, in Markdown; ↻ marks what a reload changes."""
+    rows = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"] if not prefix else []
+    for name, entry in keys_of(table).items():
+        rules: Setting = entry.metadata["setting"]
+        shape = shape_of(str(entry.type))
+        mark = " ↻" if rules.reload else ""
+        kind = type_text(shape) + bounds_text(rules)
+        rows.append(f"| `{prefix}{name}`{mark} | {kind} | {default_text(entry)} | {rules.text} |")
+        if shape.table:
+            rows.append(config_table(shape.table, f"{prefix}{name}."))
+    return "\n".join(rows)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  3. CANONICAL JSON, HASHES, SIGNATURES
+#
+#  A signature covers bytes, so every server has to write the same JSON as the
+#  same bytes. This chapter reads JSON without trusting it, writes it the one
+#  canonical way, and signs and verifies with Ed25519.
+#                                     spec: appendices "Signing JSON", "Base64"
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 3.1  Writing JSON ────────────────────────────────────────────────────────
+
+MAX_CANONICAL_INT = 2**53 - 1  # what a double holds exactly; the limit for canonical JSON
+MAX_CANONICAL_DIGITS = 17  # of such an integer, with its sign
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+_encode_sorted = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False, sort_keys=True
+).encode
+
+
+def encode_json(value: Any) -> bytes:
+    """Compact JSON in UTF-8, for responses; the value is our own and so needs no checks."""
+    return _encode(value).encode("utf-8")
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one way to write a JSON value: keys sorted by code point, no spaces, UTF-8.
+
+    M_BAD_JSON for what has no such form: lone surrogates, NaN, a depth that Python cannot follow.
+    Spec: appendices "Canonical JSON". Trap: rooms before version 6 may hold floats and large
+    integers; they are written as Python writes them, which is how Synapse made them.
+    """
+    try:
+        return _encode_sorted(value).encode("utf-8")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise bad_json(f"No canonical JSON: {error}") from error
+
+
+def is_canonical_int(value: object) -> bool:
+    """Whether the value is an integer in the range of canonical JSON; true and false are not."""
+    return type(value) is int and -MAX_CANONICAL_INT <= value <= MAX_CANONICAL_INT
+
+
+def check_canonical(value: Any) -> None:
+    """M_BAD_JSON for a parsed value with a number that canonical JSON forbids.
+
+    Spec: rooms/v6 "Canonical JSON", enforced from room version 6 on.
+    """
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        kind = type(item)
+        if kind is str or kind is bool or item is None:
+            continue
+        if kind is dict:
+            stack.extend(item.values())
+        elif kind is list:
+            stack.extend(item)
+        elif not is_canonical_int(item):
+            raise bad_json(f"The number {str(item)[:20]} is no integer within ±(2^53 - 1)")
+
+
+# ── 3.2  Reading JSON ────────────────────────────────────────────────────────
+
+MAX_JSON_DEPTH = 100  # nested arrays and objects; an honest event has fewer than ten
+MAX_JSON_DIGITS = 4300  # of an integer; more would cost quadratic time
+SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def refuse_constant(text: str) -> Any:
+    """NaN, Infinity and -Infinity are Python's idea, not JSON's."""
+    raise ValueError(f"{text} is not JSON")
+
+
+def finite_float(text: str) -> float:
+    """A float, unless it is too large for one."""
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError("a number is out of range")
+    return value
+
+
+def bounded_int(text: str) -> int:
+    """An integer that is cheap to convert; early Pythons 3.10 have no limit of their own."""
+    if len(text) > MAX_JSON_DIGITS:
+        raise ValueError("a number is too long")
+    return int(text)
+
+
+def canonical_int(text: str) -> int:
+    """An integer that canonical JSON can hold."""
+    if text == "-0" or len(text) > MAX_CANONICAL_DIGITS or not is_canonical_int(value := int(text)):
+        raise ValueError(f"the integer {text[:20]} is out of range")
+    return value
+
+
+def refuse_float(text: str) -> float:
+    """Canonical JSON has no floats."""
+    raise ValueError(f"the number {text[:20]} is not an integer")
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> Json:
+    """An object none of whose keys occurs twice."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return value
+
+
+PLAIN_DECODER = json.JSONDecoder(
+    parse_constant=refuse_constant,
+    parse_float=finite_float,
+    parse_int=None if hasattr(sys, "get_int_max_str_digits") else bounded_int,
+)
+STRICT_DECODER = json.JSONDecoder(
+    parse_constant=refuse_constant,
+    parse_float=refuse_float,
+    parse_int=canonical_int,
+    object_pairs_hook=unique_object,
+)
+
+
+def check_depth(value: Any) -> None:
+    """Refuse JSON nested deeper than MAX_JSON_DEPTH, level by level and so without recursion."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [
+            child
+            for node in level
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not level:
+            return
+    raise bad_json("JSON is nested too deeply")
+
+
+def parse_json(raw: bytes, *, strict: bool = False) -> Any:
+    """The value that the bytes spell.
+
+    Every way to fail is a MatrixError: 400 M_NOT_JSON when the bytes are no JSON, 400 M_BAD_JSON
+    when they are JSON that we refuse (too deep, lone surrogates). `strict` also refuses what
+    canonical JSON has no room for: floats, -0, integers beyond 2^53 - 1, an object's key twice.
+    Trap: json.loads alone accepts NaN, turns 1e400 into infinity and guesses UTF-16.
+    """
+    decoder = STRICT_DECODER if strict else PLAIN_DECODER
+    try:
+        value = decoder.decode(raw.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise MatrixError(400, "M_NOT_JSON", f"Not valid JSON: {error}") from error
+    if raw.count(b"[") + raw.count(b"{") > MAX_JSON_DEPTH:
+        check_depth(value)
+    if SURROGATE_ESCAPE.search(raw):
+        canonical_json(value)  # a pair of escapes is a character; a lone one cannot be written
+    return value
+
+
+# ── 3.3  Base64 ──────────────────────────────────────────────────────────────
+
+BASE64_TEXT = re.compile(r"[A-Za-z0-9+/_-]*={0,2}", re.ASCII)
+TO_STANDARD_ALPHABET = str.maketrans("-_", "+/")
+
+
+def b64encode(raw: bytes) -> str:
+    """Base64 without padding."""
+    return binascii.b2a_base64(raw, newline=False).rstrip(b"=").decode("ascii")
+
+
+def b64url_encode(raw: bytes) -> str:
+    """Base64 in the URL-safe alphabet, without padding."""
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode("ascii")
+
+
+def b64decode(text: object) -> bytes:
+    """The bytes that the text stands for, padded or not, in either alphabet.
+
+    Spec: appendices "Unpadded Base64"; keys of third-party invites come in both alphabets.
+    M_INVALID_PARAM for anything else.
+    """
+    if not isinstance(text, str) or not BASE64_TEXT.fullmatch(text):
+        raise invalid_param("Not valid base64")
+    bare = text.rstrip("=").translate(TO_STANDARD_ALPHABET)
+    try:
+        return binascii.a2b_base64(bare + "=" * (-len(bare) % 4))
+    except binascii.Error as error:
+        raise invalid_param("Not valid base64") from error
+
+
+def sha256_base64(raw: bytes) -> str:
+    """The SHA-256 of the bytes in unpadded base64, the form that `hashes` wants."""
+    return b64encode(hashlib.sha256(raw).digest())
+
+
+# ── 3.4  Signing keys ────────────────────────────────────────────────────────
+
+KEY_FILE_LINE = re.compile(r"ed25519[ \t]+([A-Za-z0-9_]{1,64})[ \t]+([A-Za-z0-9+/_-]{43})=?")
+PUBLIC_KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a new name in the folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class SigningKey:
+    """An Ed25519 key pair with its name; the private half leaves this object only by save()."""
+
+    __slots__ = ("_secret", "key_id", "public", "seed")
+
+    def __init__(self, name: str, seed: bytes) -> None:
+        public, self._secret = nacl.bindings.crypto_sign_seed_keypair(seed)
+        self.seed: Final = seed
+        self.key_id: Final = f"ed25519:{name}"
+        self.public: Final = b64encode(public)
+
+    @classmethod
+    def generate(cls) -> SigningKey:
+        """A new key with 256 random bits and a random name.  Spec: key ids match [a-zA-Z0-9_]+."""
+        return cls("a_" + random_token(4), secrets.token_bytes(32))
+
+    @classmethod
+    def parse(cls, text: str) -> SigningKey:
+        """The key in a text that `text` made."""
+        name, seed = text.split(" ")
+        return cls(name, b64decode(seed))
+
+    def text(self) -> str:
+        """Name and seed, for the database; a secret."""
+        return f"{self.key_id.partition(':')[2]} {b64encode(self.seed)}"
+
+    @classmethod
+    def load(cls, path: Path) -> SigningKey:
+        """The first key of a file in Synapse's format; ValueError with a sentence for the owner."""
+        for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+            if not line.strip():
+                continue
+            match = KEY_FILE_LINE.fullmatch(line.strip())
+            if match is None:
+                break
+            return cls(match[1], b64decode(match[2]))
+        raise ValueError(f"{path}: expected one line 'ed25519 <name> <unpadded base64 seed>'")
+
+    def save(self, path: Path) -> None:
+        """Write the key file, readable by its owner alone, whole or not at all.
+
+        FileExistsError when there is one: a lost signing key cannot be replaced.
+        """
+        line = f"ed25519 {self.key_id.partition(':')[2]} {b64encode(self.seed)}\n"
+        if path.exists():
+            raise FileExistsError(f"{path} exists and is not overwritten")
+        draft = path.with_name(f".{path.name}.{random_token(8)}")
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.write(descriptor, line.encode("ascii"))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        draft.rename(path)
+        sync_folder(path.parent)
+
+    def sign(self, raw: bytes) -> str:
+        """The signature of the bytes, in unpadded base64."""
+        return b64encode(nacl.bindings.crypto_sign(raw, self._secret)[:SIGNATURE_BYTES])
+
+    def __repr__(self) -> str:
+        return f"SigningKey({self.key_id})"
+
+
+def verify_signature(public: object, signature: object, raw: bytes) -> bool:
+    """Whether the signature of the bytes was made with the private half of the key; both base64."""
+    try:
+        key, mark = b64decode(public), b64decode(signature)
+    except MatrixError:
+        return False
+    if len(key) != PUBLIC_KEY_BYTES or len(mark) != SIGNATURE_BYTES:
+        return False
+    try:
+        nacl.bindings.crypto_sign_open(mark + raw, key)
+    except nacl.exceptions.CryptoError:
+        return False
+    return True
+
+
+# ── 3.5  Signed JSON ─────────────────────────────────────────────────────────
+
+NOT_SIGNED = frozenset({"signatures", "unsigned"})
+
+
+def signed_bytes(value: Json) -> bytes:
+    """The bytes of a JSON object that a signature covers."""
+    return canonical_json({key: value[key] for key in value if key not in NOT_SIGNED})
+
+
+def signatures_by(value: Json, signer: str) -> Json:
+    """The signatures of one signer, key id → base64; empty when there is none of a usable shape."""
+    signatures = value.get("signatures")
+    own = signatures.get(signer) if isinstance(signatures, dict) else None
+    return own if isinstance(own, dict) else {}
+
+
+def sign_json(value: Json, signer: str, key: SigningKey) -> Json:
+    """A copy of the object that carries one more signature.  Spec: appendices "Signing Details"."""
+    old = value.get("signatures")
+    signatures = dict(old) if isinstance(old, dict) else {}
+    signatures[signer] = {**signatures_by(value, signer), key.key_id: key.sign(signed_bytes(value))}
+    return {**value, "signatures": signatures}
+
+
+def verify_json(value: Json, signer: str, key_id: str, public: object) -> bool:
+    """Whether the object carries a valid signature of the signer with this key.
+
+    Spec: appendices "Checking for a Signature". A shape that cannot be checked does not pass.
+    """
+    signature = signatures_by(value, signer).get(key_id)
+    try:
+        return verify_signature(public, signature, signed_bytes(value))
+    except MatrixError:
+        return False
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  4. STORAGE
+#
+#  One SQLite file in WAL mode, one writing connection on the loop thread, and
+#  group commit: handlers write into one shared transaction, a commit appends it
+#  to the WAL, a thread syncs the WAL once for all who wait. Beside it the stream:
+#  one counter that stamps whatever a sync can carry.
+#                            spec: none; SQLite's "Write-Ahead Logging" document
+# ═════════════════════════════════════════════════════════════════════════════
+
+DATABASE_FILE = "conduit.db"
+PAGE_CACHE_SHARE = 16  # the operating system caches pages too, so SQLite gets 1/16 of the budget
+CHECKPOINT_COMMITS = 1000  # copy the WAL back into the database after so many commits
+STREAM_BLOCK = 10_000  # positions reserved in the database at a time
+STREAM_LOG = 20_000  # changes remembered in memory; older tokens read the tables instead
+NO_SPACE = frozenset({"database or disk is full", "disk I/O error"})
+
+SCHEMAS: Final[list[str]] = []
+INVARIANTS: Final[list[tuple[str, str]]] = []
+
+
+def schema(sql: str) -> None:
+    """Register the tables of a chapter; a new database is made from all of them."""
+    SCHEMAS.append(sql)
+
+
+def invariant(what: str, sql: str) -> None:
+    """Register a query for --check that selects what ought not to exist."""
+    INVARIANTS.append((what, sql))
+
+
+schema("""
+CREATE TABLE meta (
+    key TEXT PRIMARY KEY,
+    value ANY
+) WITHOUT ROWID;
+CREATE TABLE users (
+    user_nid INTEGER PRIMARY KEY,
+    user_id TEXT NOT NULL UNIQUE
+);
+""")
+
+log_storage = logging.getLogger("conduit.storage")
+
+# ── 4.1  Errors and migrations ───────────────────────────────────────────────
+
+
+class DatabaseRefused(Exception):
+    """The database must not be opened; the text says why and what to do."""
+
+
+def storage_error(error: Exception) -> MatrixError:
+    """What a client hears when a write failed; the log has the cause."""
+    if isinstance(error, MatrixError):
+        return error
+    if str(error) in NO_SPACE or getattr(error, "errno", None) in {errno.ENOSPC, errno.EFBIG}:
+        return MatrixError(507, "M_UNKNOWN", "The server's disk is full; nothing was stored")
+    return MatrixError(500, "M_UNKNOWN", "The server could not store this; see its log")
+
+
+@dataclass(frozen=True)
+class Migration:
+    """One step of the schema: what it does in words, and the statements that do it."""
+
+    what: str
+    sql: str
+
+
+# The first schema is version 1; the n-th entry leads from version n to n + 1.
+MIGRATIONS: Final[tuple[Migration, ...]] = ()
+
+
+def migrate(connection: sqlite3.Connection, path: Path, steps: Sequence[Migration]) -> None:
+    """Bring an older database up to date, one transaction a step, with a copy before each."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    for number in range(version, len(steps) + 1):
+        step = steps[number - 1]
+        copy = path.with_name(f"{path.name}.before-version-{number + 1}")
+        log_storage.warning("migrating to version %d: %s; copy in %s", number + 1, step.what, copy)
+        copy_database(path, copy, replace=True)
+        statements = f"BEGIN IMMEDIATE;\n{step.sql};\nPRAGMA user_version = {number + 1:d};\nCOMMIT;"
+        try:
+            connection.executescript(statements)
+        except sqlite3.Error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+def copy_database(source: Path, target: Path, *, replace: bool = False) -> None:
+    """Write a consistent, compact copy of a database that may be in use; complete or not there."""
+    if target.exists() and not replace:
+        raise DatabaseRefused(f"{target} exists already; name a file that does not")
+    partial = target.with_name(target.name + ".partial")
+    partial.unlink(missing_ok=True)
+    with contextlib.closing(connect(source, read_only=True)) as connection:
+        connection.execute("VACUUM INTO ?", (str(partial),))
+    os.chmod(partial, 0o600)
+    sync_path(partial)
+    partial.replace(target)
+    sync_path(target.parent)
+
+
+def sync_path(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """Open a connection with the settings that every connection needs."""
+    mode = "ro" if read_only else "rwc"
+    connection = sqlite3.connect(
+        f"file:{quote(str(path))}?mode={mode}",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=1024,
+    )
+    connection.execute("PRAGMA trusted_schema = OFF")
+    connection.execute("PRAGMA busy_timeout = 10000")
+    return connection
+
+
+# ── 4.2  Opening ─────────────────────────────────────────────────────────────
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the database folder, readable by its owner alone."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatabaseRefused(f"database_path {folder} cannot be made: {error.strerror}") from error
+
+
+def lock_folder(folder: Path) -> int:
+    """Take the folder for this process; two servers on one database would ruin it."""
+    descriptor = os.open(folder / "conduit.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise DatabaseRefused(f"another server is running on {folder}") from None
+    return descriptor
+
+
+def refuse_half_wiped(folder: Path) -> None:
+    """A folder with media but no database was wiped by accident; a new start would finish it off."""
+    if (folder / DATABASE_FILE).exists():
+        return
+    left = [name for name in (f"{DATABASE_FILE}-wal", "media") if (folder / name).exists()]
+    if left:
+        raise DatabaseRefused(
+            f"{folder} has {' and '.join(left)} but no {DATABASE_FILE}: restore the database "
+            "from a backup, or empty the folder to start a new server"
+        )
+
+
+def refuse_foreign(connection: sqlite3.Connection, folder: Path, server_name: str) -> None:
+    """Refuse a database of a newer program, of another server, or without its tables."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    newest = len(MIGRATIONS) + 1
+    if version > newest:
+        raise DatabaseRefused(
+            f"the database in {folder} has version {version}, this program knows {newest}: "
+            "use the newer program, or the copy that was made before the upgrade"
+        )
+    tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema")}
+    row = None
+    if {"meta", "users", "events"} <= tables:
+        row = connection.execute("SELECT value FROM meta WHERE key = 'server_name'").fetchone()
+    if version == 0 or row is None:
+        raise DatabaseRefused(
+            f"the database in {folder} is not complete: restore it from a backup, "
+            "or empty the folder to start a new server"
+        )
+    if row[0] != server_name:
+        raise DatabaseRefused(
+            f"the database in {folder} belongs to {row[0]}, the configuration says {server_name}: "
+            "a server cannot be renamed; put the old server_name back or use another folder"
+        )
+
+
+def create_database(connection: sqlite3.Connection, server_name: str) -> None:
+    """Make all tables of all chapters in one transaction."""
+    version = f"PRAGMA user_version = {len(MIGRATIONS) + 1:d};"
+    connection.executescript("\n".join(["BEGIN IMMEDIATE;", *SCHEMAS, version]))
+    connection.execute("INSERT INTO meta VALUES ('server_name', ?)", (server_name,))
+    connection.execute("INSERT INTO meta VALUES ('created_ts', ?)", (now_ms(),))
+    connection.execute("COMMIT")
+
+
+def open_database(folder: Path, server_name: str, cache_mb: float) -> sqlite3.Connection:
+    """Open or make the database of this server, upgraded, in WAL mode."""
+    refuse_half_wiped(folder)
+    path = folder / DATABASE_FILE
+    fresh = not path.exists()
+    connection = connect(path)
+    try:
+        if fresh:
+            connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        else:
+            refuse_foreign(connection, folder, server_name)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute(f"PRAGMA cache_size = {-max(2048, int(cache_mb * 1024)):d}")
+        if fresh:
+            create_database(connection, server_name)
+            sync_path(folder)
+        else:
+            migrate(connection, path, MIGRATIONS)
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise DatabaseRefused(f"the database {path} cannot be read: {error}") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+# ── 4.3  Group commit ────────────────────────────────────────────────────────
+
+
+class WriteBlock:
+    """`with db.write():` one handler's writes, all or none of them; it never spans an await."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def __enter__(self) -> None:
+        self.database.begin_block()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        self.database.end_block(error)
+
+
+class Batch:
+    """The writes that one commit makes durable, and who waits for them."""
+
+    __slots__ = ("waiting",)
+
+    def __init__(self) -> None:
+        self.waiting: list[asyncio.Future[None]] = []
+
+    def settle(self, error: MatrixError | None) -> None:
+        """Tell everyone who waits that the batch is on the disk, or that it is lost."""
+        for future in self.waiting:
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(None)
+            else:
+                future.set_exception(error)
+
+
+class Syncer(threading.Thread):
+    """The thread that forces the WAL onto the disk and copies it back into the database."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(name="sync", daemon=True)
+        self.path = path
+        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.wal = os.open(f"{path}-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.start()
+
+    def run(self) -> None:
+        """Do one job after the other until None comes."""
+        while (job := self.jobs.get()) is not None:
+            job()
+        os.close(self.wal)
+
+    def sync(self, checkpoint: bool) -> Exception | None:
+        """Sync the WAL; None or what went wrong. A checkpoint that fails is tried again later."""
+        try:
+            os.fdatasync(self.wal)
+        except OSError as error:
+            return error
+        if checkpoint:
+            try:
+                with contextlib.closing(connect(self.path)) as connection:
+                    connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            except sqlite3.Error as error:
+                log_storage.error("checkpoint failed, will be tried again: %s", error)
+        return None
+
+
+class Database:
+    """The one database. All methods are for the loop thread; what is in a thread says so.
+
+    `execute`, `one`, `all`, `value` read, and write inside `with write():`. Writes are visible at
+    once and durable once `await synced()` returns.
+    """
+
+    def __init__(self, folder: Path, server_name: str, cache_mb: float) -> None:
+        prepare_folder(folder)
+        self.folder = folder
+        self._lock = lock_folder(folder)
+        try:
+            self.connection = open_database(folder, server_name, cache_mb / PAGE_CACHE_SHARE)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.execute = self.connection.execute
+        self.pool = ThreadPoolExecutor(4, thread_name_prefix="pool")
+        self._syncer = Syncer(folder / DATABASE_FILE)
+        self._block = WriteBlock(self)
+        self._open: Batch | None = None
+        self._flushing: Batch | None = None
+        self._commits = 0
+        self._broken: MatrixError | None = None
+        self._reset: list[Callable[[], None]] = []
+        self._readers = threading.local()
+        self._user_nids: LruCache[str, UserNid] = LruCache(50_000)
+        self._user_ids: LruCache[UserNid, str] = LruCache(50_000)
+        self.on_reset(self._user_nids.clear)
+        self.on_reset(self._user_ids.clear)
+
+    # Reading
+
+    def one(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
+        """The first row, or None."""
+        return self.execute(sql, params).fetchone()
+
+    def all(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
+        """All rows."""
+        return self.execute(sql, params).fetchall()
+
+    def value(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
+        """The first column of the first row, or None."""
+        row = self.execute(sql, params).fetchone()
+        return None if row is None else row[0]
+
+    # Writing
+
+    def write(self) -> WriteBlock:
+        """A block of writes that happens as a whole or not at all."""
+        return self._block
+
+    def begin_block(self) -> None:
+        """Open the shared transaction if there is none, and a savepoint in it."""
+        if self._broken:
+            raise self._broken
+        if self._open is None:
+            try:
+                self.execute("BEGIN IMMEDIATE")
+            except sqlite3.Error as error:
+                raise self._reported(error) from error
+            self._open = Batch()
+            if self._flushing is None:
+                asyncio.get_running_loop().call_soon(self._commit)
+        self.execute("SAVEPOINT block")
+
+    def end_block(self, error: BaseException | None) -> None:
+        """Keep the block's writes, or undo them; SQLite itself may have undone the whole batch."""
+        if error is None:
+            self.execute("RELEASE block")
+            return
+        if self.connection.in_transaction:
+            self.execute("ROLLBACK TO block")
+            self.execute("RELEASE block")
+        elif self._open is not None:
+            self._lose_open_batch(error)
+        for callback in self._reset:
+            callback()
+        if isinstance(error, sqlite3.OperationalError | sqlite3.IntegrityError | OverflowError):
+            raise self._reported(error) from error
+
+    async def synced(self) -> None:
+        """Wait until everything written so far is on the disk; MatrixError if it was lost."""
+        batch = self._open or self._flushing
+        if batch is not None:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            batch.waiting.append(future)
+            await future
+        elif self._broken:
+            raise self._broken
+
+    def on_reset(self, callback: Callable[[], None]) -> None:
+        """Call back when writes were undone, so that no cache keeps what never happened."""
+        self._reset.append(callback)
+
+    def _reported(self, error: BaseException) -> MatrixError:
+        log_storage.error("write failed: %s; free some space or look at the disk", error)
+        return storage_error(cast(Exception, error))
+
+    def _lose_open_batch(self, error: BaseException) -> None:
+        batch, self._open = self._open, None
+        for callback in self._reset:
+            callback()
+        if batch is not None:
+            batch.settle(self._reported(error))
+
+    def _commit(self) -> None:
+        """Append the open transaction to the WAL and hand it to the syncing thread."""
+        if self._open is None or self._flushing is not None:
+            return
+        try:
+            self.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self.connection.in_transaction:
+                self.execute("ROLLBACK")
+            self._lose_open_batch(error)
+            return
+        self._flushing, self._open = self._open, None
+        self._commits += 1
+        checkpoint = self._commits % CHECKPOINT_COMMITS == 0
+        loop = asyncio.get_running_loop()
+        self._syncer.jobs.put(
+            lambda: call_loop(loop, self._flushed, self._syncer.sync(checkpoint)),
+        )
+
+    def _flushed(self, error: Exception | None) -> None:
+        """The sync came back: answer those who waited, and commit what came in meanwhile."""
+        batch, self._flushing = self._flushing, None
+        if error is not None:
+            self._broken = storage_error(error)
+            log_storage.critical("the disk failed to sync (%s); stopping, nothing is acknowledged", error)
+            os.kill(os.getpid(), signal.SIGTERM)
+        if batch is not None:
+            batch.settle(self._broken)
+        self._commit()
+
+    # Threads
+
+    async def in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Run what takes long and holds no state in the small pool."""
+        return await asyncio.get_running_loop().run_in_executor(self.pool, function, *args)
+
+    async def read_in_thread(self, function: Callable[[sqlite3.Connection], Result]) -> Result:
+        """Run a long scan in the pool on a read-only connection, which sees what is committed."""
+        return await self.in_thread(self._with_reader, function)
+
+    def _with_reader(self, function: Callable[[sqlite3.Connection], Result]) -> Result:
+        connection = getattr(self._readers, "connection", None)
+        if connection is None:
+            connection = connect(self.folder / DATABASE_FILE, read_only=True)
+            self._readers.connection = connection
+        return function(connection)
+
+    async def close(self) -> None:
+        """Make everything durable, copy the WAL back and let go of the folder."""
+        with contextlib.suppress(MatrixError):
+            await self.synced()
+        self._syncer.jobs.put(None)
+        self._syncer.join()
+        self.pool.shutdown()
+        with contextlib.suppress(sqlite3.Error):
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.connection.close()
+        os.close(self._lock)
+
+    # Users as integers
+
+    def user_nid(self, user_id: str) -> UserNid:
+        """The integer of a user, made if new."""
+        nid = self.find_user_nid(user_id)
+        if nid is not None:
+            return nid
+        with self.write():
+            cursor = self.execute("INSERT INTO users (user_id) VALUES (?)", (user_id,))
+        return UserNid(cast(int, cursor.lastrowid))
+
+    def find_user_nid(self, user_id: str) -> UserNid | None:
+        """The integer of a user, or None if never seen."""
+        nid = self._user_nids.get(user_id)
+        if nid is None:
+            nid = self.value("SELECT user_nid FROM users WHERE user_id = ?", (user_id,))
+            if nid is not None:
+                self._user_nids.put(user_id, nid)
+        return nid
+
+    def user_id(self, nid: UserNid) -> str:
+        """The id of a user that is known by its integer."""
+        user_id = self._user_ids.get(nid)
+        if user_id is None:
+            user_id = cast(str, self.value("SELECT user_id FROM users WHERE user_nid = ?", (nid,)))
+            self._user_ids.put(nid, user_id)
+        return user_id
+
+    # Small values
+
+    def meta(self, key: str) -> Any:
+        """A single value kept for the whole server, or None."""
+        return self.value("SELECT value FROM meta WHERE key = ?", (key,))
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Store a single value for the whole server."""
+        with self.write():
+            self.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+
+def call_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    """Call a function on the loop from a thread; a loop that is gone needs no answer."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
+
+
+Result = TypeVar("Result")
+
+# ── 4.4  The stream ──────────────────────────────────────────────────────────
+
+# What a position can stand for; the target is a room or a user.
+ROOM_EVENT = "event"  # room: a new timeline event
+RECEIPT = "receipt"  # room: read receipts moved
+TYPING = "typing"  # room: who types changed
+ROOM_DATA = "room data"  # user: account data or tags of one of their rooms
+ACCOUNT_DATA = "account data"  # user: their own account data, push rules included
+TO_DEVICE = "to-device"  # user: a message for one of their devices
+DEVICE_LIST = "device list"  # user whose devices or keys changed
+KEY_COUNTS = "key counts"  # user: one-time or fallback keys of a device were used up
+PRESENCE = "presence"  # user whose presence changed
+PROFILE = "profile"  # user whose profile changed
+
+StreamChange = tuple[str, int]
+
+
+class Stream:
+    """The one counter that orders all changes, with the newest of them in memory.
+
+    Positions are handed out from blocks reserved in the database, so that a position never
+    comes twice, not even after a power cut: a sync token stays good for ever.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+        self.position: int = database.meta("stream_reserved") or 0
+        self._reserved = self.position
+        self._floor = self.position  # changes at or before this are not in the log
+        self._positions: list[int] = []
+        self._changes: list[StreamChange] = []
+        self._listeners: list[Callable[[str, int], None]] = []
+        database.on_reset(self._forget_reservation)
+
+    def stamp(self, kind: str, target: int) -> int:
+        """Take the next position for a change and tell those who wait for it."""
+        position = self.advance()
+        self._positions.append(position)
+        self._changes.append((kind, target))
+        if len(self._positions) > STREAM_LOG:
+            self._trim()
+        for listener in self._listeners:
+            listener(kind, target)
+        return position
+
+    def advance(self) -> int:
+        """Take a position that no sync needs to hear of, such as that of an outlier."""
+        if self.position >= self._reserved:
+            reserved = self.position + STREAM_BLOCK
+            self.database.set_meta("stream_reserved", reserved)
+            self._reserved = reserved
+        self.position += 1
+        return self.position
+
+    def since(self, position: int) -> list[StreamChange] | None:
+        """The changes after a position, oldest first; None when memory does not reach so far back."""
+        if position < self._floor:
+            return None
+        return self._changes[bisect.bisect_right(self._positions, position) :]
+
+    def subscribe(self, listener: Callable[[str, int], None]) -> None:
+        """Call back with kind and target at each stamp."""
+        self._listeners.append(listener)
+
+    def save(self) -> None:
+        """At a clean stop, give back the positions that were reserved and not used."""
+        self.database.set_meta("stream_reserved", self.position)
+        self._reserved = self.position
+
+    def _trim(self) -> None:
+        drop = len(self._positions) // 2
+        self._floor = self._positions[drop - 1]
+        del self._positions[:drop]
+        del self._changes[:drop]
+
+    def _forget_reservation(self) -> None:
+        # The row may have been rolled back; the next stamp reserves anew, above all used ones.
+        self._reserved = min(self._reserved, self.position)
+
+
+# ── 4.5  Check and backup ────────────────────────────────────────────────────
+
+
+def check_database(folder: Path) -> list[str]:
+    """What is wrong with a database, in sentences; it may be in use."""
+    path = folder / DATABASE_FILE
+    if not path.exists():
+        return [f"there is no database in {folder}"]
+    try:
+        with contextlib.closing(connect(path, read_only=True)) as connection:
+            return list(database_problems(connection))
+    except sqlite3.DatabaseError as error:
+        return [f"the database cannot be read: {error}"]
+
+
+def database_problems(connection: sqlite3.Connection) -> Iterator[str]:
+    """Run SQLite's own check, then every chapter's invariants."""
+    for (line,) in connection.execute("PRAGMA integrity_check"):
+        if line != "ok":
+            yield f"integrity: {line}"
+    for what, sql in INVARIANTS:
+        rows = connection.execute(sql).fetchmany(5)
+        if rows:
+            yield f"{what}: {', '.join(str(row[0]) for row in rows)}"
+
+
+invariant(
+    "stream positions above the reserved ones",
+    """
+    SELECT pos
+    FROM events
+    WHERE pos > (SELECT value FROM meta WHERE key = 'stream_reserved')
+    """,
+)
+
+
+# ╔═══════════════════════════════════════════════════════════════════════════╗
+# ║  PART II   ROOMS                                                          ║
+# ╚═══════════════════════════════════════════════════════════════════════════╝
+#
+# A room is a growing graph of events that many servers hold a copy of. Nobody
+# is in charge: each server appends its users' events, sends them to the
+# others, and everyone must come to the same view of who is in the room and
+# who may do what. This part is how.
+#
+# Every event names the newest events its server knew (prev_events), which
+# makes the graph, and those that permit it (auth_events), which makes the
+# proof. An event is hashed and signed, so it cannot be altered on its way; it
+# can be redacted, because hash and signature cover only what a redaction
+# leaves. Where the graph forks, the two branches may disagree about the state
+# of the room, and the state resolution decides between them.
+#
+# Two ideas carry this part. First, the rules are functions of plain data:
+# chapters 5 to 8 know no database, no clock and no network, so that the same
+# input gives the same verdict on every server and in every test. Second, what
+# differs between the twelve room versions is one table, and no chapter ever
+# asks for a version by its number. Only the last chapter of the part, the room
+# store, keeps anything.
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  5. ROOM VERSIONS
+#
+#  A room keeps the rules it was made with for as long as it lives. Twelve sets
+#  of rules are in use; this chapter is the table of what distinguishes them.
+#                                                spec: rooms/*, "Feature matrix"
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 5.1  What a redaction leaves ─────────────────────────────────────────────
+
+REDACTED_KEYS = frozenset({"event_id", "type", "room_id", "sender", "state_key", "content"}).union(
+    {"hashes", "signatures", "depth", "prev_events", "auth_events", "origin_server_ts"}
+)
+REDACTED_KEYS_BEFORE_11 = REDACTED_KEYS | {"prev_state", "origin", "membership"}
+
+ContentKeys = Mapping[str, frozenset[str]]  # event type → keys of the content that stay
+
+
+def _keeping(older: ContentKeys, **keys: str) -> ContentKeys:
+    """The table of an older version with some rows added or replaced; m.room. is left out here."""
+    return {**older, **{"m.room." + name: frozenset(words.split()) for name, words in keys.items()}}
+
+
+CONTENT_KEPT_SINCE_6 = _keeping(
+    {},
+    member="membership",
+    create="creator",
+    join_rules="join_rule",
+    power_levels="ban events events_default kick redact state_default users users_default",
+    history_visibility="history_visibility",
+)
+CONTENT_KEPT_SINCE_1 = _keeping(CONTENT_KEPT_SINCE_6, aliases="aliases")
+CONTENT_KEPT_SINCE_8 = _keeping(CONTENT_KEPT_SINCE_6, join_rules="join_rule allow")
+CONTENT_KEPT_SINCE_9 = _keeping(
+    CONTENT_KEPT_SINCE_8, member="membership join_authorised_via_users_server"
+)
+CONTENT_KEPT_SINCE_11 = _keeping(
+    CONTENT_KEPT_SINCE_9,
+    power_levels="ban events events_default invite kick redact state_default users users_default",
+    redaction="redacts",
+)
+
+# ── 5.2  The table ───────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class RoomVersion:
+    """One row: what servers must know to take part in rooms of this version."""
+
+    id: str
+    stable: bool = True  # what /capabilities says about it
+    # Event format and ids
+    explicit_event_ids: bool = False  # 1-2: the event names its id; prev_events carry hashes
+    url_safe_event_ids: bool = True  # from 4: the reference hash in URL-safe base64
+    strict_json: bool = True  # from 6: canonical JSON is enforced, no floats, 53-bit integers
+    room_id_is_hash: bool = False  # from 12: the room id is the create event's id with a !
+    # State resolution and keys
+    resolution: str = "v2"  # "v1", "v2" or "v2.1"
+    enforce_key_validity: bool = True  # from 5: a key must be valid at origin_server_ts
+    # Redaction
+    redacted_keys: frozenset[str] = REDACTED_KEYS_BEFORE_11
+    redacted_content: ContentKeys = field(default_factory=dict)
+    redaction_keeps_create: bool = False  # from 11: all of m.room.create's content stays
+    redaction_keeps_signed_invite: bool = False  # from 11: third_party_invite.signed stays
+    redacts_in_content: bool = False  # from 11: content.redacts instead of the top level
+    # Authorization rules
+    aliases_rule: bool = False  # 1-5: m.room.aliases belong to the server in their state key
+    redaction_rule: bool = False  # 1-2: redacting is a matter of the authorization rules
+    creator_in_content: bool = True  # 1-10: content.creator; later the sender of m.room.create
+    notification_levels: bool = True  # from 6: changes of notification levels are checked
+    knock: bool = False  # from 7: join rule and membership "knock"
+    restricted: bool = False  # from 8: join rule "restricted"
+    knock_restricted: bool = False  # from 10: join rule "knock_restricted"
+    integer_levels: bool = False  # from 10: power levels are integers and nothing else
+    privileged_creators: bool = False  # from 12: creators stand above all power levels
+
+    def __repr__(self) -> str:
+        return f"RoomVersion({self.id})"
+
+
+def _versions() -> dict[str, RoomVersion]:
+    """The twelve rows, each written as what it changes in the one before."""
+    next_to = dataclasses.replace
+    v1 = RoomVersion(
+        "1",
+        explicit_event_ids=True,
+        url_safe_event_ids=False,
+        strict_json=False,
+        resolution="v1",
+        enforce_key_validity=False,
+        redacted_content=CONTENT_KEPT_SINCE_1,
+        aliases_rule=True,
+        redaction_rule=True,
+        notification_levels=False,
+    )
+    v2 = next_to(v1, id="2", resolution="v2")
+    v3 = next_to(v2, id="3", explicit_event_ids=False, redaction_rule=False)
+    v4 = next_to(v3, id="4", url_safe_event_ids=True)
+    v5 = next_to(v4, id="5", enforce_key_validity=True)
+    v6 = next_to(
+        v5,
+        id="6",
+        strict_json=True,
+        aliases_rule=False,
+        notification_levels=True,
+        redacted_content=CONTENT_KEPT_SINCE_6,
+    )
+    v7 = next_to(v6, id="7", knock=True)
+    v8 = next_to(v7, id="8", restricted=True, redacted_content=CONTENT_KEPT_SINCE_8)
+    v9 = next_to(v8, id="9", redacted_content=CONTENT_KEPT_SINCE_9)
+    v10 = next_to(v9, id="10", knock_restricted=True, integer_levels=True)
+    v11 = next_to(
+        v10,
+        id="11",
+        redacted_keys=REDACTED_KEYS,
+        redacted_content=CONTENT_KEPT_SINCE_11,
+        redaction_keeps_create=True,
+        redaction_keeps_signed_invite=True,
+        redacts_in_content=True,
+        creator_in_content=False,
+    )
+    v12 = next_to(v11, id="12", room_id_is_hash=True, resolution="v2.1", privileged_creators=True)
+    rows = (v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12)
+    return {row.id: row for row in rows}
+
+
+ROOM_VERSIONS: Final[Mapping[str, RoomVersion]] = _versions()
+STABLE_VERSIONS: Final = frozenset(row.id for row in ROOM_VERSIONS.values() if row.stable)
+
+
+def room_version(name: object) -> RoomVersion:
+    """The row of a version.  400 M_UNSUPPORTED_ROOM_VERSION when there is none of that name."""
+    row = ROOM_VERSIONS.get(name) if isinstance(name, str) else None
+    if row is None:
+        error = f"Room version {str(name)[:40]!r} is not supported"
+        raise MatrixError(400, "M_UNSUPPORTED_ROOM_VERSION", error)
+    return row
+
+
+def version_of_create(content: Json) -> RoomVersion:
+    """The version that a create event's content names; "1" when it names none."""
+    return room_version(content.get("room_version", "1"))
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  6. EVENTS
+#
+#  A persistent data unit (PDU) is what servers exchange: a JSON object with
+#  hashes and signatures. Here is what shape it must have, how it gets its id,
+#  what is left of it after a redaction, and how we make one of our own.
+#          spec: rooms/* "Event format", SS-API "Signing Events", CS-API "Redactions"
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 6.1  The event ───────────────────────────────────────────────────────────
+
+MAX_EVENT_BYTES = 65_536  # of the whole event as canonical JSON, signatures included
+MAX_PREV_EVENTS = 20
+MAX_AUTH_EVENTS = 10
+MAX_SQL_INT = 2**63 - 1  # the depth limit before room version 6
+CREATE: Final = "m.room.create"
+MEMBER: Final = "m.room.member"
+POWER_LEVELS: Final = "m.room.power_levels"
+JOIN_RULES: Final = "m.room.join_rules"
+THIRD_PARTY_INVITE: Final = "m.room.third_party_invite"
+REDACTION: Final = "m.room.redaction"
+ALIASES: Final = "m.room.aliases"
+CREATE_KEY: Final[StateKey] = (CREATE, "")
+POWER_LEVELS_KEY: Final[StateKey] = (POWER_LEVELS, "")
+JOIN_RULES_KEY: Final[StateKey] = (JOIN_RULES, "")
+
+
+def room_id_of(version: RoomVersion, pdu: Json, event_id: str) -> str:
+    """The room that an event belongs to; from version 12 a create event names its room itself."""
+    if version.room_id_is_hash and pdu["type"] == CREATE:
+        return "!" + event_id[1:]
+    return cast(str, pdu["room_id"])
+
+
+def referenced_ids(version: RoomVersion, references: list[Any]) -> list[str]:
+    """The ids in prev_events or auth_events; versions 1 and 2 have pairs of id and hashes there."""
+    if version.explicit_event_ids:
+        return [reference[0] for reference in references]
+    return references
+
+
+def redaction_target(version: RoomVersion, pdu: Json) -> str | None:
+    """The id of the event that a redaction is aimed at.  Spec: rooms/v11 "Event format"."""
+    if pdu["type"] != REDACTION:
+        return None
+    target = (pdu["content"] if version.redacts_in_content else pdu).get("redacts")
+    return target if isinstance(target, str) else None
+
+
+class Event:
+    """One event of a checked format: the PDU as it travels, and what the server knows of it."""
+
+    __slots__ = (
+        "auth_events",
+        "content",
+        "depth",
+        "event_id",
+        "nid",
+        "origin_server_ts",
+        "pdu",
+        "pos",
+        "prev_events",
+        "redacted_by",
+        "redacts",
+        "rejected",
+        "replaces",
+        "room_id",
+        "room_nid",
+        "sender",
+        "soft_failed",
+        "state_group",
+        "state_key",
+        "txn_device",
+        "txn_id",
+        "type",
+        "version",
+    )
+
+    def __init__(self, version: RoomVersion, pdu: Json, event_id: str) -> None:
+        self.version: Final = version
+        self.pdu = pdu  #: the event as it is sent to other servers
+        self.event_id: Final = event_id
+        self.type: Final[str] = pdu["type"]
+        self.sender: Final[str] = pdu["sender"]
+        self.state_key: Final[str | None] = pdu.get("state_key")
+        self.content: Json = pdu["content"]
+        self.room_id: Final = room_id_of(version, pdu, event_id)
+        self.depth: Final[int] = pdu["depth"]
+        self.origin_server_ts: Final[int] = pdu["origin_server_ts"]  #: milliseconds, as claimed
+        self.prev_events: Final = referenced_ids(version, pdu["prev_events"])
+        self.auth_events: Final = referenced_ids(version, pdu["auth_events"])
+        self.redacts: Final = redaction_target(version, pdu)  #: event id, of redactions only
+        # What the room store (chapter 9) knows of the event
+        self.nid = EventNid(0)
+        self.pos: int | None = None  #: place in the timeline; None for events outside of it
+        self.room_nid = RoomNid(0)
+        self.state_group: int | None = None  #: the state after the event
+        self.replaces: EventNid | None = None  #: the state event that was in its place before
+        self.rejected: str | None = None  #: the rule that refused it
+        self.soft_failed = False
+        self.redacted_by: EventNid | None = None  #: the redaction that applies
+        self.txn_device: int | None = None  #: which local device sent it,
+        self.txn_id: str | None = None  #: and under what transaction id
+
+    @property
+    def is_state(self) -> bool:
+        """Whether the event sets a piece of state."""
+        return self.state_key is not None
+
+    @property
+    def key(self) -> StateKey:
+        """The piece of state that a state event sets; of others a pair that matches nothing."""
+        return cast(StateKey, (self.type, self.state_key))
+
+    @property
+    def membership(self) -> str | None:
+        """The membership that a member event gives its target; None when it is no usable one."""
+        if self.type != MEMBER or self.state_key is None:
+            return None
+        membership = self.content.get("membership")
+        return membership if isinstance(membership, str) else None
+
+    def __repr__(self) -> str:
+        return f"Event({self.event_id} {self.type} {self.state_key!r} by {self.sender})"
+
+
+# ── 6.2  The format ──────────────────────────────────────────────────────────
+
+
+def is_sender_id(text: object) -> bool:
+    """Whether the text can be a sender; any localpart will do.  Spec: "Historical User IDs"."""
+    return split_id("@", text) is not None
+
+
+def is_event_id(text: object) -> bool:
+    """Whether the text can be an event id of some room version."""
+    return isinstance(text, str) and text.startswith("$") and byte_length(text) <= MAX_ID_BYTES
+
+
+def is_event_pair(reference: object) -> bool:
+    """Whether this is [event id, {algorithm: hash}], the reference of versions 1 and 2."""
+    return (
+        isinstance(reference, list)
+        and len(reference) == 2
+        and is_event_id(reference[0])
+        and isinstance(reference[1], dict)
+    )
+
+
+def check_text(pdu: Json, name: str) -> str:
+    """A required string of at most 255 bytes.  Spec: CS-API "Size limits"."""
+    value = pdu.get(name)
+    if not isinstance(value, str):
+        raise bad_json(f"{name} is not a string")
+    if byte_length(value) > MAX_ID_BYTES:
+        raise too_large(f"{name} is longer than 255 bytes")
+    return value
+
+
+def check_room_id(version: RoomVersion, pdu: Json, event_type: str) -> None:
+    """The room id has the form of the version; create events from version 12 need none.
+
+    A create event of version 12 that has a room_id all the same falls to authorization rule 1.2.
+    """
+    if version.room_id_is_hash and event_type == CREATE:
+        return
+    room_id = check_text(pdu, "room_id")
+    has_server = split_id("!", room_id) is not None
+    if not is_room_id(room_id) or has_server == version.room_id_is_hash:
+        raise bad_json("room_id is not a room id of this room version")
+
+
+def check_numbers(version: RoomVersion, pdu: Json) -> None:
+    """Depth and time are integers that fit: 53 bits from version 6, 63 before that."""
+    limit = MAX_CANONICAL_INT if version.strict_json else MAX_SQL_INT
+    for name, lowest in (("depth", 0), ("origin_server_ts", -limit)):
+        value = pdu.get(name)
+        if type(value) is not int or not lowest <= value <= limit:
+            raise bad_json(f"{name} is not an integer in range")
+
+
+def check_references(version: RoomVersion, pdu: Json, name: str, limit: int) -> None:
+    """A list of at most `limit` event ids, in versions 1 and 2 of pairs of id and hashes."""
+    references = pdu.get(name)
+    if not isinstance(references, list):
+        raise bad_json(f"{name} is not a list")
+    if len(references) > limit:
+        raise bad_json(f"{name} has more than {limit} entries")
+    for reference in references:
+        if version.explicit_event_ids:
+            if not is_event_pair(reference):
+                raise bad_json(f"{name} has an entry that is no pair of event id and hashes")
+        elif not is_event_id(reference):
+            raise bad_json(f"{name} has an entry that is no event id")
+
+
+def check_fields(version: RoomVersion, pdu: Json) -> None:
+    """The part of the format that an event has before it is hashed and signed."""
+    event_type = check_text(pdu, "type")
+    if not is_sender_id(check_text(pdu, "sender")):
+        raise bad_json("sender is not a user id")
+    if "state_key" in pdu:
+        check_text(pdu, "state_key")
+    check_room_id(version, pdu, event_type)
+    if not isinstance(pdu.get("content"), dict):
+        raise bad_json("content is not an object")
+    check_numbers(version, pdu)
+    check_references(version, pdu, "prev_events", MAX_PREV_EVENTS)
+    check_references(version, pdu, "auth_events", MAX_AUTH_EVENTS)
+    if version.explicit_event_ids and split_id("$", check_text(pdu, "event_id")) is None:
+        raise bad_json("event_id is not of the form $id:server")
+    if not version.redacts_in_content and not isinstance(pdu.get("redacts", ""), str):
+        raise bad_json("redacts is not a string")
+    if version.strict_json:
+        check_canonical({key: value for key, value in pdu.items() if key != "unsigned"})
+
+
+def check_hashes(hashes: object) -> None:
+    """An event carries a SHA-256 of its content; content_hash_ok says whether it is right."""
+    if not isinstance(hashes, dict) or not isinstance(hashes.get("sha256"), str):
+        raise bad_json("hashes.sha256 is not a string")
+
+
+def check_signatures(signatures: object) -> None:
+    """Signatures are objects of strings by server; whether they are right is checked elsewhere."""
+    if not isinstance(signatures, dict):
+        raise bad_json("signatures is not an object")
+    for by_key in signatures.values():
+        if not isinstance(by_key, dict) or not all(isinstance(s, str) for s in by_key.values()):
+            raise bad_json("signatures has an entry of the wrong shape")
+
+
+def check_format(version: RoomVersion, pdu: Any) -> None:
+    """Refuse what is no event of this room version: 400 M_BAD_JSON, or 413 M_TOO_LARGE.
+
+    Spec: SS-API "Checks performed on receipt of a PDU", check 1.
+    Trap: `unsigned` is whatever the sender likes; nothing may be concluded from it.
+    """
+    if not isinstance(pdu, dict):
+        raise bad_json("An event is an object")
+    check_fields(version, pdu)
+    check_hashes(pdu.get("hashes"))
+    check_signatures(pdu.get("signatures"))
+    if len(canonical_json(pdu)) > MAX_EVENT_BYTES:
+        raise too_large("The event is larger than 65536 bytes")
+
+
+# ── 6.3  Redaction ───────────────────────────────────────────────────────────
+
+NOTHING_KEPT: Final[frozenset[str]] = frozenset()
+
+
+def redact_content(version: RoomVersion, event_type: object, content: object) -> Json:
+    """What a redaction leaves of an event's content."""
+    if not content or not isinstance(content, dict) or not isinstance(event_type, str):
+        return {}
+    if event_type == CREATE and version.redaction_keeps_create:
+        return content
+    kept = version.redacted_content.get(event_type, NOTHING_KEPT)
+    redacted = {key: content[key] for key in kept if key in content}
+    if event_type == MEMBER and version.redaction_keeps_signed_invite:
+        invite = content.get("third_party_invite")
+        if isinstance(invite, dict) and "signed" in invite:
+            redacted["third_party_invite"] = {"signed": invite["signed"]}
+    return redacted
+
+
+def redact(version: RoomVersion, pdu: Json) -> Json:
+    """What a redaction leaves of the event; also the part that the signature covers.
+
+    Spec: rooms/* "Redactions". `unsigned` goes with the rest.
+    """
+    kept = version.redacted_keys
+    redacted = {key: value for key, value in pdu.items() if key in kept}
+    redacted["content"] = redact_content(version, pdu.get("type"), pdu.get("content"))
+    return redacted
+
+
+# ── 6.4  Hashes, ids and signatures ──────────────────────────────────────────
+
+NOT_HASHED = frozenset({"signatures", "unsigned", "hashes"})
+
+
+def content_hash(pdu: Json) -> str:
+    """The hash over all that the sender wrote.  Spec: SS-API "Calculating the content hash"."""
+    return sha256_base64(canonical_json({k: pdu[k] for k in pdu if k not in NOT_HASHED}))
+
+
+def content_hash_ok(pdu: Json) -> bool:
+    """Whether the content is what was signed; if not, only redact() of the event counts."""
+    hashes = pdu.get("hashes")
+    try:
+        claimed = b64decode(hashes.get("sha256") if isinstance(hashes, dict) else None)
+        return hmac.compare_digest(claimed, b64decode(content_hash(pdu)))
+    except MatrixError:
+        return False
+
+
+def reference_bytes(version: RoomVersion, pdu: Json) -> bytes:
+    """What the signatures and the reference hash cover: the redacted event without signatures."""
+    redacted = redact(version, pdu)
+    redacted.pop("signatures", None)
+    return canonical_json(redacted)
+
+
+def event_id_from(version: RoomVersion, covered: bytes) -> str:
+    """The id of an event from version 3 on: the hash of its reference bytes.
+
+    Spec: rooms/v3 and rooms/v4 "Event IDs"; the two differ in the alphabet.
+    """
+    digest = hashlib.sha256(covered).digest()
+    return "$" + (b64url_encode(digest) if version.url_safe_event_ids else b64encode(digest))
+
+
+def make_event(version: RoomVersion, pdu: Json, event_id: str | None = None) -> Event:
+    """The event of a PDU that check_format has passed; whoever knows its id saves computing it."""
+    if event_id is None and version.explicit_event_ids:
+        event_id = pdu["event_id"]
+    return Event(version, pdu, event_id or event_id_from(version, reference_bytes(version, pdu)))
+
+
+def event_reference(event: Event) -> Any:
+    """How another event of the room names this one in its prev_events and auth_events."""
+    if not event.version.explicit_event_ids:
+        return event.event_id
+    digest = hashlib.sha256(reference_bytes(event.version, event.pdu)).digest()
+    return [event.event_id, {"sha256": b64encode(digest)}]
+
+
+def required_signers(event: Event) -> set[str]:
+    """The servers whose signature the event must carry.
+
+    Spec: SS-API "Validating hashes and signatures"; rooms/v8 rule 4.2.
+    Trap: an invite that stems from a third-party invite may come from any server.
+    """
+    is_member = event.type == MEMBER and event.state_key is not None
+    by_third_party = event.membership == "invite" and "third_party_invite" in event.content
+    signers = set() if by_third_party else {server_of(event.sender)}
+    if event.version.explicit_event_ids:
+        signers.add(server_of(event.event_id))
+    voucher = event.content.get("join_authorised_via_users_server")
+    if is_member and event.version.restricted and voucher is not None:
+        signers.add(server_of(voucher) if isinstance(voucher, str) else "")
+    return signers
+
+
+FindKey = Callable[[str, str], str | None]  # (server, key id) → public key that counts, or None
+
+
+def verify_event_signatures(event: Event, find_key: FindKey) -> None:
+    """403 M_FORBIDDEN unless each required server has signed, rightly, with a key that counts.
+
+    Spec: SS-API "Validating hashes and signatures": unknown and expired keys are skipped, all
+    others must verify, and at least one must be left.
+    """
+    covered = reference_bytes(event.version, event.pdu)
+    for server in required_signers(event):
+        found = False
+        for key_id, signature in signatures_by(event.pdu, server).items():
+            public = find_key(server, key_id) if key_id.startswith("ed25519:") else None
+            if public is None:
+                continue
+            if not verify_signature(public, signature, covered):
+                raise forbidden(f"The signature of {server} with {key_id} is wrong")
+            found = True
+        if not found:
+            raise forbidden(f"The event is not signed by {server} with a known key")
+
+
+# ── 6.5  Making an event ─────────────────────────────────────────────────────
+
+SIGNATURE_MEMBERS = len(b',"hashes":,"signatures":')  # bytes around the two members added last
+
+
+def finish_event(version: RoomVersion, fields: Json, signer: str, key: SigningKey) -> Event:
+    """Turn the fields of an event of ours into the event: check, hash, sign, and give it its id.
+
+    `fields` has type, sender, content, depth, origin_server_ts, room_id, prev_events and
+    auth_events (see event_reference), perhaps state_key and redacts. The bytes that are signed are
+    those of the reference hash, so they are encoded once.
+    """
+    pdu = dict(fields)
+    if version.explicit_event_ids:
+        pdu.setdefault("event_id", f"${random_token(24)}:{signer}")
+    check_fields(version, pdu)
+    encoded = canonical_json(pdu)
+    pdu["hashes"] = {"sha256": sha256_base64(encoded)}
+    covered = reference_bytes(version, pdu)
+    pdu["signatures"] = {signer: {key.key_id: key.sign(covered)}}
+    added = len(_encode(pdu["hashes"])) + len(_encode(pdu["signatures"])) + SIGNATURE_MEMBERS
+    if len(encoded) + added > MAX_EVENT_BYTES:
+        raise too_large("The event is larger than 65536 bytes")
+    event_id = pdu["event_id"] if version.explicit_event_ids else event_id_from(version, covered)
+    return Event(version, pdu, event_id)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  7. AUTHORIZATION RULES
+#
+#  Whether an event may be in the room, given the state it is judged by. Each
+#  rule is a small function and says nothing when it has no objection; they
+#  stand in the order of the specification and bear its numbers of room version
+#  12. Older versions number some rules differently.
+#                                     spec: rooms/v12 (and v1 to v11) "Authorisation rules"
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 7.1  Verdicts ────────────────────────────────────────────────────────────
+
+AuthState = Mapping[StateKey, Event]
+
+
+class AuthError(MatrixError):
+    """403 M_FORBIDDEN: a rule refuses the event."""
+
+    def __init__(self, rule: str, reason: str) -> None:
+        super().__init__(403, "M_FORBIDDEN", f"{reason} (authorization rule {rule})")
+        self.rule = rule  #: its number in room version 12, or "v1 ..." for rules that are gone
+
+
+# ── 7.2  Power levels ────────────────────────────────────────────────────────
+
+INFINITE_LEVEL: Final = 2**53  # of creators from version 12; events hold less
+CREATOR_LEVEL: Final = 100  # of the creator in older versions, as long as no event says otherwise
+LEVEL_DEFAULTS: Final[Mapping[str, int]] = {
+    "users_default": 0,
+    "events_default": 0,
+    "state_default": 50,
+    "ban": 50,
+    "redact": 50,
+    "kick": 50,
+    "invite": 0,
+}
+NOTIFICATION_DEFAULT: Final = 50  # level for "@room" and its like
+LEVEL_TEXT = re.compile(r"[ \t\n\r\f\v]*([+-]?)([0-9]+)[ \t\n\r\f\v]*")
+MAX_LEVEL_DIGITS: Final = 308  # what a double can hold, which is as far as other servers count
+
+
+def level_of(version: RoomVersion, value: object) -> int | None:
+    """The power level that a JSON value stands for, or None when it is none.
+
+    Spec: rooms/v1 "accept values as strings", "as floats"; integers alone from version 10.
+    Trap: true is an int in Python; int() takes "1_0" and Arabic digits; a float is truncated.
+    """
+    if type(value) is int:
+        return value
+    if version.integer_levels:
+        return None
+    if isinstance(value, float):
+        return int(value) if math.isfinite(value) else None
+    match = LEVEL_TEXT.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return None
+    digits = match[2].lstrip("0") or "0"
+    return int(match[1] + digits) if len(digits) <= MAX_LEVEL_DIGITS else None
+
+
+def object_in(content: Json, name: str) -> Json:
+    """A member that should be an object; an empty one when it is missing or something else."""
+    value = content.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def creator_of(version: RoomVersion, create: Event) -> object:
+    """The creator of the room: `content.creator` until version 10, then the sender."""
+    return create.content.get("creator") if version.creator_in_content else create.sender
+
+
+def creators_of(version: RoomVersion, create: Event | None) -> Sequence[object]:
+    """The sender of the create event and `additional_creators`; nobody before version 12."""
+    if create is None or not version.privileged_creators:
+        return ()
+    more = create.content.get("additional_creators")
+    return [create.sender, *more] if isinstance(more, list) else [create.sender]
+
+
+class PowerLevels:
+    """Who may do what in a room: m.room.power_levels read with the room version's eyes."""
+
+    __slots__ = ("_content", "_creator", "_creators", "_events", "_users", "_version")
+
+    def __init__(self, version: RoomVersion, create: Event | None, content: Json | None) -> None:
+        self._version = version
+        self._content: Json = content or {}
+        self._users = object_in(self._content, "users")
+        self._events = object_in(self._content, "events")
+        #: who stands above all levels, from version 12
+        self._creators = creators_of(version, create)
+        #: whom the absence of the event gives level 100
+        self._creator = creator_of(version, create) if content is None and create else None
+
+    def _level(self, value: object, default: int) -> int:
+        level = level_of(self._version, value)
+        return default if level is None else level
+
+    def user(self, user_id: str) -> int:
+        """The power level of a user."""
+        if user_id in self._creators:
+            return INFINITE_LEVEL
+        level = level_of(self._version, self._users.get(user_id))
+        if level is not None:
+            return level
+        return CREATOR_LEVEL if user_id == self._creator else self.named("users_default")
+
+    def event(self, event_type: str, is_state: bool) -> int:
+        """The level required to send an event.  Spec: SS-API "Required Power Level"."""
+        level = level_of(self._version, self._events.get(event_type))
+        if level is not None:
+            return level
+        return self.named("state_default" if is_state else "events_default")
+
+    def named(self, name: str) -> int:
+        """One of the levels in LEVEL_DEFAULTS."""
+        return self._level(self._content.get(name), LEVEL_DEFAULTS[name])
+
+    def notification(self, name: str) -> int:
+        """The level required to notify by a keyword such as "room"."""
+        levels = object_in(self._content, "notifications")
+        return self._level(levels.get(name), NOTIFICATION_DEFAULT)
+
+    @property
+    def invite(self) -> int:
+        """The level required to invite."""
+        return self.named("invite")
+
+    @property
+    def kick(self) -> int:
+        """The level required to kick."""
+        return self.named("kick")
+
+    @property
+    def ban(self) -> int:
+        """The level required to ban and unban."""
+        return self.named("ban")
+
+    @property
+    def redact(self) -> int:
+        """The level required to redact what others wrote."""
+        return self.named("redact")
+
+
+def power_levels_of(version: RoomVersion, auth_state: AuthState) -> PowerLevels:
+    """The power levels in a room state."""
+    event = auth_state.get(POWER_LEVELS_KEY)
+    content = None if event is None else event.content
+    return PowerLevels(version, auth_state.get(CREATE_KEY), content)
+
+
+# ── 7.3  Which events authorise ──────────────────────────────────────────────
+
+JOIN_RULE_MATTERS = ("join", "invite", "knock")
+
+
+def member_auth_types(version: RoomVersion, target: str, content: Json) -> list[StateKey]:
+    """What a member event is judged by beyond the rest."""
+    membership = content.get("membership")
+    keys = [(MEMBER, target)]
+    if membership in JOIN_RULE_MATTERS:
+        keys.append(JOIN_RULES_KEY)
+    if membership == "invite":
+        token = object_in(object_in(content, "third_party_invite"), "signed").get("token")
+        if isinstance(token, str):
+            keys.append((THIRD_PARTY_INVITE, token))
+    voucher = content.get("join_authorised_via_users_server")
+    if version.restricted and membership == "join" and isinstance(voucher, str):
+        keys.append((MEMBER, voucher))
+    return keys
+
+
+def auth_types_for_event(
+    version: RoomVersion, event_type: str, sender: str, state_key: str | None, content: Json
+) -> list[StateKey]:
+    """The pieces of state by which an event is judged, hence those to name in its auth_events.
+
+    Spec: SS-API "Auth events selection". Version 12 leaves out the create event, which the room id
+    already names.
+    """
+    if event_type == CREATE:
+        return []
+    keys = [POWER_LEVELS_KEY, (MEMBER, sender)]
+    if not version.room_id_is_hash:
+        keys.append(CREATE_KEY)
+    if event_type != MEMBER or state_key is None:
+        return keys
+    return list(dict.fromkeys(keys + member_auth_types(version, state_key, content)))
+
+
+def auth_types_of(event: Event) -> list[StateKey]:
+    """auth_types_for_event of an event that exists."""
+    return auth_types_for_event(
+        event.version, event.type, event.sender, event.state_key, event.content
+    )
+
+
+# ── 7.4  The case before the court ───────────────────────────────────────────
+
+
+class AuthCase:
+    """An event, the state it is judged by, and what several rules ask of them."""
+
+    __slots__ = ("_levels", "create", "event", "state", "version")
+
+    def __init__(self, version: RoomVersion, event: Event, state: AuthState) -> None:
+        self.version = version
+        self.event = event
+        self.state = state
+        self._levels: PowerLevels | None = None
+        create = state.get(CREATE_KEY)
+        if create is None:
+            raise AuthError("3.4", "There is no m.room.create event")
+        self.create = create
+
+    @property
+    def levels(self) -> PowerLevels:
+        """The power levels of the room."""
+        if self._levels is None:
+            self._levels = power_levels_of(self.version, self.state)
+        return self._levels
+
+    @property
+    def sender_level(self) -> int:
+        """The sender's power level."""
+        return self.levels.user(self.event.sender)
+
+    @property
+    def target(self) -> str:
+        """The user whom a member event is about; rule 5.1 has seen to it that there is one."""
+        return cast(str, self.event.state_key)
+
+    @property
+    def join_rule(self) -> object:
+        """The join rule of the room; "invite" when no event says otherwise."""
+        event = self.state.get(JOIN_RULES_KEY)
+        return "invite" if event is None else event.content.get("join_rule", "invite")
+
+    def membership(self, user_id: str) -> str | None:
+        """The current membership of a user, None when they never had any."""
+        event = self.state.get((MEMBER, user_id))
+        return None if event is None else event.membership
+
+    def is_own(self) -> bool:
+        """Whether a member event's sender is its target."""
+        return self.event.sender == self.event.state_key
+
+
+# ── 7.5  Rules 1 to 4: the room ──────────────────────────────────────────────
+
+
+def check_create_has_no_room_id(event: Event) -> None:
+    """Rule 1.2: the hash of the create event is the room id, so it cannot contain it."""
+    if "room_id" in event.pdu:
+        raise AuthError("1.2", "A create event has no room_id")
+
+
+def check_additional_creators(content: Json) -> None:
+    """Rule 1.4: further creators are a list of user ids."""
+    creators = content.get("additional_creators", [])
+    if not isinstance(creators, list) or not all(is_sender_id(user) for user in creators):
+        raise AuthError("1.4", "additional_creators is not a list of user ids")
+
+
+def check_create(version: RoomVersion, event: Event) -> None:
+    """Rule 1: the event that makes a room."""
+    if event.prev_events:
+        raise AuthError("1.1", "A create event has no previous events")
+    if version.room_id_is_hash:
+        check_create_has_no_room_id(event)
+    elif server_of(event.room_id) != server_of(event.sender):
+        raise AuthError("v1 1.2", "The room id is of another server than the sender")
+    named = event.content.get("room_version", "1")
+    if not isinstance(named, str) or named not in ROOM_VERSIONS:
+        raise AuthError("1.3", "The room version is not known")
+    if version.creator_in_content and "creator" not in event.content:
+        raise AuthError("v1 1.4", "The create event names no creator")
+    if version.privileged_creators:
+        check_additional_creators(event.content)
+
+
+def check_room_exists(case: AuthCase) -> None:
+    """Rule 2: the room id names an accepted create event; before version 12 see rule 3.4."""
+    if not case.version.room_id_is_hash:
+        return
+    if case.create.event_id[1:] != case.event.room_id[1:] or case.create.rejected:
+        raise AuthError("2", "The room id does not name an accepted create event")
+
+
+def check_auth_entry(event: Event, entry: Event, allowed: list[StateKey], state: AuthState) -> None:
+    """Rules 3.1, 3.2, 3.3 and 3.5 for one entry of auth_events."""
+    if entry.key in state:
+        raise AuthError("3.1", f"auth_events has two entries for {entry.type}")
+    if entry.key not in allowed:
+        raise AuthError("3.2", f"auth_events has an entry {entry.type} that does not belong there")
+    if entry.rejected:
+        raise AuthError("3.3", f"The auth event {entry.event_id} was itself rejected")
+    if entry.room_id != event.room_id:
+        raise AuthError("3.5", f"The auth event {entry.event_id} is of another room")
+
+
+def check_auth_events(
+    event: Event, entries: Iterable[Event], create: Event | None = None
+) -> dict[StateKey, Event]:
+    """Rule 3: the event's auth_events are the right kind; returns the state that they make.
+
+    `entries` are the events that its auth_events name; from version 12 `create` is the one that its
+    room id names. The result is what check_auth wants for "based on the event's auth events".
+    """
+    if event.type == CREATE:
+        return {}
+    allowed = auth_types_of(event)
+    state: dict[StateKey, Event] = {}
+    for entry in entries:
+        check_auth_entry(event, entry, allowed, state)
+        state[entry.key] = entry
+    if event.version.room_id_is_hash and create is not None:
+        state[CREATE_KEY] = create
+    if CREATE_KEY not in state:
+        rule = "2" if event.version.room_id_is_hash else "v1 2.4"
+        raise AuthError(rule, "There is no m.room.create event to stand on")
+    return state
+
+
+def check_federated(case: AuthCase) -> None:
+    """Rule 4: a room that does not federate is for users of the creator's server."""
+    closed = case.create.content.get("m.federate") is False
+    if closed and server_of(case.create.sender) != server_of(case.event.sender):
+        raise AuthError("4", "The room does not federate")
+
+
+def check_aliases(case: AuthCase) -> None:
+    """Rule 4 of versions 1 to 5: a server lists its own aliases and no others'."""
+    if case.event.state_key is None:
+        raise AuthError("v1 4.1", "m.room.aliases has no state_key")
+    if case.event.state_key != server_of(case.event.sender):
+        raise AuthError("v1 4.2", "m.room.aliases is of another server")
+
+
+# ── 7.6  Rule 5: membership ──────────────────────────────────────────────────
+#
+#  new         who            the target is now        else required              rule
+#  ──────────  ─────────────  ───────────────────────  ─────────────────────────  ────────
+#  join        the creator    -                        only m.room.create before  5.3.1
+#  join        oneself        not banned               join rule public           5.3.6
+#  join        oneself        invite, join             join rule invite, knock    5.3.4
+#  join        oneself        invite, join             join rule restricted       5.3.5.1
+#  join        oneself        not banned               someone vouches for it     5.3.5.2
+#  invite      joined         not join, not ban        invite level               5.4.4
+#  invite      who asked      not ban                  signature of the token     5.4.1
+#  leave       oneself        invite, join, knock      -                          5.5.1
+#  leave       joined         ban                      ban level, kick level      5.5.3
+#  leave       joined         anything else            kick level, above target   5.5.4
+#  ban         joined         anything                 ban level, above target    5.6.2
+#  knock       oneself        not ban, invite, join    join rule knock            5.7
+
+
+def is_creator_joining(case: AuthCase) -> bool:
+    """Rule 5.3.1: the first event after the create event lets the creator in."""
+    return (
+        case.event.prev_events == [case.create.event_id]
+        and creator_of(case.version, case.create) == case.event.state_key
+    )
+
+
+def known_join_rules(version: RoomVersion) -> tuple[str, ...]:
+    """The join rules that let the invited in: rules 5.3.4 and 5.3.5."""
+    if version.knock_restricted:
+        return ("invite", "knock", "restricted", "knock_restricted")
+    if version.restricted:
+        return ("invite", "knock", "restricted")
+    return ("invite", "knock") if version.knock else ("invite",)
+
+
+def check_voucher(case: AuthCase) -> None:
+    """Rule 5.3.5.2: a member who may invite stands for a restricted join."""
+    voucher = case.event.content.get("join_authorised_via_users_server")
+    if not isinstance(voucher, str) or case.membership(voucher) != "join":
+        raise AuthError("5.3.5.2", "No member of the room vouches for the join")
+    if case.levels.user(voucher) < case.levels.invite:
+        raise AuthError("5.3.5.2", "Who vouches for the join may not invite")
+
+
+def check_join(case: AuthCase) -> None:
+    """Rules 5.3.1 to 5.3.7: joining is for oneself, and as the join rule says."""
+    if is_creator_joining(case):
+        return
+    if not case.is_own():
+        raise AuthError("5.3.2", "Nobody can join for somebody else")
+    current = case.membership(case.event.sender)
+    if current == "ban":
+        raise AuthError("5.3.3", "You are banned from the room")
+    rule = case.join_rule
+    if rule == "public":
+        return
+    if rule not in known_join_rules(case.version):
+        raise AuthError("5.3.7", "The join rule lets nobody in")
+    if current in ("invite", "join"):
+        return
+    if rule not in ("restricted", "knock_restricted"):
+        raise AuthError("5.3.4", "You are not invited to the room")
+    check_voucher(case)
+
+
+MAX_INVITE_CHECKS = 256  # signatures times keys; one of each is usual, and each check costs 0.1 ms
+
+
+def is_signed_by_any(signed: Json, keys: list[str]) -> bool:
+    """Rule 5.4.1.7: whether any signature in `signed` was made by any of the keys."""
+    raw = signed_bytes(signed)
+    marks = [
+        mark
+        for by_key in object_in(signed, "signatures").values()
+        if isinstance(by_key, dict)
+        for key_id, mark in by_key.items()
+        if key_id.startswith("ed25519:")
+    ]
+    pairs = [(key, mark) for mark in marks[:MAX_INVITE_CHECKS] for key in keys[:MAX_INVITE_CHECKS]]
+    return any(verify_signature(key, mark, raw) for key, mark in pairs[:MAX_INVITE_CHECKS])
+
+
+def invite_keys(invite: Event) -> list[str]:
+    """The public keys that an m.room.third_party_invite event lists, in either of two places."""
+    more = invite.content.get("public_keys")
+    entries = [invite.content, *(more if isinstance(more, list) else [])]
+    keys = [entry.get("public_key") for entry in entries if isinstance(entry, dict)]
+    return [key for key in keys if isinstance(key, str)]
+
+
+def check_third_party_invite(case: AuthCase) -> None:
+    """Rule 5.4.1: an invite of an e-mail address has found its user, and can prove it."""
+    if case.membership(case.target) == "ban":
+        raise AuthError("5.4.1.1", "The user is banned")
+    signed = object_in(case.event.content, "third_party_invite").get("signed")
+    if not isinstance(signed, dict):
+        raise AuthError("5.4.1.2", "third_party_invite has no signed object")
+    if "mxid" not in signed or "token" not in signed:
+        raise AuthError("5.4.1.3", "third_party_invite.signed lacks mxid or token")
+    if signed["mxid"] != case.event.state_key:
+        raise AuthError("5.4.1.4", "third_party_invite is for another user")
+    token = signed["token"]
+    invite = case.state.get((THIRD_PARTY_INVITE, token)) if isinstance(token, str) else None
+    if invite is None:
+        raise AuthError("5.4.1.5", "There is no third-party invite with this token")
+    if invite.sender != case.event.sender:
+        raise AuthError("5.4.1.6", "The third-party invite is somebody else's")
+    if not is_signed_by_any(signed, invite_keys(invite)):
+        raise AuthError("5.4.1.8", "No key of the third-party invite has signed this")
+
+
+def check_invite(case: AuthCase) -> None:
+    """Rule 5.4: a member with the invite level may invite who is neither joined nor banned."""
+    if "third_party_invite" in case.event.content:
+        check_third_party_invite(case)
+        return
+    if case.membership(case.event.sender) != "join":
+        raise AuthError("5.4.2", "You are not in the room")
+    current = case.membership(case.target)
+    if current in ("join", "ban"):
+        raise AuthError("5.4.3", "The user is banned or in the room already")
+    if case.sender_level < case.levels.invite:
+        raise AuthError("5.4.5", "Your power level is too low to invite")
+
+
+def check_own_leave(case: AuthCase) -> None:
+    """Rule 5.5.1: only who is in, invited or (since version 7) knocking can leave."""
+    current = case.membership(case.event.sender)
+    if current not in ("invite", "join") and not (current == "knock" and case.version.knock):
+        raise AuthError("5.5.1", "You are not in the room")
+
+
+def check_leave(case: AuthCase) -> None:
+    """Rule 5.5: leaving, turning an invite down, kicking and unbanning."""
+    if case.is_own():
+        check_own_leave(case)
+        return
+    if case.membership(case.event.sender) != "join":
+        raise AuthError("5.5.2", "You are not in the room")
+    level = case.sender_level
+    if case.membership(case.target) == "ban" and level < case.levels.ban:
+        raise AuthError("5.5.3", "Your power level is too low to unban")
+    if level < case.levels.kick or case.levels.user(case.target) >= level:
+        raise AuthError("5.5.5", "Your power level is too low to remove this user")
+
+
+def check_ban(case: AuthCase) -> None:
+    """Rule 5.6: banning takes the ban level, and standing above the target."""
+    if case.membership(case.event.sender) != "join":
+        raise AuthError("5.6.1", "You are not in the room")
+    level = case.sender_level
+    if level < case.levels.ban or case.levels.user(case.target) >= level:
+        raise AuthError("5.6.3", "Your power level is too low to ban this user")
+
+
+def check_knock(case: AuthCase) -> None:
+    """Rule 5.7: asking to be let in, where the join rule has a door to knock on."""
+    doors = ("knock", "knock_restricted") if case.version.knock_restricted else ("knock",)
+    if case.join_rule not in doors:
+        raise AuthError("5.7.1", "The room cannot be knocked on")
+    if not case.is_own():
+        raise AuthError("5.7.2", "Nobody can knock for somebody else")
+    if case.membership(case.event.sender) in ("ban", "invite", "join"):
+        raise AuthError("5.7.4", "You are banned, invited or in the room already")
+
+
+MEMBERSHIP_RULES: Final[Mapping[str, Callable[[AuthCase], None]]] = {
+    "join": check_join,
+    "invite": check_invite,
+    "leave": check_leave,
+    "ban": check_ban,
+    "knock": check_knock,
+}
+
+
+def check_member(case: AuthCase) -> None:
+    """Rule 5: each membership has its own.
+
+    Trap: rule 5.1 asks for a state_key; that it must be a user id goes without saying, and other
+    servers refuse the event if it is none.
+    """
+    membership = case.event.content.get("membership")
+    if not is_sender_id(case.event.state_key) or not isinstance(membership, str):
+        raise AuthError("5.1", "A member event has a user as its state_key, and a membership")
+    check = MEMBERSHIP_RULES.get(membership)
+    if check is None or (membership == "knock" and not case.version.knock):
+        raise AuthError("5.8", f"The membership {membership[:40]!r} is not known")
+    check(case)
+
+
+# ── 7.7  Rules 6 to 9: everything else ───────────────────────────────────────
+
+
+def check_sender_joined(case: AuthCase) -> None:
+    """Rule 6: only members speak."""
+    if case.membership(case.event.sender) != "join":
+        raise AuthError("6", "You are not in the room")
+
+
+def check_third_party_sender(case: AuthCase) -> None:
+    """Rule 7: inviting an e-mail address takes the invite level, and nothing else."""
+    if case.sender_level < case.levels.invite:
+        raise AuthError("7.1", "Your power level is too low to invite")
+
+
+def check_required_level(case: AuthCase) -> None:
+    """Rule 8: each event type has its required power level."""
+    if case.levels.event(case.event.type, case.event.is_state) > case.sender_level:
+        raise AuthError("8", f"Your power level is too low to send {case.event.type}")
+
+
+def check_user_state_key(case: AuthCase) -> None:
+    """Rule 9: state that bears a user's id belongs to that user."""
+    state_key = case.event.state_key
+    if state_key is not None and state_key.startswith("@") and state_key != case.event.sender:
+        raise AuthError("9", "This state belongs to another user")
+
+
+# ── 7.8  Rule 10: power levels ───────────────────────────────────────────────
+
+
+def is_level_table(version: RoomVersion, table: object) -> bool:
+    """Whether this is an object whose values are levels."""
+    if not isinstance(table, dict):
+        return False
+    return all(level_of(version, value) is not None for value in table.values())
+
+
+def check_level_types(version: RoomVersion, content: Json) -> None:
+    """Rules 10.1 and 10.2: levels are integers, or before version 10 what can pass for one.
+
+    Trap: before version 10 the specification demands this of `users` only. Other servers cannot
+    read the event all the same, and drop it, so it is refused here too.
+    """
+    for name in LEVEL_DEFAULTS:
+        if name in content and level_of(version, content[name]) is None:
+            raise AuthError("10.1", f"The level {name} is not an integer")
+    tables = ("events", "notifications") if version.notification_levels else ("events",)
+    for table in tables:
+        if table in content and not is_level_table(version, content[table]):
+            raise AuthError("10.2", f"{table} is not an object of integers")
+
+
+def check_users_named(case: AuthCase) -> None:
+    """Rules 10.3 and 10.4: `users` has levels of users, and none of a creator from version 12."""
+    users = case.event.content.get("users", {})
+    if not is_level_table(case.version, users) or not all(is_sender_id(user) for user in users):
+        raise AuthError("10.3", "users is not an object of integers by user id")
+    if any(creator in users for creator in creators_of(case.version, case.create)):
+        raise AuthError("10.4", "The power of creators is beyond levels and cannot be set")
+
+
+Change = tuple[int | None, int | None]  # the level before and after; None where there is none
+
+
+def changes(version: RoomVersion, old: Json, new: Json, names: Iterable[str]) -> dict[str, Change]:
+    """The named levels that differ between two objects; "50" and 50 do not."""
+    found = {}
+    for name in names:
+        before, after = level_of(version, old.get(name)), level_of(version, new.get(name))
+        if before != after:
+            found[name] = (before, after)
+    return found
+
+
+def check_level_changes(case: AuthCase, rule: str, found: dict[str, Change]) -> None:
+    """Rules 10.6, 10.7 and 10.8: neither the old nor the new level is above the sender's own."""
+    own = case.sender_level
+    for name, (before, after) in found.items():
+        if (before is not None and before > own) or (after is not None and after > own):
+            raise AuthError(rule, f"Your power level is too low to change the level of {name[:80]}")
+
+
+def check_user_changes(case: AuthCase, old: Json, new: Json) -> None:
+    """Rules 10.9 and 10.10: others are changed from below one's level, and to no more than it."""
+    own = case.sender_level
+    found = changes(case.version, old, new, {**old, **new})
+    for user, (before, after) in found.items():
+        if before is not None and before >= own and user != case.event.sender:
+            raise AuthError("10.9", f"Your power level is too low to change that of {user[:255]}")
+        if after is not None and after > own:
+            raise AuthError("10.10", "You cannot give more power than you have")
+
+
+def check_power_levels(case: AuthCase) -> None:
+    """Rule 10: nobody gives or takes more power than they have."""
+    check_level_types(case.version, case.event.content)
+    check_users_named(case)
+    current = case.state.get(POWER_LEVELS_KEY)
+    if current is None:
+        return  # rule 10.5
+    old, new = current.content, case.event.content
+    check_level_changes(case, "10.6", changes(case.version, old, new, LEVEL_DEFAULTS))
+    tables = ("events", "notifications") if case.version.notification_levels else ("events",)
+    for table in tables:
+        pair = object_in(old, table), object_in(new, table)
+        check_level_changes(case, "10.7", changes(case.version, *pair, {**pair[0], **pair[1]}))
+    check_user_changes(case, object_in(old, "users"), object_in(new, "users"))
+
+
+# ── 7.9  Rule 11 of versions 1 and 2: redactions ─────────────────────────────
+
+
+def check_redaction(case: AuthCase) -> None:
+    """Rule 11 of versions 1 and 2: the redact level, or an event of the same server.
+
+    Later versions accept every redaction and decide when both events are there: may_redact.
+    """
+    if case.sender_level >= case.levels.redact:
+        return
+    target = case.event.redacts
+    if target is None or server_of(target) != server_of(case.event.event_id):
+        raise AuthError("v1 11.3", "Your power level is too low to redact this event")
+
+
+def may_redact(redaction: Event, target: Event, levels: PowerLevels) -> bool:
+    """Whether an accepted redaction takes effect on its target, by the levels at the redaction.
+
+    Spec: rooms/v3 "Handling redactions". Trap: a target in another room is none.
+    """
+    if redaction.room_id != target.room_id or redaction.redacts != target.event_id:
+        return False
+    if redaction.version.redaction_rule:
+        return True
+    if levels.user(redaction.sender) >= levels.redact:
+        return True
+    return server_of(redaction.sender) == server_of(target.sender)
+
+
+# ── 7.10  All rules ──────────────────────────────────────────────────────────
+
+
+def check_other(case: AuthCase) -> None:
+    """Rules 6 to 11, for whatever is neither a membership nor the beginning of the room."""
+    check_sender_joined(case)
+    if case.event.type == THIRD_PARTY_INVITE:
+        check_third_party_sender(case)
+        return
+    check_required_level(case)
+    check_user_state_key(case)
+    if case.event.type == POWER_LEVELS:
+        check_power_levels(case)
+    elif case.event.type == REDACTION and case.version.redaction_rule:
+        check_redaction(case)
+
+
+def check_auth(version: RoomVersion, event: Event, auth_state: AuthState) -> None:
+    """Judge the event by a room state: AuthError when a rule refuses it.
+
+    The state holds at least the events that auth_types_for_event names, as far as they exist, and
+    in all versions the create event. What concerns the event's own list of auth_events is rule 3
+    (check_auth_events); signatures, rule 5.2 among them, are verify_event_signatures' business.
+    """
+    if event.type == CREATE:
+        check_create(version, event)
+        return
+    case = AuthCase(version, event, auth_state)
+    check_room_exists(case)
+    check_federated(case)
+    if event.type == ALIASES and version.aliases_rule:
+        check_aliases(case)
+    elif event.type == MEMBER:
+        check_member(case)
+    else:
+        check_other(case)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  8. STATE RESOLUTION
+#
+#  Where the event graph forks, the branches may hold different states. This
+#  chapter decides, the same way on every server, which events make the state
+#  where they meet again: in three versions, as the algorithm was mended twice.
+#                           spec: rooms/v1, rooms/v2, rooms/v12 "State resolution"
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 8.1  Version 1 ───────────────────────────────────────────────────────────
+
+StateIds = Mapping[StateKey, str]  # a room state: the event id for each (type, state key)
+Lookup = Callable[[str], Event | None]  # the event of an id, None when it is not known
+
+
+def is_allowed(version: RoomVersion, event: Event, state: AuthState) -> bool:
+    """Whether the authorization rules let the event pass."""
+    try:
+        check_auth(version, event, state)
+    except AuthError:
+        return False
+    return True
+
+
+def state_for_auth(event: Event, resolved: StateIds, lookup: Lookup) -> dict[StateKey, Event]:
+    """The part of a state that an event is judged by."""
+    keys = [CREATE_KEY, *auth_types_of(event)]
+    found = {key: lookup(resolved[key]) for key in keys if key in resolved}
+    return {key: known for key, known in found.items() if known is not None}
+
+
+def depth_order(event: Event) -> tuple[int, str]:
+    """Deepest first; among equals by the SHA-1 of the id, which here is no matter of security."""
+    digest = hashlib.sha1(event.event_id.encode("utf-8"), usedforsecurity=False).hexdigest()
+    return -event.depth, digest
+
+
+def separate_v1(
+    state_sets: Sequence[StateIds], lookup: Lookup
+) -> tuple[dict[StateKey, str], dict[StateKey, list[Event]]]:
+    """The state without conflicts, and the known events of each conflict, deepest first."""
+    candidates: dict[StateKey, set[str]] = {}
+    for state in state_sets:
+        for key, event_id in state.items():
+            candidates.setdefault(key, set()).add(event_id)
+    agreed: dict[StateKey, str] = {}
+    conflicted: dict[StateKey, list[Event]] = {}
+    for key, event_ids in candidates.items():
+        if len(event_ids) == 1:
+            agreed[key] = min(event_ids)
+            continue
+        events = [event for event_id in event_ids if (event := lookup(event_id)) is not None]
+        if len(events) == 1:
+            agreed[key] = events[0].event_id
+        elif events:
+            conflicted[key] = sorted(events, key=depth_order)
+    return agreed, conflicted
+
+
+def last_in_succession(
+    version: RoomVersion, events: list[Event], resolved: StateIds, lookup: Lookup
+) -> str:
+    """From the shallowest event on, each may replace the one before, until one must not."""
+    *later, winner = events
+    for event in reversed(later):
+        state = state_for_auth(event, resolved, lookup)
+        state[winner.key] = winner
+        if not is_allowed(version, event, state):
+            break
+        winner = event
+    return winner.event_id
+
+
+def deepest_allowed(
+    version: RoomVersion, events: list[Event], resolved: StateIds, lookup: Lookup
+) -> str:
+    """The deepest event that is allowed; when none is, the shallowest (the spec is silent)."""
+    for event in events:
+        if is_allowed(version, event, state_for_auth(event, resolved, lookup)):
+            return event.event_id
+    return events[-1].event_id
+
+
+def resolve_v1(
+    version: RoomVersion, state_sets: Sequence[StateIds], lookup: Lookup
+) -> dict[StateKey, str]:
+    """The algorithm of room version 1: power levels, join rules, members, then the rest, by depth.
+
+    Spec: rooms/v1 "State resolution". Trap: here a piece of state that some states lack is no
+    conflict. Conflicts of one kind (say, of several members) do not see each other's outcome.
+    """
+    resolved, conflicted = separate_v1(state_sets, lookup)
+    for kind in (POWER_LEVELS, JOIN_RULES, MEMBER):
+        keys = [key for key in conflicted if key[0] == kind]
+        outcome = {
+            key: last_in_succession(version, conflicted.pop(key), resolved, lookup) for key in keys
+        }
+        resolved.update(outcome)
+    outcome = {
+        key: deepest_allowed(version, events, resolved, lookup)
+        for key, events in conflicted.items()
+    }
+    return {**resolved, **outcome}
+
+
+# ── 8.2  Auth chains ─────────────────────────────────────────────────────────
+
+
+class AuthGraph:
+    """The graph of auth events, with the two questions that state resolution asks of it.
+
+    Both turn on the height of an event: one more than that of its highest auth event. Heights fall
+    along every edge, so a search from the top may stop as soon as nothing below it is in doubt.
+    This class computes them by walking the whole chain. Who keeps them (they never change, and
+    unlike `depth` no other server can lie about them) overrides `height` and `parents`.
+    """
+
+    def __init__(self, lookup: Lookup) -> None:
+        self._lookup = lookup
+        self._heights: dict[str, int] = {}
+
+    def parents(self, event_id: str) -> Iterable[str]:
+        """The ids of an event's auth events; none for an event that is not known."""
+        event = self._lookup(event_id)
+        return () if event is None else event.auth_events
+
+    def height(self, event_id: str) -> int:
+        """The length of the longest way down from an event; found without recursion."""
+        heights, open_events, stack = self._heights, set[str](), [event_id]
+        while stack:
+            top = stack[-1]
+            below = () if top in heights else self.parents(top)
+            unknown = [e for e in below if e not in heights and e not in open_events]
+            if unknown:
+                open_events.add(top)  # a cycle, which only versions 1 and 2 can spell, ends here
+                stack += unknown
+                continue
+            if top not in heights:
+                heights[top] = 1 + max((heights.get(e, 0) for e in below), default=0)
+            stack.pop()
+        return heights[event_id]
+
+    def difference(self, state_sets: Sequence[set[str]]) -> set[str]:
+        """The auth difference: events in the full auth chain of some sets but not of all.
+
+        Each event carries a bit for every set that it is reached from, and hands them down. Spec:
+        rooms/v2 "Auth difference". Trap: like everywhere, a set's chain includes its own events.
+        """
+        everywhere = (1 << len(state_sets)) - 1
+        reached: dict[str, int] = {}
+        for number, state in enumerate(state_sets):
+            for event_id in state:
+                reached[event_id] = reached.get(event_id, 0) | 1 << number
+        doubtful = sum(bits != everywhere for bits in reached.values())
+        heap = [(-self.height(event_id), event_id) for event_id in reached] if doubtful else []
+        heapq.heapify(heap)
+        found = set()
+        while doubtful > 0 and heap:
+            event_id = heapq.heappop(heap)[1]
+            bits = reached[event_id]
+            if bits != everywhere:
+                found.add(event_id)
+                doubtful -= 1
+            for parent in self.parents(event_id):
+                before = reached.get(parent, 0)
+                reached[parent] = before | bits
+                if not before:
+                    heapq.heappush(heap, (-self.height(parent), parent))
+                doubtful += (reached[parent] != everywhere) - (0 < before < everywhere)
+        return found
+
+    def subgraph(self, conflicted: set[str]) -> set[str]:
+        """The conflicted state subgraph: all events on auth paths between conflicted events.
+
+        Spec: rooms/v12 "Conflicted state subgraph".
+        """
+        floor = min(map(self.height, conflicted), default=0)
+        below, stack = set(conflicted), list(conflicted)
+        while stack:
+            for parent in self.parents(stack.pop()):
+                if parent not in below and self.height(parent) >= floor:
+                    below.add(parent)
+                    stack.append(parent)
+        between = set(conflicted)
+        for event_id in sorted(below, key=self.height):
+            if not between.isdisjoint(self.parents(event_id)):
+                between.add(event_id)
+        return between
+
+
+# ── 8.3  Iterative auth checks ───────────────────────────────────────────────
+
+
+class Replay:
+    """A room state that grows as events are applied to it: the iterative auth checks."""
+
+    def __init__(self, version: RoomVersion, start: StateIds, lookup: Lookup) -> None:
+        self.version = version
+        self.start = start
+        self.lookup = lookup
+        self.applied: dict[StateKey, str] = {}
+        self._levels: dict[tuple[str, str], PowerLevels] = {}
+
+    def event(self, key: StateKey) -> Event | None:
+        """The event that the state has at a key now."""
+        event_id = self.applied.get(key) or self.start.get(key)
+        return None if event_id is None else self.lookup(event_id)
+
+    def apply(self, event: Event) -> None:
+        """Let the event into the state if the rules allow it; otherwise ignore it.
+
+        Spec: rooms/v2 "Iterative auth checks". What the state lacks comes from the event's own
+        auth_events, unless rejected.
+        """
+        state = self.own_auth_state(event)
+        for key in auth_types_of(event):
+            current = self.event(key)
+            if current is not None:
+                state[key] = current
+        if is_allowed(self.version, event, state):
+            self.applied[event.key] = event.event_id
+
+    def own_auth_state(self, event: Event) -> dict[StateKey, Event]:
+        """The state that the event's auth_events make, and from version 12 the room id."""
+        found = [self.lookup(event_id) for event_id in event.auth_events]
+        if self.version.room_id_is_hash:
+            found.append(self.lookup("$" + event.room_id[1:]))
+        return {entry.key: entry for entry in found if entry is not None and not entry.rejected}
+
+    def sender_level(self, event: Event) -> int:
+        """The power level of the event's sender by the event's own auth_events."""
+        own = self.own_auth_state(event)
+        create, levels = own.get(CREATE_KEY), own.get(POWER_LEVELS_KEY)
+        cache_key = (create.event_id if create else "", levels.event_id if levels else "")
+        if cache_key not in self._levels:
+            self._levels[cache_key] = power_levels_of(self.version, own)
+        return self._levels[cache_key].user(event.sender)
+
+    def power_levels_before(self, event: Event) -> Event | None:
+        """The power levels event among the event's auth_events."""
+        for event_id in event.auth_events:
+            entry = self.lookup(event_id)
+            if entry is not None and entry.key == POWER_LEVELS_KEY:
+                return entry
+        return None
+
+
+# ── 8.4  Reverse topological power ordering ──────────────────────────────────
+
+POWER_KEYS = frozenset({POWER_LEVELS_KEY, JOIN_RULES_KEY, CREATE_KEY})
+
+
+def is_power_event(event: Event) -> bool:
+    """Whether the event might take away somebody's ability to do something.
+
+    Spec: rooms/v2 "Power events". Trap: only with the empty state key; and the create event counts,
+    as on all other servers.
+    """
+    if event.membership in ("leave", "ban"):
+        return event.sender != event.state_key
+    return event.key in POWER_KEYS
+
+
+def power_events_with_chains(events: Mapping[str, Event]) -> dict[str, Event]:
+    """Step 1: the power events, and what of their auth chains is in the full conflicted set.
+
+    Trap: the chain is followed through that set only, as on all other servers.
+    """
+    found = {event_id: event for event_id, event in events.items() if is_power_event(event)}
+    stack = list(found.values())
+    while stack:
+        for event_id in stack.pop().auth_events:
+            if event_id in events and event_id not in found:
+                found[event_id] = events[event_id]
+                stack.append(events[event_id])
+    return found
+
+
+def power_order(events: Mapping[str, Event], replay: Replay) -> Iterator[Event]:
+    """Auth events before what they authorise; else by power, then time, then id (Kahn's algorithm).
+
+    Spec: rooms/v2 "Reverse topological power ordering".
+    """
+    waiting_for: dict[str, int] = {}  # event → how many of its auth events are still to come
+    unblocks: dict[str, list[str]] = {}
+    for event_id, event in events.items():
+        needed = {entry for entry in event.auth_events if entry in events}
+        waiting_for[event_id] = len(needed)
+        for entry in needed:
+            unblocks.setdefault(entry, []).append(event_id)
+    rank = {
+        event_id: (-replay.sender_level(event), event.origin_server_ts, event_id)
+        for event_id, event in events.items()
+    }
+    ready = [rank[event_id] for event_id, count in waiting_for.items() if count == 0]
+    heapq.heapify(ready)
+    while ready:
+        event_id = heapq.heappop(ready)[2]
+        yield events[event_id]
+        for later in unblocks.get(event_id, ()):
+            waiting_for[later] -= 1
+            if waiting_for[later] == 0:
+                heapq.heappush(ready, rank[later])
+
+
+# ── 8.5  Mainline ordering ───────────────────────────────────────────────────
+
+BEYOND_MAINLINE: Final = 2**62  # the position of an event that stands on no mainline event
+
+
+def mainline_positions(replay: Replay) -> dict[str, int]:
+    """The position of each event of the mainline of the current power levels."""
+    positions: dict[str, int] = {}
+    event = replay.event(POWER_LEVELS_KEY)
+    while event is not None and event.event_id not in positions:
+        positions[event.event_id] = len(positions)
+        event = replay.power_levels_before(event)
+    return positions
+
+
+def mainline_position(event: Event, positions: dict[str, int], replay: Replay) -> int:
+    """The position of the nearest mainline event that an event stands on.
+
+    What is found is noted for each event passed on the way: long side lines are walked once.
+    """
+    passed: set[str] = set()
+    step: Event | None = event
+    while step is not None and step.event_id not in positions and step.event_id not in passed:
+        passed.add(step.event_id)
+        step = replay.power_levels_before(step)
+    found = BEYOND_MAINLINE if step is None else positions.get(step.event_id, BEYOND_MAINLINE)
+    positions.update(dict.fromkeys(passed, found))
+    return found
+
+
+def mainline_order(events: list[Event], replay: Replay) -> list[Event]:
+    """By how late in the line of power levels events an event stands, then time, then id.
+
+    Spec: rooms/v2 "Mainline ordering". Positions count from the newest: a larger one comes first.
+    """
+    if not events:
+        return []
+    positions = mainline_positions(replay)
+    depth = {event.event_id: mainline_position(event, positions, replay) for event in events}
+    return sorted(
+        events, key=lambda event: (-depth[event.event_id], event.origin_server_ts, event.event_id)
+    )
+
+
+# ── 8.6  Versions 2 and 2.1 ──────────────────────────────────────────────────
+
+
+def separate_v2(state_sets: Sequence[StateIds]) -> tuple[dict[StateKey, str], set[str]]:
+    """The unconflicted state map, and the conflicted state set.
+
+    Trap: here a piece of state that some states lack is a conflict.
+    """
+    first, *others = state_sets
+    agreed = {
+        key: event_id
+        for key, event_id in first.items()
+        if all(state.get(key) == event_id for state in others)
+    }
+    conflicted = {
+        event_id for state in state_sets for key, event_id in state.items() if key not in agreed
+    }
+    return agreed, conflicted
+
+
+def resolve_v2(
+    version: RoomVersion, state_sets: Sequence[StateIds], lookup: Lookup, graph: AuthGraph
+) -> dict[StateKey, str]:
+    """The algorithm of room versions 2 to 11, and with version 2.1 of room version 12.
+
+    Spec: rooms/v2 and rooms/v12 "State resolution". 2.1 starts from the empty state instead of the
+    unconflicted one, and also replays what lies between conflicted events.
+    """
+    agreed, conflicted = separate_v2(state_sets)
+    if not conflicted:
+        return agreed
+    full = conflicted | graph.difference([set(state.values()) for state in state_sets])
+    is_v2_1 = version.resolution == "v2.1"
+    if is_v2_1:
+        full |= graph.subgraph(conflicted)
+    known = {event_id: lookup(event_id) for event_id in full}
+    events = {key: event for key, event in known.items() if event is not None and event.is_state}
+    replay = Replay(version, {} if is_v2_1 else agreed, lookup)
+    first = power_events_with_chains(events)
+    for event in power_order(first, replay):
+        replay.apply(event)
+    rest = [event for event in events.values() if event.event_id not in first]
+    for event in mainline_order(rest, replay):
+        replay.apply(event)
+    return {**replay.applied, **agreed}
+
+
+# ── 8.7  The resolution of a set of states ───────────────────────────────────
+
+
+def resolve_state(
+    version: RoomVersion,
+    state_sets: Sequence[StateIds],
+    lookup: Lookup,
+    graph: AuthGraph | None = None,
+) -> dict[StateKey, str]:
+    """The one state that several states resolve to, whatever their order.
+
+    `graph` may know shorter ways through the auth events than looking at every one of them.
+    """
+    if len(state_sets) < 2:
+        return dict(state_sets[0]) if state_sets else {}
+    if version.resolution == "v1":
+        return resolve_v1(version, state_sets, lookup)
+    return resolve_v2(version, state_sets, lookup, graph or AuthGraph(lookup))
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  9. THE ROOM STORE
+#
+#  Events once, as the bytes that were signed; state as groups that differ from
+#  an earlier group by a few pairs; memberships as a table of what is now. Here
+#  is the one path by which an event enters a room, and the one check that says
+#  who may see it.     spec: SS-API "Rooms", CS-API "Room history visibility"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE rooms (
+    room_nid INTEGER PRIMARY KEY,
+    room_id TEXT NOT NULL UNIQUE,
+    version TEXT NOT NULL,
+    state_group INTEGER NOT NULL,   -- the state now
+    last_pos INTEGER NOT NULL,      -- position of the newest timeline event
+    extremities TEXT NOT NULL       -- event nids without a successor, as a JSON list
+);
+CREATE TABLE state_keys (
+    state_nid INTEGER PRIMARY KEY,
+    type TEXT NOT NULL,
+    state_key TEXT NOT NULL,
+    UNIQUE (type, state_key)
+);
+CREATE TABLE events (
+    nid INTEGER PRIMARY KEY,        -- from the stream's counter
+    event_id TEXT NOT NULL UNIQUE,
+    room_nid INTEGER NOT NULL,
+    pos INTEGER,                    -- place in the timeline; NULL for what is outside of it
+    state_nid INTEGER,              -- NULL for what is no state event
+    state_group INTEGER,            -- the state after the event
+    replaces INTEGER,               -- the state event that was in its place before
+    redacted_by INTEGER,            -- the redaction that took its content away
+    rejected TEXT,                  -- the rule that refused it
+    soft_failed INTEGER NOT NULL DEFAULT 0,
+    txn_device INTEGER,             -- which device sent it, and under what transaction id
+    txn_id TEXT,
+    pdu BLOB NOT NULL               -- canonical JSON
+);
+CREATE UNIQUE INDEX events_timeline ON events (room_nid, pos) WHERE pos IS NOT NULL;
+CREATE INDEX events_state ON events (room_nid, state_nid, pos) WHERE state_nid IS NOT NULL;
+CREATE TABLE state_groups (
+    state_group INTEGER PRIMARY KEY,
+    room_nid INTEGER NOT NULL,
+    height INTEGER NOT NULL,        -- steps since the empty state
+    base INTEGER,                   -- the group that the delta starts from
+    delta BLOB NOT NULL             -- sorted state nids, then their event nids, 8 bytes each
+);
+CREATE TABLE memberships (
+    user_nid INTEGER NOT NULL,
+    room_nid INTEGER NOT NULL,
+    membership TEXT NOT NULL,
+    event_nid INTEGER NOT NULL,
+    join_pos INTEGER NOT NULL,      -- where the present join began
+    forgotten INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (user_nid, room_nid)
+) WITHOUT ROWID;
+CREATE INDEX memberships_room ON memberships (room_nid, membership);
+CREATE TABLE relations (
+    parent_id TEXT NOT NULL,
+    nid INTEGER NOT NULL,
+    rel_type TEXT NOT NULL,
+    room_nid INTEGER NOT NULL,
+    PRIMARY KEY (parent_id, nid)
+) WITHOUT ROWID;
+CREATE TABLE pending_redactions (
+    event_id TEXT NOT NULL,         -- not seen yet
+    redaction INTEGER NOT NULL,
+    PRIMARY KEY (event_id, redaction)
+) WITHOUT ROWID;
+""")
+
+invariant(
+    "events of rooms that are not there",
+    """
+    SELECT nid
+    FROM events
+    WHERE room_nid NOT IN (SELECT room_nid FROM rooms)
+    """,
+)
+invariant(
+    "events with state groups that are not there",
+    """
+    SELECT nid
+    FROM events
+    WHERE state_group NOT IN (SELECT state_group FROM state_groups)
+    """,
+)
+invariant(
+    "state groups on a base that is not there",
+    """
+    SELECT state_group
+    FROM state_groups
+    WHERE base NOT IN (SELECT state_group FROM state_groups)
+    """,
+)
+invariant(
+    "memberships from events that are not there",
+    """
+    SELECT event_nid
+    FROM memberships
+    WHERE event_nid NOT IN (SELECT nid FROM events)
+    """,
+)
+invariant(
+    "rooms whose last position is not that of their newest event",
+    """
+    SELECT room_id
+    FROM rooms
+    WHERE last_pos != (SELECT MAX(pos) FROM events WHERE events.room_nid = rooms.room_nid)
+    """,
+)
+
+EVENT_OVERHEAD_BYTES = 2500  # what a parsed event weighs beside its text, in CPython
+STATE_ENTRY_BYTES = 120
+
+# ── 9.1  State groups ────────────────────────────────────────────────────────
+#
+# A group at height n stores its difference to the group at height n & (n - 1), that
+# is n without its lowest set bit. So a group is read in at most log2(n) rows, and each
+# change is written log2(n) / 2 times on average: no snapshot of 10,000 entries, ever.
+#
+#     height   1   2   3   4   5   6   7   8
+#     base     0   0   2   0   4   4   6   0
+
+
+class StateGroup(NamedTuple):
+    """A row of state_groups; the delta is unpacked into keys and values, both sorted by key."""
+
+    height: int
+    base: int | None
+    keys: array.array[int]
+    values: array.array[int]
+
+
+def pack_delta(delta: Mapping[StateNid, EventNid]) -> bytes:
+    """Sorted keys and then their values, as little-endian 64-bit integers; value 0 is 'gone'."""
+    keys = sorted(delta)
+    packed = array.array("q", keys)
+    packed.extend(delta[key] for key in keys)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_delta(raw: bytes) -> tuple[array.array[int], array.array[int]]:
+    """Turn the bytes of pack_delta back into keys and values."""
+    packed = array.array("q")
+    packed.frombytes(raw)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    half = len(packed) // 2
+    return packed[:half], packed[half:]
+
+
+class StateGroups:
+    """Reads and makes state groups; a state is a dict from state nid to event nid."""
+
+    def __init__(self, database: Database, stream: Stream, cache_bytes: int) -> None:
+        self.database = database
+        self.stream = stream
+        self._cache: LruCache[int, StateGroup] = LruCache(cache_bytes)
+        database.on_reset(self._cache.clear)
+
+    def row(self, group: int) -> StateGroup:
+        """One row, from memory or from the database."""
+        found = self._cache.get(group)
+        if found is None:
+            height, base, delta = self.database.one(
+                """
+                SELECT height, base, delta
+                FROM state_groups
+                WHERE state_group = ?
+                """,
+                (group,),
+            )
+            found = StateGroup(height, base, *unpack_delta(delta))
+            self._cache.put(group, found, 300 + 16 * len(found.keys))
+        return found
+
+    def chain(self, group: int | None) -> Iterator[tuple[int, StateGroup]]:
+        """The group and the bases under it, newest first."""
+        while group is not None:
+            found = self.row(group)
+            yield group, found
+            group = found.base
+
+    def read(self, group: int) -> dict[StateNid, EventNid]:
+        """The whole state of a group."""
+        state: dict[StateNid, EventNid] = {}
+        for _, row in reversed(list(self.chain(group))):
+            state.update(zip(row.keys, row.values, strict=True))  # type: ignore[arg-type]  # NewTypes
+        return {key: value for key, value in state.items() if value}
+
+    def lookup(self, group: int, key: StateNid) -> EventNid | None:
+        """One entry of the state, without reading the whole."""
+        for _, row in self.chain(group):
+            at = bisect.bisect_left(row.keys, key)
+            if at < len(row.keys) and row.keys[at] == key:
+                return EventNid(row.values[at]) if row.values[at] else None
+        return None
+
+    def extend(self, room_nid: int, parent: int | None, changes: dict[StateNid, EventNid]) -> int:
+        """A new group: the parent's state with some entries changed (0: gone)."""
+        height = self.row(parent).height + 1 if parent is not None else 0
+        base_height = height & (height - 1)
+        delta = dict(changes)
+        base = parent
+        for group, row in self.chain(parent):
+            base = group
+            if row.height <= base_height:
+                break
+            for key, value in zip(row.keys, row.values, strict=True):
+                delta.setdefault(StateNid(key), EventNid(value))
+        new = self.stream.advance()
+        with self.database.write():
+            self.database.execute(
+                """
+                INSERT INTO state_groups (state_group, room_nid, height, base, delta)
+                VALUES (?, ?, ?, ?, ?)
+                """,
+                (new, room_nid, height, base, pack_delta(delta)),
+            )
+        return new
+
+    def difference(self, old: int, new: int) -> dict[StateNid, EventNid]:
+        """The entries of `new` that `old` lacks or has otherwise; reads what differs, not all."""
+        if old == new:
+            return {}
+        old_chain = dict(self.chain(old))
+        touched: set[int] = set()
+        common: int | None = None
+        for group, row in self.chain(new):
+            if group in old_chain:
+                common = group
+                break
+            touched.update(row.keys)
+        for group, row in old_chain.items():
+            if group == common:
+                break
+            touched.update(row.keys)
+        return self._changed(old, new, touched)
+
+    def _changed(self, old: int, new: int, touched: set[int]) -> dict[StateNid, EventNid]:
+        if len(touched) > 200:  # reading both as a whole is cheaper than so many searches
+            before, after = self.read(old), self.read(new)
+            return {key: value for key, value in after.items() if before.get(key) != value}
+        changed = {}
+        for key in map(StateNid, touched):
+            value = self.lookup(new, key)
+            if value is not None and value != self.lookup(old, key):
+                changed[key] = value
+        return changed
+
+
+# ── 9.2  A room in memory ────────────────────────────────────────────────────
+
+
+class Member(NamedTuple):
+    """A row of memberships, for one user."""
+
+    membership: str
+    event_nid: EventNid
+    join_pos: int
+    forgotten: bool
+
+
+class Room:
+    """What is asked for all the time of a room that is in use; the truth is in the tables."""
+
+    def __init__(self, store: Rooms, nid: RoomNid, room_id: str, version: RoomVersion) -> None:
+        self.store = store
+        self.nid = nid
+        self.room_id = room_id
+        self.version = version
+        self.state: dict[StateKey, EventNid] = {}
+        self.group: int | None = None
+        self.last_pos = 0
+        self.extremities: list[EventNid] = []
+        self.members_by_nid: dict[UserNid, str] = {}
+        self.counts: Counter[str] = Counter()
+        self.local_joined: set[UserNid] = set()
+        self.typing: dict[UserNid, int] = {}
+        self.power: tuple[object, PowerLevels] | None = None
+
+    def state_event(self, event_type: str, state_key: str = "") -> Event | None:
+        """The current state event of that type and key."""
+        nid = self.state.get((event_type, state_key))
+        return None if nid is None else self.store.event_by_nid(nid)
+
+    def content(self, event_type: str, state_key: str = "") -> Json:
+        """The content of a current state event; empty when there is none."""
+        event = self.state_event(event_type, state_key)
+        return {} if event is None else event.content
+
+    def setting(self, event_type: str, key: str, default: str) -> str:
+        """A text in the content of a current state event, such as the join rule."""
+        value = self.content(event_type).get(key)
+        return value if isinstance(value, str) else default
+
+    @property
+    def join_rule(self) -> str:
+        """The current join rule; rooms without one are invite only."""
+        return self.setting("m.room.join_rules", "join_rule", "invite")
+
+    @property
+    def history_visibility(self) -> str:
+        """The current history visibility."""
+        return history_visibility_of(self.state_event("m.room.history_visibility"))
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether encryption was ever switched on."""
+        return ("m.room.encryption", "") in self.state
+
+    def membership_of(self, user_nid: UserNid) -> str | None:
+        """The membership of a user known by integer."""
+        return self.members_by_nid.get(user_nid)
+
+    def membership(self, user_id: str) -> str | None:
+        """The membership of a user, None for one who never had any."""
+        nid = self.store.database.find_user_nid(user_id)
+        return None if nid is None else self.members_by_nid.get(nid)
+
+    def members(self, membership: str = "join") -> list[str]:
+        """The ids of all users with that membership."""
+        name = self.store.database.user_id
+        return [name(nid) for nid, value in self.members_by_nid.items() if value == membership]
+
+    @property
+    def joined_count(self) -> int:
+        """How many users are joined."""
+        return self.counts["join"]
+
+    @property
+    def invited_count(self) -> int:
+        """How many users are invited."""
+        return self.counts["invite"]
+
+    def power_levels(self) -> PowerLevels:
+        """The power levels now, kept until the events that they come from change."""
+        keys = (POWER_LEVELS_KEY, CREATE_KEY)
+        source = tuple(self.state.get(key) for key in keys)
+        if self.power is None or self.power[0] != source:
+            events = {key: event for key in keys if (event := self.state_event(*key)) is not None}
+            self.power = (source, power_levels_of(self.version, events))
+        return self.power[1]
+
+    def weight(self) -> int:
+        """About how many bytes the room takes."""
+        return 2000 + STATE_ENTRY_BYTES * (len(self.state) + len(self.members_by_nid))
+
+
+HISTORY_VISIBILITIES = ("world_readable", "shared", "invited", "joined")
+
+
+def history_visibility_of(event: Event | None) -> str:
+    """The setting in a history visibility event; "shared" when there is none or it is unknown."""
+    value = None if event is None else event.content.get("history_visibility")
+    return value if value in HISTORY_VISIBILITIES else "shared"
+
+
+# ── 9.3  The store ───────────────────────────────────────────────────────────
+
+EVENT_COLUMNS = """nid, event_id, room_nid, pos, state_group, replaces, redacted_by,
+    rejected, soft_failed, txn_device, txn_id, pdu"""
+
+RoomListener = Callable[["Room", Event], None]
+MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
+
+
+class Rooms:
+    """All rooms: look them up, put events into them, read events out of them."""
+
+    def __init__(
+        self,
+        database: Database,
+        stream: Stream,
+        server_name: str,
+        signing_key: SigningKey,
+        cache_bytes: int,
+        cached_events: int,
+    ) -> None:
+        self.database = database
+        self.stream = stream
+        self.server_name = server_name
+        self.signing_key = signing_key
+        self.groups = StateGroups(database, stream, cache_bytes // 8)
+        self._suffix = ":" + server_name
+        self._rooms: LruCache[RoomNid, Room] = LruCache(cache_bytes // 4)
+        self._room_nids: LruCache[str, RoomNid] = LruCache(10_000)
+        self._events: LruCache[EventNid, Event] = LruCache(
+            min(cache_bytes // 2, cached_events * EVENT_OVERHEAD_BYTES)
+        )
+        self._state_nids: LruCache[StateKey, StateNid] = LruCache(20_000)
+        self._state_keys: LruCache[StateNid, StateKey] = LruCache(20_000)
+        self._memberships: LruCache[UserNid, dict[RoomNid, Member]] = LruCache(100_000)
+        self._listeners: list[RoomListener] = []
+        self._membership_listeners: list[MembershipListener] = []
+        database.on_reset(self.clear_caches)
+
+    def clear_caches(self) -> None:
+        """Forget everything that can be read again."""
+        for cache in self.caches().values():
+            cache.clear()
+
+    def caches(self) -> dict[str, LruCache[Any, Any]]:
+        """The caches by name, for the admin room."""
+        return {
+            "rooms": self._rooms,
+            "room ids": self._room_nids,
+            "events": self._events,
+            "state keys": self._state_nids,
+            "state key ids": self._state_keys,
+            "memberships": self._memberships,
+            "state groups": self.groups._cache,  # noqa: SLF001  # a part of this store
+        }
+
+    def subscribe(self, listener: RoomListener) -> None:
+        """Call back for each new timeline event, inside the transaction that stores it."""
+        self._listeners.append(listener)
+
+    def subscribe_membership(self, listener: MembershipListener) -> None:
+        """Call back with room, user, old and new membership, inside the transaction."""
+        self._membership_listeners.append(listener)
+
+    # Looking rooms up
+
+    def find(self, room_id: str) -> Room | None:
+        """The room with that id, or None."""
+        nid = self._room_nids.get(room_id)
+        if nid is None:
+            nid = self.database.value("SELECT room_nid FROM rooms WHERE room_id = ?", (room_id,))
+            if nid is None:
+                return None
+            self._room_nids.put(room_id, nid)
+        return self.by_nid(nid)
+
+    def get(self, room_id: str) -> Room:
+        """The room with that id, or 404."""
+        room = self.find(room_id)
+        if room is None:
+            raise not_found("There is no such room")
+        return room
+
+    def by_nid(self, nid: RoomNid) -> Room:
+        """A room that is known to exist."""
+        room = self._rooms.get(nid)
+        if room is None:
+            room = self._load(nid)
+            self._rooms.put(nid, room, room.weight())
+        return room
+
+    def _load(self, nid: RoomNid) -> Room:
+        room_id, version, group, last_pos, extremities = self.database.one(
+            """
+            SELECT room_id, version, state_group, last_pos, extremities
+            FROM rooms
+            WHERE room_nid = ?
+            """,
+            (nid,),
+        )
+        room = Room(self, nid, room_id, ROOM_VERSIONS[version])
+        room.group = group
+        room.last_pos = last_pos
+        room.extremities = json.loads(extremities)
+        room.state = self.named_state(self.groups.read(group))
+        rows = self.database.all(
+            """
+            SELECT user_nid, membership
+            FROM memberships
+            WHERE room_nid = ?
+            """,
+            (nid,),
+        )
+        room.members_by_nid = {user_nid: sys.intern(membership) for user_nid, membership in rows}
+        room.counts.update(room.members_by_nid.values())
+        for user_nid, membership in rows:
+            if membership == "join" and self.is_local(user_nid):
+                room.local_joined.add(user_nid)
+        return room
+
+    def is_local(self, user_nid: UserNid) -> bool:
+        """Whether the user's account is on this server."""
+        return self.database.user_id(user_nid).endswith(self._suffix)
+
+    # State keys as integers
+
+    def state_nid(self, key: StateKey) -> StateNid:
+        """The integer of (type, state_key), made if new."""
+        nid = self.find_state_nid(key)
+        if nid is None:
+            with self.database.write():
+                cursor = self.database.execute(
+                    "INSERT INTO state_keys (type, state_key) VALUES (?, ?)", key
+                )
+            nid = StateNid(cast(int, cursor.lastrowid))
+        return nid
+
+    def find_state_nid(self, key: StateKey) -> StateNid | None:
+        """The integer of (type, state_key), or None if no room ever had it."""
+        nid = self._state_nids.get(key)
+        if nid is None:
+            nid = self.database.value(
+                """
+                SELECT state_nid
+                FROM state_keys
+                WHERE type = ?
+                  AND state_key = ?
+                """,
+                key,
+            )
+            if nid is not None:
+                self._state_nids.put(key, nid)
+        return nid
+
+    def state_key(self, nid: StateNid) -> StateKey:
+        """The (type, state_key) of an integer."""
+        key = self._state_keys.get(nid)
+        if key is None:
+            row = self.database.one(
+                """
+                SELECT type, state_key
+                FROM state_keys
+                WHERE state_nid = ?
+                """,
+                (nid,),
+            )
+            key = (sys.intern(row[0]), sys.intern(row[1]))
+            self._state_keys.put(nid, key)
+        return key
+
+    def named_state(self, state: Mapping[StateNid, EventNid]) -> dict[StateKey, EventNid]:
+        """A state with its keys as (type, state_key)."""
+        return {self.state_key(key): nid for key, nid in state.items()}
+
+    # Reading events
+
+    def event_by_nid(self, nid: EventNid) -> Event | None:
+        """The event with that integer, or None."""
+        event = self._events.get(nid)
+        if event is None:
+            row = self.database.one(
+                f"SELECT {EVENT_COLUMNS} FROM events WHERE nid = ?",  # noqa: S608  # a constant
+                (nid,),
+            )
+            event = None if row is None else self._event_from(row)
+        return event
+
+    def event(self, event_id: str) -> Event | None:
+        """The event with that id, whatever its fate, or None."""
+        nid = self.database.value("SELECT nid FROM events WHERE event_id = ?", (event_id,))
+        return None if nid is None else self.event_by_nid(nid)
+
+    def events_by_nids(self, nids: Iterable[EventNid]) -> list[Event]:
+        """Many events in the order asked for, read in one go; the ones not there are left out."""
+        wanted = list(nids)
+        missing = [nid for nid in wanted if self._events.get(nid) is None]
+        found: dict[EventNid, Event] = {}
+        if missing:
+            rows = self.database.all(
+                f"SELECT {EVENT_COLUMNS} FROM json_each(?) JOIN events ON nid = value",  # noqa: S608  # a constant
+                (json.dumps(missing),),
+            )
+            found = {row[0]: self._event_from(row) for row in rows}
+        events = (found.get(nid) or self.event_by_nid(nid) for nid in wanted)
+        return [event for event in events if event is not None]
+
+    def _event_from(self, row: Any) -> Event:
+        room_nid = row[2]
+        version = ROOM_VERSIONS[self._version_of(room_nid)]
+        event = Event(version, json.loads(row[11]), row[1])
+        event.nid, _, event.room_nid, event.pos, event.state_group = row[:5]
+        event.replaces, event.redacted_by, event.rejected = row[5:8]
+        event.soft_failed = bool(row[8])
+        event.txn_device, event.txn_id = row[9:11]
+        self._events.put(event.nid, event, EVENT_OVERHEAD_BYTES + 2 * len(row[11]))
+        return event
+
+    def _version_of(self, room_nid: RoomNid) -> str:
+        room = self._rooms.get(room_nid)
+        if room is not None:
+            return room.version.id
+        return cast(
+            str, self.database.value("SELECT version FROM rooms WHERE room_nid = ?", (room_nid,))
+        )
+
+    def events_between(
+        self, room: Room, after: int, upto: int, limit: int, *, newest: bool = True
+    ) -> list[Event]:
+        """Timeline events with after < pos <= upto in timeline order: the newest, or the oldest."""
+        rows = self.database.all(
+            TIMELINE_NEWEST if newest else TIMELINE_OLDEST, (room.nid, after, upto, limit)
+        )
+        nids = [row[0] for row in rows]
+        return self.events_by_nids(reversed(nids) if newest else nids)
+
+    # State in the past
+
+    def state_after(self, event: Event) -> dict[StateKey, EventNid]:
+        """The room's state just after an event."""
+        return self.named_state(self.groups.read(cast(int, event.state_group)))
+
+    def entry_before(self, event: Event, key: StateKey) -> Event | None:
+        """One entry of the room's state just before an event."""
+        if event.is_state and event.key == key and not event.rejected and not event.soft_failed:
+            return None if event.replaces is None else self.event_by_nid(event.replaces)
+        return self.entry_after(event, key)
+
+    def entry_after(self, event: Event, key: StateKey) -> Event | None:
+        """One entry of the room's state just after an event."""
+        nid = self.find_state_nid(key)
+        if nid is None or event.state_group is None:
+            return None
+        event_nid = self.groups.lookup(event.state_group, nid)
+        return None if event_nid is None else self.event_by_nid(event_nid)
+
+    def event_at(self, room: Room, position: int) -> Event | None:
+        """The newest timeline event at or before a position."""
+        events = self.events_between(room, MIN_POSITION, position, 1)
+        return events[0] if events else None
+
+    # Members
+
+    def memberships(self, user_nid: UserNid) -> dict[RoomNid, Member]:
+        """All rooms that the user has or had a membership in, the forgotten ones too."""
+        found = self._memberships.get(user_nid)
+        if found is None:
+            rows = self.database.all(
+                """
+                SELECT room_nid, membership, event_nid, join_pos, forgotten
+                FROM memberships
+                WHERE user_nid = ?
+                """,
+                (user_nid,),
+            )
+            found = {
+                room_nid: Member(sys.intern(membership), event_nid, join_pos, bool(forgotten))
+                for room_nid, membership, event_nid, join_pos, forgotten in rows
+            }
+            self._memberships.put(user_nid, found, 1 + len(found))
+        return found
+
+    def joined_rooms(self, user_nid: UserNid) -> list[RoomNid]:
+        """The rooms that the user is in now."""
+        rooms = self.memberships(user_nid).items()
+        return [room_nid for room_nid, member in rooms if member.membership == "join"]
+
+    def share_room(self, one: UserNid, other: UserNid) -> bool:
+        """Whether two users are in a room together."""
+        mine, theirs = self.memberships(one), self.memberships(other)
+        return any(
+            member.membership == "join"
+            and (with_them := theirs.get(nid)) is not None
+            and with_them.membership == "join"
+            for nid, member in mine.items()
+        )
+
+    def users_sharing(self, user_nid: UserNid) -> set[UserNid]:
+        """Everyone who is in a room with the user, themselves not included."""
+        rows = self.database.all(
+            """
+            SELECT DISTINCT theirs.user_nid
+            FROM memberships AS mine
+            JOIN memberships AS theirs
+              ON theirs.room_nid = mine.room_nid
+             AND theirs.membership = 'join'
+            WHERE mine.user_nid = ?
+              AND mine.membership = 'join'
+            """,
+            (user_nid,),
+        )
+        return {row[0] for row in rows} - {user_nid}
+
+    def forget(self, user_nid: UserNid, room: Room) -> None:
+        """Mark a room that the user has left as forgotten."""
+        with self.database.write():
+            self.database.execute(
+                """
+                UPDATE memberships
+                SET forgotten = 1
+                WHERE user_nid = ?
+                  AND room_nid = ?
+                """,
+                (user_nid, room.nid),
+            )
+            self._memberships.pop(user_nid)
+
+    # Putting events in
+
+    def create(self, version_id: str, creator: str, content: Json, timestamp: int | None = None) -> Room:
+        """Make a room: its create event, and the row that everything else hangs on."""
+        version = ROOM_VERSIONS[version_id]
+        fields = self._fields("m.room.create", creator, content, state_key="", timestamp=timestamp)
+        fields.update(depth=1, prev_events=[], auth_events=[])
+        if not version.room_id_is_hash:
+            fields["room_id"] = f"!{random_token(18)}:{self.server_name}"
+        event = finish_event(version, fields, self.server_name, self.signing_key)
+        check_auth(version, event, {})
+        room_id = event.room_id
+        with self.database.write():
+            cursor = self.database.execute(
+                """
+                INSERT INTO rooms (room_id, version, state_group, last_pos, extremities)
+                VALUES (?, ?, 0, 0, '[]')
+                """,
+                (room_id, version_id),
+            )
+            room = Room(self, RoomNid(cast(int, cursor.lastrowid)), room_id, version)
+            self._rooms.put(room.nid, room, room.weight())
+            self.append(room, event)
+        return room
+
+    def send(
+        self,
+        room: Room,
+        sender: str,
+        event_type: str,
+        content: Json,
+        *,
+        state_key: str | None = None,
+        redacts: str | None = None,
+        timestamp: int | None = None,
+        transaction: tuple[int, str] | None = None,
+    ) -> Event:
+        """Build, authorise, sign and store an event of a local user: the only way we make events.
+
+        `transaction` is (device nid, transaction id). Raises MatrixError when the rules refuse it.
+        """
+        fields = self._fields(event_type, sender, content, state_key, timestamp)
+        fields["room_id"] = room.room_id
+        if redacts is not None:
+            self._place_redacts(room, fields, redacts)
+        before = [cast(Event, self.event_by_nid(nid)) for nid in room.extremities[:MAX_PREV_EVENTS]]
+        fields["prev_events"] = [event_reference(event) for event in before]
+        fields["depth"] = min(1 + max((event.depth for event in before), default=0), MAX_DEPTH)
+        auth_state = self._auth_state(room, event_type, sender, state_key, fields["content"])
+        fields["auth_events"] = [event_reference(event) for event in auth_state.values()]
+        event = finish_event(room.version, fields, self.server_name, self.signing_key)
+        check_auth(room.version, event, self._with_create(room, auth_state))
+        if transaction is not None:
+            event.txn_device, event.txn_id = transaction
+        self.append(room, event)
+        return event
+
+    def _fields(
+        self, event_type: str, sender: str, content: Json, state_key: str | None, timestamp: int | None
+    ) -> Json:
+        fields: Json = {
+            "type": event_type,
+            "sender": sender,
+            "content": content,
+            "origin_server_ts": now_ms() if timestamp is None else timestamp,
+        }
+        if state_key is not None:
+            fields["state_key"] = state_key
+        return fields
+
+    def _place_redacts(self, room: Room, fields: Json, redacts: str) -> None:
+        if room.version.redacts_in_content:
+            fields["content"] = {**fields["content"], "redacts": redacts}
+        else:
+            fields["redacts"] = redacts
+
+    def _auth_state(
+        self, room: Room, event_type: str, sender: str, state_key: str | None, content: Json
+    ) -> dict[StateKey, Event]:
+        keys = auth_types_for_event(room.version, event_type, sender, state_key, content)
+        found = ((key, room.state_event(*key)) for key in keys)
+        return {key: event for key, event in found if event is not None}
+
+    def _with_create(self, room: Room, auth_state: dict[StateKey, Event]) -> dict[StateKey, Event]:
+        # Version 12 leaves the create event out of auth_events, but the rules still look at it.
+        if CREATE_KEY in auth_state:
+            return auth_state
+        event = room.state_event(*CREATE_KEY)
+        return auth_state if event is None else {**auth_state, CREATE_KEY: event}
+
+    def append(self, room: Room, event: Event) -> None:
+        """Store an authorised event at the end of the timeline and announce it: the one way in."""
+        with self.database.write():
+            event.nid = EventNid(self.stream.stamp(ROOM_EVENT, room.nid))
+            event.pos, event.room_nid, event.state_group = event.nid, room.nid, room.group
+            if event.is_state:
+                state_nid = self.state_nid(event.key)
+                event.replaces = room.state.get(event.key)
+                event.state_group = self.groups.extend(room.nid, room.group, {state_nid: event.nid})
+                self._insert(event, state_nid)
+            else:
+                self._insert(event, None)
+            self._advance(room, event)
+            self._index_relation(room, event)
+            if event.type == "m.room.redaction":
+                self._redact_target(room, event)
+            self._redact_if_pending(room, event)
+            for listener in self._listeners:
+                listener(room, event)
+
+    def _insert(self, event: Event, state_nid: StateNid | None) -> None:
+        raw = canonical_json(event.pdu)
+        self.database.execute(
+            """
+            INSERT INTO events (nid, event_id, room_nid, pos, state_nid, state_group, replaces,
+                rejected, soft_failed, txn_device, txn_id, pdu)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            """,
+            (
+                event.nid,
+                event.event_id,
+                event.room_nid,
+                event.pos,
+                state_nid,
+                event.state_group,
+                event.replaces,
+                event.rejected,
+                event.soft_failed,
+                event.txn_device,
+                event.txn_id,
+                raw,
+            ),
+        )
+        self._events.put(event.nid, event, EVENT_OVERHEAD_BYTES + 2 * len(raw))
+
+    def _advance(self, room: Room, event: Event) -> None:
+        """Move the room on to an event that follows all its extremities."""
+        self.database.execute(
+            """
+            UPDATE rooms
+            SET state_group = ?, last_pos = ?, extremities = ?
+            WHERE room_nid = ?
+            """,
+            (event.state_group, event.pos, json.dumps([event.nid]), room.nid),
+        )
+        room.group = event.state_group
+        room.last_pos = cast(int, event.pos)
+        room.extremities = [event.nid]
+        if event.is_state:
+            room.state[event.key] = event.nid
+        if event.type == "m.room.member" and event.is_state:
+            self._change_membership(room, event)
+
+    def _change_membership(self, room: Room, event: Event) -> None:
+        user_nid = self.database.user_nid(cast(str, event.state_key))
+        membership = sys.intern(cast(str, event.membership))
+        old = room.members_by_nid.get(user_nid)
+        previous = self.memberships(user_nid).get(room.nid)
+        stays = old == membership == "join" and previous is not None
+        join_pos = previous.join_pos if stays and previous else event.nid
+        self.database.execute(
+            """
+            INSERT OR REPLACE INTO memberships (user_nid, room_nid, membership, event_nid, join_pos)
+            VALUES (?, ?, ?, ?, ?)
+            """,
+            (user_nid, room.nid, membership, event.nid, join_pos),
+        )
+        self._remember_member(room, user_nid, Member(membership, event.nid, join_pos, False))
+        if old != membership or membership == "join":
+            for listener in self._membership_listeners:
+                listener(room, user_nid, old, membership)
+
+    def _remember_member(self, room: Room, user_nid: UserNid, member: Member) -> None:
+        room.counts[room.members_by_nid.get(user_nid, "")] -= 1
+        room.counts[member.membership] += 1
+        room.members_by_nid[user_nid] = member.membership
+        if member.membership == "join" and self.is_local(user_nid):
+            room.local_joined.add(user_nid)
+        else:
+            room.local_joined.discard(user_nid)
+        self._rooms.put(room.nid, room, room.weight())
+        known = self._memberships.get(user_nid)
+        if known is not None:
+            known[room.nid] = member
+            self._memberships.put(user_nid, known, 1 + len(known))
+
+    # Relations and redactions
+
+    def _index_relation(self, room: Room, event: Event) -> None:
+        relation = relation_of(event)
+        if relation is not None:
+            self.database.execute(
+                """
+                INSERT OR IGNORE INTO relations (parent_id, nid, rel_type, room_nid)
+                VALUES (?, ?, ?, ?)
+                """,
+                (relation[1], event.nid, relation[0], room.nid),
+            )
+
+    def _redact_target(self, room: Room, redaction: Event) -> None:
+        """Apply a redaction, or keep it until its target comes."""
+        if redaction.redacts is None:
+            return
+        target = self.event(redaction.redacts)
+        if target is not None:
+            self._apply_redaction(room, redaction, target)
+            return
+        self.database.execute(
+            "INSERT OR IGNORE INTO pending_redactions (event_id, redaction) VALUES (?, ?)",
+            (redaction.redacts, redaction.nid),
+        )
+
+    def _redact_if_pending(self, room: Room, event: Event) -> None:
+        """Apply the redactions that came before the event itself did."""
+        rows = self.database.all(
+            "SELECT redaction FROM pending_redactions WHERE event_id = ?", (event.event_id,)
+        )
+        for (nid,) in rows:
+            redaction = self.event_by_nid(nid)
+            if redaction is not None:
+                self._apply_redaction(room, redaction, event)
+        if rows:
+            self.database.execute(
+                "DELETE FROM pending_redactions WHERE event_id = ?", (event.event_id,)
+            )
+
+    def _apply_redaction(self, room: Room, redaction: Event, target: Event) -> None:
+        """Take the content of the target away, if the redaction's sender may do that.
+
+        Spec: rooms/v3 "Handling redactions".
+        """
+        if target.room_nid != room.nid or target.redacted_by is not None:
+            return
+        levels = room.power_levels()
+        same_server = server_of(redaction.sender) == server_of(target.sender)
+        if not same_server and levels.user(redaction.sender) < levels.redact:
+            return
+        pdu = redact(room.version, target.pdu)
+        raw = canonical_json(pdu)
+        self.database.execute(
+            "UPDATE events SET pdu = ?, redacted_by = ? WHERE nid = ?",
+            (raw, redaction.nid, target.nid),
+        )
+        self.database.execute(
+            "DELETE FROM relations WHERE parent_id = ? AND nid = ?",
+            ((relation_of(target) or ("", ""))[1], target.nid),
+        )
+        self._events.pop(target.nid)
+        room.power = None
+
+    # Who may see an event
+
+    def visible(
+        self, user_nid: UserNid | None, room: Room, events: Iterable[Event]
+    ) -> list[Event]:
+        """The events that a user may see; None stands for someone without an account.
+
+        Spec: CS-API "Room history visibility", "Server behaviour". All doors lead through here.
+        """
+        member = self.memberships(user_nid).get(room.nid) if user_nid is not None else None
+        joined_since = member.join_pos if member and member.membership == "join" else None
+        view = Viewer(self, room, user_nid, member)
+        return [
+            event
+            for event in events
+            if not event.rejected
+            and not event.soft_failed
+            and (
+                (joined_since is not None and event.nid >= joined_since and event.pos == event.nid)
+                or view.may_see(event)
+            )
+        ]
+
+
+TIMELINE_NEWEST = """
+    SELECT nid
+    FROM events
+    WHERE room_nid = ?
+      AND pos > ?
+      AND pos <= ?
+    ORDER BY pos DESC
+    LIMIT ?
+"""
+TIMELINE_OLDEST = """
+    SELECT nid
+    FROM events
+    WHERE room_nid = ?
+      AND pos > ?
+      AND pos <= ?
+    ORDER BY pos ASC
+    LIMIT ?
+"""
+MIN_POSITION = -(2**62)
+MAX_DEPTH = 2**53 - 1
+
+
+def relation_of(event: Event) -> tuple[str, str] | None:
+    """The (rel_type, parent event id) of an event that relates to another."""
+    relates_to = event.content.get("m.relates_to")
+    if not isinstance(relates_to, dict):
+        return None
+    rel_type, parent = relates_to.get("rel_type"), relates_to.get("event_id")
+    if not isinstance(rel_type, str) or not isinstance(parent, str):
+        return None
+    return rel_type, parent
+
+
+# ── 9.4  History visibility ──────────────────────────────────────────────────
+#
+#   visibility      who may see an event
+#   world_readable  everyone
+#   shared          who was joined then, or has joined at any time after
+#   invited         who was joined or invited then
+#   joined          who was joined then
+#
+# An event that changes the visibility is judged by the wider of the old and the new
+# setting; one's own membership event by the better of the memberships around it.
+
+
+class Viewer:
+    """One user's view of one room's past; remembers what it looked up, for a page of events."""
+
+    def __init__(self, rooms: Rooms, room: Room, user_nid: UserNid | None, member: Member | None) -> None:
+        self.rooms = rooms
+        self.room = room
+        self.member = member
+        self.user_id = rooms.database.user_id(user_nid) if user_nid is not None else None
+        self._seen: dict[tuple[int | None, StateKey], Event | None] = {}
+        self._last_join: int | None = None
+
+    def may_see(self, event: Event) -> bool:
+        """Whether the user may see the event."""
+        key = ("m.room.history_visibility", "")
+        settings = {history_visibility_of(found) for found in self._around(event, key)}
+        if "world_readable" in settings:
+            return True
+        if self.user_id is None or self.member is None:
+            return False
+        memberships = self._memberships(event)
+        if "join" in memberships:
+            return True
+        if "shared" in settings and (event.pos or 0) < self._joined_until():
+            return True
+        return "invite" in memberships and "invited" in settings
+
+    def membership_at(self, event: Event) -> str:
+        """The user's membership when the event was sent, for `unsigned.membership`."""
+        found = self._entry(event, ("m.room.member", self.user_id or ""))
+        return (found.membership if found is not None else None) or "leave"
+
+    def _memberships(self, event: Event) -> set[str]:
+        key = ("m.room.member", self.user_id or "")
+        return {found.membership or "leave" for found in self._around(event, key) if found is not None}
+
+    def _around(self, event: Event, key: StateKey) -> tuple[Event | None, ...]:
+        """An entry of the state after the event, and that before it where it is the event itself."""
+        after = self._entry(event, key)
+        if event.is_state and event.key == key:
+            return after, self.rooms.entry_before(event, key)
+        return (after,)
+
+    def _entry(self, event: Event, key: StateKey) -> Event | None:
+        at = (event.state_group, key)
+        if at not in self._seen:
+            self._seen[at] = self.rooms.entry_after(event, key)
+        return self._seen[at]
+
+    def _joined_until(self) -> int:
+        """The position up to which the user has been joined at some time: all, if joined now."""
+        if self._last_join is None:
+            self._last_join = self._find_last_join()
+        return self._last_join
+
+    def _find_last_join(self) -> int:
+        if self.member is not None and self.member.membership == "join":
+            return MAX_DEPTH
+        rows = self.rooms.database.all(
+            """
+            SELECT nid
+            FROM events
+            WHERE room_nid = ?
+              AND state_nid = ?
+              AND pos IS NOT NULL
+            ORDER BY pos DESC
+            """,
+            (self.room.nid, self.rooms.find_state_nid(("m.room.member", self.user_id or ""))),
+        )
+        until = MIN_POSITION
+        for event in self.rooms.events_by_nids(row[0] for row in rows):
+            if event.membership == "join":
+                return until if until != MIN_POSITION else MAX_DEPTH
+            until = cast(int, event.pos)
+        return MIN_POSITION
+
+
+# ── 9.5  The client format ───────────────────────────────────────────────────
+
+
+def client_event(
+    rooms: Rooms, event: Event, device_nid: int | None = None, *, room_id: bool = True
+) -> Json:
+    """An event as clients get it.  Spec: CS-API "Room event format".
+
+    `device_nid` is the reader's device: the one that sent the event also gets its transaction_id.
+    """
+    pdu = event.pdu
+    result: Json = {
+        "type": event.type,
+        "sender": event.sender,
+        "content": event.content,
+        "event_id": event.event_id,
+        "origin_server_ts": pdu["origin_server_ts"],
+    }
+    if room_id:
+        result["room_id"] = event.room_id
+    if event.state_key is not None:
+        result["state_key"] = event.state_key
+    if event.redacts is not None and event.type == "m.room.redaction":
+        _place_both_redacts(result, event.redacts)
+    unsigned: Json = {"age": max(0, now_ms() - pdu["origin_server_ts"])}
+    if device_nid is not None and event.txn_device == device_nid:
+        unsigned["transaction_id"] = event.txn_id
+    if event.replaces is not None:
+        replaced = rooms.event_by_nid(event.replaces)
+        if replaced is not None:
+            unsigned["prev_content"] = replaced.content
+            unsigned["replaces_state"] = replaced.event_id
+    if event.redacted_by is not None:
+        redaction = rooms.event_by_nid(event.redacted_by)
+        if redaction is not None:
+            unsigned["redacted_because"] = client_event(rooms, redaction)
+    result["unsigned"] = unsigned
+    return result
+
+
+def _place_both_redacts(result: Json, redacts: str) -> None:
+    # Clients of either age find it: at the top as before version 11, and in the content.
+    result["redacts"] = redacts
+    result["content"] = {**result["content"], "redacts": redacts}
+
+
+STRIPPED_TYPES = (
+    "m.room.create",
+    "m.room.join_rules",
+    "m.room.canonical_alias",
+    "m.room.avatar",
+    "m.room.name",
+    "m.room.encryption",
+    "m.room.topic",
+)
+
+
+def stripped_event(event: Event) -> Json:
+    """The four members of a state event that someone outside of the room may see."""
+    return {
+        "type": event.type,
+        "state_key": event.state_key,
+        "content": event.content,
+        "sender": event.sender,
+    }
+
+
+def stripped_state(room: Room, *members: str) -> list[Json]:
+    """What an invited or knocking user is shown of the room.  Spec: "Stripped state"."""
+    keys = [(event_type, "") for event_type in STRIPPED_TYPES]
+    keys += [("m.room.member", user_id) for user_id in members]
+    events = (room.state_event(*key) for key in keys)
+    return [stripped_event(event) for event in events if event is not None]
+# ╔═══════════════════════════════════════════════════════════════════════════╗
+# ║  PART III   THE WIRE                                                      ║
+# ╚═══════════════════════════════════════════════════════════════════════════╝
+#
+# Below this part bytes come in from strangers; above it functions are called
+# with a path, a user and a JSON object that are what they claim to be.
+#
+# Two ideas carry it. First, a request is read strictly or not at all: whatever
+# two programs could understand in two ways (lengths, line ends, folded lines)
+# is refused and the connection closed, since everything after it is in doubt.
+# Second, nothing in here costs a task or a timer per request: each connection
+# is one task that reads, answers and reads again, and one sweep a second looks
+# at the deadlines of all connections.
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  10. HTTP SERVER
+#
+#  HTTP/1.1 on asyncio streams: the head is read by hand, bodies are streamed
+#  both ways in constant memory, answers go out in the order of the requests,
+#  and every wait has an end.      spec: RFC 9110, RFC 9112; CS-API "Web browser
+#  clients" for the CORS headers
+# ═════════════════════════════════════════════════════════════════════════════
+
+log_http = logging.getLogger("conduit.http")
+
+MAX_HEAD_BYTES = 32_768  # request line and header fields together
+MAX_REQUEST_LINE = 16_384  # a filter in the query of /sync takes some kilobytes
+MAX_HEADER_LINE = 8_192
+MAX_HEADERS = 100
+MAX_CHUNK_LINE = 256  # a chunk size with its extensions
+MAX_DRAIN = 65_536  # of an unwanted body, to keep the connection usable
+READ_BYTES = 65_536
+FILE_BLOCK = 131_072
+
+HEAD_SECONDS = 15.0  # from the first byte of a request to the end of its head
+IDLE_SECONDS = 75.0  # between two requests
+BODY_SECONDS = 20.0  # of silence at most while a body arrives; earned again by bytes
+WRITE_SECONDS = 30.0  # for an answer, and what MIN_RATE gives its size
+LINGER_SECONDS = 2.0  # to read what still comes in, so that the refusal is not lost in a reset
+SWEEP_SECONDS = 1.0  # between two looks at all deadlines
+MIN_RATE = 1_024  # bytes a second, below which a client is hung up on
+MAX_CONNECTIONS = 4_096
+MAX_CONNECTIONS_PER_ADDRESS = 256
+
+# ── 10.1  The head of a request ──────────────────────────────────────────────
+
+
+class Head(NamedTuple):
+    """Request line and header fields: names in lower case, repeated fields joined by commas."""
+
+    method: str
+    target: str
+    is_http11: bool
+    headers: dict[str, str]
+
+
+REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (/(?:[!\"$-.0-~][!\"$-~]*)?) HTTP/1\.([01])")
+OTHER_VERSION = re.compile(r"[A-Z]{1,20} \S+ HTTP/\d+(?:\.\d+)?")
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+HOST = re.compile(r"(?:[0-9A-Za-z._~-]+|\[[0-9A-Fa-f:.]+\])?(?::[0-9]{0,5})?")
+CONTENT_LENGTH = re.compile(r"[0-9]{1,15}")
+ONLY_ONCE = frozenset(  # to join these would make up a value that nobody sent
+    {"content-length", "content-type", "expect", "host", "if-range", "range", "transfer-encoding"}
+)
+CONTROL_BYTES = bytes(set(range(32)) - set(b"\t\r\n")) + b"\x7f"
+
+
+def malformed(reason: str) -> MatrixError:
+    """400 for what is no proper HTTP; the connection is closed after it."""
+    return MatrixError(400, "M_UNKNOWN", f"Malformed request: {reason}")
+
+
+def head_too_large() -> MatrixError:
+    """431 for a head over the limits."""
+    return MatrixError(431, "M_TOO_LARGE", "The request line or header fields are too large")
+
+
+def has_control(raw: bytes) -> bool:
+    """Whether there is a control character other than tab, CR and LF."""
+    return len(raw.translate(None, CONTROL_BYTES)) != len(raw)
+
+
+def has_bare_line_end(raw: bytes) -> bool:
+    """Whether a CR or LF stands alone; a CR at the very end may still get its LF."""
+    pairs = raw.count(b"\r\n")
+    return raw.count(b"\n") != pairs or raw.count(b"\r") != pairs + raw.endswith(b"\r")
+
+
+def bad_request_line(line: str) -> MatrixError:
+    """505 for another version of HTTP, else 400."""
+    if OTHER_VERSION.fullmatch(line) and " HTTP/1." not in line:
+        return MatrixError(505, "M_UNKNOWN", "Only HTTP/1.1 is spoken here")
+    return malformed("request line")
+
+
+def check_host(head: Head) -> None:
+    """Exactly one well-formed Host; HTTP/1.0 may go without."""
+    host = head.headers.get("host")
+    if host is None and not head.is_http11:
+        return
+    if host is None or not HOST.fullmatch(host):
+        raise malformed("Host")
+
+
+@functools.lru_cache(512)
+def header_name(name: str) -> str:
+    """The name in lower case; the few names that there are make the check a look-up."""
+    if not HEADER_NAME.fullmatch(name):
+        raise malformed("header name")
+    return name.lower()
+
+
+def parse_headers(lines: list[str]) -> dict[str, str]:
+    """Header fields by name."""
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if len(line) > MAX_HEADER_LINE:
+            raise head_too_large()
+        if not colon:
+            raise malformed("header without a colon")
+        name = header_name(name)
+        value = value.strip(" \t")
+        if name in headers:
+            if name in ONLY_ONCE:
+                raise malformed(f"{name} twice")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return headers
+
+
+def parse_head(raw: bytes) -> Head:
+    """The head from its bytes, without the empty line that ends it.
+
+    Strict: folded lines, a space before the colon, control characters, a bare CR or LF, a second
+    Host, and a target that is absolute or begins with // are refused: proxies disagree on each.
+    """
+    if has_control(raw) or has_bare_line_end(raw + b"\r\n"):
+        raise malformed("control character")
+    request_line, *lines = raw.decode("latin-1").split("\r\n")
+    if len(request_line) > MAX_REQUEST_LINE or len(lines) > MAX_HEADERS:
+        raise head_too_large()
+    match = REQUEST_LINE.fullmatch(request_line)
+    if match is None:
+        raise bad_request_line(request_line)
+    method, target, minor = match.groups()
+    head = Head(method, target, minor == "1", parse_headers(lines))
+    check_host(head)
+    return head
+
+
+def body_length(head: Head) -> int | None:
+    """How many bytes of body follow; None when it comes in chunks.
+
+    Trap: requests are smuggled past proxies by giving both lengths, or a length that two
+    programs read differently.
+    """
+    length = head.headers.get("content-length")
+    coding = head.headers.get("transfer-encoding")
+    if coding is None:
+        if length is None:
+            return 0
+        if not CONTENT_LENGTH.fullmatch(length):
+            raise malformed("Content-Length")
+        return int(length)
+    if length is not None or not head.is_http11:
+        raise malformed("Transfer-Encoding")
+    if coding.lower() != "chunked":
+        raise MatrixError(501, "M_UNRECOGNIZED", "The only transfer coding is chunked")
+    return None
+
+
+def stays_open(head: Head) -> bool:
+    """Whether the client wants the connection for further requests.
+
+    No upgrade is ever taken up; but a proxy may believe that one was, so the connection ends.
+    """
+    options = head.headers.get("connection", "").lower()
+    if "close" in options or "upgrade" in head.headers:
+        return False
+    return head.is_http11 or "keep-alive" in options
+
+
+HEX_PAIRS = {
+    high + low: chr(int(high + low, 16)) for high in string.hexdigits for low in string.hexdigits
+}
+
+
+def percent_decode(text: str) -> str:
+    """The text that an ASCII text with %XX escapes stands for.
+
+    400 M_INVALID_PARAM for a broken escape, for NUL, and for what is no UTF-8, as overlong forms.
+    """
+    first, *escapes = text.split("%")
+    if not escapes:
+        return text
+    try:
+        raw = first + "".join(HEX_PAIRS[part[:2]] + part[2:] for part in escapes)
+        decoded = raw.encode("latin-1").decode("utf-8")
+    except (KeyError, UnicodeError):
+        raise invalid_param("Bad percent-encoding in the URL") from None
+    if "\0" in decoded:
+        raise invalid_param("NUL in the URL")
+    return decoded
+
+
+def parse_query(raw: str) -> dict[str, list[str]]:
+    """The arguments of a query string; a plus sign stands for a space."""
+    query: dict[str, list[str]] = {}
+    for pair in raw.replace("+", " ").split("&"):
+        name, _, value = pair.partition("=")
+        if pair:
+            query.setdefault(percent_decode(name), []).append(percent_decode(value))
+    return query
+
+
+def split_path(path: str) -> list[str]:
+    """The segments after the first slash, split before decoding: %2F never makes a new one."""
+    segments = path[1:].split("/")
+    return [percent_decode(segment) for segment in segments] if "%" in path else segments
+
+
+# ── 10.2  The body of a request ──────────────────────────────────────────────
+
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]*)?")
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def expects_continue(head: Head) -> bool:
+    """Whether the client holds the body back until it is asked to go on."""
+    expect = head.headers.get("expect")
+    if expect is None or not head.is_http11:
+        return False
+    if expect.lower() != "100-continue":
+        raise MatrixError(417, "M_UNKNOWN", "The only expectation met is 100-continue")
+    return True
+
+
+class BodyStream:
+    """The bytes of one body as they arrive: `async for block in request.stream`.
+
+    413 M_TOO_LARGE over the server's limit, or a smaller one given to read(); 400 for bad chunks.
+    """
+
+    def __init__(self, connection: Connection, head: Head) -> None:
+        length = body_length(head)
+        self._connection = connection
+        self._chunked = length is None
+        self._left = length or 0  # of the body, or of the chunk at hand
+        self._awaits_continue = expects_continue(head)
+        self._is_sound = True  # no error has left the connection in the middle of something
+        self.limit = connection.server.max_request_size
+        self.received = 0
+        self.finished = length == 0
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        sound, self._is_sound = self._is_sound, False
+        block = await self._next_block()
+        self._is_sound = sound
+        if not block:
+            raise StopAsyncIteration
+        return block
+
+    async def read(self, limit: int | None = None) -> bytes:
+        """The whole body."""
+        if limit is not None:
+            self.limit = min(limit, self.limit)
+        return b"".join([block async for block in self]) if not self.finished else b""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether what is left may be read and thrown away to keep the connection."""
+        if self.finished:
+            return True
+        held_back = self._awaits_continue or self._chunked or self._left > MAX_DRAIN
+        return self._is_sound and not held_back
+
+    async def drain(self) -> None:
+        """Throw away what is left of a body that nobody wants."""
+        await self.read(MAX_DRAIN)
+
+    async def _next_block(self) -> bytes:
+        """The next bytes; none at the end."""
+        if self._chunked and not self._left and not self.finished:
+            await self._start_chunk()
+        if self.finished:
+            return b""
+        if self.received + self._left > self.limit:
+            raise too_large(f"The body is larger than {self.limit} bytes")
+        await self._invite()
+        block = await self._connection.some(self._left)
+        self.received += len(block)
+        self._left -= len(block)
+        if not self._left:
+            await self._end_chunk()
+        return block
+
+    async def _invite(self) -> None:
+        """Tell a client that waits for it to go ahead, unless the body has come already."""
+        if self._awaits_continue and not self._connection.buffer:
+            self._connection.write(CONTINUE)
+        self._awaits_continue = False
+
+    async def _start_chunk(self) -> None:
+        """Read the size of the next chunk; after the last, of size 0, come trailers to drop."""
+        await self._invite()
+        match = CHUNK_SIZE.fullmatch(await self._connection.line(MAX_CHUNK_LINE))
+        if match is None:
+            raise malformed("chunk size")
+        self._left = int(match[1], 16)
+        if self._left:
+            return
+        trailers: list[str] = []
+        while line := await self._connection.line(MAX_HEADER_LINE):
+            if has_control(line) or len(trailers) >= MAX_HEADERS:
+                raise malformed("trailers")
+            trailers.append(line.decode("latin-1"))
+        parse_headers(trailers)
+        self.finished = True
+
+    async def _end_chunk(self) -> None:
+        """Behind a chunk stands an empty line; behind a body of known length, nothing."""
+        if not self._chunked:
+            self.finished = True
+        elif await self._connection.line(MAX_CHUNK_LINE):
+            raise malformed("chunk longer than its size")
+
+
+# ── 10.3  A request ──────────────────────────────────────────────────────────
+
+
+class ClientGone(ConnectionError):
+    """The client hung up; there is nobody left to answer."""
+
+
+FORWARDING_HEADERS = frozenset(
+    {"forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip"}
+)
+LOOPBACK_HOST = re.compile(r"(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
+INTEGER = re.compile(r"-?[0-9]{1,16}")  # int() alone takes "1_0", " 1" and digits of all scripts
+BOOLEANS = {"true": True, "false": False}
+
+
+def give_up(waiting: asyncio.Future[Any] | None) -> None:
+    """End a wait with False, unless what was waited for is there."""
+    if waiting is not None and not waiting.done():
+        waiting.set_result(False)
+
+
+class Request:
+    """One request: what its head says, its body when asked for, and who sends it.
+
+    The router sets `json` (the checked body) and `requester` before it calls the handler.
+    """
+
+    def __init__(self, connection: Connection, head: Head) -> None:
+        self.connection = connection
+        self.method, self.target, self.is_http11, self.headers = head
+        self.path, _, self.raw_query = self.target.partition("?")
+        self.segments = split_path(self.path)
+        self.started = time.monotonic()
+        self.keep_alive = stays_open(head)
+        self.stream = BodyStream(connection, head)
+        self.json: Any = None
+        self.requester: Requester | None = None
+        self._query: dict[str, list[str]] | None = None
+
+    @property
+    def query(self) -> dict[str, list[str]]:
+        """The query's arguments, each with its values in order."""
+        if self._query is None:
+            self._query = parse_query(self.raw_query) if self.raw_query else {}
+        return self._query
+
+    def arg(self, name: str, default: str | None = None) -> str | None:
+        """The first value of a query argument."""
+        values = self.query.get(name)
+        return values[0] if values else default
+
+    def int_arg(self, name: str, default: int, low: int, high: int) -> int:
+        """An integer argument; over `high` it counts as `high`, below `low` as M_INVALID_PARAM."""
+        text = self.arg(name)
+        if text is None:
+            return default
+        if not INTEGER.fullmatch(text) or int(text) < low:
+            raise invalid_param(f"{name} must be an integer of at least {low}")
+        return min(int(text), high)
+
+    def bool_arg(self, name: str, default: bool) -> bool:
+        """An argument that is true or false; M_INVALID_PARAM for anything else."""
+        text = self.arg(name)
+        if text is None:
+            return default
+        if text not in BOOLEANS:
+            raise invalid_param(f"{name} must be true or false")
+        return BOOLEANS[text]
+
+    @property
+    def user(self) -> Requester:
+        """Who asks, on a route that nobody reaches without an access token."""
+        if self.requester is None:
+            raise MatrixError(401, "M_MISSING_TOKEN", "Missing access token")
+        return self.requester
+
+    @property
+    def address(self) -> str:
+        """The client's address; that of the proxy's client where the proxy is trusted."""
+        forwarded = self.headers.get("x-forwarded-for", "")
+        peer = self.connection.peer
+        return self.connection.server.client_address(peer, forwarded) if forwarded else peer
+
+    def is_local(self) -> bool:
+        """Whether this comes from this machine itself, through no proxy, and asks for localhost.
+
+        Trap: the Host is checked as well, or a web page could ask in the owner's browser, under
+        a name of its own that it has made to point at 127.0.0.1.
+        """
+        peer = self.connection.peer
+        return (
+            (peer == "::1" or peer.startswith("127."))
+            and FORWARDING_HEADERS.isdisjoint(self.headers)
+            and bool(LOOPBACK_HOST.fullmatch(self.headers.get("host", "")))
+        )
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the server is about to end, so that nobody should be kept waiting."""
+        return self.connection.server.stopping
+
+    async def wait(self, news: asyncio.Future[Any], seconds: float) -> bool:
+        """Wait for the future, at most so long: whether it came.
+
+        Trap: the future must be this request's own. It gets the result False when the time is
+        over, the server stops, or the client hangs up; the last raises ClientGone.
+        """
+        if self.is_stopping:
+            return False
+        self.connection.waiting = news
+        timer = asyncio.get_running_loop().call_later(seconds, give_up, news)
+        try:
+            result = await news
+        finally:
+            timer.cancel()
+            self.connection.waiting = None
+        if self.connection.is_gone():
+            raise ClientGone
+        return result is not False
+
+
+# ── 10.4  Answers ────────────────────────────────────────────────────────────
+
+
+class FileBody(NamedTuple):
+    """A file as the body of an answer: sent in blocks, or in part when a Range asks for that."""
+
+    path: Path
+    size: int
+
+
+ResponseBody = bytes | FileBody | AsyncIterator[bytes]
+
+
+class Response:
+    """An answer other than 200 with JSON: a status, further headers, or a body that is not JSON."""
+
+    __slots__ = ("body", "content_type", "headers", "status")
+
+    def __init__(
+        self,
+        status: int = 200,
+        body: ResponseBody = b"",
+        headers: Mapping[str, str] | None = None,
+        content_type: str = "application/json",
+    ) -> None:
+        self.status = status
+        self.body = body
+        self.headers = headers or {}
+        self.content_type = content_type
+
+
+def json_response(value: Json, status: int = 200) -> Response:
+    """The JSON object as an answer."""
+    return Response(status, encode_json(value))
+
+
+def error_response(error: MatrixError) -> Response:
+    """The standard error as an answer, with Retry-After where it says when to come back."""
+    response = json_response(error.to_json(), error.status)
+    retry_after_ms = error.extra.get("retry_after_ms")
+    if isinstance(retry_after_ms, int):
+        response.headers = {"Retry-After": str(max(1, -(-retry_after_ms // 1000)))}
+    return response
+
+
+def internal_error() -> MatrixError:
+    """500 for a fault of ours; what it was stands in the log, not in the answer."""
+    return MatrixError(500, "M_UNKNOWN", "Internal server error")
+
+
+SECRET_MEMBERS = frozenset(
+    {"access_token", "mac", "new_password", "password", "pin", "refresh_token", "secret", "token"}
+)
+SECRET_ARGUMENT = re.compile(r"(?:access_token|token|loginToken)=([^&]+)")
+
+
+def secrets_in(value: Any) -> Iterator[str]:
+    """Each text in a JSON body that stands under a secret name."""
+    if isinstance(value, dict):
+        for name, member in value.items():
+            if name in SECRET_MEMBERS and isinstance(member, str):
+                yield member
+            yield from secrets_in(member)
+    elif isinstance(value, list):
+        for item in value:
+            yield from secrets_in(item)
+
+
+def log_failure(request: Request) -> None:
+    """Log the exception being handled, without passwords and tokens: its message may quote them."""
+    report = traceback.format_exc()
+    given = [request.headers.get("authorization", "").partition(" ")[2], *secrets_in(request.json)]
+    given += SECRET_ARGUMENT.findall(request.raw_query)
+    for secret in filter(None, given):
+        report = report.replace(secret, "***")
+    log_http.error("%s %s failed\n%s", request.method, request.path, report)
+
+
+def failure_response(request: Request, error: Exception) -> Response:
+    """The answer to a request whose handling raised that."""
+    if isinstance(error, MatrixError):
+        return error_response(error)
+    if isinstance(error, ClientGone):
+        raise error
+    log_failure(request)
+    return error_response(internal_error())
+
+
+CORS = (
+    "Access-Control-Allow-Origin: *\r\n"
+    "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, DELETE, OPTIONS\r\n"
+    "Access-Control-Allow-Headers: X-Requested-With, Content-Type, Authorization\r\n"
+)
+UNSAFE_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
+RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
+NO_BODY = frozenset({204, 304})
+
+
+@functools.lru_cache(64)
+def status_line(status: int) -> str:
+    """The first line of an answer."""
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+
+
+@functools.lru_cache(2)
+def shared_lines(second: int) -> str:
+    """The header lines that all answers of one second share: Date and CORS."""
+    return time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", time.gmtime(second)) + CORS
+
+
+def header_lines(headers: Mapping[str, str]) -> str:
+    """Header fields as they go out.
+
+    Trap: with a line end in a value its author could write further headers, or a whole answer.
+    """
+    for name, value in headers.items():
+        if UNSAFE_VALUE.search(value) or not HEADER_NAME.fullmatch(name):
+            raise ValueError(f"unsafe value for the header {name!r}")
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+
+
+def framing_lines(response: Response, length: int | None, is_http11: bool) -> str:
+    """How the client finds the end of the body: a length, chunks, or in HTTP/1.0 the hang-up."""
+    if response.status in NO_BODY:
+        return ""
+    kind = header_lines({"Content-Type": response.content_type})
+    if length is not None:
+        return f"{kind}Content-Length: {length}\r\n"
+    return f"{kind}Transfer-Encoding: chunked\r\n" if is_http11 else kind
+
+
+def response_head(
+    response: Response, request: Request | None, *, keep: bool, length: int | None
+) -> bytes:
+    """Status line and header fields of an answer; without a length its body comes in chunks."""
+    is_http11 = request is None or request.is_http11
+    extra = header_lines(response.headers) if response.headers else ""
+    if not keep:
+        extra += "Connection: close\r\n"
+    elif not is_http11:
+        extra += "Connection: keep-alive\r\n"
+    return (
+        f"{status_line(response.status)}{shared_lines(int(time.time()))}"
+        f"{framing_lines(response, length, is_http11)}{extra}\r\n"
+    ).encode("latin-1")
+
+
+def byte_range(text: str, size: int) -> tuple[int, int] | None:
+    """From which byte up to before which one a Range header asks, for a file of that size.
+
+    None if the header is to be ignored: another unit, several ranges, nonsense.
+    """
+    match = RANGE.fullmatch(text)
+    if match is None or match.groups() == ("", ""):
+        return None
+    first, last = match.groups()
+    if not first:
+        return max(0, size - int(last)), size
+    if last and int(last) < int(first):
+        return None
+    return int(first), min(size, int(last) + 1 if last else size)
+
+
+def ranged_response(request: Request, response: Response, size: int) -> tuple[Response, int, int]:
+    """The answer with a file, whole or in part, and which bytes it carries.  Spec: RFC 9110, 14."""
+    headers = {**response.headers, "Accept-Ranges": "bytes"}
+    wanted = request.headers.get("range", "")
+    condition = request.headers.get("if-range")
+    applies = response.status == 200 and (condition is None or condition == headers.get("ETag"))
+    bounds = byte_range(wanted, size) if wanted and applies else None
+    if bounds is None:
+        return Response(response.status, b"", headers, response.content_type), 0, size
+    first, end = bounds
+    if first >= end:
+        error = error_response(
+            MatrixError(416, "M_INVALID_PARAM", "The range is outside of the file")
+        )
+        error.headers = {"Content-Range": f"bytes */{size}"}
+        return error, 0, 0
+    headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
+    return Response(206, b"", headers, response.content_type), first, end
+
+
+# ── 10.5  A connection ───────────────────────────────────────────────────────
+
+IDLE, READING, WORKING, WRITING, CLOSING = range(5)  # what a connection is doing
+
+
+class Connection:
+    """One client's connection: a task that reads a request, answers it, and reads the next."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def __init__(self, server: HttpServer, peer: str) -> None:
+        self.server = server
+        self.peer = peer  # its address; empty on a Unix socket
+        self.buffer = b""  # read, but not yet used
+        self.phase = WORKING
+        self.deadline = 0.0  # of every phase but WORKING
+        self.patience = BODY_SECONDS
+        self.answered = False  # whether anything of the present answer has gone out
+        self.waiting: asyncio.Future[Any] | None = None  # what a long poll waits for
+
+    async def run(self) -> None:
+        """Serve the connection until one side has had enough."""
+        try:
+            while await self._serve_one():
+                pass
+        except MatrixError as error:
+            log_http.debug("refused %s: %s", self.peer, error.error)
+            response = error_response(error)
+            body = cast(bytes, response.body)
+            self.write(response_head(response, None, keep=False, length=len(body)) + body)
+            await self._linger()
+
+    async def _serve_one(self) -> bool:
+        """Read and answer one request: whether the connection is good for another one."""
+        raw = await self._read_head()
+        if raw is None:
+            return False
+        request = Request(self, parse_head(raw))
+        self.phase, self.patience = WORKING, BODY_SECONDS
+        response = await self.server.answer(request)
+        keep = request.keep_alive and request.stream.is_small and not self.server.stopping
+        if not request.is_http11 and not isinstance(response.body, (bytes, FileBody)):
+            keep = False  # HTTP/1.0 knows no chunks: only hanging up ends a body of unknown length
+        await self._send_or_fail(request, response, keep)
+        if keep:
+            return request.stream.finished or await self._drain(request.stream)
+        if not request.stream.finished:
+            await self._linger()
+        return False
+
+    # Reading
+
+    def _limit(self, phase: int, seconds: float) -> None:
+        """Say what is done now, and how long it may take."""
+        self.phase = phase
+        self.deadline = time.monotonic() + seconds
+
+    async def _read_head(self) -> bytes | None:
+        """The bytes of the next head, or None if the client has hung up instead."""
+        if self.buffer:
+            self._limit(READING, HEAD_SECONDS)
+        else:
+            self._limit(IDLE, IDLE_SECONDS)
+        while True:
+            buffer = self.buffer.removeprefix(b"\r\n")  # RFC 9112 2.2: some send one too many
+            end = buffer.find(b"\r\n\r\n")
+            if end > MAX_HEAD_BYTES or (end < 0 and len(buffer) > MAX_HEAD_BYTES):
+                raise head_too_large()
+            if end >= 0:
+                self.buffer = buffer[end + 4 :]
+                return buffer[:end]
+            if has_bare_line_end(buffer):
+                raise malformed("bare line end")
+            data = await self.reader.read(READ_BYTES)
+            if not data:
+                return None
+            if self.phase == IDLE:
+                self._limit(READING, HEAD_SECONDS)
+            self.buffer += data
+
+    async def _fill(self) -> None:
+        """Wait for more of a body. Silence uses up the client's patience, bytes earn it again."""
+        began = time.monotonic()
+        self._limit(READING, self.patience)
+        data = await self.reader.read(READ_BYTES)
+        self.phase = WORKING
+        if not data:
+            raise ClientGone
+        spent = time.monotonic() - began - len(data) / MIN_RATE
+        self.patience = min(BODY_SECONDS, self.patience - spent)
+        self.buffer += data
+
+    async def some(self, limit: int) -> bytes:
+        """At least one byte of a body, at most `limit`."""
+        if not self.buffer:
+            await self._fill()
+        block, self.buffer = self.buffer[:limit], self.buffer[limit:]
+        return block
+
+    async def line(self, limit: int) -> bytes:
+        """A line of a body, without its line end."""
+        while (end := self.buffer.find(b"\r\n")) < 0:
+            if len(self.buffer) > limit or has_bare_line_end(self.buffer):
+                raise malformed("chunk")
+            await self._fill()
+        line, self.buffer = self.buffer[:end], self.buffer[end + 2 :]
+        if len(line) > limit or b"\n" in line or b"\r" in line:
+            raise malformed("chunk")
+        return line
+
+    async def _drain(self, stream: BodyStream) -> bool:
+        """Throw away what the handler left of the body: whether that went well."""
+        try:
+            await stream.drain()
+        except MatrixError:
+            return False  # the answer is out; there can be no second one
+        return True
+
+    # Writing
+
+    def write(self, data: bytes) -> None:
+        """Hand bytes to the socket, or to its buffer."""
+        if self.writer.transport.is_closing():
+            raise ClientGone
+        self.answered = True
+        self.writer.write(data)
+
+    async def _flush(self) -> None:
+        """Wait until a slow reader has taken most of what is in the buffer."""
+        waiting = self.writer.transport.get_write_buffer_size()
+        if waiting:
+            self._limit(WRITING, WRITE_SECONDS + waiting / MIN_RATE)
+            await self.writer.drain()
+
+    async def _send_or_fail(self, request: Request, response: Response, keep: bool) -> None:
+        """Write the answer; 500 stands for one that cannot be made, unless a part of it is out."""
+        self.answered = False
+        try:
+            sent = await self._send(request, response, keep)
+        except ConnectionError:
+            raise
+        except Exception:  # the file is gone, a header is unsafe, the handler's iterator failed
+            log_failure(request)
+            if self.answered:
+                raise ClientGone from None
+            response = error_response(internal_error())
+            sent = await self._send(request, response, keep)
+        if log_http.isEnabledFor(logging.DEBUG):
+            milliseconds = (time.monotonic() - request.started) * 1000
+            facts = (request.method, request.path, response.status, milliseconds, sent)
+            log_http.debug("%s %s: %d in %.1f ms, %d bytes", *facts)
+
+    async def _send(self, request: Request, response: Response, keep: bool) -> int:
+        """Write the answer: how many bytes of body went out."""
+        body = response.body
+        if isinstance(body, FileBody):
+            return await self._send_file(request, response, body, keep)
+        if not isinstance(body, bytes):
+            return await self._send_stream(request, response, body, keep)
+        head = response_head(response, request, keep=keep, length=len(body))
+        bare = request.method == "HEAD" or response.status in NO_BODY
+        self.write(head if bare else head + body)
+        await self._flush()
+        return 0 if bare else len(body)
+
+    async def _send_file(
+        self, request: Request, response: Response, body: FileBody, keep: bool
+    ) -> int:
+        """Write a file in blocks that a thread reads, so that a slow disk holds nobody up."""
+        response, first, end = ranged_response(request, response, body.size)
+        if response.status == 416:
+            return await self._send(request, response, keep)
+        head = response_head(response, request, keep=keep, length=end - first)
+        if request.method == "HEAD" or first == end:
+            self.write(head)
+            return 0
+        in_thread = asyncio.get_running_loop().run_in_executor
+        descriptor = await in_thread(None, os.open, body.path, os.O_RDONLY)
+        try:
+            for offset in range(first, end, FILE_BLOCK):
+                size = min(FILE_BLOCK, end - offset)
+                block = await in_thread(None, os.pread, descriptor, size, offset)
+                if len(block) != size:
+                    raise OSError(f"{body.path} is shorter than {body.size} bytes")
+                self.write(head + block)
+                head = b""
+                await self._flush()
+        finally:
+            os.close(descriptor)
+        return end - first
+
+    async def _send_stream(
+        self, request: Request, response: Response, body: AsyncIterator[bytes], keep: bool
+    ) -> int:
+        """Write blocks as they are made, in chunks."""
+        sent = 0
+        self.write(response_head(response, request, keep=keep, length=None))
+        await self._flush()
+        if request.method == "HEAD":
+            return 0
+        async for block in body:
+            if block:
+                self.write(b"%x\r\n%b\r\n" % (len(block), block) if request.is_http11 else block)
+                await self._flush()
+                sent += len(block)
+        if request.is_http11:
+            self.write(b"0\r\n\r\n")
+        return sent
+
+    # The end
+
+    def is_gone(self) -> bool:
+        """Whether the client has hung up."""
+        return self.reader.at_eof() or self.writer.transport.is_closing()
+
+    def check(self, now: float) -> None:
+        """What the sweep does: free a long poll that nobody waits for, end what takes too long."""
+        if self.phase == WORKING:
+            if self.waiting is not None and self.is_gone():
+                give_up(self.waiting)
+        elif now < self.deadline:
+            return
+        elif self.phase == IDLE:
+            self.writer.close()
+        elif self.phase == READING:
+            self.reader.set_exception(MatrixError(408, "M_UNKNOWN", "The request took too long"))
+        else:
+            self.abort()
+
+    def hurry(self) -> None:
+        """The server stops: answer a long poll now, wait for no further request."""
+        give_up(self.waiting)
+        if self.phase == IDLE:
+            self.writer.close()
+
+    def abort(self) -> None:
+        """Hang up at once; what has not been sent is lost."""
+        self.phase, self.deadline = CLOSING, math.inf
+        self.writer.transport.abort()
+
+    async def _linger(self) -> None:
+        """Say that nothing more will come, and read on for a moment.
+
+        Trap: to close a socket with unread bytes resets it, and the reset can overtake the answer.
+        """
+        if self.writer.can_write_eof():
+            self.writer.write_eof()
+        self._limit(CLOSING, LINGER_SECONDS)
+        with contextlib.suppress(MatrixError):  # a timeout that has been answered is raised again
+            while await self.reader.read(READ_BYTES):
+                pass
+
+    async def close(self) -> None:
+        """Close after what is in the buffer has been sent, if that does not take too long."""
+        self._limit(CLOSING, WRITE_SECONDS)
+        self.writer.close()
+        try:
+            await self.writer.wait_closed()
+        except OSError:
+            pass  # the client hung up first
+        except asyncio.CancelledError:
+            self.abort()  # the server stops, and has waited long enough
+            raise
+
+
+# ── 10.6  Listening ──────────────────────────────────────────────────────────
+
+
+def tcp_listeners(address: str, port: int) -> list[socket.socket]:
+    """Listening sockets for an address or a host name; "::" takes IPv4 as well."""
+    listeners: list[socket.socket] = []
+    found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, _, _, _, place in dict.fromkeys(found):
+        both = address == "::" and socket.has_dualstack_ipv6()
+        taken = (place[0], port)
+        listener = socket.create_server(taken, family=family, backlog=1024, dualstack_ipv6=both)
+        port = listener.getsockname()[1]  # the same for all, where the system chose it
+        listeners.append(listener)
+    return listeners
+
+
+def unix_listener(path: str) -> socket.socket:
+    """A listening Unix socket for owner and group; one left behind by a crash is replaced."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if Path(path).is_socket():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(path) == 0:
+                raise OSError(errno.EADDRINUSE, "another server listens on this socket", path)
+        Path(path).unlink()
+    listener.bind(path)
+    Path(path).chmod(0o660)
+    listener.listen(1024)
+    return listener
+
+
+def tls_context(certs: Path, key: Path) -> ssl.SSLContext:
+    """What TLS needs to serve with this certificate."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certs, key)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+RESERVED_FILES = 256  # for the database, media, and what goes out
+
+
+def connection_limit() -> int:
+    """How many connections to allow, after asking the system for as many files as that takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + RESERVED_FILES
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(16, wanted - RESERVED_FILES)
+
+
+def peer_address(place: Any) -> str:
+    """The address of accept() as text: IPv4 in its own form, nothing for a Unix socket."""
+    if not isinstance(place, tuple):
+        return ""
+    return str(place[0]).removeprefix("::ffff:").partition("%")[0]
+
+
+def address_group(address: str) -> str:
+    """What counts as one client: an address, or the /64 network that an IPv6 customer has."""
+    if ":" not in address:
+        return address
+    packed = socket.inet_pton(socket.AF_INET6, address)
+    return packed[:8].hex()
+
+
+def is_within(address: str, networks: Sequence[Network]) -> bool:
+    """Whether the address is in one of the networks."""
+    parsed = ipaddress.ip_address(address)
+    return any(parsed in network for network in networks)
+
+
+def listener_name(listener: socket.socket, secure: bool) -> str:
+    """Where a listening socket is reached: a URL, or its path."""
+    place = listener.getsockname()
+    if isinstance(place, str):
+        return place
+    host = f"[{place[0]}]" if ":" in place[0] else place[0]
+    return f"{'https' if secure else 'http'}://{host}:{place[1]}"
+
+
+def close_listener(listener: socket.socket) -> None:
+    """Stop listening; the path of a Unix socket goes away with it."""
+    place = listener.getsockname()
+    listener.close()
+    if isinstance(place, str):
+        Path(place).unlink(missing_ok=True)
+
+
+class HttpServer:
+    """Listens, accepts, and keeps all connections; `handler` turns requests into responses.
+
+    `before_response` is awaited before each answer: when it returns, whatever the answer depends
+    on is on the disk.
+    """
+
+    def __init__(
+        self,
+        handler: Callable[[Request], Awaitable[Response]],
+        *,
+        max_request_size: int,
+        trusted_proxies: Sequence[Network] = (),
+        before_response: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self.handler = handler
+        self.max_request_size = max_request_size
+        self.trusted_proxies = trusted_proxies
+        self.before_response = before_response
+        self.stopping = False
+        self.names: list[str] = []  # where it listens: URLs, or the path of the socket
+        self._tls: ssl.SSLContext | None = None
+        self._limit = connection_limit()
+        self._listeners: dict[socket.socket, asyncio.Task[None]] = {}
+        self._connections: dict[Connection, asyncio.Task[None]] = {}
+        self._crowd: dict[str, int] = {}  # connections by group of addresses
+        self._sweep: asyncio.TimerHandle | None = None
+
+    # Requests
+
+    async def answer(self, request: Request) -> Response:
+        """The handler's response or the error it raised, not before its writes are on the disk."""
+        try:
+            response = await self.handler(request)
+        except Exception as error:
+            response = failure_response(request, error)
+        if self.before_response is None:
+            return response
+        try:
+            await self.before_response()
+        except Exception as error:
+            response = failure_response(request, error)
+        return response
+
+    def client_address(self, peer: str, forwarded: str) -> str:
+        """Where a request comes from: the last hop in X-Forwarded-For that is no trusted proxy."""
+        for hop in reversed(forwarded.split(",")):
+            if not self._is_trusted(peer):
+                break
+            try:
+                peer = peer_address((str(ipaddress.ip_address(hop.strip())),))
+            except ValueError:
+                break
+        return peer
+
+    def _is_trusted(self, peer: str) -> bool:
+        """Whether a proxy at this address is believed; on a Unix socket there is no one else."""
+        return not peer or is_within(peer, self.trusted_proxies)
+
+    # Connections
+
+    async def listen(self, address: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+        """Begin to serve on an address and port, or on a Unix socket when the address is a path."""
+        self._tls = tls
+        is_path = address.startswith("/")
+        listeners = [unix_listener(address)] if is_path else tcp_listeners(address, port)
+        for listener in listeners:
+            listener.setblocking(False)
+            self.names.append(listener_name(listener, tls is not None))
+            self._listeners[listener] = asyncio.create_task(self._accept(listener))
+
+    def use_certificate(self, tls: ssl.SSLContext) -> None:
+        """Serve new connections with another certificate."""
+        self._tls = tls
+
+    async def _accept(self, listener: socket.socket) -> None:
+        """Take in connections, one a round of the loop, so that a flood of them starves nobody."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, place = await loop.sock_accept(listener)
+            except OSError as error:  # the client has gone already, or no descriptor is left
+                log_http.warning("cannot accept a connection: %s", error.strerror)
+                await asyncio.sleep(1 if error.errno in OUT_OF_RESOURCES else 0)
+                continue
+            peer = peer_address(place)
+            if self._admit(peer):
+                self._begin(sock, peer)
+            else:
+                sock.close()
+            await asyncio.sleep(0)
+
+    def _admit(self, peer: str) -> bool:
+        """Whether there is room; if not, the connection that has been idle longest has to go."""
+        full = len(self._connections) >= self._limit
+        crowded = self._crowd.get(address_group(peer), 0) >= MAX_CONNECTIONS_PER_ADDRESS
+        if not full and (not crowded or self._is_trusted(peer)):
+            return True
+        idle = [
+            connection
+            for connection in self._connections
+            if connection.phase == IDLE and (full or connection.peer == peer)
+        ]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda connection: connection.deadline)
+        oldest.abort()
+        self._forget(oldest)
+        return True
+
+    def _begin(self, sock: socket.socket, peer: str) -> None:
+        """Start the task of a connection, and the sweep if this is the first."""
+        connection = Connection(self, peer)
+        group = address_group(peer)
+        self._crowd[group] = self._crowd.get(group, 0) + 1
+        self._connections[connection] = asyncio.create_task(self._serve(sock, connection))
+        if self._sweep is None:
+            self._check_all()
+
+    def _forget(self, connection: Connection) -> None:
+        """Count a connection no longer."""
+        if self._connections.pop(connection, None) is None:
+            return
+        group = address_group(connection.peer)
+        self._crowd[group] -= 1
+        if not self._crowd[group]:
+            del self._crowd[group]
+
+    async def _serve(self, sock: socket.socket, connection: Connection) -> None:
+        """The life of a connection, from the handshake on."""
+        try:
+            connection.reader, connection.writer = await self._open(sock)
+        except OSError as error:
+            log_http.debug("no handshake with %s: %s", connection.peer, error)
+            self._forget(connection)
+            return
+        try:
+            await connection.run()
+        except OSError:
+            pass  # the client hung up
+        except Exception:
+            log_http.exception("a connection failed")
+        finally:
+            await connection.close()
+            self._forget(connection)
+
+    async def _open(self, sock: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The streams of an accepted socket, after the TLS handshake if there is one."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=READ_BYTES, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        timeout = HEAD_SECONDS if self._tls else None
+        transport, _ = await loop.connect_accepted_socket(
+            lambda: protocol, sock, ssl=self._tls, ssl_handshake_timeout=timeout
+        )
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
+
+    def _check_all(self) -> None:
+        """Once a second, as long as there are connections: see to their deadlines."""
+        loop = asyncio.get_running_loop()
+        self._sweep = loop.call_later(SWEEP_SECONDS, self._check_all) if self._connections else None
+        now = time.monotonic()
+        for connection in list(self._connections):
+            connection.check(now)
+
+    async def stop(self, seconds: float = 4.0) -> None:
+        """Accept nothing more, wake the long polls, finish what is under way, hang up on the rest."""
+        self.stopping = True
+        for listener, task in self._listeners.items():
+            task.cancel()
+            close_listener(listener)
+        for connection in self._connections:
+            connection.hurry()
+        if self._connections:
+            await asyncio.wait(self._connections.values(), timeout=seconds)
+        left = list(self._connections.values())
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        if self._sweep is not None:
+            self._sweep.cancel()
+# ═════════════════════════════════════════════════════════════════════════════
+#  11. ROUTER, AUTHENTICATION, RATE LIMITS
+#
+#  A handler is a function with a route above it. The route says who may call,
+#  how often, and with which body; all of that is checked here, in one place, so
+#  that a handler begins where its own work begins.      spec: CS-API "API
+#  Standards", "Client Authentication", "Rate limiting"
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 11.1  Who asks ───────────────────────────────────────────────────────────
+
+
+class Auth(Enum):
+    """Who may call a route."""
+
+    NONE = "anyone"
+    OPTIONAL = "anyone, known by a token if there is one"
+    GUEST = "users and guests"
+    USER = "users"
+    ADMIN = "admins"
+
+
+NONE, OPTIONAL, GUEST, USER, ADMIN = Auth.NONE, Auth.OPTIONAL, Auth.GUEST, Auth.USER, Auth.ADMIN
+
+
+@dataclass(frozen=True, slots=True)
+class Requester:
+    """The user behind an access token, and the device that the token belongs to."""
+
+    user_id: str
+    nid: UserNid
+    device_id: str | None
+    device_nid: DeviceNid | None
+    token_nid: int | None
+    is_guest: bool = False
+    is_admin: bool = False
+    appservice: str | None = None  # the id of the application service that acts for the user
+
+
+def access_token(request: Request) -> str | None:
+    """The token from the Authorization header, or from the query, where old clients put it."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return token.strip(" ")
+    return request.arg("access_token") or None
+
+
+def check_caller(auth: Auth, requester: Requester | None) -> None:
+    """Refuse who may not call a route: 401 without a token, 403 for guests and non-admins."""
+    if auth in (NONE, OPTIONAL):
+        return
+    if requester is None:
+        raise MatrixError(401, "M_MISSING_TOKEN", "Missing access token")
+    if requester.is_guest and auth is not GUEST:
+        raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests may not do this")
+    if auth is ADMIN and not requester.is_admin:
+        raise forbidden("Only admins of this server may do this")
+
+
+# ── 11.2  What a body must look like ─────────────────────────────────────────
+#
+#  A schema is a literal in the shape of the JSON it describes:
+#
+#      {"membership": str, "reason?": str, "invite?": [str], "content": dict}
+#
+#  A question mark makes a member optional; null then counts as not there. The
+#  values are: a type (int is no bool, float takes integers as well), ANY, a list
+#  of one schema, an object of further members, {str: schema} for an object with
+#  any member names, or a tuple of types of which one must fit.
+
+ANY = object
+ANY_OBJECT: dict[str, Any] = {}
+STREAM: Final = "stream"  # the handler reads the body itself, block by block
+
+TYPE_NAMES: dict[type, str] = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "an array",
+}
+
+
+def is_of_type(value: Any, kind: type) -> bool:
+    """Whether a JSON value is of the type.  Trap: to Python, true is an integer."""
+    if kind is int or kind is float:
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def check_shape(value: Any, shape: Any, where: str = "The body") -> None:
+    """Hold a JSON value against a schema: M_MISSING_PARAM or M_BAD_JSON, naming the member."""
+    if isinstance(shape, dict):
+        check_object(value, shape, where)
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise bad_json(f"{where} must be an array")
+        for index, item in enumerate(value):
+            check_shape(item, shape[0], f"{where}[{index}]")
+    else:
+        kinds = shape if isinstance(shape, tuple) else (shape,)
+        if not any(is_of_type(value, kind) for kind in kinds):
+            wanted = " or ".join(TYPE_NAMES[kind] for kind in kinds)
+            raise bad_json(f"{where} must be {wanted}")
+
+
+def check_object(value: Any, shape: Mapping[Any, Any], where: str) -> None:
+    """The same for an object; optional members that are null are taken out."""
+    if not isinstance(value, dict):
+        raise bad_json(f"{where} must be an object")
+    if str in shape:
+        for name, member in value.items():
+            check_shape(member, shape[str], member_name(where, name))
+        return
+    for key, member_shape in shape.items():
+        name = key.removesuffix("?")
+        member = value.get(name)
+        if member is not None:
+            check_shape(member, member_shape, member_name(where, name))
+        elif name is key and name not in value:
+            raise missing_param(f"{member_name(where, name)} is missing")
+        elif name is key:
+            check_shape(member, member_shape, member_name(where, name))
+        else:
+            value.pop(name, None)
+
+
+def member_name(where: str, name: str) -> str:
+    """How an error names a member: with a path of dots from the body on."""
+    return name if where == "The body" else f"{where}.{name}"
+
+
+# ── 11.3  Rate limits ────────────────────────────────────────────────────────
+
+
+class RateLimit(NamedTuple):
+    """So many requests a second for ever, and so many at once after a pause."""
+
+    per_second: float
+    burst: int
+
+
+RATE_LIMITS = {  # for one user; a client without a token has the same for its address
+    "default": RateLimit(50, 200),
+    "message": RateLimit(20, 100),
+    "create": RateLimit(0.5, 20),  # rooms and aliases
+    "join": RateLimit(2, 50),
+    "invite": RateLimit(2, 100),
+    "media": RateLimit(100, 500),  # opening a room shows many thumbnails at once
+    "upload": RateLimit(5, 100),
+    "search": RateLimit(2, 20),
+    "login": RateLimit(0.5, 20),  # wrong passwords have limits of their own, in chapter 12
+    "register": RateLimit(0.2, 10),
+    "report": RateLimit(0.2, 10),
+}
+ADDRESS_SHARE = 8  # users behind one address, who share its limit
+MAX_BUCKETS = 20_000
+
+
+class RateLimiter:
+    """Token buckets, each kept as one number: the time at which it will be full again."""
+
+    def __init__(self) -> None:
+        self._full_at: dict[tuple[str, int | str], float] = {}
+
+    def check(self, limit: str, who: int | str, share: int = 1) -> None:
+        """Count one request of a user or an address; 429 if it comes too soon."""
+        rate, burst = RATE_LIMITS[limit]
+        now = time.monotonic()
+        key = (limit, who)
+        full_at = max(self._full_at.get(key, now), now)
+        wait = full_at - now - (burst - 1 / share) / rate
+        if wait > 0:
+            raise limit_exceeded(math.ceil(wait * 1000))
+        self._full_at[key] = full_at + 1 / (rate * share)
+        if len(self._full_at) > MAX_BUCKETS:
+            self._forget(now)
+
+    def _forget(self, now: float) -> None:
+        """Drop the buckets that are full; if that is not enough, those that came first."""
+        live = [(key, full_at) for key, full_at in self._full_at.items() if full_at > now]
+        self._full_at = dict(live[-MAX_BUCKETS // 2 :])
+
+
+# ── 11.4  Routes ─────────────────────────────────────────────────────────────
+
+Handler = Callable[..., Awaitable[Any]]  # (hs, request, **path parameters) -> Json or Response
+
+MAX_JSON_BODY = 4_194_304  # of somebody known: a backup of keys, messages to many devices
+MAX_ANONYMOUS_BODY = 262_144
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A handler with what the decorator says about it."""
+
+    method: str
+    paths: tuple[str, ...]
+    auth: Auth
+    limit: str | None
+    body: Any
+    handler: Handler
+
+
+ROUTES: list[Route] = []
+VERSION_SEGMENT = re.compile(r"/v[0-9]+(?=/)")
+
+
+def route(
+    method: str,
+    path: str,
+    *,
+    auth: Auth,
+    limit: str | None = "default",
+    also: Iterable[str] = (),
+    body: Any = None,
+) -> Callable[[Handler], Handler]:
+    """Make a function the handler of a path.
+
+    `{name}` stands for one segment, `{name...}` at the end for whatever follows, nothing included.
+    `also` has further versions of the path ("r0", "unstable"), or other paths. Without `body` a
+    body is not looked at; ANY_OBJECT takes any JSON object, and nothing at all as {}.
+    """
+    if limit is not None and limit not in RATE_LIMITS:
+        raise ValueError(f"{path}: no rate limit is called {limit}")
+    others = (
+        other if other.startswith("/") else VERSION_SEGMENT.sub(f"/{other}", path, count=1)
+        for other in also
+    )
+
+    def register(handler: Handler) -> Handler:
+        ROUTES.append(Route(method, (path, *others), auth, limit, body, handler))
+        return handler
+
+    return register
+
+
+def route_table() -> str:
+    """All routes, for people: method, path, who may call, limit, handler."""
+    rows = sorted(
+        (path, entry.method, entry.auth.name, entry.limit or "-", entry.handler.__name__)
+        for entry in ROUTES
+        for path in entry.paths
+    )
+    width = max((len(row[0]) for row in rows), default=0)
+    return "\n".join(
+        f"{method:7} {path:{width}} {auth:9} {limit:9} {name}"
+        for path, method, auth, limit, name in rows
+    )
+
+
+class Endpoint(NamedTuple):
+    """A route as reached by one of its paths: the names of its parameters, in order."""
+
+    route: Route
+    names: tuple[str, ...]
+
+
+class PathNode:
+    """The routes below one beginning of a path."""
+
+    __slots__ = ("children", "endpoints", "parameter", "rest")
+
+    def __init__(self) -> None:
+        self.children: dict[str, PathNode] = {}
+        self.parameter: PathNode | None = None
+        self.endpoints: dict[str, Endpoint] = {}  # by method, of the path that ends here
+        self.rest: dict[str, Endpoint] = {}  # of paths that may go on as they like
+
+    def add(self, entry: Route, path: str) -> None:
+        """Make a route reachable by a path."""
+        node, names, endpoints = self, [], None
+        for segment in path[1:].split("/"):
+            if segment.endswith("...}"):
+                names.append(segment[1:-4])
+                endpoints = node.rest
+            elif segment.startswith("{"):
+                names.append(segment[1:-1])
+                node.parameter = node = node.parameter or PathNode()
+            else:
+                node = node.children.setdefault(segment, PathNode())
+        endpoints = node.endpoints if endpoints is None else endpoints
+        if entry.method in endpoints:
+            raise ValueError(f"two handlers for {entry.method} {path}")
+        endpoints[entry.method] = Endpoint(entry, tuple(names))
+
+    def find(self, segments: list[str], at: int, method: str) -> tuple[Endpoint, list[str]] | None:
+        """The endpoint for the segments from `at` on, with the parameters from last to first.
+
+        A literal segment goes before a parameter, and a parameter before `{name...}`.
+        """
+        if at == len(segments):
+            endpoint = self.endpoints.get(method)
+            if endpoint is not None:
+                return endpoint, []
+        else:
+            child = self.children.get(segments[at])
+            found = child.find(segments, at + 1, method) if child is not None else None
+            if found is None and self.parameter is not None and segments[at]:
+                found = self.parameter.find(segments, at + 1, method)
+                if found is not None:
+                    found[1].append(segments[at])
+            if found is not None:
+                return found
+        endpoint = self.rest.get(method)
+        return None if endpoint is None else (endpoint, ["/".join(segments[at:])])
+
+
+# ── 11.5  From a request to its handler ──────────────────────────────────────
+
+METHODS = ("GET", "PUT", "POST", "DELETE", "PATCH")
+PREFLIGHT = Response(204, headers={"Access-Control-Max-Age": "86400"})
+
+
+class Router:
+    """Finds the handler of a request, and calls it when everything that its route demands is met.
+
+    `authenticate` is set by the composition root: it knows tokens, which are a later chapter's.
+    """
+
+    authenticate: Callable[[Request, str], Requester]
+
+    def __init__(self, hs: Homeserver, routes: Iterable[Route] = ROUTES) -> None:
+        self.hs = hs
+        self.limiter = RateLimiter()
+        self._root = PathNode()
+        for entry in routes:
+            for path in entry.paths:
+                self._root.add(entry, path)
+
+    async def dispatch(self, request: Request) -> Response:
+        """Answer one request; what goes wrong is raised as a MatrixError."""
+        method = request.method
+        if method == "OPTIONS":
+            return PREFLIGHT
+        found = self._root.find(request.segments, 0, "GET" if method == "HEAD" else method)
+        if found is None:
+            return self._unrecognized(request)
+        (entry, names), values = found
+        self._admit(request, entry)
+        await self._read_body(request, entry)
+        values.reverse()
+        result = await entry.handler(self.hs, request, **dict(zip(names, values, strict=True)))
+        return result if isinstance(result, Response) else Response(200, encode_json(result))
+
+    def _admit(self, request: Request, entry: Route) -> None:
+        """Find out who asks, and whether they may, and whether they may already again."""
+        limit = entry.limit if self.hs.config.rate_limit else None
+        anonymous = entry.auth is NONE
+        if limit is not None:
+            share = 1 if anonymous else ADDRESS_SHARE
+            self.limiter.check(limit, address_group(request.address), share)
+        if anonymous:
+            return
+        token = access_token(request)
+        request.requester = self.authenticate(request, token) if token else None
+        check_caller(entry.auth, request.requester)
+        if limit is not None and request.requester is not None:
+            self.limiter.check(limit, request.requester.nid)
+
+    async def _read_body(self, request: Request, entry: Route) -> None:
+        """Read and check the body, as the route wants it."""
+        if entry.body is None:
+            await request.stream.drain()
+        elif entry.body is not STREAM:
+            known = request.requester is not None
+            raw = await request.stream.read(MAX_JSON_BODY if known else MAX_ANONYMOUS_BODY)
+            request.json = parse_json(raw) if raw else {}
+            check_object(request.json, entry.body, "The body")
+
+    def _unrecognized(self, request: Request) -> Response:
+        """404 for a path that nobody handles, 405 for one with other methods."""
+        allowed = [m for m in METHODS if self._root.find(request.segments, 0, m) is not None]
+        if not allowed:
+            raise MatrixError(404, "M_UNRECOGNIZED", "Unrecognized request")
+        error = MatrixError(405, "M_UNRECOGNIZED", "This path takes other methods")
+        response = error_response(error)
+        response.headers = {"Allow": ", ".join(allowed)}
+        return response
+# ╔═══════════════════════════════════════════════════════════════════════════╗
+# ║  PART IV   CLIENTS                                                        ║
+# ╚═══════════════════════════════════════════════════════════════════════════╝
+#
+# The client-server API, a chapter for each thing a client works with: who it
+# is, what it keeps about itself, rooms, what was read, keys, sync, media, and
+# how people and rooms are found.
+#
+# Two ideas carry this part. First, a handler is a function from a checked
+# request to a JSON object; what it changed is stamped by the one stream, and
+# sync is nothing but a question about stamps. Second, chapters below never call
+# chapters above: who wants to know that a device is gone or a profile changed
+# subscribes, so each chapter keeps its own tables and nobody else writes them.
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  12. ACCOUNTS, DEVICES, LOGINS
+#
+#  Who somebody is, and how they prove it: a password hash per account, a device
+#  per login, and tokens of which the database knows only the hash. Everything
+#  that could be guessed has a budget of tries, which runs dry for the guesser
+#  and not for the owner.       spec: CS-API "Client authentication", "Legacy API"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE accounts (
+    user_nid INTEGER PRIMARY KEY,
+    password_hash TEXT,              -- Argon2id with its parameters; NULL: no login by password
+    created_ts INTEGER NOT NULL,
+    is_admin INTEGER NOT NULL DEFAULT 0,
+    is_guest INTEGER NOT NULL DEFAULT 0,
+    deactivated INTEGER NOT NULL DEFAULT 0,
+    locked INTEGER NOT NULL DEFAULT 0,
+    suspended INTEGER NOT NULL DEFAULT 0,
+    erased INTEGER NOT NULL DEFAULT 0,
+    leaving INTEGER NOT NULL DEFAULT 0  -- deactivated, and still to leave some rooms
+);
+CREATE INDEX accounts_leaving ON accounts (user_nid) WHERE leaving = 1;
+CREATE TABLE devices (
+    device_nid INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice
+    user_nid INTEGER NOT NULL,
+    device_id TEXT NOT NULL,
+    display_name TEXT,
+    last_seen_ip TEXT,
+    last_seen_ts INTEGER,
+    UNIQUE (user_nid, device_id)
+);
+CREATE TABLE tokens (  -- an access token and the refresh token that came with it
+    token_nid INTEGER PRIMARY KEY AUTOINCREMENT,
+    access_hash BLOB NOT NULL UNIQUE,
+    refresh_hash BLOB UNIQUE,        -- NULL: the client does not refresh
+    user_nid INTEGER NOT NULL,
+    device_nid INTEGER NOT NULL,
+    expires_ts INTEGER,              -- of the access token; NULL: never
+    replaces INTEGER,                -- the pair this one came from, until one of this pair is used
+    spent INTEGER NOT NULL DEFAULT 0 -- a newer pair is in use; kept to answer with soft_logout
+);
+CREATE INDEX tokens_of_device ON tokens (user_nid, device_nid);
+CREATE TABLE short_tokens (  -- tokens for one purpose that live for minutes
+    token_hash BLOB PRIMARY KEY,
+    purpose TEXT NOT NULL,
+    user_nid INTEGER NOT NULL,
+    expires_ts INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE txns (
+    device_nid INTEGER NOT NULL,     -- or minus the user_nid, for a user without a device
+    txn_key BLOB NOT NULL,           -- hash of scope and transaction id
+    result TEXT NOT NULL,
+    created_ts INTEGER NOT NULL,
+    PRIMARY KEY (device_nid, txn_key)
+) WITHOUT ROWID;
+""")
+
+invariant(
+    "tokens of devices that are gone",
+    """
+    SELECT token_nid
+    FROM tokens
+    WHERE device_nid NOT IN (SELECT device_nid FROM devices)
+    """,
+)
+invariant(
+    "devices of deactivated accounts",
+    """
+    SELECT device_nid
+    FROM devices
+    WHERE user_nid IN (SELECT user_nid FROM accounts WHERE deactivated = 1)
+    """,
+)
+
+log_accounts = logging.getLogger("conduit.accounts")
+
+ACCESS_TOKEN_LIFETIME_MS = 3_600_000  # of tokens that can be refreshed; others live until logout
+LOGIN_TOKEN_LIFETIME_MS = 120_000
+OPENID_TOKEN_LIFETIME_MS = 3_600_000
+UIA_SESSION_SECONDS = 900.0
+NONCE_SECONDS = 60.0
+TXN_LIFETIME_MS = 3 * 86_400_000
+MAX_DEVICE_NAME = 100  # characters
+MAX_PASSWORD_BYTES = 512
+BOT_LOCALPART = "conduit"
+
+# ── 12.1  Passwords ──────────────────────────────────────────────────────────
+
+PASSWORD_PASSES = 2
+PASSWORD_MEMORY = 19 * 1024 * 1024  # bytes; OWASP's minimum, as a Pi has to carry two at a time
+PASSWORD_MARK = "$argon2id$v=19$m=19456,t=2,p=1$"  # how a hash with these parameters begins
+NO_PASSWORD = f"{PASSWORD_MARK}kqSz/Yxm/P6jFtDUxsQg4g$VNh+c6XDd3tD2H5GfC9FD0lg/xKj5jdoflziLmgHMwk"
+
+
+def hash_password(password: str) -> str:
+    """Argon2id hash with salt and parameters in it; 25 ms and 19 MiB, so never on the loop."""
+    raw = nacl.pwhash.argon2id.str(password.encode(), PASSWORD_PASSES, PASSWORD_MEMORY)
+    return raw.decode("ascii")
+
+
+def matches_hash(stored: str, password: str) -> bool:
+    """Whether this is the password of the hash; for threads, as above."""
+    try:
+        return nacl.pwhash.argon2id.verify(stored.encode(), password.encode())
+    except nacl.exceptions.InvalidkeyError:
+        return False
+
+
+def check_new_password(password: str) -> None:
+    """Refuse what cannot be a password; how good it is, the client has to judge.
+
+    Spec: "Password management".
+    """
+    if not password:
+        raise MatrixError(400, "M_WEAK_PASSWORD", "The password is empty")
+    if byte_length(password) > MAX_PASSWORD_BYTES:
+        raise invalid_param(f"The password is longer than {MAX_PASSWORD_BYTES} bytes")
+
+
+class PasswordHasher:
+    """Argon2id in the thread pool, two at a time at most, since each takes 19 MiB."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._places = asyncio.Semaphore(2)
+
+    async def hash(self, password: str) -> str:
+        """The hash of a new password."""
+        async with self._places:
+            return await self._db.in_thread(hash_password, password)
+
+    async def matches(self, stored: str | None, password: str) -> bool:
+        """Whether the password is right; without a stored hash it takes as long to say no."""
+        async with self._places:
+            good = await self._db.in_thread(matches_hash, stored or NO_PASSWORD, password)
+        return good and stored is not None
+
+
+# ── 12.2  Budgets for guesses ────────────────────────────────────────────────
+
+
+class Budget(NamedTuple):
+    """How many wrong tries are free, and after how many seconds one of them comes back."""
+
+    tries: int
+    seconds: float
+
+
+GuessKey = tuple[str, ...]
+PAIR_BUDGET = Budget(10, 30.0)  # one address at one account
+ADDRESS_BUDGET = Budget(50, 10.0)  # one address at all accounts
+ACCOUNT_BUDGET = Budget(100, 6.0)  # all addresses that the account does not know
+TOKEN_BUDGET = Budget(10, 30.0)  # one address at registration tokens
+FREE_TRIES = 3  # an address new to an account has these, however much others guess
+
+
+class GuessLimiter:
+    """Counts wrong tries per key; a budget refills with time, so that nobody is locked out."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._spent: LruCache[GuessKey, tuple[float, float]] = LruCache(20_000)
+
+    def spent(self, key: GuessKey, budget: Budget) -> float:
+        """How much of the budget is used up now."""
+        amount, then = self._spent.get(key) or (0.0, 0.0)
+        return max(0.0, amount - (self._clock() - then) / budget.seconds)
+
+    def take(self, keys: Mapping[GuessKey, Budget]) -> None:
+        """Pay for one try before it is looked at, or 429 with the time until there is one."""
+        spent = {key: self.spent(key, budget) for key, budget in keys.items()}
+        waits = ((spent[key] + 1 - b.tries) * b.seconds for key, b in keys.items())
+        wait = max(waits, default=0.0)
+        if wait > 0:
+            raise limit_exceeded(int(wait * 1000) + 1, "Too many failed attempts")
+        for key, amount in spent.items():
+            self._spent.put(key, (amount + 1, self._clock()))
+
+    def refund(self, keys: Mapping[GuessKey, Budget]) -> None:
+        """The try was right: it costs nothing."""
+        for key, budget in keys.items():
+            self._spent.put(key, (max(0.0, self.spent(key, budget) - 1), self._clock()))
+
+    def login_keys(self, user_id: str, address: str, known: bool) -> dict[GuessKey, Budget]:
+        """Whose budgets a try at a password takes from.
+
+        An address from which the account was used before pays for itself alone, and one that is
+        new to it may try a few times first: however long a thousand others guess, they use up
+        nothing that the owner needs.
+        """
+        group = address_group(address)
+        pair: GuessKey = ("pair", user_id, group)
+        keys: dict[GuessKey, Budget] = {pair: PAIR_BUDGET}
+        if known:
+            return keys
+        keys["address", group] = ADDRESS_BUDGET
+        if self.spent(pair, PAIR_BUDGET) >= FREE_TRIES:
+            keys["account", user_id] = ACCOUNT_BUDGET
+        return keys
+
+
+# ── 12.3  Accounts ───────────────────────────────────────────────────────────
+
+
+class Account(NamedTuple):
+    """A row of accounts."""
+
+    nid: UserNid
+    password_hash: str | None
+    created_ts: int
+    is_admin: bool
+    is_guest: bool
+    deactivated: bool
+    locked: bool
+    suspended: bool
+    erased: bool
+
+
+class Session(NamedTuple):
+    """What an access token stands for."""
+
+    requester: Requester
+    device_nid: DeviceNid
+    expires_ts: int | None
+    locked: bool
+
+
+DeviceGone = Callable[[UserNid, DeviceNid, str], None]
+UserChanged = Callable[[UserNid], None]
+LOGOUT_PATHS = ("/logout", "/logout/all")
+
+
+def token_hash(token: str) -> bytes:
+    """What the database keeps of a token; it carries 256 random bits, so a fast hash will do."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
+
+
+def unknown_token(*, soft_logout: bool = False) -> MatrixError:
+    """401 M_UNKNOWN_TOKEN; with soft_logout the client keeps its keys and may log in again."""
+    text = "The access token has expired" if soft_logout else "Unrecognised access token"
+    return MatrixError(401, "M_UNKNOWN_TOKEN", text, soft_logout=soft_logout)
+
+
+def user_locked() -> MatrixError:
+    """401 M_USER_LOCKED.  Spec: "Account locking"."""
+    return MatrixError(401, "M_USER_LOCKED", "This account has been locked", soft_logout=True)
+
+
+def check_device_name(name: str | None) -> None:
+    """Refuse display names of devices that are long or could hide something."""
+    if name is None:
+        return
+    if len(name) > MAX_DEVICE_NAME or any(ord(char) < 32 or ord(char) == 127 for char in name):
+        raise invalid_param(f"A device name has at most {MAX_DEVICE_NAME} printable characters")
+
+
+def check_device_id(device_id: str) -> None:
+    """Refuse device ids that are empty, long or hold control characters."""
+    if not 0 < byte_length(device_id) <= MAX_ID_BYTES or not device_id.isprintable():
+        raise invalid_param(f"A device id has 1 to {MAX_ID_BYTES} printable bytes")
+
+
+def local_user_id(hs: Homeserver, username: str) -> str:
+    """The user id that a wanted user name makes.
+
+    400 M_INVALID_USERNAME for what the grammar forbids, and for a dot at an end, where it is easily
+    overlooked.  Trap: upper case is mapped to lower case, so that nobody can be Alice beside alice.
+    """
+    localpart = username.lower()
+    user_id = f"@{localpart}:{hs.config.server_name}"
+    if not LOCALPART.fullmatch(localpart) or localpart.strip(".") != localpart:
+        text = "A user name consists of a-z, 0-9 and . _ = - / +, without a dot at the ends"
+        raise MatrixError(400, "M_INVALID_USERNAME", text)
+    if byte_length(user_id) > MAX_ID_BYTES:
+        raise MatrixError(400, "M_INVALID_USERNAME", "This user name is too long")
+    return user_id
+
+
+def check_available(hs: Homeserver, user_id: str) -> None:
+    """400 M_USER_IN_USE or M_EXCLUSIVE for a user id that cannot be had."""
+    if user_id == hs.accounts.bot_id or any(owns(user_id) for owns in hs.accounts.exclusive):
+        raise MatrixError(400, "M_EXCLUSIVE", "This user name is reserved")
+    if hs.accounts.exists_local(user_id):
+        raise MatrixError(400, "M_USER_IN_USE", "This user name is taken")
+
+
+def default_display_name(hs: Homeserver, user_id: str) -> str:
+    """The display name that a new account begins with."""
+    bolt = " ⚡️" if hs.config.enable_lightning_bolt else ""
+    return user_id[1:].partition(":")[0] + bolt
+
+
+class Accounts:
+    """All accounts, devices and tokens of this server; other chapters subscribe to changes."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        self.bot_id = f"@{BOT_LOCALPART}:{hs.config.server_name}"
+        self.passwords = PasswordHasher(hs.db)
+        self.guesses = GuessLimiter()
+        self.uia: LruCache[str, UiaSession] = LruCache(2_000)
+        self.uia_key = secrets.token_bytes(32)
+        self.nonces: LruCache[str, float] = LruCache(1_000)
+        self.exclusive: list[Callable[[str], bool]] = []  # says whether a bridge owns this user id
+        self.reserved_devices: list[Callable[[UserNid, str], bool]] = []  # as cross-signing keys do
+        capacity = int(10_000 * hs.config.conduit_cache_capacity_modifier)
+        self._sessions: LruCache[bytes, Session] = LruCache(capacity)
+        self._accounts: LruCache[UserNid, Account] = LruCache(capacity)
+        self._seen: dict[DeviceNid, tuple[str, int]] = {}
+        self._admin_token = random_token()
+        self._has_users = False
+        self._device_gone: list[DeviceGone] = []
+        self._device_renamed: list[DeviceGone] = []
+        self._named: list[Callable[[UserNid, str], None]] = []
+        self._created: list[UserChanged] = []
+        self._password_changed: list[UserChanged] = []
+        self._deactivated: list[UserChanged] = []
+        hs.db.on_reset(self.forget)
+
+    # Subscriptions: all of these are called inside the write block of the change
+
+    def on_device_deleted(self, callback: DeviceGone) -> None:
+        """Call back before a device is deleted."""
+        self._device_gone.append(callback)
+
+    def on_device_renamed(self, callback: DeviceGone) -> None:
+        """Call back when a device has got another display name."""
+        self._device_renamed.append(callback)
+
+    def on_account_named(self, callback: Callable[[UserNid, str], None]) -> None:
+        """Call back with the display name of each new account that has one, before the next."""
+        self._named.append(callback)
+
+    def on_account_created(self, callback: UserChanged) -> None:
+        """Call back for each new account."""
+        self._created.append(callback)
+
+    def on_password_changed(self, callback: UserChanged) -> None:
+        """Call back when a user has a new password."""
+        self._password_changed.append(callback)
+
+    def on_deactivated(self, callback: UserChanged) -> None:
+        """Call back when an account was deactivated; is_erased() tells whether to erase data."""
+        self._deactivated.append(callback)
+
+    # Looking up
+
+    def forget(self) -> None:
+        """Drop everything cached."""
+        self._sessions.clear()
+        self._accounts.clear()
+        self._has_users = False
+
+    def get(self, nid: UserNid) -> Account | None:
+        """The account of a user, or None if they have none here."""
+        account = self._accounts.get(nid)
+        if account is None:
+            row = self.db.one(
+                """
+                SELECT user_nid, password_hash, created_ts,
+                    is_admin, is_guest, deactivated, locked, suspended, erased
+                FROM accounts
+                WHERE user_nid = ?
+                """,
+                (nid,),
+            )
+            if row is None:
+                return None
+            account = Account(row[0], row[1], row[2], *map(bool, row[3:]))
+            self._accounts.put(nid, account)
+        return account
+
+    def find(self, user_id: str) -> Account | None:
+        """The account with this user id, or None."""
+        nid = self.db.find_user_nid(user_id)
+        return None if nid is None else self.get(nid)
+
+    def exists_local(self, user_id: str) -> bool:
+        """Whether there is, or was, an account of this name."""
+        return self.find(user_id) is not None
+
+    def is_active(self, user_id: str) -> bool:
+        """Whether there is an account of this name that was not deactivated."""
+        account = self.find(user_id)
+        return account is not None and not account.deactivated
+
+    def is_admin(self, nid: UserNid) -> bool:
+        """Whether the user administers this server; this flag, not a room, says so."""
+        account = self.get(nid)
+        return account is not None and account.is_admin and not account.deactivated
+
+    def is_erased(self, nid: UserNid) -> bool:
+        """Whether the user asked for their messages to be hidden from who joins later."""
+        account = self.get(nid)
+        return account is not None and account.erased
+
+    def is_suspended(self, nid: UserNid) -> bool:
+        """Whether the user may read only.  Spec: "Account suspension"."""
+        account = self.get(nid)
+        return account is not None and account.suspended
+
+    def list_local_users(self) -> list[str]:
+        """The ids of all active accounts, guests left out, in alphabetical order."""
+        rows = self.db.all(
+            """
+            SELECT users.user_id
+            FROM accounts
+            JOIN users USING (user_nid)
+            WHERE deactivated = 0
+                AND is_guest = 0
+            ORDER BY users.user_id
+            """
+        )
+        return [row[0] for row in rows]
+
+    def has_users(self) -> bool:
+        """Whether anybody has an account but the server's own bot and guests."""
+        if not self._has_users:
+            row = self.db.one(
+                """
+                SELECT 1
+                FROM accounts
+                WHERE is_guest = 0
+                    AND user_nid IS NOT ?
+                LIMIT 1
+                """,
+                (self.db.find_user_nid(self.bot_id),),
+            )
+            self._has_users = row is not None
+        return self._has_users
+
+    def first_admin_token(self) -> str | None:
+        """The registration token for the very first account; None once there is one."""
+        return None if self.has_users() else self._admin_token
+
+    # Changing accounts
+
+    def make_account(
+        self,
+        user_id: str,
+        *,
+        password_hash: str | None = None,
+        display_name: str | None = None,
+        is_admin: bool = False,
+        is_guest: bool = False,
+    ) -> UserNid:
+        """Make an account. 400 M_USER_IN_USE when the name is in use, or ever was."""
+        if self.exists_local(user_id):
+            raise MatrixError(400, "M_USER_IN_USE", "This user name is taken")
+        nid = self.db.user_nid(user_id)
+        with self.db.write():
+            self.db.execute(
+                """
+                INSERT INTO accounts (user_nid, password_hash, created_ts, is_admin, is_guest)
+                VALUES (?, ?, ?, ?, ?)
+                """,
+                (nid, password_hash, now_ms(), is_admin, is_guest),
+            )
+            for name_it in self._named if display_name else ():
+                name_it(nid, cast(str, display_name))
+            for callback in self._created:
+                callback(nid)
+        log_accounts.info("new account %s%s", user_id, " (administrator)" if is_admin else "")
+        return nid
+
+    async def create_account(
+        self,
+        localpart: str,
+        password: str,
+        *,
+        display_name: str | None = None,
+        is_admin: bool = False,
+    ) -> UserNid:
+        """Make an account with a password for a wanted user name; 400 as for registration."""
+        user_id = local_user_id(self.hs, localpart)
+        check_available(self.hs, user_id)
+        check_new_password(password)
+        return self.make_account(
+            user_id,
+            password_hash=await self.passwords.hash(password),
+            display_name=display_name or default_display_name(self.hs, user_id),
+            is_admin=is_admin,
+        )
+
+    def create_server_account(self, localpart: str, display_name: str) -> UserNid:
+        """Make an account that belongs to the server itself and has no password."""
+        user_id = f"@{localpart}:{self.hs.config.server_name}"
+        return self.make_account(user_id, display_name=display_name)
+
+    async def set_password(
+        self, nid: UserNid, password: str, *, keep: DeviceNid | None = None, log_out: bool = True
+    ) -> None:
+        """Give a user a new password, and end all their sessions but that of the device to keep."""
+        check_new_password(password)
+        password_hash = await self.passwords.hash(password)
+        with self.db.write():
+            self._store_password(nid, password_hash)
+            if log_out:
+                self.log_out_everywhere(nid, keep=keep)
+            for callback in self._password_changed:
+                callback(nid)
+
+    def _store_password(self, nid: UserNid, password_hash: str) -> None:
+        with self.db.write():
+            self.db.execute(
+                "UPDATE accounts SET password_hash = ? WHERE user_nid = ? AND deactivated = 0",
+                (password_hash, nid),
+            )
+        self._accounts.pop(nid)
+
+    def set_admin(self, nid: UserNid, is_admin: bool) -> None:
+        """Make a user an administrator, or no longer."""
+        with self.db.write():
+            self.db.execute("UPDATE accounts SET is_admin = ? WHERE user_nid = ?", (is_admin, nid))
+        self._forget_user(nid)
+
+    def set_locked(self, nid: UserNid, locked: bool) -> None:
+        """Lock a user out of everything but logging out, or let them in again."""
+        with self.db.write():
+            self.db.execute("UPDATE accounts SET locked = ? WHERE user_nid = ?", (locked, nid))
+        self._forget_user(nid)
+
+    def set_suspended(self, nid: UserNid, suspended: bool) -> None:
+        """Suspend a user, or no longer."""
+        with self.db.write():
+            self.db.execute(
+                "UPDATE accounts SET suspended = ? WHERE user_nid = ?", (suspended, nid)
+            )
+        self._forget_user(nid)
+
+    async def deactivate(self, nid: UserNid, *, erase: bool = False) -> None:
+        """End an account for good: password, devices and tokens go now, rooms in the background."""
+        with self.db.write():
+            self.log_out_everywhere(nid)
+            self.db.execute(
+                """
+                UPDATE accounts
+                SET password_hash = NULL, deactivated = 1, leaving = 1, is_admin = 0, erased = ?
+                WHERE user_nid = ?
+                """,
+                (erase, nid),
+            )
+            self.db.execute("DELETE FROM short_tokens WHERE user_nid = ?", (nid,))
+            self._forget_user(nid)
+            for callback in self._deactivated:
+                callback(nid)
+        log_accounts.info("account %s was deactivated", self.db.user_id(nid))
+        self.hs.background(self._leave_rooms(nid))
+
+    async def _leave_rooms(self, nid: UserNid) -> None:
+        """Leave every room, one at a time, so that others are served in between."""
+        user_id = self.db.user_id(nid)
+        for room_nid, member in list(self.hs.rooms.memberships(nid).items()):
+            if member.membership not in ("join", "invite", "knock"):
+                continue
+            room = self.hs.rooms.by_nid(room_nid)
+            try:
+                content = {"membership": "leave"}
+                self.hs.rooms.send(room, user_id, "m.room.member", content, state_key=user_id)
+            except MatrixError as error:
+                log_accounts.warning("%s could not leave %s: %s", user_id, room.room_id, error)
+                if error.status >= 500:
+                    return  # the disk is full, say; the next start goes on from here
+            await asyncio.sleep(0)
+        with self.db.write():
+            self.db.execute("UPDATE accounts SET leaving = 0 WHERE user_nid = ?", (nid,))
+
+    def start(self) -> None:
+        """Go on with what the last stop interrupted."""
+        for (nid,) in self.db.all("SELECT user_nid FROM accounts WHERE leaving = 1"):
+            self.hs.background(self._leave_rooms(nid))
+
+    # Passwords
+
+    async def verify_password(self, user_id: str, password: str, address: str) -> UserNid | None:
+        """The user if the password is theirs, else None; 429 when this address has guessed enough.
+
+        Trap: an unknown user costs the same time and the same budgets as a wrong password.
+        """
+        account = self.find(user_id)
+        known = account is not None and self._knows_address(account.nid, address)
+        keys = self.guesses.login_keys(user_id, address, known)
+        self.guesses.take(keys)
+        stored = account.password_hash if account else None
+        good = await self.passwords.matches(stored, password)
+        if user_id == self.bot_id:
+            good = self._is_emergency_password(password)
+        account = self.find(user_id)  # it may have changed meanwhile
+        if not good or account is None or account.deactivated or account.password_hash != stored:
+            return None
+        self.guesses.refund(keys)
+        if stored is not None and not stored.startswith(PASSWORD_MARK):
+            self._store_password(account.nid, await self.passwords.hash(password))
+        return account.nid
+
+    def _is_emergency_password(self, password: str) -> bool:
+        emergency = self.hs.config.emergency_password
+        return bool(emergency) and hmac.compare_digest(str(emergency).encode(), password.encode())
+
+    def _knows_address(self, nid: UserNid, address: str) -> bool:
+        return bool(
+            self.db.value(
+                """
+                SELECT 1
+                FROM devices
+                WHERE user_nid = ?
+                    AND last_seen_ip = ?
+                """,
+                (nid, address),
+            )
+        )
+
+    # Tokens
+
+    def authenticate(self, request: Request, token: str) -> Requester:
+        """Who holds this access token; 401 M_UNKNOWN_TOKEN or M_USER_LOCKED."""
+        key = token_hash(token)
+        session = self._sessions.get(key) or self._load_session(key)
+        now = now_ms()
+        if session.expires_ts is not None and session.expires_ts <= now:
+            raise unknown_token(soft_logout=True)
+        if session.locked and not request.path.endswith(LOGOUT_PATHS):
+            raise user_locked()
+        self._seen[session.device_nid] = (request.address, now)
+        return session.requester
+
+    def _load_session(self, key: bytes) -> Session:
+        row = self.db.one(
+            """
+            SELECT token_nid, tokens.user_nid, device_nid, device_id, expires_ts, replaces, spent
+            FROM tokens
+            JOIN devices USING (device_nid)
+            WHERE access_hash = ?
+            """,
+            (key,),
+        )
+        account = self.get(row[1]) if row else None
+        if row is None or account is None or account.deactivated:
+            raise unknown_token()
+        token_nid, nid, device_nid, device_id, expires_ts, replaces, spent = row
+        if spent:
+            raise unknown_token(soft_logout=True)
+        if replaces is not None:
+            self._retire_older_tokens(token_nid, replaces, nid, device_nid)
+        requester = Requester(
+            user_id=self.db.user_id(nid),
+            nid=nid,
+            device_id=device_id,
+            device_nid=device_nid,
+            token_nid=token_nid,
+            is_guest=account.is_guest,
+            is_admin=account.is_admin,
+        )
+        session = Session(requester, device_nid, expires_ts, account.locked)
+        self._sessions.put(key, session)
+        return session
+
+    def _retire_older_tokens(
+        self, token_nid: int, replaces: int, nid: UserNid, device_nid: DeviceNid
+    ) -> None:
+        """A refreshed pair is used for the first time: from now on it is the only one.
+
+        The pair before it stays as spent, so that whoever still holds it hears of a soft logout.
+        """
+        self._forget_tokens(nid, device_nid)
+        with self.db.write():
+            self.db.execute(
+                """
+                DELETE FROM tokens
+                WHERE user_nid = ?
+                    AND device_nid = ?
+                    AND token_nid NOT IN (?, ?)
+                """,
+                (nid, device_nid, token_nid, replaces),
+            )
+            self.db.execute("UPDATE tokens SET spent = 1 WHERE token_nid = ?", (replaces,))
+            self.db.execute("UPDATE tokens SET replaces = NULL WHERE token_nid = ?", (token_nid,))
+
+    def refresh(self, refresh_token: str) -> Json:
+        """A new pair of tokens; the old pair stays good until one of the new is used.
+
+        Spec: "Refreshing access tokens".
+        """
+        row = self.db.one(
+            """
+            SELECT token_nid, user_nid, device_nid, replaces, spent
+            FROM tokens
+            WHERE refresh_hash = ?
+            """,
+            (token_hash(refresh_token),),
+        )
+        account = self.get(row[1]) if row else None
+        if row is None or account is None or account.deactivated:
+            raise unknown_token()
+        token_nid, nid, device_nid, replaces, spent = row
+        if spent:
+            raise unknown_token(soft_logout=True)
+        if account.locked:
+            raise user_locked()
+        if replaces is not None:
+            self._retire_older_tokens(token_nid, replaces, nid, device_nid)
+        return self._issue_tokens(nid, device_nid, refreshable=True, replaces=token_nid)
+
+    def _issue_tokens(
+        self, nid: UserNid, device_nid: DeviceNid, *, refreshable: bool, replaces: int | None = None
+    ) -> Json:
+        answer: Json = {"access_token": random_token()}
+        if refreshable:
+            answer["refresh_token"] = random_token()
+            answer["expires_in_ms"] = ACCESS_TOKEN_LIFETIME_MS
+        with self.db.write():
+            self.db.execute(
+                """
+                INSERT INTO tokens
+                    (access_hash, refresh_hash, user_nid, device_nid, expires_ts, replaces)
+                VALUES (?, ?, ?, ?, ?, ?)
+                """,
+                (
+                    token_hash(answer["access_token"]),
+                    token_hash(answer["refresh_token"]) if refreshable else None,
+                    nid,
+                    device_nid,
+                    now_ms() + ACCESS_TOKEN_LIFETIME_MS if refreshable else None,
+                    replaces,
+                ),
+            )
+        return answer
+
+    def _forget_tokens(self, nid: UserNid, device_nid: DeviceNid) -> None:
+        rows = self.db.all(
+            "SELECT access_hash FROM tokens WHERE user_nid = ? AND device_nid = ?",
+            (nid, device_nid),
+        )
+        for (key,) in rows:
+            self._sessions.pop(key)
+
+    def _forget_user(self, nid: UserNid) -> None:
+        self._accounts.pop(nid)
+        for (key,) in self.db.all("SELECT access_hash FROM tokens WHERE user_nid = ?", (nid,)):
+            self._sessions.pop(key)
+
+    def issue_short_token(self, purpose: str, nid: UserNid, lifetime_ms: int) -> str:
+        """A token for one purpose ("login", "openid") that expires soon."""
+        token = random_token()
+        with self.db.write():
+            self.db.execute(
+                "INSERT INTO short_tokens VALUES (?, ?, ?, ?)",
+                (token_hash(token), purpose, nid, now_ms() + lifetime_ms),
+            )
+        return token
+
+    def short_token_user(self, purpose: str, token: str, *, use_up: bool) -> UserNid | None:
+        """Whose token this is, unless it is unknown or expired; `use_up` makes this the last time."""
+        key = token_hash(token)
+        row = self.db.one(
+            """
+            SELECT user_nid
+            FROM short_tokens
+            WHERE token_hash = ?
+                AND purpose = ?
+                AND expires_ts > ?
+            """,
+            (key, purpose, now_ms()),
+        )
+        if row is not None and use_up:
+            with self.db.write():
+                self.db.execute("DELETE FROM short_tokens WHERE token_hash = ?", (key,))
+        return None if row is None else UserNid(row[0])
+
+    # Devices
+
+    def log_in(
+        self,
+        nid: UserNid,
+        address: str,
+        *,
+        device_id: str | None = None,
+        display_name: str | None = None,
+        refreshable: bool = False,
+    ) -> Json:
+        """A session on a new device, or on one that there is, whose older tokens end: the answer.
+
+        Spec: "Relationship between access tokens and devices".
+        """
+        device_id = device_id or random_device_id()
+        if any(is_reserved(nid, device_id) for is_reserved in self.reserved_devices):
+            raise forbidden("This device id is that of a cross-signing key")
+        with self.db.write():
+            device_nid = self._device_for_login(nid, device_id, display_name, address)
+            tokens = self._issue_tokens(nid, device_nid, refreshable=refreshable)
+        user_id = self.db.user_id(nid)
+        home_server = self.hs.config.server_name
+        return {"user_id": user_id, "device_id": device_id, "home_server": home_server, **tokens}
+
+    def _device_for_login(
+        self, nid: UserNid, device_id: str, display_name: str | None, address: str
+    ) -> DeviceNid:
+        device_nid = self.find_device(nid, device_id)
+        if device_nid is not None:
+            self._forget_tokens(nid, device_nid)
+            self.db.execute(
+                "DELETE FROM tokens WHERE user_nid = ? AND device_nid = ?", (nid, device_nid)
+            )
+            self._seen[device_nid] = (address, now_ms())
+            return device_nid
+        cursor = self.db.execute(
+            """
+            INSERT INTO devices (user_nid, device_id, display_name, last_seen_ip, last_seen_ts)
+            VALUES (?, ?, ?, ?, ?)
+            """,
+            (nid, device_id, display_name, address, now_ms()),
+        )
+        return DeviceNid(cast(int, cursor.lastrowid))
+
+    def find_device(self, nid: UserNid, device_id: str) -> DeviceNid | None:
+        """The integer of a user's device, or None."""
+        found = self.db.value(
+            "SELECT device_nid FROM devices WHERE user_nid = ? AND device_id = ?", (nid, device_id)
+        )
+        return None if found is None else DeviceNid(found)
+
+    def devices(self, nid: UserNid) -> list[Json]:
+        """All devices of a user as /devices shows them to their owner."""
+        rows = self.db.all(
+            """
+            SELECT device_nid, device_id, display_name, last_seen_ip, last_seen_ts
+            FROM devices
+            WHERE user_nid = ?
+            ORDER BY device_nid
+            """,
+            (nid,),
+        )
+        return [self._device_json(*row) for row in rows]
+
+    def _device_json(
+        self, nid: DeviceNid, device_id: str, name: str | None, ip: str | None, ts: int | None
+    ) -> Json:
+        ip, ts = self._seen.get(nid, (ip, ts))
+        device = {"device_id": device_id, "display_name": name, "last_seen_ip": ip}
+        return {k: v for k, v in {**device, "last_seen_ts": ts}.items() if v is not None}
+
+    def rename_device(self, nid: UserNid, device_id: str, name: str) -> None:
+        """Give a device another display name. 404 when there is no such device."""
+        device_nid = self.find_device(nid, device_id)
+        if device_nid is None:
+            raise not_found("You have no device with this id")
+        with self.db.write():
+            self.db.execute(
+                "UPDATE devices SET display_name = ? WHERE device_nid = ?", (name, device_nid)
+            )
+            for callback in self._device_renamed:
+                callback(nid, device_nid, device_id)
+
+    def delete_devices(self, nid: UserNid, device_ids: Iterable[str]) -> None:
+        """Log out devices; ids of none are no error."""
+        with self.db.write():
+            for device_id in set(device_ids):
+                device_nid = self.find_device(nid, device_id)
+                if device_nid is not None:
+                    self._delete_device(nid, device_nid, device_id)
+
+    def log_out_everywhere(self, nid: UserNid, *, keep: DeviceNid | None = None) -> None:
+        """Log out all devices of a user, but the one to keep."""
+        rows = self.db.all("SELECT device_nid, device_id FROM devices WHERE user_nid = ?", (nid,))
+        with self.db.write():
+            for device_nid, device_id in rows:
+                if device_nid != keep:
+                    self._delete_device(nid, device_nid, device_id)
+
+    def _delete_device(self, nid: UserNid, device_nid: DeviceNid, device_id: str) -> None:
+        for callback in self._device_gone:
+            callback(nid, device_nid, device_id)
+        self._forget_tokens(nid, device_nid)
+        self._seen.pop(device_nid, None)
+        self.db.execute(
+            "DELETE FROM tokens WHERE user_nid = ? AND device_nid = ?", (nid, device_nid)
+        )
+        self.db.execute("DELETE FROM txns WHERE device_nid = ?", (device_nid,))
+        self.db.execute("DELETE FROM devices WHERE device_nid = ?", (device_nid,))
+
+    # Maintenance
+
+    def flush_last_seen(self) -> None:
+        """Write down where and when devices were seen since the last time."""
+        seen, self._seen = self._seen, {}
+        if not seen:
+            return
+        with self.db.write():
+            for device_nid, (address, seen_ts) in seen.items():
+                self.db.execute(
+                    "UPDATE devices SET last_seen_ip = ?, last_seen_ts = ? WHERE device_nid = ?",
+                    (address, seen_ts, device_nid),
+                )
+
+    async def expire(self) -> None:
+        """Delete tokens and transactions that have had their time, a device at a time."""
+        with self.db.write():
+            self.db.execute("DELETE FROM short_tokens WHERE expires_ts <= ?", (now_ms(),))
+        for (device_nid,) in self.db.all("SELECT device_nid FROM devices"):
+            with self.db.write():
+                self.db.execute(
+                    "DELETE FROM txns WHERE device_nid = ? AND created_ts < ?",
+                    (device_nid, now_ms() - TXN_LIFETIME_MS),
+                )
+            await asyncio.sleep(0)
+
+
+def random_device_id() -> str:
+    """A device id in the form that people know."""
+    return "".join(secrets.choice(string.ascii_uppercase) for _ in range(10))
+
+
+def refuse_suspended(hs: Homeserver, requester: Requester) -> None:
+    """403 M_USER_SUSPENDED for what a suspended user may not do."""
+    if hs.accounts.is_suspended(requester.nid):
+        text = "You cannot perform this action while suspended"
+        raise MatrixError(403, "M_USER_SUSPENDED", text)
+
+
+# ── 12.4  User-interactive authentication ────────────────────────────────────
+
+DUMMY = "m.login.dummy"
+PASSWORD = "m.login.password"  # noqa: S105  the name of a stage
+REGISTRATION_TOKEN = "m.login.registration_token"  # noqa: S105  the name of a stage
+Flows = Sequence[Sequence[str]]
+PASSWORD_FLOW: Final[Flows] = ((PASSWORD,),)
+
+
+@dataclass
+class UiaSession:
+    """How far a client has come in proving that it may do one thing.
+
+    Bound to the operation and the user from the start, and to the body from the first completed
+    stage on; before that it is worth nothing, and some clients send more with each request.
+    """
+
+    session_id: str
+    operation: str
+    user_nid: UserNid | None
+    expires: float
+    body: bytes
+    completed: list[str] = field(default_factory=list)
+    credential: str = ""  # which registration token it was
+    used: bool = False
+
+    def bind(self, body: bytes) -> None:
+        """Refuse another body than that of the completed stages."""
+        if self.completed and self.body != body:
+            raise forbidden("The request has changed during authentication")
+        self.body = body
+
+
+class AuthenticationNeeded(MatrixError):
+    """401 with the flows a client can choose from; an error only when a stage was tried and failed."""
+
+    def __init__(
+        self, flows: Flows, session: UiaSession, failure: MatrixError | None = None
+    ) -> None:
+        super().__init__(401, "M_FORBIDDEN", "Further authentication is needed")
+        self.body: Json = {
+            "flows": [{"stages": list(stages)} for stages in flows],
+            "params": {},
+            "session": session.session_id,
+        }
+        if session.completed:
+            self.body["completed"] = list(session.completed)
+        if failure is not None:
+            self.body.update(failure.to_json())
+
+    def to_json(self) -> Json:
+        """The body of the response."""
+        return self.body
+
+
+async def user_interactive_auth(
+    hs: Homeserver, request: Request, flows: Flows = PASSWORD_FLOW
+) -> UiaSession:
+    """Let the request pass once all stages of one flow are done; until then 401 with what is left.
+
+    Spec: "User-interactive authentication API". A session is good for one success.
+    """
+    auth = request.json.get("auth")
+    body = body_digest(hs, request.json)
+    session = uia_session(hs, request, auth, body)
+    session.bind(body)
+    if not auth:
+        raise AuthenticationNeeded(flows, session)
+    stage = auth.get("type")
+    if stage is not None and stage not in session.completed:
+        await complete_stage(hs, request, flows, session)
+        if session.used:
+            raise forbidden("This session was used already")
+        session.bind(body)
+        session.completed.append(stage)
+    if session.completed not in [list(stages) for stages in flows]:
+        raise AuthenticationNeeded(flows, session)
+    session.used = True
+    hs.accounts.uia.pop(session.session_id)
+    return session
+
+
+def body_digest(hs: Homeserver, body: Json) -> bytes:
+    """What a session remembers of the request: a keyed hash, as there may be a password in it."""
+    rest = {key: value for key, value in body.items() if key != "auth"}
+    raw = json.dumps(rest, sort_keys=True).encode()
+    return hashlib.blake2b(raw, key=hs.accounts.uia_key).digest()
+
+
+def uia_session(hs: Homeserver, request: Request, auth: Json | None, body: bytes) -> UiaSession:
+    """The session that the client names, or a new one; 403 for a session of something else."""
+    sessions = hs.accounts.uia
+    operation = f"{request.method} {request.path}"
+    user_nid = request.requester.nid if request.requester else None
+    wanted = (auth or {}).get("session")
+    found = sessions.get(wanted) if isinstance(wanted, str) else None
+    if found is None or found.expires < time.monotonic():
+        expires = time.monotonic() + UIA_SESSION_SECONDS
+        fresh = UiaSession(random_token(), operation, user_nid, expires, body)
+        sessions.put(fresh.session_id, fresh)
+        return fresh
+    if (found.operation, found.user_nid) != (operation, user_nid):
+        raise forbidden("This session was begun for another operation")
+    return found
+
+
+async def complete_stage(
+    hs: Homeserver, request: Request, flows: Flows, session: UiaSession
+) -> None:
+    """Try the stage that the client sent; what fails can be tried again."""
+    stage = request.json["auth"]["type"]
+    so_far = [*session.completed, stage]
+    try:
+        if not any(list(stages[: len(so_far)]) == so_far for stages in flows):
+            raise forbidden(f"{stage} is not the next stage of any flow"[:200])
+        await STAGES[stage](hs, request, session)
+    except MatrixError as error:
+        if error.status != 403:
+            raise
+        raise AuthenticationNeeded(flows, session, error) from error
+
+
+async def dummy_stage(_hs: Homeserver, _request: Request, _session: UiaSession) -> None:
+    """Always succeeds."""
+
+
+async def password_stage(hs: Homeserver, request: Request, session: UiaSession) -> None:
+    """The password of the user who asks; that of another user is no proof."""
+    auth = request.json["auth"]
+    password = auth.get("password")
+    if not isinstance(password, str) or session.user_nid is None:
+        raise missing_param("auth.password must be a string")
+    user_id = hs.db.user_id(session.user_nid)
+    if named_user(hs, auth) not in (None, user_id):
+        raise forbidden("This is not the user who is logged in")
+    if await hs.accounts.verify_password(user_id, password, request.address) is None:
+        raise forbidden("Invalid password")
+
+
+async def token_stage(hs: Homeserver, request: Request, session: UiaSession) -> None:
+    """A registration token; wrong ones count against the address."""
+    token = request.json["auth"].get("token")
+    if not isinstance(token, str):
+        raise missing_param("auth.token must be a string")
+    kind = registration_token_kind(hs, token, request.address)
+    if kind is None:
+        raise forbidden("Invalid registration token")
+    session.credential = kind
+
+
+STAGES: Final[dict[str, Callable[[Homeserver, Request, UiaSession], Awaitable[None]]]] = {
+    DUMMY: dummy_stage,
+    PASSWORD: password_stage,
+    REGISTRATION_TOKEN: token_stage,
+}
+
+
+def registration_token_kind(hs: Homeserver, token: str, address: str) -> str | None:
+    """Which token this is: "first admin", "configured", or None for a wrong one."""
+    keys: dict[GuessKey, Budget] = {("token", address_group(address)): TOKEN_BUDGET}
+    hs.accounts.guesses.take(keys)
+    known = {
+        "first admin": hs.accounts.first_admin_token(),
+        "configured": hs.config.registration_token if hs.config.allow_registration else None,
+    }
+    for kind, right in known.items():
+        if right and hmac.compare_digest(right.encode(), token.encode()):
+            hs.accounts.guesses.refund(keys)
+            return kind
+    return None
+
+
+def named_user(hs: Homeserver, fields: Json) -> str | None:
+    """The user id that a login or a stage names, by identifier or the old way; None if by neither.
+
+    Spec: "Identifier types". 403 for third-party identifiers, since none is known here.
+    """
+    identifier = fields.get("identifier")
+    name = fields.get("user")
+    if identifier is not None or "medium" in fields:
+        if not isinstance(identifier, dict) or identifier.get("type") != "m.id.user":
+            raise forbidden("Only user names are known here, no addresses or phone numbers")
+        name = identifier.get("user")
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise bad_json("user must be a string")
+    localpart, _, server = name.removeprefix("@").partition(":")
+    return f"@{localpart.lower()}:{server or hs.config.server_name}"
+
+
+# ── 12.5  Registration ───────────────────────────────────────────────────────
+
+
+def registration_flows(hs: Homeserver, request: Request) -> Flows:
+    """What somebody has to prove for an account; 403 M_FORBIDDEN when nothing would do.
+
+    The first account is the administrator's. It takes the token printed at the start or the
+    configured one, unless it is registered on the machine itself.
+    """
+    config = hs.config
+    is_first = not hs.accounts.has_users()
+    is_open = request.is_local() or (config.allow_open_registration and not is_first)
+    if config.allow_registration and not config.registration_token and is_open:
+        return ((DUMMY,),)
+    if is_first or (config.allow_registration and config.registration_token):
+        return ((REGISTRATION_TOKEN,),)
+    raise forbidden("Registration is disabled")
+
+
+def is_first_admin(hs: Homeserver, session: UiaSession) -> bool:
+    """Whether the account about to be made is the first, and so the administrator's.
+
+    Two may have passed with the one-time token at once: the second finds that it is used up.
+    """
+    if not hs.accounts.has_users():
+        return True
+    if session.credential == "first admin":
+        raise forbidden("The one-time token was used already")
+    return False
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/register",
+    auth=NONE,
+    limit="register",
+    also=("r0",),
+    body={
+        "auth?": dict,
+        "username?": str,
+        "password?": str,
+        "device_id?": str,
+        "initial_device_display_name?": str,
+        "inhibit_login?": bool,
+        "refresh_token?": bool,
+    },
+)
+async def register(hs: Homeserver, request: Request) -> Json:
+    """Make an account and log it in.
+
+    Spec: "Account registration". 400 M_USER_IN_USE, M_INVALID_USERNAME, M_EXCLUSIVE, also before
+    authentication; 403 M_FORBIDDEN where registration is off.
+    """
+    kind = request.arg("kind", "user")
+    if kind == "guest":
+        return register_guest(hs, request)
+    if kind != "user":
+        raise invalid_param("kind must be user or guest")
+    flows = registration_flows(hs, request)
+    body = request.json
+    user_id = local_user_id(hs, body.get("username") or random_localpart())
+    check_available(hs, user_id)
+    check_login_fields(body)
+    if body.get("password") is not None:
+        check_new_password(body["password"])
+    session = await user_interactive_auth(hs, request, flows)
+    if body.get("password") is None:
+        raise missing_param("password is missing")
+    password_hash = await hs.accounts.passwords.hash(body["password"])
+    is_admin = is_first_admin(hs, session)
+    with hs.db.write():
+        nid = hs.accounts.make_account(
+            user_id,
+            password_hash=password_hash,
+            display_name=default_display_name(hs, user_id),
+            is_admin=is_admin,
+        )
+        if body.get("inhibit_login"):
+            return {"user_id": user_id, "home_server": hs.config.server_name}
+        return log_in_as_asked(hs, request, nid)
+
+
+def random_localpart() -> str:
+    """A user name for who wants none: twelve lower-case letters."""
+    return "".join(secrets.choice(string.ascii_lowercase) for _ in range(12))
+
+
+def check_login_fields(body: Json) -> None:
+    """Check what /login and /register say about the device."""
+    check_device_name(body.get("initial_device_display_name"))
+    if body.get("device_id") is not None:
+        check_device_id(body["device_id"])
+
+
+def log_in_as_asked(hs: Homeserver, request: Request, nid: UserNid) -> Json:
+    """The session that the body of /login or /register asks for."""
+    body = request.json
+    return hs.accounts.log_in(
+        nid,
+        request.address,
+        device_id=body.get("device_id"),
+        display_name=body.get("initial_device_display_name"),
+        refreshable=body.get("refresh_token") is True,
+    )
+
+
+def register_guest(hs: Homeserver, request: Request) -> Json:
+    """Make a guest account. Guests prove nothing, so they need registration to be open to all.
+
+    Spec: "Guest access". 403 M_FORBIDDEN where guests are not let in.
+    """
+    config = hs.config
+    is_open = config.allow_registration and config.allow_open_registration
+    if not is_open or config.registration_token:
+        raise forbidden("Guest accounts are disabled on this server")
+    name = request.json.get("initial_device_display_name")
+    check_device_name(name)
+    with hs.db.write():
+        user_id = local_user_id(hs, random_localpart())
+        nid = hs.accounts.make_account(user_id, is_guest=True)
+        return hs.accounts.log_in(nid, request.address, display_name=name)
+
+
+@route("GET", "/_matrix/client/v3/register/available", auth=NONE, limit="register", also=("r0",))
+async def username_available(hs: Homeserver, request: Request) -> Json:
+    """Whether a user name can be had; the errors say why not."""
+    username = request.arg("username")
+    if username is None:
+        raise missing_param("username is missing")
+    check_available(hs, local_user_id(hs, username))
+    return {"available": True}
+
+
+@route(
+    "GET",
+    "/_matrix/client/v1/register/m.login.registration_token/validity",
+    auth=NONE,
+    limit="register",
+    also=("unstable/org.matrix.msc3231",),
+)
+async def registration_token_validity(hs: Homeserver, request: Request) -> Json:
+    """Whether a registration token would be accepted now; wrong ones count as guesses."""
+    token = request.arg("token")
+    if token is None:
+        raise missing_param("token is missing")
+    if not hs.config.allow_registration and hs.accounts.has_users():
+        raise forbidden("Registration is disabled")
+    return {"valid": registration_token_kind(hs, token, request.address) is not None}
+
+
+def shared_secret(hs: Homeserver) -> bytes:
+    """The registration shared secret; 404 M_UNRECOGNIZED where none is set."""
+    secret = hs.config.registration_shared_secret
+    if not secret:
+        raise MatrixError(404, "M_UNRECOGNIZED", "Shared secret registration is not enabled")
+    return secret.encode()
+
+
+@route("GET", "/_synapse/admin/v1/register", auth=NONE, limit="register")
+async def registration_nonce(hs: Homeserver, _request: Request) -> Json:
+    """A nonce for one registration by shared secret."""
+    shared_secret(hs)
+    nonce = random_token()
+    hs.accounts.nonces.put(nonce, time.monotonic() + NONCE_SECONDS)
+    return {"nonce": nonce}
+
+
+def shared_secret_mac(secret: bytes, body: Json) -> str:
+    """HMAC-SHA1 over nonce, name, password and admin flag, each ended by NUL, as Synapse has it."""
+    admin = "admin" if body.get("admin") else "notadmin"
+    parts = [body["nonce"], body["username"], body["password"], admin]
+    if body.get("user_type"):
+        parts.append(body["user_type"])
+    return hmac.new(secret, "\0".join(parts).encode(), hashlib.sha1).hexdigest()
+
+
+@route(
+    "POST",
+    "/_synapse/admin/v1/register",
+    auth=NONE,
+    limit="register",
+    body={
+        "nonce": str,
+        "username": str,
+        "password": str,
+        "mac": str,
+        "admin?": bool,
+        "user_type?": str,
+        "displayname?": str,
+    },
+)
+async def register_by_shared_secret(hs: Homeserver, request: Request) -> Json:
+    """Make an account for who knows registration_shared_secret, as Synapse's tools do.
+
+    400 for a nonce that is unknown, used or expired; 403 for a wrong mac.
+    """
+    body = request.json
+    secret = shared_secret(hs)
+    expires = hs.accounts.nonces.get(body["nonce"])
+    hs.accounts.nonces.pop(body["nonce"])
+    if expires is None or expires < time.monotonic():
+        raise MatrixError(400, "M_UNKNOWN", "Unrecognised nonce")
+    if any("\0" in body[name] for name in ("username", "password")):
+        raise invalid_param("NUL in the user name or password")
+    if not hmac.compare_digest(shared_secret_mac(secret, body), body["mac"].lower()):
+        raise forbidden("HMAC incorrect")
+    nid = await hs.accounts.create_account(
+        body["username"],
+        body["password"],
+        display_name=body.get("displayname"),
+        is_admin=body.get("admin") is True,
+    )
+    return hs.accounts.log_in(nid, request.address)
+
+
+# ── 12.6  Login and refresh ──────────────────────────────────────────────────
+
+
+async def password_login(hs: Homeserver, request: Request) -> UserNid:
+    """m.login.password: 403 M_FORBIDDEN, the same for a wrong password and an unknown user."""
+    user_id = named_user(hs, request.json)
+    password = request.json.get("password")
+    if user_id is None or password is None:
+        raise missing_param("identifier or password is missing")
+    nid = await hs.accounts.verify_password(user_id, password, request.address)
+    if nid is None:
+        raise forbidden("Invalid user name or password")
+    return nid
+
+
+async def token_login(hs: Homeserver, request: Request) -> UserNid:
+    """m.login.token: a token from /login/get_token, good once and for two minutes."""
+    token = request.json.get("token")
+    if token is None:
+        raise missing_param("token is missing")
+    nid = hs.accounts.short_token_user("login", token, use_up=True)
+    if nid is None:
+        raise forbidden("Invalid login token")
+    return nid
+
+
+LOGIN_TYPES: Final[dict[str, Callable[[Homeserver, Request], Awaitable[UserNid]]]] = {
+    PASSWORD: password_login,
+    "m.login.token": token_login,
+}
+
+
+@route("GET", "/_matrix/client/v3/login", auth=NONE, limit="login", also=("r0",))
+async def login_flows(_hs: Homeserver, _request: Request) -> Json:
+    """The ways to log in.  Spec: "Login"."""
+    return {"flows": [{"type": PASSWORD}, {"type": "m.login.token", "get_login_token": True}]}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/login",
+    auth=NONE,
+    limit="login",
+    also=("r0",),
+    body={
+        "type": str,
+        "identifier?": dict,
+        "user?": str,
+        "password?": str,
+        "token?": str,
+        "device_id?": str,
+        "initial_device_display_name?": str,
+        "refresh_token?": bool,
+    },
+)
+async def login(hs: Homeserver, request: Request) -> Json:
+    """Log in: a device with an access token.
+
+    Spec: "Login". 403 M_FORBIDDEN for wrong credentials, 429 with Retry-After for many of them.
+    """
+    prove = LOGIN_TYPES.get(request.json["type"])
+    if prove is None:
+        raise MatrixError(400, "M_UNKNOWN", "Unknown login type")
+    check_login_fields(request.json)
+    nid = await prove(hs, request)
+    account = hs.accounts.get(nid)
+    if account is None or account.deactivated:
+        raise MatrixError(403, "M_USER_DEACTIVATED", "This account has been deactivated")
+    if account.locked:
+        raise user_locked()
+    return log_in_as_asked(hs, request, nid)
+
+
+@route(
+    "POST",
+    "/_matrix/client/v1/login/get_token",
+    auth=USER,
+    limit="login",
+    also=("unstable/org.matrix.msc3882",),
+    body={"auth?": dict},
+)
+async def get_login_token(hs: Homeserver, request: Request) -> Json:
+    """A token with which one other device can log in as the same user, after asking for consent."""
+    await user_interactive_auth(hs, request)
+    token = hs.accounts.issue_short_token("login", request.user.nid, LOGIN_TOKEN_LIFETIME_MS)
+    return {"login_token": token, "expires_in_ms": LOGIN_TOKEN_LIFETIME_MS}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/refresh",
+    auth=NONE,
+    limit="login",
+    also=("v1", "unstable/org.matrix.msc2918"),
+    body={"refresh_token": str},
+)
+async def refresh_tokens(hs: Homeserver, request: Request) -> Json:
+    """New tokens for a refresh token. 401 M_UNKNOWN_TOKEN when it is unknown or used."""
+    return hs.accounts.refresh(request.json["refresh_token"])
+
+
+# ── 12.7  Logout and devices ─────────────────────────────────────────────────
+
+
+@route("POST", "/_matrix/client/v3/logout", auth=GUEST, also=("r0",))
+async def logout(hs: Homeserver, request: Request) -> Json:
+    """End this session: its tokens, its device and the device's keys are deleted."""
+    if request.user.device_id is not None:
+        hs.accounts.delete_devices(request.user.nid, [request.user.device_id])
+    return {}
+
+
+@route("POST", "/_matrix/client/v3/logout/all", auth=GUEST, also=("r0",))
+async def logout_all(hs: Homeserver, request: Request) -> Json:
+    """End all sessions of the user, this one included."""
+    hs.accounts.log_out_everywhere(request.user.nid)
+    return {}
+
+
+@route("GET", "/_matrix/client/v3/devices", auth=GUEST, also=("r0",))
+async def list_devices(hs: Homeserver, request: Request) -> Json:
+    """All devices of the user.  Spec: "Device management"."""
+    return {"devices": hs.accounts.devices(request.user.nid)}
+
+
+@route("GET", "/_matrix/client/v3/devices/{device_id}", auth=GUEST, also=("r0",))
+async def get_device(hs: Homeserver, request: Request, device_id: str) -> Json:
+    """One device of the user. 404 M_NOT_FOUND when there is none with this id."""
+    for device in hs.accounts.devices(request.user.nid):
+        if device["device_id"] == device_id:
+            return device
+    raise not_found("You have no device with this id")
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/devices/{device_id}",
+    auth=GUEST,
+    also=("r0",),
+    body={"display_name?": str},
+)
+async def put_device(hs: Homeserver, request: Request, device_id: str) -> Json:
+    """Rename a device; only an application service could make one here."""
+    name = request.json.get("display_name")
+    if name is None:
+        await get_device(hs, request, device_id)
+        return {}
+    check_device_name(name)
+    hs.accounts.rename_device(request.user.nid, device_id, name)
+    return {}
+
+
+@route(
+    "DELETE",
+    "/_matrix/client/v3/devices/{device_id}",
+    auth=USER,
+    also=("r0",),
+    body={"auth?": dict},
+)
+async def delete_device(hs: Homeserver, request: Request, device_id: str) -> Json:
+    """Log out one device; the password is asked for."""
+    await user_interactive_auth(hs, request)
+    hs.accounts.delete_devices(request.user.nid, [device_id])
+    return {}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/delete_devices",
+    auth=USER,
+    also=("r0",),
+    body={"devices": [str], "auth?": dict},
+)
+async def delete_many_devices(hs: Homeserver, request: Request) -> Json:
+    """Log out several devices; the password is asked for once."""
+    await user_interactive_auth(hs, request)
+    hs.accounts.delete_devices(request.user.nid, request.json["devices"])
+    return {}
+
+
+# ── 12.8  The own account ────────────────────────────────────────────────────
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/account/password",
+    auth=USER,
+    limit="login",
+    also=("r0",),
+    body={"new_password": str, "logout_devices?": bool, "auth?": dict},
+)
+async def change_password(hs: Homeserver, request: Request) -> Json:
+    """Change the password; other devices are logged out unless logout_devices is false."""
+    check_new_password(request.json["new_password"])
+    await user_interactive_auth(hs, request)
+    await hs.accounts.set_password(
+        request.user.nid,
+        request.json["new_password"],
+        keep=request.user.device_nid,
+        log_out=request.json.get("logout_devices") is not False,
+    )
+    return {}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/account/deactivate",
+    auth=USER,
+    limit="login",
+    also=("r0",),
+    body={"auth?": dict, "id_server?": str, "erase?": bool},
+)
+async def deactivate_account(hs: Homeserver, request: Request) -> Json:
+    """End the own account for good.  Spec: "Account deactivation"."""
+    await user_interactive_auth(hs, request)
+    await hs.accounts.deactivate(request.user.nid, erase=request.json.get("erase") is True)
+    return {"id_server_unbind_result": "success"}
+
+
+@route("GET", "/_matrix/client/v3/account/whoami", auth=GUEST, also=("r0",))
+async def who_am_i(_hs: Homeserver, request: Request) -> Json:
+    """Whose access token this is."""
+    user = request.user
+    answer: Json = {"user_id": user.user_id, "is_guest": user.is_guest}
+    if user.device_id is not None:
+        answer["device_id"] = user.device_id
+    return answer
+
+
+@route("GET", "/_matrix/client/v3/capabilities", auth=GUEST, also=("r0",))
+async def capabilities(hs: Homeserver, request: Request) -> Json:
+    """What this server lets the user do.  Spec: "Capabilities negotiation"."""
+    account = hs.accounts.get(request.user.nid)
+    has_password = account is not None and account.password_hash is not None
+    available = {
+        version.id: "stable" if version.stable else "unstable"
+        for version in ROOM_VERSIONS.values()
+        if version.stable or hs.config.allow_unstable_room_versions
+    }
+    switches = {
+        "m.change_password": has_password,
+        "m.set_displayname": True,
+        "m.set_avatar_url": not request.user.is_guest,
+        "m.3pid_changes": False,
+        "m.get_login_token": has_password,
+        "m.profile_fields": True,
+        "m.forget_forced_upon_leave": False,
+    }
+    answer: Json = {name: {"enabled": enabled} for name, enabled in switches.items()}
+    answer["m.room_versions"] = {
+        "default": hs.config.default_room_version,
+        "available": available,
+    }
+    return {"capabilities": answer}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/user/{user_id}/openid/request_token",
+    auth=USER,
+    limit="login",
+    also=("r0",),
+    body=ANY_OBJECT,
+)
+async def request_openid_token(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """A token by which a third service can ask this server who the user is, and nothing else."""
+    check_own_user(request, user_id)
+    lifetime = OPENID_TOKEN_LIFETIME_MS
+    return {
+        "access_token": hs.accounts.issue_short_token("openid", request.user.nid, lifetime),
+        "token_type": "Bearer",
+        "matrix_server_name": hs.config.server_name,
+        "expires_in": lifetime // 1000,
+    }
+
+
+@route("GET", "/_matrix/federation/v1/openid/userinfo", auth=NONE)
+async def openid_userinfo(hs: Homeserver, request: Request) -> Json:
+    """Whose OpenID token this is.  Spec: SS-API "OpenID"."""
+    token = request.arg("access_token")
+    nid = None
+    if token is not None:
+        nid = hs.accounts.short_token_user("openid", token, use_up=False)
+    if nid is None:
+        raise MatrixError(401, "M_UNKNOWN_TOKEN", "Access token unknown or expired")
+    return {"sub": hs.db.user_id(nid)}
+
+
+def check_own_user(request: Request, user_id: str) -> None:
+    """403 M_FORBIDDEN for a path that names another user than the one who asks."""
+    if user_id != request.user.user_id:
+        raise forbidden("You can do this for your own account only")
+
+
+# ── 12.9  Third-party identifiers: there are none here ───────────────────────
+
+EMAIL_REQUEST = {"client_secret": str, "email": str, "send_attempt": int}
+PHONE_REQUEST = {"client_secret": str, "country": str, "phone_number": str, "send_attempt": int}
+SESSION_OF_ADDRESS = {"client_secret": str, "sid": str, "auth?": dict}
+BINDING = {"client_secret": str, "id_server": str, "id_access_token": str, "sid": str}
+ADDRESS = {"medium": str, "address": str, "id_server?": str}
+
+
+@route("GET", "/_matrix/client/v3/account/3pid", auth=USER, also=("r0",))
+async def list_third_party_ids(_hs: Homeserver, _request: Request) -> Json:
+    """The e-mail addresses and phone numbers of the account: none."""
+    return {"threepids": []}
+
+
+async def refuse_third_party_id(_hs: Homeserver, _request: Request) -> Json:
+    """No address was ever validated here, so none can be added.  Spec: "m.3pid_changes"."""
+    raise MatrixError(403, "M_THREEPID_AUTH_FAILED", "This server keeps no addresses")
+
+
+async def remove_third_party_id(_hs: Homeserver, _request: Request) -> Json:
+    """Nothing was ever bound through this server."""
+    return {"id_server_unbind_result": "no-support"}
+
+
+async def refuse_medium(_hs: Homeserver, _request: Request) -> Json:
+    """Neither mail nor text messages are sent from here."""
+    text = "This server keeps no e-mail addresses and no phone numbers"
+    raise MatrixError(400, "M_THREEPID_MEDIUM_NOT_SUPPORTED", text)
+
+
+async def deny_third_party_id(_hs: Homeserver, _request: Request) -> Json:
+    """Neither registration nor a reset of a password goes by mail or phone here."""
+    raise MatrixError(403, "M_THREEPID_DENIED", "This server sends no mail and no text messages")
+
+
+THIRD_PARTY_ROUTES: Final = (
+    ("account/3pid", USER, {"three_pid_creds": dict}, refuse_third_party_id),
+    ("account/3pid/add", USER, SESSION_OF_ADDRESS, refuse_third_party_id),
+    ("account/3pid/bind", USER, BINDING, refuse_third_party_id),
+    ("account/3pid/delete", USER, ADDRESS, remove_third_party_id),
+    ("account/3pid/unbind", USER, ADDRESS, remove_third_party_id),
+    ("account/3pid/email/requestToken", NONE, EMAIL_REQUEST, refuse_medium),
+    ("account/3pid/msisdn/requestToken", NONE, PHONE_REQUEST, refuse_medium),
+    ("register/email/requestToken", NONE, EMAIL_REQUEST, deny_third_party_id),
+    ("register/msisdn/requestToken", NONE, PHONE_REQUEST, deny_third_party_id),
+    ("account/password/email/requestToken", NONE, EMAIL_REQUEST, deny_third_party_id),
+    ("account/password/msisdn/requestToken", NONE, PHONE_REQUEST, deny_third_party_id),
+)
+for _path, _auth, _body, _handler in THIRD_PARTY_ROUTES:
+    route("POST", f"/_matrix/client/v3/{_path}", auth=_auth, also=("r0",), body=_body)(_handler)
+
+# ── 12.10  Transaction ids ───────────────────────────────────────────────────
+
+
+def txn_row_key(requester: Requester, scope: str, txn_id: str) -> tuple[int, bytes]:
+    """Where a transaction of a device is found; sixteen bytes of hash, as there are many."""
+    digest = hashlib.blake2b(f"{scope}\0{txn_id}".encode(), digest_size=16).digest()
+    return requester.device_nid or -requester.nid, digest
+
+
+def repeated_transaction(
+    hs: Homeserver, requester: Requester, scope: str, txn_id: str
+) -> str | None:
+    """The result of the same request sent before by the same device, or None if it is new.
+
+    Spec: "Transaction identifiers". A refreshed token is the same device; a new login of it, too.
+    """
+    found = hs.db.value(
+        "SELECT result FROM txns WHERE device_nid = ? AND txn_key = ?",
+        txn_row_key(requester, scope, txn_id),
+    )
+    return cast("str | None", found)
+
+
+def record_transaction(
+    hs: Homeserver, requester: Requester, scope: str, txn_id: str, result: str
+) -> None:
+    """Remember the result of a request, in the write block of what it did."""
+    hs.db.execute(
+        "INSERT OR REPLACE INTO txns VALUES (?, ?, ?, ?)",
+        (*txn_row_key(requester, scope, txn_id), result, now_ms()),
+    )
+# ═════════════════════════════════════════════════════════════════════════════
+#  13. PROFILES, ACCOUNT DATA, FILTERS
+#
+#  What people say about themselves to others (name, picture, further fields),
+#  what their clients keep here for themselves (account data, tags), and what
+#  their clients want to be sent (filters).      spec: CS-API "Profiles", "Client
+#  Config", "Room Tagging", "Ignoring Users", "Filtering"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE profiles (
+    user_nid INTEGER NOT NULL,
+    field TEXT NOT NULL,
+    value TEXT NOT NULL,        -- JSON
+    PRIMARY KEY (user_nid, field)
+) WITHOUT ROWID;
+CREATE TABLE profile_updates (  -- whose member events still have to follow their profile
+    user_nid INTEGER PRIMARY KEY
+);
+CREATE TABLE account_data (
+    user_nid INTEGER NOT NULL,
+    room_nid INTEGER NOT NULL,  -- 0: not of a room
+    type TEXT NOT NULL,         -- tags are of type m.tag
+    pos INTEGER NOT NULL,
+    content TEXT NOT NULL,      -- JSON
+    PRIMARY KEY (user_nid, room_nid, type)
+) WITHOUT ROWID;
+CREATE INDEX account_data_changes ON account_data (user_nid, pos);
+CREATE TABLE filters (
+    user_nid INTEGER NOT NULL,
+    filter_id INTEGER NOT NULL,
+    content TEXT NOT NULL,      -- canonical JSON, so equal filters are equal text
+    PRIMARY KEY (user_nid, filter_id)
+) WITHOUT ROWID;
+""")
+
+invariant(
+    "account data newer than the stream",
+    """
+    SELECT pos
+    FROM account_data
+    WHERE pos > (SELECT value FROM meta WHERE key = 'stream_reserved')
+    """,
+)
+
+log_profiles = logging.getLogger("conduit.profiles")
+
+MAX_PROFILE_BYTES = 65_535
+MAX_DISPLAY_NAME = 256  # characters
+MAX_AVATAR_URL = 1_000
+MAX_ACCOUNT_DATA_BYTES = 1_048_576  # of one type
+MAX_TAGS = 100  # of one room
+MAX_FILTER_BYTES = 65_536
+MAX_FILTERS = 500  # of one user; beyond, the oldest goes
+
+# ── 13.1  Profiles ───────────────────────────────────────────────────────────
+
+MEMBER_FIELDS = ("displayname", "avatar_url")  # these are repeated in member events
+NOT_REPEATED = frozenset({"reason", "join_authorised_via_users_server", "third_party_invite"})
+PROFILE_FIELD = re.compile(r"[a-z][a-z0-9._-]*")
+MXC_URI = re.compile(r"mxc://([^/?#\s]+)/([0-9A-Za-z_-]{1,255})")
+TIME_ZONE = re.compile(r"[A-Za-z0-9_+-]{1,32}(?:/[A-Za-z0-9_+-]{1,32}){0,2}")
+
+
+def check_display_name(value: Any) -> None:
+    """A display name is text, and not a long one."""
+    if not isinstance(value, str):
+        raise bad_json("displayname must be a string")
+    if len(value) > MAX_DISPLAY_NAME:
+        raise invalid_param(f"A display name has at most {MAX_DISPLAY_NAME} characters")
+
+
+def check_avatar_url(value: Any) -> None:
+    """An avatar is an mxc:// URI; the empty text stands for none."""
+    if not isinstance(value, str):
+        raise bad_json("avatar_url must be a string")
+    match = MXC_URI.fullmatch(value)
+    if value and (len(value) > MAX_AVATAR_URL or match is None or not is_server_name(match[1])):
+        raise invalid_param("avatar_url must be an mxc:// URI")
+
+
+def check_time_zone(value: Any) -> None:
+    """A time zone has the form of the names in the IANA database."""
+    if not isinstance(value, str):
+        raise bad_json("m.tz must be a string")
+    if not TIME_ZONE.fullmatch(value):
+        raise invalid_param("m.tz must be the name of a time zone, such as Europe/Berlin")
+
+
+FIELD_CHECKS: Final[dict[str, Callable[[Any], None]]] = {
+    "displayname": check_display_name,
+    "avatar_url": check_avatar_url,
+    "m.tz": check_time_zone,
+}
+
+
+def check_profile_field(name: str) -> None:
+    """400 for what cannot be the name of a field.  Spec: "Common Namespaced Identifier Grammar"."""
+    if byte_length(name) > MAX_ID_BYTES:
+        raise MatrixError(
+            400, "M_KEY_TOO_LARGE", "The name of a profile field has at most 255 bytes"
+        )
+    if not PROFILE_FIELD.fullmatch(name):
+        raise invalid_param("This cannot be the name of a profile field")
+
+
+class Profiles:
+    """The profiles of users, and what happens when one changes."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        capacity = int(10_000 * hs.config.conduit_cache_capacity_modifier)
+        self._cache: LruCache[UserNid, Json] = LruCache(capacity)
+        self._wanted: dict[UserNid, int] = {}  # changes under way to the rooms of a user
+        self._listeners: list[Callable[[UserNid], None]] = []
+        hs.db.on_reset(self._cache.clear)
+        hs.accounts.on_account_named(self._name_account)
+        hs.accounts.on_deactivated(self._delete)
+
+    def caches(self) -> dict[str, LruCache[Any, Any]]:
+        """The caches by name, for the admin room."""
+        return {"profiles": self._cache}
+
+    def on_change(self, callback: Callable[[UserNid], None]) -> None:
+        """Call back with the user when a display name or an avatar changed, in the transaction."""
+        self._listeners.append(callback)
+
+    def start(self) -> None:
+        """Go on with the member events that the last stop interrupted."""
+        for (nid,) in self.hs.db.all("SELECT user_nid FROM profile_updates"):
+            self._update_rooms(nid)
+
+    def of(self, nid: UserNid) -> Json:
+        """All fields of a user's profile; not to be changed by who gets it."""
+        profile = self._cache.get(nid)
+        if profile is None:
+            rows = self.hs.db.all("SELECT field, value FROM profiles WHERE user_nid = ?", (nid,))
+            profile = {name: json.loads(value) for name, value in rows}
+            self._cache.put(nid, profile)
+        return profile
+
+    def set_field(self, nid: UserNid, name: str, value: Any) -> None:
+        """Set one field. 400 M_PROFILE_TOO_LARGE over 64 KiB in all."""
+        old = self.of(nid)
+        if len(canonical_json({**old, name: value})) > MAX_PROFILE_BYTES:
+            raise MatrixError(400, "M_PROFILE_TOO_LARGE", "A profile has at most 64 KiB")
+        if name in old and old[name] == value:
+            return
+        with self.hs.db.write():
+            self.hs.db.execute(
+                "INSERT OR REPLACE INTO profiles VALUES (?, ?, ?)", (nid, name, json.dumps(value))
+            )
+            self._changed(nid, name)
+
+    def delete_field(self, nid: UserNid, name: str) -> None:
+        """Remove one field, if it is there."""
+        if name not in self.of(nid):
+            return
+        with self.hs.db.write():
+            self.hs.db.execute("DELETE FROM profiles WHERE user_nid = ? AND field = ?", (nid, name))
+            self._changed(nid, name)
+
+    def _changed(self, nid: UserNid, name: str) -> None:
+        self._cache.pop(nid)
+        if name not in MEMBER_FIELDS:
+            return
+        self.hs.db.execute("INSERT OR IGNORE INTO profile_updates VALUES (?)", (nid,))
+        for listener in self._listeners:
+            listener(nid)
+        self._update_rooms(nid)
+
+    def _name_account(self, nid: UserNid, display_name: str) -> None:
+        self.set_field(nid, "displayname", display_name[:MAX_DISPLAY_NAME])
+
+    def _delete(self, nid: UserNid) -> None:
+        """Of a deactivated account nothing is shown any more."""
+        self.hs.db.execute("DELETE FROM profiles WHERE user_nid = ?", (nid,))
+        self.hs.db.execute("DELETE FROM profile_updates WHERE user_nid = ?", (nid,))
+        self._cache.pop(nid)
+        for listener in self._listeners:
+            listener(nid)
+
+    # Member events follow the profile
+
+    def _update_rooms(self, nid: UserNid) -> None:
+        """Bring the member events up to date in the background; a second change joins the first."""
+        running = nid in self._wanted
+        self._wanted[nid] = self._wanted.get(nid, 0) + 1
+        if not running:
+            self.hs.background(self._follow(nid))
+
+    async def _follow(self, nid: UserNid) -> None:
+        """Update one room after the other, others being served in between, until none is behind."""
+        try:
+            done = 0
+            while done != self._wanted[nid]:
+                done = self._wanted[nid]
+                for room_nid in self.hs.rooms.joined_rooms(nid):
+                    self._update_member(room_nid, nid)
+                    await asyncio.sleep(0)
+            with self.hs.db.write():
+                self.hs.db.execute("DELETE FROM profile_updates WHERE user_nid = ?", (nid,))
+        except MatrixError as error:
+            log_profiles.warning("rooms of %s not updated: %s", self.hs.db.user_id(nid), error)
+        finally:
+            del self._wanted[nid]
+
+    def _update_member(self, room_nid: RoomNid, nid: UserNid) -> None:
+        user_id = self.hs.db.user_id(nid)
+        room = self.hs.rooms.by_nid(room_nid)
+        event = room.state_event("m.room.member", user_id)
+        profile = self.of(nid)
+        if event is None or event.membership != "join":
+            return
+        if all(event.content.get(name) == profile.get(name) for name in MEMBER_FIELDS):
+            return
+        left_out = NOT_REPEATED.union(MEMBER_FIELDS)
+        content = {name: value for name, value in event.content.items() if name not in left_out}
+        content.update({name: profile[name] for name in MEMBER_FIELDS if name in profile})
+        try:
+            self.hs.rooms.send(room, user_id, "m.room.member", content, state_key=user_id)
+        except MatrixError as error:
+            if error.status >= 500:
+                raise  # nothing can be stored; the next start tries again
+            log_profiles.info("%s: member of %s not updated: %s", user_id, room.room_id, error)
+
+
+def profile_of(hs: Homeserver, user_id: str) -> Json:
+    """The profile of a user, empty when none is known; not to be changed by who gets it."""
+    nid = hs.db.find_user_nid(user_id)
+    return {} if nid is None else hs.profiles.of(nid)
+
+
+def public_profile(hs: Homeserver, user_id: str) -> Json:
+    """The profile for who asks. 404 M_NOT_FOUND when there is no such user, or no more."""
+    if not is_user_id(user_id):
+        raise invalid_param("This is not a user id")
+    if not hs.accounts.is_active(user_id):
+        raise not_found("There is no profile of this user")
+    return profile_of(hs, user_id)
+
+
+@route("GET", "/_matrix/client/v3/profile/{user_id}", auth=NONE, also=("r0",))
+async def get_profile(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """All that a user says about themselves.  Spec: "Profiles"."""
+    return public_profile(hs, user_id)
+
+
+PROFILE_FIELD_PATHS = ("r0", "/_matrix/client/unstable/uk.tcpip.msc4133/profile/{user_id}/{name}")
+
+
+@route("GET", "/_matrix/client/v3/profile/{user_id}/{name}", auth=NONE, also=PROFILE_FIELD_PATHS)
+async def get_profile_field(hs: Homeserver, _request: Request, user_id: str, name: str) -> Json:
+    """One field of a profile. 404 M_NOT_FOUND when it is not set."""
+    profile = public_profile(hs, user_id)
+    if name not in profile:
+        raise not_found("This user has no such profile field")
+    return {name: profile[name]}
+
+
+def check_may_edit_profile(hs: Homeserver, request: Request, user_id: str, name: str) -> None:
+    """403 for profiles of others, for suspended users, and for guests but for their name."""
+    check_profile_field(name)
+    check_own_user(request, user_id)
+    refuse_suspended(hs, request.user)
+    if request.user.is_guest and name != "displayname":
+        raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests have a display name only")
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/profile/{user_id}/{name}",
+    auth=GUEST,
+    also=PROFILE_FIELD_PATHS,
+    body=ANY_OBJECT,
+)
+async def put_profile_field(hs: Homeserver, request: Request, user_id: str, name: str) -> Json:
+    """Set a field of the own profile; an empty name or avatar takes it away.
+
+    Spec: PUT /profile/{userId}/{keyName}. 400 M_KEY_TOO_LARGE, M_PROFILE_TOO_LARGE.
+    """
+    check_may_edit_profile(hs, request, user_id, name)
+    if name not in request.json:
+        raise missing_param(f"{name} is missing")
+    value = request.json[name]
+    if value is None:
+        raise bad_json(f"{name} must not be null; use DELETE")
+    if name in FIELD_CHECKS:
+        FIELD_CHECKS[name](value)
+    if value == "" and name in MEMBER_FIELDS:
+        hs.profiles.delete_field(request.user.nid, name)
+    else:
+        hs.profiles.set_field(request.user.nid, name, value)
+    return {}
+
+
+@route(
+    "DELETE", "/_matrix/client/v3/profile/{user_id}/{name}", auth=GUEST, also=PROFILE_FIELD_PATHS
+)
+async def delete_profile_field(hs: Homeserver, request: Request, user_id: str, name: str) -> Json:
+    """Take a field out of the own profile."""
+    check_may_edit_profile(hs, request, user_id, name)
+    hs.profiles.delete_field(request.user.nid, name)
+    return {}
+
+
+# ── 13.2  Account data ───────────────────────────────────────────────────────
+
+NO_ROOM: Final = RoomNid(0)
+IGNORED_USERS = "m.ignored_user_list"
+TAGS = "m.tag"
+SERVER_MANAGED = frozenset({"m.fully_read", "m.push_rules"})
+
+
+class AccountData:
+    """What clients keep here for their user: by type, for the account or for a room."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        capacity = int(10_000 * hs.config.conduit_cache_capacity_modifier)
+        self._latest: LruCache[UserNid, int] = LruCache(capacity)
+        self._ignored: LruCache[UserNid, frozenset[str]] = LruCache(capacity)
+        self._sources: dict[str, Callable[[UserNid], Json]] = {}
+        for cache in self.caches().values():
+            hs.db.on_reset(cache.clear)
+        hs.accounts.on_deactivated(self._erase)
+
+    def caches(self) -> dict[str, LruCache[Any, Any]]:
+        """The caches by name, for the admin room."""
+        return {"account data positions": self._latest, "ignored users": self._ignored}
+
+    def add_source(self, data_type: str, content_of: Callable[[UserNid], Json]) -> None:
+        """Let a later chapter answer for a global type that it keeps itself."""
+        self._sources[data_type] = content_of
+
+    def get(self, nid: UserNid, room_nid: RoomNid, data_type: str) -> Json | None:
+        """The content, or None if there is none."""
+        if room_nid == NO_ROOM and data_type in self._sources:
+            return self._sources[data_type](nid)
+        text = self.db.value(
+            """
+            SELECT content
+            FROM account_data
+            WHERE user_nid = ?
+                AND room_nid = ?
+                AND type = ?
+            """,
+            (nid, room_nid, data_type),
+        )
+        return None if text is None else cast(Json, json.loads(text))
+
+    def put(self, nid: UserNid, room_nid: RoomNid, data_type: str, content: Json) -> None:
+        """Store content and tell the user's clients."""
+        text = encode_json(content).decode()
+        if byte_length(data_type) > MAX_ID_BYTES:
+            raise invalid_param(f"A type has at most {MAX_ID_BYTES} bytes")
+        if len(text) > MAX_ACCOUNT_DATA_BYTES:
+            raise too_large(f"Account data of one type has at most {MAX_ACCOUNT_DATA_BYTES} bytes")
+        with self.db.write():
+            pos = self.hs.stream.stamp(ROOM_DATA if room_nid else ACCOUNT_DATA, nid)
+            self.db.execute(
+                "INSERT OR REPLACE INTO account_data VALUES (?, ?, ?, ?, ?)",
+                (nid, room_nid, data_type, pos, text),
+            )
+        self._latest.put(nid, pos)
+        self._ignored.pop(nid)
+
+    def changes(self, nid: UserNid, since: int) -> list[tuple[RoomNid, Json]]:
+        """What changed after a position, with its room; in memory it costs nothing if nothing did."""
+        latest = self._latest.get(nid)
+        if latest is None:
+            latest = self._read_latest(nid)
+        if latest <= since:
+            return []
+        rows = self.db.all(
+            """
+            SELECT room_nid, type, content
+            FROM account_data
+            WHERE user_nid = ?
+                AND pos > ?
+            ORDER BY pos
+            """,
+            (nid, since),
+        )
+        return [(room, {"type": kind, "content": json.loads(text)}) for room, kind, text in rows]
+
+    def _read_latest(self, nid: UserNid) -> int:
+        found = self.db.value("SELECT MAX(pos) FROM account_data WHERE user_nid = ?", (nid,))
+        latest: int = found or 0
+        self._latest.put(nid, latest)
+        return latest
+
+    def of_room(self, nid: UserNid, room_nid: RoomNid) -> list[Json]:
+        """All of the user's account data of one room."""
+        rows = self.db.all(
+            """
+            SELECT type, content
+            FROM account_data
+            WHERE user_nid = ?
+                AND room_nid = ?
+            """,
+            (nid, room_nid),
+        )
+        return [{"type": kind, "content": json.loads(text)} for kind, text in rows]
+
+    def ignored(self, nid: UserNid) -> frozenset[str]:
+        """Whom the user ignores."""
+        found = self._ignored.get(nid)
+        if found is None:
+            content = self.get(nid, NO_ROOM, IGNORED_USERS) or {}
+            listed = content.get("ignored_users")
+            found = frozenset(listed) if isinstance(listed, dict) else frozenset()
+            self._ignored.put(nid, found)
+        return found
+
+    def _erase(self, nid: UserNid) -> None:
+        """Of an account that is to be erased, nothing of this stays."""
+        if self.hs.accounts.is_erased(nid):
+            self.db.execute("DELETE FROM account_data WHERE user_nid = ?", (nid,))
+            self.db.execute("DELETE FROM filters WHERE user_nid = ?", (nid,))
+        for cache in (self._latest, self._ignored):
+            cache.pop(nid)
+
+
+def global_account_data(hs: Homeserver, user_nid: UserNid, since: int) -> list[Json]:
+    """The account's own data that changed after a position."""
+    changes = hs.account_data.changes(user_nid, since)
+    return [event for room_nid, event in changes if room_nid == NO_ROOM]
+
+
+def room_account_data(hs: Homeserver, user_nid: UserNid, since: int) -> dict[RoomNid, list[Json]]:
+    """The data of rooms that changed after a position, by room, tags that went included."""
+    by_room: dict[RoomNid, list[Json]] = {}
+    for room_nid, event in hs.account_data.changes(user_nid, since):
+        if room_nid != NO_ROOM:
+            by_room.setdefault(room_nid, []).append(event)
+    return by_room
+
+
+def room_account_data_of(hs: Homeserver, user_nid: UserNid, room_nid: RoomNid) -> list[Json]:
+    """All of the user's data of one room."""
+    return hs.account_data.of_room(user_nid, room_nid)
+
+
+def get_room_account_data(
+    hs: Homeserver, user_nid: UserNid, room_nid: RoomNid, data_type: str
+) -> Json | None:
+    """One type of the user's data of a room, or None."""
+    return hs.account_data.get(user_nid, room_nid, data_type)
+
+
+def set_room_account_data(
+    hs: Homeserver, user_nid: UserNid, room_nid: RoomNid, data_type: str, content: Json
+) -> None:
+    """Set one type of the user's data of a room, for types that the server manages as well."""
+    hs.account_data.put(user_nid, room_nid, data_type, content)
+
+
+def ignored_users(hs: Homeserver, user_nid: UserNid) -> frozenset[str]:
+    """Whom the user ignores.  Spec: "Ignoring Users"."""
+    return hs.account_data.ignored(user_nid)
+
+
+def check_client_managed(data_type: str) -> None:
+    """405 for what has endpoints of its own.  Spec: "Client Config"."""
+    if data_type in SERVER_MANAGED:
+        raise MatrixError(405, "M_BAD_JSON", f"Cannot set {data_type} through this API")
+
+
+def own_room(hs: Homeserver, request: Request, user_id: str, room_id: str) -> RoomNid:
+    """The room of a path below the own user; 404 for rooms the user never had to do with."""
+    check_own_user(request, user_id)
+    if not is_room_id(room_id):
+        raise invalid_param("This is not a room id")
+    room = hs.rooms.find(room_id)
+    if room is None or room.membership_of(request.user.nid) is None:
+        raise not_found("You were never in this room")
+    return room.nid
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/user/{user_id}/account_data/{data_type}",
+    auth=USER,
+    also=("r0",),
+    body=ANY_OBJECT,
+)
+async def put_account_data(hs: Homeserver, request: Request, user_id: str, data_type: str) -> Json:
+    """Keep data for the user's clients. 405 M_BAD_JSON for what the server manages."""
+    check_own_user(request, user_id)
+    check_client_managed(data_type)
+    hs.account_data.put(request.user.nid, NO_ROOM, data_type, request.json)
+    return {}
+
+
+@route("GET", "/_matrix/client/v3/user/{user_id}/account_data/{data_type}", auth=USER, also=("r0",))
+async def get_account_data(hs: Homeserver, request: Request, user_id: str, data_type: str) -> Json:
+    """Data that the user's clients keep. 404 M_NOT_FOUND when there is none."""
+    check_own_user(request, user_id)
+    content = hs.account_data.get(request.user.nid, NO_ROOM, data_type)
+    if content is None:
+        raise not_found("There is no account data of this type")
+    return content
+
+
+ROOM_DATA_PATH = "/_matrix/client/v3/user/{user_id}/rooms/{room_id}/account_data/{data_type}"
+
+
+@route("PUT", ROOM_DATA_PATH, auth=USER, also=("r0",), body=ANY_OBJECT)
+async def put_room_data(
+    hs: Homeserver, request: Request, user_id: str, room_id: str, data_type: str
+) -> Json:
+    """Keep data about a room for the user's clients. 405 M_BAD_JSON for what the server manages."""
+    room_nid = own_room(hs, request, user_id, room_id)
+    check_client_managed(data_type)
+    hs.account_data.put(request.user.nid, room_nid, data_type, request.json)
+    return {}
+
+
+@route("GET", ROOM_DATA_PATH, auth=USER, also=("r0",))
+async def get_room_data(
+    hs: Homeserver, request: Request, user_id: str, room_id: str, data_type: str
+) -> Json:
+    """Data about a room that the user's clients keep. 404 M_NOT_FOUND when there is none."""
+    room_nid = own_room(hs, request, user_id, room_id)
+    content = hs.account_data.get(request.user.nid, room_nid, data_type)
+    if content is None:
+        raise not_found("There is no account data of this type for the room")
+    return content
+
+
+# ── 13.3  Tags ───────────────────────────────────────────────────────────────
+
+TAGS_PATH = "/_matrix/client/v3/user/{user_id}/rooms/{room_id}/tags"
+
+
+def tags_of(hs: Homeserver, user_nid: UserNid, room_nid: RoomNid) -> Json:
+    """The tags that the user has on a room; a client may have stored anything in their place."""
+    content = hs.account_data.get(user_nid, room_nid, TAGS) or {}
+    tags = content.get("tags")
+    return tags if isinstance(tags, dict) else {}
+
+
+@route("GET", TAGS_PATH, auth=USER, also=("r0",))
+async def get_tags(hs: Homeserver, request: Request, user_id: str, room_id: str) -> Json:
+    """The user's tags on a room.  Spec: "Room Tagging"."""
+    room_nid = own_room(hs, request, user_id, room_id)
+    return {"tags": tags_of(hs, request.user.nid, room_nid)}
+
+
+@route("PUT", TAGS_PATH + "/{tag}", auth=USER, also=("r0",), body={"order?": float})
+async def put_tag(hs: Homeserver, request: Request, user_id: str, room_id: str, tag: str) -> Json:
+    """Put a tag on a room."""
+    room_nid = own_room(hs, request, user_id, room_id)
+    order = request.json.get("order")
+    if order is not None and not 0 <= order <= 1:
+        raise invalid_param("order must be between 0 and 1")
+    if byte_length(tag) > MAX_ID_BYTES:
+        raise invalid_param(f"A tag has at most {MAX_ID_BYTES} bytes")
+    tags = {**tags_of(hs, request.user.nid, room_nid), tag: request.json}
+    if len(tags) > MAX_TAGS:
+        raise invalid_param(f"A room has at most {MAX_TAGS} tags")
+    hs.account_data.put(request.user.nid, room_nid, TAGS, {"tags": tags})
+    return {}
+
+
+@route("DELETE", TAGS_PATH + "/{tag}", auth=USER, also=("r0",))
+async def delete_tag(
+    hs: Homeserver, request: Request, user_id: str, room_id: str, tag: str
+) -> Json:
+    """Take a tag off a room, if it is there."""
+    room_nid = own_room(hs, request, user_id, room_id)
+    tags = dict(tags_of(hs, request.user.nid, room_nid))
+    if tags.pop(tag, None) is not None:
+        hs.account_data.put(request.user.nid, room_nid, TAGS, {"tags": tags})
+    return {}
+
+
+# ── 13.4  Filters ────────────────────────────────────────────────────────────
+
+EVENT_FILTER: Final[Json] = {
+    "limit?": int,
+    "senders?": [str],
+    "not_senders?": [str],
+    "types?": [str],
+    "not_types?": [str],
+}
+ROOM_EVENT_FILTER: Final[Json] = {
+    **EVENT_FILTER,
+    "rooms?": [str],
+    "not_rooms?": [str],
+    "contains_url?": bool,
+    "lazy_load_members?": bool,
+    "include_redundant_members?": bool,
+    "unread_thread_notifications?": bool,
+    "related_by_senders?": [str],
+    "related_by_rel_types?": [str],
+}
+FILTER: Final[Json] = {
+    "event_fields?": [str],
+    "event_format?": str,
+    "presence?": EVENT_FILTER,
+    "account_data?": EVENT_FILTER,
+    "room?": {
+        "rooms?": [str],
+        "not_rooms?": [str],
+        "include_leave?": bool,
+        "ephemeral?": ROOM_EVENT_FILTER,
+        "state?": ROOM_EVENT_FILTER,
+        "timeline?": ROOM_EVENT_FILTER,
+        "account_data?": ROOM_EVENT_FILTER,
+    },
+}
+FILTER_IDS: Final[dict[str, Callable[[object], bool]]] = {
+    "senders": is_user_id,
+    "not_senders": is_user_id,
+    "rooms": is_room_id,
+    "not_rooms": is_room_id,
+}
+
+
+def check_filter(definition: Any) -> None:
+    """400 M_BAD_JSON for what is no filter; null members are taken out.
+
+    Trap: the specification wants limits above 0, but clients send 0 for "nothing of this".
+    """
+    check_shape(definition, FILTER, "The filter")
+    if definition.get("event_format", "client") not in ("client", "federation"):
+        raise bad_json("event_format must be client or federation")
+    room = definition.get("room", {})
+    inner = [part for part in room.values() if isinstance(part, dict)]
+    outer = [definition.get("presence", {}), definition.get("account_data", {}), room]
+    for part in (*outer, *inner):
+        check_filter_values(part)
+
+
+def check_filter_values(part: Json) -> None:
+    """Check the limit and the ids in one part of a filter."""
+    if part.get("limit", 0) < 0:
+        raise bad_json("limit must not be negative")
+    for name, is_valid in FILTER_IDS.items():
+        if not all(map(is_valid, part.get(name, ()))):
+            raise bad_json(f"{name} has something in it that is no id")
+
+
+class Filters:
+    """The filters that clients have stored, and those they send along, parsed."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.db = hs.db
+        megabytes = hs.config.conduit_cache_capacity_modifier
+        self._cache: LruCache[tuple[UserNid, str], Json] = LruCache(int(2_000_000 * megabytes))
+        hs.db.on_reset(self._cache.clear)
+
+    def caches(self) -> dict[str, LruCache[Any, Any]]:
+        """The caches by name, for the admin room."""
+        return {"filters": self._cache}
+
+    def store(self, nid: UserNid, definition: Json) -> str:
+        """Keep a filter; equal ones have one id."""
+        text = canonical_json(definition).decode()
+        if len(text) > MAX_FILTER_BYTES:
+            raise too_large(f"A filter has at most {MAX_FILTER_BYTES} bytes")
+        known = self.db.value(
+            "SELECT filter_id FROM filters WHERE user_nid = ? AND content = ?", (nid, text)
+        )
+        if known is not None:
+            return str(known)
+        last = self.db.value("SELECT MAX(filter_id) FROM filters WHERE user_nid = ?", (nid,))
+        filter_id = 1 + (last or 0)
+        with self.db.write():
+            self.db.execute("INSERT INTO filters VALUES (?, ?, ?)", (nid, filter_id, text))
+            self.db.execute(
+                "DELETE FROM filters WHERE user_nid = ? AND filter_id <= ?",
+                (nid, filter_id - MAX_FILTERS),
+            )
+        return str(filter_id)
+
+    def get(self, nid: UserNid, text: str) -> Json:
+        """The filter that an id or inline JSON stands for; not to be changed by who gets it."""
+        key = (nid, text)
+        found = self._cache.get(key)
+        if found is None:
+            found = self._inline(text) if text.startswith("{") else self._stored(nid, text)
+            self._cache.put(key, found, 200 + 4 * len(text))
+        return found
+
+    @staticmethod
+    def _inline(text: str) -> Json:
+        try:
+            definition = parse_json(text.encode("utf-8", "surrogatepass"))
+            check_filter(definition)
+        except MatrixError as error:
+            raise invalid_param(f"filter: {error.error}") from error
+        return cast(Json, definition)
+
+    def _stored(self, nid: UserNid, filter_id: str) -> Json:
+        text = None
+        if filter_id.isascii() and filter_id.isdigit() and len(filter_id) < 16:
+            text = self.db.value(
+                "SELECT content FROM filters WHERE user_nid = ? AND filter_id = ?",
+                (nid, int(filter_id)),
+            )
+        if text is None:
+            raise not_found("There is no filter with this id")
+        return cast(Json, json.loads(text))
+
+
+def get_filter(hs: Homeserver, user_nid: UserNid, text: str) -> Json:
+    """The filter of a query: inline JSON or a stored id. 400 M_INVALID_PARAM, 404 M_NOT_FOUND."""
+    return hs.filters.get(user_nid, text)
+
+
+@route(
+    "POST", "/_matrix/client/v3/user/{user_id}/filter", auth=GUEST, also=("r0",), body=ANY_OBJECT
+)
+async def post_filter(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Store a filter for later requests.  Spec: "Filtering"."""
+    check_own_user(request, user_id)
+    check_filter(request.json)
+    return {"filter_id": hs.filters.store(request.user.nid, request.json)}
+
+
+@route("GET", "/_matrix/client/v3/user/{user_id}/filter/{filter_id}", auth=GUEST, also=("r0",))
+async def get_stored_filter(hs: Homeserver, request: Request, user_id: str, filter_id: str) -> Json:
+    """A filter that was stored. 404 M_NOT_FOUND when there is none with this id."""
+    check_own_user(request, user_id)
+    if filter_id.startswith("{"):
+        raise not_found("There is no filter with this id")
+    return get_filter(hs, request.user.nid, filter_id)
+# ═════════════════════════════════════════════════════════════════════════════
+#  20. DIRECTORY
+#
+#  How rooms and people are found: aliases that stand for rooms, the list of
+#  published rooms, and the search for users, which shows to each only those
+#  whom they could have met.      spec: CS-API "Room aliases", "Published room
+#  directory", "User Directory"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE aliases (
+    alias TEXT PRIMARY KEY,
+    room_nid INTEGER NOT NULL,
+    creator_nid INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX aliases_of_room ON aliases (room_nid);
+CREATE TABLE published_rooms (  -- in the room list
+    room_nid INTEGER PRIMARY KEY
+);
+CREATE TABLE public_rooms (     -- anybody could join or look in, so their members can be found
+    room_nid INTEGER PRIMARY KEY
+);
+CREATE TABLE user_names (       -- what the search for users looks through
+    user_nid INTEGER NOT NULL,
+    room_nid INTEGER NOT NULL,  -- 0: the profile of a local user; else a remote one's name there
+    display_name TEXT,
+    avatar_url TEXT,
+    folded TEXT NOT NULL,       -- user id and name without difference of case
+    PRIMARY KEY (user_nid, room_nid)
+) WITHOUT ROWID;
+""")
+
+invariant(
+    "aliases of rooms that are not there",
+    """
+    SELECT alias
+    FROM aliases
+    WHERE room_nid NOT IN (SELECT room_nid FROM rooms)
+    """,
+)
+
+ADMINS_ALIAS = "admins"  # the admin room's; nobody else is ever to have it
+MAX_LISTED = 500  # rooms in one answer
+DEFAULT_LISTED = 100
+MAX_FOUND = 50  # users in one answer
+DEFAULT_FOUND = 10
+MAX_CANDIDATES = 5_000  # rows that a search for users looks at more closely
+MAX_SEARCH_TERM = 255
+
+# ── 20.1  Aliases ────────────────────────────────────────────────────────────
+
+
+def check_local_alias(hs: Homeserver, alias: str) -> None:
+    """400 M_INVALID_PARAM for what is no alias of this server."""
+    if not is_room_alias(alias) or any(char.isspace() or not char.isprintable() for char in alias):
+        raise invalid_param("This is not a room alias")
+    if server_of(alias) != hs.config.server_name:
+        raise invalid_param("Aliases can be made on this server only")
+
+
+def find_alias(hs: Homeserver, alias: str) -> str | None:
+    """The id of the room that a local alias stands for, or None."""
+    nid = hs.db.value("SELECT room_nid FROM aliases WHERE alias = ?", (alias,))
+    return None if nid is None else hs.rooms.by_nid(nid).room_id
+
+
+def resolve_alias(hs: Homeserver, alias: str) -> tuple[str, list[str]]:
+    """The room id that an alias stands for, and servers that know the room. 404 M_NOT_FOUND."""
+    if not is_room_alias(alias):
+        raise invalid_param("This is not a room alias")
+    room_id = find_alias(hs, alias)
+    if room_id is None:
+        raise not_found(f"The alias {alias} does not stand for a room")
+    return room_id, [hs.config.server_name]
+
+
+def set_alias(hs: Homeserver, alias: str, room: Room, creator: str) -> None:
+    """Let an alias stand for a room. 409 when it is in use; 400 M_EXCLUSIVE when it is reserved.
+
+    Trap: #admins is the server's own for ever. Who could point it elsewhere could pretend to be
+    the admin room (CVE-2024-6303).
+    """
+    check_local_alias(hs, alias)
+    is_reserved = alias[1:].partition(":")[0] == ADMINS_ALIAS and creator != hs.accounts.bot_id
+    if is_reserved or any(owns(alias) for owns in hs.directory.exclusive):
+        raise MatrixError(400, "M_EXCLUSIVE", "This alias is reserved")
+    if find_alias(hs, alias) is not None:
+        raise MatrixError(409, "M_UNKNOWN", f"The alias {alias} exists already")
+    with hs.db.write():
+        hs.db.execute(
+            "INSERT INTO aliases VALUES (?, ?, ?)", (alias, room.nid, hs.db.user_nid(creator))
+        )
+
+
+def delete_alias(hs: Homeserver, alias: str) -> None:
+    """Forget a local alias."""
+    with hs.db.write():
+        hs.db.execute("DELETE FROM aliases WHERE alias = ?", (alias,))
+
+
+def aliases_of(hs: Homeserver, room: Room) -> list[str]:
+    """The local aliases of a room, in alphabetical order."""
+    rows = hs.db.all(
+        """
+        SELECT alias
+        FROM aliases
+        WHERE room_nid = ?
+        ORDER BY alias
+        """,
+        (room.nid,),
+    )
+    return [row[0] for row in rows]
+
+
+def may_curate(hs: Homeserver, requester: Requester, room: Room) -> bool:
+    """Whether the user may say under what name a room is found: admins, and who sets its main alias."""
+    if hs.accounts.is_admin(requester.nid):
+        return True
+    levels = room.power_levels()
+    is_in = room.membership_of(requester.nid) == "join"
+    return is_in and levels.user(requester.user_id) >= levels.event("m.room.canonical_alias", True)
+
+
+@route("GET", "/_matrix/client/v3/directory/room/{alias}", auth=NONE, also=("r0",))
+async def get_alias(hs: Homeserver, _request: Request, alias: str) -> Json:
+    """Which room an alias stands for.  Spec: "Room aliases"."""
+    room_id, servers = resolve_alias(hs, alias)
+    return {"room_id": room_id, "servers": servers}
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/directory/room/{alias}",
+    auth=USER,
+    limit="create",
+    also=("r0",),
+    body={"room_id": str},
+)
+async def put_alias(hs: Homeserver, request: Request, alias: str) -> Json:
+    """Make an alias for a room that the user is in. 409 M_UNKNOWN when it exists."""
+    check_local_alias(hs, alias)
+    refuse_suspended(hs, request.user)
+    if not is_room_id(request.json["room_id"]):
+        raise invalid_param("room_id is not a room id")
+    room = hs.rooms.find(request.json["room_id"])
+    if room is None or room.membership_of(request.user.nid) != "join":
+        raise forbidden("You are not in this room")
+    set_alias(hs, alias, room, request.user.user_id)
+    return {}
+
+
+@route("DELETE", "/_matrix/client/v3/directory/room/{alias}", auth=USER, also=("r0",))
+async def remove_alias(hs: Homeserver, request: Request, alias: str) -> Json:
+    """Delete an alias: who made it may, who could set the room's main alias, and admins."""
+    check_local_alias(hs, alias)
+    row = hs.db.one("SELECT room_nid, creator_nid FROM aliases WHERE alias = ?", (alias,))
+    if row is None:
+        raise not_found(f"The alias {alias} does not stand for a room")
+    room = hs.rooms.by_nid(row[0])
+    is_server_owned = hs.db.user_id(row[1]) == hs.accounts.bot_id
+    may_delete = row[1] == request.user.nid or may_curate(hs, request.user, room)
+    if not may_delete or (is_server_owned and row[1] != request.user.nid):
+        raise forbidden("You may not delete this alias")
+    delete_alias(hs, alias)
+    withdraw_canonical_alias(hs, room, request.user.user_id, alias)
+    return {}
+
+
+def withdraw_canonical_alias(hs: Homeserver, room: Room, sender: str, alias: str) -> None:
+    """Take a deleted alias out of the room's state, if the user may; it is gone all the same."""
+    content = dict(room.content("m.room.canonical_alias"))
+    others = content.get("alt_aliases")
+    if content.get("alias") != alias and not (isinstance(others, list) and alias in others):
+        return
+    if content.get("alias") == alias:
+        del content["alias"]
+    if isinstance(others, list):
+        content["alt_aliases"] = [other for other in others if other != alias]
+    with contextlib.suppress(MatrixError):
+        hs.rooms.send(room, sender, "m.room.canonical_alias", content, state_key="")
+
+
+@route(
+    "GET",
+    "/_matrix/client/v3/rooms/{room_id}/aliases",
+    auth=USER,
+    also=("r0", "unstable/org.matrix.msc2432"),
+)
+async def get_room_aliases(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """The local aliases of a room, for its members, or everyone if it is world readable."""
+    if not is_room_id(room_id):
+        raise invalid_param("This is not a room id")
+    room = hs.rooms.find(room_id)
+    is_in = room is not None and room.membership_of(request.user.nid) == "join"
+    if room is None or not (is_in or room.history_visibility == "world_readable"):
+        raise forbidden("You are not a member of the room")
+    return {"aliases": aliases_of(hs, room)}
+
+
+# ── 20.2  Published rooms ────────────────────────────────────────────────────
+
+
+class Listing(NamedTuple):
+    """A published room as the list shows it, and the text that a search looks through."""
+
+    members: int
+    room_id: str
+    room_type: str | None
+    folded: str
+    shown: Json
+
+    @property
+    def rank(self) -> tuple[int, str]:
+        """Where it stands in the list: large rooms first."""
+        return -self.members, self.room_id
+
+
+LISTED_STATE = frozenset(
+    {
+        "m.room.avatar",
+        "m.room.canonical_alias",
+        "m.room.guest_access",
+        "m.room.history_visibility",
+        "m.room.join_rules",
+        "m.room.member",
+        "m.room.name",
+        "m.room.topic",
+    }
+)
+
+
+def listing_of(room: Room) -> Listing:
+    """How a room is shown in the list."""
+    texts = {
+        "name": room.setting("m.room.name", "name", ""),
+        "topic": room.setting("m.room.topic", "topic", ""),
+        "canonical_alias": room.setting("m.room.canonical_alias", "alias", ""),
+        "avatar_url": room.setting("m.room.avatar", "url", ""),
+        "room_type": room.setting("m.room.create", "type", ""),
+    }
+    members = room.joined_count
+    shown = {name: text for name, text in texts.items() if text} | {
+        "room_id": room.room_id,
+        "num_joined_members": members,
+        "world_readable": room.history_visibility == "world_readable",
+        "guest_can_join": room.setting("m.room.guest_access", "guest_access", "") == "can_join",
+        "join_rule": room.join_rule,
+    }
+    searched = (texts["name"], texts["topic"], texts["canonical_alias"])
+    return Listing(
+        members, room.room_id, texts["room_type"] or None, "\n".join(searched).casefold(), shown
+    )
+
+
+class Directory:
+    """The list of rooms, and what the search for users goes by, kept up to date with the rooms."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        self.exclusive: list[Callable[[str], bool]] = []  # says whether a bridge owns this alias
+        self._published: dict[RoomNid, Listing | None] | None = None  # None: to be read again
+        self._public: set[RoomNid] | None = None
+        hs.db.on_reset(self._forget)
+        hs.rooms.subscribe(self._on_event)
+        hs.profiles.on_change(self._on_profile)
+        hs.accounts.on_account_created(self._on_profile)
+
+    def _forget(self) -> None:
+        self._published = None
+        self._public = None
+
+    # The list
+
+    def _listed(self) -> dict[RoomNid, Listing | None]:
+        if self._published is None:
+            rows = self.db.all("SELECT room_nid FROM published_rooms")
+            self._published = {RoomNid(nid): None for (nid,) in rows}
+        return self._published
+
+    def is_published(self, room: Room) -> bool:
+        """Whether the room is in the list."""
+        return room.nid in self._listed()
+
+    def publish(self, room: Room, visibility: str) -> None:
+        """Put a room into the list ("public"), or take it out ("private")."""
+        with self.db.write():
+            if visibility == "public":
+                self.db.execute("INSERT OR IGNORE INTO published_rooms VALUES (?)", (room.nid,))
+            else:
+                self.db.execute("DELETE FROM published_rooms WHERE room_nid = ?", (room.nid,))
+        self._published = None
+
+    def listings(self) -> list[Listing]:
+        """All rooms in the list that have somebody in them, in its order."""
+        listed = self._listed()
+        for nid, listing in listed.items():
+            if listing is None:
+                listed[nid] = listing_of(self.hs.rooms.by_nid(nid))
+        filled = [listing for listing in listed.values() if listing is not None and listing.members]
+        return sorted(filled, key=lambda listing: listing.rank)
+
+    # What the search for users goes by
+
+    def public_rooms(self) -> set[RoomNid]:
+        """The rooms that anybody can join or read."""
+        if self._public is None:
+            self._public = {row[0] for row in self.db.all("SELECT room_nid FROM public_rooms")}
+        return self._public
+
+    def _on_event(self, room: Room, event: Event) -> None:
+        if not event.is_state or event.type not in LISTED_STATE:
+            return
+        if self._published is not None and room.nid in self._published:
+            self._published[room.nid] = None
+        if event.type in ("m.room.join_rules", "m.room.history_visibility"):
+            self._on_openness(room)
+        elif event.type == "m.room.member" and not self.hs.is_local(event.state_key or ""):
+            self._on_remote_member(room, event)
+
+    def _on_openness(self, room: Room) -> None:
+        is_public = room.join_rule == "public" or room.history_visibility == "world_readable"
+        if is_public == (room.nid in self.public_rooms()):
+            return
+        if is_public:
+            self.db.execute("INSERT INTO public_rooms VALUES (?)", (room.nid,))
+        else:
+            self.db.execute("DELETE FROM public_rooms WHERE room_nid = ?", (room.nid,))
+        self._public = None
+
+    def _on_remote_member(self, room: Room, event: Event) -> None:
+        """A remote user is known by the name that they have in a room, to those who see that room."""
+        user_id = event.state_key or ""
+        nid = self.db.user_nid(user_id)
+        if event.membership == "join":
+            self._remember(nid, room.nid, user_id, event.content)
+        else:
+            self._forget_name(nid, room.nid)
+
+    def _on_profile(self, nid: UserNid) -> None:
+        """A local user is known by their profile."""
+        account = self.hs.accounts.get(nid)
+        if account is None or account.is_guest or account.deactivated:
+            self._forget_name(nid, NO_ROOM)
+        else:
+            self._remember(nid, NO_ROOM, self.db.user_id(nid), self.hs.profiles.of(nid))
+
+    def _remember(self, nid: UserNid, room_nid: RoomNid, user_id: str, profile: Json) -> None:
+        name, avatar = (
+            text if isinstance(text := profile.get(field), str) else None for field in MEMBER_FIELDS
+        )
+        folded = f"{user_id}\n{name or ''}".casefold()
+        self.db.execute(
+            "INSERT OR REPLACE INTO user_names VALUES (?, ?, ?, ?, ?)",
+            (nid, room_nid, name, avatar, folded),
+        )
+
+    def _forget_name(self, nid: UserNid, room_nid: RoomNid) -> None:
+        self.db.execute(
+            "DELETE FROM user_names WHERE user_nid = ? AND room_nid = ?", (nid, room_nid)
+        )
+
+
+def publish_room(hs: Homeserver, room: Room, visibility: str) -> None:
+    """Put a room into the list of rooms ("public"), or take it out ("private")."""
+    hs.directory.publish(room, visibility)
+
+
+VISIBILITY_PATH = "/_matrix/client/v3/directory/list/room/{room_id}"
+
+
+@route("GET", VISIBILITY_PATH, auth=NONE, also=("r0",))
+async def get_visibility(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """Whether a room is in the list. 404 M_NOT_FOUND for an unknown room."""
+    if not is_room_id(room_id):
+        raise invalid_param("This is not a room id")
+    is_published = hs.directory.is_published(hs.rooms.get(room_id))
+    return {"visibility": "public" if is_published else "private"}
+
+
+@route("PUT", VISIBILITY_PATH, auth=USER, limit="create", also=("r0",), body={"visibility?": str})
+async def put_visibility(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Put a room into the list or take it out, for who may set its main alias."""
+    visibility = request.json.get("visibility", "public")
+    if visibility not in ("public", "private"):
+        raise invalid_param("visibility is public or private")
+    if not is_room_id(room_id):
+        raise invalid_param("This is not a room id")
+    room = hs.rooms.get(room_id)
+    if not may_curate(hs, request.user, room):
+        raise forbidden("You may not change whether this room is listed")
+    refuse_suspended(hs, request.user)
+    publish_room(hs, room, visibility)
+    return {}
+
+
+# ── 20.3  The list of rooms ──────────────────────────────────────────────────
+
+
+class ListPlace(NamedTuple):
+    """Where a page of the list begins: after a rank, or before it; None for the start."""
+
+    backwards: bool = False
+    rank: tuple[int, str] | None = None
+
+
+def page_token(backwards: bool, listing: Listing) -> str:
+    """A token that goes on from a room, whatever was published or left since."""
+    return f"{'p' if backwards else 'n'}{listing.members}_{listing.room_id}"
+
+
+def parse_page_token(token: str | None) -> ListPlace:
+    """The page that a token stands for. 400 M_INVALID_PARAM for what was never one."""
+    if token is None:
+        return ListPlace()
+    match = re.fullmatch(r"([np])([0-9]{1,15})_(!.+)", token)
+    if match is None:
+        raise invalid_param("since is not a token of this list")
+    return ListPlace(match[1] == "p", (-int(match[2]), match[3]))
+
+
+def page_of(listings: list[Listing], page: ListPlace, limit: int) -> Json:
+    """One page of the list, with tokens for the next and the one before."""
+    ranks = [listing.rank for listing in listings]
+    first = 0 if page.rank is None else bisect.bisect_right(ranks, page.rank)
+    if page.backwards and page.rank is not None:
+        end = bisect.bisect_left(ranks, page.rank)
+        first = max(0, end - limit)
+        limit = end - first
+    chunk = listings[first : first + limit]
+    answer: Json = {
+        "chunk": [listing.shown for listing in chunk],
+        "total_room_count_estimate": len(listings),
+    }
+    if chunk and first > 0:
+        answer["prev_batch"] = page_token(True, chunk[0])
+    if chunk and first + limit < len(listings):
+        answer["next_batch"] = page_token(False, chunk[-1])
+    return answer
+
+
+def public_rooms_page(hs: Homeserver, request: Request, query: Json) -> Json:
+    """The page that a query asks for. 404 for the list of a server that is out of reach."""
+    server = request.arg("server") or hs.config.server_name
+    if server != hs.config.server_name:
+        raise not_found("The room list of that server cannot be reached from here")
+    limit = query.get("limit")
+    limit = DEFAULT_LISTED if limit is None else limit
+    if limit < 1:
+        raise invalid_param("limit must be at least 1")
+    page = parse_page_token(query.get("since"))
+    if query.get("third_party_instance_id") and not query.get("include_all_networks"):
+        return page_of([], page, limit)  # rooms of a bridged network: there are none
+    wanted = query.get("filter", {})
+    term = wanted.get("generic_search_term", "").casefold()
+    types = wanted.get("room_types")
+    found = [
+        listing
+        for listing in hs.directory.listings()
+        if term in listing.folded and (types is None or listing.room_type in types)
+    ]
+    return page_of(found, page, min(limit, MAX_LISTED))
+
+
+@route("GET", "/_matrix/client/v3/publicRooms", auth=NONE, limit="search", also=("r0",))
+async def get_public_rooms(hs: Homeserver, request: Request) -> Json:
+    """The list of published rooms, large ones first.  Spec: "Published room directory"."""
+    limit = request.int_arg("limit", DEFAULT_LISTED, 1, MAX_LISTED)
+    return public_rooms_page(hs, request, {"limit": limit, "since": request.arg("since")})
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/publicRooms",
+    auth=USER,
+    limit="search",
+    also=("r0",),
+    body={
+        "limit?": int,
+        "since?": str,
+        "filter?": {"generic_search_term?": str, "room_types?": [(str, type(None))]},
+        "include_all_networks?": bool,
+        "third_party_instance_id?": str,
+    },
+)
+async def search_public_rooms(hs: Homeserver, request: Request) -> Json:
+    """The published rooms that fit a search term and are of the wanted types."""
+    return public_rooms_page(hs, request, request.json)
+
+
+# ── 20.4  The search for users ───────────────────────────────────────────────
+
+
+class FoundName(NamedTuple):
+    """A row of user_names that fits a search, with the user's id."""
+
+    user_nid: UserNid
+    room_nid: RoomNid
+    display_name: str | None
+    avatar_url: str | None
+    folded: str
+    user_id: str
+
+
+def like_pattern(word: str) -> str:
+    """A LIKE pattern for texts that contain the word."""
+    escaped = re.sub(r"([\\%_])", r"\\\1", word)
+    return f"%{escaped}%"
+
+
+def matching_names(connection: sqlite3.Connection, words: list[str]) -> list[FoundName]:
+    """The names in which all words are found; a scan, so for a thread."""
+    rows = connection.execute(
+        r"""
+        SELECT user_nid, room_nid, display_name, avatar_url, folded, user_id
+        FROM user_names
+        JOIN users USING (user_nid)
+        WHERE folded LIKE ? ESCAPE '\'
+        LIMIT ?
+        """,
+        (like_pattern(max(words, key=len)), MAX_CANDIDATES),
+    )
+    found = map(FoundName._make, rows)
+    return [name for name in found if all(word in name.folded for word in words)]
+
+
+def search_rank(name: FoundName, term: str) -> tuple[int, bool, str]:
+    """Whole matches first, then beginnings, then the rest; with a name before without."""
+    user_id, _, display_name = name.folded.partition("\n")
+    localpart = user_id[1:].partition(":")[0]
+    texts = (user_id, user_id[1:], localpart, display_name)
+    if term in texts:
+        closeness = 0
+    elif any(text.startswith(term) for text in texts):
+        closeness = 1
+    else:
+        closeness = 2
+    return closeness, name.display_name is None, name.user_id
+
+
+def visible_names(
+    hs: Homeserver, searcher: UserNid, names: Iterable[FoundName]
+) -> Iterator[FoundName]:
+    """Those that the searcher may see: of users in a room with them, or in one open to all.
+
+    Trap: the name that somebody has in a private room is for that room only (CVE-2021-39164).
+    """
+    rooms = hs.directory.public_rooms().union(hs.rooms.joined_rooms(searcher))
+    seen = {searcher}
+    for name in names:
+        if name.user_nid in seen:
+            continue
+        of_user = (name.room_nid,) if name.room_nid else hs.rooms.joined_rooms(name.user_nid)
+        if not rooms.isdisjoint(of_user):
+            seen.add(name.user_nid)
+            yield name
+
+
+def shown_name(name: FoundName) -> Json:
+    """A found user as the answer shows them."""
+    fields = {"display_name": name.display_name, "avatar_url": name.avatar_url}
+    return {"user_id": name.user_id} | {key: text for key, text in fields.items() if text}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/user_directory/search",
+    auth=USER,
+    limit="search",
+    also=("r0",),
+    body={"search_term": str, "limit?": int},
+)
+async def search_users(hs: Homeserver, request: Request) -> Json:
+    """Find users by parts of their id or name, in rooms of the searcher or open to all."""
+    limit = request.json.get("limit", DEFAULT_FOUND)
+    if limit < 1:
+        raise invalid_param("limit must be at least 1")
+    limit = min(limit, MAX_FOUND)
+    term = request.json["search_term"].strip().casefold()[:MAX_SEARCH_TERM]
+    words = term.split()
+    if not words:
+        return {"results": [], "limited": False}
+    names = await hs.db.read_in_thread(lambda connection: matching_names(connection, words))
+    names.sort(key=lambda name: search_rank(name, term))
+    found: list[Json] = []
+    for count, name in enumerate(visible_names(hs, request.user.nid, names)):
+        if count == limit:
+            return {"results": found, "limited": True}
+        found.append(shown_name(name))
+    return {"results": found, "limited": False}
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  14. ROOMS AND MESSAGES
+#
+#  What a client does with rooms: make them, enter and leave them, set their
+#  state, send, redact, and read back. The rules are in Part II; here is what the
+#  API adds to them.                        spec: CS-API "Rooms", "Events"
+# ═════════════════════════════════════════════════════════════════════════════
+
+MAX_INVITES = 200  # in one createRoom
+MAX_PAGE = 1000  # events in one answer of /messages
+MAX_SCAN = 5000  # events looked at for one page; the token leads on behind them
+DEFAULT_PAGE = 10
+
+# ── 14.1  Tokens and filters ─────────────────────────────────────────────────
+
+
+def stream_token(position: int) -> str:
+    """The one pagination token: the place behind a stream position, in sync and in /messages."""
+    return f"s{position}"
+
+
+TOKEN = re.compile(r"s(-?[0-9]{1,18})(?:_([0-9]{1,18}))?")  # the second: see chapter 18
+
+
+def parse_token(text: str) -> int:
+    """The position in a token.  400 M_INVALID_PARAM for what is none."""
+    match = TOKEN.fullmatch(text)
+    if match is None:
+        raise invalid_param("That is not a token of this server")
+    return int(match[1])
+
+
+def wildcard_match(pattern: str, text: str) -> bool:
+    """Whether a text matches a pattern in which * stands for anything, in linear time."""
+    if "*" not in pattern:
+        return pattern == text
+    first, *middle, last = pattern.split("*")
+    if len(text) < len(first) + len(last) or not text.startswith(first):
+        return False
+    at, end = len(first), len(text) - len(last)
+    for part in middle:
+        at = text.find(part, at, end)
+        if at < 0:
+            return False
+        at += len(part)
+    return text.endswith(last)
+
+
+class EventFilter:
+    """A RoomEventFilter or EventFilter, ready to be asked of events.  Spec: CS-API "Filtering"."""
+
+    def __init__(self, definition: Json, limit: int = DEFAULT_PAGE) -> None:
+        self.limit = min(MAX_PAGE, max(0, definition.get("limit", limit)))
+        self.types: list[str] | None = definition.get("types")
+        self.not_types: list[str] = definition.get("not_types") or []
+        self.senders: list[str] | None = definition.get("senders")
+        self.not_senders: list[str] = definition.get("not_senders") or []
+        self.rooms: list[str] | None = definition.get("rooms")
+        self.not_rooms: list[str] = definition.get("not_rooms") or []
+        self.contains_url: bool | None = definition.get("contains_url")
+        self.lazy_load_members: bool = definition.get("lazy_load_members") is True
+        self.redundant_members: bool = definition.get("include_redundant_members") is True
+        self.thread_counts: bool = definition.get("unread_thread_notifications") is True
+        self.passes_all = (
+            self.types is None
+            and self.senders is None
+            and self.contains_url is None
+            and not self.not_types
+            and not self.not_senders
+        )
+
+    def wants_room(self, room_id: str) -> bool:
+        """Whether the filter lets a room through."""
+        if room_id in self.not_rooms:
+            return False
+        return self.rooms is None or room_id in self.rooms
+
+    def wants_type(self, event_type: str) -> bool:
+        """Whether the filter lets an event type through."""
+        if any(wildcard_match(pattern, event_type) for pattern in self.not_types):
+            return False
+        return self.types is None or any(wildcard_match(one, event_type) for one in self.types)
+
+    def wants(self, event_type: str, sender: str, content: Json) -> bool:
+        """Whether the filter lets an event through."""
+        if self.passes_all:
+            return True
+        if sender in self.not_senders or (self.senders is not None and sender not in self.senders):
+            return False
+        if self.contains_url is not None and isinstance(content.get("url"), str) != self.contains_url:
+            return False
+        return self.wants_type(event_type)
+
+    def pick(self, events: Iterable[Event]) -> list[Event]:
+        """The events that pass."""
+        if self.passes_all:
+            return list(events)
+        return [event for event in events if self.wants(event.type, event.sender, event.content)]
+
+
+def page_filter(request: Request) -> EventFilter:
+    """The filter and limit in the query of /messages and /context."""
+    text = request.arg("filter")
+    definition = parse_json(text.encode()) if text else {}
+    check_object(definition, ROOM_EVENT_FILTER, "filter")
+    limit = request.arg("limit")
+    if limit is not None:
+        definition["limit"] = request.int_arg("limit", DEFAULT_PAGE, 0, MAX_PAGE)
+    return EventFilter(definition)
+
+
+# ── 14.2  Who may look into a room ───────────────────────────────────────────
+
+
+def require_joined(room: Room, user_nid: UserNid) -> None:
+    """403 unless the user is in the room now."""
+    if room.membership_of(user_nid) != "join":
+        raise forbidden("You are not in this room")
+
+
+def reading_limit(hs: Homeserver, request: Request, room: Room) -> Event | None:
+    """Up to which event someone may read the room's state: None is all there is.
+
+    Members read what is now; who has left or was banned reads what was then; everyone reads a
+    world-readable room.  403 for all others.
+    """
+    member = hs.rooms.memberships(request.user.nid).get(room.nid)
+    if (member is not None and member.membership == "join") or room.history_visibility == "world_readable":
+        return None
+    if member is None or member.membership not in {"leave", "ban"} or member.forgotten:
+        raise forbidden("You are not in this room")
+    left = cast(Event, hs.rooms.event_by_nid(member.event_nid))
+    replaced = hs.rooms.event_by_nid(left.replaces) if left.replaces is not None else None
+    if replaced is None or replaced.membership != "join":
+        raise forbidden("You have never been in this room")
+    return left
+
+
+def readable_room(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, Event | None]:
+    """The room and the reader's limit; 403 as well for a room that does not exist."""
+    room = hs.rooms.find(room_id)
+    if room is None:
+        raise forbidden("You are not in this room, or there is no such room")
+    return room, reading_limit(hs, request, room)
+
+
+def state_for(hs: Homeserver, room: Room, limit: Event | None) -> Mapping[StateKey, EventNid]:
+    """The state that a reader with that limit sees."""
+    return room.state if limit is None else hs.rooms.state_after(limit)
+
+
+def as_clients(hs: Homeserver, request: Request, events: Iterable[Event]) -> list[Json]:
+    """Events in the client format for the one who asks."""
+    device = request.user.device_nid
+    return [client_event(hs.rooms, event, device) for event in events]
+
+
+# ── 14.3  Creating a room ────────────────────────────────────────────────────
+
+PRESETS: Final[dict[str, Json]] = {
+    "private_chat": {"join_rule": "invite", "guest_access": "can_join"},
+    "trusted_private_chat": {"join_rule": "invite", "guest_access": "can_join"},
+    "public_chat": {"join_rule": "public", "guest_access": "forbidden"},
+}
+INITIAL_LEVELS: Final[Json] = {
+    "users": {},
+    "users_default": 0,
+    "events": {
+        "m.room.name": 50,
+        "m.room.avatar": 50,
+        "m.room.canonical_alias": 50,
+        "m.room.power_levels": 100,
+        "m.room.history_visibility": 100,
+        "m.room.tombstone": 100,
+        "m.room.server_acl": 100,
+        "m.room.encryption": 100,
+    },
+    "events_default": 0,
+    "state_default": 50,
+    "invite": 0,
+    "kick": 50,
+    "ban": 50,
+    "redact": 50,
+}
+CREATE_BODY: Final[Json] = {
+    "visibility?": str,
+    "room_alias_name?": str,
+    "name?": str,
+    "topic?": str,
+    "invite?": [str],
+    "invite_3pid?": [dict],
+    "room_version?": str,
+    "creation_content?": dict,
+    "initial_state?": [{"type": str, "state_key?": str, "content": dict}],
+    "preset?": str,
+    "is_direct?": bool,
+    "power_level_content_override?": dict,
+}
+
+
+@route("POST", "/_matrix/client/v3/createRoom", auth=USER, limit="create", also=("r0",), body=CREATE_BODY)
+async def post_create_room(hs: Homeserver, request: Request) -> Json:
+    """Create a room.
+
+    Spec: CS-API "Creation". 400 M_ROOM_IN_USE for a taken alias, M_INVALID_ROOM_STATE when the
+    rules refuse one of the events asked for.
+    """
+    if not hs.config.allow_room_creation and not request.user.is_admin:
+        raise forbidden("Room creation is switched off on this server")
+    return {"room_id": create_room(hs, request.user.user_id, request.json).room_id}
+
+
+def create_room(hs: Homeserver, creator: str, body: Json) -> Room:
+    """Make a room as a createRoom body describes it: all of it, or nothing."""
+    preset = preset_of(body)
+    version = room_version(body.get("room_version", hs.config.default_room_version))
+    require_version_allowed(hs, version)
+    alias = new_alias(hs, body)
+    invitees = checked_invitees(hs, creator, body)
+    trusted = invitees if preset == "trusted_private_chat" else []
+    try:
+        with hs.db.write():
+            room = hs.rooms.create(version.id, creator, create_content(version, creator, body, trusted))
+            for event_type, state_key, content in initial_events(
+                hs, version, creator, preset, body, alias, trusted
+            ):
+                hs.rooms.send(room, creator, event_type, content, state_key=state_key)
+                if event_type == "m.room.power_levels" and alias is not None:
+                    set_alias(hs, alias, room, creator)
+            for invitee in invitees:
+                invite(hs, room, creator, invitee, is_direct=body.get("is_direct") is True)
+            if body.get("visibility") == "public":
+                publish_room(hs, room, "public")
+    except MatrixError as error:
+        if error.errcode != "M_FORBIDDEN":
+            raise
+        raise MatrixError(400, "M_INVALID_ROOM_STATE", error.error) from error
+    return room
+
+
+def preset_of(body: Json) -> str:
+    """The preset asked for, or the one that goes with the visibility."""
+    visibility = body.get("visibility", "private")
+    if visibility not in {"public", "private"}:
+        raise invalid_param("visibility is public or private")
+    preset = body.get("preset", f"{visibility}_chat")
+    if preset not in PRESETS:
+        raise invalid_param("There is no preset of that name")
+    return cast(str, preset)
+
+
+def require_version_allowed(hs: Homeserver, version: RoomVersion) -> None:
+    """400 M_UNSUPPORTED_ROOM_VERSION for an unstable version where these are switched off."""
+    if not version.stable and not hs.config.allow_unstable_room_versions:
+        raise MatrixError(400, "M_UNSUPPORTED_ROOM_VERSION", "Unstable room versions are switched off")
+
+
+def new_alias(hs: Homeserver, body: Json) -> str | None:
+    """The whole alias for room_alias_name, which must be free."""
+    name = body.get("room_alias_name")
+    if name is None:
+        return None
+    alias = f"#{name}:{hs.config.server_name}"
+    if not is_room_alias(alias) or ":" in name or any(char.isspace() for char in name):
+        raise invalid_param("room_alias_name is not the local part of an alias")
+    if find_alias(hs, alias) is not None:
+        raise MatrixError(400, "M_ROOM_IN_USE", f"{alias} exists already")
+    return alias
+
+
+def checked_invitees(hs: Homeserver, creator: str, body: Json) -> list[str]:
+    """The users to invite, each once."""
+    if body.get("invite_3pid"):
+        raise MatrixError(403, "M_THREEPID_DENIED", "This server knows no identity server")
+    invitees = list(dict.fromkeys(body.get("invite", [])))
+    if len(invitees) > MAX_INVITES:
+        raise invalid_param(f"At most {MAX_INVITES} users can be invited at once")
+    for invitee in invitees:
+        require_invitable(hs, invitee)
+    return [invitee for invitee in invitees if invitee != creator]
+
+
+def create_content(version: RoomVersion, creator: str, body: Json, trusted: list[str]) -> Json:
+    """The content of m.room.create."""
+    content = dict(body.get("creation_content") or {})
+    content["room_version"] = version.id
+    content.pop("creator", None)
+    if version.creator_in_content:
+        content["creator"] = creator
+    if version.privileged_creators and trusted:
+        creators = content.get("additional_creators", [])
+        named = creators if isinstance(creators, list) else []
+        content["additional_creators"] = list(dict.fromkeys([*named, *trusted]))
+    return content
+
+
+def initial_levels(version: RoomVersion, creator: str, body: Json, trusted: list[str]) -> Json:
+    """The content of the first m.room.power_levels."""
+    levels = json.loads(json.dumps(INITIAL_LEVELS))
+    if version.privileged_creators:
+        levels["events"]["m.room.tombstone"] = 150
+    else:
+        levels["users"] = {user_id: 100 for user_id in [creator, *trusted]}
+    if body.get("preset") == "public_chat" or body.get("visibility") == "public":
+        levels["invite"] = 50
+    levels.update(body.get("power_level_content_override") or {})
+    return cast(Json, levels)
+
+
+def initial_events(
+    hs: Homeserver,
+    version: RoomVersion,
+    creator: str,
+    preset: str,
+    body: Json,
+    alias: str | None,
+    trusted: list[str],
+) -> Iterator[tuple[str, str, Json]]:
+    """(type, state key, content) of what follows the create event, in the specification's order."""
+    yield MEMBER, creator, {"membership": "join", **member_profile(hs, creator)}
+    yield POWER_LEVELS, "", initial_levels(version, creator, body, trusted)
+    if alias is not None:
+        yield "m.room.canonical_alias", "", {"alias": alias}
+    given = [(one["type"], one.get("state_key", ""), one["content"]) for one in body.get("initial_state", [])]
+    named = {(event_type, state_key) for event_type, state_key, _ in given}
+    settings = PRESETS[preset]
+    for event_type, content in (
+        (JOIN_RULES, {"join_rule": settings["join_rule"]}),
+        ("m.room.history_visibility", {"history_visibility": "shared"}),
+        ("m.room.guest_access", {"guest_access": settings["guest_access"]}),
+    ):
+        if (event_type, "") not in named:
+            yield event_type, "", content
+    for event_type, state_key, content in given:
+        require_encryption_allowed(hs, event_type)
+        yield event_type, state_key, content
+    if "name" in body:
+        yield "m.room.name", "", {"name": body["name"]}
+    if "topic" in body:
+        yield "m.room.topic", "", topic_content(body["topic"])
+
+
+def topic_content(topic: str) -> Json:
+    """A plain topic in both its forms.  Spec: m.room.topic."""
+    return {"topic": topic, "m.topic": {"m.text": [{"body": topic}]}}
+
+
+def require_encryption_allowed(hs: Homeserver, event_type: str) -> None:
+    """403 for switching encryption on where the configuration forbids it."""
+    if event_type == "m.room.encryption" and not hs.config.allow_encryption:
+        raise forbidden("Encryption is switched off on this server")
+
+
+# ── 14.4  Membership ─────────────────────────────────────────────────────────
+
+REASON: Final[Json] = {"reason?": str}
+USER_AND_REASON: Final[Json] = {"user_id": str, "reason?": str}
+JOIN_BODY: Final[Json] = {"reason?": str, "third_party_signed?": dict}
+
+
+def member_profile(hs: Homeserver, user_id: str) -> Json:
+    """What of a profile goes into a member event."""
+    profile = profile_of(hs, user_id)
+    return {key: profile[key] for key in ("displayname", "avatar_url") if profile.get(key)}
+
+
+def with_reason(content: Json, reason: str | None) -> Json:
+    """The content with the reason, where there is one."""
+    return content if reason is None else {**content, "reason": reason}
+
+
+def require_invitable(hs: Homeserver, user_id: str) -> None:
+    """Refuse what is no user, and users that cannot be reached."""
+    if not is_user_id(user_id):
+        raise invalid_param(f"{user_id[:MAX_ID_BYTES]} is not a user id")
+    if not hs.is_local(user_id):
+        raise forbidden(f"This server does not federate with {server_of(user_id)}")
+    if not hs.accounts.exists_local(user_id):
+        raise not_found(f"There is no user {user_id}")
+
+
+def invite(
+    hs: Homeserver,
+    room: Room,
+    sender: str,
+    invitee: str,
+    *,
+    reason: str | None = None,
+    is_direct: bool = False,
+) -> None:
+    """Invite a user; inviting someone who is invited already changes nothing."""
+    if room.membership(invitee) == "invite":
+        return
+    if room.membership(invitee) == "join":
+        raise forbidden(f"{invitee} is in the room already")
+    content = {"membership": "invite", **member_profile(hs, invitee)}
+    if is_direct:
+        content["is_direct"] = True
+    hs.rooms.send(room, sender, MEMBER, with_reason(content, reason), state_key=invitee)
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/rooms/{room_id}/invite",
+    auth=USER,
+    limit="invite",
+    also=("r0",),
+    body={"user_id?": str, "reason?": str, "medium?": str, "address?": str},
+)
+async def post_invite(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Invite a user by id; by e-mail address there is no identity server to ask.
+
+    Spec: CS-API "Joining rooms", "Third-party invites".
+    """
+    body = request.json
+    if "user_id" not in body and "medium" in body and "address" in body:
+        raise MatrixError(403, "M_THREEPID_DENIED", "This server knows no identity server")
+    if "user_id" not in body:
+        raise missing_param("user_id is missing")
+    room = hs.rooms.get(room_id)
+    require_joined(room, request.user.nid)
+    require_invitable(hs, body["user_id"])
+    invite(hs, room, request.user.user_id, body["user_id"], reason=body.get("reason"))
+    return {}
+
+
+@route("POST", "/_matrix/client/v3/rooms/{room_id}/join", auth=GUEST, limit="join", also=("r0",), body=JOIN_BODY)
+async def post_join_room(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Join a room by its id.
+
+    Spec: CS-API "Joining rooms".
+    """
+    join(hs, request, hs.rooms.get(room_id))
+    return {"room_id": room_id}
+
+
+@route("POST", "/_matrix/client/v3/join/{room}", auth=GUEST, limit="join", also=("r0",), body=JOIN_BODY)
+async def post_join(hs: Homeserver, request: Request, room: str) -> Json:
+    """Join a room by its id or one of its aliases.
+
+    Spec: CS-API "Joining rooms".
+    """
+    found = room_by_name(hs, room)
+    join(hs, request, found)
+    return {"room_id": found.room_id}
+
+
+def room_by_name(hs: Homeserver, name: str) -> Room:
+    """The room that an id or an alias stands for."""
+    if name.startswith("#"):
+        if not is_room_alias(name):
+            raise invalid_param("That is not a room alias")
+        return hs.rooms.get(resolve_alias(hs, name)[0])
+    if not is_room_id(name):
+        raise invalid_param("That is neither a room id nor a room alias")
+    return hs.rooms.get(name)
+
+
+def join(hs: Homeserver, request: Request, room: Room) -> None:
+    """Let the requester join; who is in already stays as they are."""
+    user = request.user
+    if room.membership_of(user.nid) == "join":
+        return
+    guest_access = room.setting("m.room.guest_access", "guest_access", "forbidden")
+    if user.is_guest and guest_access != "can_join":
+        raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests cannot join this room")
+    content = {"membership": "join", **member_profile(hs, user.user_id)}
+    content.update(join_authorisation(hs, room, user.nid))
+    if user.is_guest:
+        content["kind"] = "guest"
+    hs.rooms.send(
+        room,
+        user.user_id,
+        MEMBER,
+        with_reason(content, request.json.get("reason")),
+        state_key=user.user_id,
+    )
+
+
+def join_authorisation(hs: Homeserver, room: Room, user_nid: UserNid) -> Json:
+    """For a restricted room: who of its members vouches for the join, if a condition is met.
+
+    Spec: CS-API "Restricted rooms"; rooms/v8.  403 when none of the conditions is met.
+    """
+    if room.join_rule not in {"restricted", "knock_restricted"}:
+        return {}
+    if room.membership_of(user_nid) in {"invite", "join"}:
+        return {}
+    if not any(in_allowed_room(hs, allow, user_nid) for allow in allow_conditions(room)):
+        raise forbidden("You are in none of the rooms whose members may join this one")
+    levels = room.power_levels()
+    for voucher in map(hs.db.user_id, sorted(room.local_joined)):
+        if levels.user(voucher) >= levels.invite:
+            return {"join_authorised_via_users_server": voucher}
+    raise MatrixError(403, "M_UNABLE_TO_GRANT_JOIN", "Nobody here may let you in")
+
+
+def allow_conditions(room: Room) -> list[Any]:
+    """The conditions in a restricted join rule."""
+    allow = room.content(JOIN_RULES).get("allow")
+    return allow if isinstance(allow, list) else []
+
+
+def in_allowed_room(hs: Homeserver, allow: object, user_nid: UserNid) -> bool:
+    """Whether one condition of a restricted join rule is met."""
+    if not isinstance(allow, dict) or allow.get("type") != "m.room_membership":
+        return False
+    room_id = allow.get("room_id")
+    room = hs.rooms.find(room_id) if isinstance(room_id, str) else None
+    return room is not None and room.membership_of(user_nid) == "join"
+
+
+@route("POST", "/_matrix/client/v3/knock/{room}", auth=USER, limit="join", also=("r0",), body=REASON)
+async def post_knock(hs: Homeserver, request: Request, room: str) -> Json:
+    """Ask to be let into a room.
+
+    Spec: CS-API "Knocking on rooms".
+    """
+    found, user = room_by_name(hs, room), request.user
+    if found.membership_of(user.nid) != "knock":
+        content = {"membership": "knock", **member_profile(hs, user.user_id)}
+        content = with_reason(content, request.json.get("reason"))
+        hs.rooms.send(found, user.user_id, MEMBER, content, state_key=user.user_id)
+    return {"room_id": found.room_id}
+
+
+@route("POST", "/_matrix/client/v3/rooms/{room_id}/leave", auth=GUEST, also=("r0",), body=REASON)
+async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Leave a room, reject its invite or take back a knock; leaving twice is no error.
+
+    Spec: CS-API "Leaving rooms".
+    """
+    leave(hs, hs.rooms.get(room_id), request.user.user_id, request.json.get("reason"))
+    return {}
+
+
+def leave(hs: Homeserver, room: Room, user_id: str, reason: str | None = None) -> None:
+    """Make a user leave a room by themselves."""
+    membership = room.membership(user_id)
+    if membership is None:
+        raise forbidden("You are not in this room")
+    if membership != "leave":
+        content = with_reason({"membership": "leave"}, reason)
+        hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/rooms/{room_id}/kick",
+    auth=USER,
+    also=("r0",),
+    body=USER_AND_REASON,
+)
+async def post_kick(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Remove a user from a room, or take back their invite.
+
+    Spec: CS-API "Leaving rooms".  403 when they are not in it.
+    """
+    room, target = hs.rooms.get(room_id), request.json["user_id"]
+    if room.membership(target) not in {"join", "invite", "knock"}:
+        raise forbidden(f"{target[:MAX_ID_BYTES]} is not in the room")
+    set_membership(hs, request, room, target, "leave")
+    return {}
+
+
+@route("POST", "/_matrix/client/v3/rooms/{room_id}/ban", auth=USER, also=("r0",), body=USER_AND_REASON)
+async def post_ban(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Remove a user from a room and keep them out.
+
+    Spec: CS-API "Banning users in a room".
+    """
+    target = request.json["user_id"]
+    if not is_user_id(target):
+        raise invalid_param("user_id is not a user id")
+    set_membership(hs, request, hs.rooms.get(room_id), target, "ban")
+    return {}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/rooms/{room_id}/unban",
+    auth=USER,
+    also=("r0",),
+    body=USER_AND_REASON,
+)
+async def post_unban(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Lift a ban.
+
+    Spec: CS-API "Banning users in a room".  403 when the user is not banned.
+    """
+    room, target = hs.rooms.get(room_id), request.json["user_id"]
+    if room.membership(target) != "ban":
+        raise forbidden(f"{target[:MAX_ID_BYTES]} is not banned")
+    set_membership(hs, request, room, target, "leave")
+    return {}
+
+
+def set_membership(
+    hs: Homeserver, request: Request, room: Room, target: str, membership: str
+) -> None:
+    """Change the membership of someone else, who keeps the name that they had."""
+    require_joined(room, request.user.nid)
+    before = room.content(MEMBER, target)
+    content: Json = {key: before[key] for key in ("displayname", "avatar_url") if key in before}
+    content = with_reason({**content, "membership": membership}, request.json.get("reason"))
+    hs.rooms.send(room, request.user.user_id, MEMBER, content, state_key=target)
+
+
+@route("POST", "/_matrix/client/v3/rooms/{room_id}/forget", auth=GUEST, also=("r0",))
+async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Stop remembering a room that one has left.
+
+    Spec: CS-API "Leaving rooms".  400 M_UNKNOWN while still in it.
+    """
+    room = hs.rooms.get(room_id)
+    membership = room.membership_of(request.user.nid)
+    if membership in {"join", "invite", "knock"}:
+        raise MatrixError(400, "M_UNKNOWN", "Leave the room before you forget it")
+    if membership is not None:
+        hs.rooms.forget(request.user.nid, room)
+    return {}
+
+
+@route("GET", "/_matrix/client/v3/joined_rooms", auth=GUEST, also=("r0",))
+async def get_joined_rooms(hs: Homeserver, request: Request) -> Json:
+    """The rooms that the user is in.
+
+    Spec: CS-API "Room membership".
+    """
+    nids = hs.rooms.joined_rooms(request.user.nid)
+    return {"joined_rooms": [hs.rooms.by_nid(nid).room_id for nid in nids]}
+
+
+# ── 14.5  Sending ────────────────────────────────────────────────────────────
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/rooms/{room_id}/send/{event_type}/{txn_id}",
+    auth=GUEST,
+    limit="message",
+    also=("r0",),
+    body=ANY_OBJECT,
+)
+async def put_send(
+    hs: Homeserver, request: Request, room_id: str, event_type: str, txn_id: str
+) -> Json:
+    """Send a message event; a repeated txn_id from the same device answers with the same event_id.
+
+    Spec: CS-API "Sending events to a room".  403 when the room's rules refuse it, 413 M_TOO_LARGE
+    over 65,536 bytes.
+    """
+    if event_type == REDACTION:
+        target = request.json.get("redacts")
+        if not isinstance(target, str):
+            raise bad_json("A redaction names the event that it redacts")
+        return send_redaction(hs, request, room_id, target, txn_id, request.json)
+    scope = f"{room_id} {event_type}"
+    event_id = repeated_transaction(hs, request.user, scope, txn_id)
+    if event_id is not None:
+        return {"event_id": event_id}
+    room = hs.rooms.get(room_id)
+    with hs.db.write():
+        event = hs.rooms.send(
+            room,
+            request.user.user_id,
+            event_type,
+            request.json,
+            transaction=sent_as(request, txn_id),
+        )
+        record_transaction(hs, request.user, scope, txn_id, event.event_id)
+    return {"event_id": event.event_id}
+
+
+def sent_as(request: Request, txn_id: str) -> tuple[int, str] | None:
+    """Which device sends, and under what transaction id; it gets both back with the event."""
+    device = request.user.device_nid
+    return None if device is None else (device, txn_id)
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/rooms/{room_id}/redact/{event_id}/{txn_id}",
+    auth=GUEST,
+    limit="message",
+    also=("r0",),
+    body={"reason?": str},
+)
+async def put_redact(hs: Homeserver, request: Request, room_id: str, event_id: str, txn_id: str) -> Json:
+    """Take the content of an event away: one's own, or any with the power to redact.
+
+    Spec: CS-API "Redactions".  403 without that power, 404 for an event that is not in the room.
+    """
+    return send_redaction(hs, request, room_id, event_id, txn_id, with_reason({}, request.json.get("reason")))
+
+
+def send_redaction(
+    hs: Homeserver, request: Request, room_id: str, target_id: str, txn_id: str, content: Json
+) -> Json:
+    """Send a redaction once for each transaction id."""
+    scope = f"{room_id} redact {target_id}"
+    event_id = repeated_transaction(hs, request.user, scope, txn_id)
+    if event_id is not None:
+        return {"event_id": event_id}
+    room, user = hs.rooms.get(room_id), request.user
+    require_joined(room, user.nid)
+    target = hs.rooms.event(target_id)
+    if target is None or target.room_nid != room.nid:
+        raise not_found("There is no such event in this room")
+    levels = room.power_levels()
+    # Trap: the room's rules let a whole server redact what it sent; a user may redact their own.
+    if target.sender != user.user_id and levels.user(user.user_id) < levels.redact:
+        raise forbidden("You may not redact the events of others in this room")
+    with hs.db.write():
+        event = hs.rooms.send(
+            room, user.user_id, REDACTION, content, redacts=target_id, transaction=sent_as(request, txn_id)
+        )
+        record_transaction(hs, user, scope, txn_id, event.event_id)
+    return {"event_id": event.event_id}
+
+
+STATE_PATH = "/_matrix/client/v3/rooms/{room_id}/state/{event_type}"
+
+
+@route("PUT", STATE_PATH, auth=GUEST, limit="message", also=("r0",), body=ANY_OBJECT)
+async def put_state_without_key(hs: Homeserver, request: Request, room_id: str, event_type: str) -> Json:
+    """Set the state of a type with the empty state key.
+
+    Spec: CS-API "Sending events to a room".
+    """
+    return set_state(hs, request, room_id, event_type, "")
+
+
+@route("PUT", STATE_PATH + "/{state_key}", auth=GUEST, limit="message", also=("r0",), body=ANY_OBJECT)
+async def put_state(
+    hs: Homeserver, request: Request, room_id: str, event_type: str, state_key: str
+) -> Json:
+    """Set a piece of state; setting it to what it is already answers with the event that did so.
+
+    Spec: CS-API "Sending events to a room".  400 M_BAD_ALIAS for a canonical alias of another room.
+    """
+    return set_state(hs, request, room_id, event_type, state_key)
+
+
+def set_state(hs: Homeserver, request: Request, room_id: str, event_type: str, state_key: str) -> Json:
+    """Send a state event, unless it would change nothing."""
+    room, user, content = hs.rooms.get(room_id), request.user, request.json
+    require_encryption_allowed(hs, event_type)
+    if event_type == "m.room.canonical_alias":
+        require_own_aliases(hs, room, content)
+    if event_type == MEMBER:
+        content = checked_member_content(hs, request, room, state_key)
+    present = room.state_event(event_type, state_key)
+    if present is not None and present.content == content and present.sender == user.user_id:
+        return {"event_id": present.event_id}
+    event = hs.rooms.send(room, user.user_id, event_type, content, state_key=state_key)
+    return {"event_id": event.event_id}
+
+
+def checked_member_content(hs: Homeserver, request: Request, room: Room, target: str) -> Json:
+    """A member event set as state must pass what the membership endpoints check beside the rules."""
+    content = request.json
+    membership = content.get("membership")
+    if membership == "invite" and room.membership(target) != "invite":
+        require_invitable(hs, target)
+    joins = membership == "join" and target == request.user.user_id
+    if joins and room.membership(target) != "join":
+        return {**content, **join_authorisation(hs, room, request.user.nid)}
+    return content
+
+
+def require_own_aliases(hs: Homeserver, room: Room, content: Json) -> None:
+    """400 unless each alias newly named in m.room.canonical_alias leads to this room.
+
+    Spec: CS-API "Sending events to a room", M_BAD_ALIAS and M_INVALID_PARAM.
+    """
+    before = room.content("m.room.canonical_alias")
+    known = {before.get("alias"), *as_list(before.get("alt_aliases"))}
+    alias, others = content.get("alias"), content.get("alt_aliases", [])
+    if not isinstance(others, list) or not all(isinstance(one, str) for one in others):
+        raise bad_json("alt_aliases is a list of aliases")
+    if alias is not None and not isinstance(alias, str):
+        raise bad_json("alias is a text")
+    for one in [alias, *others] if alias else others:
+        if one in known:
+            continue
+        if not is_room_alias(one):
+            raise invalid_param(f"{one[:MAX_ID_BYTES]} is not a room alias")
+        if find_alias(hs, one) != room.room_id:
+            raise MatrixError(400, "M_BAD_ALIAS", f"{one} does not lead to this room")
+
+
+def as_list(value: object) -> list[Any]:
+    """The value if it is a list of hashable texts, else nothing."""
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list) else []
+
+
+# ── 14.6  Reading state and members ──────────────────────────────────────────
+
+
+@route("GET", "/_matrix/client/v3/rooms/{room_id}/state", auth=GUEST, also=("r0",))
+async def get_all_state(hs: Homeserver, request: Request, room_id: str) -> Response:
+    """All state of a room.
+
+    Spec: CS-API "Getting events for a room".
+    """
+    room, limit = readable_room(hs, request, room_id)
+    events = hs.rooms.events_by_nids(state_for(hs, room, limit).values())
+    return json_list(as_clients(hs, request, events))
+
+
+def json_list(value: list[Json]) -> Response:
+    """An answer that is a list."""
+    return Response(body=encode_json(value), content_type="application/json")
+
+
+@route("GET", STATE_PATH, auth=GUEST, also=("r0",))
+async def get_state_without_key(
+    hs: Homeserver, request: Request, room_id: str, event_type: str
+) -> Json:
+    """One piece of state with the empty state key.
+
+    Spec: CS-API "Getting events for a room".
+    """
+    return one_state(hs, request, room_id, event_type, "")
+
+
+@route("GET", STATE_PATH + "/{state_key}", auth=GUEST, also=("r0",))
+async def get_state(
+    hs: Homeserver, request: Request, room_id: str, event_type: str, state_key: str
+) -> Json:
+    """One piece of state: its content, or with ?format=event the whole event.
+
+    Spec: CS-API "Getting events for a room".  404 when it is not set.
+    """
+    return one_state(hs, request, room_id, event_type, state_key)
+
+
+def one_state(
+    hs: Homeserver, request: Request, room_id: str, event_type: str, state_key: str
+) -> Json:
+    """A piece of state in the form asked for."""
+    room, limit = readable_room(hs, request, room_id)
+    key = (event_type, state_key)
+    event = room.state_event(*key) if limit is None else hs.rooms.entry_after(limit, key)
+    if event is None:
+        raise not_found("The room has no such state")
+    if request.arg("format", "content") == "event":
+        return as_clients(hs, request, [event])[0]
+    return cast(Json, event.content)
+
+
+@route("GET", "/_matrix/client/v3/rooms/{room_id}/members", auth=GUEST, also=("r0",))
+async def get_members(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """The member events of a room, now or at a point in the past.
+
+    Spec: CS-API "Getting events for a room".
+    """
+    room, limit = readable_room(hs, request, room_id)
+    at = request.arg("at")
+    if at is not None:
+        event = hs.rooms.event_at(room, parse_token(at))
+        limit = event if limit is None or (event and event.nid < limit.nid) else limit
+    wanted, unwanted = request.arg("membership"), request.arg("not_membership")
+    state = state_for(hs, room, limit)
+    events = hs.rooms.events_by_nids(nid for key, nid in state.items() if key[0] == MEMBER)
+    chosen = (
+        event
+        for event in events
+        if wanted in (None, event.membership) and (unwanted is None or event.membership != unwanted)
+    )
+    return {"chunk": as_clients(hs, request, chosen)}
+
+
+@route("GET", "/_matrix/client/v3/rooms/{room_id}/joined_members", auth=GUEST, also=("r0",))
+async def get_joined_members(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Names and pictures of those who are in the room.
+
+    Spec: CS-API "Getting events for a room".
+    """
+    room = hs.rooms.find(room_id)
+    if room is None or room.membership_of(request.user.nid) != "join":
+        raise forbidden("You are not in this room")
+    nids = [nid for key, nid in room.state.items() if key[0] == MEMBER]
+    events = (event for event in hs.rooms.events_by_nids(nids) if event.membership == "join")
+    return {"joined": {cast(str, event.state_key): joined_member(event) for event in events}}
+
+
+def joined_member(event: Event) -> Json:
+    """The name and picture in a member event, where they are texts."""
+    names = (("display_name", "displayname"), ("avatar_url", "avatar_url"))
+    pairs = ((ours, event.content.get(theirs)) for ours, theirs in names)
+    return {key: value for key, value in pairs if isinstance(value, str)}
+
+
+# ── 14.7  Reading events ─────────────────────────────────────────────────────
+
+
+def viewable_room(hs: Homeserver, request: Request, room_id: str) -> Room:
+    """A room of which the user may see at least some events; history visibility decides which."""
+    room = hs.rooms.find(room_id)
+    if room is None:
+        raise forbidden("You are not in this room, or there is no such room")
+    member = hs.rooms.memberships(request.user.nid).get(room.nid)
+    if room.history_visibility != "world_readable" and (
+        member is None or member.membership in {"invite", "knock"} or member.forgotten
+    ):
+        raise forbidden("You are not in this room")
+    return room
+
+
+@route("GET", "/_matrix/client/v3/rooms/{room_id}/event/{event_id}", auth=GUEST, also=("r0",))
+async def get_event(hs: Homeserver, request: Request, room_id: str, event_id: str) -> Json:
+    """One event.
+
+    Spec: CS-API "Getting events for a room".  404 also for what the user may not see.
+    """
+    return as_clients(hs, request, [visible_event(hs, request, room_id, event_id)[1]])[0]
+
+
+def visible_event(
+    hs: Homeserver, request: Request, room_id: str, event_id: str
+) -> tuple[Room, Event]:
+    """A room and an event of it that the user may see; 404 whatever the reason why not."""
+    room = hs.rooms.find(room_id)
+    event = hs.rooms.event(event_id)
+    if room is None or event is None or event.room_nid != room.nid:
+        raise not_found("There is no such event in this room")
+    if not hs.rooms.visible(request.user.nid, room, [event]):
+        raise not_found("There is no such event in this room")
+    return room, event
+
+
+class Page(NamedTuple):
+    """Part of a timeline: the events seen, and the position behind the last one looked at."""
+
+    events: list[Event]
+    end: int
+    more: bool
+
+
+def read_page(
+    hs: Homeserver,
+    user_nid: UserNid,
+    room: Room,
+    span: tuple[int, int],
+    wanted: EventFilter,
+    limit: int,
+    *,
+    backwards: bool,
+) -> Page:
+    """Up to `limit` events with span[0] < pos <= span[1] that pass filter and visibility.
+
+    Trap: a page may come out empty while `more` is true, when nothing on the way could be shown.
+    """
+    found: list[Event] = []
+    low, high = span
+    for _ in range(MAX_SCAN // MAX_PAGE):
+        size = min(MAX_PAGE, max(50, limit))
+        batch = hs.rooms.events_between(room, low, high, size, newest=backwards)
+        seen = {event.nid for event in hs.rooms.visible(user_nid, room, wanted.pick(batch))}
+        for event in reversed(batch) if backwards else batch:
+            if len(found) >= limit:
+                return Page(found, high if backwards else low, True)
+            if event.nid in seen:
+                found.append(event)
+            at = cast(int, event.pos)
+            low, high = (low, at - 1) if backwards else (at, high)
+        if len(batch) < size:
+            return Page(found, high if backwards else low, False)
+    return Page(found, high if backwards else low, True)
+
+
+@route("GET", "/_matrix/client/v3/rooms/{room_id}/messages", auth=GUEST, also=("r0",))
+async def get_messages(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """A page of a room's timeline, in either direction.
+
+    Spec: CS-API "Getting events for a room".  `end` is missing where there is nothing more.
+    """
+    room = viewable_room(hs, request, room_id)
+    backwards = page_direction(request) == "b"
+    start = page_start(request, room, backwards=backwards)
+    span = page_span(request, room, start, backwards=backwards)
+    wanted = page_filter(request)
+    page = read_page(hs, request.user.nid, room, span, wanted, wanted.limit, backwards=backwards)
+    result: Json = {"start": stream_token(start), "chunk": as_clients(hs, request, page.events)}
+    if page.more:
+        result["end"] = stream_token(page.end)
+    if wanted.lazy_load_members:
+        result["state"] = as_clients(hs, request, senders_of(hs, page.events))
+    return result
+
+
+def page_direction(request: Request) -> str:
+    """The `dir` of a page."""
+    direction = request.arg("dir")
+    if direction is None:
+        raise missing_param("dir is missing")
+    if direction not in {"b", "f"}:
+        raise invalid_param("dir is b or f")
+    return direction
+
+
+def page_start(request: Request, room: Room, *, backwards: bool) -> int:
+    """Where a page begins: at `from`, else at the end that the direction leads away from."""
+    start = request.arg("from")
+    if start:
+        return parse_token(start)
+    return room.last_pos if backwards else MIN_POSITION
+
+
+def page_span(request: Request, room: Room, start: int, *, backwards: bool) -> tuple[int, int]:
+    """The positions between `from` and `to`, as (low, high)."""
+    to = request.arg("to")
+    if backwards:
+        return (MIN_POSITION if to is None else parse_token(to), start)
+    return (start, room.last_pos if to is None else parse_token(to))
+
+
+def senders_of(hs: Homeserver, events: Sequence[Event]) -> list[Event]:
+    """The member events of those who sent the events, as they were at the newest of them."""
+    if not events:
+        return []
+    newest = max(events, key=lambda event: event.pos or 0)
+    found = (hs.rooms.entry_after(newest, (MEMBER, user_id)) for user_id in {one.sender for one in events})
+    return [event for event in found if event is not None]
+
+
+@route("GET", "/_matrix/client/v3/rooms/{room_id}/context/{event_id}", auth=GUEST, also=("r0",))
+async def get_context(hs: Homeserver, request: Request, room_id: str, event_id: str) -> Json:
+    """An event with what came before and after it, and the state at the last of these.
+
+    Spec: CS-API "Event context".
+    """
+    room, event = visible_event(hs, request, room_id, event_id)
+    if event.pos is None:
+        raise not_found("The event is not in the room's timeline")
+    wanted = page_filter(request)
+    nid, half = request.user.nid, wanted.limit // 2
+    past, future = (MIN_POSITION, event.pos - 1), (event.pos, room.last_pos)
+    before = read_page(hs, nid, room, past, wanted, half, backwards=True)
+    after = read_page(hs, nid, room, future, wanted, half, backwards=False)
+    last = after.events[-1] if after.events else event
+    state = context_state(hs, [*before.events, event, *after.events], last, lazy=wanted.lazy_load_members)
+    return {
+        "start": stream_token(before.end),
+        "end": stream_token(after.end),
+        "event": as_clients(hs, request, [event])[0],
+        "events_before": as_clients(hs, request, before.events),
+        "events_after": as_clients(hs, request, after.events),
+        "state": as_clients(hs, request, state),
+    }
+
+
+def context_state(hs: Homeserver, events: list[Event], last: Event, *, lazy: bool) -> list[Event]:
+    """The state at an event, with only the members that sent something when loaded lazily."""
+    senders = {event.sender for event in events}
+    state = hs.rooms.state_after(last)
+    return hs.rooms.events_by_nids(
+        nid for key, nid in state.items() if not lazy or key[0] != MEMBER or key[1] in senders
+    )
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  15. PUSH RULES AND UNREAD COUNTS
+#
+#  Which events a user wants to hear of, and how many of them are unread. A user's
+#  rules are prepared once; what notifies is remembered per user and room as a few
+#  stream positions, found when that user's sync asks and not when an event is sent:
+#  a message into a room of a thousand members must not write a thousand rows.
+#                      spec: CS-API "Push notifications", "Receiving notifications"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE push_rules (
+    user_nid INTEGER PRIMARY KEY,
+    pos INTEGER NOT NULL,
+    rules TEXT NOT NULL  -- JSON: kind -> the user's own rules, "default" -> changes by rule id
+);
+CREATE TABLE unread (
+    room_nid INTEGER NOT NULL,
+    user_nid INTEGER NOT NULL,
+    upto INTEGER NOT NULL,  -- events after this position were not yet considered
+    marks TEXT NOT NULL,  -- JSON: thread -> positions of what notified, see encode_marks
+    PRIMARY KEY (room_nid, user_nid)
+) WITHOUT ROWID;
+""")
+
+# ── 15.1  Globs ──────────────────────────────────────────────────────────────
+
+WORD_CHARACTERS = frozenset(string.ascii_letters + string.digits + "_")
+
+
+class Glob:
+    """A pattern with * and ? that matches any text in linear time, without regard to case.
+
+    The pattern is a row of states, one bit of an integer each; a step shifts all of them at once.
+    Trap: a backtracking matcher, or a regular expression made of a user's text, takes hours for
+    *a*a*a*b (CVE-2021-29471).  Spec: appendices "Glob-style matching".
+    """
+
+    __slots__ = ("_accept", "_any", "_loops", "_masks", "_pieces")
+
+    def __init__(self, pattern: str, *, wildcards: bool = True) -> None:
+        text = pattern.lower()
+        star, mark = ("*", "?") if wildcards else (None, None)
+        # Each of these must occur somewhere, which is quickly ruled out.
+        self._pieces = text.replace("?", "*").split("*") if wildcards else [text]
+        self._loops = 0  # states that a * keeps alive over any character
+        self._any = 0  # states that a ? leads to
+        self._masks: dict[str, int] = {}  # states that a character leads to
+        bit = 1
+        for character in text:
+            if character == star:
+                self._loops |= bit
+                continue
+            bit <<= 1
+            if character == mark:
+                self._any |= bit
+            else:
+                self._masks[character] = self._masks.get(character, 0) | bit
+        self._accept = bit
+        for character in self._masks:
+            self._masks[character] |= self._any
+
+    def matches(self, text: str) -> bool:
+        """Whether the pattern matches the whole text."""
+        text = text.lower()
+        if len(self._pieces) == 1:
+            return text == self._pieces[0]
+        if not all(piece in text for piece in self._pieces):
+            return False
+        state, loops, other, masks = 1, self._loops, self._any, self._masks
+        for character in text:
+            state = (state << 1) & masks.get(character, other) | state & loops
+        return bool(state & self._accept)
+
+    def found_in(self, text: str) -> bool:
+        """Whether the pattern matches a part of the text that lies between word boundaries."""
+        text = text.lower()
+        if not all(piece in text for piece in self._pieces):
+            return False
+        state, accept, loops, other, masks = 1, self._accept, self._loops, self._any, self._masks
+        in_word = False
+        for character in text:
+            word = character in WORD_CHARACTERS
+            if not (word and in_word):  # this place is a boundary
+                if state & accept:
+                    return True
+                state |= 1
+            in_word = word
+            state = (state << 1) & masks.get(character, other) | state & loops
+        return bool(state & accept)
+
+
+# ── 15.2  The predefined rules ───────────────────────────────────────────────
+
+
+class OwnUserId(str):
+    """Stands in a predefined rule where the id of the rule's owner belongs."""
+
+    __slots__ = ()
+
+
+OWN_USER_ID = OwnUserId("[the user's Matrix ID]")
+PUSH_KINDS: Final = ("override", "content", "room", "sender", "underride")  # in order of weight
+NOTIFY = "notify"
+HIGHLIGHT: Final = {"set_tweak": "highlight"}
+OBSOLETE_ACTIONS = frozenset({"dont_notify", "coalesce"})
+
+
+def sound(name: str) -> Json:
+    """The action that plays a sound."""
+    return {"set_tweak": "sound", "value": name}
+
+
+def event_match(key: str, pattern: str) -> Json:
+    """The condition that a property matches a glob."""
+    return {"kind": "event_match", "key": key, "pattern": pattern}
+
+
+def property_is(key: str, value: Any, kind: str = "event_property_is") -> Json:
+    """The condition that a property has, or is a list that contains, a value."""
+    return {"kind": kind, "key": key, "value": value}
+
+
+def of_type(name: str) -> Json:
+    """The condition that the event has this type."""
+    return event_match("type", name)
+
+
+TWO_MEMBERS: Final = {"kind": "room_member_count", "is": "2"}
+MAY_NOTIFY_ROOM: Final = {"kind": "sender_notification_permission", "key": "room"}
+IS_STATE: Final = event_match("state_key", "")
+MENTIONS_USER: Final = property_is(
+    r"content.m\.mentions.user_ids", OWN_USER_ID, "event_property_contains"
+)
+MENTIONS_ROOM: Final = property_is(r"content.m\.mentions.room", True)
+IS_EDIT: Final = property_is(r"content.m\.relates_to.rel_type", "m.replace")
+IS_INVITE: Final = event_match("content.membership", "invite")
+IS_ABOUT_USER: Final = event_match("state_key", OWN_USER_ID)
+
+# Spec: "Predefined Rules". The first override rule outweighs the user's own, the others do not.
+DEFAULT_OVERRIDES: Final[tuple[tuple[str, list[Json], list[Any]], ...]] = (
+    (".m.rule.master", [], []),
+    (".m.rule.suppress_notices", [event_match("content.msgtype", "m.notice")], []),
+    (
+        ".m.rule.invite_for_me",
+        [of_type("m.room.member"), IS_INVITE, IS_ABOUT_USER],
+        [NOTIFY, sound("default")],
+    ),
+    (".m.rule.member_event", [of_type("m.room.member")], []),
+    (".m.rule.is_user_mention", [MENTIONS_USER], [NOTIFY, sound("default"), HIGHLIGHT]),
+    (".m.rule.is_room_mention", [MENTIONS_ROOM, MAY_NOTIFY_ROOM], [NOTIFY, HIGHLIGHT]),
+    (".m.rule.tombstone", [of_type("m.room.tombstone"), IS_STATE], [NOTIFY, HIGHLIGHT]),
+    (".m.rule.reaction", [of_type("m.reaction")], []),
+    (".m.rule.room.server_acl", [of_type("m.room.server_acl"), IS_STATE], []),
+    (".m.rule.suppress_edits", [IS_EDIT], []),
+)
+DEFAULT_UNDERRIDES: Final[tuple[tuple[str, list[Json], list[Any]], ...]] = (
+    (".m.rule.call", [of_type("m.call.invite")], [NOTIFY, sound("ring")]),
+    (
+        ".m.rule.encrypted_room_one_to_one",
+        [TWO_MEMBERS, of_type("m.room.encrypted")],
+        [NOTIFY, sound("default")],
+    ),
+    (
+        ".m.rule.room_one_to_one",
+        [TWO_MEMBERS, of_type("m.room.message")],
+        [NOTIFY, sound("default")],
+    ),
+    (".m.rule.message", [of_type("m.room.message")], [NOTIFY]),
+    (".m.rule.encrypted", [of_type("m.room.encrypted")], [NOTIFY]),
+)
+DEFAULT_RULES: Final[dict[str, list[Json]]] = {
+    kind: [
+        {
+            "rule_id": rule_id,
+            "default": True,
+            "enabled": rule_id != ".m.rule.master",
+            "conditions": conditions,
+            "actions": actions,
+        }
+        for rule_id, conditions, actions in rules
+    ]
+    for kind, rules in (
+        ("override", DEFAULT_OVERRIDES),
+        ("content", ()),
+        ("room", ()),
+        ("sender", ()),
+        ("underride", DEFAULT_UNDERRIDES),
+    )
+}
+
+# ── 15.3  Conditions ─────────────────────────────────────────────────────────
+
+ABSENT: Final = object()
+SCALARS = (str, int, bool, type(None))
+MEMBER_COUNT = re.compile(r"(==|<=|>=|<|>|)([0-9]{1,15})")
+COMPARISONS: Final[dict[str, Callable[[int, int], bool]]] = {
+    "": operator.eq,
+    "==": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+    "<=": operator.le,
+    ">=": operator.ge,
+}
+# A prepared condition: (the event, its room, the id of the rule's owner) -> whether it holds.
+PushCondition = Callable[["Event", "Room", str], bool]
+PUSH_CONDITIONS: Final[dict[str, Callable[[Json], PushCondition]]] = {}
+
+
+def split_property_path(key: str) -> list[str]:
+    r"""The names in a dotted path, where \. is a dot and \\ a backslash within a name.
+
+    Spec: appendices "Dot-separated property paths".
+    """
+    names = [""]
+    escaped = False
+    for character in key:
+        if escaped:
+            names[-1] += character if character in "\\." else "\\" + character
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character == ".":
+            names.append("")
+        else:
+            names[-1] += character
+    if escaped:
+        names[-1] += "\\"
+    return names
+
+
+def property_getter(key: object) -> Callable[[Event], object]:
+    """A function that reads the property at a dotted path, or gives ABSENT."""
+    if not isinstance(key, str):
+        return lambda event: ABSENT
+    if key in ("event_id", "room_id"):  # which not every room version has in the event itself
+        return operator.attrgetter(key)
+    path = split_property_path(key)
+    in_content = path[0] == "content"
+    names = path[1:] if in_content else path
+
+    def get(event: Event) -> object:
+        value: object = event.content if in_content else event.pdu
+        for name in names:
+            value = value.get(name, ABSENT) if isinstance(value, dict) else ABSENT
+        return value
+
+    return get
+
+
+def push_condition(
+    kind: str,
+) -> Callable[[Callable[[Json], PushCondition]], Callable[[Json], PushCondition]]:
+    """Register the function that prepares conditions of a kind."""
+
+    def register(prepare: Callable[[Json], PushCondition]) -> Callable[[Json], PushCondition]:
+        PUSH_CONDITIONS[kind] = prepare
+        return prepare
+
+    return register
+
+
+def never(event: Event, room: Room, user_id: str) -> bool:
+    """What is not understood matches nothing."""
+    return False
+
+
+def prepare_condition(condition: object) -> PushCondition:
+    """Make a condition ready to be asked; one that is unknown or malformed never holds."""
+    if not isinstance(condition, dict):
+        return never
+    kind = condition.get("kind")
+    prepare = PUSH_CONDITIONS.get(kind) if isinstance(kind, str) else None
+    return prepare(condition) if prepare else never
+
+
+@push_condition("event_match")
+def prepare_event_match(condition: Json) -> PushCondition:
+    """A glob on the whole of a string property; in content.body on parts between boundaries."""
+    key, pattern = condition.get("key"), condition.get("pattern")
+    get = property_getter(key)
+    if not isinstance(pattern, str):
+        return never
+    if isinstance(pattern, OwnUserId):
+        return lambda event, room, user_id: get(event) == user_id
+    glob = Glob(pattern)
+    test = glob.found_in if key == "content.body" else glob.matches
+
+    def holds(event: Event, room: Room, user_id: str) -> bool:
+        value = get(event)
+        return isinstance(value, str) and test(value)
+
+    return holds
+
+
+@push_condition("event_property_is")
+def prepare_property_is(condition: Json) -> PushCondition:
+    """Exact equality with a scalar; in JSON, unlike Python, true is not 1."""
+    get, wanted = property_getter(condition.get("key")), condition.get("value", ABSENT)
+    if not isinstance(wanted, SCALARS):
+        return never
+    kind = type(wanted)
+
+    def holds(event: Event, room: Room, user_id: str) -> bool:
+        value = get(event)
+        return type(value) is kind and value == wanted
+
+    return holds
+
+
+@push_condition("event_property_contains")
+def prepare_property_contains(condition: Json) -> PushCondition:
+    """A list that has a scalar as one of its members."""
+    get, wanted = property_getter(condition.get("key")), condition.get("value", ABSENT)
+    if not isinstance(wanted, SCALARS):
+        return never
+    kind = type(wanted)
+
+    def contains_user(event: Event, room: Room, user_id: str) -> bool:
+        values = get(event)
+        return isinstance(values, list) and user_id in values
+
+    def contains(event: Event, room: Room, user_id: str) -> bool:
+        values = get(event)
+        return isinstance(values, list) and any(
+            type(value) is kind and value == wanted for value in values
+        )
+
+    return contains_user if isinstance(wanted, OwnUserId) else contains
+
+
+@push_condition("contains_display_name")
+def prepare_contains_display_name(condition: Json) -> PushCondition:
+    """The owner's display name in this room, as words of the body."""
+    get_body = property_getter("content.body")
+
+    def holds(event: Event, room: Room, user_id: str) -> bool:
+        member, body = room.state_event("m.room.member", user_id), get_body(event)
+        name = member.content.get("displayname") if member else None
+        if not isinstance(name, str) or not name or not isinstance(body, str):
+            return False
+        return Glob(name, wildcards=False).found_in(body)
+
+    return holds
+
+
+@push_condition("room_member_count")
+def prepare_room_member_count(condition: Json) -> PushCondition:
+    """How many have joined, compared with a number."""
+    text = condition.get("is")
+    parts = MEMBER_COUNT.fullmatch(text) if isinstance(text, str) else None
+    if parts is None:
+        return never
+    compare, count = COMPARISONS[parts[1]], int(parts[2])
+    return lambda event, room, user_id: compare(room.joined_count, count)
+
+
+@push_condition("sender_notification_permission")
+def prepare_sender_permission(condition: Json) -> PushCondition:
+    """Whether the sender has the power to notify everybody."""
+    key = condition.get("key")
+    if not isinstance(key, str):
+        return never
+
+    def holds(event: Event, room: Room, user_id: str) -> bool:
+        levels = room.power_levels()
+        return levels.user(event.sender) >= levels.notification(key)
+
+    return holds
+
+
+# ── 15.4  Prepared rules ─────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class PushRule:
+    """One rule, ready to be asked; `only_type` and `only_room` let most events skip it."""
+
+    rule_id: str
+    conditions: tuple[PushCondition, ...]
+    actions: list[Any]
+    notify: bool
+    highlight: bool
+    only_type: str | None  # in lower case
+    only_room: str | None  # in lower case
+
+
+def prepare_rule(kind: str, rule: Json) -> PushRule:
+    """Make a rule ready."""
+    conditions = conditions_of(kind, rule)
+    actions = rule["actions"]
+    return PushRule(
+        rule_id=rule["rule_id"],
+        conditions=tuple(prepare_condition(condition) for condition in conditions),
+        actions=actions,
+        notify=NOTIFY in actions,
+        highlight=any(is_highlight(action) for action in actions),
+        only_type=only_value(conditions, "type"),
+        only_room=only_value(conditions, "room_id"),
+    )
+
+
+def conditions_of(kind: str, rule: Json) -> list[Any]:
+    """The conditions of a rule, spelled out for the kinds in which they go without saying."""
+    if kind == "content":
+        return [event_match("content.body", rule["pattern"])]
+    if kind == "room":
+        return [{"kind": "event_property_is", "key": "room_id", "value": rule["rule_id"]}]
+    if kind == "sender":
+        return [{"kind": "event_property_is", "key": "sender", "value": rule["rule_id"]}]
+    return cast("list[Any]", rule["conditions"])
+
+
+def only_value(conditions: Iterable[object], key: str) -> str | None:
+    """The one value, in lower case, with which a property can meet the conditions, or None."""
+    for condition in conditions:
+        if not isinstance(condition, dict) or condition.get("key") != key:
+            continue
+        if condition.get("kind") == "event_property_is":
+            value = condition.get("value")
+        else:
+            value = condition.get("pattern") if condition.get("kind") == "event_match" else None
+            value = None if has_wildcards(value) else value
+        if isinstance(value, str):
+            return value.lower()
+    return None
+
+
+def has_wildcards(pattern: object) -> bool:
+    """Whether this is a pattern that more than one text can match."""
+    return isinstance(pattern, str) and ("*" in pattern or "?" in pattern)
+
+
+def is_highlight(action: object) -> bool:
+    """Whether the action highlights; without a value it does."""
+    return (
+        isinstance(action, dict)
+        and action.get("set_tweak") == "highlight"
+        and action.get("value", True) is not False
+    )
+
+
+DEFAULT_PREPARED: Final = {
+    rule["rule_id"]: prepare_rule(kind, rule)
+    for kind, rules in DEFAULT_RULES.items()
+    for rule in rules
+}
+MAX_CANDIDATE_LISTS = 256  # per ruleset
+
+
+class PushRuleset:
+    """All rules of a user: as stored, as clients see them, and prepared.
+
+    Rules that name a type or a room are skipped for all other events at no cost: the rules that
+    an event can meet are remembered by its type and, if any rule names a room, by its room.
+    """
+
+    __slots__ = ("_candidates", "_rules", "_with_rooms", "pos", "stored")
+
+    def __init__(self, pos: int, stored: Json) -> None:
+        self.pos = pos
+        self.stored = stored
+        self._rules = [
+            self._prepared(kind, rule)
+            for kind in PUSH_KINDS
+            for rule in self.listed(kind)
+            if rule["enabled"]
+        ]
+        self._with_rooms = any(rule.only_room for rule in self._rules)
+        self._candidates: dict[tuple[str, str], list[PushRule]] = {}
+
+    def listed(self, kind: str) -> list[Json]:
+        """The rules of a kind, the weightiest first; .m.rule.master outweighs all others."""
+        changes = self.stored.get("default", {})
+        defaults = [{**rule, **changes.get(rule["rule_id"], {})} for rule in DEFAULT_RULES[kind]]
+        own = [{"default": False, **rule} for rule in self.stored.get(kind, ())]
+        first = 1 if kind == "override" else 0
+        return [*defaults[:first], *own, *defaults[first:]]
+
+    def find(self, kind: str, rule_id: str) -> Json | None:
+        """One rule, or None."""
+        return next((rule for rule in self.listed(kind) if rule["rule_id"] == rule_id), None)
+
+    def to_json(self, user_id: str) -> Json:
+        """All rules in the form of the API."""
+        return {
+            kind: [personal_rule(rule, user_id) for rule in self.listed(kind)]
+            for kind in PUSH_KINDS
+        }
+
+    def match(self, event: Event, room: Room, user_id: str) -> PushRule | None:
+        """The weightiest rule that fits the event, or None."""
+        for rule in self._possible(event.type, event.room_id if self._with_rooms else ""):
+            for condition in rule.conditions:
+                if not condition(event, room, user_id):
+                    break
+            else:
+                return rule
+        return None
+
+    def _possible(self, event_type: str, room_id: str) -> list[PushRule]:
+        key = (event_type, room_id)
+        rules = self._candidates.get(key)
+        if rules is None:
+            rules = [
+                rule
+                for rule in self._rules
+                if rule.only_type in (None, event_type.lower())
+                and rule.only_room in (None, room_id.lower())
+            ]
+            if len(self._candidates) >= MAX_CANDIDATE_LISTS:
+                self._candidates.clear()
+            self._candidates[key] = rules
+        return rules
+
+    @staticmethod
+    def _prepared(kind: str, rule: Json) -> PushRule:
+        known = DEFAULT_PREPARED.get(rule["rule_id"]) if rule["default"] else None
+        if known is not None and known.actions == rule["actions"]:
+            return known
+        return prepare_rule(kind, rule)
+
+
+DEFAULT_RULESET: Final = PushRuleset(0, {})
+
+
+def personal_rule(rule: Json, user_id: str) -> Json:
+    """The rule with its owner's id where the predefined text leaves a place for it."""
+    if not rule["default"]:
+        return rule
+    conditions = [
+        {k: user_id if isinstance(v, OwnUserId) else v for k, v in condition.items()}
+        for condition in rule["conditions"]
+    ]
+    return {**rule, "conditions": conditions}
+
+
+# ── 15.5  The rules of each user ─────────────────────────────────────────────
+
+
+class PushRules:
+    """The rulesets of local users; all who never changed anything share one."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._rulesets: LruCache[int, PushRuleset] = LruCache(
+            int(1000 * hs.config.conduit_cache_capacity_modifier)
+        )
+        hs.db.on_reset(self._rulesets.clear)
+        hs.account_data.add_source("m.push_rules", self.content)
+        hs.accounts.on_deactivated(self._delete)
+
+    def of(self, user_nid: UserNid) -> PushRuleset:
+        """The ruleset of a user."""
+        ruleset = self._rulesets.get(user_nid)
+        if ruleset is None:
+            row = self.hs.db.one(
+                "SELECT pos, rules FROM push_rules WHERE user_nid = ?", (user_nid,)
+            )
+            ruleset = PushRuleset(row[0], json.loads(row[1])) if row else DEFAULT_RULESET
+            self._rulesets.put(user_nid, ruleset)
+        return ruleset
+
+    def change(self, user_nid: UserNid, edit: Callable[[Json], None]) -> None:
+        """Let `edit` change the stored rules, keep the result and tell the user's devices."""
+        stored = json.loads(json.dumps(self.of(user_nid).stored))
+        edit(stored)
+        with self.hs.db.write():
+            pos = self.hs.stream.stamp(ACCOUNT_DATA, user_nid)
+            self.hs.db.execute(
+                "INSERT OR REPLACE INTO push_rules VALUES (?, ?, ?)",
+                (user_nid, pos, json.dumps(stored)),
+            )
+        self._rulesets.pop(user_nid)
+
+    def content(self, user_nid: UserNid) -> Json:
+        """The content of the user's m.push_rules event."""
+        return {"global": self.of(user_nid).to_json(self.hs.db.user_id(user_nid))}
+
+    def _delete(self, user_nid: UserNid) -> None:
+        self.hs.db.execute("DELETE FROM push_rules WHERE user_nid = ?", (user_nid,))
+        self._rulesets.pop(user_nid)
+
+
+def push_rules_of(hs: Homeserver, user_nid: UserNid) -> PushRuleset:
+    """The ruleset of a local user."""
+    return hs.push_rules.of(user_nid)
+
+
+def push_rules_account_data(hs: Homeserver, user_nid: UserNid, since: int = 0) -> Json | None:
+    """The m.push_rules event if the rules changed after a position, or at all."""
+    if since and hs.push_rules.of(user_nid).pos <= since:
+        return None
+    return {"type": "m.push_rules", "content": hs.push_rules.content(user_nid)}
+
+
+# ── 15.6  The push rule endpoints ────────────────────────────────────────────
+
+MAX_OWN_RULES = 1000  # per kind
+MAX_WILDCARD_RULES = 100  # each costs a pass over every body, and all run before the next request
+MAX_PATTERN = 255  # characters
+MAX_RULE_BYTES = 16_384
+PUSH_RULE_PATH = "/_matrix/client/v3/pushrules/global/{kind}/{rule_id}"
+
+
+@route(
+    "GET",
+    "/_matrix/client/v3/pushrules/",
+    auth=USER,
+    also=("r0", "/_matrix/client/v3/pushrules"),
+)
+async def get_push_rules(hs: Homeserver, request: Request) -> Json:
+    """All rules; "global" is the only scope there is."""
+    return hs.push_rules.content(request.user.nid)
+
+
+@route(
+    "GET",
+    "/_matrix/client/v3/pushrules/global/",
+    auth=USER,
+    also=("r0", "/_matrix/client/v3/pushrules/global"),
+)
+async def get_global_push_rules(hs: Homeserver, request: Request) -> Json:
+    """All rules by kind."""
+    return hs.push_rules.of(request.user.nid).to_json(request.user.user_id)
+
+
+@route("GET", PUSH_RULE_PATH, auth=USER, also=("r0",))
+async def get_push_rule(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
+    """One rule."""
+    return personal_rule(require_rule(hs, request, kind, rule_id), request.user.user_id)
+
+
+@route(
+    "PUT", PUSH_RULE_PATH, auth=USER, also=("r0",), body={"actions": [ANY], "conditions?": [ANY]}
+)
+async def put_push_rule(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
+    """Make or change a rule of the user's own; 400 if `before` or `after` names none."""
+    check_own_rule_id(kind, rule_id)
+    rule = parse_push_rule(kind, rule_id, request.json)
+    before, after = request.arg("before"), request.arg("after")
+
+    def edit(stored: Json) -> None:
+        place_rule(stored.setdefault(kind, []), rule, before, after)
+        check_rule_limits(stored, kind)
+
+    hs.push_rules.change(request.user.nid, edit)
+    return {}
+
+
+@route("DELETE", PUSH_RULE_PATH, auth=USER, also=("r0",))
+async def delete_push_rule(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
+    """Delete a rule of the user's own; 400 for a predefined one, which can only be switched off."""
+    if require_rule(hs, request, kind, rule_id)["default"]:
+        raise invalid_param("Predefined rules cannot be deleted, only disabled")
+
+    def edit(stored: Json) -> None:
+        stored[kind] = [rule for rule in stored[kind] if rule["rule_id"] != rule_id]
+
+    hs.push_rules.change(request.user.nid, edit)
+    return {}
+
+
+@route("GET", PUSH_RULE_PATH + "/enabled", auth=USER, also=("r0",))
+async def get_push_rule_enabled(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
+    """Whether a rule is in force."""
+    return {"enabled": require_rule(hs, request, kind, rule_id)["enabled"]}
+
+
+@route("PUT", PUSH_RULE_PATH + "/enabled", auth=USER, also=("r0",), body={"enabled": bool})
+async def put_push_rule_enabled(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
+    """Switch a rule on or off; predefined ones too."""
+    update_rule(hs, request, kind, rule_id, {"enabled": request.json["enabled"]})
+    return {}
+
+
+@route("GET", PUSH_RULE_PATH + "/actions", auth=USER, also=("r0",))
+async def get_push_rule_actions(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
+    """What a rule does."""
+    return {"actions": require_rule(hs, request, kind, rule_id)["actions"]}
+
+
+@route("PUT", PUSH_RULE_PATH + "/actions", auth=USER, also=("r0",), body={"actions": [ANY]})
+async def put_push_rule_actions(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
+    """Change what a rule does; predefined ones too."""
+    actions = parse_actions(request.json["actions"])
+    update_rule(hs, request, kind, rule_id, {"actions": actions})
+    return {}
+
+
+def check_push_kind(kind: str) -> None:
+    """Refuse a kind of rule that does not exist."""
+    if kind not in PUSH_KINDS:
+        raise invalid_param(f"The kind of a push rule is one of {', '.join(PUSH_KINDS)}")
+
+
+def require_rule(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
+    """The rule that a path names, or 404."""
+    check_push_kind(kind)
+    rule = hs.push_rules.of(request.user.nid).find(kind, rule_id)
+    if rule is None:
+        raise not_found("The push rule was not found.")
+    return rule
+
+
+def check_own_rule_id(kind: str, rule_id: str) -> None:
+    """Refuse the names that a user's own rule may not have."""
+    check_push_kind(kind)
+    if not rule_id or rule_id.startswith("."):
+        raise invalid_param("Rule ids that begin with a dot belong to predefined rules")
+    if "/" in rule_id or "\\" in rule_id or byte_length(rule_id) > MAX_ID_BYTES:
+        raise invalid_param("A rule id has at most 255 bytes, and no slash or backslash")
+    if kind == "room" and not rule_id.startswith("!"):
+        raise invalid_param("The rule id of a room rule is the id of the room")
+    if kind == "sender" and not rule_id.startswith("@"):
+        raise invalid_param("The rule id of a sender rule is the id of the user")
+
+
+def parse_push_rule(kind: str, rule_id: str, body: Json) -> Json:
+    """The rule in a request, with those members only that its kind has."""
+    rule: Json = {"rule_id": rule_id, "enabled": True, "actions": parse_actions(body["actions"])}
+    if kind == "content":
+        if "pattern" not in body:
+            raise missing_param("A content rule needs a pattern")
+        rule["pattern"] = check_pattern(body["pattern"])
+    elif kind in ("override", "underride"):
+        rule["conditions"] = [check_condition(c) for c in body.get("conditions", [])]
+    if len(json.dumps(rule)) > MAX_RULE_BYTES:
+        raise too_large("The push rule is too large")
+    return rule
+
+
+def parse_actions(actions: list[Any]) -> list[Any]:
+    """Actions as stored: those of old are dropped, unknown ones kept.  Spec: "Actions"."""
+    for action in actions:
+        tweak = action.get("set_tweak") if isinstance(action, dict) else action
+        if not isinstance(tweak, str):
+            raise bad_json('An action is a string or an object with "set_tweak"')
+    return [a for a in actions if isinstance(a, dict) or a not in OBSOLETE_ACTIONS]
+
+
+def check_condition(condition: object) -> Json:
+    """A condition that has a kind, known or not, and no endless pattern."""
+    if not isinstance(condition, dict) or not isinstance(condition.get("kind"), str):
+        raise bad_json('A condition is an object with a "kind"')
+    if condition["kind"] == "event_match":
+        check_pattern(condition.get("pattern"))
+    return condition
+
+
+def check_pattern(pattern: object) -> str:
+    """A pattern of reasonable length."""
+    if not isinstance(pattern, str):
+        raise bad_json("A pattern is a string")
+    if len(pattern) > MAX_PATTERN:
+        raise invalid_param(f"A pattern has at most {MAX_PATTERN} characters")
+    return pattern
+
+
+def place_rule(rules: list[Json], rule: Json, before: str | None, after: str | None) -> None:
+    """Put a rule where `before` or `after` says; else where it was, or first if it is new."""
+    ids = [other["rule_id"] for other in rules]
+    old = ids.index(rule["rule_id"]) if rule["rule_id"] in ids else None
+    if old is not None:
+        rule["enabled"] = rules.pop(old)["enabled"]
+        ids.pop(old)
+    beside = before or after
+    if beside is not None and beside not in ids:
+        raise MatrixError(400, "M_UNKNOWN", f"before/after rule not found: {beside}")
+    index = old or 0
+    if beside is not None:
+        index = ids.index(beside) + (0 if before else 1)
+    rules.insert(index, rule)
+
+
+def check_rule_limits(stored: Json, kind: str) -> None:
+    """Refuse what would make each event expensive."""
+    if len(stored[kind]) > MAX_OWN_RULES:
+        raise invalid_param(f"There may be at most {MAX_OWN_RULES} rules of a kind")
+    patterns = (c.get("pattern") for rule in stored[kind] for c in conditions_of(kind, rule))
+    if sum(map(has_wildcards, patterns)) > MAX_WILDCARD_RULES:
+        raise invalid_param(f"There may be at most {MAX_WILDCARD_RULES} patterns with wildcards")
+
+
+def update_rule(hs: Homeserver, request: Request, kind: str, rule_id: str, changes: Json) -> None:
+    """Change members of a rule; for a predefined one only the change is stored."""
+    default = require_rule(hs, request, kind, rule_id)["default"]
+
+    def edit(stored: Json) -> None:
+        if default:
+            stored.setdefault("default", {}).setdefault(rule_id, {}).update(changes)
+        else:
+            next(rule for rule in stored[kind] if rule["rule_id"] == rule_id).update(changes)
+
+    hs.push_rules.change(request.user.nid, edit)
+
+
+# ── 15.7  Threads ────────────────────────────────────────────────────────────
+
+MAIN_THREAD = "main"
+MAX_THREAD_HOPS = 3
+
+
+def relation_chain(hs: Homeserver, event: Event) -> Iterator[tuple[str, str]]:
+    """The relation of the event, that of its target, and so on, three at most."""
+    for _ in range(MAX_THREAD_HOPS):
+        relation = relation_of(event)
+        if relation is None or not is_event_id(relation[1]):
+            return
+        yield relation
+        target = hs.rooms.event(relation[1])
+        if target is None or target.room_id != event.room_id:
+            return
+        event = target
+
+
+def thread_of(hs: Homeserver, event: Event) -> str:
+    """The thread that an event is part of: the id of its root, or "main".
+
+    Reactions and edits go with what they relate to.  Spec: "Threaded read receipts".
+    """
+    for kind, target in relation_chain(hs, event):
+        if kind == "m.thread":
+            return target
+    return MAIN_THREAD
+
+
+# ── 15.8  Unread counts ──────────────────────────────────────────────────────
+
+MAX_CONSIDERED = 1000  # events looked at in one go, and marks kept: a badge need not count further
+SAVE_AFTER = 50  # events considered before a row is worth writing
+
+UnreadMark = tuple[str, bool]  # (thread, whether highlighted)
+
+
+class UnreadCounts(NamedTuple):
+    """What a sync says about a room: the main timeline's counts, then those of threads by root."""
+
+    notification_count: int
+    highlight_count: int
+    threads: dict[str, tuple[int, int]]
+
+
+NOTHING_UNREAD: Final = UnreadCounts(0, 0, {})
+
+
+class UnreadRoom:
+    """What one user has not read in one room: a mark for each event that notified.
+
+    Reading only ever removes marks, and every event considered later lies behind the receipt. So
+    receipts need not be remembered here, and nothing is ever counted anew.
+    """
+
+    __slots__ = ("_counts", "ignored", "marks", "unsaved", "upto")
+
+    def __init__(self, upto: int, marks: dict[int, UnreadMark]) -> None:
+        self.upto = upto
+        self.marks = marks  # by stream position, ascending
+        self.unsaved = 0  # events considered since the row was written
+        self.ignored: frozenset[str] = frozenset()  # whose marks were taken out
+        self._counts: UnreadCounts | None = None
+
+    def counts(self) -> UnreadCounts:
+        """The marks, counted."""
+        if not self.marks:
+            return NOTHING_UNREAD
+        if self._counts is None:
+            self._counts = count_marks(self.marks.values())
+        return self._counts
+
+    def add(self, pos: int, mark: UnreadMark) -> None:
+        """Remember that an event notified."""
+        self.marks[pos] = mark
+        if len(self.marks) > MAX_CONSIDERED:
+            del self.marks[next(iter(self.marks))]
+        self._counts = None
+
+    def remove(self, pos: int) -> None:
+        """Forget an event, which was redacted."""
+        if self.marks.pop(pos, None):
+            self._counts = None
+
+    def read(self, pos: int, thread: str | None) -> bool:
+        """Forget what is read up to a position, of one thread or (None) of all; whether any was."""
+        if not self.marks:
+            return False
+        left = {p: m for p, m in self.marks.items() if p > pos or thread not in (None, m[0])}
+        changed = len(left) < len(self.marks)
+        self.marks, self._counts = left, None
+        return changed
+
+
+def count_marks(marks: Iterable[UnreadMark]) -> UnreadCounts:
+    """Count notifications and highlights by thread."""
+    threads: dict[str, tuple[int, int]] = {}
+    for thread, highlight in marks:
+        notifications, highlights = threads.get(thread, (0, 0))
+        threads[thread] = (notifications + 1, highlights + highlight)
+    return UnreadCounts(*threads.pop(MAIN_THREAD, (0, 0)), threads)
+
+
+def encode_marks(marks: Mapping[int, UnreadMark]) -> str:
+    """Marks as JSON: thread -> positions, doubled, and odd if highlighted."""
+    threads: dict[str, list[int]] = {}
+    for pos, (thread, highlight) in marks.items():
+        threads.setdefault(thread, []).append(2 * pos + highlight)
+    return json.dumps(threads, separators=(",", ":"))
+
+
+def decode_marks(text: str) -> dict[int, UnreadMark]:
+    """The inverse of encode_marks."""
+    pairs = [
+        (number // 2, (thread, bool(number % 2)))
+        for thread, numbers in json.loads(text).items()
+        for number in numbers
+    ]
+    return dict(sorted(pairs))
+
+
+class Unread:
+    """The unread rooms of local users: in memory as they are asked for, and a row each.
+
+    A row is written with each receipt that changes something, and by `save` for those that moved
+    on a good deal; before, the count begins with the join. A row that lags behind costs time only.
+    """
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        capacity = int(50_000 * hs.config.conduit_cache_capacity_modifier)
+        self._rooms: LruCache[tuple[int, int], UnreadRoom] = LruCache(capacity)
+        self._unsaved: dict[tuple[int, int], UnreadRoom] = {}
+        hs.db.on_reset(self._reset)
+        hs.rooms.subscribe_membership(self._membership_changed)
+
+    def room(self, user_nid: UserNid, room: Room) -> UnreadRoom:
+        """What a user has not read, brought up to date with the room."""
+        key = (room.nid, user_nid)
+        unread = self._rooms.get(key) or self._load(key, user_nid, room)
+        if unread.upto < room.last_pos:
+            self._advance(unread, user_nid, room)
+        ignored = ignored_users(self.hs, user_nid)
+        if ignored is not unread.ignored:
+            self._drop_ignored(unread, room, ignored)
+        return unread
+
+    def mark_read(self, user_nid: UserNid, room: Room, pos: int, thread: str | None) -> None:
+        """A receipt of a joined user: all up to a position is read.  Inside a write block."""
+        unread = self.room(user_nid, room)
+        if unread.read(pos, thread):
+            self._write((room.nid, user_nid), unread)
+
+    def save(self) -> None:
+        """Write the rows that lag far behind: maintenance does it each minute and at the end."""
+        with self.hs.db.write():
+            for key, unread in list(self._unsaved.items()):
+                self._write(key, unread)
+
+    def _load(self, key: tuple[int, int], user_nid: UserNid, room: Room) -> UnreadRoom:
+        unread = self._unsaved.get(key)
+        if unread is None:
+            row = self.hs.db.one(
+                """
+                SELECT upto, marks
+                FROM unread
+                WHERE room_nid = ? AND user_nid = ?
+                """,
+                key,
+            )
+            joined = self.hs.rooms.memberships(user_nid)[room.nid].join_pos
+            unread = UnreadRoom(row[0], decode_marks(row[1])) if row else UnreadRoom(joined, {})
+        self._rooms.put(key, unread)
+        return unread
+
+    def _advance(self, unread: UnreadRoom, user_nid: UserNid, room: Room) -> None:
+        upto = room.last_pos
+        events = self.hs.rooms.events_between(room, unread.upto, upto, MAX_CONSIDERED)
+        if events:
+            rules, user_id = self.hs.push_rules.of(user_nid), self.hs.db.user_id(user_nid)
+            for event in events:
+                self._consider(unread, event, room, user_id, rules)
+        unread.upto = upto
+        unread.unsaved += len(events)
+        if unread.unsaved > max(SAVE_AFTER, len(unread.marks)):
+            self._unsaved[(room.nid, user_nid)] = unread
+
+    def _consider(
+        self, unread: UnreadRoom, event: Event, room: Room, user_id: str, rules: PushRuleset
+    ) -> None:
+        pos = cast(int, event.pos)
+        if event.redacts:
+            self._redacted(unread, event.redacts)
+        if event.sender == user_id:
+            # Who sends has read; but a new display name, sent to all rooms at once, reads nothing.
+            if not event.is_state:
+                unread.read(pos, thread_of(self.hs, event))
+            return
+        if event.redacted_by or event.sender in unread.ignored:
+            return
+        rule = rules.match(event, room, user_id)
+        if rule is not None and rule.notify:
+            unread.add(pos, (thread_of(self.hs, event), rule.highlight))
+
+    def _redacted(self, unread: UnreadRoom, event_id: str) -> None:
+        target = self.hs.rooms.event(event_id) if unread.marks else None
+        if target is not None and target.redacted_by and target.pos is not None:
+            unread.remove(target.pos)
+
+    def _drop_ignored(self, unread: UnreadRoom, room: Room, ignored: frozenset[str]) -> None:
+        """Take out the marks of users ignored meanwhile: no receipt could ever reach them."""
+        if unread.marks and ignored - unread.ignored:
+            first, last = min(unread.marks), max(unread.marks)
+            rooms = self.hs.rooms
+            for event in rooms.events_between(room, first - 1, last, MAX_CONSIDERED):
+                if event.sender in ignored:
+                    unread.remove(cast(int, event.pos))
+        unread.ignored = ignored
+
+    def _membership_changed(
+        self, room: Room, user_nid: UserNid, old: str | None, new: str
+    ) -> None:
+        """A departure ends the count; after another join it begins anew."""
+        if old != "join" or new == "join" or not self.hs.rooms.is_local(user_nid):
+            return
+        key = (room.nid, user_nid)
+        self._rooms.pop(key)
+        self._unsaved.pop(key, None)
+        self.hs.db.execute("DELETE FROM unread WHERE room_nid = ? AND user_nid = ?", key)
+
+    def _write(self, key: tuple[int, int], unread: UnreadRoom) -> None:
+        self._unsaved.pop(key, None)
+        unread.unsaved = 0
+        self.hs.db.execute(
+            "INSERT OR REPLACE INTO unread VALUES (?, ?, ?, ?)",
+            (*key, unread.upto, encode_marks(unread.marks)),
+        )
+
+    def _reset(self) -> None:
+        self._rooms.clear()
+        self._unsaved.clear()
+
+
+def unread_counts(hs: Homeserver, user_nid: UserNid, room: Room) -> UnreadCounts:
+    """How much a user has not read in a room; nothing where the user is not joined."""
+    if user_nid not in room.local_joined:
+        return NOTHING_UNREAD
+    return hs.unread.room(user_nid, room).counts()
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  16. RECEIPTS, TYPING, PRESENCE
+#
+#  What a room shows beside its events: how far each member has read, who writes
+#  just now, who is there. Receipts are rows, typing and presence live in memory;
+#  none of them may cost anything while nothing changes.
+#         spec: CS-API "Receipts", "Read and unread markers", "Typing Notifications", "Presence"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE receipts (
+    room_nid INTEGER NOT NULL,
+    user_nid INTEGER NOT NULL,
+    type TEXT NOT NULL,
+    thread TEXT NOT NULL,  -- '' unthreaded, 'main', or the id of the thread's root
+    event_id TEXT NOT NULL,
+    event_pos INTEGER NOT NULL,
+    ts INTEGER NOT NULL,
+    pos INTEGER NOT NULL,
+    PRIMARY KEY (room_nid, user_nid, type, thread)
+) WITHOUT ROWID;
+CREATE TABLE presence (
+    user_nid INTEGER PRIMARY KEY,
+    state TEXT NOT NULL,
+    status_msg TEXT
+);
+""")
+
+# ── 16.1  Receipts ───────────────────────────────────────────────────────────
+
+READ = "m.read"
+READ_PRIVATE = "m.read.private"
+FULLY_READ = "m.fully_read"
+UNTHREADED = ""
+RECEIPT_TYPES = frozenset({READ, READ_PRIVATE})
+CACHED_RECEIPTS = 100_000
+
+ReceiptKey = tuple[UserNid, str, str]  # (user nid, type, thread)
+
+
+class Receipt(NamedTuple):
+    """A row of the table receipts, but for its room."""
+
+    user_nid: UserNid
+    type: str
+    thread: str
+    event_id: str
+    event_pos: int
+    ts: int
+    pos: int
+
+
+class Receipts:
+    """The receipts of rooms, in memory in the order in which they changed."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._rooms: LruCache[RoomNid, OrderedDict[ReceiptKey, Receipt]] = LruCache(
+            int(CACHED_RECEIPTS * hs.config.conduit_cache_capacity_modifier)
+        )
+        hs.db.on_reset(self._rooms.clear)
+
+    def of_room(self, room_nid: RoomNid) -> OrderedDict[ReceiptKey, Receipt]:
+        """All receipts of a room, the one that changed last at the end."""
+        receipts = self._rooms.get(room_nid)
+        if receipts is None:
+            rows = self.hs.db.all(
+                """
+                SELECT user_nid, type, thread, event_id, event_pos, ts, pos
+                FROM receipts
+                WHERE room_nid = ?
+                """,
+                (room_nid,),
+            )
+            found = sorted((Receipt(*row) for row in rows), key=operator.attrgetter("pos"))
+            receipts = OrderedDict(((r.user_nid, r.type, r.thread), r) for r in found)
+            self._rooms.put(room_nid, receipts, 1 + len(receipts))
+        return receipts
+
+    def newer(self, room_nid: RoomNid, since: int) -> Iterator[Receipt]:
+        """The receipts that changed after a position, the newest first."""
+        for receipt in reversed(self.of_room(room_nid).values()):
+            if receipt.pos <= since:
+                return
+            yield receipt
+
+    def record(self, room: Room, key: ReceiptKey, event: Event, ts: int) -> None:
+        """Move a user's receipt forward; one that would go back is dropped without a word."""
+        receipts, event_pos = self.of_room(room.nid), cast(int, event.pos)
+        user_nid, _, thread = key
+        old = receipts.get(key)
+        if old is not None and old.event_pos >= event_pos:
+            return
+        with self.hs.db.write():
+            pos = self.hs.stream.stamp(RECEIPT, room.nid)
+            receipt = Receipt(*key, event.event_id, event_pos, ts, pos)
+            self.hs.db.execute(
+                "INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (room.nid, *receipt),
+            )
+            if user_nid in room.local_joined:
+                self.hs.unread.mark_read(user_nid, room, event_pos, thread or None)
+        receipts[key] = receipt
+        receipts.move_to_end(key)
+        self._rooms.put(room.nid, receipts, 1 + len(receipts))
+
+
+def receipts_since(
+    hs: Homeserver, room_nid: RoomNid, user_nid: UserNid, since: int = 0
+) -> Json | None:
+    """The content of an m.receipt event with what changed, or None; private ones to their owner.
+
+    Where a user has two receipts at one event, the unthreaded one goes out: it says more.
+    """
+    content: Json = {}
+    for receipt in hs.receipts.newer(room_nid, since):
+        if receipt.type == READ_PRIVATE and receipt.user_nid != user_nid:
+            continue
+        users = content.setdefault(receipt.event_id, {}).setdefault(receipt.type, {})
+        reader = hs.db.user_id(receipt.user_nid)
+        if receipt.thread == UNTHREADED:
+            users[reader] = {"ts": receipt.ts}
+        else:
+            users.setdefault(reader, {"ts": receipt.ts, "thread_id": receipt.thread})
+    return content or None
+
+
+def own_receipt_moved(hs: Homeserver, room_nid: RoomNid, user_nid: UserNid, since: int) -> bool:
+    """Whether a receipt of the user's own changed after a position, and so their unread counts."""
+    return any(receipt.user_nid == user_nid for receipt in hs.receipts.newer(room_nid, since))
+
+
+# ── 16.2  The receipt endpoints ──────────────────────────────────────────────
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/rooms/{room_id}/receipt/{receipt_type}/{event_id}",
+    auth=USER,
+    also=("r0",),
+    body=ANY_OBJECT,
+)
+async def post_receipt(
+    hs: Homeserver, request: Request, room_id: str, receipt_type: str, event_id: str
+) -> Json:
+    """Say that the user has read up to an event.
+
+    400 M_INVALID_PARAM for an event that is not in the room or not in the thread.
+    """
+    room = require_joined_room(hs, request, room_id)
+    event = require_timeline_event(hs, room, event_id)
+    thread = check_receipt_thread(hs, receipt_type, event, request.json)
+    apply_receipt(hs, room, (request.user.nid, receipt_type, thread), event)
+    hs.presence.touch(request.user.nid)
+    return {}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/rooms/{room_id}/read_markers",
+    auth=USER,
+    also=("r0",),
+    body={"m.fully_read?": str, "m.read?": str, "m.read.private?": str},
+)
+async def post_read_markers(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Move the marker of what is fully read, and both receipts, at once."""
+    room = require_joined_room(hs, request, room_id)
+    markers = [
+        (receipt_type, require_timeline_event(hs, room, request.json[receipt_type]))
+        for receipt_type in (FULLY_READ, READ, READ_PRIVATE)
+        if receipt_type in request.json
+    ]
+    for receipt_type, event in markers:
+        apply_receipt(hs, room, (request.user.nid, receipt_type, UNTHREADED), event)
+    hs.presence.touch(request.user.nid)
+    return {}
+
+
+def require_joined_room(hs: Homeserver, request: Request, room_id: str) -> Room:
+    """The room of a path, if the user is in it; 403 else, whether or not there is such a room."""
+    room = hs.rooms.find(room_id)
+    if room is None or request.user.nid not in room.local_joined:
+        raise forbidden("You are not in this room")
+    return room
+
+
+def require_timeline_event(hs: Homeserver, room: Room, event_id: str) -> Event:
+    """An event of this room's timeline, or 400."""
+    event = hs.rooms.event(event_id)
+    if event is None or event.room_nid != room.nid or event.pos is None:
+        raise invalid_param("There is no such event in this room")
+    return event
+
+
+def check_receipt_thread(hs: Homeserver, receipt_type: str, event: Event, body: Json) -> str:
+    """The thread that a receipt is for, after the checks that the specification lists."""
+    if receipt_type not in RECEIPT_TYPES and receipt_type != FULLY_READ:
+        raise invalid_param(f"The type of a receipt is {READ}, {READ_PRIVATE} or {FULLY_READ}")
+    if "thread_id" not in body:
+        return UNTHREADED
+    thread = body["thread_id"]
+    if not isinstance(thread, str) or not thread:
+        raise invalid_param("thread_id field must be a non-empty string")
+    if receipt_type == FULLY_READ:
+        raise invalid_param(f"{FULLY_READ} is for the room as a whole and takes no thread_id")
+    if not is_in_thread(hs, event, thread):
+        raise invalid_param("The event is not related to that thread")
+    return thread
+
+
+def is_in_thread(hs: Homeserver, event: Event, thread: str) -> bool:
+    """Whether a receipt at the event can be for that thread.
+
+    Trap: the root of a thread is part of the main timeline, but clients also mark it as read for
+    its thread; so does a reaction to it.
+    """
+    if thread == MAIN_THREAD:
+        return thread_of(hs, event) == MAIN_THREAD
+    return event.event_id == thread or any(
+        target == thread for _, target in relation_chain(hs, event)
+    )
+
+
+def apply_receipt(hs: Homeserver, room: Room, key: ReceiptKey, event: Event) -> None:
+    """Store a receipt, or the marker of what is fully read."""
+    if key[1] == FULLY_READ:
+        move_fully_read(hs, key[0], room, event)
+    else:
+        hs.receipts.record(room, key, event, now_ms())
+
+
+def move_fully_read(hs: Homeserver, user_nid: UserNid, room: Room, event: Event) -> None:
+    """Move the marker of what is fully read forward; it is room account data."""
+    present = get_room_account_data(hs, user_nid, room.nid, FULLY_READ) or {}
+    old_id = present.get("event_id")
+    old = hs.rooms.event(old_id) if isinstance(old_id, str) else None
+    if old is not None and old.pos is not None and old.pos >= cast(int, event.pos):
+        return
+    set_room_account_data(hs, user_nid, room.nid, FULLY_READ, {"event_id": event.event_id})
+
+
+# ── 16.3  Typing ─────────────────────────────────────────────────────────────
+
+DEFAULT_TYPING_MS = 30_000
+MAX_TYPING_MS = 120_000
+
+
+class Typing:
+    """Who is typing where, until when; one timer for all of them."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._rooms: dict[RoomNid, dict[UserNid, float]] = {}  # until, on the loop's clock
+        self._timer: asyncio.TimerHandle | None = None
+        hs.rooms.subscribe_membership(self._membership_changed)
+
+    def users(self, room_nid: RoomNid) -> list[UserNid]:
+        """Who is typing in a room, who began first at the front."""
+        return list(self._rooms.get(room_nid, ()))
+
+    def start(self, room_nid: RoomNid, user_nid: UserNid, seconds: float) -> None:
+        """A user types, for so long unless we hear again; it is news if they did not before."""
+        users = self._rooms.setdefault(room_nid, {})
+        news = user_nid not in users
+        users[user_nid] = asyncio.get_running_loop().time() + seconds
+        self._arm()
+        if news:
+            self.hs.stream.stamp(TYPING, room_nid)
+
+    def stop(self, room_nid: RoomNid, user_nid: UserNid) -> None:
+        """A user no longer types."""
+        users = self._rooms.get(room_nid, {})
+        if users.pop(user_nid, None) is not None:
+            if not users:
+                del self._rooms[room_nid]
+            self.hs.stream.stamp(TYPING, room_nid)
+
+    def _arm(self) -> None:
+        """Set the timer to the first end that is due, if there is any."""
+        ends = (until for users in self._rooms.values() for until in users.values())
+        first = min(ends, default=None)
+        if self._timer is not None:
+            if first is not None and self._timer.when() <= first:
+                return  # it comes early enough, and sets itself anew
+            self._timer.cancel()
+        self._timer = None
+        if first is not None:
+            self._timer = asyncio.get_running_loop().call_at(first, self._expire)
+
+    def _expire(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._timer = None
+        due = [
+            (room_nid, user_nid)
+            for room_nid, users in self._rooms.items()
+            for user_nid, until in users.items()
+            if until <= now
+        ]
+        for room_nid, user_nid in due:
+            self.stop(room_nid, user_nid)
+        self._arm()
+
+    def _membership_changed(
+        self, room: Room, user_nid: UserNid, _old: str | None, new: str
+    ) -> None:
+        if new != "join":
+            self.stop(room.nid, user_nid)
+
+
+def typing_users(hs: Homeserver, room: Room) -> list[str]:
+    """The ids of the users who are typing in a room, for its m.typing event."""
+    return [hs.db.user_id(nid) for nid in hs.typing.users(room.nid)]
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/rooms/{room_id}/typing/{user_id}",
+    auth=USER,
+    also=("r0",),
+    body={"typing": bool, "timeout?": int},
+)
+async def put_typing(hs: Homeserver, request: Request, room_id: str, user_id: str) -> Json:
+    """Say that the user types, for `timeout` milliseconds, or has stopped."""
+    if user_id != request.user.user_id:
+        raise forbidden("You cannot type for somebody else")
+    room = require_joined_room(hs, request, room_id)
+    timeout = min(request.json.get("timeout", DEFAULT_TYPING_MS), MAX_TYPING_MS)
+    if request.json["typing"] and timeout > 0:
+        hs.typing.start(room.nid, request.user.nid, timeout / 1000)
+        hs.presence.touch(request.user.nid)
+    else:
+        hs.typing.stop(room.nid, request.user.nid)
+    return {}
+
+
+# ── 16.4  Presence ───────────────────────────────────────────────────────────
+#
+# Each device of a user is online, unavailable or offline; the best of them counts.
+#
+#     what happens                              the device becomes
+#     it begins to sync, or asks for another    what set_presence says (online if nothing;
+#       set_presence than with its last sync      offline: the sync has no effect)
+#     PUT .../status                            what it says
+#     the user sends, types or reads something  online, if it was unavailable
+#     nothing of that for five minutes          unavailable, if it was online
+#     it has not synced for a while             offline
+#
+# Others are told when the state or the status message changes, and when `currently_active`
+# does: true for a minute after the user did something. While it is true they hear no more.
+
+PRESENCE_STATES: Final = ("offline", "unavailable", "online")  # the later outweighs the earlier
+PRESENCE_IDLE_SECONDS = 300
+ACTIVE_SECONDS = 60
+SYNC_GRACE_SECONDS = 30  # how long a device may take between two syncs
+STATUS_GRACE_SECONDS = 300  # how long a state set by PUT lasts without a sync
+RESTART_GRACE_SECONDS = 60  # how long clients have to come back after a restart
+SWEEP_SECONDS = 10
+MAX_STATUS_BYTES = 1024
+MAX_JOINERS = 1000  # users whose last joins are remembered,
+MAX_JOINS = 50  # and how many of them
+NO_DEVICE = 0  # of tokens without a device
+LAST_RUN = -1  # stands for the devices that were there before the restart
+
+
+@dataclass
+class DevicePresence:
+    """What one device says of its user."""
+
+    state: str
+    asked: str | None  # its last set_presence
+    until: float  # when it counts as gone, on the monotonic clock
+
+
+class UserPresence:
+    """What is known of one user, and what the others were told."""
+
+    __slots__ = ("devices", "last_active", "pos", "shown", "status_msg", "unsaved")
+
+    def __init__(self, status_msg: str | None = None) -> None:
+        self.devices: dict[int, DevicePresence] = {}
+        self.status_msg = status_msg
+        self.last_active: float | None = None
+        self.shown: tuple[str, bool, str | None] = ("offline", False, status_msg)
+        self.pos = 0
+        self.unsaved = False
+
+    @property
+    def state(self) -> str:
+        """The state that others were told last."""
+        return self.shown[0]
+
+    def due(self, now: float) -> tuple[str, bool, str | None]:
+        """What others should know now: state, whether currently active, status message."""
+        quiet = math.inf if self.last_active is None else now - self.last_active
+        state = max((d.state for d in self.devices.values()), key=rank_presence, default="offline")
+        if state == "online" and quiet > PRESENCE_IDLE_SECONDS:
+            state = "unavailable"
+        return state, state == "online" and quiet < ACTIVE_SECONDS, self.status_msg
+
+    def content(self, now: float) -> Json:
+        """The content of the m.presence event."""
+        state, active, status_msg = self.shown
+        content: Json = {"presence": state}
+        if self.last_active is not None:
+            content["last_active_ago"] = int((now - self.last_active) * 1000)
+        if state == "online":
+            content["currently_active"] = active
+        if status_msg is not None:
+            content["status_msg"] = status_msg
+        return content
+
+
+def rank_presence(state: str) -> int:
+    """The weight of a state among those of a user's devices."""
+    return PRESENCE_STATES.index(state)
+
+
+class Presence:
+    """Who is online. One timer looks after all who are; nothing is written while somebody waits."""
+
+    def __init__(self, hs: Homeserver, clock: Callable[[], float] = time.monotonic) -> None:
+        self.hs = hs
+        self._clock = clock
+        self._users: OrderedDict[UserNid, UserPresence] = OrderedDict()  # in order of `pos`
+        self._present: set[UserNid] = set()  # who has devices
+        self._timer: asyncio.TimerHandle | None = None
+        self._joins: LruCache[UserNid, deque[tuple[int, RoomNid]]] = LruCache(MAX_JOINERS)
+        self._load()
+        hs.rooms.subscribe(self._event_sent)
+        hs.rooms.subscribe_membership(self._membership_changed)
+        hs.accounts.on_deactivated(self._delete)
+
+    def note_sync(self, requester: Requester, asked: str, timeout: float) -> None:
+        """A device syncs, asks to be shown so, and will wait `timeout` seconds at most."""
+        if asked == "offline" or not self.hs.config.allow_local_presence:
+            return
+        now, key = self._clock(), requester.device_nid or NO_DEVICE
+        user = self._user(requester.nid)
+        device = user.devices.get(key)
+        if device is None:
+            device = user.devices[key] = DevicePresence("offline", None, 0)
+        device.until = now + timeout + SYNC_GRACE_SECONDS
+        if device.asked != asked:
+            device.asked = device.state = asked
+            if asked == "online":
+                user.last_active = now
+        self._show(requester.nid, user, now)
+
+    def put(self, requester: Requester, state: str, status_msg: str | None) -> None:
+        """The user says how they are."""
+        if not self.hs.config.allow_local_presence:
+            return
+        now, key = self._clock(), requester.device_nid or NO_DEVICE
+        user = self._user(requester.nid)
+        device = user.devices.setdefault(key, DevicePresence(state, None, 0))
+        device.state = state
+        device.until = max(device.until, now + STATUS_GRACE_SECONDS)
+        user.last_active = now
+        user.status_msg = status_msg
+        self._show(requester.nid, user, now)
+        with self.hs.db.write():
+            self._save(requester.nid, user)
+
+    def touch(self, user_nid: UserNid) -> None:
+        """The user did something: sent, typed or read; cheap, and no news to those who know."""
+        user = self._users.get(user_nid)
+        if user is None or not user.devices:
+            return
+        user.last_active = now = self._clock()
+        for device in user.devices.values():
+            if device.state == "unavailable":
+                device.state = "online"
+        self._show(user_nid, user, now)
+
+    def of(self, user_nid: UserNid) -> Json:
+        """A user's presence as it is now, for GET and for m.presence events."""
+        user = self._users.get(user_nid)
+        return user.content(self._clock()) if user else {"presence": "offline"}
+
+    def news(self, user_nid: UserNid, since: int) -> set[UserNid]:
+        """Whose presence a user has to hear of who knows all up to a position."""
+        share = self.hs.rooms.share_room
+        news = {
+            other
+            for other in self._changed_since(since)
+            if other == user_nid or share(user_nid, other)
+        }
+        for pos, room_nid in self._joins.get(user_nid) or ():
+            if pos > since:
+                news |= self._present & self.hs.rooms.by_nid(room_nid).local_joined
+        return news
+
+    def sweep(self) -> None:
+        """Let devices go that do not come back, let users become idle, store what changed."""
+        now = self._clock()
+        for user_nid in list(self._present):
+            user = self._users[user_nid]
+            gone = [key for key, device in user.devices.items() if device.until < now]
+            for key in gone:
+                del user.devices[key]
+            if not user.devices:
+                self._present.discard(user_nid)
+            self._show(user_nid, user, now)
+        # A full disk must not stop the sweep; the rows stay unsaved and are tried again.
+        with contextlib.suppress(MatrixError):
+            self.save()
+
+    def save(self) -> None:
+        """Store the states that changed, so that a restart can tell others who has gone."""
+        unsaved = [(nid, user) for nid, user in self._users.items() if user.unsaved]
+        if unsaved:
+            with self.hs.db.write():
+                for user_nid, user in unsaved:
+                    self._save(user_nid, user)
+
+    def _changed_since(self, since: int) -> Iterator[UserNid]:
+        for user_nid, user in reversed(self._users.items()):
+            if user.pos <= since:
+                return
+            yield user_nid
+
+    def _user(self, user_nid: UserNid) -> UserPresence:
+        user = self._users.get(user_nid)
+        if user is None:
+            user = self._users[user_nid] = UserPresence()
+            self._users.move_to_end(user_nid, last=False)  # nobody was told: position 0
+        self._present.add(user_nid)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._on_timer)
+        return user
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self.sweep()
+        if self._present and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._on_timer)
+
+    def _show(self, user_nid: UserNid, user: UserPresence, now: float) -> None:
+        due = user.due(now)
+        if due == user.shown:
+            return
+        user.unsaved = user.unsaved or due[0] != user.shown[0]
+        user.shown = due
+        self._tell(user_nid, user)
+
+    def _tell(self, user_nid: UserNid, user: UserPresence) -> None:
+        user.pos = self.hs.stream.stamp(PRESENCE, user_nid)
+        self._users.move_to_end(user_nid)
+
+    def _membership_changed(
+        self, room: Room, user_nid: UserNid, old: str | None, new: str
+    ) -> None:
+        """Who joins hears of those who are there, and they of them."""
+        if new != "join" or old == "join" or user_nid not in self._present:
+            return
+        joins = self._joins.get(user_nid) or deque(maxlen=MAX_JOINS)
+        joins.append((self.hs.stream.position, room.nid))
+        self._joins.put(user_nid, joins)
+        self._tell(user_nid, self._users[user_nid])
+
+    def _event_sent(self, _room: Room, event: Event) -> None:
+        user_nid = self.hs.db.find_user_nid(event.sender)
+        if user_nid is not None:
+            self.touch(user_nid)
+
+    def _load(self) -> None:
+        """Take over who was present before the restart: they have a while to come back."""
+        rows = self.hs.db.all("SELECT user_nid, state, status_msg FROM presence")
+        for user_nid, state, status_msg in rows:
+            user = self._users[user_nid] = UserPresence(status_msg)
+            user.pos = 1
+            if state != "offline":
+                user.shown = (state, state == "online", status_msg)
+                until = self._clock() + RESTART_GRACE_SECONDS
+                user.devices[LAST_RUN] = DevicePresence(state, None, until)
+                user.last_active = self._clock() - ACTIVE_SECONDS
+                self._present.add(user_nid)
+
+    def _delete(self, user_nid: UserNid) -> None:
+        user = self._users.get(user_nid)
+        if user is not None:
+            user.devices.clear()
+            user.status_msg = user.last_active = None
+            self._show(user_nid, user, self._clock())
+        self.hs.db.execute("DELETE FROM presence WHERE user_nid = ?", (user_nid,))
+
+    def _save(self, user_nid: UserNid, user: UserPresence) -> None:
+        self.hs.db.execute(
+            "INSERT OR REPLACE INTO presence VALUES (?, ?, ?)",
+            (user_nid, user.state, user.status_msg),
+        )
+        user.unsaved = False
+
+
+def note_sync(
+    hs: Homeserver, requester: Requester, set_presence: str, timeout: float = 30
+) -> None:
+    """Tell presence that a device syncs, and for how many seconds it may wait for news."""
+    if set_presence not in PRESENCE_STATES:
+        raise invalid_param(f"set_presence is one of {', '.join(PRESENCE_STATES)}")
+    hs.presence.note_sync(requester, set_presence, timeout)
+
+
+def presence_since(hs: Homeserver, user_nid: UserNid, since: int = 0) -> list[Json]:
+    """The m.presence events of those who share a room with the user and changed since."""
+    if not hs.config.allow_local_presence:
+        return []
+    events = [presence_event(hs, other) for other in hs.presence.news(user_nid, since)]
+    # At first, who is not there is the rule and not worth a line.
+    return [e for e in events if since or e["content"] != {"presence": "offline"}]
+
+
+def presence_event(hs: Homeserver, user_nid: UserNid) -> Json:
+    """A user's m.presence event."""
+    return {
+        "type": "m.presence",
+        "sender": hs.db.user_id(user_nid),
+        "content": hs.presence.of(user_nid),
+    }
+
+
+# ── 16.5  The presence endpoints ─────────────────────────────────────────────
+
+
+@route("GET", "/_matrix/client/v3/presence/{user_id}/status", auth=USER, also=("r0",))
+async def get_presence(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """How a user is; 403 unless they share a room, so that nobody can probe for accounts."""
+    user_nid = hs.db.find_user_nid(user_id)
+    me = request.user.nid
+    if user_nid is None or not (user_nid == me or hs.rooms.share_room(me, user_nid)):
+        raise forbidden("You are not allowed to see their presence")
+    if not hs.config.allow_local_presence:
+        return {"presence": "offline"}
+    return hs.presence.of(user_nid)
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/presence/{user_id}/status",
+    auth=USER,
+    also=("r0",),
+    body={"presence": str, "status_msg?": str},
+)
+async def put_presence(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Set the user's own presence and status message; without one the message is cleared."""
+    if user_id != request.user.user_id:
+        raise forbidden("You cannot set the presence of somebody else")
+    state, status_msg = request.json["presence"], request.json.get("status_msg")
+    if state not in PRESENCE_STATES:
+        raise invalid_param(f"presence is one of {', '.join(PRESENCE_STATES)}")
+    if status_msg is not None and byte_length(status_msg) > MAX_STATUS_BYTES:
+        raise invalid_param(f"A status message has at most {MAX_STATUS_BYTES} bytes")
+    hs.presence.put(request.user, state, status_msg)
+    return {}
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  17. ENCRYPTION KEYS AND TO-DEVICE
+#
+#  The server sees no plain text; it is the post office of the keys. It keeps
+#  what devices publish, checks every signature before it stores it, hands each
+#  one-time key to one caller only, tells users whose devices changed, stores
+#  encrypted backups, and delivers messages between devices exactly once. What
+#  goes wrong here is read by people as "unable to decrypt".
+#                      spec: CS-API "End-to-End Encryption", "Send-to-Device"
+# ═════════════════════════════════════════════════════════════════════════════
+
+MAX_KEY_BYTES = 65_536  # of a key, a session in a backup, a to-device message; as for events
+MAX_ONE_TIME_KEYS = 5_000  # per device; more than any client can hold the private halves of
+MAX_QUEUED_MESSAGES = 50_000  # per device; what comes later is refused, what waits is never dropped
+MAX_QUEUED_BYTES = 64 * 1024 * 1024  # per device
+BATCH = 200  # rows written or users looked up before other requests get their turn
+SIGNED_KEY = "signed_curve25519"  # always counted, so that zero is said aloud
+
+# Signatures are kept apart from the objects that they sign: whoever reads an object gets those
+# that they may see. `target_key` is a device id, or the public key of a cross-signing key.
+# A one-time key that was handed out leaves its digest behind: a client that repeats an upload
+# whose answer was lost must not bring the key back.
+schema("""
+CREATE TABLE device_keys (
+    device_nid INTEGER PRIMARY KEY,
+    user_nid INTEGER NOT NULL,
+    device_id TEXT NOT NULL,
+    ed25519 TEXT NOT NULL,
+    body BLOB NOT NULL
+);
+CREATE UNIQUE INDEX device_keys_by_user ON device_keys (user_nid, device_id);
+CREATE TABLE one_time_keys (
+    key_nid INTEGER PRIMARY KEY,
+    device_nid INTEGER NOT NULL,
+    algorithm TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    digest BLOB NOT NULL,
+    body BLOB NOT NULL,
+    UNIQUE (device_nid, algorithm, key_id)
+);
+CREATE INDEX one_time_keys_by_age ON one_time_keys (device_nid, algorithm);
+CREATE TABLE claimed_keys (
+    device_nid INTEGER,
+    digest BLOB,
+    PRIMARY KEY (device_nid, digest)
+) WITHOUT ROWID;
+CREATE TABLE fallback_keys (
+    device_nid INTEGER,
+    algorithm TEXT,
+    key_id TEXT NOT NULL,
+    digest BLOB NOT NULL,
+    body BLOB NOT NULL,
+    used INTEGER NOT NULL,
+    PRIMARY KEY (device_nid, algorithm)
+) WITHOUT ROWID;
+CREATE TABLE cross_signing_keys (
+    user_nid INTEGER,
+    usage TEXT,
+    public TEXT NOT NULL,
+    body BLOB NOT NULL,
+    PRIMARY KEY (user_nid, usage)
+) WITHOUT ROWID;
+CREATE TABLE key_signatures (
+    target_nid INTEGER,
+    target_key TEXT,
+    signer_nid INTEGER,
+    signer_key TEXT,
+    signature TEXT NOT NULL,
+    pos INTEGER NOT NULL,
+    PRIMARY KEY (target_nid, target_key, signer_nid, signer_key)
+) WITHOUT ROWID;
+CREATE INDEX key_signatures_by_signer ON key_signatures (signer_nid, pos);
+CREATE TABLE device_changes (
+    user_nid INTEGER PRIMARY KEY,
+    pos INTEGER NOT NULL
+);
+CREATE INDEX device_changes_by_pos ON device_changes (pos);
+CREATE TABLE room_sharing (
+    user_nid INTEGER,
+    room_nid INTEGER,
+    pos INTEGER NOT NULL,
+    joined INTEGER NOT NULL,
+    PRIMARY KEY (user_nid, room_nid)
+) WITHOUT ROWID;
+CREATE INDEX room_sharing_by_room ON room_sharing (room_nid, pos, joined);
+CREATE TABLE to_device (
+    device_nid INTEGER,
+    pos INTEGER,
+    sender_nid INTEGER NOT NULL,
+    type TEXT NOT NULL,
+    content BLOB NOT NULL,
+    PRIMARY KEY (device_nid, pos)
+);
+CREATE TABLE backups (
+    backup_nid INTEGER PRIMARY KEY,
+    user_nid INTEGER NOT NULL,
+    version INTEGER NOT NULL,
+    algorithm TEXT NOT NULL,
+    auth_data BLOB NOT NULL,
+    etag INTEGER NOT NULL DEFAULT 0,
+    sessions INTEGER NOT NULL DEFAULT 0,
+    deleted INTEGER NOT NULL DEFAULT 0,
+    UNIQUE (user_nid, version)
+);
+CREATE TABLE backup_sessions (
+    backup_nid INTEGER,
+    room_id TEXT,
+    session_id TEXT,
+    first_message_index INTEGER NOT NULL,
+    forwarded_count INTEGER NOT NULL,
+    is_verified INTEGER NOT NULL,
+    session_data BLOB NOT NULL,
+    PRIMARY KEY (backup_nid, room_id, session_id)
+);
+""")
+
+log_keys = logging.getLogger("conduit.keys")
+
+# ── 17.1  What is kept in memory ─────────────────────────────────────────────
+
+LIST_CHANGES = 2_000  # changes of device lists kept in memory; older tokens read the tables
+
+
+class ListChange(NamedTuple):
+    """Why somebody's view of device lists changed: new keys, or who shares a room with whom."""
+
+    pos: int
+    user_nid: UserNid
+    room_nid: RoomNid | None = None  # None: the user's keys or devices changed
+    joined: bool = True  # whether they came into the room, or went
+    viewer_nid: UserNid | None = None  # who alone can see the change; None: everyone
+
+
+class Queue(NamedTuple):
+    """What waits for a device."""
+
+    messages: int
+    size: int  # bytes
+    last: int  # position of the newest message
+
+
+class KeyCache:
+    """What makes an empty sync free: key counts, queues, and the newest device list changes."""
+
+    def __init__(self, database: Database, position: int, scale: float = 1.0) -> None:
+        capacity = int(10_000 * scale)
+        self.counts: LruCache[DeviceNid, dict[str, int]] = LruCache(capacity)
+        self.unused_fallbacks: LruCache[DeviceNid, list[str]] = LruCache(capacity)
+        self.queues: LruCache[DeviceNid, Queue] = LruCache(capacity)
+        self.floor = position  # the log knows all changes after this position
+        self.changes: deque[ListChange] = deque()
+        database.on_reset(self.clear)
+
+    def clear(self) -> None:
+        """Forget what may never have been written; a change too many in the log does no harm."""
+        self.counts.clear()
+        self.unused_fallbacks.clear()
+        self.queues.clear()
+
+    def log(self, change: ListChange) -> None:
+        """Remember a change of device lists; the oldest give way and are read from the tables."""
+        self.changes.append(change)
+        while len(self.changes) > LIST_CHANGES:
+            self.floor = self.changes.popleft().pos
+
+    def since(self, position: int) -> list[ListChange] | None:
+        """The changes after a position, newest first; None where the log does not reach."""
+        if position < self.floor:
+            return None
+        return list(
+            itertools.takewhile(lambda change: change.pos > position, reversed(self.changes))
+        )
+
+    def forget_device(self, device_nid: DeviceNid) -> None:
+        """Forget the keys and the queue of one device."""
+        self.counts.pop(device_nid)
+        self.unused_fallbacks.pop(device_nid)
+        self.queues.pop(device_nid)
+
+
+# ── 17.2  Checking key objects ───────────────────────────────────────────────
+
+
+def bad_signature(error: str) -> MatrixError:
+    """400 M_INVALID_SIGNATURE."""
+    return MatrixError(400, "M_INVALID_SIGNATURE", error)
+
+
+def bounded_json(value: Any, what: str) -> bytes:
+    """What the server only keeps, as canonical JSON of bounded length; else M_BAD_JSON or 413."""
+    raw = canonical_json(value)
+    if len(raw) > MAX_KEY_BYTES:
+        raise too_large(f"{what} has at most {MAX_KEY_BYTES} bytes")
+    return raw
+
+
+def unsigned_body(value: Json) -> bytes:
+    """The bytes of a key object that its signatures cover."""
+    return bounded_json({name: value[name] for name in value if name not in NOT_SIGNED}, "A key")
+
+
+def require_key(value: object, what: str) -> str:
+    """The unpadded base64 of a 32-byte key, or M_BAD_JSON."""
+    if isinstance(value, str) and len(value) == KEY_LENGTH:
+        raw = b64decode(value)
+        if len(raw) == PUBLIC_KEY_BYTES and b64encode(raw) == value:
+            return value
+    raise bad_json(f"{what} must be 32 bytes in unpadded base64")
+
+
+KEY_LENGTH = 43
+
+
+def require_strings(value: object, kind: type, what: str) -> None:
+    """Raise M_BAD_JSON unless the value is a list of strings, or an object of strings."""
+    members = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, kind) or not all(isinstance(each, str) for each in cast(Any, members)):
+        raise bad_json(f"{what} must hold strings")
+
+
+def require_owner(value: Json, **expected: str) -> None:
+    """Raise M_INVALID_PARAM unless the key object names its owner."""
+    for name, wanted in expected.items():
+        if value.get(name) != wanted:
+            raise invalid_param(f"{name} of a key must be {wanted}")
+
+
+def split_key_id(key_id: str) -> tuple[str, str]:
+    """Algorithm and name of a key id such as signed_curve25519:AAAAHg, or M_INVALID_PARAM."""
+    algorithm, _, name = key_id.partition(":")
+    if not algorithm or not name or byte_length(key_id) > MAX_ID_BYTES:
+        raise invalid_param(f"A key id has the form algorithm:name, unlike {key_id[:80]!r}")
+    return algorithm, name
+
+
+# ── 17.3  Signatures ─────────────────────────────────────────────────────────
+
+Signatures = dict[str, dict[str, str]]  # user id → key id → signature
+
+
+class Signer(NamedTuple):
+    """Whoever signs keys: a device (its name is its id) or a cross-signing key (its own base64)."""
+
+    user_id: str
+    name: str
+    public: str
+
+    @property
+    def key_id(self) -> str:
+        """The id under which it signs."""
+        return f"ed25519:{self.name}"
+
+    def signed(self, value: Json) -> bool:
+        """Whether the object carries a good signature of this signer."""
+        return verify_json(value, self.user_id, self.key_id, self.public)
+
+
+class KeySignature(NamedTuple):
+    """A signature that was verified, and what it is on."""
+
+    target_nid: UserNid
+    target_key: str
+    signer_nid: UserNid
+    signer_key: str
+    signature: str
+
+
+def store_signatures(hs: Homeserver, signatures: Iterable[KeySignature], pos: int) -> None:
+    """Keep signatures that the caller has verified."""
+    hs.db.connection.executemany(
+        "INSERT OR REPLACE INTO key_signatures VALUES (?, ?, ?, ?, ?, ?)",
+        [(*signature, pos) for signature in signatures],
+    )
+
+
+def has_signature(hs: Homeserver, new: KeySignature) -> bool:
+    """Whether exactly this signature is stored already."""
+    stored = hs.db.value(
+        """
+        SELECT signature
+        FROM key_signatures
+        WHERE target_nid = ? AND target_key = ? AND signer_nid = ? AND signer_key = ?
+        """,
+        new[:4],
+    )
+    return bool(stored == new.signature)
+
+
+def visible_signatures(
+    hs: Homeserver, target_nid: UserNid, viewer_nid: UserNid | None
+) -> dict[str, Signatures]:
+    """The signatures on each key of a user: those of the user, and those that the viewer made.
+
+    Spec: CS-API "Key and signature security": nobody sees another's user-signing key at work.
+    """
+    rows = hs.db.all(
+        """
+        SELECT target_key, signer_nid, signer_key, signature
+        FROM key_signatures
+        WHERE target_nid = :target AND signer_nid IN (:target, :viewer)
+        """,
+        {"target": target_nid, "viewer": viewer_nid},
+    )
+    found: dict[str, Signatures] = {}
+    for target_key, signer_nid, signer_key, signature in rows:
+        signers = found.setdefault(target_key, {})
+        signers.setdefault(hs.db.user_id(signer_nid), {})[signer_key] = signature
+    return found
+
+
+def remove_signatures(hs: Homeserver, target_nid: UserNid, target_key: str) -> None:
+    """Drop all signatures on a key that is gone."""
+    hs.db.execute(
+        "DELETE FROM key_signatures WHERE target_nid = ? AND target_key = ?",
+        (target_nid, target_key),
+    )
+
+
+def remove_signatures_by(hs: Homeserver, signer_nid: UserNid, signer_key: str) -> None:
+    """Drop all signatures made by a key that is gone."""
+    hs.db.execute(
+        "DELETE FROM key_signatures WHERE signer_nid = ? AND signer_key = ?",
+        (signer_nid, signer_key),
+    )
+
+
+# ── 17.4  Device list changes ────────────────────────────────────────────────
+
+
+def device_list_changed(hs: Homeserver, user_nid: UserNid) -> int:
+    """Tell everyone who shares a room with the user that their devices or keys changed."""
+    pos = hs.stream.stamp(DEVICE_LIST, user_nid)
+    hs.db.execute("INSERT OR REPLACE INTO device_changes VALUES (?, ?)", (user_nid, pos))
+    hs.keys.log(ListChange(pos, user_nid))
+    return pos
+
+
+def note_membership(
+    hs: Homeserver, room: Room, user_nid: UserNid, old: str | None, new: str
+) -> None:
+    """Subscriber of the room store: remember who came to share a room with whom, and who left."""
+    joined = new == "join"
+    if joined == (old == "join"):
+        return
+    hs.db.execute(
+        "INSERT OR REPLACE INTO room_sharing VALUES (?, ?, ?, ?)",
+        (user_nid, room.nid, room.last_pos, joined),
+    )
+    hs.keys.log(ListChange(room.last_pos, user_nid, room.nid, joined))
+
+
+def stored_list_changes(hs: Homeserver, user_nid: UserNid, since: int) -> list[ListChange]:
+    """What the log would say, from the tables: for tokens older than the log or this process."""
+    rows = hs.db.execute(
+        """
+        SELECT pos, user_nid, NULL, 1
+        FROM device_changes
+        WHERE pos > :since
+        UNION ALL
+        SELECT pos, target_nid, NULL, 1
+        FROM key_signatures
+        WHERE signer_nid = :user AND pos > :since
+        UNION ALL
+        SELECT pos, user_nid, room_nid, joined
+        FROM room_sharing
+        WHERE user_nid = :user AND pos > :since
+        UNION ALL
+        SELECT theirs.pos, theirs.user_nid, theirs.room_nid, theirs.joined
+        FROM room_sharing AS mine
+        JOIN room_sharing AS theirs ON theirs.room_nid = mine.room_nid AND theirs.pos > :since
+        WHERE mine.user_nid = :user AND (mine.joined OR mine.pos > :since)
+        """,
+        {"user": user_nid, "since": since},
+    )
+    return [ListChange(*row) for row in rows]
+
+
+def device_list_changes(
+    hs: Homeserver, user_nid: UserNid, since: int, upto: int
+) -> tuple[list[str], list[str]]:
+    """Whose keys the user should look up again, and with whom no room is shared any more.
+
+    Trap: the lists may name too many and never too few, so what changed after `upto` is named
+    now and once more later.  Spec: CS-API "Extensions to /sync", device_lists.
+    """
+    changes = hs.keys.since(since) if upto > since else []
+    if changes is None:
+        changes = stored_list_changes(hs, user_nid, since)
+    if not changes:
+        return [], []
+    near, gone = sort_list_changes(hs, user_nid, changes)
+    sharing = among_sharing(hs, user_nid, near | gone)
+    return user_ids(hs, near & sharing), user_ids(hs, gone - sharing)
+
+
+def among_sharing(hs: Homeserver, user_nid: UserNid, others: set[UserNid]) -> set[UserNid]:
+    """Those of the others who share a room with the user, who shares all with themselves."""
+    if len(others) > BATCH:
+        return {user_nid, *hs.rooms.users_sharing(user_nid)}
+    return {nid for nid in others if nid == user_nid or hs.rooms.share_room(user_nid, nid)}
+
+
+def sort_list_changes(
+    hs: Homeserver, user_nid: UserNid, changes: list[ListChange]
+) -> tuple[set[UserNid], set[UserNid]]:
+    """Who may have changed or come near the user, and who may have gone out of sight."""
+    own_moves = {each.room_nid for each in changes if each.user_nid == user_nid and each.room_nid}
+    rooms = {*own_moves, *hs.rooms.joined_rooms(user_nid)}
+    near: set[UserNid] = set()
+    gone: set[UserNid] = set()
+    for change in changes:
+        if change.room_nid in rooms:
+            (near if change.joined else gone).add(change.user_nid)
+    for room_nid in own_moves:
+        members = set(map(hs.db.user_nid, hs.rooms.by_nid(room_nid).members("join")))
+        near |= members
+        gone |= members
+    near.discard(user_nid)
+    viewers = {None, user_nid}
+    near |= {each.user_nid for each in changes if not each.room_nid and each.viewer_nid in viewers}
+    return near, gone
+
+
+def user_ids(hs: Homeserver, nids: Iterable[UserNid]) -> list[str]:
+    """User ids in a stable order."""
+    return sorted(map(hs.db.user_id, nids))
+
+
+@route("GET", "/_matrix/client/v3/keys/changes", auth=USER, also=("r0",))
+async def get_key_changes(hs: Homeserver, request: Request) -> Json:
+    """Name the users whose keys changed between two sync tokens.
+
+    Spec: CS-API GET /keys/changes.
+    """
+    since, upto = (required_token(request, name) for name in ("from", "to"))
+    changed, left = device_list_changes(hs, request.user.nid, since, upto)
+    return {"changed": changed, "left": left}
+
+
+def required_token(request: Request, name: str) -> int:
+    """The stream position in a query parameter, or M_MISSING_PARAM."""
+    token = request.arg(name)
+    if token is None:
+        raise missing_param(f"The query parameter {name} is missing")
+    return parse_token(token)
+
+
+# ── 17.5  Uploading device keys and one-time keys ────────────────────────────
+
+
+class UploadedKey(NamedTuple):
+    """A one-time or fallback key of an upload."""
+
+    algorithm: str
+    key_id: str
+    value: Json | str
+    body: bytes  # the value as it is stored and handed out
+    digest: bytes  # tells whether it is the same key again, whatever its signatures
+
+    @property
+    def full_id(self) -> str:
+        """The id with the algorithm."""
+        return f"{self.algorithm}:{self.key_id}"
+
+    @classmethod
+    def parse(cls, full_id: str, value: object) -> UploadedKey:
+        """Check the shape of a key: plain base64, or an object with `key` and signatures."""
+        algorithm, key_id = split_key_id(full_id)
+        key = {"key": value} if isinstance(value, str) else value
+        if not isinstance(key, dict) or (key is not value and algorithm == SIGNED_KEY):
+            raise bad_json(f"The key {full_id} has the wrong type")
+        require_key(key.get("key"), full_id)
+        body = bounded_json(value, full_id)
+        digest = hashlib.sha256(full_id.encode() + b"\0" + signed_bytes(key)).digest()
+        return cls(algorithm, key_id, cast("Json | str", value), body, digest[:16])
+
+
+def checked_device_keys(user_id: str, device_id: str, value: Json) -> Signer:
+    """Check the identity keys of a device: its own, well-formed, and signed by themselves."""
+    require_owner(value, user_id=user_id, device_id=device_id)
+    require_strings(value.get("algorithms"), list, "algorithms")
+    require_strings(value.get("keys"), dict, "keys")
+    for key_id in value["keys"]:
+        split_key_id(key_id)
+    own = require_key(value["keys"].get(f"ed25519:{device_id}"), f"keys.ed25519:{device_id}")
+    identity = Signer(user_id, device_id, own)
+    unsigned_body(value)
+    if not identity.signed(value):
+        raise bad_signature("device_keys must be signed by the device's ed25519 key")
+    return identity
+
+
+def stored_identity(hs: Homeserver, device_nid: DeviceNid) -> Signer | None:
+    """The identity that a device has published."""
+    row = hs.db.one(
+        "SELECT user_nid, device_id, ed25519 FROM device_keys WHERE device_nid = ?", (device_nid,)
+    )
+    return None if row is None else Signer(hs.db.user_id(row[0]), *row[1:])
+
+
+def unsigned_keys(identity: Signer | None, keys: list[UploadedKey]) -> list[str]:
+    """The ids of those keys whose signature is missing or wrong; runs in a thread."""
+    return [
+        key.full_id
+        for key in keys
+        if isinstance(key.value, dict) and not (identity and identity.signed(key.value))
+    ]
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/keys/upload",
+    auth=GUEST,
+    also=("r0",),
+    body={"device_keys?": dict, "one_time_keys?": dict, "fallback_keys?": dict},
+)
+async def upload_keys(hs: Homeserver, request: Request) -> Json:
+    """Publish a device's identity, one-time and fallback keys, all of them or none.
+
+    Spec: CS-API POST /keys/upload. 400 M_INVALID_SIGNATURE for a key that the device did not
+    sign, 400 M_INVALID_PARAM for another key under the id of a one-time key that still waits.
+    """
+    user, device_nid = request.user, require_device(request.user)
+    device_keys = request.json.get("device_keys")
+    one_time = parse_keys(request.json.get("one_time_keys", {}))
+    fallback = parse_keys(request.json.get("fallback_keys", {}))
+    if len({key.algorithm for key in fallback}) < len(fallback):
+        raise invalid_param("There is one fallback key for each algorithm")
+    identity = stored_identity(hs, device_nid)
+    if device_keys is not None:
+        refuse_cross_signing_id(hs, user)
+        identity = checked_device_keys(user.user_id, str(user.device_id), device_keys)
+    if one_time or fallback:
+        bad = await hs.db.in_thread(unsigned_keys, identity, [*one_time, *fallback])
+        if bad:
+            raise bad_signature(f"The device's ed25519 key did not sign {', '.join(bad[:5])}")
+    store_upload(hs, user, Upload(device_keys, identity, one_time, fallback))
+    return {"one_time_key_counts": one_time_key_counts(hs, device_nid)}
+
+
+def require_device(user: Requester) -> DeviceNid:
+    """The device of the access token; M_INVALID_PARAM for a token without one."""
+    if user.device_nid is None:
+        raise invalid_param("This access token belongs to no device")
+    return user.device_nid
+
+
+def parse_keys(keys: Json) -> list[UploadedKey]:
+    """The one-time or fallback keys of an upload, in its order."""
+    if len(keys) > MAX_ONE_TIME_KEYS:
+        raise too_large(f"A device has at most {MAX_ONE_TIME_KEYS} one-time keys")
+    return [UploadedKey.parse(full_id, value) for full_id, value in keys.items()]
+
+
+def refuse_cross_signing_id(hs: Homeserver, user: Requester) -> None:
+    """Raise 403 for a device whose id is a cross-signing key of its user.
+
+    Spec: CS-API "Cross-signing": both share one namespace, and servers keep them apart.
+    """
+    publics = {key.public for key in cross_signing_keys_of(hs, user.nid).values()}
+    if user.device_id in publics:
+        raise forbidden("The device id is the same as a cross-signing key")
+
+
+class Upload(NamedTuple):
+    """An upload whose signatures are good."""
+
+    device_keys: Json | None
+    identity: Signer | None
+    one_time: list[UploadedKey]
+    fallback: list[UploadedKey]
+
+
+def store_upload(hs: Homeserver, user: Requester, upload: Upload) -> None:
+    """Write an upload, if the device is still what it was when the signatures were checked."""
+    device_nid = require_device(user)
+    if hs.accounts.find_device(user.nid, str(user.device_id)) != device_nid:
+        raise unknown_token()
+    before = stored_identity(hs, device_nid)
+    if upload.device_keys is None and upload.identity != before:
+        raise invalid_param("The device's identity keys changed meanwhile")
+    replaced = before is not None and before != upload.identity
+    fresh = [key for key in upload.one_time if replaced or is_new_key(hs, device_nid, key)]
+    held = 0 if replaced else sum(one_time_key_counts(hs, device_nid).values())
+    if held + len(fresh) > MAX_ONE_TIME_KEYS:
+        raise too_large(f"A device has at most {MAX_ONE_TIME_KEYS} one-time keys")
+    with hs.db.write():
+        if replaced:
+            remove_device_keys(hs, user.nid, device_nid, str(user.device_id))
+        if upload.device_keys is not None and upload.identity is not None:
+            store_device_keys(hs, user, upload.device_keys, upload.identity)
+        store_one_time_keys(hs, device_nid, fresh)
+        for key in upload.fallback:
+            store_fallback_key(hs, device_nid, key)
+
+
+def store_device_keys(hs: Homeserver, user: Requester, device_keys: Json, identity: Signer) -> None:
+    """Keep the identity keys of a device and its own signature; the same again changes nothing."""
+    device_nid, body = require_device(user), unsigned_body(device_keys)
+    signature = KeySignature(
+        user.nid,
+        identity.name,
+        user.nid,
+        identity.key_id,
+        signatures_by(device_keys, user.user_id)[identity.key_id],
+    )
+    stored = hs.db.value("SELECT body FROM device_keys WHERE device_nid = ?", (device_nid,))
+    if stored == body and has_signature(hs, signature):
+        return
+    if stored != body:
+        remove_signatures(hs, user.nid, identity.name)
+    hs.db.execute(
+        "INSERT OR REPLACE INTO device_keys VALUES (?, ?, ?, ?, ?)",
+        (device_nid, user.nid, identity.name, identity.public, body),
+    )
+    store_signatures(hs, [signature], device_list_changed(hs, user.nid))
+
+
+def is_new_key(hs: Homeserver, device_nid: DeviceNid, key: UploadedKey) -> bool:
+    """Whether a one-time key is neither waiting nor already handed out.
+
+    Raises M_INVALID_PARAM when another key waits under its id.
+    """
+    waiting = hs.db.value(
+        """
+        SELECT digest
+        FROM one_time_keys
+        WHERE device_nid = ? AND algorithm = ? AND key_id = ?
+        """,
+        (device_nid, key.algorithm, key.key_id),
+    )
+    if waiting is None:
+        claimed = "SELECT 1 FROM claimed_keys WHERE device_nid = ? AND digest = ?"
+        return hs.db.value(claimed, (device_nid, key.digest)) is None
+    if waiting != key.digest:
+        raise invalid_param(f"Another one-time key {key.full_id} exists already")
+    return False
+
+
+def store_one_time_keys(hs: Homeserver, device_nid: DeviceNid, keys: list[UploadedKey]) -> None:
+    """Add one-time keys behind those that wait."""
+    if not keys:
+        return
+    hs.db.connection.executemany(
+        """
+        INSERT INTO one_time_keys (device_nid, algorithm, key_id, digest, body)
+        VALUES (?, ?, ?, ?, ?)
+        """,
+        [(device_nid, key.algorithm, key.key_id, key.digest, key.body) for key in keys],
+    )
+    hs.keys.counts.pop(device_nid)
+
+
+def store_fallback_key(hs: Homeserver, device_nid: DeviceNid, key: UploadedKey) -> None:
+    """Replace the fallback key of an algorithm; the same key again stays used or unused."""
+    stored = hs.db.value(
+        "SELECT digest FROM fallback_keys WHERE device_nid = ? AND algorithm = ?",
+        (device_nid, key.algorithm),
+    )
+    if stored == key.digest:
+        return
+    hs.db.execute(
+        "INSERT OR REPLACE INTO fallback_keys VALUES (?, ?, ?, ?, ?, 0)",
+        (device_nid, key.algorithm, key.key_id, key.digest, key.body),
+    )
+    hs.keys.unused_fallbacks.pop(device_nid)
+
+
+def one_time_key_counts(hs: Homeserver, device_nid: DeviceNid | None) -> dict[str, int]:
+    """How many one-time keys wait, by algorithm.
+
+    Trap: the usual algorithm is named even at zero: clients that see no count upload no keys,
+    and nobody can write to them (synapse #10456).
+    """
+    if device_nid is None:
+        return {}
+    counts = hs.keys.counts.get(device_nid)
+    if counts is None:
+        rows = hs.db.all(
+            """
+            SELECT algorithm, COUNT(*)
+            FROM one_time_keys
+            WHERE device_nid = ?
+            GROUP BY algorithm
+            """,
+            (device_nid,),
+        )
+        counts = {SIGNED_KEY: 0, **dict(rows)}
+        hs.keys.counts.put(device_nid, counts)
+    return counts
+
+
+def unused_fallback_types(hs: Homeserver, device_nid: DeviceNid | None) -> list[str]:
+    """The algorithms whose fallback key was not handed out yet."""
+    if device_nid is None:
+        return []
+    unused = hs.keys.unused_fallbacks.get(device_nid)
+    if unused is None:
+        rows = hs.db.all(
+            "SELECT algorithm FROM fallback_keys WHERE device_nid = ? AND NOT used",
+            (device_nid,),
+        )
+        unused = [row[0] for row in rows]
+        hs.keys.unused_fallbacks.put(device_nid, unused)
+    return unused
+
+
+# ── 17.6  Querying and claiming ──────────────────────────────────────────────
+
+
+def group_by_server(hs: Homeserver, wanted: Json) -> tuple[Json, dict[str, list[str]]]:
+    """What is asked of local users, and the remote users by server; M_INVALID_PARAM for no user."""
+    local: Json = {}
+    remote: dict[str, list[str]] = {}
+    for user_id, value in wanted.items():
+        if not is_user_id(user_id):
+            raise invalid_param(f"{user_id[:80]!r} is no user id")
+        if hs.is_local(user_id):
+            local[user_id] = value
+        else:
+            remote.setdefault(server_of(user_id), []).append(user_id)
+    return local, remote
+
+
+def unreachable(remote: dict[str, list[str]]) -> Json:
+    """The `failures` of a query or claim."""
+    error = {"errcode": "M_UNREACHABLE", "error": "The server could not be reached"}
+    return dict.fromkeys(remote, error)
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/keys/query",
+    auth=GUEST,
+    also=("r0",),
+    body={"device_keys": dict, "timeout?": int},
+)
+async def query_keys(hs: Homeserver, request: Request) -> Json:
+    """Give the devices and cross-signing keys of users, with the signatures one may see.
+
+    Spec: CS-API POST /keys/query.
+    """
+    local, remote = group_by_server(hs, request.json["device_keys"])
+    for user_id, devices in local.items():
+        require_strings(devices, list, f"device_keys of {user_id}")
+    result: Json = {"failures": unreachable(remote), "device_keys": {}}
+    result.update({f"{usage}_keys": {} for usage in USAGES})
+    for number, (user_id, devices) in enumerate(local.items(), 1):
+        user_nid = hs.db.find_user_nid(user_id)
+        if user_nid is not None:
+            add_keys_of(hs, result, user_nid, request.user.nid, frozenset(devices))
+        if number % BATCH == 0:
+            await asyncio.sleep(0)
+    return result
+
+
+def add_keys_of(
+    hs: Homeserver, result: Json, user_nid: UserNid, viewer_nid: UserNid, devices: frozenset[str]
+) -> None:
+    """Put one local user's keys into the answer of a query."""
+    user_id = hs.db.user_id(user_nid)
+    signatures = visible_signatures(hs, user_nid, viewer_nid)
+    result["device_keys"][user_id] = device_keys_of(hs, user_nid, signatures, devices)
+    for usage, key in cross_signing_keys_of(hs, user_nid).items():
+        if usage != "user_signing" or user_nid == viewer_nid:
+            result[f"{usage}_keys"][user_id] = with_signatures(key.body, signatures.get(key.public))
+
+
+def device_keys_of(
+    hs: Homeserver, user_nid: UserNid, signatures: dict[str, Signatures], wanted: frozenset[str]
+) -> Json:
+    """The identity keys of a user's devices; of all when none is named."""
+    rows = hs.db.all(
+        """
+        SELECT device_keys.device_id, body, display_name
+        FROM device_keys
+        JOIN devices USING (device_nid)
+        WHERE device_keys.user_nid = ?
+        """,
+        (user_nid,),
+    )
+    found: Json = {}
+    for device_id, body, display_name in rows:
+        if wanted and device_id not in wanted:
+            continue
+        unsigned = {"device_display_name": display_name} if display_name else {}
+        found[device_id] = {
+            **with_signatures(body, signatures.get(device_id)),
+            "unsigned": unsigned,
+        }
+    return found
+
+
+def with_signatures(body: bytes, signatures: Signatures | None) -> Json:
+    """A stored key object with signatures put back."""
+    return {**json.loads(body), "signatures": signatures or {}}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/keys/claim",
+    auth=GUEST,
+    also=("r0",),
+    body={"one_time_keys": dict, "timeout?": int},
+)
+async def claim_keys(hs: Homeserver, request: Request) -> Json:
+    """Hand out one-time keys, each to one caller only; else the fallback key.
+
+    Spec: CS-API POST /keys/claim. That a key is gone is on the disk before the answer leaves.
+    """
+    local, remote = group_by_server(hs, request.json["one_time_keys"])
+    for user_id, devices in local.items():
+        require_strings(devices, dict, f"one_time_keys of {user_id}")
+    found: Json = {}
+    for number, (user_id, devices) in enumerate(local.items(), 1):
+        claimed = claim_keys_of(hs, user_id, devices)
+        if claimed:
+            found[user_id] = claimed
+        if number % BATCH == 0:
+            await asyncio.sleep(0)
+    return {"failures": unreachable(remote), "one_time_keys": found}
+
+
+def claim_keys_of(hs: Homeserver, user_id: str, devices: dict[str, str]) -> Json:
+    """Take a key for each named device of one user, and tell the devices how many are left."""
+    user_nid = hs.db.find_user_nid(user_id)
+    found: Json = {}
+    if user_nid is None:
+        return found
+    with hs.db.write():
+        for device_id, algorithm in devices.items():
+            key = claim_key(hs, user_nid, device_id, algorithm)
+            if key is not None:
+                found[device_id] = key
+    return found
+
+
+def claim_key(hs: Homeserver, user_nid: UserNid, device_id: str, algorithm: str) -> Json | None:
+    """Take the oldest one-time key of a device, or its fallback key."""
+    device_nid = hs.db.value(
+        "SELECT device_nid FROM device_keys WHERE user_nid = ? AND device_id = ?",
+        (user_nid, device_id),
+    )
+    if device_nid is None:
+        return None
+    key = take_one_time_key(hs, device_nid, algorithm)
+    if key is not None or algorithm in unused_fallback_types(hs, device_nid):
+        hs.stream.stamp(KEY_COUNTS, user_nid)
+    return key or use_fallback_key(hs, device_nid, algorithm)
+
+
+def take_one_time_key(hs: Homeserver, device_nid: DeviceNid, algorithm: str) -> Json | None:
+    """Remove the one-time key that was uploaded first, and remember that it was handed out."""
+    row = hs.db.one(
+        """
+        SELECT key_nid, key_id, digest, body
+        FROM one_time_keys
+        WHERE device_nid = ? AND algorithm = ?
+        ORDER BY key_nid
+        LIMIT 1
+        """,
+        (device_nid, algorithm),
+    )
+    if row is None:
+        return None
+    key_nid, key_id, digest, body = row
+    hs.db.execute("DELETE FROM one_time_keys WHERE key_nid = ?", (key_nid,))
+    hs.db.execute("INSERT OR IGNORE INTO claimed_keys VALUES (?, ?)", (device_nid, digest))
+    hs.keys.counts.pop(device_nid)
+    return {f"{algorithm}:{key_id}": json.loads(body)}
+
+
+def use_fallback_key(hs: Homeserver, device_nid: DeviceNid, algorithm: str) -> Json | None:
+    """The fallback key of a device, which stays, and is marked as used."""
+    row = hs.db.one(
+        """
+        SELECT key_id, body, used
+        FROM fallback_keys
+        WHERE device_nid = ? AND algorithm = ?
+        """,
+        (device_nid, algorithm),
+    )
+    if row is None:
+        return None
+    if not row[2]:
+        hs.db.execute(
+            "UPDATE fallback_keys SET used = 1 WHERE device_nid = ? AND algorithm = ?",
+            (device_nid, algorithm),
+        )
+        hs.keys.unused_fallbacks.pop(device_nid)
+    return {f"{algorithm}:{row[0]}": json.loads(row[1])}
+
+
+# ── 17.7  Cross-signing ──────────────────────────────────────────────────────
+
+USAGES: Final = ("master", "self_signing", "user_signing")
+
+
+class CrossSigningKey(NamedTuple):
+    """One of a user's three public keys, without its signatures."""
+
+    public: str
+    body: bytes
+
+    def signer(self, user_id: str) -> Signer:
+        """The key as one that signs."""
+        return Signer(user_id, self.public, self.public)
+
+    @classmethod
+    def parse(cls, user_id: str, usage: str, value: Json) -> CrossSigningKey:
+        """Check the shape of an uploaded key."""
+        require_owner(value, user_id=user_id)
+        require_strings(value.get("usage"), list, "usage")
+        require_strings(value.get("keys"), dict, "keys")
+        if usage not in value["usage"] or len(value["keys"]) != 1:
+            raise invalid_param(f"A {usage} key has one key, and {usage} in its usage")
+        ((key_id, public),) = value["keys"].items()
+        require_key(public, f"keys.{key_id[:80]}")
+        if key_id != f"ed25519:{public}":
+            raise invalid_param("A cross-signing key is named ed25519: and its own base64")
+        return cls(public, unsigned_body(value))
+
+
+def cross_signing_keys_of(hs: Homeserver, user_nid: UserNid) -> dict[str, CrossSigningKey]:
+    """The cross-signing keys of a user by usage."""
+    rows = hs.db.all(
+        "SELECT usage, public, body FROM cross_signing_keys WHERE user_nid = ?",
+        (user_nid,),
+    )
+    return {usage: CrossSigningKey(public, body) for usage, public, body in rows}
+
+
+class KeyTarget(NamedTuple):
+    """A key object that carries new signatures."""
+
+    user_nid: UserNid
+    name: str  # device id, or public key of a cross-signing key
+    value: Json
+
+
+def checked_signatures(
+    user: Requester, target: KeyTarget, signers: Iterable[Signer]
+) -> list[KeySignature]:
+    """The user's signatures on the target that are known and good; a wrong one raises.
+
+    Signatures of keys that the server does not know are left out: nobody could check them.
+    """
+    given = signatures_by(target.value, user.user_id)
+    known = [signer for signer in signers if signer.key_id in given]
+    for signer in known:
+        if not signer.signed(target.value):
+            raise bad_signature(f"The signature of {signer.key_id} is wrong")
+    return [
+        KeySignature(target.user_nid, target.name, user.nid, signer.key_id, given[signer.key_id])
+        for signer in known
+    ]
+
+
+def device_signers(hs: Homeserver, user_nid: UserNid) -> list[Signer]:
+    """The devices of a user that have published keys."""
+    rows = hs.db.all(
+        "SELECT device_id, ed25519 FROM device_keys WHERE user_nid = ?",
+        (user_nid,),
+    )
+    return [Signer(hs.db.user_id(user_nid), *row) for row in rows]
+
+
+class CrossSigningUpload(NamedTuple):
+    """Uploaded cross-signing keys that passed all checks."""
+
+    keys: dict[str, CrossSigningKey]
+    signatures: list[KeySignature]
+
+
+def check_cross_signing(hs: Homeserver, user: Requester, body: Json) -> CrossSigningUpload:
+    """Check uploaded cross-signing keys and their signatures against the newest master key."""
+    values = {usage: body[f"{usage}_key"] for usage in USAGES if f"{usage}_key" in body}
+    keys = {
+        usage: CrossSigningKey.parse(user.user_id, usage, value) for usage, value in values.items()
+    }
+    master = keys.get("master") or cross_signing_keys_of(hs, user.nid).get("master")
+    if master is None:
+        raise missing_param("There is no master key, neither here nor uploaded before")
+    refuse_shared_names(hs, user, {**keys, "master": master})
+    signers = {"master": device_signers(hs, user.nid)}
+    signatures: list[KeySignature] = []
+    for usage, value in values.items():
+        target = KeyTarget(user.nid, keys[usage].public, value)
+        found = checked_signatures(user, target, signers.get(usage, [master.signer(user.user_id)]))
+        if usage != "master" and not found:
+            raise bad_signature(f"The {usage} key must be signed by the master key")
+        signatures += found
+    return CrossSigningUpload(keys, signatures)
+
+
+def refuse_shared_names(hs: Homeserver, user: Requester, keys: dict[str, CrossSigningKey]) -> None:
+    """Raise 403 for cross-signing keys that are equal, or the same as a device id."""
+    names = {key.public for key in keys.values()}
+    rows = hs.db.all("SELECT device_id FROM devices WHERE user_nid = ?", (user.nid,))
+    if len(names) < len(keys) or not names.isdisjoint(row[0] for row in rows):
+        raise forbidden("A cross-signing key must differ from the others and from all device ids")
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/keys/device_signing/upload",
+    auth=USER,
+    also=("unstable",),
+    body={"master_key?": dict, "self_signing_key?": dict, "user_signing_key?": dict, "auth?": dict},
+)
+async def upload_cross_signing_keys(hs: Homeserver, request: Request) -> Json:
+    """Publish cross-signing keys; to replace keys, users prove once more who they are.
+
+    Spec: CS-API POST /keys/device_signing/upload. 400 M_INVALID_SIGNATURE, 403 M_FORBIDDEN for
+    a key that is also a device id.
+    """
+    user = request.user
+    upload = check_cross_signing(hs, user, request.json)
+    stored = cross_signing_keys_of(hs, user.nid)
+    is_new = any(stored.get(usage) != key for usage, key in upload.keys.items())
+    if is_new and "master" in stored and user.appservice is None:
+        await user_interactive_auth(hs, request)
+        upload = check_cross_signing(hs, user, request.json)
+    store_cross_signing(hs, user.nid, upload)
+    return {}
+
+
+def store_cross_signing(hs: Homeserver, user_nid: UserNid, upload: CrossSigningUpload) -> None:
+    """Keep uploaded keys; with another master key, what the old one signed goes."""
+    stored = cross_signing_keys_of(hs, user_nid)
+    changed = {usage: key for usage, key in upload.keys.items() if stored.get(usage) != key}
+    if not changed and all(has_signature(hs, each) for each in upload.signatures):
+        return
+    old = stored if "master" in changed else {u: stored[u] for u in changed if u in stored}
+    with hs.db.write():
+        for usage, key in old.items():
+            remove_cross_signing_key(hs, user_nid, usage, key, keep=upload.keys.get(usage))
+        for usage, key in upload.keys.items():
+            hs.db.execute(
+                "INSERT OR REPLACE INTO cross_signing_keys VALUES (?, ?, ?, ?)",
+                (user_nid, usage, key.public, key.body),
+            )
+        store_signatures(hs, upload.signatures, device_list_changed(hs, user_nid))
+
+
+def remove_cross_signing_key(
+    hs: Homeserver,
+    user_nid: UserNid,
+    usage: str,
+    key: CrossSigningKey,
+    keep: CrossSigningKey | None,
+) -> None:
+    """Drop a key, the signatures on it, and those made by it unless `keep` is the same key."""
+    remove_signatures(hs, user_nid, key.public)
+    hs.db.execute(
+        "DELETE FROM cross_signing_keys WHERE user_nid = ? AND usage = ?", (user_nid, usage)
+    )
+    if keep is None or keep.public != key.public:
+        remove_signatures_by(hs, user_nid, f"ed25519:{key.public}")
+
+
+# Who may sign what. Nothing else is stored.
+#
+#     signature on                     by
+#     a device of one's own            one's self-signing key
+#     one's own master key             one's devices
+#     somebody else's master key       one's user-signing key
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/keys/signatures/upload",
+    auth=USER,
+    also=("unstable",),
+    body=ANY_OBJECT,
+)
+async def upload_signatures(hs: Homeserver, request: Request) -> Json:
+    """Publish signatures on devices and master keys; what fails is answered for each key.
+
+    Spec: CS-API POST /keys/signatures/upload.
+    """
+    failures: Json = {}
+    for user_id, targets in request.json.items():
+        if not isinstance(targets, dict):
+            raise bad_json("The keys of a user must be an object")
+        accepted: list[KeySignature] = []
+        for name, value in targets.items():
+            try:
+                accepted += signatures_on(hs, request.user, user_id, name, value)
+            except MatrixError as error:
+                failures.setdefault(user_id, {})[name] = error.to_json()
+        add_signatures(hs, request.user.nid, accepted)
+        await asyncio.sleep(0)
+    return {"failures": failures}
+
+
+def signatures_on(
+    hs: Homeserver, user: Requester, user_id: str, name: str, value: object
+) -> list[KeySignature]:
+    """The good signatures on one signed key object, or why there is none."""
+    if not isinstance(value, dict):
+        raise bad_json("A signed key must be an object")
+    target_nid = hs.db.find_user_nid(user_id)
+    keys = {} if target_nid is None else cross_signing_keys_of(hs, target_nid)
+    is_master = "master" in keys and keys["master"].public == name
+    body = keys["master"].body if is_master else device_body(hs, user, user_id, name)
+    if target_nid is None or body is None:
+        raise not_found("There is no such key, or it is not for you to sign")
+    if unsigned_body(value) != body:
+        raise invalid_param("The signed object is not the key that was uploaded")
+    signers = allowed_signers(hs, user, target_nid, is_master=is_master)
+    found = checked_signatures(user, KeyTarget(target_nid, name, value), signers)
+    if not found:
+        raise bad_signature("There is no signature of a key that may sign this one")
+    return found
+
+
+def device_body(hs: Homeserver, user: Requester, user_id: str, device_id: str) -> bytes | None:
+    """The identity keys, as they are signed, of one of the user's own devices."""
+    if user_id != user.user_id:
+        return None
+    query = "SELECT body FROM device_keys WHERE user_nid = ? AND device_id = ?"
+    return cast("bytes | None", hs.db.value(query, (user.nid, device_id)))
+
+
+def allowed_signers(
+    hs: Homeserver, user: Requester, target_nid: UserNid, *, is_master: bool
+) -> list[Signer]:
+    """Whose signatures are taken, from the table above."""
+    if is_master and target_nid == user.nid:
+        return device_signers(hs, user.nid)
+    key = cross_signing_keys_of(hs, user.nid).get("user_signing" if is_master else "self_signing")
+    return [] if key is None else [key.signer(user.user_id)]
+
+
+def add_signatures(hs: Homeserver, signer_nid: UserNid, signatures: list[KeySignature]) -> None:
+    """Keep new signatures; on one's own keys everyone hears of them, on others' only oneself."""
+    new = [each for each in signatures if not has_signature(hs, each)]
+    if not new:
+        return
+    with hs.db.write():
+        if any(each.target_nid == signer_nid for each in new):
+            pos = device_list_changed(hs, signer_nid)
+        else:
+            pos = hs.stream.stamp(KEY_COUNTS, signer_nid)
+        for target_nid in {each.target_nid for each in new} - {signer_nid}:
+            hs.keys.log(ListChange(pos, target_nid, viewer_nid=signer_nid))
+        store_signatures(hs, new, pos)
+
+
+# ── 17.8  Key backup: versions ───────────────────────────────────────────────
+
+
+class Backup(NamedTuple):
+    """A version of a user's key backup."""
+
+    nid: int
+    version: int
+    algorithm: str
+    auth_data: bytes
+    etag: int
+    sessions: int
+
+    def counts(self) -> Json:
+        """What is answered to each change: clients see by the etag whether others wrote too."""
+        return {"etag": str(self.etag), "count": self.sessions}
+
+    def to_json(self) -> Json:
+        """The description of the version."""
+        auth_data = json.loads(self.auth_data)
+        described = {"algorithm": self.algorithm, "auth_data": auth_data}
+        return {"version": str(self.version), **described, **self.counts()}
+
+
+def get_backup(hs: Homeserver, user_nid: UserNid, version: str | None = None) -> Backup:
+    """A version of a user's backup, by default the newest; 404 when there is none."""
+    row = hs.db.one(
+        """
+        SELECT backup_nid, version, algorithm, auth_data, etag, sessions
+        FROM backups
+        WHERE user_nid = :user
+          AND NOT deleted
+          AND (:version IS NULL OR version = :version)
+        ORDER BY version DESC
+        """,
+        {"user": user_nid, "version": version and version_number(version)},
+    )
+    if row is None:
+        raise not_found(
+            "No current backup version" if version is None else "Unknown backup version"
+        )
+    return Backup(*row)
+
+
+def version_number(version: str) -> int:
+    """The number of a version, or one that no version has."""
+    return int(version) if VERSION_NUMBER.fullmatch(version) else -1
+
+
+VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,15}", re.ASCII)
+
+
+def writable_backup(hs: Homeserver, user_nid: UserNid, version: str) -> Backup:
+    """The version, if it is the newest; else 404, or 403 with the version that is."""
+    backup, newest = get_backup(hs, user_nid, version), get_backup(hs, user_nid)
+    if backup.nid == newest.nid:
+        return backup
+    current = str(newest.version)
+    error = "This is not the current version of the backup"
+    raise MatrixError(403, "M_WRONG_ROOM_KEYS_VERSION", error, current_version=current)
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/room_keys/version",
+    auth=USER,
+    also=("r0", "unstable"),
+    body={"algorithm": str, "auth_data": dict},
+)
+async def create_backup(hs: Homeserver, request: Request) -> Json:
+    """Begin a new version of the key backup; a number is never used twice.
+
+    Spec: CS-API POST /room_keys/version.
+    """
+    algorithm, user_nid = request.json["algorithm"], request.user.nid
+    auth_data = bounded_json(request.json["auth_data"], "auth_data")
+    if not algorithm or byte_length(algorithm) > MAX_ID_BYTES:
+        raise invalid_param(f"algorithm has 1 to {MAX_ID_BYTES} bytes")
+    version = hs.db.value("SELECT MAX(version) FROM backups WHERE user_nid = ?", (user_nid,)) or 0
+    with hs.db.write():
+        hs.db.execute(
+            """
+            INSERT INTO backups (user_nid, version, algorithm, auth_data)
+            VALUES (?, ?, ?, ?)
+            """,
+            (user_nid, version + 1, algorithm, auth_data),
+        )
+    return {"version": str(version + 1)}
+
+
+@route("GET", "/_matrix/client/v3/room_keys/version", auth=USER, also=("r0", "unstable"))
+@route("GET", "/_matrix/client/v3/room_keys/version/{version}", auth=USER, also=("r0", "unstable"))
+async def describe_backup(hs: Homeserver, request: Request, version: str | None = None) -> Json:
+    """Describe a version of the key backup, by default the newest.
+
+    Spec: CS-API GET /room_keys/version and /room_keys/version/{version}.
+    """
+    return get_backup(hs, request.user.nid, version).to_json()
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/room_keys/version/{version}",
+    auth=USER,
+    also=("r0", "unstable"),
+    body={"algorithm": str, "auth_data": dict, "version?": str},
+)
+async def update_backup(hs: Homeserver, request: Request, version: str) -> Json:
+    """Replace the auth_data of a version; nothing else can change.
+
+    Spec: CS-API PUT /room_keys/version/{version}.
+    """
+    backup = get_backup(hs, request.user.nid, version)
+    if request.json["algorithm"] != backup.algorithm:
+        raise invalid_param("Algorithm does not match")
+    if request.json.get("version", version) != version:
+        raise invalid_param("The version in the body is not that of the path")
+    auth_data = bounded_json(request.json["auth_data"], "auth_data")
+    with hs.db.write():
+        update = "UPDATE backups SET auth_data = ? WHERE backup_nid = ?"
+        hs.db.execute(update, (auth_data, backup.nid))
+    return {}
+
+
+@route(
+    "DELETE", "/_matrix/client/v3/room_keys/version/{version}", auth=USER, also=("r0", "unstable")
+)
+async def delete_backup(hs: Homeserver, request: Request, version: str) -> Json:
+    """Delete a version with all its keys; deleting it again is no error.
+
+    Spec: CS-API DELETE /room_keys/version/{version}.
+    """
+    backup_nid = hs.db.value(
+        "SELECT backup_nid FROM backups WHERE user_nid = ? AND version = ?",
+        (request.user.nid, version_number(version)),
+    )
+    if backup_nid is None:
+        raise not_found("Unknown backup version")
+    with hs.db.write():
+        hs.db.execute("DELETE FROM backup_sessions WHERE backup_nid = ?", (backup_nid,))
+        hs.db.execute(
+            """
+            UPDATE backups
+            SET deleted = 1, sessions = 0, auth_data = '{}'
+            WHERE backup_nid = ?
+            """,
+            (backup_nid,),
+        )
+    return {}
+
+
+# ── 17.9  Key backup: sessions ───────────────────────────────────────────────
+#
+# All sessions of a version, those of a room, and a single one are each a span of the
+# table's key (room id, session id): one query reads them, one statement deletes them.
+
+Span = tuple[str, str, str, str]  # room and session where it begins, room and session where it ends
+LAST_ID = "\U0010ffff" * 64  # behind every id of at most 255 bytes
+
+
+def session_span(room_id: str | None, session_id: str | None) -> Span:
+    """The span of the whole backup, of a room, or of a session."""
+    begin, end = (room_id or "", session_id or ""), (room_id or LAST_ID, session_id or LAST_ID)
+    return (*begin, *end)
+
+
+class SessionKey(NamedTuple):
+    """A backed up megolm session; in the order of the columns."""
+
+    room_id: str
+    session_id: str
+    first_message_index: int
+    forwarded_count: int
+    is_verified: bool
+    session_data: bytes
+
+    @classmethod
+    def parse(cls, room_id: str, session_id: str, value: object) -> SessionKey:
+        """Check one session of an upload."""
+        if not is_room_id(room_id) or not 0 < byte_length(session_id) <= MAX_ID_BYTES:
+            raise invalid_param("A session of a backup has a room id and a session id")
+        if not isinstance(value, dict):
+            raise bad_json("A session of a backup must be an object")
+        first, forwarded = value.get("first_message_index"), value.get("forwarded_count")
+        if not is_count(first) or not is_count(forwarded):
+            raise bad_json("first_message_index and forwarded_count must be integers from 0 on")
+        verified, data = value.get("is_verified"), value.get("session_data")
+        if not isinstance(verified, bool) or not isinstance(data, dict):
+            raise bad_json("is_verified must be a boolean, session_data an object")
+        raw = bounded_json(data, "session_data")
+        return cls(room_id, session_id, cast(int, first), cast(int, forwarded), verified, raw)
+
+    def to_bytes(self) -> bytes:
+        """The session as JSON; its data is the client's and is not parsed again."""
+        return (
+            b'{"first_message_index":%d,"forwarded_count":%d,"is_verified":%s,"session_data":%s}'
+        ) % (
+            self.first_message_index,
+            self.forwarded_count,
+            b"true" if self.is_verified else b"false",
+            self.session_data,
+        )
+
+
+def is_count(value: object) -> bool:
+    """Whether the value is an integer from 0 to 2^53 - 1."""
+    return is_canonical_int(value) and cast(int, value) >= 0
+
+
+def replaces(new: tuple[bool, int, int], old: tuple[bool, int, int]) -> bool:
+    """Whether a session replaces the stored one: (verified, first_message_index, forwarded_count).
+
+    Spec: CS-API "Server-side key backups": verified before not, then the lower index, then the
+    fewer hands it went through.
+    """
+    return (new[0], -new[1], -new[2]) > (old[0], -old[1], -old[2])
+
+
+def parse_sessions(body: Json, room_id: str | None, session_id: str | None) -> list[SessionKey]:
+    """The sessions of an upload: for several rooms, one room, or a single session."""
+    if room_id is not None and session_id is not None:
+        return [SessionKey.parse(room_id, session_id, body)]
+    rooms = body["rooms"] if room_id is None else {room_id: body}
+    found = []
+    for room, value in rooms.items():
+        sessions = value.get("sessions") if isinstance(value, dict) else None
+        if not isinstance(sessions, dict):
+            raise bad_json("Each room must be an object with sessions")
+        found += [SessionKey.parse(room, *item) for item in sessions.items()]
+    return found
+
+
+def require_version(request: Request) -> str:
+    """The `version` in the query string, or M_MISSING_PARAM."""
+    version = request.arg("version")
+    if not version:
+        raise missing_param("The query parameter version is missing")
+    return version
+
+
+def store_session(hs: Homeserver, backup_nid: int, session: SessionKey) -> None:
+    """Store one session unless the stored one is as good."""
+    stored = hs.db.one(
+        """
+        SELECT is_verified, first_message_index, forwarded_count
+        FROM backup_sessions
+        WHERE backup_nid = ? AND room_id = ? AND session_id = ?
+        """,
+        (backup_nid, session.room_id, session.session_id),
+    )
+    new = (session.is_verified, session.first_message_index, session.forwarded_count)
+    if stored is None or replaces(new, stored):
+        hs.db.execute(
+            "INSERT OR REPLACE INTO backup_sessions VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (backup_nid, *session),
+        )
+        count_sessions(hs, backup_nid, 1 if stored is None else 0)
+
+
+def count_sessions(hs: Homeserver, backup_nid: int, added: int) -> None:
+    """Keep the count of a backup, and change its etag."""
+    hs.db.execute(
+        """
+        UPDATE backups
+        SET sessions = sessions + ?, etag = etag + 1
+        WHERE backup_nid = ?
+        """,
+        (added, backup_nid),
+    )
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/room_keys/keys",
+    auth=USER,
+    also=("r0", "unstable"),
+    body={"rooms": dict},
+)
+@route(
+    "PUT",
+    "/_matrix/client/v3/room_keys/keys/{room_id}",
+    auth=USER,
+    also=("r0", "unstable"),
+    body={"sessions": dict},
+)
+@route(
+    "PUT",
+    "/_matrix/client/v3/room_keys/keys/{room_id}/{session_id}",
+    auth=USER,
+    also=("r0", "unstable"),
+    body=ANY_OBJECT,
+)
+async def put_sessions(
+    hs: Homeserver, request: Request, room_id: str | None = None, session_id: str | None = None
+) -> Json:
+    """Store sessions in the newest version, each if it is better than what is there.
+
+    Spec: CS-API PUT /room_keys/keys and below. 403 M_WRONG_ROOM_KEYS_VERSION.
+    """
+    version, user_nid = require_version(request), request.user.nid
+    sessions = parse_sessions(request.json, room_id, session_id)
+    backup = writable_backup(hs, user_nid, version)
+    for start in range(0, len(sessions), BATCH):
+        backup = writable_backup(hs, user_nid, version)
+        with hs.db.write():
+            for session in sessions[start : start + BATCH]:
+                store_session(hs, backup.nid, session)
+        await asyncio.sleep(0)
+    return get_backup(hs, user_nid, version).counts()
+
+
+def sessions_in(hs: Homeserver, backup: Backup, span: Span) -> list[SessionKey]:
+    """The first sessions of a span, in the order of rooms and sessions."""
+    rows = hs.db.execute(
+        """
+        SELECT room_id, session_id, first_message_index, forwarded_count, is_verified, session_data
+        FROM backup_sessions
+        WHERE backup_nid = ?
+          AND (room_id, session_id) >= (?, ?)
+          AND (room_id, session_id) <= (?, ?)
+        ORDER BY room_id, session_id
+        LIMIT ?
+        """,
+        (backup.nid, *span, BATCH),
+    )
+    return [SessionKey(*row) for row in rows]
+
+
+async def session_pages(
+    hs: Homeserver, backup: Backup, room_id: str | None
+) -> AsyncIterator[list[SessionKey]]:
+    """The sessions of a backup or of one of its rooms, as many at a time as the loop can bear."""
+    room, session, *end = session_span(room_id, None)
+    while page := sessions_in(hs, backup, (room, session, end[0], end[1])):
+        yield page
+        room, session = page[-1].room_id, page[-1].session_id + "\0"  # what comes next
+        await asyncio.sleep(0)
+
+
+async def rooms_as_json(hs: Homeserver, backup: Backup) -> AsyncIterator[bytes]:
+    """The whole backup in pieces: ten years of keys need not fit into memory."""
+    room_id = None
+    yield b'{"rooms":{'
+    async for page in session_pages(hs, backup, None):
+        pieces = []
+        for session in page:
+            if session.room_id == room_id:
+                pieces.append(b",")
+            else:
+                pieces.append(b"}}," if room_id is not None else b"")
+                pieces.append(b'%s:{"sessions":{' % encode_json(session.room_id))
+                room_id = session.room_id
+            pieces.append(session_member(session))
+        yield b"".join(pieces)
+    yield b"}}" if room_id is None else b"}}}}"
+
+
+async def room_as_json(hs: Homeserver, backup: Backup, room_id: str) -> AsyncIterator[bytes]:
+    """The sessions of one room in pieces."""
+    separator = b'{"sessions":{'
+    async for page in session_pages(hs, backup, room_id):
+        yield separator + b",".join(map(session_member, page))
+        separator = b","
+    yield b"}}" if separator == b"," else separator + b"}}"
+
+
+def session_member(session: SessionKey) -> bytes:
+    """A session as a member of a JSON object."""
+    return b"%s:%s" % (encode_json(session.session_id), session.to_bytes())
+
+
+@route("GET", "/_matrix/client/v3/room_keys/keys", auth=USER, also=("r0", "unstable"))
+@route("GET", "/_matrix/client/v3/room_keys/keys/{room_id}", auth=USER, also=("r0", "unstable"))
+async def get_sessions(hs: Homeserver, request: Request, room_id: str | None = None) -> Response:
+    """Give all sessions of a version, or those of one room.
+
+    Spec: CS-API GET /room_keys/keys and /room_keys/keys/{roomId}.
+    """
+    backup = get_backup(hs, request.user.nid, require_version(request))
+    if room_id is None:
+        return Response(body=rooms_as_json(hs, backup))
+    return Response(body=room_as_json(hs, backup, room_id))
+
+
+@route(
+    "GET",
+    "/_matrix/client/v3/room_keys/keys/{room_id}/{session_id}",
+    auth=USER,
+    also=("r0", "unstable"),
+)
+async def get_session(hs: Homeserver, request: Request, room_id: str, session_id: str) -> Response:
+    """Give one session.  Spec: CS-API GET /room_keys/keys/{roomId}/{sessionId}."""
+    backup = get_backup(hs, request.user.nid, require_version(request))
+    found = sessions_in(hs, backup, session_span(room_id, session_id))
+    if not found:
+        raise not_found("Key not found.")
+    return Response(body=found[0].to_bytes())
+
+
+@route("DELETE", "/_matrix/client/v3/room_keys/keys", auth=USER, also=("r0", "unstable"))
+@route("DELETE", "/_matrix/client/v3/room_keys/keys/{room_id}", auth=USER, also=("r0", "unstable"))
+@route(
+    "DELETE",
+    "/_matrix/client/v3/room_keys/keys/{room_id}/{session_id}",
+    auth=USER,
+    also=("r0", "unstable"),
+)
+async def delete_sessions(
+    hs: Homeserver, request: Request, room_id: str | None = None, session_id: str | None = None
+) -> Json:
+    """Delete all sessions of a version, those of one room, or a single one.
+
+    Spec: CS-API DELETE /room_keys/keys and below.
+    """
+    version, user_nid = require_version(request), request.user.nid
+    backup = get_backup(hs, user_nid, version)
+    with hs.db.write():
+        deleted = hs.db.execute(
+            """
+            DELETE FROM backup_sessions
+            WHERE backup_nid = ?
+              AND (room_id, session_id) >= (?, ?)
+              AND (room_id, session_id) <= (?, ?)
+            """,
+            (backup.nid, *session_span(room_id, session_id)),
+        ).rowcount
+        if deleted:
+            count_sessions(hs, backup.nid, -deleted)
+    return get_backup(hs, user_nid, version).counts()
+
+
+# ── 17.10  To-device messages ────────────────────────────────────────────────
+#
+# A message waits in the queue of its device until that device syncs with a token
+# behind it: the token says that the answer which carried the message arrived. So
+# an answer that was lost is given again, and nothing comes twice to a client that
+# goes on from the token it has. A full queue refuses the newest message: what waits
+# was promised, and the oldest are the keys to the messages that are read first.
+
+
+def queue_of(hs: Homeserver, device_nid: DeviceNid) -> Queue:
+    """What waits for a device."""
+    queue = hs.keys.queues.get(device_nid)
+    if queue is None:
+        row = hs.db.one(
+            """
+            SELECT COUNT(*), IFNULL(SUM(LENGTH(content)), 0), IFNULL(MAX(pos), 0)
+            FROM to_device
+            WHERE device_nid = ?
+            """,
+            (device_nid,),
+        )
+        queue = Queue(*row)
+        hs.keys.queues.put(device_nid, queue)
+    return queue
+
+
+def has_to_device(hs: Homeserver, device_nid: DeviceNid | None, since: int) -> bool:
+    """Whether a message waits behind a position; asks memory alone."""
+    return device_nid is not None and queue_of(hs, device_nid).last > since
+
+
+def queue_to_device(
+    hs: Homeserver,
+    sender_nid: UserNid,
+    event_type: str,
+    user_nid: UserNid,
+    messages: Mapping[DeviceNid, bytes],
+) -> None:
+    """Put one message into the queue of each device of a local user; inside a write block."""
+    room = {nid: raw for nid, raw in messages.items() if has_space(hs, nid, len(raw))}
+    if not room:
+        return
+    pos = hs.stream.stamp(TO_DEVICE, user_nid)
+    for device_nid, raw in room.items():
+        hs.db.execute(
+            "INSERT INTO to_device VALUES (?, ?, ?, ?, ?)",
+            (device_nid, pos, sender_nid, event_type, raw),
+        )
+        queue = queue_of(hs, device_nid)
+        now = queue if queue.last == pos else Queue(queue.messages + 1, queue.size + len(raw), pos)
+        hs.keys.queues.put(device_nid, now)
+
+
+def has_space(hs: Homeserver, device_nid: DeviceNid, size: int) -> bool:
+    """Whether a device's queue takes one more message; the log says when it stops to."""
+    queue = queue_of(hs, device_nid)
+    if queue.messages < MAX_QUEUED_MESSAGES and queue.size + size <= MAX_QUEUED_BYTES:
+        return True
+    log_keys.warning(
+        "a message to device %d is dropped: %d messages with %d bytes wait for it already; "
+        "its owner should delete a device that is not used any more",
+        device_nid,
+        queue.messages,
+        queue.size,
+    )
+    return False
+
+
+def to_device_messages(
+    hs: Homeserver, requester: Requester, since: int, upto: int, limit: int = 100
+) -> tuple[list[Json], int]:
+    """The messages of a device after `since`, and the position up to which these are all.
+
+    When more than `limit` wait, that position is before `upto`, and the sync token must not be
+    beyond it.  Spec: CS-API "Send-to-Device messaging", server behaviour.
+    """
+    device_nid = requester.device_nid
+    if device_nid is None or not has_to_device(hs, device_nid, since):
+        return [], upto
+    rows = hs.db.all(
+        """
+        SELECT pos, sender_nid, type, content
+        FROM to_device
+        WHERE device_nid = ? AND pos > ? AND pos <= ?
+        ORDER BY pos
+        LIMIT ?
+        """,
+        (device_nid, since, upto, limit + 1),
+    )
+    messages = [
+        {"sender": hs.db.user_id(sender_nid), "type": event_type, "content": json.loads(content)}
+        for _, sender_nid, event_type, content in rows[:limit]
+    ]
+    return messages, rows[limit - 1][0] if len(rows) > limit else upto
+
+
+def acknowledge_to_device(hs: Homeserver, requester: Requester, since: int) -> None:
+    """Delete what the device has received: it came back with the token that ended that answer."""
+    device_nid = requester.device_nid
+    if device_nid is None:
+        return
+    queue = queue_of(hs, device_nid)
+    if not queue.messages:
+        return
+    received, size = hs.db.one(
+        """
+        SELECT COUNT(*), IFNULL(SUM(LENGTH(content)), 0)
+        FROM to_device
+        WHERE device_nid = ? AND pos <= ?
+        """,
+        (device_nid, since),
+    )
+    if not received:
+        return
+    with hs.db.write():
+        hs.db.execute(
+            "DELETE FROM to_device WHERE device_nid = ? AND pos <= ?", (device_nid, since)
+        )
+    left = Queue(queue.messages - received, queue.size - size, queue.last)
+    hs.keys.queues.put(device_nid, left)
+
+
+@route(
+    "PUT",
+    "/_matrix/client/v3/sendToDevice/{event_type}/{txn_id}",
+    auth=GUEST,
+    also=("r0", "unstable"),
+    body={"messages": dict},
+)
+async def send_to_device(hs: Homeserver, request: Request, event_type: str, txn_id: str) -> Json:
+    """Send messages to devices; devices that do not exist are passed over.
+
+    Spec: CS-API PUT /sendToDevice/{eventType}/{txnId}. 413 M_TOO_LARGE for a message over
+    65,536 bytes, 400 M_BAD_JSON for one with numbers that no server could sign.
+    """
+    scope = f"sendToDevice/{event_type}"
+    if byte_length(event_type) > MAX_ID_BYTES:
+        raise invalid_param(f"An event type has at most {MAX_ID_BYTES} bytes")
+    messages = {
+        user: encoded_messages(user, devices) for user, devices in request.json["messages"].items()
+    }
+    if repeated_transaction(hs, request.user, scope, txn_id) is not None:
+        return {}
+    with hs.db.write():
+        for user_id, contents in messages.items():
+            user_nid = hs.db.find_user_nid(user_id) if hs.is_local(user_id) else None
+            if user_nid is not None:
+                addressed = addressed_devices(hs, user_nid, contents)
+                queue_to_device(hs, request.user.nid, event_type, user_nid, addressed)
+        record_transaction(hs, request.user, scope, txn_id, "{}")
+    return {}
+
+
+def encoded_messages(user_id: str, devices: object) -> dict[str, bytes]:
+    """The messages to one user by device id, each as canonical JSON."""
+    if not is_user_id(user_id):
+        raise invalid_param(f"{user_id[:80]!r} is no user id")
+    if not isinstance(devices, dict):
+        raise bad_json("The messages to a user must be an object")
+    encoded = {}
+    for device_id, content in devices.items():
+        if not isinstance(content, dict):
+            raise bad_json("A message must be an object")
+        encoded[device_id] = bounded_json(content, "A message")
+    return encoded
+
+
+def addressed_devices(
+    hs: Homeserver, user_nid: UserNid, contents: Mapping[str, bytes]
+) -> dict[DeviceNid, bytes]:
+    """The devices of a user that the messages are for; "*" is for all that are not named."""
+    rows = hs.db.all("SELECT device_nid, device_id FROM devices WHERE user_nid = ?", (user_nid,))
+    everyone = contents.get("*")
+    found = {nid: contents.get(device_id, everyone) for nid, device_id in rows}
+    return {nid: raw for nid, raw in found.items() if raw is not None}
+
+
+# ── 17.11  Devices and accounts that go away ─────────────────────────────────
+
+
+def remove_device_keys(
+    hs: Homeserver, user_nid: UserNid, device_nid: DeviceNid, device_id: str
+) -> None:
+    """Drop all keys of a device, and the signatures on and by it."""
+    hs.db.execute("DELETE FROM device_keys WHERE device_nid = ?", (device_nid,))
+    hs.db.execute("DELETE FROM one_time_keys WHERE device_nid = ?", (device_nid,))
+    hs.db.execute("DELETE FROM claimed_keys WHERE device_nid = ?", (device_nid,))
+    hs.db.execute("DELETE FROM fallback_keys WHERE device_nid = ?", (device_nid,))
+    remove_signatures(hs, user_nid, device_id)
+    remove_signatures_by(hs, user_nid, f"ed25519:{device_id}")
+    hs.keys.forget_device(device_nid)
+
+
+def device_removed(
+    hs: Homeserver, user_nid: UserNid, device_nid: DeviceNid, device_id: str
+) -> None:
+    """Subscriber of the accounts: a device is gone, and with it its keys and its queue."""
+    had_keys = stored_identity(hs, device_nid) is not None
+    with hs.db.write():
+        remove_device_keys(hs, user_nid, device_nid, device_id)
+        hs.db.execute("DELETE FROM to_device WHERE device_nid = ?", (device_nid,))
+        if had_keys:
+            device_list_changed(hs, user_nid)
+
+
+def device_renamed(
+    hs: Homeserver, user_nid: UserNid, device_nid: DeviceNid, device_id: str
+) -> None:
+    """Subscriber of the accounts: the display name is part of what a key query answers."""
+    if stored_identity(hs, device_nid) is not None:
+        with hs.db.write():
+            device_list_changed(hs, user_nid)
+
+
+def account_deactivated(hs: Homeserver, user_nid: UserNid) -> None:
+    """Subscriber of the accounts: nobody will need these keys and backups again."""
+    with hs.db.write():
+        for usage, key in cross_signing_keys_of(hs, user_nid).items():
+            remove_cross_signing_key(hs, user_nid, usage, key, keep=None)
+        hs.db.execute(
+            """
+            DELETE FROM backup_sessions
+            WHERE backup_nid IN (SELECT backup_nid FROM backups WHERE user_nid = ?)
+            """,
+            (user_nid,),
+        )
+        hs.db.execute("DELETE FROM backups WHERE user_nid = ?", (user_nid,))
+        device_list_changed(hs, user_nid)
+
+
+invariant(
+    "keys of devices that are gone",
+    """
+    SELECT device_nid FROM device_keys
+    UNION SELECT device_nid FROM one_time_keys
+    UNION SELECT device_nid FROM fallback_keys
+    UNION SELECT device_nid FROM claimed_keys
+    EXCEPT SELECT device_nid FROM devices
+    """,
+)
+invariant(
+    "one-time keys that were handed out and wait again",
+    "SELECT key_nid FROM one_time_keys JOIN claimed_keys USING (device_nid, digest)",
+)
+invariant(
+    "to-device messages for devices that are gone",
+    "SELECT device_nid FROM to_device EXCEPT SELECT device_nid FROM devices",
+)
+invariant(
+    "key backups that count their sessions wrongly",
+    """
+    SELECT backup_nid
+    FROM backups
+    WHERE sessions <> (
+        SELECT COUNT(*)
+        FROM backup_sessions
+        WHERE backup_sessions.backup_nid = backups.backup_nid
+    )
+    """,
+)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  18. SYNC
+#
+#  A client asks what is new since a token, and waits when nothing is. The token
+#  is a stream position; what lies behind it is found in the stream's log, so that
+#  an empty answer costs the same with ten rooms and with a thousand.
+#                                       spec: CS-API "Syncing", "Lazy-loading"
+# ═════════════════════════════════════════════════════════════════════════════
+
+MAX_SYNC_LIMIT = 100  # timeline events of a room in one answer
+MAX_SYNC_TIMEOUT_MS = 300_000
+HEROES = 5
+YIELD_SECONDS = 0.01  # how long a big sync may hold the loop before others get a turn
+
+# ── 18.1  Waiting ────────────────────────────────────────────────────────────
+
+ROOM_KINDS = frozenset({ROOM_EVENT, RECEIPT, TYPING})
+SHARED_KINDS = frozenset({DEVICE_LIST, PRESENCE})  # what those who share a room with the user hear
+
+
+class Notifier:
+    """Wakes the syncs that wait, by user, when the stream moves."""
+
+    def __init__(self, rooms: Rooms, stream: Stream) -> None:
+        self.rooms = rooms
+        self._waiting: dict[UserNid, set[asyncio.Future[bool]]] = {}
+        stream.subscribe(self.on_change)
+        rooms.subscribe_membership(lambda room, user_nid, old, new: self.wake(user_nid))
+
+    def on_change(self, kind: str, target: int) -> None:
+        """Wake whom a change concerns."""
+        if not self._waiting:
+            return
+        if kind in ROOM_KINDS:
+            self._wake_all(self.rooms.by_nid(RoomNid(target)).local_joined)
+            return
+        user_nid = UserNid(target)
+        self.wake(user_nid)
+        if kind in SHARED_KINDS:
+            self._wake_all(self.rooms.users_sharing(user_nid))
+
+    def _wake_all(self, users: set[UserNid]) -> None:
+        small, large = (self._waiting, users) if len(self._waiting) < len(users) else (users, self._waiting)
+        for user_nid in [user_nid for user_nid in small if user_nid in large]:
+            self.wake(user_nid)
+
+    def wake(self, user_nid: UserNid) -> None:
+        """Wake all syncs of a user."""
+        for future in self._waiting.pop(user_nid, ()):
+            if not future.done():
+                future.set_result(True)
+
+    async def wait(self, request: Request, seconds: float) -> bool:
+        """Wait for something that may concern the requester; False when the time is over."""
+        if seconds <= 0:
+            return False
+        user_nid = request.user.nid
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(user_nid, set()).add(future)
+        try:
+            return await request.wait(future, seconds)
+        finally:
+            waiting = self._waiting.get(user_nid)
+            if waiting is not None:
+                waiting.discard(future)
+                if not waiting:
+                    del self._waiting[user_nid]
+
+
+# ── 18.2  What is asked for ──────────────────────────────────────────────────
+
+
+class SyncFilter:
+    """A whole filter, its parts ready to be asked.  Spec: CS-API "Filtering"."""
+
+    def __init__(self, definition: Json) -> None:
+        room = definition.get("room") or {}
+        self.rooms = EventFilter({key: room[key] for key in ("rooms", "not_rooms") if key in room})
+        self.timeline = EventFilter(room.get("timeline") or {})
+        self.state = EventFilter(room.get("state") or {})
+        self.ephemeral = EventFilter(room.get("ephemeral") or {})
+        self.room_data = EventFilter(room.get("account_data") or {})
+        self.presence = EventFilter(definition.get("presence") or {})
+        self.account_data = EventFilter(definition.get("account_data") or {})
+        self.include_leave = room.get("include_leave") is True
+        self.federation_format = definition.get("event_format") == "federation"
+        fields = definition.get("event_fields")
+        self.fields = None if fields is None else [split_field(one) for one in fields]
+        self.limit = min(self.timeline.limit, MAX_SYNC_LIMIT)
+
+    def wants_room(self, room_id: str, part: EventFilter) -> bool:
+        """Whether a part of a room is wanted."""
+        return self.rooms.wants_room(room_id) and part.wants_room(room_id)
+
+
+def split_field(path: str) -> list[str]:
+    """The keys of a dotted path, in which a dot or backslash of a key is escaped.
+
+    Spec: appendices "Dot-separated property paths".
+    """
+    parts = re.findall(r"(?:\\.|[^.\\]|\\$)+", path)
+    return [re.sub(r"\\([.\\])", r"\1", part) for part in parts]
+
+
+def only_fields(event: Json, fields: list[list[str]]) -> Json:
+    """The event with nothing but the members that the filter's event_fields name."""
+    result: Json = {}
+    for path in fields:
+        copy_field(event, result, path)
+    return result
+
+
+def copy_field(source: Json, target: Json, path: list[str]) -> None:
+    """Copy one member, with the objects around it."""
+    for key in path[:-1]:
+        inner = source.get(key)
+        if not isinstance(inner, dict):
+            return
+        source, target = inner, target.setdefault(key, {})
+    if path and path[-1] in source:
+        target[path[-1]] = source[path[-1]]
+
+
+class SyncRequest:
+    """One call of /sync: who asks, from where on, and in what form."""
+
+    def __init__(self, hs: Homeserver, request: Request, wanted: SyncFilter) -> None:
+        self.hs = hs
+        self.user = request.user
+        self.nid = request.user.nid
+        self.wanted = wanted
+        self.full_state = request.bool_arg("full_state", False)
+        state_after = request.bool_arg("use_state_after", False)
+        self.state_after = state_after or request.bool_arg("org.matrix.msc4222.use_state_after", False)
+        self.state_name = "state_after" if state_after else "state"
+        if self.state_after and not state_after:
+            self.state_name = "org.matrix.msc4222.state_after"
+        self.since: int | None = None
+        self.to_device_since = 0
+        token = request.arg("since")
+        if token:
+            self._parse(token)
+        self.upto = hs.stream.position
+        self.ignored = ignored_users(hs, self.nid)
+
+    def _parse(self, token: str) -> None:
+        since = parse_token(token)
+        if since > self.hs.stream.position:  # from a database that was put back: begin anew
+            return
+        self.since = since
+        match = cast("re.Match[str]", TOKEN.fullmatch(token))
+        self.to_device_since = int(match[2]) if match[2] else since
+
+    def format(self, event: Event) -> Json:
+        """An event of a room's section, in the form that the filter asks for."""
+        if self.wanted.federation_format:
+            result = {**event.pdu, "event_id": event.event_id}
+        else:
+            result = client_event(self.hs.rooms, event, self.user.device_nid, room_id=False)
+        return only_fields(result, self.wanted.fields) if self.wanted.fields else result
+
+
+# ── 18.3  What has changed ───────────────────────────────────────────────────
+
+
+class Changes:
+    """What may be new for a user since a position, before anything is read."""
+
+    def __init__(self) -> None:
+        self.rooms: set[RoomNid] = set()
+        self.receipts: set[RoomNid] = set()
+        self.typing: set[RoomNid] = set()
+        self.kinds: set[str] = set()
+
+
+def changes_since(ask: SyncRequest, since: int) -> Changes:
+    """Find what may be new, in the stream's log or, behind a restart, in the tables."""
+    log = ask.hs.stream.since(since)
+    if log is None:
+        return changes_in_tables(ask, since)
+    found = Changes()
+    mine = ask.hs.rooms.memberships(ask.nid)
+    by_kind = {ROOM_EVENT: found.rooms, RECEIPT: found.receipts, TYPING: found.typing}
+    for kind, target in log:
+        rooms = by_kind.get(kind)
+        if rooms is not None:
+            if target in mine:
+                rooms.add(RoomNid(target))
+        elif target == ask.nid or kind in SHARED_KINDS:
+            found.kinds.add(kind)
+    return found
+
+
+def changes_in_tables(ask: SyncRequest, since: int) -> Changes:
+    """The same for a token older than the log: all kinds, and each room with a newer event."""
+    found = Changes()
+    found.kinds = {ROOM_DATA, ACCOUNT_DATA, TO_DEVICE, DEVICE_LIST, KEY_COUNTS, PRESENCE}
+    rows = ask.hs.db.all(
+        """
+        SELECT room_nid, last_pos
+        FROM memberships
+        JOIN rooms USING (room_nid)
+        WHERE user_nid = ?
+        """,
+        (ask.nid,),
+    )
+    found.rooms = {room_nid for room_nid, last_pos in rows if last_pos > since}
+    found.receipts = {room_nid for room_nid, _ in rows}
+    return found
+
+
+# ── 18.4  Timelines ──────────────────────────────────────────────────────────
+
+
+class Timeline(NamedTuple):
+    """The newest events of a room for one answer, oldest first."""
+
+    events: list[Event]
+    limited: bool
+    prev_batch: str
+
+
+def timeline_of(ask: SyncRequest, room: Room, since: int | None, upto: int) -> Timeline:
+    """The newest events after `since`, as many as the filter allows, and whether some are left out."""
+    wanted = ask.wanted
+    low = MIN_POSITION if since is None else since
+    if not wanted.wants_room(room.room_id, wanted.timeline):
+        return Timeline([], False, stream_token(upto))
+    page = read_page(ask.hs, ask.nid, room, (low, upto), wanted.timeline, wanted.limit, backwards=True)
+    events = [event for event in reversed(page.events) if not is_ignored(ask, event)]
+    limited = page.more and bool(ask.hs.rooms.events_between(room, low, page.end, 1))
+    first = page.events[-1].pos if page.events else upto + 1
+    return Timeline(events, limited, stream_token(cast(int, first) - 1))
+
+
+def is_ignored(ask: SyncRequest, event: Event) -> bool:
+    """Messages of ignored users are left out; state is not, or rooms would look wrong."""
+    return event.sender in ask.ignored and not event.is_state
+
+
+# ── 18.5  State ──────────────────────────────────────────────────────────────
+
+
+def state_section(ask: SyncRequest, room: Room, since: int | None, timeline: Timeline, upto: int) -> list[Json]:
+    """The state that the client needs beside the timeline.
+
+    Without a `since`: the whole state before the timeline, or with use_state_after the one behind it.
+    With one: what changed between `since` and that point.  Spec: CS-API "Syncing".
+    """
+    if not ask.wanted.wants_room(room.room_id, ask.wanted.state):
+        return []
+    state = changed_state(ask, room, since, timeline, upto)
+    chosen = choose_members(ask, room, state, timeline, whole=since is None)
+    events = ask.hs.rooms.events_by_nids(chosen)
+    return [ask.format(event) for event in ask.wanted.state.pick(events)]
+
+
+def changed_state(
+    ask: SyncRequest, room: Room, since: int | None, timeline: Timeline, upto: int
+) -> dict[StateKey, EventNid]:
+    """The entries of the state that are new to the client at the point that counts."""
+    rooms = ask.hs.rooms
+    complete = not timeline.limited and ask.wanted.timeline.passes_all
+    has_state = any(event.is_state for event in timeline.events)
+    if since is not None and complete and not (ask.state_after and has_state):
+        return {}
+    point = None if ask.state_after or not timeline.events else timeline.events[0]
+    last = point or (timeline.events[-1] if timeline.events else rooms.event_at(room, upto))
+    if last is None or last.state_group is None:
+        return {}
+    before = None if since is None else rooms.event_at(room, since)
+    if before is None or before.state_group is None:
+        whole = last.state_group == room.group
+        state = dict(room.state) if whole else rooms.named_state(rooms.groups.read(last.state_group))
+    else:
+        state = rooms.named_state(rooms.groups.difference(before.state_group, last.state_group))
+    if point is not None and point.is_state and state.get(point.key) == point.nid:
+        del state[point.key]  # the timeline brings it; what was there before may be new as well
+        if point.replaces is not None and (before is None or point.replaces > before.nid):
+            state[point.key] = point.replaces
+    return state
+
+
+def choose_members(
+    ask: SyncRequest, room: Room, state: dict[StateKey, EventNid], timeline: Timeline, *, whole: bool
+) -> list[EventNid]:
+    """With lazy-loading: of the members only who speaks in the timeline, oneself, and heroes.
+
+    Spec: CS-API "Lazy-loading room members". What a device was sent is not sent again.
+    """
+    if not ask.wanted.state.lazy_load_members:
+        return list(state.values())
+    chosen = {key: nid for key, nid in state.items() if key[0] != MEMBER}
+    wanted = {event.sender for event in timeline.events}
+    if whole:
+        wanted.update((ask.user.user_id, *heroes(ask, room)))
+    in_timeline = {event.nid for event in timeline.events}
+    sent = ask.hs.lazy_members.get((ask.user.token_nid, room.nid)) or {}
+    for user_id in wanted:
+        key = (MEMBER, user_id)
+        nid = state.get(key) or room.state.get(key)
+        if nid is None or (nid in in_timeline and not ask.state_after):
+            continue
+        if whole or ask.wanted.state.redundant_members or sent.get(user_id) != nid:
+            chosen[key] = nid
+            sent[user_id] = nid
+    changed = {key: nid for key, nid in state.items() if key[0] == MEMBER and key[1] in sent and not whole}
+    ask.hs.lazy_members.put((ask.user.token_nid, room.nid), sent, 1 + len(sent))
+    return list({**changed, **chosen}.values())
+
+
+def heroes(ask: SyncRequest, room: Room) -> list[str]:
+    """Up to five others in the room, from whom a client makes a name for it."""
+    found: list[str] = []
+    for membership in ("join", "invite", "leave", "ban"):
+        for user_nid, value in room.members_by_nid.items():
+            if value == membership and user_nid != ask.nid:
+                found.append(ask.hs.db.user_id(user_nid))
+                if len(found) == HEROES:
+                    return found
+        if membership == "invite" and found:  # those who left count only in an empty room
+            break
+    return found
+
+
+def summary_of(ask: SyncRequest, room: Room) -> Json:
+    """The members of a room in numbers, and its heroes if it has no name.  Spec: RoomSummary."""
+    summary: Json = {
+        "m.joined_member_count": room.joined_count,
+        "m.invited_member_count": room.invited_count,
+    }
+    named = room.content("m.room.name").get("name") or room.content("m.room.canonical_alias").get("alias")
+    if not named:
+        summary["m.heroes"] = heroes(ask, room)
+    return summary
+
+
+# ── 18.6  Rooms ──────────────────────────────────────────────────────────────
+
+
+def joined_section(
+    ask: SyncRequest, room: Room, member: Member, changes: Changes | None, data: list[Json]
+) -> Json | None:
+    """What is new in a room that the user is in, or None."""
+    since = ask.since
+    if since is not None and member.join_pos > since:
+        since = None  # joined meanwhile: everything is new
+    fresh = since is None or ask.full_state
+    if not fresh and changes is not None and room.nid not in changes.rooms:
+        timeline, state = Timeline([], False, stream_token(ask.upto)), []
+    else:
+        timeline = timeline_of(ask, room, since, ask.upto)
+        state = state_section(ask, room, None if ask.full_state else since, timeline, ask.upto)
+    ephemeral = ephemeral_events(ask, room, since, changes)
+    receipts_moved = changes is not None and room.nid in changes.receipts
+    if not (fresh or timeline.events or state or ephemeral or data or receipts_moved):
+        return None
+    section: Json = {
+        "timeline": {
+            "events": [ask.format(event) for event in timeline.events],
+            "limited": timeline.limited,
+            "prev_batch": timeline.prev_batch,
+        },
+        ask.state_name: {"events": state},
+        "account_data": {"events": data},
+        "ephemeral": {"events": ephemeral},
+        **unread_section(ask, room),
+    }
+    if fresh or any(event.type == MEMBER for event in timeline.events) or timeline.limited:
+        section["summary"] = summary_of(ask, room)
+    return section
+
+
+def unread_section(ask: SyncRequest, room: Room) -> Json:
+    """The unread counts: in all, or for the main timeline and each thread."""
+    counts = unread_counts(ask.hs, ask.nid, room)
+    if not ask.wanted.timeline.thread_counts:
+        threads = counts.threads.values()
+        return {
+            "unread_notifications": {
+                "notification_count": counts.notification_count + sum(one[0] for one in threads),
+                "highlight_count": counts.highlight_count + sum(one[1] for one in threads),
+            }
+        }
+    return {
+        "unread_notifications": {
+            "notification_count": counts.notification_count,
+            "highlight_count": counts.highlight_count,
+        },
+        "unread_thread_notifications": {
+            root: {"notification_count": notify, "highlight_count": highlight}
+            for root, (notify, highlight) in counts.threads.items()
+        },
+    }
+
+
+def ephemeral_events(ask: SyncRequest, room: Room, since: int | None, changes: Changes | None) -> list[Json]:
+    """Receipts and typing notices that are new."""
+    events: list[Json] = []
+    wanted = ask.wanted.ephemeral
+    if not ask.wanted.wants_room(room.room_id, wanted):
+        return events
+    if changes is None or since is None or room.nid in changes.receipts:
+        content = receipts_since(ask.hs, room.nid, ask.nid, since or 0)
+        if content and wanted.wants_type("m.receipt"):
+            events.append({"type": "m.receipt", "content": content})
+    typing_changed = changes is not None and room.nid in changes.typing
+    if typing_changed or (since is None and typing_users(ask.hs, room)):
+        if wanted.wants_type("m.typing"):
+            events.append({"type": "m.typing", "content": {"user_ids": typing_users(ask.hs, room)}})
+    return events
+
+
+def invited_section(ask: SyncRequest, room: Room, member: Member) -> Json | None:
+    """The stripped state of a room that the user is invited to."""
+    event = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
+    if event.sender in ask.ignored:
+        return None
+    return {"invite_state": {"events": stripped_state(room, event.sender, ask.user.user_id)}}
+
+
+def knocked_section(ask: SyncRequest, room: Room) -> Json:
+    """The stripped state of a room that the user knocks on."""
+    return {"knock_state": {"events": stripped_state(room, ask.user.user_id)}}
+
+
+def left_section(ask: SyncRequest, room: Room, member: Member) -> Json | None:
+    """A room that the user has left, up to the moment of leaving."""
+    left = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
+    end = cast(int, left.pos)
+    since = ask.since if ask.since is not None and ask.since < end else None
+    timeline = timeline_of(ask, room, since, end)
+    if left not in timeline.events and ask.wanted.timeline.pick([left]):
+        timeline = timeline._replace(events=[*timeline.events, left])
+    was_member = left.replaces is not None and membership_of_nid(ask, left.replaces) == "join"
+    state = state_section(ask, room, since, timeline, end) if was_member else []
+    return {
+        "timeline": {
+            "events": [ask.format(event) for event in timeline.events],
+            "limited": timeline.limited,
+            "prev_batch": timeline.prev_batch,
+        },
+        ask.state_name: {"events": state},
+        "account_data": {"events": []},
+    }
+
+
+def membership_of_nid(ask: SyncRequest, nid: EventNid) -> str | None:
+    """The membership in a member event."""
+    event = ask.hs.rooms.event_by_nid(nid)
+    return None if event is None else event.membership
+
+
+SECTION_NAMES: Final = {"join": "join", "invite": "invite", "knock": "knock", "leave": "leave", "ban": "leave"}
+
+
+def room_section(
+    ask: SyncRequest, nid: RoomNid, member: Member, changes: Changes | None, data: list[Json]
+) -> Json | None:
+    """What is new in one room, whatever the user's place in it."""
+    room = ask.hs.rooms.by_nid(nid)
+    if not ask.wanted.rooms.wants_room(room.room_id):
+        return None
+    if member.membership == "join":
+        return joined_section(ask, room, member, changes, data)
+    is_new = ask.since is None or member.event_nid > ask.since
+    if member.membership == "invite":
+        return invited_section(ask, room, member) if is_new else None
+    if member.membership == "knock":
+        return knocked_section(ask, room) if is_new else None
+    if member.forgotten or not is_new or (ask.since is None and not ask.wanted.include_leave):
+        return None
+    return left_section(ask, room, member)
+
+
+def rooms_to_look_at(ask: SyncRequest, changes: Changes | None, data: Iterable[RoomNid]) -> Iterable[RoomNid]:
+    """The rooms in which something may be new."""
+    if changes is None or ask.full_state:
+        return list(ask.hs.rooms.memberships(ask.nid))
+    return changes.rooms | changes.receipts | changes.typing | set(data)
+
+
+async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
+    """The rooms of the answer, by membership; others get a turn while a long one is made."""
+    sections: Json = {}
+    since = ask.since or 0
+    data: dict[RoomNid, list[Json]] = {}
+    if changes is None or ROOM_DATA in changes.kinds:
+        data = room_account_data(ask.hs, ask.nid, since)
+    pause_at = time.monotonic() + YIELD_SECONDS
+    for nid in rooms_to_look_at(ask, changes, data):
+        member = ask.hs.rooms.memberships(ask.nid).get(nid)
+        if member is None:
+            continue
+        if time.monotonic() > pause_at:
+            await asyncio.sleep(0)
+            pause_at = time.monotonic() + YIELD_SECONDS
+        room_data = room_data_for(ask, nid, member, data.get(nid, []))
+        section = room_section(ask, nid, member, changes, room_data)
+        if section is not None:
+            by_id = sections.setdefault(SECTION_NAMES[member.membership], {})
+            by_id[ask.hs.rooms.by_nid(nid).room_id] = section
+    return sections
+
+
+def room_data_for(ask: SyncRequest, nid: RoomNid, member: Member, changed: list[Json]) -> list[Json]:
+    """The room's account data: what changed, or all of it in a room that is new to the client."""
+    is_new = ask.since is not None and member.join_pos > ask.since
+    data = room_account_data_of(ask.hs, ask.nid, nid) if is_new or ask.full_state else changed
+    wanted = ask.wanted.room_data
+    return [one for one in data if wanted.wants(one["type"], ask.user.user_id, one["content"])]
+
+
+# ── 18.7  The answer ─────────────────────────────────────────────────────────
+
+
+async def sync_once(ask: SyncRequest) -> tuple[Json, bool]:
+    """What is new now, and whether that is anything."""
+    hs, since = ask.hs, ask.since
+    ask.upto = hs.stream.position
+    changes = None if since is None else changes_since(ask, since)
+    kinds = changes.kinds if changes is not None else None
+    result: Json = {}
+    rooms = await rooms_section(ask, changes)
+    if rooms:
+        result["rooms"] = rooms
+    if kinds is None or ACCOUNT_DATA in kinds:
+        add_events(result, "account_data", account_data_events(ask))
+    if kinds is None or PRESENCE in kinds or (changes is not None and changes.rooms):
+        add_events(result, "presence", presence_events(ask))
+    acknowledged = add_to_device(ask, result) if kinds is None or TO_DEVICE in kinds else ask.upto
+    if since is not None:
+        add_device_lists(ask, result, since)
+    is_news = bool(result) or (kinds is not None and KEY_COUNTS in kinds)
+    if ask.user.device_nid is not None:
+        result["device_one_time_keys_count"] = one_time_key_counts(hs, ask.user.device_nid)
+        result["device_unused_fallback_key_types"] = unused_fallback_types(hs, ask.user.device_nid)
+    result["next_batch"] = stream_token(ask.upto)
+    if acknowledged < ask.upto:  # more to-device messages wait: acknowledge only what was sent
+        result["next_batch"] += f"_{acknowledged}"
+    return result, is_news
+
+
+def add_events(result: Json, name: str, events: list[Json]) -> None:
+    """Add a section of events, if there are any."""
+    if events:
+        result[name] = {"events": events}
+
+
+def account_data_events(ask: SyncRequest) -> list[Json]:
+    """The user's own account data that is new, push rules included."""
+    since = 0 if ask.full_state else ask.since or 0
+    events = global_account_data(ask.hs, ask.nid, since)
+    rules = push_rules_account_data(ask.hs, ask.nid, since)
+    if rules is not None:
+        events = [*events, rules]
+    wanted = ask.wanted.account_data
+    return [one for one in events if wanted.wants(one["type"], ask.user.user_id, one["content"])]
+
+
+def presence_events(ask: SyncRequest) -> list[Json]:
+    """The presence of others that is new."""
+    wanted = ask.wanted.presence
+    events = presence_since(ask.hs, ask.nid, ask.since or 0)
+    return [one for one in events if wanted.wants(one["type"], one["sender"], one["content"])]
+
+
+def add_to_device(ask: SyncRequest, result: Json) -> int:
+    """Add the to-device messages that wait; the position up to which they are all there."""
+    since = 0 if ask.since is None else ask.to_device_since
+    messages, upto = to_device_messages(ask.hs, ask.user, since, ask.upto)
+    add_events(result, "to_device", messages)
+    return upto
+
+
+def add_device_lists(ask: SyncRequest, result: Json, since: int) -> None:
+    """Add whose devices changed, and whose need not be followed any longer."""
+    changed, left = device_list_changes(ask.hs, ask.nid, since, ask.upto)
+    if changed or left:
+        result["device_lists"] = {"changed": changed, "left": left}
+
+
+@route("GET", "/_matrix/client/v3/sync", auth=GUEST, limit=None, also=("r0",))
+async def get_sync(hs: Homeserver, request: Request) -> Json:
+    """What is new since a token; waits up to `timeout` milliseconds when nothing is.
+
+    Spec: CS-API "Syncing".
+    """
+    timeout = request.int_arg("timeout", 0, 0, 2**53)
+    ends = time.monotonic() + min(timeout, MAX_SYNC_TIMEOUT_MS) / 1000
+    ask = SyncRequest(hs, request, sync_filter(hs, request))
+    note_sync(hs, request.user, request.arg("set_presence") or "online", timeout)
+    if ask.since is not None:
+        acknowledge_to_device(hs, request.user, ask.to_device_since)
+    while True:
+        result, is_news = await sync_once(ask)
+        if is_news or ask.since is None or ask.full_state:
+            return result
+        if ask.hs.stream.position > ask.upto:
+            continue  # something came while the answer was made
+        if not await hs.notifier.wait(request, ends - time.monotonic()):
+            return (await sync_once(ask))[0]
+
+
+def sync_filter(hs: Homeserver, request: Request) -> SyncFilter:
+    """The filter that the query names or holds, compiled once."""
+    text = request.arg("filter") or ""
+    key = (request.user.nid, text)
+    found = hs.sync_filters.get(key)
+    if found is None:
+        found = SyncFilter(get_filter(hs, request.user.nid, text) if text else {})
+        hs.sync_filters.put(key, found)
+    return found
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  19. MEDIA
+#
+#  Files that users upload and everyone who is logged in may download: a row with
+#  what the uploader said about a file, and on the disk one file per content, named
+#  by its SHA-256. Bytes stream through a temporary file, and a row is written only
+#  when they are on the disk. What goes out can never run in a browser.
+#                                           spec: CS-API "Content repository"
+# ═════════════════════════════════════════════════════════════════════════════
+
+MEDIA_ID = re.compile(r"[0-9A-Za-z_-]{1,255}")
+UPLOAD_CHUNK = 128 * 1024  # bytes gathered before they go to the disk in a thread
+UPLOAD_LIFETIME = 24 * 3600 * 1000  # milliseconds from create to the last chance to upload
+PENDING_UPLOADS = 50  # media ids that one user may hold without having uploaded
+UPLOAD_WAIT_DEFAULT = 20_000  # milliseconds that a download waits for an upload
+UPLOAD_WAIT_MAX = 60_000
+
+schema("""
+CREATE TABLE media (
+    media_nid INTEGER PRIMARY KEY,
+    media_id TEXT NOT NULL UNIQUE,
+    user_nid INTEGER NOT NULL,
+    sha256 TEXT,            -- hexadecimal, the name of the file; NULL until uploaded
+    size INTEGER,           -- bytes
+    content_type TEXT,
+    filename TEXT,
+    created_ts INTEGER NOT NULL,
+    last_access_ts INTEGER NOT NULL,
+    expires_ts INTEGER      -- when an id without a file is forgotten; NULL once uploaded
+);
+CREATE INDEX media_by_hash ON media (sha256);
+CREATE INDEX media_pending ON media (expires_ts) WHERE expires_ts IS NOT NULL;
+CREATE INDEX media_pending_of ON media (user_nid, expires_ts) WHERE expires_ts IS NOT NULL;
+""")
+
+invariant(
+    "media rows that are neither uploaded nor waiting for an upload",
+    """
+    SELECT media_id
+    FROM media
+    WHERE (sha256 IS NULL) = (expires_ts IS NULL)
+    """,
+)
+
+log_media = logging.getLogger("conduit.media")
+
+
+class MediaRow(NamedTuple):
+    """What is known of one media id."""
+
+    nid: int
+    user_nid: UserNid
+    sha256: str | None
+    size: int | None
+    content_type: str | None
+    filename: str | None
+    expires_ts: int | None
+
+
+class StoredFile(NamedTuple):
+    """A file that is complete and on the disk."""
+
+    sha256: str
+    size: int
+
+
+# ── 19.1  Receiving a file ───────────────────────────────────────────────────
+
+
+def open_private(path: Path) -> io.FileIO:
+    """Make a new file that only the server's user can read."""
+    return io.FileIO(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600))
+
+
+def make_durable_folder(folder: Path) -> None:
+    """Make a folder and its entry in the parent so that they outlive a power cut."""
+    if not folder.is_dir():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        sync_path(folder.parent)
+
+
+def write_all(handle: io.FileIO, data: bytes | bytearray) -> None:
+    """Write every byte; an unbuffered file may take fewer at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[handle.write(rest) :]
+
+
+async def receive_file(hs: Homeserver, chunks: AsyncIterator[bytes]) -> StoredFile:
+    """Store a body of unknown length in constant memory; complete and synced, or no trace of it.
+
+    Raises 413 M_TOO_LARGE beyond max_request_size, 507 when the disk is full.
+    """
+    incoming = IncomingFile(hs.media.temporary_path())
+    try:
+        rest = await receive_chunks(hs, incoming, chunks)
+        return await hs.db.in_thread(incoming.finish, rest, hs.media.folder)
+    except OSError as error:
+        raise not_stored(error) from error
+    finally:
+        if not incoming.over:
+            hs.db.pool.submit(incoming.discard)
+
+
+async def receive_chunks(
+    hs: Homeserver, incoming: IncomingFile, chunks: AsyncIterator[bytes]
+) -> bytearray:
+    """Write what comes, a buffer at a time; returns the last part, which is not written yet."""
+    buffer = bytearray()
+    async for chunk in chunks:
+        buffer += chunk
+        if incoming.size + len(buffer) > hs.config.max_request_size:
+            raise upload_too_large(hs)
+        if len(buffer) >= UPLOAD_CHUNK:
+            await hs.db.in_thread(incoming.write, buffer)
+            buffer = bytearray()
+    return buffer
+
+
+def not_stored(error: OSError) -> MatrixError:
+    """507 or 500 for a file that the disk did not take, with the cause in the log."""
+    log_media.error("a file could not be stored: %s", error)
+    return storage_error(error)
+
+
+def upload_too_large(hs: Homeserver) -> MatrixError:
+    """413 with the limit in it."""
+    return too_large(f"Cannot upload files larger than {hs.config.max_request_size} bytes")
+
+
+def media_file(folder: Path, sha256: str) -> Path:
+    """Where the bytes with this hash are; 256 folders keep each of them small."""
+    return folder / sha256[:2] / sha256[2:]
+
+
+class IncomingFile:
+    """A temporary file that becomes a stored one when it is complete. For threads of the pool.
+
+    Trap: a cancelled request does not stop the thread that writes for it, hence the lock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = 0
+        self.over = False  # finished or discarded
+        self._digest = hashlib.sha256()
+        self._lock = threading.Lock()
+        self._handle: io.FileIO | None = None
+
+    def write(self, data: bytes | bytearray) -> None:
+        """Append to the file and to the hash."""
+        with self._lock:
+            self._append(data)
+
+    def _append(self, data: bytes | bytearray) -> io.FileIO:
+        if self._handle is None:
+            self._handle = open_private(self.path)
+        write_all(self._handle, data)
+        self._digest.update(data)
+        self.size += len(data)
+        return self._handle
+
+    def finish(self, rest: bytes | bytearray, folder: Path) -> StoredFile:
+        """Write the rest, force everything onto the disk and give the file its name."""
+        with self._lock:
+            handle = self._append(rest)
+            os.fsync(handle.fileno())
+            handle.close()
+            stored = StoredFile(self._digest.hexdigest(), self.size)
+            target = media_file(folder, stored.sha256)
+            make_durable_folder(target.parent)
+            self.path.replace(target)
+            self.over = True
+            sync_path(target.parent)
+            return stored
+
+    def discard(self) -> None:
+        """Leave nothing behind; without effect on a file that was finished."""
+        with self._lock:
+            if self._handle is not None and not self.over:
+                self._handle.close()
+                self.path.unlink(missing_ok=True)
+            self.over = True
+
+
+# ── 19.2  Headers that cannot hurt ───────────────────────────────────────────
+
+DEFAULT_TYPE = "application/octet-stream"
+MIME_TOKEN = r"[0-9A-Za-z!#$%&'*+.^_`|~-]+"  # noqa: S105 - the grammar of a header, no secret
+CONTENT_TYPE = re.compile(
+    rf'({MIME_TOKEN}/{MIME_TOKEN})(?: ?; ?{MIME_TOKEN}=(?:{MIME_TOKEN}|"[ !#-\[\]-~]*"))*'
+)
+PLAIN_FILENAME = re.compile(r"[0-9A-Za-z!#$&'()+,._ ~=@^{}-]+")
+MEDIA_POLICY = (
+    "sandbox; default-src 'none'; script-src 'none'; plugin-types application/pdf; "
+    "style-src 'unsafe-inline'; object-src 'self';"
+)
+# A browser that gets one of these with nosniff only ever shows it, and never runs it.
+INLINE_TYPES = frozenset(
+    {
+        "text/css",
+        "text/plain",
+        "text/csv",
+        "application/json",
+        "application/ld+json",
+        "image/jpeg",
+        "image/gif",
+        "image/png",
+        "image/apng",
+        "image/webp",
+        "image/avif",
+        "video/mp4",
+        "video/webm",
+        "video/ogg",
+        "video/quicktime",
+        "audio/mp4",
+        "audio/webm",
+        "audio/aac",
+        "audio/mpeg",
+        "audio/ogg",
+        "audio/wave",
+        "audio/wav",
+        "audio/x-wav",
+        "audio/x-pn-wav",
+        "audio/flac",
+        "audio/x-flac",
+    }
+)
+
+
+def safe_content_type(text: str | None) -> str:
+    """The uploader's Content-Type if it is one; anything else could split or confuse a header."""
+    if text is None or len(text) > MAX_ID_BYTES or not CONTENT_TYPE.fullmatch(text.strip(" \t")):
+        return DEFAULT_TYPE
+    return text.strip(" \t")
+
+
+def safe_filename(text: str | None) -> str | None:
+    """A file name without folders, control characters and surrogates; None if nothing is left."""
+    if not text:
+        return None
+    kept = "".join(c for c in text.replace("/", "_").replace("\\", "_") if c.isprintable())
+    return kept[:MAX_ID_BYTES] or None
+
+
+def content_disposition(content_type: str, filename: str | None) -> str:
+    """Inline for what only shows, attachment for the rest.  Spec: "Serving inline content"."""
+    kind = content_type.partition(";")[0].strip().lower()
+    disposition = "inline" if kind in INLINE_TYPES else "attachment"
+    if filename is None:
+        return disposition
+    if PLAIN_FILENAME.fullmatch(filename):
+        return f'{disposition}; filename="{filename}"'
+    return f"{disposition}; filename*=utf-8''{quote(filename, safe='')}"
+
+
+def media_headers(content_type: str, filename: str | None, tag: str) -> dict[str, str]:
+    """The headers of every file that leaves: sandboxed, not sniffed, cached by the client alone."""
+    return {
+        "Content-Disposition": content_disposition(content_type, filename),
+        "Content-Security-Policy": MEDIA_POLICY,
+        "Cross-Origin-Resource-Policy": "cross-origin",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "private, max-age=31536000, immutable",
+        "ETag": f'"{tag}"',
+    }
+
+
+# ── 19.3  Thumbnails ─────────────────────────────────────────────────────────
+
+
+class ThumbnailSize(NamedTuple):
+    """A size that is made and kept; others get the next one up."""
+
+    width: int
+    height: int
+    method: str
+
+    @property
+    def name(self) -> str:
+        """How it is called in the names of files."""
+        return f"{self.width}x{self.height}-{self.method}"
+
+
+THUMBNAIL_SIZES: Final = (
+    ThumbnailSize(32, 32, "crop"),
+    ThumbnailSize(96, 96, "crop"),
+    ThumbnailSize(320, 240, "scale"),
+    ThumbnailSize(640, 480, "scale"),
+    ThumbnailSize(800, 600, "scale"),
+    ThumbnailSize(1600, 1200, "scale"),
+    ThumbnailSize(1_000_000, 1_000_000, "scale"),  # no picture is that large: the original
+)
+IMAGE_MAGIC: Final = (  # the only formats that a decoder gets to see
+    ("image/png", re.compile(rb"\x89PNG\r\n\x1a\n")),
+    ("image/jpeg", re.compile(rb"\xff\xd8\xff")),
+    ("image/gif", re.compile(rb"GIF8[79]a")),
+    ("image/webp", re.compile(rb"RIFF....WEBP", re.DOTALL)),
+)
+# What betrays more than one frame near the start of a file; only asked when Pillow is not there.
+MOVING_MARKS: Final = {"image/png": b"acTL", "image/gif": b"NETSCAPE2.0", "image/webp": b"ANIM"}
+IMAGE_HEAD = 65_536  # bytes in which those are looked for
+MAX_PIXELS: Final = {"JPEG": 100_000_000}  # a baseline JPEG is scaled down while it is decoded
+MAX_PIXELS_OTHER = 24_000_000  # the rest is in memory as a whole, 4 bytes a pixel
+MAX_MOVING_BYTES = 4_000_000  # an animation up to this size is its own thumbnail
+
+
+class Picture(NamedTuple):
+    """A file that answers a thumbnail request, and its type by its content."""
+
+    path: Path
+    content_type: str
+
+
+def cannot_thumbnail() -> MatrixError:
+    """400 as the specification has it for what is no image that we know."""
+    return MatrixError(400, "M_UNKNOWN", "Cannot generate thumbnails for the requested content")
+
+
+def read_head(path: Path) -> bytes:
+    """The first bytes of a file."""
+    with path.open("rb") as handle:
+        return handle.read(IMAGE_HEAD)
+
+
+def image_type(head: bytes) -> str | None:
+    """The type by the first bytes; what the uploader said does not count."""
+    return next((kind for kind, magic in IMAGE_MAGIC if magic.match(head)), None)
+
+
+def choose_size(width: int, height: int, method: str) -> ThumbnailSize:
+    """The smallest size kept that is not smaller than what was asked for.
+
+    Spec: "Servers MUST NOT return a smaller thumbnail than requested". A crop that is not square
+    gets the whole picture, from which the client cuts.
+    """
+    methods = {"crop", "scale"} if method == "crop" and width == height else {"scale"}
+    return next(
+        size
+        for size in THUMBNAIL_SIZES
+        if size.width >= width and size.height >= height and size.method in methods
+    )
+
+
+def kept_thumbnail(target: Path) -> Picture | None:
+    """The thumbnail if it was made before. For a thread of the pool."""
+    try:
+        return Picture(target, image_type(read_head(target)) or DEFAULT_TYPE)
+    except FileNotFoundError:
+        return None
+
+
+def make_thumbnail(
+    source: Path, target: Path, size: ThumbnailSize, animated: bool | None
+) -> Picture:
+    """Find or make the file that answers a thumbnail request. For a thread of the pool."""
+    kept = None if animated else kept_thumbnail(target)
+    if kept is not None:
+        return kept
+    head = read_head(source)
+    kind = image_type(head)
+    if kind is None:
+        raise cannot_thumbnail()
+    pillow = load_pillow()
+    if pillow is None:
+        return original_picture(source, kind, head, animated)
+    rendered = render_thumbnail(pillow, source, size, animated)
+    if rendered is None:
+        return Picture(source, kind)
+    keep_thumbnail(target, rendered)
+    return Picture(target, image_type(rendered) or DEFAULT_TYPE)
+
+
+def load_pillow() -> tuple[Any, Any] | None:
+    """Pillow's modules Image and ImageOps if it is installed."""
+    try:
+        # Optional, and 10 MB of memory that a server without thumbnails does not spend.
+        from PIL import Image, ImageOps  # noqa: PLC0415 - see above
+    except ImportError:
+        return None
+    return Image, ImageOps
+
+
+def original_picture(source: Path, kind: str, head: bytes, animated: bool | None) -> Picture:
+    """Without Pillow the original is the thumbnail, unless it moves and must not."""
+    if animated is False and MOVING_MARKS.get(kind, b"\0none") in head:
+        raise cannot_thumbnail()
+    return Picture(source, kind)
+
+
+def render_thumbnail(
+    pillow: tuple[Any, Any], source: Path, size: ThumbnailSize, animated: bool | None
+) -> bytes | None:
+    """The thumbnail's bytes; None when the original is the right answer."""
+    images, _ = pillow
+    try:
+        with images.open(source, formats=("PNG", "JPEG", "GIF", "WEBP")) as image:
+            refuse_bomb(image)
+            moving = bool(getattr(image, "is_animated", False))
+            if moving and animated and source.stat().st_size <= MAX_MOVING_BYTES:
+                return None
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= EXIF_TURNED
+            box = (size.height, size.width) if turned else (size.width, size.height)
+            scale = max(box[0] / image.width, box[1] / image.height)
+            if scale >= 1 and not moving:
+                return None
+            return shrink(pillow, image, min(scale, 1.0), box if size.method == "crop" else None)
+    except MatrixError:
+        raise
+    except Exception as error:  # a decoder fed with hostile bytes may raise anything
+        raise cannot_thumbnail() from error
+
+
+EXIF_ORIENTATION = 0x0112
+EXIF_TURNED = 5  # orientations from 5 to 8 swap width and height
+
+
+def refuse_bomb(image: Any) -> None:
+    """413 before decoding when the picture would not fit into memory."""
+    baseline = image.format == "JPEG" and not image.info.get("progressive")
+    limit = MAX_PIXELS["JPEG"] if baseline else MAX_PIXELS_OTHER
+    if image.width * image.height > limit:
+        raise too_large("Content is too large to thumbnail")
+
+
+def shrink(
+    pillow: tuple[Any, Any], image: Any, scale: float, crop: tuple[int, int] | None
+) -> bytes:
+    """Decode the first frame, scale it, cut it, turn it as its camera says, and encode it."""
+    images, operations = pillow
+    goal = (math.ceil(image.width * scale), math.ceil(image.height * scale))
+    image.draft("RGB", (max(goal), max(goal)))
+    clear = image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info
+    picture = image.convert("RGBA" if clear else "RGB")
+    if crop is not None and scale < 1:
+        picture = operations.fit(picture, crop, images.Resampling.LANCZOS)
+    else:
+        picture = picture.resize(goal, images.Resampling.LANCZOS, reducing_gap=2.0)
+    output = io.BytesIO()
+    operations.exif_transpose(picture).save(output, "PNG" if clear else "JPEG", quality=85)
+    return output.getvalue()
+
+
+def keep_thumbnail(target: Path, data: bytes) -> None:
+    """Write a thumbnail so that it is there as a whole or not at all."""
+    partial = target.with_name(f"{target.name}.{random_token(8)}")
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open_private(partial) as handle:
+            write_all(handle, data)
+            os.fsync(handle.fileno())
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise not_stored(error) from error
+
+
+# ── 19.4  The media of this server ───────────────────────────────────────────
+
+
+def missing_media_files(hs: Homeserver) -> list[str]:
+    """For --check: rows whose file is not there or has another size, as sentences."""
+    rows = hs.db.all("SELECT media_id, sha256, size FROM media WHERE sha256 IS NOT NULL")
+    return [
+        f"media {media_id}: its file is missing or has the wrong size"
+        for media_id, sha256, size in rows
+        if size_of(hs.media.file(sha256)) != size
+    ]
+
+
+def size_of(path: Path) -> int | None:
+    """The size of a file, None if it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def already_uploaded() -> MatrixError:
+    """409 for a media id that has its content."""
+    return MatrixError(409, "M_CANNOT_OVERWRITE_MEDIA", "Media already uploaded")
+
+
+class Media:
+    """The folder of files, their rows, and who waits for an upload that was announced."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        self.folder = hs.db.folder / "media"
+        self.rendering = asyncio.Lock()  # one picture is decoded at a time, for the memory's sake
+        self._waiting: dict[int, list[asyncio.Future[Any]]] = {}
+        self._touched: dict[int, int] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make the folders, and remove what a stopped server left half written."""
+        for folder in (self.folder, self.folder / "incoming", self.folder / "thumbnails"):
+            make_durable_folder(folder)
+        for left in (self.folder / "incoming").iterdir():
+            left.unlink(missing_ok=True)
+
+    def temporary_path(self) -> Path:
+        """A new name for a file that is being received."""
+        return self.folder / "incoming" / random_token(24)
+
+    def file(self, sha256: str) -> Path:
+        """Where a stored file is."""
+        return media_file(self.folder, sha256)
+
+    def thumbnail_file(self, sha256: str, size: ThumbnailSize) -> Path:
+        """Where a thumbnail of a stored file is kept once made."""
+        return self.folder / "thumbnails" / sha256[:2] / f"{sha256[2:]}-{size.name}"
+
+    def find(self, media_id: str) -> MediaRow | None:
+        """The row of a local media id, unless it expired before anything was uploaded."""
+        row = self.db.one(
+            """
+            SELECT media_nid, user_nid, sha256, size, content_type, filename, expires_ts
+            FROM media
+            WHERE media_id = :media_id
+              AND (expires_ts IS NULL OR expires_ts > :now)
+            """,
+            {"media_id": media_id, "now": now_ms()},
+        )
+        return None if row is None else MediaRow(*row)
+
+    def add(
+        self, user_nid: UserNid, file: StoredFile, content_type: str, filename: str | None
+    ) -> str:
+        """Give a stored file a media id."""
+        media_id = random_token(24)
+        with self.db.write():
+            self.db.execute(
+                """
+                INSERT INTO media (
+                    media_id, user_nid, sha256, size, content_type, filename,
+                    created_ts, last_access_ts
+                )
+                VALUES (:media_id, :user_nid, :sha256, :size, :type, :filename, :now, :now)
+                """,
+                {
+                    "media_id": media_id,
+                    "user_nid": user_nid,
+                    "sha256": file.sha256,
+                    "size": file.size,
+                    "type": content_type,
+                    "filename": filename,
+                    "now": now_ms(),
+                },
+            )
+        return media_id
+
+    def announce(self, user_nid: UserNid) -> tuple[str, int]:
+        """A media id to upload to later, and when it expires."""
+        now = now_ms()
+        pending, first = self.db.one(
+            """
+            SELECT COUNT(*), MIN(expires_ts)
+            FROM media
+            WHERE user_nid = :user_nid
+              AND expires_ts > :now
+            """,
+            {"user_nid": user_nid, "now": now},
+        )
+        if pending >= PENDING_UPLOADS:
+            raise limit_exceeded(first - now, "Too many media ids wait for their upload")
+        media_id, expires = random_token(24), now + UPLOAD_LIFETIME
+        with self.db.write():
+            self.db.execute(
+                """
+                INSERT INTO media (media_id, user_nid, created_ts, last_access_ts, expires_ts)
+                VALUES (:media_id, :user_nid, :now, :now, :expires)
+                """,
+                {"media_id": media_id, "user_nid": user_nid, "now": now, "expires": expires},
+            )
+        return media_id, expires
+
+    def complete(
+        self, row: MediaRow, file: StoredFile, content_type: str, filename: str | None
+    ) -> None:
+        """Give an announced media id its file; 409 when another upload was faster."""
+        with self.db.write():
+            cursor = self.db.execute(
+                """
+                UPDATE media
+                SET sha256 = :sha256, size = :size, content_type = :type, filename = :filename,
+                    expires_ts = NULL
+                WHERE media_nid = :nid
+                  AND sha256 IS NULL
+                """,
+                {
+                    "nid": row.nid,
+                    "sha256": file.sha256,
+                    "size": file.size,
+                    "type": content_type,
+                    "filename": filename,
+                },
+            )
+            if cursor.rowcount == 0:
+                raise already_uploaded()
+        for future in self._waiting.pop(row.nid, []):
+            if not future.done():
+                future.set_result(True)
+
+    async def wait_until_uploaded(self, row: MediaRow, request: Request, wait_ms: int) -> None:
+        """Wait for an announced upload; 504 M_NOT_YET_UPLOADED when it does not come in time."""
+        future = asyncio.get_running_loop().create_future()
+        waiting = self._waiting.setdefault(row.nid, [])
+        waiting.append(future)
+        try:
+            uploaded = await request.wait(future, wait_ms / 1000)
+        finally:
+            waiting.remove(future)
+            if not waiting:
+                self._waiting.pop(row.nid, None)
+        if not uploaded:
+            raise MatrixError(504, "M_NOT_YET_UPLOADED", "Content has not yet been uploaded")
+
+    def touch(self, row: MediaRow) -> None:
+        """Note that a file was asked for; reading must not write, so the row follows later."""
+        self._touched[row.nid] = now_ms()
+
+    def maintain(self) -> None:
+        """Write the times of last access, and forget the ids that nothing was uploaded to."""
+        touched, self._touched = self._touched, {}
+        if touched:
+            with self.db.write():
+                self.db.connection.executemany(
+                    "UPDATE media SET last_access_ts = ? WHERE media_nid = ?",
+                    [(ts, nid) for nid, ts in touched.items()],
+                )
+        self._forget_expired(now_ms())
+
+    def _forget_expired(self, now: int) -> None:
+        if self.db.value("SELECT 1 FROM media WHERE expires_ts <= ?", (now,)):
+            with self.db.write():
+                self.db.execute("DELETE FROM media WHERE expires_ts <= ?", (now,))
+
+
+# ── 19.5  Uploading ──────────────────────────────────────────────────────────
+
+
+@route("POST", "/_matrix/media/v3/upload", auth=USER, limit="upload", also=("r0", "v1"), body=STREAM)
+async def upload_media(hs: Homeserver, request: Request) -> Json:
+    """Store a file and name it.
+
+    Spec: POST /_matrix/media/v3/upload.
+    """
+    stored = await receive_file(hs, request.stream)
+    content_type, filename = uploaded_as(request)
+    media_id = hs.media.add(request.user.nid, stored, content_type, filename)
+    return {"content_uri": f"mxc://{hs.config.server_name}/{media_id}"}
+
+
+@route("POST", "/_matrix/media/v1/create", auth=USER, limit="upload")
+async def create_media(hs: Homeserver, request: Request) -> Json:
+    """Hand out a media id now, for content that follows.
+
+    Spec: POST /_matrix/media/v1/create.
+    """
+    media_id, expires = hs.media.announce(request.user.nid)
+    return {
+        "content_uri": f"mxc://{hs.config.server_name}/{media_id}",
+        "unused_expires_at": expires,
+    }
+
+
+@route(
+    "PUT",
+    "/_matrix/media/v3/upload/{server_name}/{media_id}",
+    auth=USER,
+    limit="upload",
+    body=STREAM,
+)
+async def upload_created_media(
+    hs: Homeserver, request: Request, server_name: str, media_id: str
+) -> Json:
+    """Store the content of a media id that this user created; once.
+
+    Spec: PUT /_matrix/media/v3/upload/{serverName}/{mediaId}. 403 for another user's id, 404 for
+    one that expired or was never created, 409 M_CANNOT_OVERWRITE_MEDIA the second time.
+    """
+    row = find_media(hs, server_name, media_id)
+    if row.user_nid != request.user.nid:
+        raise forbidden("This media id was created by another user")
+    if row.sha256 is not None:
+        raise already_uploaded()
+    stored = await receive_file(hs, request.stream)
+    content_type, filename = uploaded_as(request)
+    hs.media.complete(row, stored, content_type, filename)
+    return {}
+
+
+def uploaded_as(request: Request) -> tuple[str, str | None]:
+    """Type and name that the uploader gives, made safe once and for all."""
+    return safe_content_type(request.headers.get("content-type")), safe_filename(
+        request.arg("filename")
+    )
+
+
+def find_media(hs: Homeserver, server_name: str, media_id: str) -> MediaRow:
+    """The row of an mxc:// URI; 404 for what is malformed, unknown, expired, or another server's.
+
+    Spec: "Security considerations" of the content repository.
+    """
+    row = None
+    if server_name == hs.config.server_name and MEDIA_ID.fullmatch(media_id):
+        row = hs.media.find(media_id)
+    if row is None:
+        raise not_found("Media not found")
+    return row
+
+
+# ── 19.6  Downloading ────────────────────────────────────────────────────────
+
+
+@route(
+    "GET",
+    "/_matrix/client/v1/media/download/{server_name}/{media_id}",
+    auth=GUEST,
+    limit="media",
+)
+async def download_media(
+    hs: Homeserver, request: Request, server_name: str, media_id: str
+) -> Response:
+    """A file as it was uploaded, as a whole or a range of it.
+
+    Spec: GET /_matrix/client/v1/media/download/{serverName}/{mediaId}. 504 M_NOT_YET_UPLOADED.
+    """
+    return await serve_media(hs, request, server_name, media_id)
+
+
+@route(
+    "GET",
+    "/_matrix/client/v1/media/download/{server_name}/{media_id}/{filename}",
+    auth=GUEST,
+    limit="media",
+)
+async def download_media_as(
+    hs: Homeserver, request: Request, server_name: str, media_id: str, filename: str
+) -> Response:
+    """A file under the name that the caller gives.
+
+    Spec: GET /_matrix/client/v1/media/download/{serverName}/{mediaId}/{fileName}.
+    """
+    return await serve_media(hs, request, server_name, media_id, filename)
+
+
+@route(
+    "GET",
+    "/_matrix/client/v1/media/thumbnail/{server_name}/{media_id}",
+    auth=GUEST,
+    limit="media",
+)
+async def media_thumbnail(
+    hs: Homeserver, request: Request, server_name: str, media_id: str
+) -> Response:
+    """A smaller picture of a picture.
+
+    Spec: GET /_matrix/client/v1/media/thumbnail/{serverName}/{mediaId}. 400 M_UNKNOWN for what is
+    no picture, 413 M_TOO_LARGE for one with too many pixels.
+    """
+    return await serve_thumbnail(hs, request, server_name, media_id)
+
+
+@route("GET", "/_matrix/client/v1/media/config", auth=GUEST)
+async def media_config(hs: Homeserver, request: Request) -> Json:
+    """How large an upload may be, in bytes.
+
+    Spec: GET /_matrix/client/v1/media/config.
+    """
+    return {"m.upload.size": hs.config.max_request_size}
+
+
+async def serve_media(
+    hs: Homeserver, request: Request, server_name: str, media_id: str, filename: str | None = None
+) -> Response:
+    """The answer to each of the download endpoints."""
+    row = await uploaded_media(hs, request, server_name, media_id)
+    content_type = row.content_type or DEFAULT_TYPE
+    name = safe_filename(filename) or row.filename
+    path = hs.media.file(cast(str, row.sha256))
+    return file_response(request, path, content_type, name, cast(str, row.sha256))
+
+
+def file_response(
+    request: Request, path: Path, content_type: str, filename: str | None, tag: str
+) -> Response:
+    """A file with the headers that make it safe; 304 for a client that has it."""
+    headers = media_headers(content_type, filename, tag)
+    if request.headers.get("if-none-match") == headers["ETag"]:
+        return Response(304, headers=headers)
+    size = size_of(path)
+    if size is None:
+        log_media.error("%s is missing; restore the media folder from a backup", path)
+        raise not_found("Media not found")
+    return Response(body=FileBody(path, size), headers=headers, content_type=content_type)
+
+
+async def uploaded_media(
+    hs: Homeserver, request: Request, server_name: str, media_id: str
+) -> MediaRow:
+    """The row of a media id that has its content, for which it may wait a while."""
+    wait_ms = request.int_arg("timeout_ms", UPLOAD_WAIT_DEFAULT, 0, UPLOAD_WAIT_MAX)
+    row = find_media(hs, server_name, media_id)
+    if row.sha256 is None:
+        await hs.media.wait_until_uploaded(row, request, wait_ms)
+        row = find_media(hs, server_name, media_id)
+    hs.media.touch(row)
+    return row
+
+
+async def serve_thumbnail(
+    hs: Homeserver, request: Request, server_name: str, media_id: str
+) -> Response:
+    """The answer to each of the thumbnail endpoints."""
+    size = choose_size(*thumbnail_request(request))
+    animated = None if request.arg("animated") is None else request.bool_arg("animated", False)
+    row = await uploaded_media(hs, request, server_name, media_id)
+    picture = await find_thumbnail(hs, cast(str, row.sha256), size, animated)
+    kind, tag = picture.content_type, f"{row.sha256}-{picture.path.name}"
+    return file_response(request, picture.path, kind, f"thumbnail.{kind.partition('/')[2]}", tag)
+
+
+def thumbnail_request(request: Request) -> tuple[int, int, str]:
+    """Width, height and method of a thumbnail request, checked."""
+    largest = THUMBNAIL_SIZES[-1]
+    for name in ("width", "height"):
+        if request.arg(name) is None:
+            raise missing_param(f"{name} is missing")
+    width = request.int_arg("width", 0, 1, largest.width)
+    height = request.int_arg("height", 0, 1, largest.height)
+    method = request.arg("method", "scale")
+    if method not in {"scale", "crop"}:
+        raise invalid_param("method must be scale or crop")
+    return width, height, method
+
+
+async def find_thumbnail(
+    hs: Homeserver, sha256: str, size: ThumbnailSize, animated: bool | None
+) -> Picture:
+    """A thumbnail that was kept, at once; or a new one, made when no other is being made."""
+    target = hs.media.thumbnail_file(sha256, size)
+    if not animated:
+        kept = await hs.db.in_thread(kept_thumbnail, target)
+        if kept is not None:
+            return kept
+    async with hs.media.rendering:
+        source = hs.media.file(sha256)
+        return await hs.db.in_thread(make_thumbnail, source, target, size, animated)
+
+
+# ── 19.7  The frozen endpoints ───────────────────────────────────────────────
+#
+# Before v1.11 media needed no access token. The specification has these endpoints frozen: what is
+# uploaded from then on SHOULD only be had with authentication. All media of this server is newer
+# than the freeze. So the old paths answer an old client that sends its token with the file, and
+# everyone else with the 404 that the specification names for frozen media.
+
+
+def frozen(request: Request) -> None:
+    """Refuse who has no token, without telling whether the media exists."""
+    if request.requester is None:
+        raise not_found("Media not found; use /_matrix/client/v1/media with an access token")
+
+
+@route(
+    "GET",
+    "/_matrix/media/v3/download/{server_name}/{media_id}",
+    auth=OPTIONAL,
+    limit="media",
+    also=("r0", "v1"),
+)
+async def frozen_download(
+    hs: Homeserver, request: Request, server_name: str, media_id: str
+) -> Response:
+    """The old way to a file.
+
+    Spec: GET /_matrix/media/v3/download/{serverName}/{mediaId}, deprecated.
+    """
+    frozen(request)
+    return await serve_media(hs, request, server_name, media_id)
+
+
+@route(
+    "GET",
+    "/_matrix/media/v3/download/{server_name}/{media_id}/{filename}",
+    auth=OPTIONAL,
+    limit="media",
+    also=("r0", "v1"),
+)
+async def frozen_download_as(
+    hs: Homeserver, request: Request, server_name: str, media_id: str, filename: str
+) -> Response:
+    """The old way to a file under another name.
+
+    Spec: GET /_matrix/media/v3/download/{serverName}/{mediaId}/{fileName}, deprecated.
+    """
+    frozen(request)
+    return await serve_media(hs, request, server_name, media_id, filename)
+
+
+@route(
+    "GET",
+    "/_matrix/media/v3/thumbnail/{server_name}/{media_id}",
+    auth=OPTIONAL,
+    limit="media",
+    also=("r0", "v1"),
+)
+async def frozen_thumbnail(
+    hs: Homeserver, request: Request, server_name: str, media_id: str
+) -> Response:
+    """The old way to a thumbnail.
+
+    Spec: GET /_matrix/media/v3/thumbnail/{serverName}/{mediaId}, deprecated.
+    """
+    frozen(request)
+    return await serve_thumbnail(hs, request, server_name, media_id)
+
+
+@route("GET", "/_matrix/media/v3/config", auth=GUEST, also=("r0", "v1"))
+async def frozen_media_config(hs: Homeserver, request: Request) -> Json:
+    """The old way to the upload limit.
+
+    Spec: GET /_matrix/media/v3/config, deprecated.
+    """
+    return {"m.upload.size": hs.config.max_request_size}
+
+# ╔═══════════════════════════════════════════════════════════════════════════╗
+# ║  PART V   THE HOUSE                                                       ║
+# ╚═══════════════════════════════════════════════════════════════════════════╝
+#
+# Up to here this is a Matrix homeserver like any other. This part is what makes
+# it somebody's own: a room in which the owner says what should happen, and what
+# the house offers to those who come to its door.
+#
+# Two ideas carry it. First, the house is a user of itself: the server has an
+# account, @conduit, and does nothing in its room that another user could not do
+# by the same functions. Second, power is a column of a table, given on purpose:
+# no name, no alias and no right in any room makes anybody an admin.
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  21. THE ADMIN ROOM
+#
+#  #admins, where @conduit does what admins write. Which room it is stands in the
+#  database; who is an admin stands in the accounts. Commands are a table, and
+#  what a command wants is read from the same line that its help shows.
+#                             spec: none; the documents of the Conduit server
+# ═════════════════════════════════════════════════════════════════════════════
+
+ADMIN_ALIAS = "admins"
+ADMIN_ROOM_VERSION = "12"  # since then nobody has power over the creator of a room: the server
+ADMIN_POWER = 100
+SERVER_POWER = 101  # what only @conduit may do in its room
+REPLY_BYTES = 24_000  # of plain text in one answer; the HTML beside it is about as long
+
+schema("""
+CREATE TABLE admin_invitations (   -- an admin asked them in; joining makes them admins
+    user_nid INTEGER PRIMARY KEY
+);
+""")
+
+log_admin = logging.getLogger("conduit.admin")
+
+# ── 21.1  Answers ────────────────────────────────────────────────────────────
+
+
+class Reply(NamedTuple):
+    """An answer in the room, for clients without and with formatting."""
+
+    text: str
+    html: str
+
+
+HTML_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
+
+
+def reply_text(text: str) -> Reply:
+    """Sentences."""
+    return Reply(text, text.translate(HTML_ESCAPES).replace("\n", "<br>"))
+
+
+def reply_code(language: str, text: str) -> Reply:
+    """A block in which each character counts."""
+    escaped = text.translate(HTML_ESCAPES)
+    return Reply(text, f'<pre><code class="language-{language}">{escaped}</code></pre>')
+
+
+def reply_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Reply:
+    """A title, then a table; aligned with spaces in plain text."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (heads, *rows)
+    ]
+    head = "".join(f"<th>{cell.translate(HTML_ESCAPES)}</th>" for cell in heads)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{cell.translate(HTML_ESCAPES)}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return Reply(
+        "\n".join([title, "", *lines]),
+        f"<p>{title.translate(HTML_ESCAPES)}</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+    )
+
+
+def reply_content(reply: Reply) -> Json:
+    """The content of the notice; without its HTML, and cut, where it would be too long an event."""
+    content = {"msgtype": "m.notice", "body": reply.text}
+    if byte_length(reply.text) + byte_length(reply.html) <= 2 * REPLY_BYTES:
+        return {**content, "format": "org.matrix.custom.html", "formatted_body": reply.html}
+    if byte_length(reply.text) > REPLY_BYTES:
+        kept = reply.text.encode("utf-8")[:REPLY_BYTES].decode("utf-8", "ignore")
+        content["body"] = f"{kept}\n(the rest is left out)"
+    return content
+
+
+# ── 21.2  The language ───────────────────────────────────────────────────────
+
+Arguments = dict[str, str]  # by the names in the usage; an option that was given has the value ""
+CommandFunction = Callable[["Homeserver", Arguments], Awaitable[Reply]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the table of commands."""
+
+    name: str
+    usage: str
+    help: str
+    run: CommandFunction
+
+
+COMMANDS: Final[dict[str, Command]] = {}
+
+
+def command(name: str, usage: str, help_text: str) -> Callable[[CommandFunction], CommandFunction]:
+    """Register a command. The usage is its grammar: NAME, [NAME], [--option]."""
+
+    def register(function: CommandFunction) -> CommandFunction:
+        COMMANDS[name] = Command(name, usage, help_text, function)
+        return function
+
+    return register
+
+
+class UsageError(Exception):
+    """The command was not written as its usage says; the text tells how it differs."""
+
+
+def parse_arguments(usage: str, words: Sequence[str]) -> Arguments:
+    """Match the words after a command with its usage.  Behind `--` nothing is an option."""
+    options = {word.strip("[]") for word in usage.split() if word.startswith("[--")}
+    names = [word for word in usage.split() if not word.startswith("[--")]
+    free = words.index("--") if "--" in words else len(words)
+    given = [word for word in words[:free] if not word.startswith("--")] + list(words[free + 1 :])
+    chosen = [word for word in words[:free] if word.startswith("--")]
+    for word in chosen:
+        if word not in options:
+            raise UsageError(f"there is no option {word}")
+    if len(given) > len(names):
+        raise UsageError(f"'{given[len(names)]}' is one word too many")
+    for name in names[len(given) :]:
+        if not name.startswith("["):
+            raise UsageError(f"{name} is missing")
+    found = {name.strip("[]"): word for name, word in zip(names, given, strict=False)}
+    return found | dict.fromkeys(chosen, "")
+
+
+def help_of(entry: Command) -> str:
+    """What `NAME --help` says."""
+    return f"{entry.help}.\nUsage: {entry.name} {entry.usage}".rstrip()
+
+
+def find_command(name: str, addressed: bool) -> Command | None:
+    """The command of that name. UsageError for an unknown one, None if this may be mere talk."""
+    entry = COMMANDS.get(name)
+    if entry is not None:
+        return entry
+    nearest = nearest_key(name, COMMANDS) if addressed or "-" in name else None
+    if nearest is not None:
+        raise UsageError(f"There is no command {name}. Did you mean {nearest}?")
+    if addressed:
+        raise UsageError(f"There is no command {name}. Write help for all there are.")
+    return None
+
+
+async def run_line(hs: Homeserver, line: str, addressed: bool) -> Reply | None:
+    """Do what a line says, and answer; None for talk among admins."""
+    try:
+        words = shlex.split(line)
+    except ValueError as error:  # an apostrophe in plain talk is no unclosed quotation
+        return reply_text(f"This cannot be read: {error}.") if addressed else None
+    try:
+        entry = find_command(words[0], addressed) if words else None
+    except UsageError as error:
+        return reply_text(str(error))
+    return None if entry is None else await run_command(hs, entry, words[1:])
+
+
+async def run_command(hs: Homeserver, entry: Command, words: Sequence[str]) -> Reply:
+    """Do one command, or say what is wrong with how it was written."""
+    if "--help" in words:
+        return reply_text(help_of(entry))
+    try:
+        return await entry.run(hs, parse_arguments(entry.usage, words))
+    except UsageError as error:
+        return reply_text(f"{entry.name}: {error}.\nUsage: {entry.name} {entry.usage}".rstrip())
+    except MatrixError as error:
+        return reply_text(f"{entry.name}: {error.error}")
+
+
+def addressed_line(hs: Homeserver, event: Event) -> tuple[str, bool] | None:
+    """The first line of a message that may be a command, and whether it is addressed to @conduit.
+
+    None for notices and other kinds, and for whatever relates to another event: an edit, a reply
+    with its quotation and a forwarded thread never run.
+    """
+    body = event.content.get("body")
+    if event.content.get("msgtype") != "m.text" or "m.relates_to" in event.content:
+        return None
+    if not isinstance(body, str):
+        return None
+    line = body.strip().partition("\n")[0].strip()
+    for prefix in ("!admin", hs.accounts.bot_id, BOT_LOCALPART):
+        rest = line[len(prefix) :]
+        if line.lower().startswith(prefix.lower()) and rest[:1] in ADDRESS_ENDS[prefix[0]]:
+            return rest.lstrip(": ").strip() or "help", True
+    return line, False
+
+
+# What follows "!admin", "@conduit:server.name" and the display name before the command.
+ADDRESS_ENDS: Final = {"!": {"", " "}, "@": {"", " ", ":"}, "c": {":"}}
+
+
+# ── 21.3  The commands ───────────────────────────────────────────────────────
+
+
+@command("help", "", "List all commands")
+async def help_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Everything there is, in one table."""
+    rows = [(f"{entry.name} {entry.usage}".rstrip(), entry.help) for entry in COMMANDS.values()]
+    return reply_table(
+        f"Write a command as it stands here, after !admin, or after {hs.accounts.bot_id}. "
+        "Each explains itself with --help.",
+        ("Command", "What it does"),
+        rows,
+    )
+
+
+@command("list-local-users", "", "List the accounts of this server")
+async def list_local_users(hs: Homeserver, arguments: Arguments) -> Reply:
+    """All active accounts, and which of them are admins."""
+    users = hs.accounts.list_local_users()
+    rows = [
+        (user_id, "admin" if hs.accounts.is_admin(hs.db.user_nid(user_id)) else "")
+        for user_id in users
+    ]
+    return reply_table(f"Found {len(users)} local user account(s):", ("User", ""), rows)
+
+
+@command("create-user", "NAME [PASSWORD]", "Create an account; without a password one is made up")
+async def create_user(hs: Homeserver, arguments: Arguments) -> Reply:
+    """A new account, also where registration is closed."""
+    password = arguments.get("PASSWORD") or random_token(20)
+    user_nid = await hs.accounts.create_account(local_part(hs, arguments["NAME"]), password)
+    user_id = hs.db.user_id(user_nid)
+    return reply_text(f"Created user {user_id} with password: {password}")
+
+
+@command(
+    "reset-password",
+    "NAME [--logout]",
+    "Give an account a new password, which the answer shows; with --logout its sessions end",
+)
+async def reset_password(hs: Homeserver, arguments: Arguments) -> Reply:
+    """A new password for who forgot the old one; --logout is for one that somebody else knows."""
+    user_id, user_nid = local_account(hs, arguments["NAME"])
+    password = random_token(20)
+    await hs.accounts.set_password(user_nid, password, log_out="--logout" in arguments)
+    return reply_text(f"Successfully reset the password for user {user_id}: {password}")
+
+
+@command(
+    "deactivate-user",
+    "ID [--erase]",
+    "Close an account for ever and leave all its rooms; with --erase its messages go as well",
+)
+async def deactivate_user(hs: Homeserver, arguments: Arguments) -> Reply:
+    """The end of an account; its name stays taken."""
+    user_id, user_nid = local_account(hs, arguments["ID"])
+    await hs.accounts.deactivate(user_nid, erase="--erase" in arguments)
+    return reply_text(f"User {user_id} has been deactivated.")
+
+
+@command("memory-usage", "", "Show memory, caches and disk space in use")
+async def memory_usage(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Where the memory and the disk go."""
+    rows = [("resident memory", mebibytes(resident_bytes()), "")]
+    rows += [
+        (f"cache of {name}", f"{len(cache)} entries", f"{cache.weight / cache.capacity:.0%} full")
+        for name, cache in named_caches(hs).items()
+    ]
+    rows += [(name, mebibytes(size), "on disk") for name, size in await disk_usage(hs)]
+    return reply_table("Memory and disk:", ("What", "Size", ""), rows)
+
+
+@command("clear-caches", "", "Empty all caches; they fill again by themselves")
+async def clear_caches(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Forget everything that can be read again."""
+    caches = named_caches(hs)
+    entries = sum(len(cache) for cache in caches.values())
+    for cache in caches.values():
+        cache.clear()
+    return reply_text(f"Done: {entries} entries in {len(caches)} caches.")
+
+
+@command("show-config", "", "Show the configuration in force, without its secrets")
+async def show_config(hs: Homeserver, arguments: Arguments) -> Reply:
+    """The configuration as TOML."""
+    return reply_code("toml", masked_config(hs.config))
+
+
+def local_part(hs: Homeserver, name: str) -> str:
+    """The localpart of a name or a whole user id; 400 for a user of another server."""
+    if not name.startswith("@"):
+        return name
+    if not hs.is_local(name):
+        raise invalid_param(f"{name} is no user of this server")
+    return name[1:].partition(":")[0]
+
+
+def local_account(hs: Homeserver, name: str) -> tuple[str, UserNid]:
+    """A local account by name or user id; 404 when there is none, 403 for the server's own."""
+    user_id = f"@{local_part(hs, name)}:{hs.config.server_name}"
+    account = hs.accounts.find(user_id)
+    if account is None or account.deactivated:
+        raise not_found(f"There is no account {user_id}")
+    if user_id == hs.accounts.bot_id:
+        raise forbidden("This is the server's own account")
+    return user_id, account.nid
+
+
+def named_caches(hs: Homeserver) -> dict[str, LruCache[Any, Any]]:
+    """All caches of all parts of the server that name theirs."""
+    caches: dict[str, LruCache[Any, Any]] = {}
+    for part in vars(hs).values():
+        if callable(listing := getattr(part, "caches", None)):
+            caches.update(listing())
+    return caches
+
+
+def resident_bytes() -> int:
+    """Memory that the process takes; the most it ever took where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+async def disk_usage(hs: Homeserver) -> list[tuple[str, int]]:
+    """What lies in the database folder, and how large it is."""
+    media = await hs.db.read_in_thread(
+        lambda connection: connection.execute("SELECT SUM(size) FROM media").fetchone()[0]
+    )
+    names = (DATABASE_FILE, f"{DATABASE_FILE}-wal")
+    paths = [hs.db.folder / name for name in names]
+    return [(path.name, path.stat().st_size) for path in paths if path.exists()] + [
+        ("uploaded media", media or 0)
+    ]
+
+
+def mebibytes(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 1_048_576:.1f} MiB"
+
+
+# ── 21.4  The room ───────────────────────────────────────────────────────────
+
+
+def admin_room_request(hs: Homeserver) -> Json:
+    """The body of the createRoom by which @conduit makes its room."""
+    return {
+        "room_version": ADMIN_ROOM_VERSION,
+        "preset": "private_chat",
+        "visibility": "private",
+        "name": f"{hs.config.server_name} Admin Room",
+        "topic": f"Manage {hs.config.server_name}. Write help for what can be done here.",
+        "room_alias_name": ADMIN_ALIAS,
+        # Nobody from elsewhere could be an admin, so nobody from elsewhere gets in.
+        "creation_content": {"m.federate": False},
+        "initial_state": [
+            {"type": "m.room.guest_access", "content": {"guest_access": "forbidden"}},
+        ],
+        "power_level_content_override": {
+            "users": {},
+            "invite": ADMIN_POWER,
+            "state_default": ADMIN_POWER,
+            "events": {
+                "m.room.encryption": SERVER_POWER,  # @conduit could not read any more
+                "m.room.tombstone": SERVER_POWER,  # this room stays the admin room
+                "m.room.canonical_alias": SERVER_POWER,
+                "m.room.join_rules": SERVER_POWER,
+                "m.room.guest_access": SERVER_POWER,
+                "m.room.server_acl": SERVER_POWER,
+                "m.room.power_levels": SERVER_POWER,
+            },
+        },
+    }
+
+
+WELCOME = (
+    "Welcome! This room is where you run your server. Write help to see what {bot} can do for you; "
+    "everyone whom you invite here becomes an admin as well."
+)
+
+
+class AdminRoom:
+    """@conduit and its room: who gets in, who gives orders, and the answers."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.room_id: str | None = None
+        self._turn = asyncio.Lock()  # answers come in the order of the questions
+        hs.rooms.subscribe(self._on_event)
+        hs.accounts.on_account_created(self._on_account_created)
+        hs.db.on_reset(self._read_room_id)
+
+    def _read_room_id(self) -> None:
+        self.room_id = self.hs.db.meta("admin_room")
+
+    # At the start of the server
+
+    def start(self) -> None:
+        """Make account and room at the first start, and see to the emergency password."""
+        accounts = self.hs.accounts
+        self._read_room_id()
+        with self.hs.db.write():
+            if not accounts.exists_local(accounts.bot_id):
+                accounts.create_server_account(BOT_LOCALPART, "Conduit")
+            self._see_to_emergency(self.hs.db.user_nid(accounts.bot_id))
+            if self._room_is_lost():
+                self._make_room()
+        self.hs.background(self._settle_power())
+
+    def _see_to_emergency(self, bot_nid: UserNid) -> None:
+        """With an emergency password people log in as @conduit, an admin; without it they are out."""
+        emergency = bool(self.hs.config.emergency_password)
+        if emergency:
+            log_admin.warning("emergency_password is set: remove it as soon as you are in again")
+        else:
+            self.hs.accounts.log_out_everywhere(bot_nid)
+        if self.hs.accounts.is_admin(bot_nid) != emergency:
+            self.hs.accounts.set_admin(bot_nid, emergency)
+
+    def _room_is_lost(self) -> bool:
+        """Whether there is no room yet, or someone with the emergency password left it."""
+        room = None if self.room_id is None else self.hs.rooms.find(self.room_id)
+        return room is None or room.membership(self.hs.accounts.bot_id) != "join"
+
+    def _make_room(self) -> None:
+        hs, bot = self.hs, self.hs.accounts.bot_id
+        room = create_room(hs, bot, admin_room_request(hs))
+        self.room_id = room.room_id
+        hs.db.set_meta("admin_room", room.room_id)
+        content = reply_content(reply_text(WELCOME.format(bot=bot)))
+        hs.rooms.send(room, bot, "m.room.message", content)
+        for user_id in hs.accounts.list_local_users():
+            if user_id != bot and hs.accounts.is_admin(hs.db.user_nid(user_id)):
+                self._bring_in(user_id)
+
+    # Who is in
+
+    def _on_account_created(self, user_nid: UserNid) -> None:
+        """The first account is that of an admin: it finds itself in the room."""
+        user_id = self.hs.db.user_id(user_nid)
+        if self.room_id is None or not self.hs.accounts.is_admin(user_nid):
+            return
+        try:
+            self._bring_in(user_id)
+        except MatrixError as error:  # an account without its room is better than none
+            log_admin.warning("%s could not join the admin room: %s", user_id, error)
+
+    def _bring_in(self, user_id: str) -> None:
+        """Invite an admin and let them join, as if they had accepted."""
+        room = self._room()
+        invite(self.hs, room, self.hs.accounts.bot_id, user_id)
+        joined = {"membership": "join", **member_profile(self.hs, user_id)}
+        self.hs.rooms.send(room, user_id, "m.room.member", joined, state_key=user_id)
+
+    def _room(self) -> Room:
+        return self.hs.rooms.get(cast(str, self.room_id))
+
+    def _on_event(self, room: Room, event: Event) -> None:
+        if room.room_id != self.room_id:
+            return
+        if event.type == "m.room.message" and not event.is_state:
+            self.hs.background(self._answer(event.event_id))
+        elif event.type == "m.room.member" and self.hs.is_local(event.state_key or ""):
+            self._on_member(room, event, self.hs.db.user_nid(cast(str, event.state_key)))
+
+    def _on_member(self, room: Room, event: Event, user_nid: UserNid) -> None:
+        """Whom an admin invites becomes an admin by joining; who leaves is none any more."""
+        if event.state_key == self.hs.accounts.bot_id:
+            return
+        if event.membership == "invite":
+            if event.sender == self.hs.accounts.bot_id or self._may_command(room, event.sender):
+                self.hs.db.execute(
+                    "INSERT OR IGNORE INTO admin_invitations VALUES (?)",
+                    (user_nid,),
+                )
+            return
+        invited = self.hs.db.execute(
+            "DELETE FROM admin_invitations WHERE user_nid = ?",
+            (user_nid,),
+        )
+        if event.membership != "join":
+            self.hs.accounts.set_admin(user_nid, False)
+            self.hs.background(self._settle_power())
+        elif invited.rowcount:
+            self.hs.accounts.set_admin(user_nid, True)
+            self.hs.background(self._settle_power())
+
+    async def _settle_power(self) -> None:
+        """Give exactly the admins who are in the room the power to invite and to name it."""
+        await self.hs.db.synced()
+        room = self._room()
+        admins = filter(self.hs.accounts.is_admin, room.local_joined)
+        names = sorted(self.hs.db.user_id(nid) for nid in admins)
+        users = {name: ADMIN_POWER for name in names if name != self.hs.accounts.bot_id}
+        content = room.content("m.room.power_levels")
+        if content.get("users") != users:
+            content = {**content, "users": users}
+            self.hs.rooms.send(
+                room, self.hs.accounts.bot_id, "m.room.power_levels", content, state_key=""
+            )
+
+    # What they say
+
+    def _may_command(self, room: Room, user_id: str) -> bool:
+        """Whether this is a user of this server, in the room, and an admin by the database."""
+        if not self.hs.is_local(user_id) or room.membership(user_id) != "join":
+            return False
+        return self.hs.accounts.is_admin(self.hs.db.user_nid(user_id))
+
+    async def _answer(self, event_id: str) -> None:
+        """Do what a message says, if its sender may; once it is on the disk, and not redacted."""
+        await self.hs.db.synced()
+        async with self._turn:
+            event = self.hs.rooms.event(event_id)
+            if event is None or event.redacted_by is not None:
+                return
+            if not self._may_command(self._room(), event.sender):
+                return
+            said = addressed_line(self.hs, event)
+            reply = None if said is None else await self._run(event.sender, *said)
+            if reply is not None:
+                content = reply_content(reply)
+                self.hs.rooms.send(self._room(), self.hs.accounts.bot_id, "m.room.message", content)
+
+    async def _run(self, sender: str, line: str, addressed: bool) -> Reply | None:
+        log_admin.info("%s: %s", sender, line.partition(" ")[0])  # what follows may be a password
+        try:
+            return await run_line(self.hs, line, addressed)
+        except Exception:
+            log_admin.exception("the command of %s failed", sender)
+            return reply_text("That went wrong. The server's log has the reason.")
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  22. CALLS, WELL-KNOWN, LANDING PAGE
+#
+#  What a house needs beside its rooms: the relay through which calls get past
+#  routers, the signs at the door that tell clients and servers where to knock,
+#  and a page for people who arrive with a browser.
+#       spec: CS-API "Voice over IP", "Well-known URIs"; S2S "Server discovery"
+# ═════════════════════════════════════════════════════════════════════════════
+
+WELL_KNOWN_HEADERS = {"Cache-Control": "public, max-age=3600"}
+
+# ── 22.1  TURN ───────────────────────────────────────────────────────────────
+
+
+def turn_credentials(config: Config, user_id: str, now: int) -> tuple[str, str] | None:
+    """Name and password for the TURN server, or None when there is none; `now` in seconds.
+
+    With a secret they are made for this user and expire: the name is "<expiry>:<user id>", the
+    password its HMAC-SHA1, which the TURN server computes as well. Nothing is kept anywhere.
+    Spec: draft-uberti-behave-turn-rest, `use-auth-secret` of coturn.
+    """
+    if not config.turn_uris:
+        return None
+    if config.turn_secret:
+        username = f"{now + config.turn_ttl}:{user_id}"
+        digest = hmac.digest(config.turn_secret.encode(), username.encode(), "sha1")
+        return username, base64.b64encode(digest).decode()
+    if config.turn_username and config.turn_password:
+        return config.turn_username, config.turn_password
+    return None
+
+
+@route("GET", "/_matrix/client/v3/voip/turnServer", auth=GUEST, also=("r0",))
+async def turn_server(hs: Homeserver, request: Request) -> Json:
+    """Tell a client which relay to use for its next calls.
+
+    Spec: CS-API "Voice over IP". 404 M_NOT_FOUND when no relay is configured: the specification
+    requires every member of the answer, so an empty one would not be right.
+    """
+    config = hs.config
+    credentials = turn_credentials(config, request.user.user_id, now_ms() // 1000)
+    if credentials is None:
+        raise not_found("This server has no TURN server; calls work where no relay is needed")
+    username, password = credentials
+    uris = list(config.turn_uris)
+    return {"username": username, "password": password, "uris": uris, "ttl": config.turn_ttl}
+
+
+# ── 22.2  The signs at the door ──────────────────────────────────────────────
+
+
+def well_known_response(value: Json) -> Response:
+    """A document of .well-known, which may be kept for an hour."""
+    return Response(200, encode_json(value), WELL_KNOWN_HEADERS)
+
+
+@route("GET", "/.well-known/matrix/client", auth=NONE, limit=None)
+async def well_known_client(hs: Homeserver, request: Request) -> Response:
+    """Tell a client that knows the server's name where its API is.  Spec: "Well-known URIs"."""
+    found: Json = {"m.homeserver": {"base_url": hs.config.well_known.client}}
+    if hs.config.rtc_foci:
+        found["org.matrix.msc4143.rtc_foci"] = list(hs.config.rtc_foci)
+    return well_known_response(found)
+
+
+@route("GET", "/.well-known/matrix/server", auth=NONE, limit=None)
+async def well_known_server(hs: Homeserver, request: Request) -> Response:
+    """Tell another server which host and port to talk to.  Spec: S2S "Server discovery"."""
+    return well_known_response({"m.server": hs.config.well_known.server})
+
+
+@route("GET", "/.well-known/matrix/support", auth=NONE, limit=None)
+async def well_known_support(hs: Homeserver, request: Request) -> Response:
+    """Tell people whom to ask.  Spec: "Well-known URIs"; 404 when neither key is configured."""
+    contact, page = hs.config.support_contact, hs.config.support_page
+    found: Json = {}
+    if contact:
+        kind = "matrix_id" if is_user_id(contact) else "email_address"
+        found["contacts"] = [{kind: contact, "role": "m.role.admin"}]
+    if page:
+        found["support_page"] = page
+    if not found:
+        raise not_found("The admin of this server has not said how to be reached")
+    return well_known_response(found)
+
+
+# ── 22.3  The landing page ───────────────────────────────────────────────────
+#
+#  One file without scripts, fonts or pictures from elsewhere. The policy below
+#  allows its own style sheet, by hash, and its own icon, and nothing else.
+
+ICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" rx="15"'
+    ' fill="#0f766e"/><path d="M14 15h36a5 5 0 0 1 5 5v19a5 5 0 0 1-5 5H32L20 54V44h-6a5 5 0 0 1-5-5'
+    'V20a5 5 0 0 1 5-5Z" fill="#fff"/><path d="m34 19-12 13h8l-3 9 13-14h-8z" fill="#f59e0b"/></svg>'
+)
+
+STYLE = """
+:root{color-scheme:light dark;--page:#f4f6f5;--card:#fff;--text:#17211f;--soft:#55645f;--line:#dbe3e0;
+--accent:#0f766e;--tint:#e3f3f0;--code:#eef2f1}
+@media(prefers-color-scheme:dark){:root{--page:#0f1514;--card:#182120;--text:#e8efed;--soft:#9db0aa;
+--line:#2a3735;--accent:#5eead4;--tint:#123330;--code:#22302d}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--page);color:var(--text);
+font:17px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
+main{max-width:46rem;margin:0 auto;padding:3.5rem 1.25rem 2rem}
+header{display:flex;gap:1.1rem;align-items:center;margin-bottom:1.6rem}
+header img{width:4rem;height:4rem;flex:none}
+h1{font-size:clamp(1.5rem,5.5vw,2.3rem);line-height:1.15;margin:0;overflow-wrap:anywhere}
+header p{margin:.25rem 0 0;color:var(--soft)}
+h2{font-size:1.15rem;margin:0 0 .7rem}
+section{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:1.4rem 1.5rem;
+margin:1.1rem 0}
+p{margin:.6rem 0}
+.status{border-left:4px solid var(--accent);background:var(--tint);border-radius:8px;
+padding:.7rem 1rem;margin:1rem 0 0}
+ol{margin:0;padding:0;list-style:none;counter-reset:step}
+ol li{position:relative;padding:0 0 .9rem 2.8rem;counter-increment:step}
+ol li:last-child{padding-bottom:0}
+ol li::before{content:counter(step);position:absolute;left:0;top:.05rem;width:1.9rem;height:1.9rem;
+line-height:1.9rem;text-align:center;border-radius:50%;background:var(--tint);color:var(--accent);
+font-weight:700;font-size:.95rem}
+a{color:var(--accent);text-underline-offset:.15em}
+a:focus-visible{outline:3px solid var(--accent);outline-offset:2px;border-radius:3px}
+code{background:var(--code);border-radius:6px;padding:.12em .4em;font-size:.92em;overflow-wrap:anywhere;
+font-family:ui-monospace,"Cascadia Mono","DejaVu Sans Mono",monospace}
+table{border-collapse:collapse;width:100%}
+td{padding:.5rem .8rem .5rem 0;vertical-align:top;border-top:1px solid var(--line)}
+tr:first-child td{border-top:0}
+td:last-child{color:var(--soft);padding-right:0}
+footer{color:var(--soft);font-size:.9rem;padding:.5rem 0 0}
+@media(max-width:30rem){section{padding:1.1rem}td{display:block;border:0;padding:.1rem 0}
+td:first-child{padding-top:.7rem}}
+"""
+
+PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="robots" content="noindex">
+<title>$name: a Matrix server</title>
+<link rel="icon" href="/favicon.svg" type="image/svg+xml">
+<style>$style</style>
+</head>
+<body>
+<main>
+<header>
+<img src="/favicon.svg" alt="">
+<div><h1>$name</h1><p>is a Matrix homeserver, and it is running.</p></div>
+</header>
+<section>
+<h2>What is this?</h2>
+<p><a href="https://matrix.org">Matrix</a> is an open network for chat and calls. As with e-mail,
+everybody picks a server; this one is the home of users whose names look like
+<code>@you:$name</code>. You do not chat on this page: you use an app, and tell it about this
+server.</p>
+<p class="status">$registration</p>
+</section>
+<section>
+<h2>What to do next</h2>
+<ol>
+<li>Get one of the apps below.</li>
+<li>Choose <b>Sign in</b>$or_register, and change the server (&ldquo;homeserver&rdquo;) to
+<code>$address</code></li>
+<li>$third_step</li>
+<li>When the app offers a recovery key, save it somewhere safe: it is the only way back into your
+encrypted messages if you lose all your devices.</li>
+</ol>
+</section>
+<section>
+<h2>Apps</h2>
+<table>
+<tr><td><a href="https://element.io/download">Element</a></td><td>web, desktop, Android, iOS</td></tr>
+<tr><td><a href="https://cinny.in">Cinny</a></td><td>web, desktop: light and quick</td></tr>
+<tr><td><a href="https://nheko-reborn.github.io">nheko</a></td>
+<td>desktop: small and native</td></tr>
+<tr><td><a href="https://fluffychat.im">FluffyChat</a></td>
+<td>Android, iOS, web, desktop: simple and friendly</td></tr>
+</table>
+<p>There are <a href="https://matrix.org/ecosystem/clients/">many more</a>.</p>
+</section>
+<section>
+<h2>If you run this server</h2>
+<p>The first account becomes the admin and finds itself in the room <code>#admins:$name</code>,
+where <code>@conduit:$name</code> answers commands; start with <code>help</code>. Everything else is
+in the configuration file, which <code>conduit-example.toml</code> explains key by key.</p>
+</section>
+<footer>conduit.py $version$support</footer>
+</main>
+</body>
+</html>
+""")
+
+HTML_ESCAPES = {ord(mark): f"&#{ord(mark)};" for mark in "&<>\"'"}
+
+
+def escape_html(text: str) -> str:
+    """The text for use in HTML, in attributes as well."""
+    return text.translate(HTML_ESCAPES)
+
+
+def style_hash() -> str:
+    """The style sheet's name in a Content-Security-Policy."""
+    digest = hashlib.sha256(STYLE.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        f"default-src 'none'; style-src {style_hash()}; img-src 'self';"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+ICON_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Cache-Control": "public, max-age=86400",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Door(NamedTuple):
+    """How new users get in, in the words of the page."""
+
+    registration: str
+    or_register: str
+    third_step: str
+
+
+OR_REGISTER = " or <b>Create account</b>"
+REGISTRATION_DOORS = {
+    "new": Door(
+        "<b>Nobody has an account here yet.</b> The first one becomes the admin. It takes the"
+        " registration token that the server printed when it started, or the one from its"
+        " configuration.",
+        OR_REGISTER,
+        "Enter the <b>registration token</b> when you are asked for it, and choose a password.",
+    ),
+    "closed": Door(
+        "<b>Registration is closed.</b> Ask the admin of this server for an account.",
+        "",
+        "Sign in with the name and the password that the admin gave you.",
+    ),
+    "token": Door(
+        "<b>Registration needs a token.</b> Ask the admin of this server for it; your app will want"
+        " it from you. Element, nheko and Cinny know how to ask.",
+        OR_REGISTER,
+        "Enter the <b>registration token</b> when you are asked for it, and choose a password.",
+    ),
+    "here": Door(
+        "<b>Only this machine can register</b>, as the admin has set neither a registration token"
+        " nor <code>allow_open_registration</code>.",
+        "",
+        "Sign in with the name and the password that the admin gave you.",
+    ),
+    "open": Door(
+        "<b>Registration is open.</b> Everybody can create an account here.",
+        OR_REGISTER,
+        "Choose a name and a password.",
+    ),
+}
+
+
+def registration_door(config: Config, has_users: bool) -> Door:
+    """What the configuration says about new users; the first one is a case of its own."""
+    if not has_users:
+        return REGISTRATION_DOORS["new"]
+    if not config.allow_registration:
+        return REGISTRATION_DOORS["closed"]
+    if config.registration_token:
+        return REGISTRATION_DOORS["token"]
+    return REGISTRATION_DOORS["open" if config.allow_open_registration else "here"]
+
+
+def support_links(config: Config) -> str:
+    """The end of the page's last line: whom to ask."""
+    links = []
+    if config.support_contact:
+        prefix = "https://matrix.to/#/" if is_user_id(config.support_contact) else "mailto:"
+        target = prefix + quote(config.support_contact, safe="@:")
+        links.append(f'<a href="{target}">{escape_html(config.support_contact)}</a>')
+    if config.support_page:
+        links.append(f'<a href="{escape_html(config.support_page)}">help</a>')
+    return "".join(f" &middot; {link}" for link in links)
+
+
+def landing_html(config: Config, has_users: bool) -> str:
+    """The page for people who come with a browser."""
+    return PAGE.substitute(
+        registration_door(config, has_users)._asdict(),
+        style=STYLE,
+        name=escape_html(config.server_name),
+        address=escape_html(config.well_known.client),
+        version=VERSION,
+        support=support_links(config),
+    )
+
+
+@route("GET", "/", auth=NONE, limit=None, also=("/_matrix/static", "/_matrix/static/"))
+async def landing_page(hs: Homeserver, request: Request) -> Response:
+    """Say what this is and what to do next."""
+    body = landing_html(hs.config, hs.accounts.has_users()).encode()
+    return Response(200, body, PAGE_HEADERS, "text/html; charset=utf-8")
+
+
+@route("GET", "/favicon.svg", auth=NONE, limit=None, also=("/favicon.ico",))
+async def favicon(hs: Homeserver, request: Request) -> Response:
+    """The icon of the page."""
+    return Response(200, ICON.encode(), ICON_HEADERS, "image/svg+xml")
+
+
+@route("GET", "/robots.txt", auth=NONE, limit=None)
+async def robots(hs: Homeserver, request: Request) -> Response:
+    """Ask search engines to stay away: there is nothing for them here."""
+    return Response(200, b"User-agent: *\nDisallow: /\n", {}, "text/plain; charset=utf-8")
+
+# ╔═══════════════════════════════════════════════════════════════════════════╗
+# ║  PART VI   RUNNING                                                        ║
+# ╚═══════════════════════════════════════════════════════════════════════════╝
+#
+# Here everything comes together: one object holds the chapters, one place says
+# who hears of what, and one loop does the housekeeping. Whoever wants to know
+# what an event sets off reads `Homeserver._wire` from top to bottom.
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  23. COMPOSITION ROOT AND MAINTENANCE
+#
+#  The server as a whole: made from a configuration, started, reloaded, stopped;
+#  and what it does for itself once a minute.                       spec: none
+# ═════════════════════════════════════════════════════════════════════════════
+
+EVENT_CACHE_SHARE = 8  # of db_cache_capacity_mb, for events, rooms and state together
+LAZY_MEMBERS = 50_000  # member events remembered as sent, over all devices
+SYNC_FILTERS = 500
+HARD_STOP_SECONDS = 4.0
+
+log_server = logging.getLogger("conduit.server")
+
+# ── 23.1  The server ─────────────────────────────────────────────────────────
+
+
+class Homeserver:
+    """Everything that one running server consists of."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.started = time.monotonic()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.db = Database(Path(config.database_path), config.server_name, config.db_cache_capacity_mb)
+        self.stream = Stream(self.db)
+        self.signing_key = self._load_signing_key()
+        scale = config.conduit_cache_capacity_modifier
+        cache_bytes = int(config.db_cache_capacity_mb * 2**20 / EVENT_CACHE_SHARE * scale)
+        self.rooms = Rooms(
+            self.db,
+            self.stream,
+            config.server_name,
+            self.signing_key,
+            cache_bytes,
+            config.pdu_cache_capacity,
+        )
+        self.accounts = Accounts(self)
+        self.profiles = Profiles(self)
+        self.account_data = AccountData(self)
+        self.filters = Filters(self)
+        self.directory = Directory(self)
+        self.push_rules = PushRules(self)
+        self.unread = Unread(self)
+        self.receipts = Receipts(self)
+        self.typing = Typing(self)
+        self.presence = Presence(self)
+        self.keys = KeyCache(self.db, self.stream.position, scale)
+        self.notifier = Notifier(self.rooms, self.stream)
+        self.lazy_members: LruCache[tuple[int | None, RoomNid], dict[str, EventNid]] = LruCache(LAZY_MEMBERS)
+        self.sync_filters: LruCache[tuple[UserNid, str], SyncFilter] = LruCache(SYNC_FILTERS)
+        self.media = Media(self)
+        self.admin_room = AdminRoom(self)
+        self.router = Router(self)
+        self.router.authenticate = self.accounts.authenticate
+        self.http = HttpServer(
+            self.router.dispatch,
+            max_request_size=config.max_request_size,
+            trusted_proxies=config.trusted_proxies,
+            before_response=self.db.synced,
+        )
+        self._wire()
+
+    def _wire(self) -> None:
+        """Who hears of what; the order here is the order in which they hear it.
+
+        A new event: presence (the sender is active), the admin room (it may be a command).
+        A changed membership: unread counts, typing, device lists, the syncs that wait.
+        """
+        self.accounts.on_device_deleted(functools.partial(device_removed, self))
+        self.accounts.on_device_renamed(functools.partial(device_renamed, self))
+        self.accounts.on_deactivated(functools.partial(account_deactivated, self))
+        self.rooms.subscribe_membership(functools.partial(note_membership, self))
+
+    def _load_signing_key(self) -> SigningKey:
+        text = self.db.meta("signing_key")
+        if text is None:
+            key = SigningKey.generate()
+            self.db.set_meta("signing_key", key.text())
+            return key
+        return SigningKey.parse(text)
+
+    def is_local(self, user_id: str) -> bool:
+        """Whether a user belongs to this server."""
+        return server_of(user_id) == self.config.server_name
+
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the requests; what goes wrong in it is logged."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._background_done)
+
+    def _background_done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log_server.error("background work failed", exc_info=error)
+
+    async def start(self) -> None:
+        """Begin to serve; when this returns, the server answers."""
+        self.accounts.start()
+        self.admin_room.start()
+        await self.db.synced()
+        tls = self.config.tls
+        context = None if tls is None else tls_context(Path(tls.certs), Path(tls.key))
+        await self.http.listen(self.config.address, self.config.port, context)
+        self.background(self._maintain())
+        self.background(self._watch_loop())
+
+    def reload(self, config: Config) -> None:
+        """Take over what can change while the server runs."""
+        if config.tls is not None:
+            self.http.use_certificate(tls_context(Path(config.tls.certs), Path(config.tls.key)))
+        self.config = config
+        self.http.trusted_proxies = config.trusted_proxies
+        self.http.max_request_size = config.max_request_size
+
+    async def stop(self) -> None:
+        """Answer what is under way, write down what is only in memory, and close the database."""
+        await self.http.stop(HARD_STOP_SECONDS)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(MatrixError):
+            with self.db.write():
+                self._save()
+                self.stream.save()
+        await self.db.close()
+
+    def first_steps(self) -> list[str]:
+        """What someone who starts the server for the first time should know, line by line."""
+        lines = [f"{self.config.server_name} answers on {' and '.join(self.http.names)}"]
+        token = self.accounts.first_admin_token()
+        if token is not None:
+            lines += [
+                "There is no account yet. Register the first one, which will be the admin, with any",
+                "Matrix client that knows registration tokens, on the address above, with the token",
+                f"    {self.config.registration_token or token}",
+            ]
+        return lines
+
+    # ── 23.2  Maintenance ────────────────────────────────────────────────────
+
+    def _save(self) -> None:
+        """Write down what is kept in memory between two rounds."""
+        self.accounts.flush_last_seen()
+        self.unread.save()
+        self.presence.save()
+        self.media.maintain()
+
+    async def _maintain(self) -> None:
+        """Every cleanup_second_interval: save, expire, and give free pages back to the disk."""
+        while True:
+            await asyncio.sleep(self.config.cleanup_second_interval)
+            try:
+                self._save()
+                await self.accounts.expire()
+                with self.db.write():
+                    self.db.execute("PRAGMA incremental_vacuum(200)").fetchall()
+            except MatrixError as error:
+                log_server.error("maintenance: %s; will try again", error)
+
+    async def _watch_loop(self) -> None:
+        """Log when something held the loop for too long; everyone waits then."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(WATCH_SECONDS)
+            late = time.monotonic() - before - WATCH_SECONDS
+            if late > LATE_SECONDS:
+                log_server.warning("the loop was busy for %.0f ms without a pause", late * 1000)
+
+
+WATCH_SECONDS = 1.0
+LATE_SECONDS = 0.25
+
+
+# ── 23.3  What this server speaks ────────────────────────────────────────────
+
+SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 12)]
+UNSTABLE_FEATURES = {
+    "org.matrix.e2e_cross_signing": True,
+    "org.matrix.msc3916.stable": True,
+    "org.matrix.msc4222": True,
+}
+
+
+@route("GET", "/_matrix/client/versions", auth=OPTIONAL, limit=None)
+async def get_versions(_hs: Homeserver, _request: Request) -> Json:
+    """The versions of the specification that this server knows, and features beside them.
+
+    Spec: CS-API "API Versions".
+    """
+    return {"versions": SPEC_VERSIONS, "unstable_features": UNSTABLE_FEATURES}
+# ═════════════════════════════════════════════════════════════════════════════
+#  24. COMMAND LINE
+#
+#  What happens around a running server: arguments, the configuration's mistakes
+#  in plain words, the log, signals, and what systemd wants to be told.
+#  spec: none; sd_notify(3) for the messages to systemd
+# ═════════════════════════════════════════════════════════════════════════════
+
+log_main = logging.getLogger("conduit.main")
+
+STOP_SECONDS = 5  # from SIGTERM to the end of the process, whatever hangs
+
+# ── 24.1  Arguments ──────────────────────────────────────────────────────────
+
+DESCRIPTION = """\
+A Matrix homeserver in one file.
+
+The configuration is read from the file that CONDUIT_CONFIG names, else from ./conduit.toml;
+each of its keys can be given as an environment variable CONDUIT_<KEY> as well.
+"""
+
+
+def command_line(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of the command line; without any of them the server runs."""
+    parser = argparse.ArgumentParser(
+        prog="conduit.py",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--version", action="version", version=f"conduit.py {VERSION}")
+    choice.add_argument("--check", action="store_true", help="verify the database and exit")
+    choice.add_argument(
+        "--backup", type=Path, metavar="FILE", help="copy the database, even one in use, to FILE"
+    )
+    choice.add_argument(
+        "--routes", action="store_true", help="list all paths and who may call them"
+    )
+    return parser.parse_args(arguments)
+
+
+def complain(text: str) -> None:
+    """Say on stderr what went wrong."""
+    print(f"conduit.py: {text}", file=sys.stderr, flush=True)
+
+
+def read_configuration() -> Config | None:
+    """The configuration, with warnings in the log; None after saying all that is wrong with it."""
+    try:
+        config, warnings = load_config(os.environ)
+    except ConfigError as error:
+        complain(f"the configuration cannot be used:\n{error}")
+        return None
+    start_log(parse_log_levels(config.log))
+    for warning in warnings:
+        log_main.warning("%s", warning)
+    return config
+
+
+def check_and_report(config: Config) -> int:
+    """--check: print what is wrong with the database; the exit code says whether anything is."""
+    problems = check_database(config.database_path)
+    print("\n".join(problems) or "the database is sound")
+    return 1 if problems else 0
+
+
+def back_up(config: Config, target: Path) -> int:
+    """--backup: copy the database, also while the server runs."""
+    source = config.database_path / DATABASE_FILE
+    if not source.exists():
+        complain(f"there is no database in {config.database_path}")
+        return 1
+    copy_database(source, target)
+    print(f"copied to {target}")
+    return 0
+
+
+# ── 24.2  The log ────────────────────────────────────────────────────────────
+
+SYSLOG_LEVELS = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}
+
+
+class LogFormatter(logging.Formatter):
+    """One line an entry: time, level, area, message. Under systemd the journal knows the time."""
+
+    def __init__(self, for_journal: bool) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(area)s: %(message)s")
+        self.for_journal = for_journal
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The entry as text; "<4>" before a line is how the journal learns its level."""
+        record.area = record.name.removeprefix("conduit.")
+        text = super().format(record)
+        if not self.for_journal:
+            return text
+        mark = f"<{SYSLOG_LEVELS.get(record.levelname, 7)}>"
+        text = text.removeprefix(record.asctime).lstrip()
+        return "\n".join(mark + line for line in text.splitlines())
+
+
+def start_log(levels: Mapping[str, int]) -> None:
+    """Send the log to stderr, each area at its level."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormatter("JOURNAL_STREAM" in os.environ))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    apply_log_levels(levels)
+
+
+def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log an exception that no task was waiting for, instead of losing it."""
+    error = context.get("exception")
+    message = context.get("message", "an error in the event loop")
+    if isinstance(error, ConnectionError):
+        log_main.debug("%s: %s", message, error)
+    else:
+        log_main.error("%s", message, exc_info=error)
+
+
+# ── 24.3  Running ────────────────────────────────────────────────────────────
+
+
+def tell_systemd(message: str) -> None:
+    """Report to the service manager, if it listens.  Spec: sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return
+    address = "\0" + path[1:] if path.startswith("@") else path
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect(address)
+        sock.send(message.encode())
+
+
+def reload_running(hs: Homeserver) -> None:
+    """SIGHUP: take over what may change while running; a wrong file changes nothing."""
+    tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        config = reload_config(hs.config, os.environ)
+        hs.reload(config)
+    except ConfigError as error:
+        log_main.error("the configuration stays as it was, since the new one is wrong:\n%s", error)
+    except OSError as error:  # most likely a certificate that cannot be read
+        log_main.error("the configuration stays as it was: %s", error)
+    else:
+        apply_log_levels(parse_log_levels(config.log))
+        log_main.info("the configuration has been read again")
+    tell_systemd("READY=1")
+
+
+def end_at_once(*_: Any) -> None:
+    """The last resort, when stopping takes too long; what was acknowledged is on the disk."""
+    log_main.error("did not stop within %d seconds, and is ended", STOP_SECONDS)
+    os._exit(1)
+
+
+async def serve(config: Config) -> None:
+    """Run the server until a signal ends it."""
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(log_loop_error)
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    hs = Homeserver(config)
+    await hs.start()
+    loop.add_signal_handler(signal.SIGHUP, reload_running, hs)
+    print("\n".join(hs.first_steps()), flush=True)
+    tell_systemd(f"READY=1\nSTATUS=serving {config.server_name}")
+    await ended.wait()
+    tell_systemd("STOPPING=1")
+    signal.signal(signal.SIGALRM, end_at_once)
+    signal.setitimer(signal.ITIMER_REAL, STOP_SECONDS)
+    loop.remove_signal_handler(signal.SIGINT)  # whoever presses ^C twice means it
+    await hs.stop()
+
+
+def run_server(config: Config) -> int:
+    """Serve until the end; what prevents the start is told in one sentence, not in a traceback."""
+    try:
+        asyncio.run(serve(config))
+    except DatabaseRefused as error:
+        complain(str(error))
+    except OSError as error:
+        complain(f"cannot start on {config.address}, port {config.port}: {error}")
+    else:
+        return 0
+    return 1
+
+
+def main() -> int:
+    """What `python3 conduit.py` does; the exit code."""
+    options = command_line(sys.argv[1:])
+    if options.routes:
+        print(route_table())
+        return 0
+    os.umask(0o077)
+    config = read_configuration()
+    if config is None:
+        return 1
+    if options.check:
+        return check_and_report(config)
+    try:
+        return back_up(config, options.backup) if options.backup else run_server(config)
+    except DatabaseRefused as error:
+        complain(str(error))
+        return 1
+
+
+# ── 24.4  From script to module ──────────────────────────────────────────────
+
+
+def bytecode_folder(folder: Path) -> Path | None:
+    """Where Python shall keep bytecode, if it cannot beside the source: in the database folder."""
+    if os.access(folder, os.W_OK):
+        return None
+    try:
+        config, _ = load_config(os.environ)
+    except ConfigError:
+        return None  # the start after this one says what is wrong
+    return config.database_path.absolute() / "bytecode"
+
+
+def module_environment(folder: Path) -> dict[str, str]:
+    """The environment in which `python3 -m` finds this file, and its bytecode."""
+    environ = dict(os.environ)
+    others = environ.get("PYTHONPATH")
+    environ["PYTHONPATH"] = f"{folder}{os.pathsep}{others}" if others else str(folder)
+    environ["PYTHONSAFEPATH"] = "1"  # or a file in the working directory could pose as a module
+    bytecode = bytecode_folder(folder)
+    if bytecode is not None:
+        environ.setdefault("PYTHONPYCACHEPREFIX", str(bytecode))
+    return environ
+
+
+def become_module(script: Path) -> None:
+    """Start again as `python3 -m conduit`, in the same process; returns where that cannot be.
+
+    Python compiles a script at each start, and the memory of that stays taken: 41 MB and 0.33 s,
+    against 21 MB and 0.11 s for a module, whose bytecode is kept in a file.
+    """
+    if not script.stem.isidentifier():
+        return
+    flags = sys.orig_argv[1 : -len(sys.argv)]
+    command = [sys.executable, *flags, "-m", script.stem, *sys.argv[1:]]
+    os.umask(0o077)
+    os.execve(sys.executable, command, module_environment(script.parent))  # noqa: S606  no shell
+
+
+if __name__ == "__main__":
+    if __spec__ is None:
+        become_module(Path(__file__).resolve())
+    sys.exit(main())
