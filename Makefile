@@ -29,13 +29,13 @@ TEST_NEEDS := $(RUN_NEEDS) $(LINT_NEEDS) pytest pytest-xdist hypothesis httpx ai
 #   RUF001-3   the banners are drawn with box characters
 #   TRY003     the text of an error stands where it is raised, and is meant to be long
 #   TRY400     an error that was to be expected is one line in the log, without a traceback
-# setting() makes fields of the table of configuration keys, as dataclasses.field() does.
+# setting() and live() make fields of the table of configuration keys, as dataclasses.field() does.
 RULES   := E,F,W,I,B,UP,S,ASYNC,C90,PL,RUF,SIM,RET,TRY,D1
 IGNORED := D105,D107,PLR0913,PLR0917,PLR2004,RUF001,RUF002,RUF003,TRY003,TRY400
 FORMAT  := --target-version py310 --line-length 100
 CHECK   := $(FORMAT) --select $(RULES) \
            --config "lint.mccabe.max-complexity=10" \
-           --config "lint.flake8-bugbear.extend-immutable-calls=['setting', 'conduit.setting']"
+           --config "lint.flake8-bugbear.extend-immutable-calls=['conduit.setting', 'conduit.live']"
 # In tests besides:
 #   D102 D103  the name of a test says what it is about
 #   PLR0915    a conversation of two clients is one story, and long

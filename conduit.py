@@ -1,42 +1,95 @@
-"""conduit.py: a Matrix homeserver in one file."""
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["pynacl", "tomli; python_version < '3.11'"]
+# ///
+"""A complete Matrix homeserver in one file.
+
+Matrix is an open network for chat and calls, in which everyone may run a server of
+their own. This is such a server: copy this file to a machine that is always on,
+write ten lines of configuration, start it, and family and friends can register with
+any Matrix client (Element, Cinny, nheko, FluffyChat ...) and talk, end-to-end encrypted.
+
+To run it
+    needs    Python 3.10 or newer and PyNaCl: `apt install python3-nacl`, or pip
+    write    conduit.toml, as conduit-example.toml shows; the least is server_name,
+             database_path and registration_token under [global]
+    start    CONDUIT_CONFIG=conduit.toml python3 conduit.py
+    data     all in the folder that database_path names: conduit.db and media/
+    backup   python3 conduit.py --backup FILE, while it runs
+    help     python3 conduit.py --help; README.md; the admin room #admins
+
+Contents (search for the number and the title)
+
+@@TOC@@
+
+How a message travels, by chapters
+    10  A client sends PUT /_matrix/client/v3/rooms/!r:s/send/m.room.message/1. The HTTP
+        server reads the head, strictly, and
+    11  the router finds the handler, asks who the access token belongs to (12), counts
+        the request against the rate limits and checks the shape of the body.
+    15  `put_send` looks whether this device sent this transaction id before; if not,
+     9  `Rooms.send` builds the event: what came before it (prev_events), what allows it
+        (auth_events), who sent it and when.
+     6  `finish_event` hashes and signs it; the hash is the event's id,
+     7  and `check_auth` holds it against the rules of the room's version (5).
+     9  `Rooms.append` writes it into the shared transaction, with the state group that
+        follows it, and tells all who subscribed, in the order that
+    23  `Homeserver` wired them: presence, unread counts, the admin room.
+     4  The stream gets a new position; the syncs that wait wake up (19).
+     4  The transaction is committed to the write-ahead log and a thread syncs it, one
+        sync for all that came together. Until then no answer goes out (10), not the
+        sender's, nor that of any reader who could know of the event.
+    19  Each waiting sync finds the room in the stream's log, reads the new events, asks
+     9  which of them its user may see (history visibility), adds unread counts (16),
+        receipts (17) and keys (18), and answers with a token: the stream's position.
+
+Rules that hold everywhere
+    Nothing leaves the machine before it is on the disk.
+    Nothing from the network raises anything but a MatrixError.
+    Everything that touches state runs on one loop; code between two awaits is atomic.
+    A name is used only below its definition, so the file can be read from the top.
+"""
+
 from __future__ import annotations
 
 import argparse
-import asyncio
-import traceback
-import ssl
-import socket
-import base64
 import array
-import bisect
-import io
-import math
-import operator
-import resource
-import shlex
-import errno
-import fcntl
-import queue
-import signal
+import asyncio
+import base64
 import binascii
+import bisect
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import functools
 import hashlib
 import heapq
 import hmac
+import io
 import ipaddress
 import itertools
 import json
 import logging
+import math
+import operator
 import os
+import queue
 import re
+import resource
 import secrets
+import shlex
+import signal
+import socket
 import sqlite3
+import ssl
 import string
 import sys
 import threading
 import time
+import traceback
+import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,18 +98,23 @@ from enum import Enum
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, NewType, TypeVar, cast
-
 from urllib.parse import quote, unquote
 
-import nacl.bindings
-import nacl.exceptions
-import nacl.pwhash.argon2id
+try:
+    import nacl.bindings
+    import nacl.exceptions
+    import nacl.pwhash.argon2id
+except ImportError:
+    sys.exit(
+        "conduit.py needs PyNaCl for its signatures and passwords. Install it with\n"
+        "    sudo apt install python3-nacl      (Debian, Ubuntu, Raspberry Pi OS)\n"
+        "    python3 -m pip install pynacl      (elsewhere)"
+    )
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
 # ╔═══════════════════════════════════════════════════════════════════════════╗
 # ║  PART I   FOUNDATIONS                                                     ║
 # ╚═══════════════════════════════════════════════════════════════════════════╝
@@ -150,12 +208,13 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+TOKEN_ALPHABET = string.ascii_letters + string.digits
+
+
 def random_token(length: int = 43) -> str:
     """Random letters and digits from the system's source; 43 of them carry 256 bits."""
     return "".join(secrets.choice(TOKEN_ALPHABET) for _ in range(length))
 
-
-TOKEN_ALPHABET = string.ascii_letters + string.digits
 
 # ── 1.3  Identifiers ─────────────────────────────────────────────────────────
 
@@ -165,12 +224,16 @@ SERVER_NAME = re.compile(
 )
 LOCALPART = re.compile(r"[a-z0-9._=/+-]+")  # what a new user may have
 HISTORICAL_LOCALPART = re.compile(r"[\x21-\x39\x3B-\x7E]*")  # what a user elsewhere may have
-OPAQUE_ID = re.compile(r"[0-9A-Za-z._~-]{1,255}")  # media ids, device keys, refresh tokens
 
 
 def is_server_name(text: object) -> bool:
     """Whether the text is a host name or address with an optional port.  Spec: "Server Name"."""
     return isinstance(text, str) and len(text) <= MAX_ID_BYTES and bool(SERVER_NAME.fullmatch(text))
+
+
+def byte_length(text: str) -> int:
+    """Length in UTF-8 bytes, the unit of the specification's limits; surrogates count as three."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def split_id(sigil: str, text: object) -> tuple[str, str] | None:
@@ -181,11 +244,6 @@ def split_id(sigil: str, text: object) -> tuple[str, str] | None:
     if not colon or not is_server_name(server) or byte_length(text) > MAX_ID_BYTES:
         return None
     return localpart, server
-
-
-def byte_length(text: str) -> int:
-    """Length in UTF-8 bytes, the unit of the specification's limits; surrogates count as three."""
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def is_user_id(text: object) -> bool:
@@ -264,102 +322,16 @@ class LruCache(Generic[CacheKey, CacheValue]):
 # ═════════════════════════════════════════════════════════════════════════════
 #  2. CONFIGURATION
 #
-#  The dataclass Config is the table of all keys: its fields carry the type, the
-#  default, the bounds and the help text. The reader below, the README's table,
-#  the dump in the admin room and the tests are made from that one table.
-#  A file that is wrong is refused with all its mistakes at once.
+#  The dataclass Config is the table of all keys: its fields carry type,
+#  default, bounds and help text. The reader below, the README's table, the
+#  dump in the admin room and the tests are made from that one table. A file
+#  that is wrong is refused with all its mistakes at once.
 # ═════════════════════════════════════════════════════════════════════════════
 
 config_log = logging.getLogger("conduit.config")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# ── 2.1  What a key may hold ─────────────────────────────────────────────────
-
-
-class ConfigError(Exception):
-    """Everything that is wrong with the configuration, one text for each mistake."""
-
-    def __init__(self, problems: list[str], warnings: Sequence[str] = ()) -> None:
-        super().__init__("\n".join([*problems, *warnings]))
-        self.problems = problems
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What the table says about one key, beside its name, type and default."""
-
-    text: str  # for people, in the README
-    check: Callable[[Any], bool] | None = None  # of a list: for each item
-    expect: str = ""  # what would be right, where the type alone does not say it
-    low: float | None = None
-    high: float | None = None
-    reload: bool = False  # SIGHUP takes a new value over
-    secret: bool = False  # masked wherever it is shown; may be given as <key>_file
-    shown: str = ""  # the default in the README, where the value itself is no help
-    no_effect: bool = False  # read for the sake of old files only
-
-
-def setting(text: str, default: Any = dataclasses.MISSING, **rules: Any) -> Any:
-    """A field of a configuration table; without a default the key is required."""
-    return field(default=default, metadata={"setting": Setting(text, **rules)})
-
-
-HTTP_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?")
-PROXY_URL = re.compile(r"(https?|socks5h?)://([^\s/?#@]+@)?[^\s/?#@]+:\d{1,5}/?")
-HOST_NAME = re.compile(r"[0-9A-Za-z]([0-9A-Za-z.-]{0,252})")
-EMAIL_ADDRESS = re.compile(r"[^\s@<>,;]{1,64}@[^\s@<>,;]{1,190}")
-TURN_URI = re.compile(r"turns?:\S+")
-RELIABLE_TOKEN = re.compile(r"[0-9A-Za-z._~-]{1,64}")  # what the specification lets a token be
-SAMPLE_TOKENS = frozenset({"YOU-NEED-TO-EDIT-THIS", "for_testing_only"})
-STABLE_ROOM_VERSIONS = tuple(str(number) for number in range(1, 13))
-
-
-def is_http_url(text: str) -> bool:
-    """Whether the text is a web address without query, fragment or password."""
-    return bool(HTTP_URL.fullmatch(text))
-
-
-def is_proxy_url(text: str) -> bool:
-    """Whether the text is the address of a proxy, with a port and perhaps user:password@."""
-    return bool(PROXY_URL.fullmatch(text))
-
-
-def is_listen_address(text: str) -> bool:
-    """Whether one can listen there: an IP address, a host name, or the path of a Unix socket."""
-    if text.startswith("/") or HOST_NAME.fullmatch(text):
-        return "\0" not in text
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
-def is_own_token(token: str) -> bool:
-    """Whether a registration token was chosen by somebody: not empty, not from a sample file."""
-    return bool(token.strip()) and token not in SAMPLE_TOKENS
-
-
-def is_contact(text: str) -> bool:
-    """Whether support can be reached there: a user id or an e-mail address."""
-    return is_user_id(text) or bool(EMAIL_ADDRESS.fullmatch(text))
-
-
-def is_server_or_empty(text: str) -> bool:
-    """A server name, or the empty one that old example files have in trusted_servers."""
-    return not text or is_server_name(text)
-
-
-def is_rtc_focus(focus: Json) -> bool:
-    """Whether a table names its type and can be sent as JSON.  Spec: MSC4143 "rtc_foci"."""
-    try:
-        json.dumps(focus)
-    except (TypeError, ValueError):  # a TOML date, for instance
-        return False
-    return isinstance(focus.get("type"), str)
-
-
-# ── 2.2  Log levels ──────────────────────────────────────────────────────────
+# ── 2.1  Log levels ──────────────────────────────────────────────────────────
 
 LOG_LEVELS = {
     "off": logging.CRITICAL + 10,
@@ -406,6 +378,140 @@ def apply_log_levels(levels: Mapping[str, int]) -> None:
     logging.getLogger("conduit").setLevel(levels[""])
 
 
+# ── 2.2  What a key may hold ─────────────────────────────────────────────────
+
+
+class ConfigError(Exception):
+    """Everything that is wrong with the configuration, one text for each mistake."""
+
+    def __init__(self, problems: list[str], warnings: Sequence[str] = ()) -> None:
+        super().__init__("\n".join([*problems, *warnings]))
+        self.problems = problems
+
+
+class Check(NamedTuple):
+    """What a value must be beyond its type; of a list, each item."""
+
+    passes: Callable[[Any], Any]
+    expect: str  # in words, for whoever got it wrong
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the table says about one key, beside its name, type and default."""
+
+    text: str  # for people, in the README
+    check: Check | None = None
+    bounds: tuple[float, float] | None = None
+    reload: bool = False  # SIGHUP takes a new value over
+    secret: bool = False  # masked wherever it is shown; may be given as <key>_file
+    shown: str = ""  # the default in the README, where the value itself is no help
+    no_effect: bool = False  # read for the sake of old files only
+
+
+def setting(
+    text: str, default: Any = dataclasses.MISSING, check: Check | None = None, **rules: Any
+) -> Any:
+    """A field of a configuration table; without a default the key is required."""
+    return field(default=default, metadata={"setting": Setting(text, check, **rules)})
+
+
+def live(text: str, default: Any, check: Check | None = None, **rules: Any) -> Any:
+    """The same for a key that can change while the server runs."""
+    return setting(text, default, check, reload=True, **rules)
+
+
+HOST_NAME = re.compile(r"[0-9A-Za-z]([0-9A-Za-z.-]{0,252})")
+EMAIL_ADDRESS = re.compile(r"[^\s@<>,;]{1,64}@[^\s@<>,;]{1,190}")
+RELIABLE_TOKEN = re.compile(r"[0-9A-Za-z._~-]{1,64}")  # what the specification lets a token be
+SAMPLE_TOKENS = frozenset({"YOU-NEED-TO-EDIT-THIS", "for_testing_only"})
+
+
+def is_listen_address(text: str) -> bool:
+    """Whether one can listen there: an IP address, a host name, or the path of a Unix socket."""
+    if text.startswith("/") or HOST_NAME.fullmatch(text):
+        return "\0" not in text
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_own_token(token: str) -> bool:
+    """Whether a registration token was chosen by somebody: not empty, not from a sample file."""
+    return bool(token.strip()) and token not in SAMPLE_TOKENS
+
+
+def is_contact(text: str) -> bool:
+    """Whether support can be reached there: a user id or an e-mail address."""
+    return is_user_id(text) or bool(EMAIL_ADDRESS.fullmatch(text))
+
+
+def is_rtc_focus(focus: Json) -> bool:
+    """Whether a table names its type and can be sent as JSON.  Spec: MSC4143 "rtc_foci"."""
+    try:
+        json.dumps(focus)
+    except (TypeError, ValueError):  # a TOML date, for instance
+        return False
+    return isinstance(focus.get("type"), str)
+
+
+A_ADDRESS = Check(
+    is_listen_address, "an address such as 127.0.0.1 or ::, or a path such as /run/c.sock"
+)
+A_ALIAS = Check(is_room_alias, "aliases such as #family:example.org")
+A_BACKEND = Check(
+    "sqlite".__eq__,
+    'write database_backend = "sqlite" and give database_path a folder of its own;'
+    " this server keeps its data in SQLite and cannot open a RocksDB database",
+)
+A_CONTACT = Check(is_contact, "an address such as admin@example.org, or @admin:example.org")
+A_EMAIL = Check(EMAIL_ADDRESS.fullmatch, "an address such as matrix@example.org")
+A_FILE = Check(Path.is_file, "a file that exists")
+A_FOCUS = Check(
+    is_rtc_focus, 'a table such as { type = "livekit", livekit_service_url = "https://…" }'
+)
+A_FOLDER = Check(
+    lambda path: path != Path() and "\0" not in str(path),
+    "a folder such as /var/lib/matrix-conduit",
+)
+A_HOST = Check(HOST_NAME.fullmatch, "a host such as mail.example.org")
+A_LANGUAGE = Check(re.compile(r"[A-Za-z0-9_-]{2,20}").fullmatch, "a language code such as en")
+A_LOG_FILTER = Check(
+    is_log_filter, "a level (off, error, warn, info, debug) or a list: warn,http=debug"
+)
+A_PROXY = Check(
+    re.compile(r"(https?|socks5h?)://([^\s/?#@]+@)?[^\s/?#@]+:\d{1,5}/?").fullmatch,
+    "a proxy such as socks5h://localhost:9050",
+)
+A_ROOM_VERSION = Check(
+    tuple(map(str, range(1, 13))).__contains__, 'a version from "1" to "12", in quotes'
+)
+A_SECRET = Check(bool, "a long random text; the output of `openssl rand -hex 32` is a good one")
+A_SERVER = Check(is_server_name, "a name such as example.org, without https://")
+A_SHORT_NAME = Check(RELIABLE_TOKEN.fullmatch, "a short name such as privacy_policy")
+A_TOKEN = Check(
+    is_own_token, "a token of your own; the output of `openssl rand -hex 16` is a good one"
+)
+A_TURN_URI = Check(
+    re.compile(r"turns?:\S+").fullmatch, "URIs such as turn:turn.example.org?transport=udp"
+)
+A_URL = Check(
+    re.compile(r"https?://[^\s/?#@]+(/[^\s?#]*)?").fullmatch, "a URL such as https://example.org"
+)
+
+# Where requests to hosts named by others must not go: private, loopback and link-local addresses;
+# documentation and benchmarks; multicast and reserved ones; those with an IPv4 address inside.
+PRIVATE_RANGES_TEXT = """
+    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24
+    192.168.0.0/16 ::/128 ::1/128 fc00::/7 fe80::/10 fec0::/10
+    192.0.2.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 2001:db8::/32
+    192.88.99.0/24 224.0.0.0/4 240.0.0.0/4 ff00::/8 64:ff9b::/96 2002::/16
+"""
+PRIVATE_RANGES = tuple(ipaddress.ip_network(text) for text in PRIVATE_RANGES_TEXT.split())
+LOOPBACK_RANGES = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+
 # ── 2.3  The table of keys ───────────────────────────────────────────────────
 #
 #  A trailing underscore (global_, from_) keeps a key apart from Python's word.
@@ -415,54 +521,30 @@ def apply_log_levels(levels: Mapping[str, int]) -> None:
 class TlsConfig:
     """[global.tls]: serve HTTPS without a reverse proxy."""
 
-    certs: Path = setting(
-        "PEM file with the certificate chain", check=Path.is_file, expect="a file that exists"
-    )
-    key: Path = setting(
-        "PEM file with the private key", check=Path.is_file, expect="a file that exists"
-    )
+    certs: Path = setting("PEM file with the certificate chain", check=A_FILE)
+    key: Path = setting("PEM file with the private key", check=A_FILE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WellKnown:
     """[global.well_known]: where the server is reached, if not at server_name itself."""
 
-    client: str = setting(
-        "URL that clients shall use",
-        "",
-        check=is_http_url,
-        expect="a URL such as https://matrix.example.org",
-        shown="`https://<server_name>`",
-    )
-    server: str = setting(
-        "host and port that other servers shall use",
-        "",
-        check=is_server_name,
-        expect="host and port, such as matrix.example.org:443",
-        shown="`<server_name>:443`",
-    )
+    client: str = setting("URL for clients", "", A_URL, shown="`https://<server_name>`")
+    server: str = setting("host:port for other servers", "", A_SERVER, shown="`<server_name>:443`")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyGlobal:
     """The proxy of all outgoing requests that no by_domain table claims."""
 
-    url: str = setting(
-        "address of the proxy: http, https, socks5 or socks5h",
-        check=is_proxy_url,
-        expect="a proxy such as socks5h://localhost:9050",
-    )
+    url: str = setting("address of the proxy: http, https, socks5 or socks5h", check=A_PROXY)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyRule:
     """The proxy of some domains; `exclude` goes before `include`."""
 
-    url: str = setting(
-        "address of the proxy: http, https, socks5 or socks5h",
-        check=is_proxy_url,
-        expect="a proxy such as socks5h://localhost:9050",
-    )
+    url: str = setting("address of the proxy: http, https, socks5 or socks5h", check=A_PROXY)
     include: tuple[str, ...] = setting("globs of domains that use this proxy", ("*",))
     exclude: tuple[str, ...] = setting("globs of domains that do not", ())
 
@@ -479,69 +561,22 @@ class ProxyConfig:
 class SmtpConfig:
     """[global.smtp]: how the server sends e-mail."""
 
-    host: str = setting(
-        "mail server", check=HOST_NAME.fullmatch, expect="a host such as mail.example.org"
-    )
-    port: int = setting("587 starts TLS, 465 begins with it", 587, low=1, high=65535)
+    host: str = setting("mail server", check=A_HOST)
+    port: int = setting("587 starts TLS, 465 begins with it", 587, bounds=(1, 65535))
     user: str | None = setting("user name, where the mail server wants one", None)
     password: str | None = setting("and the password", None, secret=True)
-    from_: str = setting(
-        "sender of the messages",
-        check=EMAIL_ADDRESS.fullmatch,
-        expect="an address such as matrix@example.org",
-    )
+    from_: str = setting("sender of the messages", check=A_EMAIL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TermsDocument:
     """[[global.terms]]: a document that new users must accept."""
 
-    id: str = setting(
-        "short name, such as privacy_policy",
-        check=RELIABLE_TOKEN.fullmatch,
-        expect="a short name such as privacy_policy",
-    )
+    id: str = setting("short name, such as privacy_policy", check=A_SHORT_NAME)
     version: str = setting("version of the text; a new one is asked for again", "1.0")
     name: str = setting("title that users see")
-    url: str = setting("where the text is", check=is_http_url, expect="a URL")
-    lang: str = setting(
-        "language of the text",
-        "en",
-        check=re.compile(r"[A-Za-z]{2,3}([_-][0-9A-Za-z]{2,8})*").fullmatch,
-        expect="a language code such as en",
-    )
-
-
-PRIVATE_RANGES = tuple(
-    ipaddress.ip_network(text)
-    for text in (
-        "0.0.0.0/8",  # this network
-        "10.0.0.0/8",  # private
-        "100.64.0.0/10",  # carrier-grade NAT
-        "127.0.0.0/8",  # loopback
-        "169.254.0.0/16",  # link-local, where clouds keep their metadata
-        "172.16.0.0/12",  # private
-        "192.0.0.0/24",  # protocol assignments
-        "192.0.2.0/24",  # documentation
-        "192.88.99.0/24",  # 6to4 relays
-        "192.168.0.0/16",  # private
-        "198.18.0.0/15",  # benchmarks
-        "198.51.100.0/24",  # documentation
-        "203.0.113.0/24",  # documentation
-        "224.0.0.0/4",  # multicast
-        "240.0.0.0/4",  # reserved, broadcast
-        "::/128",  # unspecified
-        "::1/128",  # loopback
-        "64:ff9b::/96",  # NAT64: an IPv4 address inside, perhaps a private one
-        "2001:db8::/32",  # documentation
-        "2002::/16",  # 6to4: the same
-        "fc00::/7",  # unique local
-        "fe80::/10",  # link-local
-        "fec0::/10",  # site-local
-        "ff00::/8",  # multicast
-    )
-)
-LOOPBACK_RANGES = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+    url: str = setting("where the text is", check=A_URL)
+    lang: str = setting("language of the text", "en", A_LANGUAGE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -550,228 +585,120 @@ class Config:
 
     # Who and where
     server_name: str = setting(
-        "name of the server, the part behind the colon in @user:example.org. It can never change",
-        check=is_server_name,
-        expect="a name such as example.org, without https://",
+        "the part behind the colon in @user:example.org, for ever", check=A_SERVER
     )
     database_path: Path = setting(
-        "folder that holds everything: database, media, signing key. Made if it is missing",
-        check=lambda path: path != Path(),
-        expect="a folder such as /var/lib/matrix-conduit",
+        "folder that holds everything: database, media, signing key; made if missing",
+        check=A_FOLDER,
     )
-    database_backend: str = setting(
-        "the only one there is",
-        "sqlite",
-        check="sqlite".__eq__,
-        expect='write database_backend = "sqlite" and give database_path a folder of its own;'
-        " this server keeps its data in SQLite and cannot open a RocksDB database",
-    )
+    database_backend: str = setting("the only one there is", "sqlite", A_BACKEND)
     address: str = setting(
-        "address to listen on: an IP address, a host name, or the path of a Unix socket;"
-        " 0.0.0.0 or :: for all",
-        "127.0.0.1",
-        check=is_listen_address,
-        expect="an address such as 127.0.0.1 or ::, or a socket such as /run/conduit.sock",
+        "IP address or host name to listen on, or the path of a Unix socket", "127.0.0.1", A_ADDRESS
     )
-    port: int = setting("port to listen on; 0 takes a free one", 8000, low=0, high=65535)
-    tls: TlsConfig | None = setting(
-        "HTTPS without a reverse proxy; the files are read again on reload", None, reload=True
-    )
-    well_known: WellKnown = setting(
-        "where the server is reached, when that is not server_name", WellKnown(), reload=True
-    )
-    trusted_proxies: tuple[Network, ...] = setting(
-        "addresses of reverse proxies, whose X-Forwarded-For is believed",
-        LOOPBACK_RANGES,
-        reload=True,
+    port: int = setting("port to listen on; 0 takes a free one", 8000, bounds=(0, 65535))
+    tls: TlsConfig | None = live("HTTPS without a proxy; its files are read again on reload", None)
+    well_known: WellKnown = live("where the server is reached, if not at server_name", WellKnown())
+    trusted_proxies: tuple[Network, ...] = live(
+        "addresses of reverse proxies, whose X-Forwarded-For is believed", LOOPBACK_RANGES
     )
 
     # Who may register
-    allow_registration: bool = setting("whether new users can register", False, reload=True)
-    registration_token: str | None = setting(
-        "the word that new users must know",
-        None,
-        check=is_own_token,
-        expect="a token of your own; the output of `openssl rand -hex 16` is a good one",
-        reload=True,
-        secret=True,
+    allow_registration: bool = live("whether new users can register", False)
+    registration_token: str | None = live("what new users must know", None, A_TOKEN, secret=True)
+    allow_open_registration: bool = live(
+        "without a token only this machine itself can register, unless this is true", False
     )
-    allow_open_registration: bool = setting(
-        "without a token only this machine itself can register, unless this is true",
-        False,
-        reload=True,
+    registration_shared_secret: str | None = live(
+        "for Synapse's /_synapse/admin/v1/register; off when unset", None, A_SECRET, secret=True
     )
-    registration_shared_secret: str | None = setting(
-        "secret of Synapse's registration API, /_synapse/admin/v1/register; off when unset",
-        None,
-        check=bool,
-        expect="a long random text",
-        reload=True,
-        secret=True,
-    )
-    enable_lightning_bolt: bool = setting(
-        "new users get ⚡️ behind their display name", True, reload=True
-    )
-    auto_join_rooms: tuple[str, ...] = setting(
-        "aliases of rooms that new users join",
-        (),
-        check=is_room_alias,
-        expect="aliases such as #family:example.org",
-        reload=True,
-    )
-    terms: tuple[TermsDocument, ...] = setting(
-        "documents that new users must accept", (), reload=True
-    )
+    enable_lightning_bolt: bool = live("new users get ⚡️ behind their display name", True)
+    auto_join_rooms: tuple[str, ...] = live("aliases of rooms that new users join", (), A_ALIAS)
+    terms: tuple[TermsDocument, ...] = live("documents that new users must accept", ())
     emergency_password: str | None = setting(
         "lets you log in as @conduit when nobody else can; remove it afterwards",
         None,
-        check=bool,
-        expect="a password",
+        A_SECRET,
         secret=True,
     )
-    jwt_secret: str | None = setting(
-        "secret of JSON web tokens (HS256) that log in; off when unset",
-        None,
-        check=bool,
-        expect="a long random text",
-        reload=True,
-        secret=True,
+    jwt_secret: str | None = live(
+        "secret of JSON web tokens (HS256) that log in; off when unset", None, A_SECRET, secret=True
     )
 
     # What users may do
-    allow_room_creation: bool = setting("whether users can create rooms", True, reload=True)
-    allow_encryption: bool = setting("whether rooms can be encrypted", True, reload=True)
-    allow_unstable_room_versions: bool = setting(
-        "whether rooms can have a version that is not stable", True, reload=True
-    )
-    default_room_version: str = setting(
-        "version of new rooms",
-        "12",
-        check=STABLE_ROOM_VERSIONS.__contains__,
-        expect='a version from "1" to "12", in quotes',
-        reload=True,
-    )
-    max_request_size: int = setting(
-        "largest upload, in bytes", 20_971_520, low=65_536, high=2**40, reload=True
-    )
-    rate_limit: bool = setting(
-        "whether a user or an address that asks too fast has to wait", True, reload=True
-    )
-    allow_local_presence: bool = setting("whether users see who is online", True, reload=True)
+    allow_room_creation: bool = live("whether users can create rooms", True)
+    allow_encryption: bool = live("whether rooms can be encrypted", True)
+    allow_unstable_room_versions: bool = live("whether rooms can have an unstable version", True)
+    default_room_version: str = live("version of new rooms", "12", A_ROOM_VERSION)
+    max_request_size: int = live("largest upload, in bytes", 20_971_520, bounds=(65_536, 2**40))
+    rate_limit: bool = live("whether a user or an address that asks too fast has to wait", True)
+    allow_local_presence: bool = live("whether users see who is online", True)
 
     # Other servers
     allow_federation: bool = setting("whether to talk to other servers", True)
     trusted_servers: tuple[str, ...] = setting(
-        "servers asked for the keys of servers that are offline",
-        (),
-        check=is_server_or_empty,
-        expect="server names such as matrix.org",
+        "servers asked for the keys of servers that are offline", (), A_SERVER
     )
     max_concurrent_requests: int = setting(
-        "requests to other servers at the same time", 100, low=1, high=100_000
+        "requests to other servers at the same time", 100, bounds=(1, 100_000)
     )
-    max_fetch_prev_events: int = setting(
-        "missing events to fetch for one that arrived", 100, low=0, high=100_000, reload=True
+    max_fetch_prev_events: int = live(
+        "missing events to fetch for one that arrived", 100, bounds=(0, 100_000)
     )
-    ip_range_denylist: tuple[Network, ...] = setting(
+    ip_range_denylist: tuple[Network, ...] = live(
         "addresses that requests to hosts named by others never go to",
         PRIVATE_RANGES,
-        reload=True,
         shown="private, loopback, link-local and reserved ranges",
     )
     proxy: ProxyConfig = setting("proxies for outgoing requests", ProxyConfig())
-    allow_incoming_presence: bool = setting("presence of users elsewhere", True, reload=True)
-    allow_outgoing_presence: bool = setting("presence of ours, to them", False, reload=True)
-    allow_incoming_typing: bool = setting("who is typing elsewhere", True, reload=True)
-    allow_outgoing_typing: bool = setting("who is typing here, to them", True, reload=True)
-    allow_incoming_read_receipts: bool = setting("what others have read", True, reload=True)
-    allow_outgoing_read_receipts: bool = setting("what ours have read, to them", True, reload=True)
+    allow_incoming_presence: bool = live("presence of users elsewhere", True)
+    allow_outgoing_presence: bool = live("presence of ours, to them", False)
+    allow_incoming_typing: bool = live("who is typing elsewhere", True)
+    allow_outgoing_typing: bool = live("who is typing here, to them", True)
+    allow_incoming_read_receipts: bool = live("what others have read", True)
+    allow_outgoing_read_receipts: bool = live("what ours have read, to them", True)
 
     # Calls
-    turn_uris: tuple[str, ...] = setting(
-        "TURN servers, without which calls fail behind many routers",
-        (),
-        check=TURN_URI.fullmatch,
-        expect="URIs such as turn:turn.example.org?transport=udp",
-        reload=True,
+    turn_uris: tuple[str, ...] = live(
+        "TURN servers, without which calls fail behind many routers", (), A_TURN_URI
     )
-    turn_secret: str = setting(
-        "static-auth-secret of coturn; goes before name and password",
-        "",
-        reload=True,
-        secret=True,
-    )
-    turn_username: str = setting("name for a TURN server without secret", "", reload=True)
-    turn_password: str = setting("and its password", "", reload=True, secret=True)
-    turn_ttl: int = setting(
-        "seconds for which TURN credentials are good", 86_400, low=60, high=31_536_000, reload=True
-    )
-    rtc_foci: tuple[Json, ...] = setting(
-        "backends of Element Call, such as LiveKit, as .well-known announces them",
-        (),
-        check=is_rtc_focus,
-        expect='a table such as { type = "livekit", livekit_service_url = "https://…" }',
-        reload=True,
+    turn_secret: str = live("coturn's secret; goes before name and password", "", secret=True)
+    turn_username: str = live("name for a TURN server without secret", "")
+    turn_password: str = live("and its password", "", secret=True)
+    turn_ttl: int = live("seconds that TURN credentials last", 86_400, bounds=(60, 31_536_000))
+    rtc_foci: tuple[Json, ...] = live(
+        "backends of Element Call, such as LiveKit, for .well-known", (), A_FOCUS
     )
 
     # Media
-    url_preview_allowlist: tuple[str, ...] = setting(
-        "globs of hosts that previews are made of; empty: no previews", (), reload=True
+    url_preview_allowlist: tuple[str, ...] = live("globs of hosts to preview; empty: none", ())
+    media_retention_remote_days: int | None = live(
+        "days after which media of other servers go; unset: they stay", None, bounds=(1, 36_500)
     )
-    media_retention_remote_days: int | None = setting(
-        "days after which media of other servers go; unset: they stay",
-        None,
-        low=1,
-        high=36_500,
-        reload=True,
-    )
-    media_budget_mb: int | None = setting(
-        "space for media of other servers and previews, in MB; unset: no limit",
-        None,
-        low=1,
-        high=2**30,
-        reload=True,
+    media_budget_mb: int | None = live(
+        "MB for media of other servers and previews; unset: no limit", None, bounds=(1, 2**30)
     )
 
     # The house
     appservice_config_files: tuple[Path, ...] = setting(
         "registration files (YAML) of bridges, beside those registered in the admin room", ()
     )
-    support_contact: str | None = setting(
-        "whom to ask: an e-mail address or a user id",
-        None,
-        check=is_contact,
-        expect="an address such as admin@example.org, or @admin:example.org",
-        reload=True,
-    )
-    support_page: str | None = setting(
-        "a page that helps users", None, check=is_http_url, expect="a URL", reload=True
-    )
-    smtp: SmtpConfig | None = setting(
-        "sends e-mail: enables addresses in accounts and forgotten passwords", None, reload=True
-    )
+    support_contact: str | None = live("whom to ask: e-mail address or user id", None, A_CONTACT)
+    support_page: str | None = live("a page that helps users", None, A_URL)
+    smtp: SmtpConfig | None = live("e-mail: addresses in accounts, forgotten passwords", None)
     allow_check_for_updates: bool = setting("whether to look for news of this server", True)
-    check_for_updates_url: str | None = setting(
-        "where to look; unset: there is nothing to look at", None, check=is_http_url, expect="a URL"
-    )
+    check_for_updates_url: str | None = setting("where to look; unset: nowhere", None, A_URL)
 
     # Resources, logs, measurements
-    log: str = setting(
-        "what is logged: a level, then areas with another one",
-        "warn",
-        check=is_log_filter,
-        expect="off, error, warn, info, debug or trace, or a list such as warn,http=debug",
-        reload=True,
-    )
+    log: str = live("a level, then areas with another one: warn,http=debug", "warn", A_LOG_FILTER)
     db_cache_capacity_mb: float = setting(
-        "memory that the database may use as cache, in MB", 300.0, low=1, high=2**20
+        "memory that the database may use as cache, in MB", 300.0, bounds=(1, 2**20)
     )
     conduit_cache_capacity_modifier: float = setting(
-        "all other caches times this number", 1.0, low=0.01, high=1000
+        "all other caches times this number", 1.0, bounds=(0.01, 1000)
     )
-    pdu_cache_capacity: int = setting("events kept in memory", 150_000, low=1, high=10**9)
+    pdu_cache_capacity: int = setting("events kept in memory", 150_000, bounds=(1, 10**9))
     cleanup_second_interval: int = setting(
-        "seconds between two rounds of tidying up", 60, low=1, high=86_400
+        "seconds between two rounds of tidying up", 60, bounds=(1, 86_400)
     )
     metrics: bool = setting(
         "figures for Prometheus on /_conduit/metrics, for this machine or with a token", False
@@ -779,7 +706,7 @@ class Config:
     allow_jaeger: bool = setting("send traces to Jaeger", False)
     tracing_flame: bool = setting("record a flame graph", False)
     rocksdb_max_open_files: int = setting(
-        "has no effect here: there is no RocksDB", 1000, low=1, high=10**9, no_effect=True
+        "has no effect here: there is no RocksDB", 1000, bounds=(1, 10**9), no_effect=True
     )
 
     def __post_init__(self) -> None:
@@ -789,11 +716,6 @@ class Config:
         client = (given.client or f"https://{name}").rstrip("/")
         server = given.server or (name if has_port else f"{name}:443")
         object.__setattr__(self, "well_known", WellKnown(client=client, server=server))
-
-    @property
-    def log_levels(self) -> dict[str, int]:
-        """Level of each area, "" for all others."""
-        return parse_log_levels(self.log)
 
 
 CONFIG_TABLES: dict[str, type] = {
@@ -895,6 +817,33 @@ def shown_value(value: Any, secret: bool) -> str:
     return URL_PASSWORD.sub(MASK, text)
 
 
+def bounds_text(rules: Setting) -> str:
+    """The bounds of a number, in words."""
+    return f" from {rules.bounds[0]} to {rules.bounds[1]}" if rules.bounds else ""
+
+
+def has_type(raw: Any, kind: Kind) -> bool:
+    """Whether TOML gave a value of that type.
+
+    Trap: to Python, True is an integer as well.
+    """
+    return isinstance(raw, kind.accepts) and isinstance(raw, bool) == (bool in kind.accepts)
+
+
+def expectation(kind: Kind, rules: Setting) -> str:
+    """What would be right for a key, in words."""
+    return rules.check.expect if rules.check else kind.expect + bounds_text(rules)
+
+
+def is_right(value: Any, rules: Setting) -> bool:
+    """Whether a value of the right type is within its bounds and passes its check.
+
+    Trap: NaN, which TOML can write, is smaller and greater than nothing, so ask for what is right.
+    """
+    within = rules.bounds is None or rules.bounds[0] <= value <= rules.bounds[1]
+    return within and (rules.check is None or bool(rules.check.passes(value)))
+
+
 class ConfigReader:
     """Makes a dataclass of what TOML and the environment hold, and collects what is wrong."""
 
@@ -922,7 +871,7 @@ class ConfigReader:
             elif entry.default is dataclasses.MISSING:
                 text = entry.metadata["setting"].text
                 self.problems.append(f"{prefix}{name} is missing\n    it is: {text}")
-        for name in given.keys() - keys.keys():
+        for name in sorted(given.keys() - keys.keys()):
             self.warn_unknown(prefix + name)
         return table(**values) if len(self.problems) == before else None
 
@@ -968,9 +917,9 @@ class ConfigReader:
         if not shape.many:
             return self.item(shape, rules, raw, path)
         if not isinstance(raw, list):
-            expect = rules.expect or (KINDS[shape.base].expect if not shape.table else "tables")
-            return self.complain(path, raw, f"a list in brackets: {expect}", rules.secret)
-        kept = [one for one in raw if one != ""]
+            right = "tables" if shape.table else expectation(KINDS[shape.base], rules)
+            return self.complain(path, raw, f"a list in brackets: {right}", rules.secret)
+        kept = [one for one in raw if one != ""]  # old example files have trusted_servers = [""]
         at = f"{path}[{{}}]" if shape.table else path
         return tuple(self.item(shape, rules, one, at.format(i)) for i, one in enumerate(kept))
 
@@ -981,34 +930,15 @@ class ConfigReader:
                 return self.table(shape.table, raw, f"{path}.")
             return self.complain(path, raw, f"a table: [global.{path}]")
         kind = KINDS[shape.base]
-        right = rules.expect or kind.expect + bounds_text(rules)
-        if not isinstance(raw, kind.accepts) or (isinstance(raw, bool) and kind.accepts != (bool,)):
+        right = expectation(kind, rules)
+        if not has_type(raw, kind):
             hint = "" if right.startswith(kind.expect) else f"{kind.expect}: "
             return self.complain(path, raw, hint + right, rules.secret)
-        try:
+        with contextlib.suppress(ValueError, OverflowError, RuntimeError):
             value = kind.convert(raw)
-        except (ValueError, OverflowError, RuntimeError):
-            return self.complain(path, raw, right, rules.secret)
-        if in_bounds(value, rules) and (rules.check is None or rules.check(value)):
-            return value
+            if is_right(value, rules):
+                return value
         return self.complain(path, raw, right, rules.secret)
-
-
-def bounds_text(rules: Setting) -> str:
-    """The bounds of a number, in words."""
-    if rules.low is None or rules.high is None:
-        return ""
-    return f" from {rules.low} to {rules.high}"
-
-
-def in_bounds(value: Any, rules: Setting) -> bool:
-    """Whether a number is within its bounds; whatever has no bounds is.
-
-    Trap: NaN, which TOML can write, is smaller and greater than nothing, so ask for what is right.
-    """
-    if rules.low is None or rules.high is None:
-        return True
-    return bool(rules.low <= value <= rules.high)
 
 
 # ── 2.6  Files and the environment ───────────────────────────────────────────
@@ -1018,6 +948,20 @@ NO_CONFIGURATION = (
     "Copy conduit-example.toml to conduit.toml and write your server_name into it,",
     'or name a file in CONDUIT_CONFIG, or set CONDUIT_CONFIG="" and CONDUIT_SERVER_NAME and so on.',
 )
+
+
+def global_table(document: Json, path: Path, reader: ConfigReader) -> Json:
+    """The table [global] of a document; whatever stands outside is reported."""
+    table = document.pop("global", None)
+    if not isinstance(table, dict):
+        first = next(iter(document), "server_name")
+        raise ConfigError([f"{path} has no [global] table: write the line [global] above {first}"])
+    for name in document:
+        if name in keys_of(Config):
+            reader.problems.append(f"{name} stands outside of [global]: move it below that line")
+        else:
+            reader.warnings.append(f"{name} stands outside of [global] and is not read")
+    return table
 
 
 def read_config_file(environ: Mapping[str, str], reader: ConfigReader) -> Json:
@@ -1035,20 +979,6 @@ def read_config_file(environ: Mapping[str, str], reader: ConfigReader) -> Json:
     return global_table(document, path, reader)
 
 
-def global_table(document: Json, path: Path, reader: ConfigReader) -> Json:
-    """The table [global] of a document; whatever stands outside is reported."""
-    table = document.pop("global", None)
-    if not isinstance(table, dict):
-        first = next(iter(document), "server_name")
-        raise ConfigError([f"{path} has no [global] table: write the line [global] above {first}"])
-    for name in document:
-        if name in keys_of(Config):
-            reader.problems.append(f"{name} stands outside of [global]: move it below that line")
-        else:
-            reader.warnings.append(f"{name} stands outside of [global] and is not read")
-    return table
-
-
 def flatten_turn(raw: Json, reader: ConfigReader) -> Json:
     """The table [global.turn], as newer versions of Conduit write it, as the keys turn_*."""
     turn = raw.get("turn")
@@ -1058,25 +988,6 @@ def flatten_turn(raw: Json, reader: ConfigReader) -> Json:
     for twice in sorted(flat.keys() & raw.keys()):
         reader.complain(twice, flat[twice], "given once, here or in [global.turn]", secret=True)
     return {name: value for name, value in raw.items() if name != "turn"} | flat
-
-
-def environment_table(environ: Mapping[str, str], reader: ConfigReader) -> Json:
-    """What CONDUIT_<KEY> and CONDUIT_<TABLE>__<KEY> say, in the shape of the file."""
-    overrides: Json = {}
-    for variable in sorted(environ):
-        if not variable.startswith("CONDUIT_") or variable == "CONDUIT_CONFIG":
-            continue
-        path = variable.removeprefix("CONDUIT_").lower().split("__")
-        reader.origins[".".join(path)] = variable
-        place = overrides
-        for table in path[:-1]:
-            place = place.setdefault(table, {})
-            if not isinstance(place, dict):
-                reader.problems.append(f"{variable} is set beside CONDUIT_{table.upper()}: use one")
-                break
-        else:
-            place[path[-1]] = environment_value(path, environ[variable])
-    return overrides
 
 
 def environment_value(path: Sequence[str], text: str) -> Any:
@@ -1096,6 +1007,26 @@ def environment_value(path: Sequence[str], text: str) -> Any:
     with contextlib.suppress(ValueError, RecursionError):
         return json.loads(text)
     return text  # which is of the wrong type, and is reported as such
+
+
+def environment_table(environ: Mapping[str, str], reader: ConfigReader) -> Json:
+    """What CONDUIT_<KEY> and CONDUIT_<TABLE>__<KEY> say, in the shape of the file."""
+    overrides: Json = {}
+    for variable in sorted(environ):
+        if not variable.startswith("CONDUIT_") or variable == "CONDUIT_CONFIG":
+            continue
+        key = variable.removeprefix("CONDUIT_").lower()
+        path = re.sub("^turn__", "turn_", key).split("__")
+        reader.origins[".".join(path)] = variable
+        place = overrides
+        for table in path[:-1]:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                reader.problems.append(f"{variable} is set beside CONDUIT_{table.upper()}: use one")
+                break
+        else:
+            place[path[-1]] = environment_value(path, environ[variable])
+    return overrides
 
 
 def merge_tables(table: type, below: Json, above: Json) -> Json:
@@ -1131,7 +1062,9 @@ def advice(config: Config) -> Iterator[str]:
         yield "registration_token works in every client if it has up to 64 letters, digits or ._~-"
     if config.allow_registration and not token:
         yield OPEN_DOOR if config.allow_open_registration else CLOSED_DOOR
-    if config.turn_uris and not (config.turn_secret or config.turn_password):
+    if config.turn_uris and not (
+        config.turn_secret or (config.turn_username and config.turn_password)
+    ):
         yield "turn_uris needs turn_secret, or turn_username and turn_password; it is not used"
     if config.emergency_password:
         yield "emergency_password lets whoever knows it administer this server; remove it soon"
@@ -1141,7 +1074,7 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
     """The configuration and warnings about it; ConfigError names all mistakes at once."""
     reader = ConfigReader()
     below = flatten_turn(read_config_file(environ, reader), reader)
-    above = flatten_turn(environment_table(environ, reader), reader)
+    above = environment_table(environ, reader)
     raw = merge_tables(Config, below, above)
     if raw.get("proxy") == "none":  # how Conduit writes that there is none
         del raw["proxy"]
@@ -1298,7 +1231,7 @@ def finite_float(text: str) -> float:
     """A float, unless it is too large for one."""
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise ValueError("a number is out of range")
+        raise bad_json("A number is out of range")
     return value
 
 
@@ -1312,20 +1245,20 @@ def bounded_int(text: str) -> int:
 def canonical_int(text: str) -> int:
     """An integer that canonical JSON can hold."""
     if text == "-0" or len(text) > MAX_CANONICAL_DIGITS or not is_canonical_int(value := int(text)):
-        raise ValueError(f"the integer {text[:20]} is out of range")
+        raise bad_json(f"The integer {text[:20]} is out of range")
     return value
 
 
 def refuse_float(text: str) -> float:
     """Canonical JSON has no floats."""
-    raise ValueError(f"the number {text[:20]} is not an integer")
+    raise bad_json(f"The number {text[:20]} is not an integer")
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> Json:
     """An object none of whose keys occurs twice."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("an object has the same key twice")
+        raise bad_json("An object has the same key twice")
     return value
 
 
@@ -1345,12 +1278,12 @@ STRICT_DECODER = json.JSONDecoder(
 def check_depth(value: Any) -> None:
     """Refuse JSON nested deeper than MAX_JSON_DEPTH, level by level and so without recursion."""
     level = [value]
-    for _ in range(MAX_JSON_DEPTH + 1):
+    for _ in range(MAX_JSON_DEPTH):
         level = [
             child
             for node in level
-            if isinstance(node, (dict, list))
             for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
         ]
         if not level:
             return
@@ -1361,7 +1294,7 @@ def parse_json(raw: bytes, *, strict: bool = False) -> Any:
     """The value that the bytes spell.
 
     Every way to fail is a MatrixError: 400 M_NOT_JSON when the bytes are no JSON, 400 M_BAD_JSON
-    when they are JSON that we refuse (too deep, lone surrogates). `strict` also refuses what
+    when they are JSON that we refuse: too deep, lone surrogates, 1e400. `strict` also refuses what
     canonical JSON has no room for: floats, -0, integers beyond 2^53 - 1, an object's key twice.
     Trap: json.loads alone accepts NaN, turns 1e400 into infinity and guesses UTF-16.
     """
@@ -1415,7 +1348,7 @@ def sha256_base64(raw: bytes) -> str:
 
 # ── 3.4  Signing keys ────────────────────────────────────────────────────────
 
-KEY_FILE_LINE = re.compile(r"ed25519[ \t]+([A-Za-z0-9_]{1,64})[ \t]+([A-Za-z0-9+/_-]{43})=?")
+KEY_LINE = re.compile(r"(?:ed25519[ \t]+)?([A-Za-z0-9_]{1,64})[ \t]+([A-Za-z0-9+/_-]{43})=?\s")
 PUBLIC_KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
@@ -1447,42 +1380,39 @@ class SigningKey:
 
     @classmethod
     def parse(cls, text: str) -> SigningKey:
-        """The key in a text that `text` made."""
-        name, seed = text.split(" ")
-        return cls(name, b64decode(seed))
+        """The first key of a text in Synapse's format; ValueError when it holds none."""
+        match = KEY_LINE.match(text.lstrip() + "\n")
+        if match is None:
+            raise ValueError("expected one line 'ed25519 <name> <unpadded base64 seed>'")
+        return cls(match[1], b64decode(match[2]))
 
     def text(self) -> str:
-        """Name and seed, for the database; a secret."""
-        return f"{self.key_id.partition(':')[2]} {b64encode(self.seed)}"
+        """The line that `parse` reads; a secret."""
+        return f"ed25519 {self.key_id.partition(':')[2]} {b64encode(self.seed)}"
 
     @classmethod
     def load(cls, path: Path) -> SigningKey:
-        """The first key of a file in Synapse's format; ValueError with a sentence for the owner."""
-        for line in path.read_text(encoding="ascii", errors="replace").splitlines():
-            if not line.strip():
-                continue
-            match = KEY_FILE_LINE.fullmatch(line.strip())
-            if match is None:
-                break
-            return cls(match[1], b64decode(match[2]))
-        raise ValueError(f"{path}: expected one line 'ed25519 <name> <unpadded base64 seed>'")
+        """The key of a file in Synapse's format; ValueError with a sentence for the owner."""
+        try:
+            return cls.parse(path.read_text(encoding="ascii", errors="replace"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: Path) -> None:
         """Write the key file, readable by its owner alone, whole or not at all.
 
         FileExistsError when there is one: a lost signing key cannot be replaced.
         """
-        line = f"ed25519 {self.key_id.partition(':')[2]} {b64encode(self.seed)}\n"
-        if path.exists():
-            raise FileExistsError(f"{path} exists and is not overwritten")
         draft = path.with_name(f".{path.name}.{random_token(8)}")
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            os.write(descriptor, line.encode("ascii"))
-            os.fsync(descriptor)
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(self.text() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(draft, path)  # which, unlike a rename, fails when the name is taken
         finally:
-            os.close(descriptor)
-        draft.rename(path)
+            draft.unlink()
         sync_folder(path.parent)
 
     def sign(self, raw: bytes) -> str:
@@ -1543,8 +1473,6 @@ def verify_json(value: Json, signer: str, key_id: str, public: object) -> bool:
         return verify_signature(public, signature, signed_bytes(value))
     except MatrixError:
         return False
-
-
 # ═════════════════════════════════════════════════════════════════════════════
 #  4. STORAGE
 #
@@ -1559,11 +1487,16 @@ DATABASE_FILE = "conduit.db"
 PAGE_CACHE_SHARE = 16  # the operating system caches pages too, so SQLite gets 1/16 of the budget
 CHECKPOINT_COMMITS = 1000  # copy the WAL back into the database after so many commits
 STREAM_BLOCK = 10_000  # positions reserved in the database at a time
+INTERNED = 50_000  # names remembered with their integers, of each kind
 STREAM_LOG = 20_000  # changes remembered in memory; older tokens read the tables instead
 NO_SPACE = frozenset({"database or disk is full", "disk I/O error"})
 
 SCHEMAS: Final[list[str]] = []
 INVARIANTS: Final[list[tuple[str, str]]] = []
+Checker = Callable[[Path, sqlite3.Connection], Iterator[str]]
+CHECKERS: Final[list[Checker]] = []
+
+log_storage = logging.getLogger("conduit.storage")
 
 
 def schema(sql: str) -> None:
@@ -1574,6 +1507,12 @@ def schema(sql: str) -> None:
 def invariant(what: str, sql: str) -> None:
     """Register a query for --check that selects what ought not to exist."""
     INVARIANTS.append((what, sql))
+
+
+def checker(function: Checker) -> Checker:
+    """Register what --check asks for more problems, with the folder and a connection."""
+    CHECKERS.append(function)
+    return function
 
 
 schema("""
@@ -1587,16 +1526,14 @@ CREATE TABLE users (
 );
 """)
 
-log_storage = logging.getLogger("conduit.storage")
-
-# ── 4.1  Errors and migrations ───────────────────────────────────────────────
+# ── 4.1  Errors, copies, migrations ──────────────────────────────────────────
 
 
 class DatabaseRefused(Exception):
     """The database must not be opened; the text says why and what to do."""
 
 
-def storage_error(error: Exception) -> MatrixError:
+def storage_error(error: BaseException) -> MatrixError:
     """What a client hears when a write failed; the log has the cause."""
     if isinstance(error, MatrixError):
         return error
@@ -1605,33 +1542,27 @@ def storage_error(error: Exception) -> MatrixError:
     return MatrixError(500, "M_UNKNOWN", "The server could not store this; see its log")
 
 
-@dataclass(frozen=True)
-class Migration:
-    """One step of the schema: what it does in words, and the statements that do it."""
+def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """Open a connection with the settings that every connection needs."""
+    connection = sqlite3.connect(
+        f"file:{quote(str(path))}?mode={'ro' if read_only else 'rwc'}",
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=1024,
+    )
+    connection.execute("PRAGMA trusted_schema = OFF")
+    connection.execute("PRAGMA busy_timeout = 10000")
+    return connection
 
-    what: str
-    sql: str
 
-
-# The first schema is version 1; the n-th entry leads from version n to n + 1.
-MIGRATIONS: Final[tuple[Migration, ...]] = ()
-
-
-def migrate(connection: sqlite3.Connection, path: Path, steps: Sequence[Migration]) -> None:
-    """Bring an older database up to date, one transaction a step, with a copy before each."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    for number in range(version, len(steps) + 1):
-        step = steps[number - 1]
-        copy = path.with_name(f"{path.name}.before-version-{number + 1}")
-        log_storage.warning("migrating to version %d: %s; copy in %s", number + 1, step.what, copy)
-        copy_database(path, copy, replace=True)
-        statements = f"BEGIN IMMEDIATE;\n{step.sql};\nPRAGMA user_version = {number + 1:d};\nCOMMIT;"
-        try:
-            connection.executescript(statements)
-        except sqlite3.Error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+def sync_path(path: Path) -> None:
+    """Force a file's bytes, or a folder's entries, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def copy_database(source: Path, target: Path, *, replace: bool = False) -> None:
@@ -1648,43 +1579,43 @@ def copy_database(source: Path, target: Path, *, replace: bool = False) -> None:
     sync_path(target.parent)
 
 
-def sync_path(path: Path) -> None:
-    """Force a file's bytes, or a folder's entries, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+class Migration(NamedTuple):
+    """One step of the schema: what it does in words, and the statements that do it."""
+
+    what: str
+    sql: str
 
 
-def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """Open a connection with the settings that every connection needs."""
-    mode = "ro" if read_only else "rwc"
-    connection = sqlite3.connect(
-        f"file:{quote(str(path))}?mode={mode}",
-        uri=True,
-        isolation_level=None,
-        check_same_thread=False,
-        cached_statements=1024,
-    )
-    connection.execute("PRAGMA trusted_schema = OFF")
-    connection.execute("PRAGMA busy_timeout = 10000")
-    return connection
+# The first schema is version 1; the n-th entry leads from version n to n + 1.
+MIGRATIONS: Final[tuple[Migration, ...]] = ()
+
+
+def migrate(connection: sqlite3.Connection, path: Path, steps: Sequence[Migration]) -> None:
+    """Bring an older database up to date, one transaction a step, with a copy before each."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    for old in range(version, len(steps) + 1):
+        step, new = steps[old - 1], old + 1
+        copy = path.with_name(f"{path.name}.before-version-{new}")
+        log_storage.warning("migrating to version %d: %s; copy in %s", new, step.what, copy)
+        copy_database(path, copy, replace=True)
+        statements = f"BEGIN IMMEDIATE;\n{step.sql};\nPRAGMA user_version = {new:d};\nCOMMIT;"
+        try:
+            connection.executescript(statements)
+        except sqlite3.Error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
 
 
 # ── 4.2  Opening ─────────────────────────────────────────────────────────────
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the database folder, readable by its owner alone."""
+def claim_folder(folder: Path) -> int:
+    """Make the folder, readable by its owner alone, and lock it: two servers would ruin it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise DatabaseRefused(f"database_path {folder} cannot be made: {error.strerror}") from error
-
-
-def lock_folder(folder: Path) -> int:
-    """Take the folder for this process; two servers on one database would ruin it."""
     descriptor = os.open(folder / "conduit.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1695,7 +1626,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def refuse_half_wiped(folder: Path) -> None:
-    """A folder with media but no database was wiped by accident; a new start would finish it off."""
+    """A folder with media but no database was wiped by accident; a start would finish it off."""
     if (folder / DATABASE_FILE).exists():
         return
     left = [name for name in (f"{DATABASE_FILE}-wal", "media") if (folder / name).exists()]
@@ -1761,79 +1692,98 @@ def open_database(folder: Path, server_name: str, cache_mb: float) -> sqlite3.Co
             sync_path(folder)
         else:
             migrate(connection, path, MIGRATIONS)
-    except sqlite3.DatabaseError as error:
+    except BaseException as error:
         connection.close()
-        raise DatabaseRefused(f"the database {path} cannot be read: {error}") from error
-    except BaseException:
-        connection.close()
+        if isinstance(error, sqlite3.DatabaseError):
+            raise DatabaseRefused(f"the database {path} cannot be read: {error}") from error
         raise
     return connection
 
 
 # ── 4.3  Group commit ────────────────────────────────────────────────────────
 
-
-class WriteBlock:
-    """`with db.write():` one handler's writes, all or none of them; it never spans an await."""
-
-    def __init__(self, database: Database) -> None:
-        self.database = database
-
-    def __enter__(self) -> None:
-        self.database.begin_block()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
-        self.database.end_block(error)
+Result = TypeVar("Result")
+Name = TypeVar("Name", str, StateKey)
+Nid = TypeVar("Nid", bound=int)
 
 
-class Batch:
-    """The writes that one commit makes durable, and who waits for them."""
-
-    __slots__ = ("waiting",)
-
-    def __init__(self) -> None:
-        self.waiting: list[asyncio.Future[None]] = []
-
-    def settle(self, error: MatrixError | None) -> None:
-        """Tell everyone who waits that the batch is on the disk, or that it is lost."""
-        for future in self.waiting:
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(None)
-            else:
-                future.set_exception(error)
+Batch = list["asyncio.Future[None]"]  # who waits for one commit
+Report = Callable[["OSError | None"], None]  # hears how a sync went
 
 
-class Syncer(threading.Thread):
-    """The thread that forces the WAL onto the disk and copies it back into the database."""
+def settle(batch: Batch | None, error: MatrixError | None) -> None:
+    """Tell everyone who waits that the batch is on the disk, or that it is lost."""
+    for future in batch or ():
+        if not future.done() and error is None:
+            future.set_result(None)
+        elif not future.done():
+            future.set_exception(cast(MatrixError, error))
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(name="sync", daemon=True)
-        self.path = path
-        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.wal = os.open(f"{path}-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self.start()
 
-    def run(self) -> None:
-        """Do one job after the other until None comes."""
-        while (job := self.jobs.get()) is not None:
-            job()
-        os.close(self.wal)
+def call_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    """Call a function on the loop from a thread; a loop that is gone needs no answer."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(function, *args)
 
-    def sync(self, checkpoint: bool) -> Exception | None:
-        """Sync the WAL; None or what went wrong. A checkpoint that fails is tried again later."""
+
+def sync_on_demand(wal: int, jobs: queue.SimpleQueue[Report | None]) -> None:
+    """In a thread of its own: force the WAL onto the disk for one job after the other."""
+    while (report := jobs.get()) is not None:
         try:
-            os.fdatasync(self.wal)
+            os.fdatasync(wal)
         except OSError as error:
-            return error
-        if checkpoint:
-            try:
-                with contextlib.closing(connect(self.path)) as connection:
-                    connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
-            except sqlite3.Error as error:
-                log_storage.error("checkpoint failed, will be tried again: %s", error)
-        return None
+            report(error)
+        else:
+            report(None)
+    os.close(wal)
+
+
+def checkpoint(path: Path) -> None:
+    """In a thread: copy the WAL back into the database; what fails is tried again later."""
+    try:
+        with contextlib.closing(connect(path)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+    except sqlite3.Error as error:
+        log_storage.error("checkpoint failed, will be tried again: %s", error)
+
+
+class Interned(Generic[Name, Nid]):
+    """A table that gives integers to names (texts or pairs of texts), most of it in memory."""
+
+    def __init__(self, database: Database, *, find: str, add: str, name: str) -> None:
+        self.database = database
+        self._find, self._add, self._name = find, add, name
+        self._nids: LruCache[Name, Nid] = LruCache(INTERNED)
+        self._names: LruCache[Nid, Name] = LruCache(INTERNED)
+        database.on_reset(self._nids.clear)
+        database.on_reset(self._names.clear)
+
+    def find(self, name: Name) -> Nid | None:
+        """The integer of a name, or None if it was never seen."""
+        nid = self._nids.get(name)
+        if nid is None:
+            nid = self.database.value(self._find, name if isinstance(name, tuple) else (name,))
+            if nid is not None:
+                self._nids.put(name, nid)
+        return nid
+
+    def nid(self, name: Name) -> Nid:
+        """The integer of a name, made if new."""
+        nid = self.find(name)
+        if nid is None:
+            with self.database.write():
+                self.database.execute(self._add, name if isinstance(name, tuple) else (name,))
+            nid = self.find(name)
+        return cast(Nid, nid)
+
+    def name(self, nid: Nid) -> Name:
+        """The name that an integer stands for."""
+        name = self._names.get(nid)
+        if name is None:
+            row = tuple(map(sys.intern, self.database.one(self._name, (nid,))))
+            name = cast(Name, row if len(row) > 1 else row[0])
+            self._names.put(nid, name)
+        return name
 
 
 class Database:
@@ -1844,9 +1794,8 @@ class Database:
     """
 
     def __init__(self, folder: Path, server_name: str, cache_mb: float) -> None:
-        prepare_folder(folder)
         self.folder = folder
-        self._lock = lock_folder(folder)
+        self._lock = claim_folder(folder)
         try:
             self.connection = open_database(folder, server_name, cache_mb / PAGE_CACHE_SHARE)
         except BaseException:
@@ -1854,18 +1803,24 @@ class Database:
             raise
         self.execute = self.connection.execute
         self.pool = ThreadPoolExecutor(4, thread_name_prefix="pool")
-        self._syncer = Syncer(folder / DATABASE_FILE)
-        self._block = WriteBlock(self)
+        wal = os.open(folder / f"{DATABASE_FILE}-wal", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._jobs: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
+        self._syncer = threading.Thread(target=sync_on_demand, args=(wal, self._jobs), daemon=True)
+        self._syncer.start()
         self._open: Batch | None = None
         self._flushing: Batch | None = None
+        self._blocks: list[int] = []  # of each open block, how many rows were changed before it
         self._commits = 0
         self._broken: MatrixError | None = None
         self._reset: list[Callable[[], None]] = []
         self._readers = threading.local()
-        self._user_nids: LruCache[str, UserNid] = LruCache(50_000)
-        self._user_ids: LruCache[UserNid, str] = LruCache(50_000)
-        self.on_reset(self._user_nids.clear)
-        self.on_reset(self._user_ids.clear)
+        users: Interned[str, UserNid] = Interned(
+            self,
+            find="SELECT user_nid FROM users WHERE user_id = ?",
+            add="INSERT INTO users (user_id) VALUES (?)",
+            name="SELECT user_id FROM users WHERE user_nid = ?",
+        )
+        self.user_nid, self.find_user_nid, self.user_id = users.nid, users.find, users.name
 
     # Reading
 
@@ -1884,11 +1839,11 @@ class Database:
 
     # Writing
 
-    def write(self) -> WriteBlock:
-        """A block of writes that happens as a whole or not at all."""
-        return self._block
+    def write(self) -> Database:
+        """`with db.write():` one handler's writes, all or none of them; it never spans an await."""
+        return self
 
-    def begin_block(self) -> None:
+    def __enter__(self) -> None:
         """Open the shared transaction if there is none, and a savepoint in it."""
         if self._broken:
             raise self._broken
@@ -1897,32 +1852,36 @@ class Database:
                 self.execute("BEGIN IMMEDIATE")
             except sqlite3.Error as error:
                 raise self._reported(error) from error
-            self._open = Batch()
+            self._open = []
             if self._flushing is None:
                 asyncio.get_running_loop().call_soon(self._commit)
         self.execute("SAVEPOINT block")
+        self._blocks.append(self.connection.total_changes)
 
-    def end_block(self, error: BaseException | None) -> None:
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: Any) -> None:
         """Keep the block's writes, or undo them; SQLite itself may have undone the whole batch."""
-        if error is None:
-            self.execute("RELEASE block")
-            return
+        changes_before = self._blocks.pop()
         if self.connection.in_transaction:
-            self.execute("ROLLBACK TO block")
+            if error is not None:
+                self.execute("ROLLBACK TO block")
             self.execute("RELEASE block")
-        elif self._open is not None:
+            if error is None:
+                return
+        else:
+            error = error or sqlite3.OperationalError("an inner block was lost with all others")
             self._lose_open_batch(error)
-        for callback in self._reset:
-            callback()
+        # A handler that refuses before it wrote anything must not cost everyone their caches.
+        if not isinstance(error, MatrixError) or self.connection.total_changes > changes_before:
+            self._forget()
         if isinstance(error, sqlite3.OperationalError | sqlite3.IntegrityError | OverflowError):
             raise self._reported(error) from error
 
     async def synced(self) -> None:
         """Wait until everything written so far is on the disk; MatrixError if it was lost."""
-        batch = self._open or self._flushing
+        batch = self._flushing if self._open is None else self._open
         if batch is not None:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            batch.waiting.append(future)
+            batch.append(future)
             await future
         elif self._broken:
             raise self._broken
@@ -1931,16 +1890,17 @@ class Database:
         """Call back when writes were undone, so that no cache keeps what never happened."""
         self._reset.append(callback)
 
+    def _forget(self) -> None:
+        for callback in self._reset:
+            callback()
+
     def _reported(self, error: BaseException) -> MatrixError:
         log_storage.error("write failed: %s; free some space or look at the disk", error)
-        return storage_error(cast(Exception, error))
+        return storage_error(error)
 
     def _lose_open_batch(self, error: BaseException) -> None:
         batch, self._open = self._open, None
-        for callback in self._reset:
-            callback()
-        if batch is not None:
-            batch.settle(self._reported(error))
+        settle(batch, self._reported(error))
 
     def _commit(self) -> None:
         """Append the open transaction to the WAL and hand it to the syncing thread."""
@@ -1952,25 +1912,26 @@ class Database:
             if self.connection.in_transaction:
                 self.execute("ROLLBACK")
             self._lose_open_batch(error)
+            self._forget()
             return
         self._flushing, self._open = self._open, None
-        self._commits += 1
-        checkpoint = self._commits % CHECKPOINT_COMMITS == 0
         loop = asyncio.get_running_loop()
-        self._syncer.jobs.put(
-            lambda: call_loop(loop, self._flushed, self._syncer.sync(checkpoint)),
-        )
+        self._jobs.put(functools.partial(call_loop, loop, self._flushed))
 
-    def _flushed(self, error: Exception | None) -> None:
+    def _flushed(self, error: OSError | None) -> None:
         """The sync came back: answer those who waited, and commit what came in meanwhile."""
         batch, self._flushing = self._flushing, None
         if error is not None:
             self._broken = storage_error(error)
-            log_storage.critical("the disk failed to sync (%s); stopping, nothing is acknowledged", error)
+            log_storage.critical(
+                "the disk failed to sync (%s): stopping, nothing more is told", error
+            )
             os.kill(os.getpid(), signal.SIGTERM)
-        if batch is not None:
-            batch.settle(self._broken)
+        settle(batch, self._broken)
         self._commit()
+        self._commits += 1
+        if self._commits % CHECKPOINT_COMMITS == 0:
+            self.pool.submit(checkpoint, self.folder / DATABASE_FILE)
 
     # Threads
 
@@ -1993,41 +1954,13 @@ class Database:
         """Make everything durable, copy the WAL back and let go of the folder."""
         with contextlib.suppress(MatrixError):
             await self.synced()
-        self._syncer.jobs.put(None)
+        self._jobs.put(None)
         self._syncer.join()
         self.pool.shutdown()
         with contextlib.suppress(sqlite3.Error):
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.connection.close()
         os.close(self._lock)
-
-    # Users as integers
-
-    def user_nid(self, user_id: str) -> UserNid:
-        """The integer of a user, made if new."""
-        nid = self.find_user_nid(user_id)
-        if nid is not None:
-            return nid
-        with self.write():
-            cursor = self.execute("INSERT INTO users (user_id) VALUES (?)", (user_id,))
-        return UserNid(cast(int, cursor.lastrowid))
-
-    def find_user_nid(self, user_id: str) -> UserNid | None:
-        """The integer of a user, or None if never seen."""
-        nid = self._user_nids.get(user_id)
-        if nid is None:
-            nid = self.value("SELECT user_nid FROM users WHERE user_id = ?", (user_id,))
-            if nid is not None:
-                self._user_nids.put(user_id, nid)
-        return nid
-
-    def user_id(self, nid: UserNid) -> str:
-        """The id of a user that is known by its integer."""
-        user_id = self._user_ids.get(nid)
-        if user_id is None:
-            user_id = cast(str, self.value("SELECT user_id FROM users WHERE user_nid = ?", (nid,)))
-            self._user_ids.put(nid, user_id)
-        return user_id
 
     # Small values
 
@@ -2041,14 +1974,6 @@ class Database:
             self.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
 
-def call_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
-    """Call a function on the loop from a thread; a loop that is gone needs no answer."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(function, *args)
-
-
-Result = TypeVar("Result")
-
 # ── 4.4  The stream ──────────────────────────────────────────────────────────
 
 # What a position can stand for; the target is a room or a user.
@@ -2061,9 +1986,6 @@ TO_DEVICE = "to-device"  # user: a message for one of their devices
 DEVICE_LIST = "device list"  # user whose devices or keys changed
 KEY_COUNTS = "key counts"  # user: one-time or fallback keys of a device were used up
 PRESENCE = "presence"  # user whose presence changed
-PROFILE = "profile"  # user whose profile changed
-
-StreamChange = tuple[str, int]
 
 
 class Stream:
@@ -2079,7 +2001,7 @@ class Stream:
         self._reserved = self.position
         self._floor = self.position  # changes at or before this are not in the log
         self._positions: list[int] = []
-        self._changes: list[StreamChange] = []
+        self._changes: list[tuple[str, int]] = []
         self._listeners: list[Callable[[str, int], None]] = []
         database.on_reset(self._forget_reservation)
 
@@ -2089,7 +2011,9 @@ class Stream:
         self._positions.append(position)
         self._changes.append((kind, target))
         if len(self._positions) > STREAM_LOG:
-            self._trim()
+            drop = STREAM_LOG // 2
+            self._floor = self._positions[drop - 1]
+            del self._positions[:drop], self._changes[:drop]
         for listener in self._listeners:
             listener(kind, target)
         return position
@@ -2103,8 +2027,8 @@ class Stream:
         self.position += 1
         return self.position
 
-    def since(self, position: int) -> list[StreamChange] | None:
-        """The changes after a position, oldest first; None when memory does not reach so far back."""
+    def since(self, position: int) -> list[tuple[str, int]] | None:
+        """The (kind, target)s after a position, oldest first; None if the log begins later."""
         if position < self._floor:
             return None
         return self._changes[bisect.bisect_right(self._positions, position) :]
@@ -2118,50 +2042,36 @@ class Stream:
         self.database.set_meta("stream_reserved", self.position)
         self._reserved = self.position
 
-    def _trim(self) -> None:
-        drop = len(self._positions) // 2
-        self._floor = self._positions[drop - 1]
-        del self._positions[:drop]
-        del self._changes[:drop]
-
     def _forget_reservation(self) -> None:
         # The row may have been rolled back; the next stamp reserves anew, above all used ones.
         self._reserved = min(self._reserved, self.position)
 
 
-# ── 4.5  Check and backup ────────────────────────────────────────────────────
+# ── 4.5  The check ───────────────────────────────────────────────────────────
 
 
 def check_database(folder: Path) -> list[str]:
-    """What is wrong with a database, in sentences; it may be in use."""
+    """What is wrong with a database, which may be in use: SQLite's check, then every chapter's."""
     path = folder / DATABASE_FILE
     if not path.exists():
         return [f"there is no database in {folder}"]
     try:
         with contextlib.closing(connect(path, read_only=True)) as connection:
-            return list(database_problems(connection))
+            lines = connection.execute("PRAGMA integrity_check").fetchall()
+            found = [f"integrity: {line}" for (line,) in lines if line != "ok"]
+            for what, sql in INVARIANTS:
+                if rows := connection.execute(sql).fetchmany(5):
+                    found.append(f"{what}: {', '.join(str(row[0]) for row in rows)}")
+            for function in CHECKERS:
+                found += function(folder, connection)
+            return found
     except sqlite3.DatabaseError as error:
         return [f"the database cannot be read: {error}"]
 
 
-def database_problems(connection: sqlite3.Connection) -> Iterator[str]:
-    """Run SQLite's own check, then every chapter's invariants."""
-    for (line,) in connection.execute("PRAGMA integrity_check"):
-        if line != "ok":
-            yield f"integrity: {line}"
-    for what, sql in INVARIANTS:
-        rows = connection.execute(sql).fetchmany(5)
-        if rows:
-            yield f"{what}: {', '.join(str(row[0]) for row in rows)}"
-
-
 invariant(
     "stream positions above the reserved ones",
-    """
-    SELECT pos
-    FROM events
-    WHERE pos > (SELECT value FROM meta WHERE key = 'stream_reserved')
-    """,
+    "SELECT pos FROM events WHERE pos > (SELECT value FROM meta WHERE key = 'stream_reserved')",
 )
 
 
@@ -3849,15 +3759,173 @@ def resolve_state(
     if version.resolution == "v1":
         return resolve_v1(version, state_sets, lookup)
     return resolve_v2(version, state_sets, lookup, graph or AuthGraph(lookup))
+# ═════════════════════════════════════════════════════════════════════════════
+#  9. STATE GROUPS
+#
+#  The state of a room after each of its events, without a copy for each: a group
+#  differs from an earlier group by a few pairs of integers, and any state of any
+#  time is a few row reads.                            spec: SS-API "Room State"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE state_keys (
+    state_nid INTEGER PRIMARY KEY,
+    type TEXT NOT NULL,
+    state_key TEXT NOT NULL,
+    UNIQUE (type, state_key)
+);
+CREATE TABLE state_groups (
+    state_group INTEGER PRIMARY KEY,
+    room_nid INTEGER NOT NULL,
+    height INTEGER NOT NULL,        -- steps since the empty state
+    base INTEGER,                   -- the group that the delta starts from
+    delta BLOB NOT NULL             -- sorted state nids, then their event nids, 8 bytes each
+);
+""")
+invariant(
+    "state groups on a base that is not there",
+    """
+    SELECT state_group
+    FROM state_groups
+    WHERE base NOT IN (SELECT state_group FROM state_groups)
+    """,
+)
+
+MANY_LOOKUPS = 200  # from here on, reading two states as a whole is cheaper
+
+# ── 9.1  Deltas ──────────────────────────────────────────────────────────────
+#
+# A group at height n stores its difference to the group at height n & (n - 1), that
+# is n without its lowest set bit. So a group is read in at most log2(n) rows, and each
+# change is written log2(n) / 2 times on average: no snapshot of 10,000 entries, ever.
+#
+#     height   1   2   3   4   5   6   7   8
+#     base     0   0   2   0   4   4   6   0
 
 
+class StateGroup(NamedTuple):
+    """A row of state_groups; the delta is unpacked into keys and values, both sorted by key."""
+
+    height: int
+    base: int | None
+    keys: array.array[int]
+    values: array.array[int]
+
+
+def pack_delta(delta: Mapping[StateNid, EventNid]) -> bytes:
+    """Sorted keys and then their values, as little-endian 64-bit integers; value 0 is 'gone'."""
+    keys = sorted(delta)
+    packed = array.array("q", [*keys, *(delta[key] for key in keys)])
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_delta(raw: bytes) -> tuple[array.array[int], array.array[int]]:
+    """Turn the bytes of pack_delta back into keys and values."""
+    packed = array.array("q", raw)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    half = len(packed) // 2
+    return packed[:half], packed[half:]
+
+
+# ── 9.2  States ──────────────────────────────────────────────────────────────
+
+
+class StateGroups:
+    """Reads and makes state groups; a state is a dict from state nid to event nid."""
+
+    def __init__(self, database: Database, stream: Stream, cache_bytes: int) -> None:
+        self.database = database
+        self.stream = stream
+        self.cache: LruCache[int, StateGroup] = LruCache(cache_bytes)
+        self.names: Interned[StateKey, StateNid] = Interned(
+            database,
+            find="SELECT state_nid FROM state_keys WHERE type = ? AND state_key = ?",
+            add="INSERT INTO state_keys (type, state_key) VALUES (?, ?)",
+            name="SELECT type, state_key FROM state_keys WHERE state_nid = ?",
+        )
+        database.on_reset(self.cache.clear)
+
+    def row(self, group: int) -> StateGroup:
+        """One row, from memory or from the database."""
+        found = self.cache.get(group)
+        if found is None:
+            height, base, delta = self.database.one(
+                "SELECT height, base, delta FROM state_groups WHERE state_group = ?", (group,)
+            )
+            found = StateGroup(height, base, *unpack_delta(delta))
+            self.cache.put(group, found, 300 + len(delta))
+        return found
+
+    def chain(self, group: int | None) -> Iterator[tuple[int, StateGroup]]:
+        """The group and the bases under it, newest first."""
+        while group is not None:
+            found = self.row(group)
+            yield group, found
+            group = found.base
+
+    def read(self, group: int) -> dict[StateNid, EventNid]:
+        """The whole state of a group."""
+        state: dict[Any, Any] = {}
+        for _, row in reversed(list(self.chain(group))):
+            state.update(zip(row.keys, row.values, strict=True))
+        return {key: value for key, value in state.items() if value}
+
+    def named(self, state: Mapping[StateNid, EventNid]) -> dict[StateKey, EventNid]:
+        """A state with its keys as (type, state_key)."""
+        return {self.names.name(key): nid for key, nid in state.items()}
+
+    def lookup(self, group: int, key: StateNid) -> EventNid | None:
+        """One entry of the state, without reading the whole."""
+        for _, row in self.chain(group):
+            at = bisect.bisect_left(row.keys, key)
+            if at < len(row.keys) and row.keys[at] == key:
+                return EventNid(row.values[at]) if row.values[at] else None
+        return None
+
+    def extend(self, room_nid: int, parent: int | None, changes: dict[StateNid, EventNid]) -> int:
+        """A new group: the parent's state with some entries changed (0: gone)."""
+        height = self.row(parent).height + 1 if parent is not None else 0
+        delta: dict[Any, Any] = dict(changes)
+        base = parent
+        for group, row in self.chain(parent):
+            base = group
+            if row.height <= height & (height - 1):
+                break
+            for key, value in zip(row.keys, row.values, strict=True):
+                delta.setdefault(key, value)
+        new = self.stream.advance()
+        with self.database.write():
+            self.database.execute(
+                """
+                INSERT INTO state_groups (state_group, room_nid, height, base, delta)
+                VALUES (?, ?, ?, ?, ?)
+                """,
+                (new, room_nid, height, base, pack_delta(delta)),
+            )
+        return new
+
+    def difference(self, old: int, new: int) -> dict[StateNid, EventNid]:
+        """The entries of `new` that `old` lacks or has otherwise; reads what differs, not all."""
+        chains = dict(self.chain(old)), dict(self.chain(new))
+        rows = {**chains[0], **chains[1]}
+        touched: set[Any] = set()
+        for group in chains[0].keys() ^ chains[1].keys():
+            touched.update(rows[group].keys)
+        if len(touched) > MANY_LOOKUPS:
+            before, after = self.read(old), self.read(new)
+            return {key: value for key, value in after.items() if before.get(key) != value}
+        pairs = ((key, self.lookup(new, key)) for key in touched)
+        return {key: nid for key, nid in pairs if nid is not None and nid != self.lookup(old, key)}
 # ═════════════════════════════════════════════════════════════════════════════
 #  9. THE ROOM STORE
 #
-#  Events once, as the bytes that were signed; state as groups that differ from
-#  an earlier group by a few pairs; memberships as a table of what is now. Here
-#  is the one path by which an event enters a room, and the one check that says
-#  who may see it.     spec: SS-API "Rooms", CS-API "Room history visibility"
+#  Events once, as the bytes that were signed; memberships as a table of what is
+#  now; rooms in use in memory. Here is the one path by which an event enters a
+#  room, and from here its news spreads to all who subscribed.
+#                                                          spec: SS-API "Rooms"
 # ═════════════════════════════════════════════════════════════════════════════
 
 schema("""
@@ -3868,12 +3936,6 @@ CREATE TABLE rooms (
     state_group INTEGER NOT NULL,   -- the state now
     last_pos INTEGER NOT NULL,      -- position of the newest timeline event
     extremities TEXT NOT NULL       -- event nids without a successor, as a JSON list
-);
-CREATE TABLE state_keys (
-    state_nid INTEGER PRIMARY KEY,
-    type TEXT NOT NULL,
-    state_key TEXT NOT NULL,
-    UNIQUE (type, state_key)
 );
 CREATE TABLE events (
     nid INTEGER PRIMARY KEY,        -- from the stream's counter
@@ -3892,13 +3954,6 @@ CREATE TABLE events (
 );
 CREATE UNIQUE INDEX events_timeline ON events (room_nid, pos) WHERE pos IS NOT NULL;
 CREATE INDEX events_state ON events (room_nid, state_nid, pos) WHERE state_nid IS NOT NULL;
-CREATE TABLE state_groups (
-    state_group INTEGER PRIMARY KEY,
-    room_nid INTEGER NOT NULL,
-    height INTEGER NOT NULL,        -- steps since the empty state
-    base INTEGER,                   -- the group that the delta starts from
-    delta BLOB NOT NULL             -- sorted state nids, then their event nids, 8 bytes each
-);
 CREATE TABLE memberships (
     user_nid INTEGER NOT NULL,
     room_nid INTEGER NOT NULL,
@@ -3922,38 +3977,17 @@ CREATE TABLE pending_redactions (
     PRIMARY KEY (event_id, redaction)
 ) WITHOUT ROWID;
 """)
-
 invariant(
     "events of rooms that are not there",
-    """
-    SELECT nid
-    FROM events
-    WHERE room_nid NOT IN (SELECT room_nid FROM rooms)
-    """,
+    "SELECT nid FROM events WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
 )
 invariant(
     "events with state groups that are not there",
-    """
-    SELECT nid
-    FROM events
-    WHERE state_group NOT IN (SELECT state_group FROM state_groups)
-    """,
-)
-invariant(
-    "state groups on a base that is not there",
-    """
-    SELECT state_group
-    FROM state_groups
-    WHERE base NOT IN (SELECT state_group FROM state_groups)
-    """,
+    "SELECT nid FROM events WHERE state_group NOT IN (SELECT state_group FROM state_groups)",
 )
 invariant(
     "memberships from events that are not there",
-    """
-    SELECT event_nid
-    FROM memberships
-    WHERE event_nid NOT IN (SELECT nid FROM events)
-    """,
+    "SELECT event_nid FROM memberships WHERE event_nid NOT IN (SELECT nid FROM events)",
 )
 invariant(
     "rooms whose last position is not that of their newest event",
@@ -3966,147 +4000,11 @@ invariant(
 
 EVENT_OVERHEAD_BYTES = 2500  # what a parsed event weighs beside its text, in CPython
 STATE_ENTRY_BYTES = 120
+MIN_POSITION = -(2**62)
+MAX_POSITION = 2**62
+MAX_DEPTH = 2**53 - 1
 
-# ── 9.1  State groups ────────────────────────────────────────────────────────
-#
-# A group at height n stores its difference to the group at height n & (n - 1), that
-# is n without its lowest set bit. So a group is read in at most log2(n) rows, and each
-# change is written log2(n) / 2 times on average: no snapshot of 10,000 entries, ever.
-#
-#     height   1   2   3   4   5   6   7   8
-#     base     0   0   2   0   4   4   6   0
-
-
-class StateGroup(NamedTuple):
-    """A row of state_groups; the delta is unpacked into keys and values, both sorted by key."""
-
-    height: int
-    base: int | None
-    keys: array.array[int]
-    values: array.array[int]
-
-
-def pack_delta(delta: Mapping[StateNid, EventNid]) -> bytes:
-    """Sorted keys and then their values, as little-endian 64-bit integers; value 0 is 'gone'."""
-    keys = sorted(delta)
-    packed = array.array("q", keys)
-    packed.extend(delta[key] for key in keys)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
-
-
-def unpack_delta(raw: bytes) -> tuple[array.array[int], array.array[int]]:
-    """Turn the bytes of pack_delta back into keys and values."""
-    packed = array.array("q")
-    packed.frombytes(raw)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    half = len(packed) // 2
-    return packed[:half], packed[half:]
-
-
-class StateGroups:
-    """Reads and makes state groups; a state is a dict from state nid to event nid."""
-
-    def __init__(self, database: Database, stream: Stream, cache_bytes: int) -> None:
-        self.database = database
-        self.stream = stream
-        self._cache: LruCache[int, StateGroup] = LruCache(cache_bytes)
-        database.on_reset(self._cache.clear)
-
-    def row(self, group: int) -> StateGroup:
-        """One row, from memory or from the database."""
-        found = self._cache.get(group)
-        if found is None:
-            height, base, delta = self.database.one(
-                """
-                SELECT height, base, delta
-                FROM state_groups
-                WHERE state_group = ?
-                """,
-                (group,),
-            )
-            found = StateGroup(height, base, *unpack_delta(delta))
-            self._cache.put(group, found, 300 + 16 * len(found.keys))
-        return found
-
-    def chain(self, group: int | None) -> Iterator[tuple[int, StateGroup]]:
-        """The group and the bases under it, newest first."""
-        while group is not None:
-            found = self.row(group)
-            yield group, found
-            group = found.base
-
-    def read(self, group: int) -> dict[StateNid, EventNid]:
-        """The whole state of a group."""
-        state: dict[StateNid, EventNid] = {}
-        for _, row in reversed(list(self.chain(group))):
-            state.update(zip(row.keys, row.values, strict=True))  # type: ignore[arg-type]  # NewTypes
-        return {key: value for key, value in state.items() if value}
-
-    def lookup(self, group: int, key: StateNid) -> EventNid | None:
-        """One entry of the state, without reading the whole."""
-        for _, row in self.chain(group):
-            at = bisect.bisect_left(row.keys, key)
-            if at < len(row.keys) and row.keys[at] == key:
-                return EventNid(row.values[at]) if row.values[at] else None
-        return None
-
-    def extend(self, room_nid: int, parent: int | None, changes: dict[StateNid, EventNid]) -> int:
-        """A new group: the parent's state with some entries changed (0: gone)."""
-        height = self.row(parent).height + 1 if parent is not None else 0
-        base_height = height & (height - 1)
-        delta = dict(changes)
-        base = parent
-        for group, row in self.chain(parent):
-            base = group
-            if row.height <= base_height:
-                break
-            for key, value in zip(row.keys, row.values, strict=True):
-                delta.setdefault(StateNid(key), EventNid(value))
-        new = self.stream.advance()
-        with self.database.write():
-            self.database.execute(
-                """
-                INSERT INTO state_groups (state_group, room_nid, height, base, delta)
-                VALUES (?, ?, ?, ?, ?)
-                """,
-                (new, room_nid, height, base, pack_delta(delta)),
-            )
-        return new
-
-    def difference(self, old: int, new: int) -> dict[StateNid, EventNid]:
-        """The entries of `new` that `old` lacks or has otherwise; reads what differs, not all."""
-        if old == new:
-            return {}
-        old_chain = dict(self.chain(old))
-        touched: set[int] = set()
-        common: int | None = None
-        for group, row in self.chain(new):
-            if group in old_chain:
-                common = group
-                break
-            touched.update(row.keys)
-        for group, row in old_chain.items():
-            if group == common:
-                break
-            touched.update(row.keys)
-        return self._changed(old, new, touched)
-
-    def _changed(self, old: int, new: int, touched: set[int]) -> dict[StateNid, EventNid]:
-        if len(touched) > 200:  # reading both as a whole is cheaper than so many searches
-            before, after = self.read(old), self.read(new)
-            return {key: value for key, value in after.items() if before.get(key) != value}
-        changed = {}
-        for key in map(StateNid, touched):
-            value = self.lookup(new, key)
-            if value is not None and value != self.lookup(old, key):
-                changed[key] = value
-        return changed
-
-
-# ── 9.2  A room in memory ────────────────────────────────────────────────────
+# ── 9.1  A room in memory ────────────────────────────────────────────────────
 
 
 class Member(NamedTuple):
@@ -4118,14 +4016,23 @@ class Member(NamedTuple):
     forgotten: bool
 
 
+HISTORY_VISIBILITIES = ("world_readable", "shared", "invited", "joined")
+
+
+def history_visibility_of(event: Event | None) -> str:
+    """The setting in a history visibility event; "shared" when there is none or it is unknown."""
+    value = None if event is None else event.content.get("history_visibility")
+    return value if value in HISTORY_VISIBILITIES else "shared"
+
+
 class Room:
     """What is asked for all the time of a room that is in use; the truth is in the tables."""
 
-    def __init__(self, store: Rooms, nid: RoomNid, room_id: str, version: RoomVersion) -> None:
+    def __init__(self, store: RoomReader, nid: RoomNid) -> None:
         self.store = store
         self.nid = nid
-        self.room_id = room_id
-        self.version = version
+        self.room_id = ""
+        self.version = ROOM_VERSIONS["1"]
         self.state: dict[StateKey, EventNid] = {}
         self.group: int | None = None
         self.last_pos = 0
@@ -4154,7 +4061,7 @@ class Room:
     @property
     def join_rule(self) -> str:
         """The current join rule; rooms without one are invite only."""
-        return self.setting("m.room.join_rules", "join_rule", "invite")
+        return self.setting(JOIN_RULES, "join_rule", "invite")
 
     @property
     def history_visibility(self) -> str:
@@ -4199,63 +4106,64 @@ class Room:
             self.power = (source, power_levels_of(self.version, events))
         return self.power[1]
 
+    def set_member(self, user_nid: UserNid, membership: str, *, is_local: bool) -> None:
+        """Note a membership in the sums as well."""
+        self.counts[self.members_by_nid.get(user_nid, "")] -= 1
+        self.counts[membership] += 1
+        self.members_by_nid[user_nid] = membership
+        if is_local and membership == "join":
+            self.local_joined.add(user_nid)
+        else:
+            self.local_joined.discard(user_nid)
+
     def weight(self) -> int:
         """About how many bytes the room takes."""
         return 2000 + STATE_ENTRY_BYTES * (len(self.state) + len(self.members_by_nid))
 
 
-HISTORY_VISIBILITIES = ("world_readable", "shared", "invited", "joined")
+# ── 9.2  Reading ─────────────────────────────────────────────────────────────
+
+EVENT_COLUMNS = """event_id, pdu, nid, room_nid, pos, state_group, replaces, redacted_by,
+    rejected, soft_failed, txn_device, txn_id"""
+TIMELINE_NEWEST = """
+    SELECT nid
+    FROM events
+    WHERE room_nid = ?
+      AND pos > ?
+      AND pos <= ?
+    ORDER BY pos DESC
+    LIMIT ?
+"""
+TIMELINE_OLDEST = """
+    SELECT nid
+    FROM events
+    WHERE room_nid = ?
+      AND pos > ?
+      AND pos <= ?
+    ORDER BY pos ASC
+    LIMIT ?
+"""
 
 
-def history_visibility_of(event: Event | None) -> str:
-    """The setting in a history visibility event; "shared" when there is none or it is unknown."""
-    value = None if event is None else event.content.get("history_visibility")
-    return value if value in HISTORY_VISIBILITIES else "shared"
-
-
-# ── 9.3  The store ───────────────────────────────────────────────────────────
-
-EVENT_COLUMNS = """nid, event_id, room_nid, pos, state_group, replaces, redacted_by,
-    rejected, soft_failed, txn_device, txn_id, pdu"""
-
-RoomListener = Callable[["Room", Event], None]
-MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
-
-
-class Rooms:
-    """All rooms: look them up, put events into them, read events out of them."""
+class RoomReader:
+    """All rooms: looks up rooms, events, states of the past and members, and keeps them."""
 
     def __init__(
-        self,
-        database: Database,
-        stream: Stream,
-        server_name: str,
-        signing_key: SigningKey,
-        cache_bytes: int,
-        cached_events: int,
+        self, database: Database, stream: Stream, server_name: str, cache_bytes: int, events: int
     ) -> None:
         self.database = database
         self.stream = stream
         self.server_name = server_name
-        self.signing_key = signing_key
         self.groups = StateGroups(database, stream, cache_bytes // 8)
         self._suffix = ":" + server_name
         self._rooms: LruCache[RoomNid, Room] = LruCache(cache_bytes // 4)
+        self._alive: weakref.WeakValueDictionary[RoomNid, Room] = weakref.WeakValueDictionary()
         self._room_nids: LruCache[str, RoomNid] = LruCache(10_000)
         self._events: LruCache[EventNid, Event] = LruCache(
-            min(cache_bytes // 2, cached_events * EVENT_OVERHEAD_BYTES)
+            min(cache_bytes // 2, events * EVENT_OVERHEAD_BYTES)
         )
-        self._state_nids: LruCache[StateKey, StateNid] = LruCache(20_000)
-        self._state_keys: LruCache[StateNid, StateKey] = LruCache(20_000)
         self._memberships: LruCache[UserNid, dict[RoomNid, Member]] = LruCache(100_000)
-        self._listeners: list[RoomListener] = []
-        self._membership_listeners: list[MembershipListener] = []
-        database.on_reset(self.clear_caches)
-
-    def clear_caches(self) -> None:
-        """Forget everything that can be read again."""
-        for cache in self.caches().values():
-            cache.clear()
+        database.on_reset(self._reset)
 
     def caches(self) -> dict[str, LruCache[Any, Any]]:
         """The caches by name, for the admin room."""
@@ -4263,21 +4171,18 @@ class Rooms:
             "rooms": self._rooms,
             "room ids": self._room_nids,
             "events": self._events,
-            "state keys": self._state_nids,
-            "state key ids": self._state_keys,
             "memberships": self._memberships,
-            "state groups": self.groups._cache,  # noqa: SLF001  # a part of this store
+            "state groups": self.groups.cache,
         }
 
-    def subscribe(self, listener: RoomListener) -> None:
-        """Call back for each new timeline event, inside the transaction that stores it."""
-        self._listeners.append(listener)
+    def _reset(self) -> None:
+        """Forget what may never have happened; rooms that someone holds are read again."""
+        for cache in self.caches().values():
+            cache.clear()
+        for room in list(self._alive.values()):
+            self._read(room)
 
-    def subscribe_membership(self, listener: MembershipListener) -> None:
-        """Call back with room, user, old and new membership, inside the transaction."""
-        self._membership_listeners.append(listener)
-
-    # Looking rooms up
+    # Rooms
 
     def find(self, room_id: str) -> Room | None:
         """The room with that id, or None."""
@@ -4297,104 +4202,52 @@ class Rooms:
         return room
 
     def by_nid(self, nid: RoomNid) -> Room:
-        """A room that is known to exist."""
+        """A room that is known to exist: one object, as long as anybody holds it."""
         room = self._rooms.get(nid)
         if room is None:
-            room = self._load(nid)
+            room = self._alive.get(nid)
+            if room is None:
+                room = self._alive[nid] = Room(self, nid)
+                self._read(room)
             self._rooms.put(nid, room, room.weight())
         return room
 
-    def _load(self, nid: RoomNid) -> Room:
-        room_id, version, group, last_pos, extremities = self.database.one(
+    def _read(self, room: Room) -> None:
+        """Fill a room from the tables, unless it is not there, because its creation was undone."""
+        row = self.database.one(
             """
             SELECT room_id, version, state_group, last_pos, extremities
             FROM rooms
             WHERE room_nid = ?
             """,
-            (nid,),
+            (room.nid,),
         )
-        room = Room(self, nid, room_id, ROOM_VERSIONS[version])
-        room.group = group
-        room.last_pos = last_pos
+        if row is None:
+            return
+        room.room_id, version, group, room.last_pos, extremities = row
+        room.version, room.group, room.power = ROOM_VERSIONS[version], group, None
         room.extremities = json.loads(extremities)
-        room.state = self.named_state(self.groups.read(group))
-        rows = self.database.all(
-            """
-            SELECT user_nid, membership
-            FROM memberships
-            WHERE room_nid = ?
-            """,
-            (nid,),
+        room.state = self.groups.named(self.groups.read(group))
+        for kept in (room.members_by_nid, room.counts, room.local_joined):
+            kept.clear()
+        rows = self.database.execute(
+            "SELECT user_nid, membership FROM memberships WHERE room_nid = ?", (room.nid,)
         )
-        room.members_by_nid = {user_nid: sys.intern(membership) for user_nid, membership in rows}
-        room.counts.update(room.members_by_nid.values())
         for user_nid, membership in rows:
-            if membership == "join" and self.is_local(user_nid):
-                room.local_joined.add(user_nid)
-        return room
+            room.set_member(user_nid, sys.intern(membership), is_local=self.is_local(user_nid))
 
     def is_local(self, user_nid: UserNid) -> bool:
         """Whether the user's account is on this server."""
         return self.database.user_id(user_nid).endswith(self._suffix)
 
-    # State keys as integers
-
-    def state_nid(self, key: StateKey) -> StateNid:
-        """The integer of (type, state_key), made if new."""
-        nid = self.find_state_nid(key)
-        if nid is None:
-            with self.database.write():
-                cursor = self.database.execute(
-                    "INSERT INTO state_keys (type, state_key) VALUES (?, ?)", key
-                )
-            nid = StateNid(cast(int, cursor.lastrowid))
-        return nid
-
-    def find_state_nid(self, key: StateKey) -> StateNid | None:
-        """The integer of (type, state_key), or None if no room ever had it."""
-        nid = self._state_nids.get(key)
-        if nid is None:
-            nid = self.database.value(
-                """
-                SELECT state_nid
-                FROM state_keys
-                WHERE type = ?
-                  AND state_key = ?
-                """,
-                key,
-            )
-            if nid is not None:
-                self._state_nids.put(key, nid)
-        return nid
-
-    def state_key(self, nid: StateNid) -> StateKey:
-        """The (type, state_key) of an integer."""
-        key = self._state_keys.get(nid)
-        if key is None:
-            row = self.database.one(
-                """
-                SELECT type, state_key
-                FROM state_keys
-                WHERE state_nid = ?
-                """,
-                (nid,),
-            )
-            key = (sys.intern(row[0]), sys.intern(row[1]))
-            self._state_keys.put(nid, key)
-        return key
-
-    def named_state(self, state: Mapping[StateNid, EventNid]) -> dict[StateKey, EventNid]:
-        """A state with its keys as (type, state_key)."""
-        return {self.state_key(key): nid for key, nid in state.items()}
-
-    # Reading events
+    # Events
 
     def event_by_nid(self, nid: EventNid) -> Event | None:
         """The event with that integer, or None."""
         event = self._events.get(nid)
         if event is None:
             row = self.database.one(
-                f"SELECT {EVENT_COLUMNS} FROM events WHERE nid = ?",  # noqa: S608  # a constant
+                f"SELECT {EVENT_COLUMNS} FROM events WHERE nid = ?",  # noqa: S608  a constant
                 (nid,),
             )
             event = None if row is None else self._event_from(row)
@@ -4408,51 +4261,43 @@ class Rooms:
     def events_by_nids(self, nids: Iterable[EventNid]) -> list[Event]:
         """Many events in the order asked for, read in one go; the ones not there are left out."""
         wanted = list(nids)
-        missing = [nid for nid in wanted if self._events.get(nid) is None]
-        found: dict[EventNid, Event] = {}
+        found = {nid: self._events.get(nid) for nid in wanted}
+        missing = [nid for nid, event in found.items() if event is None]
         if missing:
             rows = self.database.all(
-                f"SELECT {EVENT_COLUMNS} FROM json_each(?) JOIN events ON nid = value",  # noqa: S608  # a constant
+                f"SELECT {EVENT_COLUMNS} FROM json_each(?) JOIN events ON nid = value",  # noqa: S608  a constant
                 (json.dumps(missing),),
             )
-            found = {row[0]: self._event_from(row) for row in rows}
-        events = (found.get(nid) or self.event_by_nid(nid) for nid in wanted)
-        return [event for event in events if event is not None]
+            found.update((row[2], self._event_from(row)) for row in rows)
+        return [event for nid in wanted if (event := found[nid]) is not None]
 
     def _event_from(self, row: Any) -> Event:
-        room_nid = row[2]
-        version = ROOM_VERSIONS[self._version_of(room_nid)]
-        event = Event(version, json.loads(row[11]), row[1])
-        event.nid, _, event.room_nid, event.pos, event.state_group = row[:5]
-        event.replaces, event.redacted_by, event.rejected = row[5:8]
-        event.soft_failed = bool(row[8])
-        event.txn_device, event.txn_id = row[9:11]
-        self._events.put(event.nid, event, EVENT_OVERHEAD_BYTES + 2 * len(row[11]))
+        event = Event(self.by_nid(row[3]).version, json.loads(row[1]), row[0])
+        event.nid, event.room_nid, event.pos, event.state_group, event.replaces = row[2:7]
+        event.redacted_by, event.rejected = row[7:9]
+        event.soft_failed = bool(row[9])
+        event.txn_device, event.txn_id = row[10:]
+        self._events.put(event.nid, event, EVENT_OVERHEAD_BYTES + 2 * len(row[1]))
         return event
-
-    def _version_of(self, room_nid: RoomNid) -> str:
-        room = self._rooms.get(room_nid)
-        if room is not None:
-            return room.version.id
-        return cast(
-            str, self.database.value("SELECT version FROM rooms WHERE room_nid = ?", (room_nid,))
-        )
 
     def events_between(
         self, room: Room, after: int, upto: int, limit: int, *, newest: bool = True
     ) -> list[Event]:
         """Timeline events with after < pos <= upto in timeline order: the newest, or the oldest."""
-        rows = self.database.all(
-            TIMELINE_NEWEST if newest else TIMELINE_OLDEST, (room.nid, after, upto, limit)
-        )
-        nids = [row[0] for row in rows]
+        sql = TIMELINE_NEWEST if newest else TIMELINE_OLDEST
+        nids = [row[0] for row in self.database.execute(sql, (room.nid, after, upto, limit))]
         return self.events_by_nids(reversed(nids) if newest else nids)
+
+    def event_at(self, room: Room, position: int) -> Event | None:
+        """The newest timeline event at or before a position."""
+        events = self.events_between(room, MIN_POSITION, position, 1)
+        return events[0] if events else None
 
     # State in the past
 
     def state_after(self, event: Event) -> dict[StateKey, EventNid]:
         """The room's state just after an event."""
-        return self.named_state(self.groups.read(cast(int, event.state_group)))
+        return self.groups.named(self.groups.read(cast(int, event.state_group)))
 
     def entry_before(self, event: Event, key: StateKey) -> Event | None:
         """One entry of the room's state just before an event."""
@@ -4462,16 +4307,11 @@ class Rooms:
 
     def entry_after(self, event: Event, key: StateKey) -> Event | None:
         """One entry of the room's state just after an event."""
-        nid = self.find_state_nid(key)
+        nid = self.groups.names.find(key)
         if nid is None or event.state_group is None:
             return None
         event_nid = self.groups.lookup(event.state_group, nid)
         return None if event_nid is None else self.event_by_nid(event_nid)
-
-    def event_at(self, room: Room, position: int) -> Event | None:
-        """The newest timeline event at or before a position."""
-        events = self.events_between(room, MIN_POSITION, position, 1)
-        return events[0] if events else None
 
     # Members
 
@@ -4479,7 +4319,7 @@ class Rooms:
         """All rooms that the user has or had a membership in, the forgotten ones too."""
         found = self._memberships.get(user_nid)
         if found is None:
-            rows = self.database.all(
+            rows = self.database.execute(
                 """
                 SELECT room_nid, membership, event_nid, join_pos, forgotten
                 FROM memberships
@@ -4488,8 +4328,8 @@ class Rooms:
                 (user_nid,),
             )
             found = {
-                room_nid: Member(sys.intern(membership), event_nid, join_pos, bool(forgotten))
-                for room_nid, membership, event_nid, join_pos, forgotten in rows
+                nid: Member(sys.intern(membership), event_nid, join_pos, bool(forgotten))
+                for nid, membership, event_nid, join_pos, forgotten in rows
             }
             self._memberships.put(user_nid, found, 1 + len(found))
         return found
@@ -4501,17 +4341,11 @@ class Rooms:
 
     def share_room(self, one: UserNid, other: UserNid) -> bool:
         """Whether two users are in a room together."""
-        mine, theirs = self.memberships(one), self.memberships(other)
-        return any(
-            member.membership == "join"
-            and (with_them := theirs.get(nid)) is not None
-            and with_them.membership == "join"
-            for nid, member in mine.items()
-        )
+        return not set(self.joined_rooms(one)).isdisjoint(self.joined_rooms(other))
 
     def users_sharing(self, user_nid: UserNid) -> set[UserNid]:
         """Everyone who is in a room with the user, themselves not included."""
-        rows = self.database.all(
+        rows = self.database.execute(
             """
             SELECT DISTINCT theirs.user_nid
             FROM memberships AS mine
@@ -4525,43 +4359,63 @@ class Rooms:
         )
         return {row[0] for row in rows} - {user_nid}
 
-    def forget(self, user_nid: UserNid, room: Room) -> None:
-        """Mark a room that the user has left as forgotten."""
-        with self.database.write():
-            self.database.execute(
-                """
-                UPDATE memberships
-                SET forgotten = 1
-                WHERE user_nid = ?
-                  AND room_nid = ?
-                """,
-                (user_nid, room.nid),
-            )
-            self._memberships.pop(user_nid)
 
-    # Putting events in
+# ── 9.3  Writing ─────────────────────────────────────────────────────────────
 
-    def create(self, version_id: str, creator: str, content: Json, timestamp: int | None = None) -> Room:
+RoomListener = Callable[["Room", Event], None]
+MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
+
+
+def relation_of(event: Event) -> tuple[str, str] | None:
+    """The (rel_type, parent event id) of an event that relates to another."""
+    relates_to = event.content.get("m.relates_to")
+    if not isinstance(relates_to, dict):
+        return None
+    rel_type, parent = relates_to.get("rel_type"), relates_to.get("event_id")
+    if not isinstance(rel_type, str) or not isinstance(parent, str):
+        return None
+    return rel_type, parent
+
+
+class RoomWriter(RoomReader):
+    """Puts events into rooms: the only way we make them, and the only way they get in."""
+
+    def __init__(self, signing_key: SigningKey, *args: Any) -> None:
+        super().__init__(*args)
+        self.signing_key = signing_key
+        self._listeners: list[RoomListener] = []
+        self._membership_listeners: list[MembershipListener] = []
+
+    def subscribe(self, listener: RoomListener) -> None:
+        """Call back for each new timeline event, inside the transaction that stores it."""
+        self._listeners.append(listener)
+
+    def subscribe_membership(self, listener: MembershipListener) -> None:
+        """Call back with room, user, old and new membership, inside the transaction."""
+        self._membership_listeners.append(listener)
+
+    def create(self, version_id: str, creator: str, content: Json) -> Room:
         """Make a room: its create event, and the row that everything else hangs on."""
         version = ROOM_VERSIONS[version_id]
-        fields = self._fields("m.room.create", creator, content, state_key="", timestamp=timestamp)
-        fields.update(depth=1, prev_events=[], auth_events=[])
+        fields: Json = {"type": CREATE, "state_key": "", "sender": creator, "content": content}
+        fields |= {"origin_server_ts": now_ms(), "depth": 1, "prev_events": [], "auth_events": []}
         if not version.room_id_is_hash:
             fields["room_id"] = f"!{random_token(18)}:{self.server_name}"
         event = finish_event(version, fields, self.server_name, self.signing_key)
         check_auth(version, event, {})
-        room_id = event.room_id
         with self.database.write():
             cursor = self.database.execute(
                 """
                 INSERT INTO rooms (room_id, version, state_group, last_pos, extremities)
                 VALUES (?, ?, 0, 0, '[]')
                 """,
-                (room_id, version_id),
+                (event.room_id, version_id),
             )
-            room = Room(self, RoomNid(cast(int, cursor.lastrowid)), room_id, version)
+            room = Room(self, RoomNid(cast(int, cursor.lastrowid)))
+            room.room_id, room.version = event.room_id, version
+            self._alive[room.nid] = room
             self._rooms.put(room.nid, room, room.weight())
-            self.append(room, event)
+            self.append(room, event, is_ours=True)
         return room
 
     def send(
@@ -4580,97 +4434,66 @@ class Rooms:
 
         `transaction` is (device nid, transaction id). Raises MatrixError when the rules refuse it.
         """
-        fields = self._fields(event_type, sender, content, state_key, timestamp)
-        fields["room_id"] = room.room_id
-        if redacts is not None:
-            self._place_redacts(room, fields, redacts)
+        version = room.version
+        if redacts is not None and version.redacts_in_content:
+            content = {**content, "redacts": redacts}
         before = [cast(Event, self.event_by_nid(nid)) for nid in room.extremities[:MAX_PREV_EVENTS]]
-        fields["prev_events"] = [event_reference(event) for event in before]
-        fields["depth"] = min(1 + max((event.depth for event in before), default=0), MAX_DEPTH)
-        auth_state = self._auth_state(room, event_type, sender, state_key, fields["content"])
-        fields["auth_events"] = [event_reference(event) for event in auth_state.values()]
-        event = finish_event(room.version, fields, self.server_name, self.signing_key)
-        check_auth(room.version, event, self._with_create(room, auth_state))
-        if transaction is not None:
-            event.txn_device, event.txn_id = transaction
-        self.append(room, event)
-        return event
-
-    def _fields(
-        self, event_type: str, sender: str, content: Json, state_key: str | None, timestamp: int | None
-    ) -> Json:
-        fields: Json = {
+        keys = auth_types_for_event(version, event_type, sender, state_key, content)
+        auth_state = {key: found for key in keys if (found := room.state_event(*key)) is not None}
+        fields = {
             "type": event_type,
             "sender": sender,
             "content": content,
+            "room_id": room.room_id,
             "origin_server_ts": now_ms() if timestamp is None else timestamp,
+            "prev_events": [event_reference(event) for event in before],
+            "auth_events": [event_reference(event) for event in auth_state.values()],
+            "depth": min(1 + max((event.depth for event in before), default=0), MAX_DEPTH),
         }
         if state_key is not None:
             fields["state_key"] = state_key
-        return fields
-
-    def _place_redacts(self, room: Room, fields: Json, redacts: str) -> None:
-        if room.version.redacts_in_content:
-            fields["content"] = {**fields["content"], "redacts": redacts}
-        else:
+        if redacts is not None and not version.redacts_in_content:
             fields["redacts"] = redacts
-
-    def _auth_state(
-        self, room: Room, event_type: str, sender: str, state_key: str | None, content: Json
-    ) -> dict[StateKey, Event]:
-        keys = auth_types_for_event(room.version, event_type, sender, state_key, content)
-        found = ((key, room.state_event(*key)) for key in keys)
-        return {key: event for key, event in found if event is not None}
-
-    def _with_create(self, room: Room, auth_state: dict[StateKey, Event]) -> dict[StateKey, Event]:
+        event = finish_event(version, fields, self.server_name, self.signing_key)
         # Version 12 leaves the create event out of auth_events, but the rules still look at it.
-        if CREATE_KEY in auth_state:
-            return auth_state
-        event = room.state_event(*CREATE_KEY)
-        return auth_state if event is None else {**auth_state, CREATE_KEY: event}
+        created = cast(Event, room.state_event(*CREATE_KEY))
+        check_auth(version, event, {CREATE_KEY: created, **auth_state})
+        if transaction is not None:
+            event.txn_device, event.txn_id = transaction
+        self.append(room, event, is_ours=True)
+        return event
 
-    def append(self, room: Room, event: Event) -> None:
+    def append(self, room: Room, event: Event, *, is_ours: bool = False) -> None:
         """Store an authorised event at the end of the timeline and announce it: the one way in."""
         with self.database.write():
             event.nid = EventNid(self.stream.stamp(ROOM_EVENT, room.nid))
             event.pos, event.room_nid, event.state_group = event.nid, room.nid, room.group
+            state_nid = None
             if event.is_state:
-                state_nid = self.state_nid(event.key)
+                state_nid = self.groups.names.nid(event.key)
                 event.replaces = room.state.get(event.key)
                 event.state_group = self.groups.extend(room.nid, room.group, {state_nid: event.nid})
-                self._insert(event, state_nid)
-            else:
-                self._insert(event, None)
+            self._insert(event, state_nid)
             self._advance(room, event)
             self._index_relation(room, event)
-            if event.type == "m.room.redaction":
+            if event.type == REDACTION:
                 self._redact_target(room, event)
-            self._redact_if_pending(room, event)
+            if not is_ours:  # nobody can have redacted an event that we make just now
+                self._redact_if_pending(room, event)
             for listener in self._listeners:
                 listener(room, event)
 
     def _insert(self, event: Event, state_nid: StateNid | None) -> None:
         raw = canonical_json(event.pdu)
+        place = (event.nid, event.event_id, event.room_nid, event.pos, state_nid, event.state_group)
+        fate = (event.replaces, event.rejected, event.soft_failed, event.txn_device, event.txn_id)
         self.database.execute(
             """
-            INSERT INTO events (nid, event_id, room_nid, pos, state_nid, state_group, replaces,
-                rejected, soft_failed, txn_device, txn_id, pdu)
+            INSERT INTO events (nid, event_id, room_nid, pos, state_nid, state_group,
+                replaces, rejected, soft_failed, txn_device, txn_id, pdu)
             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
             """,
-            (
-                event.nid,
-                event.event_id,
-                event.room_nid,
-                event.pos,
-                state_nid,
-                event.state_group,
-                event.replaces,
-                event.rejected,
-                event.soft_failed,
-                event.txn_device,
-                event.txn_id,
-                raw,
-            ),
+            (*place, *fate, raw),
         )
         self._events.put(event.nid, event, EVENT_OVERHEAD_BYTES + 2 * len(raw))
 
@@ -4682,22 +4505,22 @@ class Rooms:
             SET state_group = ?, last_pos = ?, extremities = ?
             WHERE room_nid = ?
             """,
-            (event.state_group, event.pos, json.dumps([event.nid]), room.nid),
+            (event.state_group, event.pos, f"[{event.nid}]", room.nid),
         )
         room.group = event.state_group
         room.last_pos = cast(int, event.pos)
         room.extremities = [event.nid]
         if event.is_state:
             room.state[event.key] = event.nid
-        if event.type == "m.room.member" and event.is_state:
-            self._change_membership(room, event)
+            if event.type == MEMBER:
+                self._change_membership(room, event)
 
     def _change_membership(self, room: Room, event: Event) -> None:
         user_nid = self.database.user_nid(cast(str, event.state_key))
         membership = sys.intern(cast(str, event.membership))
-        old = room.members_by_nid.get(user_nid)
-        previous = self.memberships(user_nid).get(room.nid)
-        stays = old == membership == "join" and previous is not None
+        old, known = room.members_by_nid.get(user_nid), self.memberships(user_nid)
+        previous = known.get(room.nid)
+        stays = previous is not None and previous.membership == membership == "join"
         join_pos = previous.join_pos if stays and previous else event.nid
         self.database.execute(
             """
@@ -4706,24 +4529,22 @@ class Rooms:
             """,
             (user_nid, room.nid, membership, event.nid, join_pos),
         )
-        self._remember_member(room, user_nid, Member(membership, event.nid, join_pos, False))
+        known[room.nid] = Member(membership, event.nid, join_pos, False)
+        self._memberships.put(user_nid, known, 1 + len(known))
+        room.set_member(user_nid, membership, is_local=self.is_local(user_nid))
+        self._rooms.put(room.nid, room, room.weight())
         if old != membership or membership == "join":
             for listener in self._membership_listeners:
                 listener(room, user_nid, old, membership)
 
-    def _remember_member(self, room: Room, user_nid: UserNid, member: Member) -> None:
-        room.counts[room.members_by_nid.get(user_nid, "")] -= 1
-        room.counts[member.membership] += 1
-        room.members_by_nid[user_nid] = member.membership
-        if member.membership == "join" and self.is_local(user_nid):
-            room.local_joined.add(user_nid)
-        else:
-            room.local_joined.discard(user_nid)
-        self._rooms.put(room.nid, room, room.weight())
-        known = self._memberships.get(user_nid)
-        if known is not None:
-            known[room.nid] = member
-            self._memberships.put(user_nid, known, 1 + len(known))
+    def forget(self, user_nid: UserNid, room: Room) -> None:
+        """Mark a room that the user has left as forgotten."""
+        with self.database.write():
+            self.database.execute(
+                "UPDATE memberships SET forgotten = 1 WHERE user_nid = ? AND room_nid = ?",
+                (user_nid, room.nid),
+            )
+            self._memberships.pop(user_nid)
 
     # Relations and redactions
 
@@ -4756,10 +4577,8 @@ class Rooms:
         rows = self.database.all(
             "SELECT redaction FROM pending_redactions WHERE event_id = ?", (event.event_id,)
         )
-        for (nid,) in rows:
-            redaction = self.event_by_nid(nid)
-            if redaction is not None:
-                self._apply_redaction(room, redaction, event)
+        for redaction in self.events_by_nids(row[0] for row in rows):
+            self._apply_redaction(room, redaction, event)
         if rows:
             self.database.execute(
                 "DELETE FROM pending_redactions WHERE event_id = ?", (event.event_id,)
@@ -4776,77 +4595,26 @@ class Rooms:
         same_server = server_of(redaction.sender) == server_of(target.sender)
         if not same_server and levels.user(redaction.sender) < levels.redact:
             return
-        pdu = redact(room.version, target.pdu)
-        raw = canonical_json(pdu)
         self.database.execute(
             "UPDATE events SET pdu = ?, redacted_by = ? WHERE nid = ?",
-            (raw, redaction.nid, target.nid),
+            (canonical_json(redact(room.version, target.pdu)), redaction.nid, target.nid),
         )
-        self.database.execute(
-            "DELETE FROM relations WHERE parent_id = ? AND nid = ?",
-            ((relation_of(target) or ("", ""))[1], target.nid),
-        )
+        relation = relation_of(target)
+        if relation is not None:
+            self.database.execute(
+                "DELETE FROM relations WHERE parent_id = ? AND nid = ?", (relation[1], target.nid)
+            )
         self._events.pop(target.nid)
         room.power = None
+# ═════════════════════════════════════════════════════════════════════════════
+#  9. HISTORY VISIBILITY AND THE CLIENT FORMAT
+#
+#  The one check that says who may see which event, and the form in which clients
+#  get what they may see.
+#       spec: CS-API "Room history visibility", "Room event format", "Stripped state"
+# ═════════════════════════════════════════════════════════════════════════════
 
-    # Who may see an event
-
-    def visible(
-        self, user_nid: UserNid | None, room: Room, events: Iterable[Event]
-    ) -> list[Event]:
-        """The events that a user may see; None stands for someone without an account.
-
-        Spec: CS-API "Room history visibility", "Server behaviour". All doors lead through here.
-        """
-        member = self.memberships(user_nid).get(room.nid) if user_nid is not None else None
-        joined_since = member.join_pos if member and member.membership == "join" else None
-        view = Viewer(self, room, user_nid, member)
-        return [
-            event
-            for event in events
-            if not event.rejected
-            and not event.soft_failed
-            and (
-                (joined_since is not None and event.nid >= joined_since and event.pos == event.nid)
-                or view.may_see(event)
-            )
-        ]
-
-
-TIMELINE_NEWEST = """
-    SELECT nid
-    FROM events
-    WHERE room_nid = ?
-      AND pos > ?
-      AND pos <= ?
-    ORDER BY pos DESC
-    LIMIT ?
-"""
-TIMELINE_OLDEST = """
-    SELECT nid
-    FROM events
-    WHERE room_nid = ?
-      AND pos > ?
-      AND pos <= ?
-    ORDER BY pos ASC
-    LIMIT ?
-"""
-MIN_POSITION = -(2**62)
-MAX_DEPTH = 2**53 - 1
-
-
-def relation_of(event: Event) -> tuple[str, str] | None:
-    """The (rel_type, parent event id) of an event that relates to another."""
-    relates_to = event.content.get("m.relates_to")
-    if not isinstance(relates_to, dict):
-        return None
-    rel_type, parent = relates_to.get("rel_type"), relates_to.get("event_id")
-    if not isinstance(rel_type, str) or not isinstance(parent, str):
-        return None
-    return rel_type, parent
-
-
-# ── 9.4  History visibility ──────────────────────────────────────────────────
+# ── 9.1  History visibility ──────────────────────────────────────────────────
 #
 #   visibility      who may see an event
 #   world_readable  everyone
@@ -4857,64 +4625,53 @@ def relation_of(event: Event) -> tuple[str, str] | None:
 # An event that changes the visibility is judged by the wider of the old and the new
 # setting; one's own membership event by the better of the memberships around it.
 
+VISIBILITY_KEY: Final[StateKey] = ("m.room.history_visibility", "")
+
 
 class Viewer:
     """One user's view of one room's past; remembers what it looked up, for a page of events."""
 
-    def __init__(self, rooms: Rooms, room: Room, user_nid: UserNid | None, member: Member | None) -> None:
+    def __init__(self, rooms: RoomReader, room: Room, user_nid: UserNid | None) -> None:
         self.rooms = rooms
         self.room = room
-        self.member = member
-        self.user_id = rooms.database.user_id(user_nid) if user_nid is not None else None
+        self.member = rooms.memberships(user_nid).get(room.nid) if user_nid is not None else None
+        user_id = rooms.database.user_id(user_nid) if user_nid is not None else ""
+        self.key = (MEMBER, user_id)
+        self.is_joined = self.member is not None and self.member.membership == "join"
         self._seen: dict[tuple[int | None, StateKey], Event | None] = {}
-        self._last_join: int | None = None
+        self._until: int | None = None
 
     def may_see(self, event: Event) -> bool:
         """Whether the user may see the event."""
-        key = ("m.room.history_visibility", "")
-        settings = {history_visibility_of(found) for found in self._around(event, key)}
-        if "world_readable" in settings:
-            return True
-        if self.user_id is None or self.member is None:
+        if event.rejected or event.soft_failed:
             return False
-        memberships = self._memberships(event)
-        if "join" in memberships:
+        member = self.member
+        if member is not None and self.is_joined and event.pos == event.nid >= member.join_pos:
+            return True  # by far the most frequent case
+        settings = {history_visibility_of(found) for found in self._around(event, VISIBILITY_KEY)}
+        if member is None or "world_readable" in settings:
+            return "world_readable" in settings
+        memberships = {found.membership for found in self._around(event, self.key) if found}
+        if "join" in memberships or ("invite" in memberships and "invited" in settings):
             return True
-        if "shared" in settings and (event.pos or 0) < self._joined_until():
-            return True
-        return "invite" in memberships and "invited" in settings
-
-    def membership_at(self, event: Event) -> str:
-        """The user's membership when the event was sent, for `unsigned.membership`."""
-        found = self._entry(event, ("m.room.member", self.user_id or ""))
-        return (found.membership if found is not None else None) or "leave"
-
-    def _memberships(self, event: Event) -> set[str]:
-        key = ("m.room.member", self.user_id or "")
-        return {found.membership or "leave" for found in self._around(event, key) if found is not None}
+        return "shared" in settings and (event.pos or 0) < self._joined_until()
 
     def _around(self, event: Event, key: StateKey) -> tuple[Event | None, ...]:
         """An entry of the state after the event, and that before it where it is the event itself."""
-        after = self._entry(event, key)
-        if event.is_state and event.key == key:
-            return after, self.rooms.entry_before(event, key)
-        return (after,)
-
-    def _entry(self, event: Event, key: StateKey) -> Event | None:
         at = (event.state_group, key)
         if at not in self._seen:
             self._seen[at] = self.rooms.entry_after(event, key)
-        return self._seen[at]
+        if event.is_state and event.key == key:
+            return self._seen[at], self.rooms.entry_before(event, key)
+        return (self._seen[at],)
 
     def _joined_until(self) -> int:
         """The position up to which the user has been joined at some time: all, if joined now."""
-        if self._last_join is None:
-            self._last_join = self._find_last_join()
-        return self._last_join
+        if self._until is None:
+            self._until = MAX_POSITION if self.is_joined else self._find_last_join()
+        return self._until
 
     def _find_last_join(self) -> int:
-        if self.member is not None and self.member.membership == "join":
-            return MAX_DEPTH
         rows = self.rooms.database.all(
             """
             SELECT nid
@@ -4924,41 +4681,60 @@ class Viewer:
               AND pos IS NOT NULL
             ORDER BY pos DESC
             """,
-            (self.room.nid, self.rooms.find_state_nid(("m.room.member", self.user_id or ""))),
+            (self.room.nid, self.rooms.groups.names.find(self.key)),
         )
-        until = MIN_POSITION
+        until = MAX_POSITION
         for event in self.rooms.events_by_nids(row[0] for row in rows):
             if event.membership == "join":
-                return until if until != MIN_POSITION else MAX_DEPTH
+                return until
             until = cast(int, event.pos)
         return MIN_POSITION
 
 
-# ── 9.5  The client format ───────────────────────────────────────────────────
+class Rooms(RoomWriter):
+    """The room store as the rest of the server knows it: reading, writing, and who may see."""
+
+    def visible(self, user_nid: UserNid | None, room: Room, events: Iterable[Event]) -> list[Event]:
+        """The events that a user may see; None stands for someone without an account.
+
+        Spec: CS-API "Room history visibility", "Server behaviour". All doors lead through here.
+        """
+        may_see = Viewer(self, room, user_nid).may_see
+        return [event for event in events if may_see(event)]
+
+
+# ── 9.2  The client format ───────────────────────────────────────────────────
 
 
 def client_event(
-    rooms: Rooms, event: Event, device_nid: int | None = None, *, room_id: bool = True
+    rooms: RoomReader,
+    event: Event,
+    device_nid: int | None = None,
+    *,
+    room_id: bool = True,
+    nested: bool = False,
 ) -> Json:
     """An event as clients get it.  Spec: CS-API "Room event format".
 
     `device_nid` is the reader's device: the one that sent the event also gets its transaction_id.
+    `nested` is what stands in another event's `unsigned`, and has no further event in its own.
     """
-    pdu = event.pdu
     result: Json = {
         "type": event.type,
         "sender": event.sender,
         "content": event.content,
         "event_id": event.event_id,
-        "origin_server_ts": pdu["origin_server_ts"],
+        "origin_server_ts": event.origin_server_ts,
     }
     if room_id:
         result["room_id"] = event.room_id
     if event.state_key is not None:
         result["state_key"] = event.state_key
-    if event.redacts is not None and event.type == "m.room.redaction":
-        _place_both_redacts(result, event.redacts)
-    unsigned: Json = {"age": max(0, now_ms() - pdu["origin_server_ts"])}
+    if event.redacts is not None:
+        # Clients of either age find it: at the top as before version 11, and in the content.
+        result["redacts"] = event.redacts
+        result["content"] = {**event.content, "redacts": event.redacts}
+    unsigned = result["unsigned"] = {"age": max(0, now_ms() - event.origin_server_ts)}
     if device_nid is not None and event.txn_device == device_nid:
         unsigned["transaction_id"] = event.txn_id
     if event.replaces is not None:
@@ -4966,23 +4742,16 @@ def client_event(
         if replaced is not None:
             unsigned["prev_content"] = replaced.content
             unsigned["replaces_state"] = replaced.event_id
-    if event.redacted_by is not None:
+    if event.redacted_by is not None and not nested:
         redaction = rooms.event_by_nid(event.redacted_by)
         if redaction is not None:
-            unsigned["redacted_because"] = client_event(rooms, redaction)
-    result["unsigned"] = unsigned
+            unsigned["redacted_because"] = client_event(rooms, redaction, nested=True)
     return result
 
 
-def _place_both_redacts(result: Json, redacts: str) -> None:
-    # Clients of either age find it: at the top as before version 11, and in the content.
-    result["redacts"] = redacts
-    result["content"] = {**result["content"], "redacts": redacts}
-
-
 STRIPPED_TYPES = (
-    "m.room.create",
-    "m.room.join_rules",
+    CREATE,
+    JOIN_RULES,
     "m.room.canonical_alias",
     "m.room.avatar",
     "m.room.name",
@@ -4993,20 +4762,15 @@ STRIPPED_TYPES = (
 
 def stripped_event(event: Event) -> Json:
     """The four members of a state event that someone outside of the room may see."""
-    return {
-        "type": event.type,
-        "state_key": event.state_key,
-        "content": event.content,
-        "sender": event.sender,
-    }
+    members = {"type": event.type, "state_key": event.state_key}
+    return {**members, "content": event.content, "sender": event.sender}
 
 
 def stripped_state(room: Room, *members: str) -> list[Json]:
     """What an invited or knocking user is shown of the room.  Spec: "Stripped state"."""
     keys = [(event_type, "") for event_type in STRIPPED_TYPES]
-    keys += [("m.room.member", user_id) for user_id in members]
-    events = (room.state_event(*key) for key in keys)
-    return [stripped_event(event) for event in events if event is not None]
+    keys += [(MEMBER, user_id) for user_id in members]
+    return [stripped_event(event) for key in keys if (event := room.state_event(*key)) is not None]
 # ╔═══════════════════════════════════════════════════════════════════════════╗
 # ║  PART III   THE WIRE                                                      ║
 # ╚═══════════════════════════════════════════════════════════════════════════╝
@@ -5036,6 +4800,7 @@ log_http = logging.getLogger("conduit.http")
 MAX_HEAD_BYTES = 32_768  # request line and header fields together
 MAX_REQUEST_LINE = 16_384  # a filter in the query of /sync takes some kilobytes
 MAX_HEADER_LINE = 8_192
+MAX_REMEMBERED_LINE = 256
 MAX_HEADERS = 100
 MAX_CHUNK_LINE = 256  # a chunk size with its extensions
 MAX_DRAIN = 65_536  # of an unwanted body, to keep the connection usable
@@ -5091,9 +4856,9 @@ def has_control(raw: bytes) -> bool:
 
 
 def has_bare_line_end(raw: bytes) -> bool:
-    """Whether a CR or LF stands alone; a CR at the very end may still get its LF."""
+    """Whether a CR or LF stands alone."""
     pairs = raw.count(b"\r\n")
-    return raw.count(b"\n") != pairs or raw.count(b"\r") != pairs + raw.endswith(b"\r")
+    return raw.count(b"\n") != pairs or raw.count(b"\r") != pairs
 
 
 def bad_request_line(line: str) -> MatrixError:
@@ -5112,25 +4877,28 @@ def check_host(head: Head) -> None:
         raise malformed("Host")
 
 
-@functools.lru_cache(512)
-def header_name(name: str) -> str:
-    """The name in lower case; the few names that there are make the check a look-up."""
-    if not HEADER_NAME.fullmatch(name):
+@functools.lru_cache(1024)
+def parse_header(line: str) -> tuple[str, str]:
+    """One header field: its name in lower case, and its value.
+
+    Remembered, since a client repeats most of its lines in each request.
+    """
+    name, colon, value = line.partition(":")
+    if not colon or not HEADER_NAME.fullmatch(name):
         raise malformed("header name")
-    return name.lower()
+    return name.lower(), value.strip(" \t")
 
 
 def parse_headers(lines: list[str]) -> dict[str, str]:
     """Header fields by name."""
     headers: dict[str, str] = {}
     for line in lines:
-        name, colon, value = line.partition(":")
         if len(line) > MAX_HEADER_LINE:
             raise head_too_large()
-        if not colon:
-            raise malformed("header without a colon")
-        name = header_name(name)
-        value = value.strip(" \t")
+        if len(line) > MAX_REMEMBERED_LINE:
+            name, value = parse_header.__wrapped__(line)
+        else:
+            name, value = parse_header(line)
         if name in headers:
             if name in ONLY_ONCE:
                 raise malformed(f"{name} twice")
@@ -5145,7 +4913,7 @@ def parse_head(raw: bytes) -> Head:
     Strict: folded lines, a space before the colon, control characters, a bare CR or LF, a second
     Host, and a target that is absolute or begins with // are refused: proxies disagree on each.
     """
-    if has_control(raw) or has_bare_line_end(raw + b"\r\n"):
+    if has_control(raw) or has_bare_line_end(raw):
         raise malformed("control character")
     request_line, *lines = raw.decode("latin-1").split("\r\n")
     if len(request_line) > MAX_REQUEST_LINE or len(lines) > MAX_HEADERS:
@@ -5227,7 +4995,9 @@ def parse_query(raw: str) -> dict[str, list[str]]:
 def split_path(path: str) -> list[str]:
     """The segments after the first slash, split before decoding: %2F never makes a new one."""
     segments = path[1:].split("/")
-    return [percent_decode(segment) for segment in segments] if "%" in path else segments
+    if "%" not in path:
+        return segments
+    return [percent_decode(segment) if "%" in segment else segment for segment in segments]
 
 
 # ── 10.2  The body of a request ──────────────────────────────────────────────
@@ -5276,9 +5046,18 @@ class BodyStream:
 
     async def read(self, limit: int | None = None) -> bytes:
         """The whole body."""
+        if self.finished:
+            return b""
         if limit is not None:
             self.limit = min(limit, self.limit)
-        return b"".join([block async for block in self]) if not self.finished else b""
+        if self._is_here():
+            return await self._next_block()
+        return b"".join([block async for block in self])
+
+    def _is_here(self) -> bool:
+        """Whether the body came in one piece with the head, as nearly all do."""
+        whole = not self._chunked and not self.received and self._left <= self.limit
+        return whole and len(self._connection.buffer) >= self._left
 
     @property
     def is_small(self) -> bool:
@@ -5468,6 +5247,8 @@ class FileBody(NamedTuple):
 
     path: Path
     size: int
+    first: int = 0  # the part to send: from this byte
+    end: int | None = None  # up to before this one, or all
 
 
 ResponseBody = bytes | FileBody | AsyncIterator[bytes]
@@ -5581,11 +5362,17 @@ def header_lines(headers: Mapping[str, str]) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
 
 
+@functools.lru_cache(64)
+def content_type_line(content_type: str) -> str:
+    """The Content-Type header."""
+    return header_lines({"Content-Type": content_type})
+
+
 def framing_lines(response: Response, length: int | None, is_http11: bool) -> str:
     """How the client finds the end of the body: a length, chunks, or in HTTP/1.0 the hang-up."""
     if response.status in NO_BODY:
         return ""
-    kind = header_lines({"Content-Type": response.content_type})
+    kind = content_type_line(response.content_type)
     if length is not None:
         return f"{kind}Content-Length: {length}\r\n"
     return f"{kind}Transfer-Encoding: chunked\r\n" if is_http11 else kind
@@ -5623,24 +5410,25 @@ def byte_range(text: str, size: int) -> tuple[int, int] | None:
     return int(first), min(size, int(last) + 1 if last else size)
 
 
-def ranged_response(request: Request, response: Response, size: int) -> tuple[Response, int, int]:
-    """The answer with a file, whole or in part, and which bytes it carries.  Spec: RFC 9110, 14."""
+def ranged_response(request: Request, response: Response, file: FileBody) -> Response:
+    """The answer with a file, or with the part of it that is asked for.  Spec: RFC 9110, 14."""
     headers = {**response.headers, "Accept-Ranges": "bytes"}
+    whole = Response(response.status, file, headers, response.content_type)
     wanted = request.headers.get("range", "")
     condition = request.headers.get("if-range")
-    applies = response.status == 200 and (condition is None or condition == headers.get("ETag"))
-    bounds = byte_range(wanted, size) if wanted and applies else None
+    if response.status != HTTPStatus.OK or condition not in (None, headers.get("ETag")):
+        return whole
+    bounds = byte_range(wanted, file.size) if wanted else None
     if bounds is None:
-        return Response(response.status, b"", headers, response.content_type), 0, size
+        return whole
     first, end = bounds
     if first >= end:
-        error = error_response(
-            MatrixError(416, "M_INVALID_PARAM", "The range is outside of the file")
-        )
-        error.headers = {"Content-Range": f"bytes */{size}"}
-        return error, 0, 0
-    headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
-    return Response(206, b"", headers, response.content_type), first, end
+        response = error_response(invalid_param("The range is outside of the file"))
+        response.status = 416
+        response.headers = {"Content-Range": f"bytes */{file.size}"}
+        return response
+    headers["Content-Range"] = f"bytes {first}-{end - 1}/{file.size}"
+    return Response(206, file._replace(first=first, end=end), headers, response.content_type)
 
 
 # ── 10.5  A connection ───────────────────────────────────────────────────────
@@ -5690,7 +5478,7 @@ class Connection:
         await self._send_or_fail(request, response, keep)
         if keep:
             return request.stream.finished or await self._drain(request.stream)
-        if not request.stream.finished:
+        if not request.stream.finished or self.writer.can_write_eof():
             await self._linger()
         return False
 
@@ -5705,6 +5493,7 @@ class Connection:
         """The bytes of the next head, or None if the client has hung up instead."""
         if self.buffer:
             self._limit(READING, HEAD_SECONDS)
+            await asyncio.sleep(0)  # others come first, or a pipeline could hold the loop for long
         else:
             self._limit(IDLE, IDLE_SECONDS)
         while True:
@@ -5715,7 +5504,7 @@ class Connection:
             if end >= 0:
                 self.buffer = buffer[end + 4 :]
                 return buffer[:end]
-            if has_bare_line_end(buffer):
+            if has_bare_line_end(buffer.removesuffix(b"\r")):  # its LF may still come
                 raise malformed("bare line end")
             data = await self.reader.read(READ_BYTES)
             if not data:
@@ -5746,7 +5535,7 @@ class Connection:
     async def line(self, limit: int) -> bytes:
         """A line of a body, without its line end."""
         while (end := self.buffer.find(b"\r\n")) < 0:
-            if len(self.buffer) > limit or has_bare_line_end(self.buffer):
+            if len(self.buffer) > limit or has_bare_line_end(self.buffer.removesuffix(b"\r")):
                 raise malformed("chunk")
             await self._fill()
         line, self.buffer = self.buffer[:end], self.buffer[end + 2 :]
@@ -5774,13 +5563,16 @@ class Connection:
     async def _flush(self) -> None:
         """Wait until a slow reader has taken most of what is in the buffer."""
         waiting = self.writer.transport.get_write_buffer_size()
-        if waiting:
+        if waiting and self.reader.exception() is None:
             self._limit(WRITING, WRITE_SECONDS + waiting / MIN_RATE)
             await self.writer.drain()
+            self.phase = WORKING
 
     async def _send_or_fail(self, request: Request, response: Response, keep: bool) -> None:
         """Write the answer; 500 stands for one that cannot be made, unless a part of it is out."""
         self.answered = False
+        if isinstance(response.body, FileBody):
+            response = ranged_response(request, response, response.body)
         try:
             sent = await self._send(request, response, keep)
         except ConnectionError:
@@ -5813,9 +5605,7 @@ class Connection:
         self, request: Request, response: Response, body: FileBody, keep: bool
     ) -> int:
         """Write a file in blocks that a thread reads, so that a slow disk holds nobody up."""
-        response, first, end = ranged_response(request, response, body.size)
-        if response.status == 416:
-            return await self._send(request, response, keep)
+        first, end = body.first, body.size if body.end is None else body.end
         head = response_head(response, request, keep=keep, length=end - first)
         if request.method == "HEAD" or first == end:
             self.write(head)
@@ -5962,11 +5752,14 @@ def connection_limit() -> int:
     return max(16, wanted - RESERVED_FILES)
 
 
-def peer_address(place: Any) -> str:
-    """The address of accept() as text: IPv4 in its own form, nothing for a Unix socket."""
-    if not isinstance(place, tuple):
-        return ""
-    return str(place[0]).removeprefix("::ffff:").partition("%")[0]
+@functools.lru_cache(1024)
+def plain_address(text: str) -> str:
+    """An address in the one form we compare, IPv4 as such; ValueError if it is none."""
+    parsed = ipaddress.ip_address(text.strip().partition("%")[0])
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)
+
+
+parse_address = functools.lru_cache(1024)(ipaddress.ip_address)  # 2 µs each, for every request
 
 
 def address_group(address: str) -> str:
@@ -5979,7 +5772,7 @@ def address_group(address: str) -> str:
 
 def is_within(address: str, networks: Sequence[Network]) -> bool:
     """Whether the address is in one of the networks."""
-    parsed = ipaddress.ip_address(address)
+    parsed = parse_address(address)
     return any(parsed in network for network in networks)
 
 
@@ -6024,7 +5817,8 @@ class HttpServer:
         self._tls: ssl.SSLContext | None = None
         self._limit = connection_limit()
         self._listeners: dict[socket.socket, asyncio.Task[None]] = {}
-        self._connections: dict[Connection, asyncio.Task[None]] = {}
+        self._connections: set[Connection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._crowd: dict[str, int] = {}  # connections by group of addresses
         self._sweep: asyncio.TimerHandle | None = None
 
@@ -6050,7 +5844,7 @@ class HttpServer:
             if not self._is_trusted(peer):
                 break
             try:
-                peer = peer_address((str(ipaddress.ip_address(hop.strip())),))
+                peer = plain_address(hop)
             except ValueError:
                 break
         return peer
@@ -6085,7 +5879,7 @@ class HttpServer:
                 log_http.warning("cannot accept a connection: %s", error.strerror)
                 await asyncio.sleep(1 if error.errno in OUT_OF_RESOURCES else 0)
                 continue
-            peer = peer_address(place)
+            peer = plain_address(place[0]) if isinstance(place, tuple) else ""
             if self._admit(peer):
                 self._begin(sock, peer)
             else:
@@ -6115,14 +5909,18 @@ class HttpServer:
         connection = Connection(self, peer)
         group = address_group(peer)
         self._crowd[group] = self._crowd.get(group, 0) + 1
-        self._connections[connection] = asyncio.create_task(self._serve(sock, connection))
+        self._connections.add(connection)
+        task = asyncio.create_task(self._serve(sock, connection))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         if self._sweep is None:
             self._check_all()
 
     def _forget(self, connection: Connection) -> None:
-        """Count a connection no longer."""
-        if self._connections.pop(connection, None) is None:
+        """Count a connection no longer: it has ended, or has to make room."""
+        if connection not in self._connections:
             return
+        self._connections.remove(connection)
         group = address_group(connection.peer)
         self._crowd[group] -= 1
         if not self._crowd[group]:
@@ -6160,22 +5958,24 @@ class HttpServer:
     def _check_all(self) -> None:
         """Once a second, as long as there are connections: see to their deadlines."""
         loop = asyncio.get_running_loop()
-        self._sweep = loop.call_later(SWEEP_SECONDS, self._check_all) if self._connections else None
+        again = bool(self._connections)
+        self._sweep = loop.call_later(SWEEP_SECONDS, self._check_all) if again else None
         now = time.monotonic()
         for connection in list(self._connections):
             connection.check(now)
 
     async def stop(self, seconds: float = 4.0) -> None:
-        """Accept nothing more, wake the long polls, finish what is under way, hang up on the rest."""
+        """Accept nothing more, wake long polls, finish what is under way, hang up on the rest."""
         self.stopping = True
         for listener, task in self._listeners.items():
             task.cancel()
             close_listener(listener)
+        self._listeners.clear()
         for connection in self._connections:
             connection.hurry()
-        if self._connections:
-            await asyncio.wait(self._connections.values(), timeout=seconds)
-        left = list(self._connections.values())
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=seconds)
+        left = list(self._tasks)
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
@@ -6667,8 +6467,8 @@ BOT_LOCALPART = "conduit"
 
 PASSWORD_PASSES = 2
 PASSWORD_MEMORY = 19 * 1024 * 1024  # bytes; OWASP's minimum, as a Pi has to carry two at a time
-PASSWORD_MARK = "$argon2id$v=19$m=19456,t=2,p=1$"  # how a hash with these parameters begins
-NO_PASSWORD = f"{PASSWORD_MARK}kqSz/Yxm/P6jFtDUxsQg4g$VNh+c6XDd3tD2H5GfC9FD0lg/xKj5jdoflziLmgHMwk"
+HASH_PREFIX = "$argon2id$v=19$m=19456,t=2,p=1$"  # of hashes with these parameters
+NO_PASSWORD = f"{HASH_PREFIX}kqSz/Yxm/P6jFtDUxsQg4g$VNh+c6XDd3tD2H5GfC9FD0lg/xKj5jdoflziLmgHMwk"
 
 
 def hash_password(password: str) -> str:
@@ -6795,139 +6595,21 @@ class Account(NamedTuple):
     erased: bool
 
 
-class Session(NamedTuple):
-    """What an access token stands for."""
-
-    requester: Requester
-    device_nid: DeviceNid
-    expires_ts: int | None
-    locked: bool
-
-
-DeviceGone = Callable[[UserNid, DeviceNid, str], None]
-UserChanged = Callable[[UserNid], None]
-LOGOUT_PATHS = ("/logout", "/logout/all")
-
-
-def token_hash(token: str) -> bytes:
-    """What the database keeps of a token; it carries 256 random bits, so a fast hash will do."""
-    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
-
-
-def unknown_token(*, soft_logout: bool = False) -> MatrixError:
-    """401 M_UNKNOWN_TOKEN; with soft_logout the client keeps its keys and may log in again."""
-    text = "The access token has expired" if soft_logout else "Unrecognised access token"
-    return MatrixError(401, "M_UNKNOWN_TOKEN", text, soft_logout=soft_logout)
-
-
-def user_locked() -> MatrixError:
-    """401 M_USER_LOCKED.  Spec: "Account locking"."""
-    return MatrixError(401, "M_USER_LOCKED", "This account has been locked", soft_logout=True)
-
-
-def check_device_name(name: str | None) -> None:
-    """Refuse display names of devices that are long or could hide something."""
-    if name is None:
-        return
-    if len(name) > MAX_DEVICE_NAME or any(ord(char) < 32 or ord(char) == 127 for char in name):
-        raise invalid_param(f"A device name has at most {MAX_DEVICE_NAME} printable characters")
-
-
-def check_device_id(device_id: str) -> None:
-    """Refuse device ids that are empty, long or hold control characters."""
-    if not 0 < byte_length(device_id) <= MAX_ID_BYTES or not device_id.isprintable():
-        raise invalid_param(f"A device id has 1 to {MAX_ID_BYTES} printable bytes")
-
-
-def local_user_id(hs: Homeserver, username: str) -> str:
-    """The user id that a wanted user name makes.
-
-    400 M_INVALID_USERNAME for what the grammar forbids, and for a dot at an end, where it is easily
-    overlooked.  Trap: upper case is mapped to lower case, so that nobody can be Alice beside alice.
-    """
-    localpart = username.lower()
-    user_id = f"@{localpart}:{hs.config.server_name}"
-    if not LOCALPART.fullmatch(localpart) or localpart.strip(".") != localpart:
-        text = "A user name consists of a-z, 0-9 and . _ = - / +, without a dot at the ends"
-        raise MatrixError(400, "M_INVALID_USERNAME", text)
-    if byte_length(user_id) > MAX_ID_BYTES:
-        raise MatrixError(400, "M_INVALID_USERNAME", "This user name is too long")
-    return user_id
-
-
-def check_available(hs: Homeserver, user_id: str) -> None:
-    """400 M_USER_IN_USE or M_EXCLUSIVE for a user id that cannot be had."""
-    if user_id == hs.accounts.bot_id or any(owns(user_id) for owns in hs.accounts.exclusive):
-        raise MatrixError(400, "M_EXCLUSIVE", "This user name is reserved")
-    if hs.accounts.exists_local(user_id):
-        raise MatrixError(400, "M_USER_IN_USE", "This user name is taken")
-
-
-def default_display_name(hs: Homeserver, user_id: str) -> str:
-    """The display name that a new account begins with."""
-    bolt = " ⚡️" if hs.config.enable_lightning_bolt else ""
-    return user_id[1:].partition(":")[0] + bolt
-
-
-class Accounts:
-    """All accounts, devices and tokens of this server; other chapters subscribe to changes."""
+class AccountTable:
+    """The accounts of this server, as other chapters ask about them."""
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self.db = hs.db
         self.bot_id = f"@{BOT_LOCALPART}:{hs.config.server_name}"
-        self.passwords = PasswordHasher(hs.db)
-        self.guesses = GuessLimiter()
-        self.uia: LruCache[str, UiaSession] = LruCache(2_000)
-        self.uia_key = secrets.token_bytes(32)
-        self.nonces: LruCache[str, float] = LruCache(1_000)
-        self.exclusive: list[Callable[[str], bool]] = []  # says whether a bridge owns this user id
-        self.reserved_devices: list[Callable[[UserNid, str], bool]] = []  # as cross-signing keys do
-        capacity = int(10_000 * hs.config.conduit_cache_capacity_modifier)
-        self._sessions: LruCache[bytes, Session] = LruCache(capacity)
-        self._accounts: LruCache[UserNid, Account] = LruCache(capacity)
-        self._seen: dict[DeviceNid, tuple[str, int]] = {}
+        self._capacity = int(10_000 * hs.config.conduit_cache_capacity_modifier)
+        self._accounts: LruCache[UserNid, Account] = LruCache(self._capacity)
         self._admin_token = random_token()
         self._has_users = False
-        self._device_gone: list[DeviceGone] = []
-        self._device_renamed: list[DeviceGone] = []
-        self._named: list[Callable[[UserNid, str], None]] = []
-        self._created: list[UserChanged] = []
-        self._password_changed: list[UserChanged] = []
-        self._deactivated: list[UserChanged] = []
         hs.db.on_reset(self.forget)
-
-    # Subscriptions: all of these are called inside the write block of the change
-
-    def on_device_deleted(self, callback: DeviceGone) -> None:
-        """Call back before a device is deleted."""
-        self._device_gone.append(callback)
-
-    def on_device_renamed(self, callback: DeviceGone) -> None:
-        """Call back when a device has got another display name."""
-        self._device_renamed.append(callback)
-
-    def on_account_named(self, callback: Callable[[UserNid, str], None]) -> None:
-        """Call back with the display name of each new account that has one, before the next."""
-        self._named.append(callback)
-
-    def on_account_created(self, callback: UserChanged) -> None:
-        """Call back for each new account."""
-        self._created.append(callback)
-
-    def on_password_changed(self, callback: UserChanged) -> None:
-        """Call back when a user has a new password."""
-        self._password_changed.append(callback)
-
-    def on_deactivated(self, callback: UserChanged) -> None:
-        """Call back when an account was deactivated; is_erased() tells whether to erase data."""
-        self._deactivated.append(callback)
-
-    # Looking up
 
     def forget(self) -> None:
         """Drop everything cached."""
-        self._sessions.clear()
         self._accounts.clear()
         self._has_users = False
 
@@ -7013,182 +6695,82 @@ class Accounts:
         """The registration token for the very first account; None once there is one."""
         return None if self.has_users() else self._admin_token
 
-    # Changing accounts
 
-    def make_account(
-        self,
-        user_id: str,
-        *,
-        password_hash: str | None = None,
-        display_name: str | None = None,
-        is_admin: bool = False,
-        is_guest: bool = False,
-    ) -> UserNid:
-        """Make an account. 400 M_USER_IN_USE when the name is in use, or ever was."""
-        if self.exists_local(user_id):
-            raise MatrixError(400, "M_USER_IN_USE", "This user name is taken")
-        nid = self.db.user_nid(user_id)
-        with self.db.write():
-            self.db.execute(
-                """
-                INSERT INTO accounts (user_nid, password_hash, created_ts, is_admin, is_guest)
-                VALUES (?, ?, ?, ?, ?)
-                """,
-                (nid, password_hash, now_ms(), is_admin, is_guest),
-            )
-            for name_it in self._named if display_name else ():
-                name_it(nid, cast(str, display_name))
-            for callback in self._created:
-                callback(nid)
-        log_accounts.info("new account %s%s", user_id, " (administrator)" if is_admin else "")
-        return nid
+# ── 12.4  Devices and tokens ─────────────────────────────────────────────────
 
-    async def create_account(
-        self,
-        localpart: str,
-        password: str,
-        *,
-        display_name: str | None = None,
-        is_admin: bool = False,
-    ) -> UserNid:
-        """Make an account with a password for a wanted user name; 400 as for registration."""
-        user_id = local_user_id(self.hs, localpart)
-        check_available(self.hs, user_id)
-        check_new_password(password)
-        return self.make_account(
-            user_id,
-            password_hash=await self.passwords.hash(password),
-            display_name=display_name or default_display_name(self.hs, user_id),
-            is_admin=is_admin,
-        )
 
-    def create_server_account(self, localpart: str, display_name: str) -> UserNid:
-        """Make an account that belongs to the server itself and has no password."""
-        user_id = f"@{localpart}:{self.hs.config.server_name}"
-        return self.make_account(user_id, display_name=display_name)
+class Session(NamedTuple):
+    """What an access token stands for."""
 
-    async def set_password(
-        self, nid: UserNid, password: str, *, keep: DeviceNid | None = None, log_out: bool = True
-    ) -> None:
-        """Give a user a new password, and end all their sessions but that of the device to keep."""
-        check_new_password(password)
-        password_hash = await self.passwords.hash(password)
-        with self.db.write():
-            self._store_password(nid, password_hash)
-            if log_out:
-                self.log_out_everywhere(nid, keep=keep)
-            for callback in self._password_changed:
-                callback(nid)
+    requester: Requester
+    device_nid: DeviceNid
+    expires_ts: int | None
+    locked: bool
 
-    def _store_password(self, nid: UserNid, password_hash: str) -> None:
-        with self.db.write():
-            self.db.execute(
-                "UPDATE accounts SET password_hash = ? WHERE user_nid = ? AND deactivated = 0",
-                (password_hash, nid),
-            )
-        self._accounts.pop(nid)
 
-    def set_admin(self, nid: UserNid, is_admin: bool) -> None:
-        """Make a user an administrator, or no longer."""
-        with self.db.write():
-            self.db.execute("UPDATE accounts SET is_admin = ? WHERE user_nid = ?", (is_admin, nid))
-        self._forget_user(nid)
+DeviceChanged = Callable[[UserNid, DeviceNid, str], None]  # user, device, device id
+LOGOUT_PATH = re.compile(r"/_matrix/client/(?:v3|r0)/logout(?:/all)?")
 
-    def set_locked(self, nid: UserNid, locked: bool) -> None:
-        """Lock a user out of everything but logging out, or let them in again."""
-        with self.db.write():
-            self.db.execute("UPDATE accounts SET locked = ? WHERE user_nid = ?", (locked, nid))
-        self._forget_user(nid)
 
-    def set_suspended(self, nid: UserNid, suspended: bool) -> None:
-        """Suspend a user, or no longer."""
-        with self.db.write():
-            self.db.execute(
-                "UPDATE accounts SET suspended = ? WHERE user_nid = ?", (suspended, nid)
-            )
-        self._forget_user(nid)
+def token_hash(token: str) -> bytes:
+    """What the database keeps of a token; it carries 256 random bits, so a fast hash will do."""
+    return hashlib.sha256(token.encode("utf-8", "replace")).digest()
 
-    async def deactivate(self, nid: UserNid, *, erase: bool = False) -> None:
-        """End an account for good: password, devices and tokens go now, rooms in the background."""
-        with self.db.write():
-            self.log_out_everywhere(nid)
-            self.db.execute(
-                """
-                UPDATE accounts
-                SET password_hash = NULL, deactivated = 1, leaving = 1, is_admin = 0, erased = ?
-                WHERE user_nid = ?
-                """,
-                (erase, nid),
-            )
-            self.db.execute("DELETE FROM short_tokens WHERE user_nid = ?", (nid,))
-            self._forget_user(nid)
-            for callback in self._deactivated:
-                callback(nid)
-        log_accounts.info("account %s was deactivated", self.db.user_id(nid))
-        self.hs.background(self._leave_rooms(nid))
 
-    async def _leave_rooms(self, nid: UserNid) -> None:
-        """Leave every room, one at a time, so that others are served in between."""
-        user_id = self.db.user_id(nid)
-        for room_nid, member in list(self.hs.rooms.memberships(nid).items()):
-            if member.membership not in ("join", "invite", "knock"):
-                continue
-            room = self.hs.rooms.by_nid(room_nid)
-            try:
-                content = {"membership": "leave"}
-                self.hs.rooms.send(room, user_id, "m.room.member", content, state_key=user_id)
-            except MatrixError as error:
-                log_accounts.warning("%s could not leave %s: %s", user_id, room.room_id, error)
-                if error.status >= 500:
-                    return  # the disk is full, say; the next start goes on from here
-            await asyncio.sleep(0)
-        with self.db.write():
-            self.db.execute("UPDATE accounts SET leaving = 0 WHERE user_nid = ?", (nid,))
+def unknown_token(*, soft_logout: bool = False) -> MatrixError:
+    """401 M_UNKNOWN_TOKEN; with soft_logout the client keeps its keys and may log in again."""
+    text = "The access token has expired" if soft_logout else "Unrecognised access token"
+    return MatrixError(401, "M_UNKNOWN_TOKEN", text, soft_logout=soft_logout)
 
-    def start(self) -> None:
-        """Go on with what the last stop interrupted."""
-        for (nid,) in self.db.all("SELECT user_nid FROM accounts WHERE leaving = 1"):
-            self.hs.background(self._leave_rooms(nid))
 
-    # Passwords
+def user_locked() -> MatrixError:
+    """401 M_USER_LOCKED.  Spec: "Account locking"."""
+    return MatrixError(401, "M_USER_LOCKED", "This account has been locked", soft_logout=True)
 
-    async def verify_password(self, user_id: str, password: str, address: str) -> UserNid | None:
-        """The user if the password is theirs, else None; 429 when this address has guessed enough.
 
-        Trap: an unknown user costs the same time and the same budgets as a wrong password.
-        """
-        account = self.find(user_id)
-        known = account is not None and self._knows_address(account.nid, address)
-        keys = self.guesses.login_keys(user_id, address, known)
-        self.guesses.take(keys)
-        stored = account.password_hash if account else None
-        good = await self.passwords.matches(stored, password)
-        if user_id == self.bot_id:
-            good = self._is_emergency_password(password)
-        account = self.find(user_id)  # it may have changed meanwhile
-        if not good or account is None or account.deactivated or account.password_hash != stored:
-            return None
-        self.guesses.refund(keys)
-        if stored is not None and not stored.startswith(PASSWORD_MARK):
-            self._store_password(account.nid, await self.passwords.hash(password))
-        return account.nid
+def check_device_name(name: str | None) -> None:
+    """Refuse display names of devices that are long or could hide something."""
+    if name is None:
+        return
+    if len(name) > MAX_DEVICE_NAME or any(ord(char) < 32 or ord(char) == 127 for char in name):
+        raise invalid_param(f"A device name has at most {MAX_DEVICE_NAME} printable characters")
 
-    def _is_emergency_password(self, password: str) -> bool:
-        emergency = self.hs.config.emergency_password
-        return bool(emergency) and hmac.compare_digest(str(emergency).encode(), password.encode())
 
-    def _knows_address(self, nid: UserNid, address: str) -> bool:
-        return bool(
-            self.db.value(
-                """
-                SELECT 1
-                FROM devices
-                WHERE user_nid = ?
-                    AND last_seen_ip = ?
-                """,
-                (nid, address),
-            )
-        )
+def check_device_id(device_id: str) -> None:
+    """Refuse device ids that are empty, long or hold control characters."""
+    if not 0 < byte_length(device_id) <= MAX_ID_BYTES or not device_id.isprintable():
+        raise invalid_param(f"A device id has 1 to {MAX_ID_BYTES} printable bytes")
+
+
+def random_device_id() -> str:
+    """A device id in the form that people know."""
+    return "".join(secrets.choice(string.ascii_uppercase) for _ in range(10))
+
+
+class Sessions(AccountTable):
+    """Devices and the tokens that belong to them."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        super().__init__(hs)
+        self.reserved_devices: list[Callable[[UserNid, str], bool]] = []  # as cross-signing keys do
+        self._sessions: LruCache[bytes, Session] = LruCache(self._capacity)
+        self._seen: dict[DeviceNid, tuple[str, int]] = {}
+        self._expired_ts = 0
+        self._device_gone: list[DeviceChanged] = []
+        self._device_renamed: list[DeviceChanged] = []
+        hs.db.on_reset(self._sessions.clear)
+
+    def caches(self) -> dict[str, LruCache[Any, Any]]:
+        """The caches by name, for the admin room."""
+        return {"accounts": self._accounts, "sessions": self._sessions}
+
+    def on_device_deleted(self, callback: DeviceChanged) -> None:
+        """Call back before a device is deleted."""
+        self._device_gone.append(callback)
+
+    def on_device_renamed(self, callback: DeviceChanged) -> None:
+        """Call back when a device has got another display name."""
+        self._device_renamed.append(callback)
 
     # Tokens
 
@@ -7199,7 +6781,7 @@ class Accounts:
         now = now_ms()
         if session.expires_ts is not None and session.expires_ts <= now:
             raise unknown_token(soft_logout=True)
-        if session.locked and not request.path.endswith(LOGOUT_PATHS):
+        if session.locked and not LOGOUT_PATH.fullmatch(request.path):
             raise user_locked()
         self._seen[session.device_nid] = (request.address, now)
         return session.requester
@@ -7330,7 +6912,7 @@ class Accounts:
         return token
 
     def short_token_user(self, purpose: str, token: str, *, use_up: bool) -> UserNid | None:
-        """Whose token this is, unless it is unknown or expired; `use_up` makes this the last time."""
+        """Whose token this is, unless unknown or expired; `use_up` makes this the last time."""
         key = token_hash(token)
         row = self.db.one(
             """
@@ -7461,19 +7043,27 @@ class Accounts:
     # Maintenance
 
     def flush_last_seen(self) -> None:
-        """Write down where and when devices were seen since the last time."""
+        """Write down where devices were seen since the last time, for each every five minutes."""
         seen, self._seen = self._seen, {}
         if not seen:
             return
         with self.db.write():
             for device_nid, (address, seen_ts) in seen.items():
                 self.db.execute(
-                    "UPDATE devices SET last_seen_ip = ?, last_seen_ts = ? WHERE device_nid = ?",
-                    (address, seen_ts, device_nid),
+                    """
+                    UPDATE devices
+                    SET last_seen_ip = :address, last_seen_ts = :seen
+                    WHERE device_nid = :device
+                        AND (last_seen_ip IS NOT :address OR last_seen_ts < :seen - 300000)
+                    """,
+                    {"address": address, "seen": seen_ts, "device": device_nid},
                 )
 
     async def expire(self) -> None:
-        """Delete tokens and transactions that have had their time, a device at a time."""
+        """Once an hour, delete tokens and transactions that have had their time."""
+        if now_ms() - self._expired_ts < 3_600_000:
+            return
+        self._expired_ts = now_ms()
         with self.db.write():
             self.db.execute("DELETE FROM short_tokens WHERE expires_ts <= ?", (now_ms(),))
         for (device_nid,) in self.db.all("SELECT device_nid FROM devices"):
@@ -7485,9 +7075,257 @@ class Accounts:
             await asyncio.sleep(0)
 
 
-def random_device_id() -> str:
-    """A device id in the form that people know."""
-    return "".join(secrets.choice(string.ascii_uppercase) for _ in range(10))
+# ── 12.5  Making, changing and ending accounts ───────────────────────────────
+
+UserChanged = Callable[[UserNid], None]
+
+
+def local_user_id(hs: Homeserver, username: str) -> str:
+    """The user id that a wanted user name makes.
+
+    400 M_INVALID_USERNAME for what the grammar forbids, and for a dot at an end, where it is easily
+    overlooked.  Trap: upper case is mapped to lower case, so that nobody can be Alice beside alice;
+    but only of ASCII, as the lower case of the Kelvin sign is a k.
+    """
+    localpart = username.lower() if username.isascii() else username
+    user_id = f"@{localpart}:{hs.config.server_name}"
+    if not LOCALPART.fullmatch(localpart) or localpart.strip(".") != localpart:
+        text = "A user name consists of a-z, 0-9 and . _ = - / +, without a dot at the ends"
+        raise MatrixError(400, "M_INVALID_USERNAME", text)
+    if byte_length(user_id) > MAX_ID_BYTES:
+        raise MatrixError(400, "M_INVALID_USERNAME", "This user name is too long")
+    return user_id
+
+
+def check_available(hs: Homeserver, user_id: str) -> None:
+    """400 M_USER_IN_USE or M_EXCLUSIVE for a user id that cannot be had."""
+    if user_id == hs.accounts.bot_id or any(owns(user_id) for owns in hs.accounts.exclusive):
+        raise MatrixError(400, "M_EXCLUSIVE", "This user name is reserved")
+    if hs.accounts.exists_local(user_id):
+        raise MatrixError(400, "M_USER_IN_USE", "This user name is taken")
+
+
+def default_display_name(hs: Homeserver, user_id: str) -> str:
+    """The display name that a new account begins with."""
+    bolt = " ⚡️" if hs.config.enable_lightning_bolt else ""
+    return user_id[1:].partition(":")[0] + bolt
+
+
+class Accounts(Sessions):
+    """How accounts are made, changed and ended; other chapters subscribe to that.
+
+    All callbacks come inside the write block of the change.
+    """
+
+    def __init__(self, hs: Homeserver) -> None:
+        super().__init__(hs)
+        self.passwords = PasswordHasher(hs.db)
+        self.guesses = GuessLimiter()
+        self.uia: LruCache[str, UiaSession] = LruCache(2_000)
+        self.uia_key = secrets.token_bytes(32)
+        self.nonces: LruCache[str, float] = LruCache(1_000)
+        self.exclusive: list[Callable[[str], bool]] = []  # says whether a bridge owns this user id
+        self._named: list[Callable[[UserNid, str], None]] = []
+        self._created: list[UserChanged] = []
+        self._deactivated: list[UserChanged] = []
+
+    def on_account_named(self, callback: Callable[[UserNid, str], None]) -> None:
+        """Call back with the display name of each new account that has one, before the next."""
+        self._named.append(callback)
+
+    def on_account_created(self, callback: UserChanged) -> None:
+        """Call back for each new account."""
+        self._created.append(callback)
+
+    def on_deactivated(self, callback: UserChanged) -> None:
+        """Call back when an account was deactivated; is_erased() tells whether to erase data."""
+        self._deactivated.append(callback)
+
+    # Making and changing
+
+    def make_account(
+        self,
+        user_id: str,
+        *,
+        password_hash: str | None = None,
+        display_name: str | None = None,
+        is_admin: bool = False,
+        is_guest: bool = False,
+    ) -> UserNid:
+        """Make an account. 400 M_USER_IN_USE when the name is in use, or ever was."""
+        if self.exists_local(user_id):
+            raise MatrixError(400, "M_USER_IN_USE", "This user name is taken")
+        nid = self.db.user_nid(user_id)
+        with self.db.write():
+            self.db.execute(
+                """
+                INSERT INTO accounts (user_nid, password_hash, created_ts, is_admin, is_guest)
+                VALUES (?, ?, ?, ?, ?)
+                """,
+                (nid, password_hash, now_ms(), is_admin, is_guest),
+            )
+            for name_it in self._named if display_name else ():
+                name_it(nid, cast(str, display_name))
+            for callback in self._created:
+                callback(nid)
+        log_accounts.info("new account %s%s", user_id, " (administrator)" if is_admin else "")
+        return nid
+
+    async def create_account(
+        self,
+        localpart: str,
+        password: str,
+        *,
+        display_name: str | None = None,
+        is_admin: bool = False,
+    ) -> UserNid:
+        """Make an account with a password for a wanted user name; 400 as for registration."""
+        user_id = local_user_id(self.hs, localpart)
+        check_available(self.hs, user_id)
+        check_new_password(password)
+        return self.make_account(
+            user_id,
+            password_hash=await self.passwords.hash(password),
+            display_name=display_name or default_display_name(self.hs, user_id),
+            is_admin=is_admin,
+        )
+
+    def create_server_account(self, localpart: str, display_name: str) -> UserNid:
+        """Make an account that belongs to the server itself and has no password."""
+        user_id = f"@{localpart}:{self.hs.config.server_name}"
+        return self.make_account(user_id, display_name=display_name)
+
+    async def set_password(
+        self, nid: UserNid, password: str, *, keep: DeviceNid | None = None, log_out: bool = True
+    ) -> None:
+        """Give a user a new password, and end all their sessions but that of the device to keep."""
+        check_new_password(password)
+        password_hash = await self.passwords.hash(password)
+        with self.db.write():
+            self._store_password(nid, password_hash)
+            if log_out:
+                self.log_out_everywhere(nid, keep=keep)
+
+    def _store_password(self, nid: UserNid, password_hash: str) -> None:
+        with self.db.write():
+            self.db.execute(
+                "UPDATE accounts SET password_hash = ? WHERE user_nid = ? AND deactivated = 0",
+                (password_hash, nid),
+            )
+        self._accounts.pop(nid)
+
+    def upgrade_guest(self, nid: UserNid, password_hash: str, *, is_admin: bool) -> None:
+        """Make a guest a user with a password."""
+        with self.db.write():
+            self._store_password(nid, password_hash)
+            self.db.execute(
+                "UPDATE accounts SET is_guest = 0, is_admin = ? WHERE user_nid = ?", (is_admin, nid)
+            )
+            self._forget_user(nid)
+            for callback in self._created:
+                callback(nid)
+
+    def set_admin(self, nid: UserNid, is_admin: bool) -> None:
+        """Make a user an administrator, or no longer."""
+        with self.db.write():
+            self.db.execute("UPDATE accounts SET is_admin = ? WHERE user_nid = ?", (is_admin, nid))
+        self._forget_user(nid)
+
+    def set_locked(self, nid: UserNid, locked: bool) -> None:
+        """Lock a user out of everything but logging out, or let them in again."""
+        with self.db.write():
+            self.db.execute("UPDATE accounts SET locked = ? WHERE user_nid = ?", (locked, nid))
+        self._forget_user(nid)
+
+    def set_suspended(self, nid: UserNid, suspended: bool) -> None:
+        """Suspend a user, or no longer."""
+        with self.db.write():
+            self.db.execute(
+                "UPDATE accounts SET suspended = ? WHERE user_nid = ?", (suspended, nid)
+            )
+        self._forget_user(nid)
+
+    async def deactivate(self, nid: UserNid, *, erase: bool = False) -> None:
+        """End an account for good: password, devices and tokens go now, rooms in the background."""
+        with self.db.write():
+            self.log_out_everywhere(nid)
+            self.db.execute(
+                """
+                UPDATE accounts
+                SET password_hash = NULL, deactivated = 1, leaving = 1, is_admin = 0, erased = ?
+                WHERE user_nid = ?
+                """,
+                (erase, nid),
+            )
+            self.db.execute("DELETE FROM short_tokens WHERE user_nid = ?", (nid,))
+            self._forget_user(nid)
+            for callback in self._deactivated:
+                callback(nid)
+        log_accounts.info("account %s was deactivated", self.db.user_id(nid))
+        self.hs.background(self._leave_rooms(nid))
+
+    async def _leave_rooms(self, nid: UserNid) -> None:
+        """Leave every room, one at a time, so that others are served in between."""
+        user_id = self.db.user_id(nid)
+        for room_nid, member in list(self.hs.rooms.memberships(nid).items()):
+            if member.membership not in ("join", "invite", "knock"):
+                continue
+            room = self.hs.rooms.by_nid(room_nid)
+            try:
+                content = {"membership": "leave"}
+                self.hs.rooms.send(room, user_id, "m.room.member", content, state_key=user_id)
+            except MatrixError as error:
+                log_accounts.warning("%s could not leave %s: %s", user_id, room.room_id, error)
+                if error.status >= 500:
+                    return  # the disk is full, say; the next start goes on from here
+            await asyncio.sleep(0)
+        with self.db.write():
+            self.db.execute("UPDATE accounts SET leaving = 0 WHERE user_nid = ?", (nid,))
+
+    def start(self) -> None:
+        """Go on with what the last stop interrupted."""
+        for (nid,) in self.db.all("SELECT user_nid FROM accounts WHERE leaving = 1"):
+            self.hs.background(self._leave_rooms(nid))
+
+    # Passwords
+
+    async def verify_password(self, user_id: str, password: str, address: str) -> UserNid | None:
+        """The user if the password is theirs, else None; 429 when this address has guessed enough.
+
+        Trap: an unknown user costs the same time and the same budgets as a wrong password.
+        """
+        account = self.find(user_id)
+        known = account is not None and self._knows_address(account.nid, address)
+        keys = self.guesses.login_keys(user_id, address, known)
+        self.guesses.take(keys)
+        stored = account.password_hash if account else None
+        good = await self.passwords.matches(stored, password)
+        if user_id == self.bot_id:
+            good = self._is_emergency_password(password)
+        account = self.find(user_id)  # it may have changed meanwhile
+        if not good or account is None or account.deactivated or account.password_hash != stored:
+            return None
+        self.guesses.refund(keys)
+        if stored is not None and not stored.startswith(HASH_PREFIX):
+            self._store_password(account.nid, await self.passwords.hash(password))
+        return account.nid
+
+    def _is_emergency_password(self, password: str) -> bool:
+        emergency = self.hs.config.emergency_password
+        return bool(emergency) and hmac.compare_digest(str(emergency).encode(), password.encode())
+
+    def _knows_address(self, nid: UserNid, address: str) -> bool:
+        return bool(
+            self.db.value(
+                """
+                SELECT 1
+                FROM devices
+                WHERE user_nid = ?
+                    AND last_seen_ip = ?
+                """,
+                (nid, address),
+            )
+        )
 
 
 def refuse_suspended(hs: Homeserver, requester: Requester) -> None:
@@ -7497,7 +7335,7 @@ def refuse_suspended(hs: Homeserver, requester: Requester) -> None:
         raise MatrixError(403, "M_USER_SUSPENDED", text)
 
 
-# ── 12.4  User-interactive authentication ────────────────────────────────────
+# ── 12.6  User-interactive authentication ────────────────────────────────────
 
 DUMMY = "m.login.dummy"
 PASSWORD = "m.login.password"  # noqa: S105  the name of a stage
@@ -7531,7 +7369,7 @@ class UiaSession:
 
 
 class AuthenticationNeeded(MatrixError):
-    """401 with the flows a client can choose from; an error only when a stage was tried and failed."""
+    """401 with the flows to choose from; with an error only when a stage was tried and failed."""
 
     def __init__(
         self, flows: Flows, session: UiaSession, failure: MatrixError | None = None
@@ -7552,31 +7390,25 @@ class AuthenticationNeeded(MatrixError):
         return self.body
 
 
-async def user_interactive_auth(
-    hs: Homeserver, request: Request, flows: Flows = PASSWORD_FLOW
-) -> UiaSession:
-    """Let the request pass once all stages of one flow are done; until then 401 with what is left.
+def named_user(hs: Homeserver, fields: Json) -> str | None:
+    """The user id that a login or a stage names, by identifier or the old way; None if by neither.
 
-    Spec: "User-interactive authentication API". A session is good for one success.
+    Spec: "Identifier types". 403 for third-party identifiers, since none is known here.
     """
-    auth = request.json.get("auth")
-    body = body_digest(hs, request.json)
-    session = uia_session(hs, request, auth, body)
-    session.bind(body)
-    if not auth:
-        raise AuthenticationNeeded(flows, session)
-    stage = auth.get("type")
-    if stage is not None and stage not in session.completed:
-        await complete_stage(hs, request, flows, session)
-        if session.used:
-            raise forbidden("This session was used already")
-        session.bind(body)
-        session.completed.append(stage)
-    if session.completed not in [list(stages) for stages in flows]:
-        raise AuthenticationNeeded(flows, session)
-    session.used = True
-    hs.accounts.uia.pop(session.session_id)
-    return session
+    identifier = fields.get("identifier")
+    name = fields.get("user")
+    if identifier is not None or "medium" in fields:
+        if not isinstance(identifier, dict) or identifier.get("type") != "m.id.user":
+            raise forbidden("Only user names are known here, no addresses or phone numbers")
+        name = identifier.get("user")
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        raise bad_json("user must be a string")
+    localpart, _, server = name.removeprefix("@").partition(":")
+    if localpart.isascii():
+        localpart = localpart.lower()
+    return f"@{localpart}:{server or hs.config.server_name}"
 
 
 def body_digest(hs: Homeserver, body: Json) -> bytes:
@@ -7603,20 +7435,19 @@ def uia_session(hs: Homeserver, request: Request, auth: Json | None, body: bytes
     return found
 
 
-async def complete_stage(
-    hs: Homeserver, request: Request, flows: Flows, session: UiaSession
-) -> None:
-    """Try the stage that the client sent; what fails can be tried again."""
-    stage = request.json["auth"]["type"]
-    so_far = [*session.completed, stage]
-    try:
-        if not any(list(stages[: len(so_far)]) == so_far for stages in flows):
-            raise forbidden(f"{stage} is not the next stage of any flow"[:200])
-        await STAGES[stage](hs, request, session)
-    except MatrixError as error:
-        if error.status != 403:
-            raise
-        raise AuthenticationNeeded(flows, session, error) from error
+def registration_token_kind(hs: Homeserver, token: str, address: str) -> str | None:
+    """Which token this is: "first admin", "configured", or None for a wrong one."""
+    keys: dict[GuessKey, Budget] = {("token", address_group(address)): TOKEN_BUDGET}
+    hs.accounts.guesses.take(keys)
+    known = {
+        "first admin": hs.accounts.first_admin_token(),
+        "configured": hs.config.registration_token if hs.config.allow_registration else None,
+    }
+    for kind, right in known.items():
+        if right and hmac.compare_digest(right.encode(), token.encode()):
+            hs.accounts.guesses.refund(keys)
+            return kind
+    return None
 
 
 async def dummy_stage(_hs: Homeserver, _request: Request, _session: UiaSession) -> None:
@@ -7654,41 +7485,50 @@ STAGES: Final[dict[str, Callable[[Homeserver, Request, UiaSession], Awaitable[No
 }
 
 
-def registration_token_kind(hs: Homeserver, token: str, address: str) -> str | None:
-    """Which token this is: "first admin", "configured", or None for a wrong one."""
-    keys: dict[GuessKey, Budget] = {("token", address_group(address)): TOKEN_BUDGET}
-    hs.accounts.guesses.take(keys)
-    known = {
-        "first admin": hs.accounts.first_admin_token(),
-        "configured": hs.config.registration_token if hs.config.allow_registration else None,
-    }
-    for kind, right in known.items():
-        if right and hmac.compare_digest(right.encode(), token.encode()):
-            hs.accounts.guesses.refund(keys)
-            return kind
-    return None
+async def complete_stage(
+    hs: Homeserver, request: Request, flows: Flows, session: UiaSession
+) -> None:
+    """Try the stage that the client sent; what fails can be tried again."""
+    stage = request.json["auth"]["type"]
+    so_far = [*session.completed, stage]
+    try:
+        if not any(list(stages[: len(so_far)]) == so_far for stages in flows):
+            raise forbidden(f"{stage} is not the next stage of any flow"[:200])
+        await STAGES[stage](hs, request, session)
+    except MatrixError as error:
+        if error.status != 403:
+            raise
+        raise AuthenticationNeeded(flows, session, error) from error
 
 
-def named_user(hs: Homeserver, fields: Json) -> str | None:
-    """The user id that a login or a stage names, by identifier or the old way; None if by neither.
+async def user_interactive_auth(
+    hs: Homeserver, request: Request, flows: Flows = PASSWORD_FLOW
+) -> UiaSession:
+    """Let the request pass once all stages of one flow are done; until then 401 with what is left.
 
-    Spec: "Identifier types". 403 for third-party identifiers, since none is known here.
+    Spec: "User-interactive authentication API". A session is good for one success.
     """
-    identifier = fields.get("identifier")
-    name = fields.get("user")
-    if identifier is not None or "medium" in fields:
-        if not isinstance(identifier, dict) or identifier.get("type") != "m.id.user":
-            raise forbidden("Only user names are known here, no addresses or phone numbers")
-        name = identifier.get("user")
-    if name is None:
-        return None
-    if not isinstance(name, str):
-        raise bad_json("user must be a string")
-    localpart, _, server = name.removeprefix("@").partition(":")
-    return f"@{localpart.lower()}:{server or hs.config.server_name}"
+    auth = request.json.get("auth")
+    body = body_digest(hs, request.json)
+    session = uia_session(hs, request, auth, body)
+    session.bind(body)
+    if not auth:
+        raise AuthenticationNeeded(flows, session)
+    stage = auth.get("type")
+    if stage is not None and stage not in session.completed:
+        await complete_stage(hs, request, flows, session)
+        if session.used:
+            raise forbidden("This session was used already")
+        session.bind(body)
+        session.completed.extend({stage}.difference(session.completed))
+    if session.completed not in [list(stages) for stages in flows]:
+        raise AuthenticationNeeded(flows, session)
+    session.used = True
+    hs.accounts.uia.pop(session.session_id)
+    return session
 
 
-# ── 12.5  Registration ───────────────────────────────────────────────────────
+# ── 12.7  Registration ───────────────────────────────────────────────────────
 
 
 def registration_flows(hs: Homeserver, request: Request) -> Flows:
@@ -7719,55 +7559,19 @@ def is_first_admin(hs: Homeserver, session: UiaSession) -> bool:
     return False
 
 
-@route(
-    "POST",
-    "/_matrix/client/v3/register",
-    auth=NONE,
-    limit="register",
-    also=("r0",),
-    body={
-        "auth?": dict,
-        "username?": str,
-        "password?": str,
-        "device_id?": str,
-        "initial_device_display_name?": str,
-        "inhibit_login?": bool,
-        "refresh_token?": bool,
-    },
-)
-async def register(hs: Homeserver, request: Request) -> Json:
-    """Make an account and log it in.
+def guest_to_upgrade(hs: Homeserver, request: Request) -> Account | None:
+    """The guest who registers for good under the same name, proved by their access token.
 
-    Spec: "Account registration". 400 M_USER_IN_USE, M_INVALID_USERNAME, M_EXCLUSIVE, also before
-    authentication; 403 M_FORBIDDEN where registration is off.
+    Spec: "Guest access". 403 M_FORBIDDEN for the token of anybody else.
     """
-    kind = request.arg("kind", "user")
-    if kind == "guest":
-        return register_guest(hs, request)
-    if kind != "user":
-        raise invalid_param("kind must be user or guest")
-    flows = registration_flows(hs, request)
-    body = request.json
-    user_id = local_user_id(hs, body.get("username") or random_localpart())
-    check_available(hs, user_id)
-    check_login_fields(body)
-    if body.get("password") is not None:
-        check_new_password(body["password"])
-    session = await user_interactive_auth(hs, request, flows)
-    if body.get("password") is None:
-        raise missing_param("password is missing")
-    password_hash = await hs.accounts.passwords.hash(body["password"])
-    is_admin = is_first_admin(hs, session)
-    with hs.db.write():
-        nid = hs.accounts.make_account(
-            user_id,
-            password_hash=password_hash,
-            display_name=default_display_name(hs, user_id),
-            is_admin=is_admin,
-        )
-        if body.get("inhibit_login"):
-            return {"user_id": user_id, "home_server": hs.config.server_name}
-        return log_in_as_asked(hs, request, nid)
+    token = request.json.get("guest_access_token")
+    if token is None:
+        return None
+    guest = hs.accounts.authenticate(request, token)
+    username = request.json.get("username") or ""
+    if not guest.is_guest or guest.user_id != local_user_id(hs, username):
+        raise forbidden("This is not the access token of a guest of that name")
+    return hs.accounts.get(guest.nid)
 
 
 def random_localpart() -> str:
@@ -7794,6 +7598,22 @@ def log_in_as_asked(hs: Homeserver, request: Request, nid: UserNid) -> Json:
     )
 
 
+def store_registration(
+    hs: Homeserver, request: Request, user_id: str, password_hash: str, is_admin: bool
+) -> UserNid:
+    """The account that a registration has earned: a new one, or that of a guest."""
+    guest = guest_to_upgrade(hs, request)
+    if guest is not None:
+        hs.accounts.upgrade_guest(guest.nid, password_hash, is_admin=is_admin)
+        return guest.nid
+    return hs.accounts.make_account(
+        user_id,
+        password_hash=password_hash,
+        display_name=default_display_name(hs, user_id),
+        is_admin=is_admin,
+    )
+
+
 def register_guest(hs: Homeserver, request: Request) -> Json:
     """Make a guest account. Guests prove nothing, so they need registration to be open to all.
 
@@ -7809,6 +7629,53 @@ def register_guest(hs: Homeserver, request: Request) -> Json:
         user_id = local_user_id(hs, random_localpart())
         nid = hs.accounts.make_account(user_id, is_guest=True)
         return hs.accounts.log_in(nid, request.address, display_name=name)
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/register",
+    auth=NONE,
+    limit="register",
+    also=("r0",),
+    body={
+        "auth?": dict,
+        "username?": str,
+        "password?": str,
+        "device_id?": str,
+        "initial_device_display_name?": str,
+        "inhibit_login?": bool,
+        "refresh_token?": bool,
+        "guest_access_token?": str,
+    },
+)
+async def register(hs: Homeserver, request: Request) -> Json:
+    """Make an account and log it in.
+
+    Spec: "Account registration". 400 M_USER_IN_USE, M_INVALID_USERNAME, M_EXCLUSIVE, also before
+    authentication; 403 M_FORBIDDEN where registration is off.
+    """
+    kind = request.arg("kind", "user")
+    if kind == "guest":
+        return register_guest(hs, request)
+    if kind != "user":
+        raise invalid_param("kind must be user or guest")
+    flows = registration_flows(hs, request)
+    body = request.json
+    user_id = local_user_id(hs, body.get("username") or random_localpart())
+    if guest_to_upgrade(hs, request) is None:
+        check_available(hs, user_id)
+    check_login_fields(body)
+    if body.get("password") is not None:
+        check_new_password(body["password"])
+    session = await user_interactive_auth(hs, request, flows)
+    if body.get("password") is None:
+        raise missing_param("password is missing")
+    password_hash = await hs.accounts.passwords.hash(body["password"])
+    with hs.db.write():
+        nid = store_registration(hs, request, user_id, password_hash, is_first_admin(hs, session))
+        if body.get("inhibit_login"):
+            return {"user_id": user_id, "home_server": hs.config.server_name}
+        return log_in_as_asked(hs, request, nid)
 
 
 @route("GET", "/_matrix/client/v3/register/available", auth=NONE, limit="register", also=("r0",))
@@ -7903,7 +7770,7 @@ async def register_by_shared_secret(hs: Homeserver, request: Request) -> Json:
     return hs.accounts.log_in(nid, request.address)
 
 
-# ── 12.6  Login and refresh ──────────────────────────────────────────────────
+# ── 12.8  Login and refresh ──────────────────────────────────────────────────
 
 
 async def password_login(hs: Homeserver, request: Request) -> UserNid:
@@ -8004,7 +7871,7 @@ async def refresh_tokens(hs: Homeserver, request: Request) -> Json:
     return hs.accounts.refresh(request.json["refresh_token"])
 
 
-# ── 12.7  Logout and devices ─────────────────────────────────────────────────
+# ── 12.9  Logout and devices ─────────────────────────────────────────────────
 
 
 @route("POST", "/_matrix/client/v3/logout", auth=GUEST, also=("r0",))
@@ -8083,7 +7950,7 @@ async def delete_many_devices(hs: Homeserver, request: Request) -> Json:
     return {}
 
 
-# ── 12.8  The own account ────────────────────────────────────────────────────
+# ── 12.10  The own account ───────────────────────────────────────────────────
 
 
 @route(
@@ -8159,6 +8026,12 @@ async def capabilities(hs: Homeserver, request: Request) -> Json:
     return {"capabilities": answer}
 
 
+def check_own_user(request: Request, user_id: str) -> None:
+    """403 M_FORBIDDEN for a path that names another user than the one who asks."""
+    if user_id != request.user.user_id:
+        raise forbidden("You can do this for your own account only")
+
+
 @route(
     "POST",
     "/_matrix/client/v3/user/{user_id}/openid/request_token",
@@ -8191,13 +8064,7 @@ async def openid_userinfo(hs: Homeserver, request: Request) -> Json:
     return {"sub": hs.db.user_id(nid)}
 
 
-def check_own_user(request: Request, user_id: str) -> None:
-    """403 M_FORBIDDEN for a path that names another user than the one who asks."""
-    if user_id != request.user.user_id:
-        raise forbidden("You can do this for your own account only")
-
-
-# ── 12.9  Third-party identifiers: there are none here ───────────────────────
+# ── 12.11  Third-party identifiers: there are none here ──────────────────────
 
 EMAIL_REQUEST = {"client_secret": str, "email": str, "send_attempt": int}
 PHONE_REQUEST = {"client_secret": str, "country": str, "phone_number": str, "send_attempt": int}
@@ -8249,7 +8116,7 @@ THIRD_PARTY_ROUTES: Final = (
 for _path, _auth, _body, _handler in THIRD_PARTY_ROUTES:
     route("POST", f"/_matrix/client/v3/{_path}", auth=_auth, also=("r0",), body=_body)(_handler)
 
-# ── 12.10  Transaction ids ───────────────────────────────────────────────────
+# ── 12.12  Transaction ids ───────────────────────────────────────────────────
 
 
 def txn_row_key(requester: Requester, scope: str, txn_id: str) -> tuple[int, bytes]:
@@ -8649,7 +8516,7 @@ class AccountData:
         self._ignored.pop(nid)
 
     def changes(self, nid: UserNid, since: int) -> list[tuple[RoomNid, Json]]:
-        """What changed after a position, with its room; in memory it costs nothing if nothing did."""
+        """What changed after a position, with its room; if nothing did, memory knows."""
         latest = self._latest.get(nid)
         if latest is None:
             latest = self._read_latest(nid)
@@ -8879,20 +8746,21 @@ ROOM_EVENT_FILTER: Final[Json] = {
     "related_by_senders?": [str],
     "related_by_rel_types?": [str],
 }
+ROOM_FILTER: Final[Json] = {
+    "rooms?": [str],
+    "not_rooms?": [str],
+    "include_leave?": bool,
+    "ephemeral?": ROOM_EVENT_FILTER,
+    "state?": ROOM_EVENT_FILTER,
+    "timeline?": ROOM_EVENT_FILTER,
+    "account_data?": ROOM_EVENT_FILTER,
+}
 FILTER: Final[Json] = {
     "event_fields?": [str],
     "event_format?": str,
     "presence?": EVENT_FILTER,
     "account_data?": EVENT_FILTER,
-    "room?": {
-        "rooms?": [str],
-        "not_rooms?": [str],
-        "include_leave?": bool,
-        "ephemeral?": ROOM_EVENT_FILTER,
-        "state?": ROOM_EVENT_FILTER,
-        "timeline?": ROOM_EVENT_FILTER,
-        "account_data?": ROOM_EVENT_FILTER,
-    },
+    "room?": ROOM_FILTER,
 }
 FILTER_IDS: Final[dict[str, Callable[[object], bool]]] = {
     "senders": is_user_id,
@@ -8900,6 +8768,21 @@ FILTER_IDS: Final[dict[str, Callable[[object], bool]]] = {
     "rooms": is_room_id,
     "not_rooms": is_room_id,
 }
+
+
+def check_filter_values(part: Json, shape: Json) -> None:
+    """Check limits and ids in a part of a filter, of the members that its shape knows."""
+    for key, inner in shape.items():
+        name = key.removesuffix("?")
+        value = part.get(name)
+        if value is None:
+            continue
+        if isinstance(inner, dict):
+            check_filter_values(value, inner)
+        elif name == "limit" and value < 0:
+            raise bad_json("limit must not be negative")
+        elif name in FILTER_IDS and not all(map(FILTER_IDS[name], value)):
+            raise bad_json(f"{name} has something in it that is no id")
 
 
 def check_filter(definition: Any) -> None:
@@ -8910,20 +8793,7 @@ def check_filter(definition: Any) -> None:
     check_shape(definition, FILTER, "The filter")
     if definition.get("event_format", "client") not in ("client", "federation"):
         raise bad_json("event_format must be client or federation")
-    room = definition.get("room", {})
-    inner = [part for part in room.values() if isinstance(part, dict)]
-    outer = [definition.get("presence", {}), definition.get("account_data", {}), room]
-    for part in (*outer, *inner):
-        check_filter_values(part)
-
-
-def check_filter_values(part: Json) -> None:
-    """Check the limit and the ids in one part of a filter."""
-    if part.get("limit", 0) < 0:
-        raise bad_json("limit must not be negative")
-    for name, is_valid in FILTER_IDS.items():
-        if not all(map(is_valid, part.get(name, ()))):
-            raise bad_json(f"{name} has something in it that is no id")
+    check_filter_values(definition, FILTER)
 
 
 class Filters:
@@ -9057,8 +8927,10 @@ MAX_LISTED = 500  # rooms in one answer
 DEFAULT_LISTED = 100
 MAX_FOUND = 50  # users in one answer
 DEFAULT_FOUND = 10
-MAX_CANDIDATES = 5_000  # rows that a search for users looks at more closely
+MAX_RANKED = 10_000  # names that a search puts in order
+MAX_CANDIDATES = 1_000  # the best of them, looked at one by one
 MAX_SEARCH_TERM = 255
+MAX_WORDS = 4
 
 # ── 20.1  Aliases ────────────────────────────────────────────────────────────
 
@@ -9126,7 +8998,7 @@ def aliases_of(hs: Homeserver, room: Room) -> list[str]:
 
 
 def may_curate(hs: Homeserver, requester: Requester, room: Room) -> bool:
-    """Whether the user may say under what name a room is found: admins, and who sets its main alias."""
+    """Whether the user may say how a room is found: admins, and who may set its main alias."""
     if hs.accounts.is_admin(requester.nid):
         return True
     levels = room.power_levels()
@@ -9162,6 +9034,20 @@ async def put_alias(hs: Homeserver, request: Request, alias: str) -> Json:
     return {}
 
 
+def withdraw_canonical_alias(hs: Homeserver, room: Room, sender: str, alias: str) -> None:
+    """Take a deleted alias out of the room's state, if the user may; it is gone all the same."""
+    content = dict(room.content("m.room.canonical_alias"))
+    others = content.get("alt_aliases")
+    if content.get("alias") != alias and not (isinstance(others, list) and alias in others):
+        return
+    if content.get("alias") == alias:
+        del content["alias"]
+    if isinstance(others, list):
+        content["alt_aliases"] = [other for other in others if other != alias]
+    with contextlib.suppress(MatrixError):
+        hs.rooms.send(room, sender, "m.room.canonical_alias", content, state_key="")
+
+
 @route("DELETE", "/_matrix/client/v3/directory/room/{alias}", auth=USER, also=("r0",))
 async def remove_alias(hs: Homeserver, request: Request, alias: str) -> Json:
     """Delete an alias: who made it may, who could set the room's main alias, and admins."""
@@ -9177,20 +9063,6 @@ async def remove_alias(hs: Homeserver, request: Request, alias: str) -> Json:
     delete_alias(hs, alias)
     withdraw_canonical_alias(hs, room, request.user.user_id, alias)
     return {}
-
-
-def withdraw_canonical_alias(hs: Homeserver, room: Room, sender: str, alias: str) -> None:
-    """Take a deleted alias out of the room's state, if the user may; it is gone all the same."""
-    content = dict(room.content("m.room.canonical_alias"))
-    others = content.get("alt_aliases")
-    if content.get("alias") != alias and not (isinstance(others, list) and alias in others):
-        return
-    if content.get("alias") == alias:
-        del content["alias"]
-    if isinstance(others, list):
-        content["alt_aliases"] = [other for other in others if other != alias]
-    with contextlib.suppress(MatrixError):
-        hs.rooms.send(room, sender, "m.room.canonical_alias", content, state_key="")
 
 
 @route(
@@ -9342,7 +9214,7 @@ class Directory:
         self._public = None
 
     def _on_remote_member(self, room: Room, event: Event) -> None:
-        """A remote user is known by the name that they have in a room, to those who see that room."""
+        """A remote user is known by their name in a room, to those who see that room."""
         user_id = event.state_key or ""
         nid = self.db.user_nid(user_id)
         if event.membership == "join":
@@ -9467,6 +9339,8 @@ def public_rooms_page(hs: Homeserver, request: Request, query: Json) -> Json:
     wanted = query.get("filter", {})
     term = wanted.get("generic_search_term", "").casefold()
     types = wanted.get("room_types")
+    if not all(kind is None or isinstance(kind, str) for kind in types or ()):
+        raise bad_json("room_types has types and null in it")
     found = [
         listing
         for listing in hs.directory.listings()
@@ -9491,7 +9365,7 @@ async def get_public_rooms(hs: Homeserver, request: Request) -> Json:
     body={
         "limit?": int,
         "since?": str,
-        "filter?": {"generic_search_term?": str, "room_types?": [(str, type(None))]},
+        "filter?": {"generic_search_term?": str, "room_types?": [ANY]},
         "include_all_networks?": bool,
         "third_party_instance_id?": str,
     },
@@ -9515,56 +9389,52 @@ class FoundName(NamedTuple):
     user_id: str
 
 
-def like_pattern(word: str) -> str:
-    """A LIKE pattern for texts that contain the word."""
-    escaped = re.sub(r"([\\%_])", r"\\\1", word)
-    return f"%{escaped}%"
-
-
-def matching_names(connection: sqlite3.Connection, words: list[str]) -> list[FoundName]:
-    """The names in which all words are found; a scan, so for a thread."""
-    rows = connection.execute(
-        r"""
-        SELECT user_nid, room_nid, display_name, avatar_url, folded, user_id
-        FROM user_names
-        JOIN users USING (user_nid)
-        WHERE folded LIKE ? ESCAPE '\'
-        LIMIT ?
-        """,
-        (like_pattern(max(words, key=len)), MAX_CANDIDATES),
-    )
-    found = map(FoundName._make, rows)
-    return [name for name in found if all(word in name.folded for word in words)]
-
-
 def search_rank(name: FoundName, term: str) -> tuple[int, bool, str]:
     """Whole matches first, then beginnings, then the rest; with a name before without."""
     user_id, _, display_name = name.folded.partition("\n")
     localpart = user_id[1:].partition(":")[0]
     texts = (user_id, user_id[1:], localpart, display_name)
-    if term in texts:
-        closeness = 0
-    elif any(text.startswith(term) for text in texts):
-        closeness = 1
-    else:
-        closeness = 2
+    closeness = 2 - any(text.startswith(term) for text in texts) - (term in texts)
     return closeness, name.display_name is None, name.user_id
 
 
+def matching_names(
+    connection: sqlite3.Connection, term: str, rooms: set[RoomNid]
+) -> list[FoundName]:
+    """The best of the names that have all words of the term in them; a scan, so for a thread.
+
+    Remote users come from the given rooms; which local users may be seen is not looked at here.
+    """
+    words = sorted(term.split(), key=len, reverse=True)[:MAX_WORDS]
+    rows = connection.execute(
+        """
+        SELECT user_nid, room_nid, display_name, avatar_url, folded, user_id
+        FROM user_names
+        JOIN users USING (user_nid)
+        WHERE instr(folded, ?)
+            AND instr(folded, ?)
+            AND instr(folded, ?)
+            AND instr(folded, ?)
+        """,
+        words + [""] * (MAX_WORDS - len(words)),
+    )
+    names = (name for name in map(FoundName._make, rows) if name.room_nid in rooms)
+    ranked = itertools.islice(names, MAX_RANKED)
+    return heapq.nsmallest(MAX_CANDIDATES, ranked, key=lambda name: search_rank(name, term))
+
+
 def visible_names(
-    hs: Homeserver, searcher: UserNid, names: Iterable[FoundName]
+    hs: Homeserver, searcher: UserNid, names: Iterable[FoundName], rooms: set[RoomNid]
 ) -> Iterator[FoundName]:
-    """Those that the searcher may see: of users in a room with them, or in one open to all.
+    """Those that the searcher may see, each user once, for they are in one of the rooms.
 
     Trap: the name that somebody has in a private room is for that room only (CVE-2021-39164).
     """
-    rooms = hs.directory.public_rooms().union(hs.rooms.joined_rooms(searcher))
     seen = {searcher}
     for name in names:
         if name.user_nid in seen:
             continue
-        of_user = (name.room_nid,) if name.room_nid else hs.rooms.joined_rooms(name.user_nid)
-        if not rooms.isdisjoint(of_user):
+        if name.room_nid or not rooms.isdisjoint(hs.rooms.joined_rooms(name.user_nid)):
             seen.add(name.user_nid)
             yield name
 
@@ -9590,17 +9460,14 @@ async def search_users(hs: Homeserver, request: Request) -> Json:
         raise invalid_param("limit must be at least 1")
     limit = min(limit, MAX_FOUND)
     term = request.json["search_term"].strip().casefold()[:MAX_SEARCH_TERM]
-    words = term.split()
-    if not words:
+    if not term:
         return {"results": [], "limited": False}
-    names = await hs.db.read_in_thread(lambda connection: matching_names(connection, words))
-    names.sort(key=lambda name: search_rank(name, term))
-    found: list[Json] = []
-    for count, name in enumerate(visible_names(hs, request.user.nid, names)):
-        if count == limit:
-            return {"results": found, "limited": True}
-        found.append(shown_name(name))
-    return {"results": found, "limited": False}
+    user = request.user.nid
+    rooms = hs.directory.public_rooms().union(hs.rooms.joined_rooms(user))
+    among = {NO_ROOM, *rooms}
+    names = await hs.db.read_in_thread(lambda db: matching_names(db, term, among))
+    found = list(itertools.islice(visible_names(hs, user, names, rooms), limit + 1))
+    return {"results": [shown_name(name) for name in found[:limit]], "limited": len(found) > limit}
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -10336,7 +10203,7 @@ async def put_state_without_key(hs: Homeserver, request: Request, room_id: str, 
     return set_state(hs, request, room_id, event_type, "")
 
 
-@route("PUT", STATE_PATH + "/{state_key}", auth=GUEST, limit="message", also=("r0",), body=ANY_OBJECT)
+@route("PUT", STATE_PATH + "/{state_key...}", auth=GUEST, limit="message", also=("r0",), body=ANY_OBJECT)
 async def put_state(
     hs: Homeserver, request: Request, room_id: str, event_type: str, state_key: str
 ) -> Json:
@@ -10430,7 +10297,7 @@ async def get_state_without_key(
     return one_state(hs, request, room_id, event_type, "")
 
 
-@route("GET", STATE_PATH + "/{state_key}", auth=GUEST, also=("r0",))
+@route("GET", STATE_PATH + "/{state_key...}", auth=GUEST, also=("r0",))
 async def get_state(
     hs: Homeserver, request: Request, room_id: str, event_type: str, state_key: str
 ) -> Json:
@@ -10506,11 +10373,14 @@ def viewable_room(hs: Homeserver, request: Request, room_id: str) -> Room:
     room = hs.rooms.find(room_id)
     if room is None:
         raise forbidden("You are not in this room, or there is no such room")
+    visibility = room.history_visibility
     member = hs.rooms.memberships(request.user.nid).get(room.nid)
-    if room.history_visibility != "world_readable" and (
-        member is None or member.membership in {"invite", "knock"} or member.forgotten
-    ):
+    if visibility == "world_readable":
+        return room
+    if member is None or member.forgotten or member.membership == "knock":
         raise forbidden("You are not in this room")
+    if member.membership == "invite" and visibility != "invited":
+        raise forbidden("You are not in this room yet")
     return room
 
 
@@ -10870,6 +10740,7 @@ COMPARISONS: Final[dict[str, Callable[[int, int], bool]]] = {
     "<=": operator.le,
     ">=": operator.ge,
 }
+
 # A prepared condition: (the event, its room, the id of the rule's owner) -> whether it holds.
 PushCondition = Callable[["Event", "Room", str], bool]
 PUSH_CONDITIONS: Final[dict[str, Callable[[Json], PushCondition]]] = {}
@@ -11053,30 +10924,20 @@ class PushRule:
     only_room: str | None  # in lower case
 
 
-def prepare_rule(kind: str, rule: Json) -> PushRule:
-    """Make a rule ready."""
-    conditions = conditions_of(kind, rule)
-    actions = rule["actions"]
-    return PushRule(
-        rule_id=rule["rule_id"],
-        conditions=tuple(prepare_condition(condition) for condition in conditions),
-        actions=actions,
-        notify=NOTIFY in actions,
-        highlight=any(is_highlight(action) for action in actions),
-        only_type=only_value(conditions, "type"),
-        only_room=only_value(conditions, "room_id"),
-    )
-
-
 def conditions_of(kind: str, rule: Json) -> list[Any]:
     """The conditions of a rule, spelled out for the kinds in which they go without saying."""
     if kind == "content":
         return [event_match("content.body", rule["pattern"])]
     if kind == "room":
-        return [{"kind": "event_property_is", "key": "room_id", "value": rule["rule_id"]}]
+        return [property_is("room_id", rule["rule_id"])]
     if kind == "sender":
-        return [{"kind": "event_property_is", "key": "sender", "value": rule["rule_id"]}]
+        return [property_is("sender", rule["rule_id"])]
     return cast("list[Any]", rule["conditions"])
+
+
+def has_wildcards(pattern: object) -> bool:
+    """Whether this is a pattern that more than one text can match."""
+    return isinstance(pattern, str) and ("*" in pattern or "?" in pattern)
 
 
 def only_value(conditions: Iterable[object], key: str) -> str | None:
@@ -11094,11 +10955,6 @@ def only_value(conditions: Iterable[object], key: str) -> str | None:
     return None
 
 
-def has_wildcards(pattern: object) -> bool:
-    """Whether this is a pattern that more than one text can match."""
-    return isinstance(pattern, str) and ("*" in pattern or "?" in pattern)
-
-
 def is_highlight(action: object) -> bool:
     """Whether the action highlights; without a value it does."""
     return (
@@ -11108,12 +10964,38 @@ def is_highlight(action: object) -> bool:
     )
 
 
+def prepare_rule(kind: str, rule: Json) -> PushRule:
+    """Make a rule ready."""
+    conditions = conditions_of(kind, rule)
+    actions = rule["actions"]
+    return PushRule(
+        rule_id=rule["rule_id"],
+        conditions=tuple(prepare_condition(condition) for condition in conditions),
+        actions=actions,
+        notify=NOTIFY in actions,
+        highlight=any(is_highlight(action) for action in actions),
+        only_type=only_value(conditions, "type"),
+        only_room=only_value(conditions, "room_id"),
+    )
+
+
 DEFAULT_PREPARED: Final = {
     rule["rule_id"]: prepare_rule(kind, rule)
     for kind, rules in DEFAULT_RULES.items()
     for rule in rules
 }
 MAX_CANDIDATE_LISTS = 256  # per ruleset
+
+
+def personal_rule(rule: Json, user_id: str) -> Json:
+    """The rule with its owner's id where the predefined text leaves a place for it."""
+    if not rule["default"]:
+        return rule
+    conditions = [
+        {k: user_id if isinstance(v, OwnUserId) else v for k, v in condition.items()}
+        for condition in rule["conditions"]
+    ]
+    return {**rule, "conditions": conditions}
 
 
 class PushRuleset:
@@ -11192,17 +11074,6 @@ class PushRuleset:
 DEFAULT_RULESET: Final = PushRuleset(0, {})
 
 
-def personal_rule(rule: Json, user_id: str) -> Json:
-    """The rule with its owner's id where the predefined text leaves a place for it."""
-    if not rule["default"]:
-        return rule
-    conditions = [
-        {k: user_id if isinstance(v, OwnUserId) else v for k, v in condition.items()}
-        for condition in rule["conditions"]
-    ]
-    return {**rule, "conditions": conditions}
-
-
 # ── 15.5  The rules of each user ─────────────────────────────────────────────
 
 
@@ -11250,11 +11121,6 @@ class PushRules:
         self._rulesets.pop(user_nid)
 
 
-def push_rules_of(hs: Homeserver, user_nid: UserNid) -> PushRuleset:
-    """The ruleset of a local user."""
-    return hs.push_rules.of(user_nid)
-
-
 def push_rules_account_data(hs: Homeserver, user_nid: UserNid, since: int = 0) -> Json | None:
     """The m.push_rules event if the rules changed after a position, or at all."""
     if since and hs.push_rules.of(user_nid).pos <= since:
@@ -11265,7 +11131,7 @@ def push_rules_account_data(hs: Homeserver, user_nid: UserNid, since: int = 0) -
 # ── 15.6  The push rule endpoints ────────────────────────────────────────────
 
 MAX_OWN_RULES = 1000  # per kind
-MAX_WILDCARD_RULES = 100  # each costs a pass over every body, and all run before the next request
+MAX_SEARCHES = 100  # per kind; each can cost a pass over a long body, while everybody waits
 MAX_PATTERN = 255  # characters
 MAX_RULE_BYTES = 16_384
 PUSH_RULE_PATH = "/_matrix/client/v3/pushrules/global/{kind}/{rule_id}"
@@ -11293,10 +11159,107 @@ async def get_global_push_rules(hs: Homeserver, request: Request) -> Json:
     return hs.push_rules.of(request.user.nid).to_json(request.user.user_id)
 
 
+def check_push_kind(kind: str) -> None:
+    """Refuse a kind of rule that does not exist."""
+    if kind not in PUSH_KINDS:
+        raise invalid_param(f"The kind of a push rule is one of {', '.join(PUSH_KINDS)}")
+
+
+def require_rule(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
+    """The rule that a path names, or 404."""
+    check_push_kind(kind)
+    rule = hs.push_rules.of(request.user.nid).find(kind, rule_id)
+    if rule is None:
+        raise not_found("The push rule was not found.")
+    return rule
+
+
 @route("GET", PUSH_RULE_PATH, auth=USER, also=("r0",))
 async def get_push_rule(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
     """One rule."""
     return personal_rule(require_rule(hs, request, kind, rule_id), request.user.user_id)
+
+
+def check_own_rule_id(kind: str, rule_id: str) -> None:
+    """Refuse the names that a user's own rule may not have."""
+    check_push_kind(kind)
+    if not rule_id or rule_id.startswith("."):
+        raise invalid_param("Rule ids that begin with a dot belong to predefined rules")
+    if "/" in rule_id or "\\" in rule_id or byte_length(rule_id) > MAX_ID_BYTES:
+        raise invalid_param("A rule id has at most 255 bytes, and no slash or backslash")
+    if kind == "room" and not rule_id.startswith("!"):
+        raise invalid_param("The rule id of a room rule is the id of the room")
+    if kind == "sender" and not rule_id.startswith("@"):
+        raise invalid_param("The rule id of a sender rule is the id of the user")
+
+
+def parse_actions(actions: list[Any]) -> list[Any]:
+    """Actions as stored: those of old are dropped, unknown ones kept.  Spec: "Actions"."""
+    for action in actions:
+        tweak = action.get("set_tweak") if isinstance(action, dict) else action
+        if not isinstance(tweak, str):
+            raise bad_json('An action is a string or an object with "set_tweak"')
+    return [a for a in actions if isinstance(a, dict) or a not in OBSOLETE_ACTIONS]
+
+
+def check_pattern(pattern: object) -> str:
+    """A pattern of reasonable length."""
+    if not isinstance(pattern, str):
+        raise bad_json("A pattern is a string")
+    if len(pattern) > MAX_PATTERN:
+        raise invalid_param(f"A pattern has at most {MAX_PATTERN} characters")
+    return pattern
+
+
+def check_condition(condition: object) -> Json:
+    """A condition that has a kind, known or not, and no endless pattern."""
+    if not isinstance(condition, dict) or not isinstance(condition.get("kind"), str):
+        raise bad_json('A condition is an object with a "kind"')
+    if condition["kind"] == "event_match":
+        check_pattern(condition.get("pattern"))
+    return condition
+
+
+def parse_push_rule(kind: str, rule_id: str, body: Json) -> Json:
+    """The rule in a request, with those members only that its kind has."""
+    rule: Json = {"rule_id": rule_id, "enabled": True, "actions": parse_actions(body["actions"])}
+    if kind == "content":
+        if "pattern" not in body:
+            raise missing_param("A content rule needs a pattern")
+        rule["pattern"] = check_pattern(body["pattern"])
+    elif kind in ("override", "underride"):
+        rule["conditions"] = [check_condition(c) for c in body.get("conditions", [])]
+    if len(json.dumps(rule)) > MAX_RULE_BYTES:
+        raise too_large("The push rule is too large")
+    return rule
+
+
+def place_rule(rules: list[Json], rule: Json, before: str | None, after: str | None) -> None:
+    """Put a rule where `before` or `after` says; else where it was, or first if it is new."""
+    ids = [other["rule_id"] for other in rules]
+    old = ids.index(rule["rule_id"]) if rule["rule_id"] in ids else None
+    if old is not None:
+        rule["enabled"] = rules.pop(old)["enabled"]
+        ids.pop(old)
+    beside = before or after
+    if beside is not None and beside not in ids:
+        raise MatrixError(400, "M_UNKNOWN", f"before/after rule not found: {beside}")
+    index = old or 0
+    if beside is not None:
+        index = ids.index(beside) + (0 if before else 1)
+    rules.insert(index, rule)
+
+
+def check_rule_limits(stored: Json, kind: str) -> None:
+    """Refuse what would make each event expensive."""
+    if len(stored[kind]) > MAX_OWN_RULES:
+        raise invalid_param(f"There may be at most {MAX_OWN_RULES} rules of a kind")
+    conditions = (c for rule in stored[kind] for c in conditions_of(kind, rule))
+    searches = sum(
+        c.get("key") == "content.body" or has_wildcards(c.get("pattern")) for c in conditions
+    )
+    if searches > MAX_SEARCHES:
+        raise invalid_param(f"There may be at most {MAX_SEARCHES} patterns to search for")
 
 
 @route(
@@ -11335,6 +11298,19 @@ async def get_push_rule_enabled(hs: Homeserver, request: Request, kind: str, rul
     return {"enabled": require_rule(hs, request, kind, rule_id)["enabled"]}
 
 
+def update_rule(hs: Homeserver, request: Request, kind: str, rule_id: str, changes: Json) -> None:
+    """Change members of a rule; for a predefined one only the change is stored."""
+    default = require_rule(hs, request, kind, rule_id)["default"]
+
+    def edit(stored: Json) -> None:
+        if default:
+            stored.setdefault("default", {}).setdefault(rule_id, {}).update(changes)
+        else:
+            next(rule for rule in stored[kind] if rule["rule_id"] == rule_id).update(changes)
+
+    hs.push_rules.change(request.user.nid, edit)
+
+
 @route("PUT", PUSH_RULE_PATH + "/enabled", auth=USER, also=("r0",), body={"enabled": bool})
 async def put_push_rule_enabled(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
     """Switch a rule on or off; predefined ones too."""
@@ -11354,113 +11330,6 @@ async def put_push_rule_actions(hs: Homeserver, request: Request, kind: str, rul
     actions = parse_actions(request.json["actions"])
     update_rule(hs, request, kind, rule_id, {"actions": actions})
     return {}
-
-
-def check_push_kind(kind: str) -> None:
-    """Refuse a kind of rule that does not exist."""
-    if kind not in PUSH_KINDS:
-        raise invalid_param(f"The kind of a push rule is one of {', '.join(PUSH_KINDS)}")
-
-
-def require_rule(hs: Homeserver, request: Request, kind: str, rule_id: str) -> Json:
-    """The rule that a path names, or 404."""
-    check_push_kind(kind)
-    rule = hs.push_rules.of(request.user.nid).find(kind, rule_id)
-    if rule is None:
-        raise not_found("The push rule was not found.")
-    return rule
-
-
-def check_own_rule_id(kind: str, rule_id: str) -> None:
-    """Refuse the names that a user's own rule may not have."""
-    check_push_kind(kind)
-    if not rule_id or rule_id.startswith("."):
-        raise invalid_param("Rule ids that begin with a dot belong to predefined rules")
-    if "/" in rule_id or "\\" in rule_id or byte_length(rule_id) > MAX_ID_BYTES:
-        raise invalid_param("A rule id has at most 255 bytes, and no slash or backslash")
-    if kind == "room" and not rule_id.startswith("!"):
-        raise invalid_param("The rule id of a room rule is the id of the room")
-    if kind == "sender" and not rule_id.startswith("@"):
-        raise invalid_param("The rule id of a sender rule is the id of the user")
-
-
-def parse_push_rule(kind: str, rule_id: str, body: Json) -> Json:
-    """The rule in a request, with those members only that its kind has."""
-    rule: Json = {"rule_id": rule_id, "enabled": True, "actions": parse_actions(body["actions"])}
-    if kind == "content":
-        if "pattern" not in body:
-            raise missing_param("A content rule needs a pattern")
-        rule["pattern"] = check_pattern(body["pattern"])
-    elif kind in ("override", "underride"):
-        rule["conditions"] = [check_condition(c) for c in body.get("conditions", [])]
-    if len(json.dumps(rule)) > MAX_RULE_BYTES:
-        raise too_large("The push rule is too large")
-    return rule
-
-
-def parse_actions(actions: list[Any]) -> list[Any]:
-    """Actions as stored: those of old are dropped, unknown ones kept.  Spec: "Actions"."""
-    for action in actions:
-        tweak = action.get("set_tweak") if isinstance(action, dict) else action
-        if not isinstance(tweak, str):
-            raise bad_json('An action is a string or an object with "set_tweak"')
-    return [a for a in actions if isinstance(a, dict) or a not in OBSOLETE_ACTIONS]
-
-
-def check_condition(condition: object) -> Json:
-    """A condition that has a kind, known or not, and no endless pattern."""
-    if not isinstance(condition, dict) or not isinstance(condition.get("kind"), str):
-        raise bad_json('A condition is an object with a "kind"')
-    if condition["kind"] == "event_match":
-        check_pattern(condition.get("pattern"))
-    return condition
-
-
-def check_pattern(pattern: object) -> str:
-    """A pattern of reasonable length."""
-    if not isinstance(pattern, str):
-        raise bad_json("A pattern is a string")
-    if len(pattern) > MAX_PATTERN:
-        raise invalid_param(f"A pattern has at most {MAX_PATTERN} characters")
-    return pattern
-
-
-def place_rule(rules: list[Json], rule: Json, before: str | None, after: str | None) -> None:
-    """Put a rule where `before` or `after` says; else where it was, or first if it is new."""
-    ids = [other["rule_id"] for other in rules]
-    old = ids.index(rule["rule_id"]) if rule["rule_id"] in ids else None
-    if old is not None:
-        rule["enabled"] = rules.pop(old)["enabled"]
-        ids.pop(old)
-    beside = before or after
-    if beside is not None and beside not in ids:
-        raise MatrixError(400, "M_UNKNOWN", f"before/after rule not found: {beside}")
-    index = old or 0
-    if beside is not None:
-        index = ids.index(beside) + (0 if before else 1)
-    rules.insert(index, rule)
-
-
-def check_rule_limits(stored: Json, kind: str) -> None:
-    """Refuse what would make each event expensive."""
-    if len(stored[kind]) > MAX_OWN_RULES:
-        raise invalid_param(f"There may be at most {MAX_OWN_RULES} rules of a kind")
-    patterns = (c.get("pattern") for rule in stored[kind] for c in conditions_of(kind, rule))
-    if sum(map(has_wildcards, patterns)) > MAX_WILDCARD_RULES:
-        raise invalid_param(f"There may be at most {MAX_WILDCARD_RULES} patterns with wildcards")
-
-
-def update_rule(hs: Homeserver, request: Request, kind: str, rule_id: str, changes: Json) -> None:
-    """Change members of a rule; for a predefined one only the change is stored."""
-    default = require_rule(hs, request, kind, rule_id)["default"]
-
-    def edit(stored: Json) -> None:
-        if default:
-            stored.setdefault("default", {}).setdefault(rule_id, {}).update(changes)
-        else:
-            next(rule for rule in stored[kind] if rule["rule_id"] == rule_id).update(changes)
-
-    hs.push_rules.change(request.user.nid, edit)
 
 
 # ── 15.7  Threads ────────────────────────────────────────────────────────────
@@ -11495,8 +11364,12 @@ def thread_of(hs: Homeserver, event: Event) -> str:
 
 # ── 15.8  Unread counts ──────────────────────────────────────────────────────
 
-MAX_CONSIDERED = 1000  # events looked at in one go, and marks kept: a badge need not count further
+MAX_CONSIDERED = 500  # events looked at in one go, and marks kept: a badge need not count further
 SAVE_AFTER = 50  # events considered before a row is worth writing
+MAX_SAVED = 200  # rows written in one go
+MAX_UNSAVED = 5000  # rows that wait for that; what goes beyond is found anew
+CACHED_MARKS = 200_000  # at about 120 bytes each
+ROOM_WEIGHT = 4  # what an unread room takes in memory, in marks
 
 UnreadMark = tuple[str, bool]  # (thread, whether highlighted)
 
@@ -11510,6 +11383,15 @@ class UnreadCounts(NamedTuple):
 
 
 NOTHING_UNREAD: Final = UnreadCounts(0, 0, {})
+
+
+def count_marks(marks: Iterable[UnreadMark]) -> UnreadCounts:
+    """Count notifications and highlights by thread."""
+    threads: dict[str, tuple[int, int]] = {}
+    for (thread, highlight), number in Counter(marks).items():
+        notifications, highlights = threads.get(thread, (0, 0))
+        threads[thread] = (notifications + number, highlights + highlight * number)
+    return UnreadCounts(*threads.pop(MAIN_THREAD, (0, 0)), threads)
 
 
 class UnreadRoom:
@@ -11558,15 +11440,6 @@ class UnreadRoom:
         return changed
 
 
-def count_marks(marks: Iterable[UnreadMark]) -> UnreadCounts:
-    """Count notifications and highlights by thread."""
-    threads: dict[str, tuple[int, int]] = {}
-    for thread, highlight in marks:
-        notifications, highlights = threads.get(thread, (0, 0))
-        threads[thread] = (notifications + 1, highlights + highlight)
-    return UnreadCounts(*threads.pop(MAIN_THREAD, (0, 0)), threads)
-
-
 def encode_marks(marks: Mapping[int, UnreadMark]) -> str:
     """Marks as JSON: thread -> positions, doubled, and odd if highlighted."""
     threads: dict[str, list[int]] = {}
@@ -11594,9 +11467,10 @@ class Unread:
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
-        capacity = int(50_000 * hs.config.conduit_cache_capacity_modifier)
+        capacity = int(CACHED_MARKS * hs.config.conduit_cache_capacity_modifier)
         self._rooms: LruCache[tuple[int, int], UnreadRoom] = LruCache(capacity)
         self._unsaved: dict[tuple[int, int], UnreadRoom] = {}
+        self._last: tuple[tuple[int, ...], list[Event]] = ((), [])
         hs.db.on_reset(self._reset)
         hs.rooms.subscribe_membership(self._membership_changed)
 
@@ -11604,23 +11478,24 @@ class Unread:
         """What a user has not read, brought up to date with the room."""
         key = (room.nid, user_nid)
         unread = self._rooms.get(key) or self._load(key, user_nid, room)
-        if unread.upto < room.last_pos:
-            self._advance(unread, user_nid, room)
         ignored = ignored_users(self.hs, user_nid)
         if ignored is not unread.ignored:
-            self._drop_ignored(unread, room, ignored)
+            self._drop_ignored(unread, ignored)
+        if unread.upto < room.last_pos:
+            self._advance(unread, user_nid, room)
         return unread
 
     def mark_read(self, user_nid: UserNid, room: Room, pos: int, thread: str | None) -> None:
         """A receipt of a joined user: all up to a position is read.  Inside a write block."""
         unread = self.room(user_nid, room)
-        if unread.read(pos, thread):
+        # Trap: without a row, a restart would judge what was read by the rules of that later day.
+        if unread.read(pos, thread) or unread.unsaved:
             self._write((room.nid, user_nid), unread)
 
     def save(self) -> None:
         """Write the rows that lag far behind: maintenance does it each minute and at the end."""
         with self.hs.db.write():
-            for key, unread in list(self._unsaved.items()):
+            for key, unread in list(self._unsaved.items())[:MAX_SAVED]:
                 self._write(key, unread)
 
     def _load(self, key: tuple[int, int], user_nid: UserNid, room: Room) -> UnreadRoom:
@@ -11636,20 +11511,28 @@ class Unread:
             )
             joined = self.hs.rooms.memberships(user_nid)[room.nid].join_pos
             unread = UnreadRoom(row[0], decode_marks(row[1])) if row else UnreadRoom(joined, {})
-        self._rooms.put(key, unread)
+        self._rooms.put(key, unread, ROOM_WEIGHT + len(unread.marks))
         return unread
 
     def _advance(self, unread: UnreadRoom, user_nid: UserNid, room: Room) -> None:
-        upto = room.last_pos
-        events = self.hs.rooms.events_between(room, unread.upto, upto, MAX_CONSIDERED)
-        if events:
-            rules, user_id = self.hs.push_rules.of(user_nid), self.hs.db.user_id(user_nid)
-            for event in events:
-                self._consider(unread, event, room, user_id, rules)
-        unread.upto = upto
+        events = self._events_after(room, unread.upto)
+        rules, user_id = self.hs.push_rules.of(user_nid), self.hs.db.user_id(user_nid)
+        for event in events:
+            self._consider(unread, event, room, user_id, rules)
+        unread.upto = room.last_pos
         unread.unsaved += len(events)
-        if unread.unsaved > max(SAVE_AFTER, len(unread.marks)):
-            self._unsaved[(room.nid, user_nid)] = unread
+        key = (room.nid, user_nid)
+        self._rooms.put(key, unread, ROOM_WEIGHT + len(unread.marks))
+        if unread.unsaved > max(SAVE_AFTER, len(unread.marks)) and len(self._unsaved) < MAX_UNSAVED:
+            self._unsaved[key] = unread
+
+    def _events_after(self, room: Room, pos: int) -> list[Event]:
+        # All who wait for a room ask for the same events, one after the other.
+        key = (room.nid, pos, room.last_pos)
+        if self._last[0] != key:
+            events = self.hs.rooms.events_between(room, pos, room.last_pos, MAX_CONSIDERED)
+            self._last = (key, events)
+        return self._last[1]
 
     def _consider(
         self, unread: UnreadRoom, event: Event, room: Room, user_id: str, rules: PushRuleset
@@ -11673,19 +11556,16 @@ class Unread:
         if target is not None and target.redacted_by and target.pos is not None:
             unread.remove(target.pos)
 
-    def _drop_ignored(self, unread: UnreadRoom, room: Room, ignored: frozenset[str]) -> None:
+    def _drop_ignored(self, unread: UnreadRoom, ignored: frozenset[str]) -> None:
         """Take out the marks of users ignored meanwhile: no receipt could ever reach them."""
         if unread.marks and ignored - unread.ignored:
-            first, last = min(unread.marks), max(unread.marks)
-            rooms = self.hs.rooms
-            for event in rooms.events_between(room, first - 1, last, MAX_CONSIDERED):
+            nids = [EventNid(pos) for pos in unread.marks]  # of what came live they are the same
+            for event in self.hs.rooms.events_by_nids(nids):
                 if event.sender in ignored:
-                    unread.remove(cast(int, event.pos))
+                    unread.remove(event.nid)
         unread.ignored = ignored
 
-    def _membership_changed(
-        self, room: Room, user_nid: UserNid, old: str | None, new: str
-    ) -> None:
+    def _membership_changed(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
         """A departure ends the count; after another join it begins anew."""
         if old != "join" or new == "join" or not self.hs.rooms.is_local(user_nid):
             return
@@ -11705,6 +11585,7 @@ class Unread:
     def _reset(self) -> None:
         self._rooms.clear()
         self._unsaved.clear()
+        self._last = ((), [])
 
 
 def unread_counts(hs: Homeserver, user_nid: UserNid, room: Room) -> UnreadCounts:
@@ -11849,6 +11730,69 @@ def own_receipt_moved(hs: Homeserver, room_nid: RoomNid, user_nid: UserNid, sinc
 # ── 16.2  The receipt endpoints ──────────────────────────────────────────────
 
 
+def require_joined_room(hs: Homeserver, request: Request, room_id: str) -> Room:
+    """The room of a path, if the user is in it; 403 else, whether or not there is such a room."""
+    room = hs.rooms.find(room_id)
+    if room is None or request.user.nid not in room.local_joined:
+        raise forbidden("You are not in this room")
+    return room
+
+
+def require_timeline_event(hs: Homeserver, room: Room, event_id: str) -> Event:
+    """An event of this room's timeline, or 400."""
+    event = hs.rooms.event(event_id)
+    if event is None or event.room_nid != room.nid or event.pos is None:
+        raise invalid_param("There is no such event in this room")
+    return event
+
+
+def is_in_thread(hs: Homeserver, event: Event, thread: str) -> bool:
+    """Whether a receipt at the event can be for that thread.
+
+    Trap: the root of a thread is part of the main timeline, but clients also mark it as read for
+    its thread; so does a reaction to it.
+    """
+    if thread == MAIN_THREAD:
+        return thread_of(hs, event) == MAIN_THREAD
+    return event.event_id == thread or any(
+        target == thread for _, target in relation_chain(hs, event)
+    )
+
+
+def check_receipt_thread(hs: Homeserver, receipt_type: str, event: Event, body: Json) -> str:
+    """The thread that a receipt is for, after the checks that the specification lists."""
+    if receipt_type not in RECEIPT_TYPES and receipt_type != FULLY_READ:
+        raise invalid_param(f"The type of a receipt is {READ}, {READ_PRIVATE} or {FULLY_READ}")
+    if "thread_id" not in body:
+        return UNTHREADED
+    thread = body["thread_id"]
+    if not isinstance(thread, str) or not thread:
+        raise invalid_param("thread_id field must be a non-empty string")
+    if receipt_type == FULLY_READ:
+        raise invalid_param(f"{FULLY_READ} is for the room as a whole and takes no thread_id")
+    if not is_in_thread(hs, event, thread):
+        raise invalid_param("The event is not related to that thread")
+    return thread
+
+
+def move_fully_read(hs: Homeserver, user_nid: UserNid, room: Room, event: Event) -> None:
+    """Move the marker of what is fully read forward; it is room account data."""
+    present = get_room_account_data(hs, user_nid, room.nid, FULLY_READ) or {}
+    old_id = present.get("event_id")
+    old = hs.rooms.event(old_id) if isinstance(old_id, str) else None
+    if old is not None and old.pos is not None and old.pos >= cast(int, event.pos):
+        return
+    set_room_account_data(hs, user_nid, room.nid, FULLY_READ, {"event_id": event.event_id})
+
+
+def apply_receipt(hs: Homeserver, room: Room, key: ReceiptKey, event: Event) -> None:
+    """Store a receipt, or the marker of what is fully read."""
+    if key[1] == FULLY_READ:
+        move_fully_read(hs, key[0], room, event)
+    else:
+        hs.receipts.record(room, key, event, now_ms())
+
+
 @route(
     "POST",
     "/_matrix/client/v3/rooms/{room_id}/receipt/{receipt_type}/{event_id}",
@@ -11890,69 +11834,6 @@ async def post_read_markers(hs: Homeserver, request: Request, room_id: str) -> J
         apply_receipt(hs, room, (request.user.nid, receipt_type, UNTHREADED), event)
     hs.presence.touch(request.user.nid)
     return {}
-
-
-def require_joined_room(hs: Homeserver, request: Request, room_id: str) -> Room:
-    """The room of a path, if the user is in it; 403 else, whether or not there is such a room."""
-    room = hs.rooms.find(room_id)
-    if room is None or request.user.nid not in room.local_joined:
-        raise forbidden("You are not in this room")
-    return room
-
-
-def require_timeline_event(hs: Homeserver, room: Room, event_id: str) -> Event:
-    """An event of this room's timeline, or 400."""
-    event = hs.rooms.event(event_id)
-    if event is None or event.room_nid != room.nid or event.pos is None:
-        raise invalid_param("There is no such event in this room")
-    return event
-
-
-def check_receipt_thread(hs: Homeserver, receipt_type: str, event: Event, body: Json) -> str:
-    """The thread that a receipt is for, after the checks that the specification lists."""
-    if receipt_type not in RECEIPT_TYPES and receipt_type != FULLY_READ:
-        raise invalid_param(f"The type of a receipt is {READ}, {READ_PRIVATE} or {FULLY_READ}")
-    if "thread_id" not in body:
-        return UNTHREADED
-    thread = body["thread_id"]
-    if not isinstance(thread, str) or not thread:
-        raise invalid_param("thread_id field must be a non-empty string")
-    if receipt_type == FULLY_READ:
-        raise invalid_param(f"{FULLY_READ} is for the room as a whole and takes no thread_id")
-    if not is_in_thread(hs, event, thread):
-        raise invalid_param("The event is not related to that thread")
-    return thread
-
-
-def is_in_thread(hs: Homeserver, event: Event, thread: str) -> bool:
-    """Whether a receipt at the event can be for that thread.
-
-    Trap: the root of a thread is part of the main timeline, but clients also mark it as read for
-    its thread; so does a reaction to it.
-    """
-    if thread == MAIN_THREAD:
-        return thread_of(hs, event) == MAIN_THREAD
-    return event.event_id == thread or any(
-        target == thread for _, target in relation_chain(hs, event)
-    )
-
-
-def apply_receipt(hs: Homeserver, room: Room, key: ReceiptKey, event: Event) -> None:
-    """Store a receipt, or the marker of what is fully read."""
-    if key[1] == FULLY_READ:
-        move_fully_read(hs, key[0], room, event)
-    else:
-        hs.receipts.record(room, key, event, now_ms())
-
-
-def move_fully_read(hs: Homeserver, user_nid: UserNid, room: Room, event: Event) -> None:
-    """Move the marker of what is fully read forward; it is room account data."""
-    present = get_room_account_data(hs, user_nid, room.nid, FULLY_READ) or {}
-    old_id = present.get("event_id")
-    old = hs.rooms.event(old_id) if isinstance(old_id, str) else None
-    if old is not None and old.pos is not None and old.pos >= cast(int, event.pos):
-        return
-    set_room_account_data(hs, user_nid, room.nid, FULLY_READ, {"event_id": event.event_id})
 
 
 # ── 16.3  Typing ─────────────────────────────────────────────────────────────
@@ -12037,8 +11918,7 @@ def typing_users(hs: Homeserver, room: Room) -> list[str]:
 )
 async def put_typing(hs: Homeserver, request: Request, room_id: str, user_id: str) -> Json:
     """Say that the user types, for `timeout` milliseconds, or has stopped."""
-    if user_id != request.user.user_id:
-        raise forbidden("You cannot type for somebody else")
+    check_own_user(request, user_id)
     room = require_joined_room(hs, request, room_id)
     timeout = min(request.json.get("timeout", DEFAULT_TYPING_MS), MAX_TYPING_MS)
     if request.json["typing"] and timeout > 0:
@@ -12070,7 +11950,7 @@ ACTIVE_SECONDS = 60
 SYNC_GRACE_SECONDS = 30  # how long a device may take between two syncs
 STATUS_GRACE_SECONDS = 300  # how long a state set by PUT lasts without a sync
 RESTART_GRACE_SECONDS = 60  # how long clients have to come back after a restart
-SWEEP_SECONDS = 10
+PRESENCE_SWEEP_SECONDS = 10
 MAX_STATUS_BYTES = 1024
 MAX_JOINERS = 1000  # users whose last joins are remembered,
 MAX_JOINS = 50  # and how many of them
@@ -12085,6 +11965,11 @@ class DevicePresence:
     state: str
     asked: str | None  # its last set_presence
     until: float  # when it counts as gone, on the monotonic clock
+
+
+def rank_presence(state: str) -> int:
+    """The weight of a state among those of a user's devices."""
+    return PRESENCE_STATES.index(state)
 
 
 class UserPresence:
@@ -12124,11 +12009,6 @@ class UserPresence:
         if status_msg is not None:
             content["status_msg"] = status_msg
         return content
-
-
-def rank_presence(state: str) -> int:
-    """The weight of a state among those of a user's devices."""
-    return PRESENCE_STATES.index(state)
 
 
 class Presence:
@@ -12194,16 +12074,20 @@ class Presence:
         return user.content(self._clock()) if user else {"presence": "offline"}
 
     def news(self, user_nid: UserNid, since: int) -> set[UserNid]:
-        """Whose presence a user has to hear of who knows all up to a position."""
+        """Whose presence a user has to hear of who knows all up to a position.
+
+        To somebody new, that is whoever is there; who is not goes without saying.
+        """
         share = self.hs.rooms.share_room
         news = {
             other
-            for other in self._changed_since(since)
+            for other in (self._changed_since(since) if since else self._present)
             if other == user_nid or share(user_nid, other)
         }
         for pos, room_nid in self._joins.get(user_nid) or ():
-            if pos > since:
-                news |= self._present & self.hs.rooms.by_nid(room_nid).local_joined
+            joined = self.hs.rooms.by_nid(room_nid).local_joined
+            if pos > since and user_nid in joined:
+                news |= self._present & joined
         return news
 
     def sweep(self) -> None:
@@ -12242,14 +12126,18 @@ class Presence:
             self._users.move_to_end(user_nid, last=False)  # nobody was told: position 0
         self._present.add(user_nid)
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._on_timer)
+            self._timer = asyncio.get_running_loop().call_later(
+                PRESENCE_SWEEP_SECONDS, self._on_timer
+            )
         return user
 
     def _on_timer(self) -> None:
         self._timer = None
         self.sweep()
         if self._present and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._on_timer)
+            self._timer = asyncio.get_running_loop().call_later(
+                PRESENCE_SWEEP_SECONDS, self._on_timer
+            )
 
     def _show(self, user_nid: UserNid, user: UserPresence, now: float) -> None:
         due = user.due(now)
@@ -12263,9 +12151,7 @@ class Presence:
         user.pos = self.hs.stream.stamp(PRESENCE, user_nid)
         self._users.move_to_end(user_nid)
 
-    def _membership_changed(
-        self, room: Room, user_nid: UserNid, old: str | None, new: str
-    ) -> None:
+    def _membership_changed(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
         """Who joins hears of those who are there, and they of them."""
         if new != "join" or old == "join" or user_nid not in self._present:
             return
@@ -12298,7 +12184,7 @@ class Presence:
             user.devices.clear()
             user.status_msg = user.last_active = None
             self._show(user_nid, user, self._clock())
-        self.hs.db.execute("DELETE FROM presence WHERE user_nid = ?", (user_nid,))
+            self._save(user_nid, user)
 
     def _save(self, user_nid: UserNid, user: UserPresence) -> None:
         self.hs.db.execute(
@@ -12308,22 +12194,11 @@ class Presence:
         user.unsaved = False
 
 
-def note_sync(
-    hs: Homeserver, requester: Requester, set_presence: str, timeout: float = 30
-) -> None:
+def note_sync(hs: Homeserver, requester: Requester, set_presence: str, timeout: float = 30) -> None:
     """Tell presence that a device syncs, and for how many seconds it may wait for news."""
     if set_presence not in PRESENCE_STATES:
         raise invalid_param(f"set_presence is one of {', '.join(PRESENCE_STATES)}")
     hs.presence.note_sync(requester, set_presence, timeout)
-
-
-def presence_since(hs: Homeserver, user_nid: UserNid, since: int = 0) -> list[Json]:
-    """The m.presence events of those who share a room with the user and changed since."""
-    if not hs.config.allow_local_presence:
-        return []
-    events = [presence_event(hs, other) for other in hs.presence.news(user_nid, since)]
-    # At first, who is not there is the rule and not worth a line.
-    return [e for e in events if since or e["content"] != {"presence": "offline"}]
 
 
 def presence_event(hs: Homeserver, user_nid: UserNid) -> Json:
@@ -12333,6 +12208,13 @@ def presence_event(hs: Homeserver, user_nid: UserNid) -> Json:
         "sender": hs.db.user_id(user_nid),
         "content": hs.presence.of(user_nid),
     }
+
+
+def presence_since(hs: Homeserver, user_nid: UserNid, since: int = 0) -> list[Json]:
+    """The m.presence events of those who share a room with the user and changed since."""
+    if not hs.config.allow_local_presence:
+        return []
+    return [presence_event(hs, other) for other in hs.presence.news(user_nid, since)]
 
 
 # ── 16.5  The presence endpoints ─────────────────────────────────────────────
@@ -12359,8 +12241,7 @@ async def get_presence(hs: Homeserver, request: Request, user_id: str) -> Json:
 )
 async def put_presence(hs: Homeserver, request: Request, user_id: str) -> Json:
     """Set the user's own presence and status message; without one the message is cleared."""
-    if user_id != request.user.user_id:
-        raise forbidden("You cannot set the presence of somebody else")
+    check_own_user(request, user_id)
     state, status_msg = request.json["presence"], request.json.get("status_msg")
     if state not in PRESENCE_STATES:
         raise invalid_param(f"presence is one of {', '.join(PRESENCE_STATES)}")
@@ -12374,53 +12255,42 @@ async def put_presence(hs: Homeserver, request: Request, user_id: str) -> Json:
 #  17. ENCRYPTION KEYS AND TO-DEVICE
 #
 #  The server sees no plain text; it is the post office of the keys. It keeps
-#  what devices publish, checks every signature before it stores it, hands each
-#  one-time key to one caller only, tells users whose devices changed, stores
-#  encrypted backups, and delivers messages between devices exactly once. What
-#  goes wrong here is read by people as "unable to decrypt".
+#  what devices publish, hands each one-time key to one caller only, checks who
+#  signs whom, tells users whose devices changed, stores encrypted backups, and
+#  delivers messages between devices exactly once. What goes wrong here is read
+#  by people as "unable to decrypt".
 #                      spec: CS-API "End-to-End Encryption", "Send-to-Device"
 # ═════════════════════════════════════════════════════════════════════════════
 
 MAX_KEY_BYTES = 65_536  # of a key, a session in a backup, a to-device message; as for events
 MAX_ONE_TIME_KEYS = 5_000  # per device; more than any client can hold the private halves of
-MAX_QUEUED_MESSAGES = 50_000  # per device; what comes later is refused, what waits is never dropped
-MAX_QUEUED_BYTES = 64 * 1024 * 1024  # per device
-BATCH = 200  # rows written or users looked up before other requests get their turn
+MAX_QUEUE_BYTES = 64 * 1024 * 1024  # per device; what comes later is refused, nothing is dropped
+LIST_CHANGES = 2_000  # changes of device lists kept in memory; older tokens read the tables
+BATCH = 50  # sessions of a backup read or written before other requests get their turn
 SIGNED_KEY = "signed_curve25519"  # always counted, so that zero is said aloud
 
-# Signatures are kept apart from the objects that they sign: whoever reads an object gets those
-# that they may see. `target_key` is a device id, or the public key of a cross-signing key.
-# A one-time key that was handed out leaves its digest behind: a client that repeats an upload
-# whose answer was lost must not bring the key back.
+# Signatures of others are kept apart from the objects that they sign: whoever reads an object
+# gets those that they may see. `target_key` is a device id or a cross-signing public key.
 schema("""
 CREATE TABLE device_keys (
     device_nid INTEGER PRIMARY KEY,
-    user_nid INTEGER NOT NULL,
-    device_id TEXT NOT NULL,
-    ed25519 TEXT NOT NULL,
-    body BLOB NOT NULL
+    body BLOB NOT NULL                 -- as uploaded, the device's own signatures included
 );
-CREATE UNIQUE INDEX device_keys_by_user ON device_keys (user_nid, device_id);
 CREATE TABLE one_time_keys (
-    key_nid INTEGER PRIMARY KEY,
+    key_nid INTEGER PRIMARY KEY,       -- rises in the order of upload
     device_nid INTEGER NOT NULL,
     algorithm TEXT NOT NULL,
     key_id TEXT NOT NULL,
-    digest BLOB NOT NULL,
-    body BLOB NOT NULL,
+    digest BLOB NOT NULL,              -- tells whether it is the same key, whatever its signatures
+    body BLOB,                         -- NULL: it was handed out
     UNIQUE (device_nid, algorithm, key_id)
 );
-CREATE INDEX one_time_keys_by_age ON one_time_keys (device_nid, algorithm);
-CREATE TABLE claimed_keys (
-    device_nid INTEGER,
-    digest BLOB,
-    PRIMARY KEY (device_nid, digest)
-) WITHOUT ROWID;
+CREATE INDEX one_time_keys_waiting ON one_time_keys (device_nid, algorithm)
+    WHERE body IS NOT NULL;
 CREATE TABLE fallback_keys (
     device_nid INTEGER,
     algorithm TEXT,
     key_id TEXT NOT NULL,
-    digest BLOB NOT NULL,
     body BLOB NOT NULL,
     used INTEGER NOT NULL,
     PRIMARY KEY (device_nid, algorithm)
@@ -12429,7 +12299,7 @@ CREATE TABLE cross_signing_keys (
     user_nid INTEGER,
     usage TEXT,
     public TEXT NOT NULL,
-    body BLOB NOT NULL,
+    body BLOB NOT NULL,                -- as it is signed
     PRIMARY KEY (user_nid, usage)
 ) WITHOUT ROWID;
 CREATE TABLE key_signatures (
@@ -12438,31 +12308,24 @@ CREATE TABLE key_signatures (
     signer_nid INTEGER,
     signer_key TEXT,
     signature TEXT NOT NULL,
-    pos INTEGER NOT NULL,
     PRIMARY KEY (target_nid, target_key, signer_nid, signer_key)
 ) WITHOUT ROWID;
-CREATE INDEX key_signatures_by_signer ON key_signatures (signer_nid, pos);
+CREATE INDEX key_signatures_by_signer ON key_signatures (signer_nid, signer_key);
 CREATE TABLE device_changes (
-    user_nid INTEGER PRIMARY KEY,
-    pos INTEGER NOT NULL
-);
+    user_nid INTEGER,
+    viewer_nid INTEGER,                -- who alone can see the change; 0: everyone
+    pos INTEGER NOT NULL,
+    PRIMARY KEY (user_nid, viewer_nid)
+) WITHOUT ROWID;
 CREATE INDEX device_changes_by_pos ON device_changes (pos);
 CREATE TABLE room_sharing (
     user_nid INTEGER,
     room_nid INTEGER,
-    pos INTEGER NOT NULL,
+    pos INTEGER NOT NULL,              -- when the user last came into the room, or went
     joined INTEGER NOT NULL,
     PRIMARY KEY (user_nid, room_nid)
 ) WITHOUT ROWID;
 CREATE INDEX room_sharing_by_room ON room_sharing (room_nid, pos, joined);
-CREATE TABLE to_device (
-    device_nid INTEGER,
-    pos INTEGER,
-    sender_nid INTEGER NOT NULL,
-    type TEXT NOT NULL,
-    content BLOB NOT NULL,
-    PRIMARY KEY (device_nid, pos)
-);
 CREATE TABLE backups (
     backup_nid INTEGER PRIMARY KEY,
     user_nid INTEGER NOT NULL,
@@ -12471,18 +12334,23 @@ CREATE TABLE backups (
     auth_data BLOB NOT NULL,
     etag INTEGER NOT NULL DEFAULT 0,
     sessions INTEGER NOT NULL DEFAULT 0,
-    deleted INTEGER NOT NULL DEFAULT 0,
+    deleted INTEGER NOT NULL DEFAULT 0,  -- the row stays: no version is used twice
     UNIQUE (user_nid, version)
 );
 CREATE TABLE backup_sessions (
     backup_nid INTEGER,
     room_id TEXT,
     session_id TEXT,
-    first_message_index INTEGER NOT NULL,
-    forwarded_count INTEGER NOT NULL,
-    is_verified INTEGER NOT NULL,
-    session_data BLOB NOT NULL,
+    body BLOB NOT NULL,
     PRIMARY KEY (backup_nid, room_id, session_id)
+);
+CREATE TABLE to_device (
+    device_nid INTEGER,
+    pos INTEGER,
+    sender_nid INTEGER NOT NULL,
+    type TEXT NOT NULL,
+    content BLOB NOT NULL,
+    PRIMARY KEY (device_nid, pos)
 );
 """)
 
@@ -12490,25 +12358,23 @@ log_keys = logging.getLogger("conduit.keys")
 
 # ── 17.1  What is kept in memory ─────────────────────────────────────────────
 
-LIST_CHANGES = 2_000  # changes of device lists kept in memory; older tokens read the tables
-
 
 class ListChange(NamedTuple):
     """Why somebody's view of device lists changed: new keys, or who shares a room with whom."""
 
     pos: int
     user_nid: UserNid
-    room_nid: RoomNid | None = None  # None: the user's keys or devices changed
-    joined: bool = True  # whether they came into the room, or went
-    viewer_nid: UserNid | None = None  # who alone can see the change; None: everyone
+    viewer_nid: int = 0  # who alone can see the change; 0: everyone
+    room_nid: int = 0  # the room that the user came into or left; 0: their devices or keys changed
+    joined: bool = False
 
 
 class Queue(NamedTuple):
-    """What waits for a device."""
+    """The messages that wait for a device."""
 
-    messages: int
-    size: int  # bytes
-    last: int  # position of the newest message
+    size: int  # bytes, with MESSAGE_OVERHEAD for each
+    last: int  # position of the newest
+    full: bool = False  # a message was refused, and the log says so
 
 
 class KeyCache:
@@ -12516,8 +12382,7 @@ class KeyCache:
 
     def __init__(self, database: Database, position: int, scale: float = 1.0) -> None:
         capacity = int(10_000 * scale)
-        self.counts: LruCache[DeviceNid, dict[str, int]] = LruCache(capacity)
-        self.unused_fallbacks: LruCache[DeviceNid, list[str]] = LruCache(capacity)
+        self.counts: LruCache[DeviceNid, tuple[dict[str, int], list[str]]] = LruCache(capacity)
         self.queues: LruCache[DeviceNid, Queue] = LruCache(capacity)
         self.floor = position  # the log knows all changes after this position
         self.changes: deque[ListChange] = deque()
@@ -12526,31 +12391,192 @@ class KeyCache:
     def clear(self) -> None:
         """Forget what may never have been written; a change too many in the log does no harm."""
         self.counts.clear()
-        self.unused_fallbacks.clear()
         self.queues.clear()
 
     def log(self, change: ListChange) -> None:
         """Remember a change of device lists; the oldest give way and are read from the tables."""
         self.changes.append(change)
-        while len(self.changes) > LIST_CHANGES:
+        if len(self.changes) > LIST_CHANGES:
             self.floor = self.changes.popleft().pos
 
-    def since(self, position: int) -> list[ListChange] | None:
-        """The changes after a position, newest first; None where the log does not reach."""
-        if position < self.floor:
+    def since(self, pos: int) -> list[ListChange] | None:
+        """The changes after a position; None where the log does not reach."""
+        if pos < self.floor:
             return None
-        return list(
-            itertools.takewhile(lambda change: change.pos > position, reversed(self.changes))
+        newest_first = reversed(self.changes)
+        return list(itertools.takewhile(lambda change: change.pos > pos, newest_first))
+
+
+def key_counts(hs: Homeserver, device_nid: DeviceNid) -> tuple[dict[str, int], list[str]]:
+    """How many one-time keys wait by algorithm, and for which the fallback key is unused.
+
+    Trap: the usual algorithm is named even at zero: clients that see no count upload no keys,
+    and nobody can write to them (synapse #10456).
+    """
+    found = hs.keys.counts.get(device_nid)
+    if found is None:
+        waiting = hs.db.all(
+            """
+            SELECT algorithm, COUNT(*)
+            FROM one_time_keys
+            WHERE device_nid = ? AND body IS NOT NULL
+            GROUP BY algorithm
+            """,
+            (device_nid,),
         )
+        query = "SELECT algorithm FROM fallback_keys WHERE device_nid = ? AND NOT used"
+        unused = [row[0] for row in hs.db.all(query, (device_nid,))]
+        found = ({SIGNED_KEY: 0, **dict(waiting)}, unused)
+        hs.keys.counts.put(device_nid, found)
+    return found
 
-    def forget_device(self, device_nid: DeviceNid) -> None:
-        """Forget the keys and the queue of one device."""
-        self.counts.pop(device_nid)
-        self.unused_fallbacks.pop(device_nid)
-        self.queues.pop(device_nid)
+
+def one_time_key_counts(hs: Homeserver, device_nid: DeviceNid) -> dict[str, int]:
+    """How many one-time keys wait, by algorithm."""
+    return key_counts(hs, device_nid)[0]
 
 
-# ── 17.2  Checking key objects ───────────────────────────────────────────────
+def unused_fallback_types(hs: Homeserver, device_nid: DeviceNid) -> list[str]:
+    """The algorithms whose fallback key was not handed out yet."""
+    return key_counts(hs, device_nid)[1]
+
+
+# ── 17.2  Device list changes ────────────────────────────────────────────────
+
+
+def device_list_changed(hs: Homeserver, user_nid: UserNid, viewer_nid: int = 0) -> None:
+    """Tell those who share a room with the user, or one viewer alone, to look up keys again."""
+    if viewer_nid:
+        pos = hs.stream.stamp(KEY_COUNTS, viewer_nid)
+    else:
+        pos = hs.stream.stamp(DEVICE_LIST, user_nid)
+    change = (user_nid, viewer_nid, pos)
+    hs.db.execute("INSERT OR REPLACE INTO device_changes VALUES (?, ?, ?)", change)
+    hs.keys.log(ListChange(pos, user_nid, viewer_nid))
+
+
+def note_membership(
+    hs: Homeserver, room: Room, user_nid: UserNid, old: str | None, new: str
+) -> None:
+    """Subscriber of the room store: remember who came to share a room with whom, and who left."""
+    joined = new == "join"
+    if joined == (old == "join"):
+        return
+    move = (user_nid, room.nid, room.last_pos, joined)
+    hs.db.execute("INSERT OR REPLACE INTO room_sharing VALUES (?, ?, ?, ?)", move)
+    hs.keys.log(ListChange(room.last_pos, user_nid, 0, room.nid, joined))
+
+
+def stored_list_changes(hs: Homeserver, user_nid: UserNid, since: int) -> list[ListChange]:
+    """What the log would say, from the tables: for tokens older than the log or this process."""
+    rows = hs.db.execute(
+        """
+        SELECT pos, user_nid, viewer_nid, 0, 0
+        FROM device_changes
+        WHERE pos > :since
+        UNION ALL
+        SELECT pos, user_nid, 0, room_nid, joined
+        FROM room_sharing
+        WHERE user_nid = :user AND pos > :since
+        UNION ALL
+        SELECT theirs.pos, theirs.user_nid, 0, theirs.room_nid, theirs.joined
+        FROM room_sharing AS mine
+        JOIN room_sharing AS theirs ON theirs.room_nid = mine.room_nid AND theirs.pos > :since
+        WHERE mine.user_nid = :user AND (mine.joined OR mine.pos > :since)
+        """,
+        {"user": user_nid, "since": since},
+    )
+    return [ListChange(*row) for row in rows]
+
+
+def sort_list_changes(
+    hs: Homeserver, user_nid: UserNid, changes: list[ListChange]
+) -> tuple[set[UserNid], set[UserNid]]:
+    """Who may have come near the user or changed, and who may have gone out of sight."""
+    own_moves = {each.room_nid for each in changes if each.user_nid == user_nid and each.room_nid}
+    rooms = own_moves.union(hs.rooms.joined_rooms(user_nid))
+    near: set[UserNid] = set()
+    gone: set[UserNid] = set()
+    for change in changes:
+        if change.room_nid in rooms:
+            (near if change.joined else gone).add(change.user_nid)
+    for room_nid in own_moves:
+        members = {*map(hs.db.user_nid, hs.rooms.by_nid(RoomNid(room_nid)).members("join"))}
+        near |= members
+        gone |= members
+    near.discard(user_nid)
+    viewers = (0, user_nid)
+    near |= {each.user_nid for each in changes if not each.room_nid and each.viewer_nid in viewers}
+    return near, gone
+
+
+def device_list_changes(
+    hs: Homeserver, user_nid: UserNid, since: int, upto: int
+) -> tuple[list[str], list[str]]:
+    """Whose keys the user should look up again, and with whom no room is shared any more.
+
+    Spec: CS-API "Extensions to /sync", device_lists. Trap: the lists may name too many and never
+    too few, so what changed after `upto` is named now and once more later.
+    """
+    changes = hs.keys.since(since) if upto > since else []
+    if changes is None:
+        changes = stored_list_changes(hs, user_nid, since)
+    if not changes:
+        return [], []
+    near, gone = sort_list_changes(hs, user_nid, changes)
+    moved = near | gone
+    if len(moved) > BATCH:  # one long look at the rooms instead of many short ones
+        sharing = {user_nid, *hs.rooms.users_sharing(user_nid)}
+    else:
+        sharing = {nid for nid in moved if nid == user_nid or hs.rooms.share_room(user_nid, nid)}
+    changed, left = map(hs.db.user_id, near & sharing), map(hs.db.user_id, gone - sharing)
+    return sorted(changed), sorted(left)
+
+
+def required_arg(request: Request, name: str) -> str:
+    """An argument of the query, or M_MISSING_PARAM."""
+    value = request.arg(name)
+    if not value:
+        raise missing_param(f"The query parameter {name} is missing")
+    return value
+
+
+@route("GET", "/_matrix/client/v3/keys/changes", auth=USER, also=("r0",))
+async def get_key_changes(hs: Homeserver, request: Request) -> Json:
+    """Name the users whose keys changed between two sync tokens.  Spec: GET /keys/changes."""
+    since, upto = (parse_token(required_arg(request, name)) for name in ("from", "to"))
+    changed, left = device_list_changes(hs, request.user.nid, since, upto)
+    return {"changed": changed, "left": left}
+
+
+# ── 17.3  Cross-signing keys and signatures ──────────────────────────────────
+#
+# Whoever signs here is the caller, with devices or cross-signing keys; `signers`
+# are those that count, key id → public key.
+
+USAGES: Final = ("master", "self_signing", "user_signing")
+Signatures = dict[str, dict[str, str]]  # user id → key id → signature
+
+
+class CrossSigningKey(NamedTuple):
+    """One of a user's three public keys, without its signatures."""
+
+    public: str
+    body: bytes
+
+    @property
+    def signers(self) -> dict[str, str]:
+        """The key as one that signs."""
+        return {f"ed25519:{self.public}": self.public}
+
+
+def bounded_json(value: Any, what: str) -> bytes:
+    """What the server only keeps, as canonical JSON of bounded length; else M_BAD_JSON or 413."""
+    check_canonical(value)
+    raw = canonical_json(value)
+    if len(raw) > MAX_KEY_BYTES:
+        raise too_large(f"{what} has at most {MAX_KEY_BYTES} bytes")
+    return raw
 
 
 def bad_signature(error: str) -> MatrixError:
@@ -12558,108 +12584,362 @@ def bad_signature(error: str) -> MatrixError:
     return MatrixError(400, "M_INVALID_SIGNATURE", error)
 
 
-def bounded_json(value: Any, what: str) -> bytes:
-    """What the server only keeps, as canonical JSON of bounded length; else M_BAD_JSON or 413."""
-    raw = canonical_json(value)
-    if len(raw) > MAX_KEY_BYTES:
-        raise too_large(f"{what} has at most {MAX_KEY_BYTES} bytes")
-    return raw
+def cross_signing_keys_of(hs: Homeserver, user_nid: UserNid | None) -> dict[str, CrossSigningKey]:
+    """The cross-signing keys of a user by usage."""
+    query = "SELECT usage, public, body FROM cross_signing_keys WHERE user_nid = ?"
+    return {row[0]: CrossSigningKey(*row[1:]) for row in hs.db.all(query, (user_nid,))}
 
 
-def unsigned_body(value: Json) -> bytes:
-    """The bytes of a key object that its signatures cover."""
-    return bounded_json({name: value[name] for name in value if name not in NOT_SIGNED}, "A key")
+def device_keys_body(hs: Homeserver, device_nid: DeviceNid | None) -> bytes | None:
+    """The identity keys that a device has published."""
+    query = "SELECT body FROM device_keys WHERE device_nid = ?"
+    return cast("bytes | None", hs.db.value(query, (device_nid,)))
 
 
-def require_key(value: object, what: str) -> str:
-    """The unpadded base64 of a 32-byte key, or M_BAD_JSON."""
-    if isinstance(value, str) and len(value) == KEY_LENGTH:
-        raw = b64decode(value)
-        if len(raw) == PUBLIC_KEY_BYTES and b64encode(raw) == value:
-            return value
-    raise bad_json(f"{what} must be 32 bytes in unpadded base64")
-
-
-KEY_LENGTH = 43
-
-
-def require_strings(value: object, kind: type, what: str) -> None:
-    """Raise M_BAD_JSON unless the value is a list of strings, or an object of strings."""
-    members = value.values() if isinstance(value, dict) else value
-    if not isinstance(value, kind) or not all(isinstance(each, str) for each in cast(Any, members)):
-        raise bad_json(f"{what} must hold strings")
-
-
-def require_owner(value: Json, **expected: str) -> None:
-    """Raise M_INVALID_PARAM unless the key object names its owner."""
-    for name, wanted in expected.items():
-        if value.get(name) != wanted:
-            raise invalid_param(f"{name} of a key must be {wanted}")
-
-
-def split_key_id(key_id: str) -> tuple[str, str]:
-    """Algorithm and name of a key id such as signed_curve25519:AAAAHg, or M_INVALID_PARAM."""
-    algorithm, _, name = key_id.partition(":")
-    if not algorithm or not name or byte_length(key_id) > MAX_ID_BYTES:
-        raise invalid_param(f"A key id has the form algorithm:name, unlike {key_id[:80]!r}")
-    return algorithm, name
-
-
-# ── 17.3  Signatures ─────────────────────────────────────────────────────────
-
-Signatures = dict[str, dict[str, str]]  # user id → key id → signature
-
-
-class Signer(NamedTuple):
-    """Whoever signs keys: a device (its name is its id) or a cross-signing key (its own base64)."""
-
-    user_id: str
-    name: str
-    public: str
-
-    @property
-    def key_id(self) -> str:
-        """The id under which it signs."""
-        return f"ed25519:{self.name}"
-
-    def signed(self, value: Json) -> bool:
-        """Whether the object carries a good signature of this signer."""
-        return verify_json(value, self.user_id, self.key_id, self.public)
-
-
-class KeySignature(NamedTuple):
-    """A signature that was verified, and what it is on."""
-
-    target_nid: UserNid
-    target_key: str
-    signer_nid: UserNid
-    signer_key: str
-    signature: str
-
-
-def store_signatures(hs: Homeserver, signatures: Iterable[KeySignature], pos: int) -> None:
-    """Keep signatures that the caller has verified."""
-    hs.db.connection.executemany(
-        "INSERT OR REPLACE INTO key_signatures VALUES (?, ?, ?, ?, ?, ?)",
-        [(*signature, pos) for signature in signatures],
-    )
-
-
-def has_signature(hs: Homeserver, new: KeySignature) -> bool:
-    """Whether exactly this signature is stored already."""
-    stored = hs.db.value(
+def device_signers(hs: Homeserver, user_nid: UserNid) -> dict[str, str]:
+    """The devices of a user as those that sign."""
+    rows = hs.db.all(
         """
-        SELECT signature
-        FROM key_signatures
-        WHERE target_nid = ? AND target_key = ? AND signer_nid = ? AND signer_key = ?
+        SELECT 'ed25519:' || device_id, body
+        FROM devices JOIN device_keys USING (device_nid)
+        WHERE user_nid = ?
         """,
-        new[:4],
+        (user_nid,),
     )
-    return bool(stored == new.signature)
+    return {key_id: json.loads(body)["keys"].get(key_id, "") for key_id, body in rows}
+
+
+def good_signatures(value: Json, user_id: str, signers: dict[str, str]) -> dict[str, str]:
+    """The user's signatures by these signers; M_INVALID_SIGNATURE for a wrong one.
+
+    Signatures of keys that the server does not know are left out: nobody could check them.
+    """
+    given = signatures_by(value, user_id)
+    known = {key_id: given[key_id] for key_id in signers if key_id in given}
+    for key_id in known:
+        if not verify_json(value, user_id, key_id, signers[key_id]):
+            raise bad_signature(f"The signature of {key_id} is wrong")
+    return known
+
+
+def store_signatures(
+    hs: Homeserver, target: tuple[UserNid, str], signer_nid: UserNid, found: dict[str, str]
+) -> bool:
+    """Keep verified signatures on a key; whether any of them is new."""
+    changes = 0
+    for key_id, signature in found.items():
+        changes += hs.db.execute(
+            """
+            INSERT INTO key_signatures VALUES (?, ?, ?, ?, ?)
+            ON CONFLICT DO UPDATE SET signature = excluded.signature
+            WHERE signature <> excluded.signature
+            """,
+            (*target, signer_nid, key_id, signature),
+        ).rowcount
+    return changes > 0
+
+
+def forget_signatures(hs: Homeserver, user_nid: UserNid, name: str) -> None:
+    """Drop the signatures on and by a key that is gone: a device, or a cross-signing key."""
+    hs.db.execute(
+        """
+        DELETE FROM key_signatures
+        WHERE (target_nid = :user AND target_key = :name)
+           OR (signer_nid = :user AND signer_key = 'ed25519:' || :name)
+        """,
+        {"user": user_nid, "name": name},
+    )
+
+
+def parse_cross_signing_key(user_id: str, usage: str, value: Json) -> CrossSigningKey:
+    """Check an uploaded key; its signatures come later."""
+    bounded_json(value, f"A {usage} key")
+    public = next(iter(value["keys"].values()), "")
+    raw, named = b64decode(public), {f"ed25519:{public}": public}
+    is_key = len(raw) == PUBLIC_KEY_BYTES and b64encode(raw) == public and value["keys"] == named
+    if not is_key or value["user_id"] != user_id or usage not in value["usage"]:
+        raise invalid_param(f"A {usage} key has its user, its usage, and one key, named by itself")
+    return CrossSigningKey(public, signed_bytes(value))
+
+
+def check_cross_signing(
+    hs: Homeserver, user: Requester, body: Json
+) -> dict[str, tuple[CrossSigningKey, dict[str, str]]]:
+    """The uploaded keys by usage, each with signatures that hold against the newest master key."""
+    values = {usage: body[f"{usage}_key"] for usage in USAGES if f"{usage}_key" in body}
+    keys = {usage: parse_cross_signing_key(user.user_id, usage, values[usage]) for usage in values}
+    master = keys.get("master") or cross_signing_keys_of(hs, user.nid).get("master")
+    if master is None:
+        raise missing_param("There is no master key, neither here nor uploaded before")
+    names = [key.public for key in {**keys, "master": master}.values()]
+    if len(set(names)) < len(names) or any(hs.accounts.find_device(user.nid, n) for n in names):
+        raise forbidden("A cross-signing key must differ from the others and from all device ids")
+    found = {}
+    for usage, value in values.items():
+        signers = device_signers(hs, user.nid) if usage == "master" else master.signers
+        signatures = good_signatures(value, user.user_id, signers)
+        if usage != "master" and not signatures:
+            raise bad_signature(f"The {usage} key must be signed by the master key")
+        found[usage] = keys[usage], signatures
+    return found
+
+
+def store_cross_signing(
+    hs: Homeserver, user_nid: UserNid, upload: dict[str, tuple[CrossSigningKey, dict[str, str]]]
+) -> None:
+    """Keep checked keys; with another master key, what the old one signed goes."""
+    stored, news = cross_signing_keys_of(hs, user_nid), False
+    publics = {key.public for key, _ in upload.values()}
+    new_master = "master" in upload and stored.get("master") != upload["master"][0]
+    with hs.db.write():
+        for usage, old in stored.items():
+            if old.public not in publics and (new_master or usage in upload):
+                forget_signatures(hs, user_nid, old.public)
+                delete = "DELETE FROM cross_signing_keys WHERE user_nid = ? AND usage = ?"
+                hs.db.execute(delete, (user_nid, usage))
+        for usage, (key, signatures) in upload.items():
+            insert = "INSERT OR REPLACE INTO cross_signing_keys VALUES (?, ?, ?, ?)"
+            hs.db.execute(insert, (user_nid, usage, *key))
+            is_signed = store_signatures(hs, (user_nid, key.public), user_nid, signatures)
+            news = news or is_signed or stored.get(usage) != key
+        if news:
+            device_list_changed(hs, user_nid)
+
+
+CROSS_SIGNING_KEY: Final = {"user_id": str, "usage": [str], "keys": {str: str}}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/keys/device_signing/upload",
+    auth=USER,
+    also=("unstable",),
+    body={f"{usage}_key?": CROSS_SIGNING_KEY for usage in USAGES} | {"auth?": dict},
+)
+async def upload_cross_signing_keys(hs: Homeserver, request: Request) -> Json:
+    """Publish cross-signing keys; to replace keys, users prove once more who they are.
+
+    Spec: CS-API POST /keys/device_signing/upload.
+    """
+    user = request.user
+    upload = check_cross_signing(hs, user, request.json)
+    stored = cross_signing_keys_of(hs, user.nid)
+    is_new = any(stored.get(usage) != key for usage, (key, _) in upload.items())
+    if is_new and "master" in stored and user.appservice is None:
+        await user_interactive_auth(hs, request)
+        upload = check_cross_signing(hs, user, request.json)
+    store_cross_signing(hs, user.nid, upload)
+    return {}
+
+
+def signatures_on(
+    hs: Homeserver, user: Requester, user_id: str, name: str, value: Json
+) -> tuple[UserNid, dict[str, str]]:
+    """The owner of a signed key, and the caller's good signatures on it; or why there is none.
+
+    Who may sign what; nothing else is stored:
+
+        a device of one's own          one's self-signing key
+        one's own master key           one's devices
+        somebody else's master key     one's user-signing key
+    """
+    target_nid, is_own = hs.db.find_user_nid(user_id), user_id == user.user_id
+    master = cross_signing_keys_of(hs, target_nid).get("master")
+    mine = cross_signing_keys_of(hs, user.nid)
+    signed: bytes | None = None
+    if master is not None and master.public == name:
+        signed, key = master.body, mine.get("user_signing")
+    else:
+        body = device_keys_body(hs, hs.accounts.find_device(user.nid, name)) if is_own else None
+        signed, key = body and signed_bytes(json.loads(body)), mine.get("self_signing")
+    if target_nid is None or signed is None:
+        raise not_found("There is no such key, or it is not for you to sign")
+    if signed_bytes(value) != signed:
+        raise invalid_param("The signed object is not the key that was uploaded")
+    signers = key.signers if key is not None else {}
+    if is_own and master is not None and master.public == name:
+        signers = device_signers(hs, user.nid)
+    found = good_signatures(value, user.user_id, signers)
+    if not found:
+        raise bad_signature("There is no signature of a key that may sign this one")
+    return target_nid, found
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/keys/signatures/upload",
+    auth=USER,
+    also=("unstable",),
+    body={str: {str: dict}},
+)
+async def upload_signatures(hs: Homeserver, request: Request) -> Json:
+    """Publish signatures on devices and master keys; what fails is answered for each key.
+
+    Spec: CS-API POST /keys/signatures/upload. One's signatures on others are one's own affair.
+    """
+    failures: Json = {}
+    user = request.user
+    for user_id, targets in request.json.items():
+        for name, value in targets.items():
+            try:
+                target_nid, found = signatures_on(hs, user, user_id, name, value)
+            except MatrixError as error:
+                failures.setdefault(user_id, {})[name] = error.to_json()
+                continue
+            with hs.db.write():
+                if store_signatures(hs, (target_nid, name), user.nid, found):
+                    device_list_changed(hs, target_nid, 0 if target_nid == user.nid else user.nid)
+        await asyncio.sleep(0)
+    return {"failures": failures}
+
+
+# ── 17.4  Uploading device keys and one-time keys ────────────────────────────
+#
+# What a device says about itself is kept as it is, whatever its algorithms: only
+# other clients can tell whether it is true, and they verify each signature.
+
+
+def forget_device_keys(
+    hs: Homeserver, user_nid: UserNid, device_nid: DeviceNid, device_id: str
+) -> None:
+    """Drop all keys of a device, and the signatures on and by it."""
+    hs.db.execute("DELETE FROM device_keys WHERE device_nid = ?", (device_nid,))
+    hs.db.execute("DELETE FROM one_time_keys WHERE device_nid = ?", (device_nid,))
+    hs.db.execute("DELETE FROM fallback_keys WHERE device_nid = ?", (device_nid,))
+    forget_signatures(hs, user_nid, device_id)
+    hs.keys.counts.pop(device_nid)
+
+
+def store_device_keys(
+    hs: Homeserver, user: Requester, device_nid: DeviceNid, device_keys: Json
+) -> None:
+    """Keep the identity keys of a device; others than before make all that hangs on them void.
+
+    Spec: CS-API "Cross-signing": devices and cross-signing keys share one namespace.
+    """
+    device_id = str(user.device_id)
+    if (device_keys["user_id"], device_keys["device_id"]) != (user.user_id, device_id):
+        raise invalid_param("device_keys must name the user and the device of the access token")
+    if any(device_id == key.public for key in cross_signing_keys_of(hs, user.nid).values()):
+        raise forbidden("The device id is the same as a cross-signing key")
+    device_keys.pop("unsigned", None)
+    body, stored = bounded_json(device_keys, "device_keys"), device_keys_body(hs, device_nid)
+    if stored == body:
+        return
+    if stored is not None and signed_bytes(json.loads(stored)) != signed_bytes(device_keys):
+        forget_device_keys(hs, user.nid, device_nid, device_id)
+    hs.db.execute("INSERT OR REPLACE INTO device_keys VALUES (?, ?)", (device_nid, body))
+    device_list_changed(hs, user.nid)
+
+
+def parse_keys(keys: Json) -> list[tuple[str, str, bytes]]:
+    """The one-time or fallback keys of an upload: algorithm, name, body."""
+    rows = []
+    for key_id, value in keys.items():
+        algorithm, _, name = key_id.partition(":")
+        if not algorithm or not name or byte_length(key_id) > MAX_ID_BYTES:
+            raise invalid_param(f"A key id has the form algorithm:name, unlike {key_id[:80]!r}")
+        rows.append((algorithm, name, bounded_json(value, key_id)))
+    return rows
+
+
+def store_one_time_keys(
+    hs: Homeserver, device_nid: DeviceNid, keys: list[tuple[str, str, bytes]]
+) -> None:
+    """Add one-time keys behind those that wait; 400 for another key under the id of one.
+
+    Trap: a client repeats an upload whose answer was lost. A key that was handed out in between
+    must not come back, so its row stays, without its body.
+    """
+    if sum(one_time_key_counts(hs, device_nid).values()) + len(keys) > MAX_ONE_TIME_KEYS:
+        raise too_large(f"A device has at most {MAX_ONE_TIME_KEYS} one-time keys")
+    for algorithm, name, body in keys:
+        value = json.loads(body)
+        signed = signed_bytes(value) if isinstance(value, dict) else body
+        digest = hashlib.sha256(signed).digest()[:16]
+        known = """
+            SELECT digest, body IS NOT NULL
+            FROM one_time_keys
+            WHERE device_nid = ? AND algorithm = ? AND key_id = ?
+        """
+        old_digest, waits = hs.db.one(known, (device_nid, algorithm, name)) or (None, False)
+        if old_digest == digest:
+            continue
+        if waits:
+            raise invalid_param(f"Another one-time key {algorithm}:{name} exists already")
+        hs.db.execute(
+            """
+            INSERT OR REPLACE INTO one_time_keys (device_nid, algorithm, key_id, digest, body)
+            VALUES (?, ?, ?, ?, ?)
+            """,
+            (device_nid, algorithm, name, digest, body),
+        )
+
+
+def store_fallback_key(hs: Homeserver, device_nid: DeviceNid, key: tuple[str, str, bytes]) -> None:
+    """Replace the fallback key of an algorithm; the same key again stays used or unused."""
+    hs.db.execute(
+        """
+        INSERT INTO fallback_keys VALUES (?, ?, ?, ?, 0)
+        ON CONFLICT DO UPDATE SET key_id = excluded.key_id, body = excluded.body, used = 0
+        WHERE key_id <> excluded.key_id OR body <> excluded.body
+        """,
+        (device_nid, *key),
+    )
+
+
+DEVICE_KEYS: Final = {
+    "user_id": str,
+    "device_id": str,
+    "algorithms": [str],
+    "keys": {str: str},
+    "signatures?": {str: {str: str}},
+}
+KEYS: Final = {str: (str, dict)}
+
+
+@route(
+    "POST",
+    "/_matrix/client/v3/keys/upload",
+    auth=GUEST,
+    also=("r0",),
+    body={"device_keys?": DEVICE_KEYS, "one_time_keys?": KEYS, "fallback_keys?": KEYS},
+)
+async def upload_keys(hs: Homeserver, request: Request) -> Json:
+    """Publish a device's identity, one-time and fallback keys, all of them or none.
+
+    Spec: CS-API POST /keys/upload.
+    """
+    user, device_nid, body = request.user, request.user.device_nid, request.json
+    if device_nid is None or hs.accounts.find_device(user.nid, str(user.device_id)) != device_nid:
+        raise invalid_param("This access token belongs to no device")
+    one_time = parse_keys(body.get("one_time_keys", {}))
+    fallback = parse_keys(body.get("fallback_keys", {}))
+    with hs.db.write():
+        if "device_keys" in body:
+            store_device_keys(hs, user, device_nid, body["device_keys"])
+        store_one_time_keys(hs, device_nid, one_time)
+        for key in fallback:
+            store_fallback_key(hs, device_nid, key)
+        hs.keys.counts.pop(device_nid)
+    return {"one_time_key_counts": one_time_key_counts(hs, device_nid)}
+
+
+# ── 17.5  Querying and claiming ──────────────────────────────────────────────
+
+
+def split_by_server(hs: Homeserver, wanted: Json) -> tuple[Json, Json]:
+    """What is asked of local users, and as `failures` the servers of the others."""
+    for user_id in wanted:
+        if not is_user_id(user_id):
+            raise invalid_param(f"{user_id[:80]!r} is no user id")
+    local = {user_id: wanted[user_id] for user_id in wanted if hs.is_local(user_id)}
+    error = {"errcode": "M_UNREACHABLE", "error": "The server could not be reached"}
+    return local, {server_of(user_id): error for user_id in wanted if user_id not in local}
 
 
 def visible_signatures(
-    hs: Homeserver, target_nid: UserNid, viewer_nid: UserNid | None
+    hs: Homeserver, target_nid: UserNid, viewer_nid: UserNid
 ) -> dict[str, Signatures]:
     """The signatures on each key of a user: those of the user, and those that the viewer made.
 
@@ -12680,424 +12960,38 @@ def visible_signatures(
     return found
 
 
-def remove_signatures(hs: Homeserver, target_nid: UserNid, target_key: str) -> None:
-    """Drop all signatures on a key that is gone."""
-    hs.db.execute(
-        "DELETE FROM key_signatures WHERE target_nid = ? AND target_key = ?",
-        (target_nid, target_key),
-    )
+def with_signatures(body: bytes, more: Signatures) -> Json:
+    """A stored key object with signatures put to its own."""
+    value: Json = json.loads(body)
+    signatures = value.setdefault("signatures", {})
+    for user_id, by_key in more.items():
+        signatures.setdefault(user_id, {}).update(by_key)
+    return value
 
 
-def remove_signatures_by(hs: Homeserver, signer_nid: UserNid, signer_key: str) -> None:
-    """Drop all signatures made by a key that is gone."""
-    hs.db.execute(
-        "DELETE FROM key_signatures WHERE signer_nid = ? AND signer_key = ?",
-        (signer_nid, signer_key),
-    )
-
-
-# ── 17.4  Device list changes ────────────────────────────────────────────────
-
-
-def device_list_changed(hs: Homeserver, user_nid: UserNid) -> int:
-    """Tell everyone who shares a room with the user that their devices or keys changed."""
-    pos = hs.stream.stamp(DEVICE_LIST, user_nid)
-    hs.db.execute("INSERT OR REPLACE INTO device_changes VALUES (?, ?)", (user_nid, pos))
-    hs.keys.log(ListChange(pos, user_nid))
-    return pos
-
-
-def note_membership(
-    hs: Homeserver, room: Room, user_nid: UserNid, old: str | None, new: str
+def add_keys_of(
+    hs: Homeserver, result: Json, user_nid: UserNid, viewer_nid: UserNid, wanted: list[str]
 ) -> None:
-    """Subscriber of the room store: remember who came to share a room with whom, and who left."""
-    joined = new == "join"
-    if joined == (old == "join"):
-        return
-    hs.db.execute(
-        "INSERT OR REPLACE INTO room_sharing VALUES (?, ?, ?, ?)",
-        (user_nid, room.nid, room.last_pos, joined),
-    )
-    hs.keys.log(ListChange(room.last_pos, user_nid, room.nid, joined))
-
-
-def stored_list_changes(hs: Homeserver, user_nid: UserNid, since: int) -> list[ListChange]:
-    """What the log would say, from the tables: for tokens older than the log or this process."""
-    rows = hs.db.execute(
+    """Put one local user's keys into the answer of a query: all devices when none is named."""
+    user_id = hs.db.user_id(user_nid)
+    signatures = visible_signatures(hs, user_nid, viewer_nid)
+    rows = hs.db.all(
         """
-        SELECT pos, user_nid, NULL, 1
-        FROM device_changes
-        WHERE pos > :since
-        UNION ALL
-        SELECT pos, target_nid, NULL, 1
-        FROM key_signatures
-        WHERE signer_nid = :user AND pos > :since
-        UNION ALL
-        SELECT pos, user_nid, room_nid, joined
-        FROM room_sharing
-        WHERE user_nid = :user AND pos > :since
-        UNION ALL
-        SELECT theirs.pos, theirs.user_nid, theirs.room_nid, theirs.joined
-        FROM room_sharing AS mine
-        JOIN room_sharing AS theirs ON theirs.room_nid = mine.room_nid AND theirs.pos > :since
-        WHERE mine.user_nid = :user AND (mine.joined OR mine.pos > :since)
+        SELECT device_id, body, display_name
+        FROM devices JOIN device_keys USING (device_nid)
+        WHERE user_nid = ?
         """,
-        {"user": user_nid, "since": since},
+        (user_nid,),
     )
-    return [ListChange(*row) for row in rows]
-
-
-def device_list_changes(
-    hs: Homeserver, user_nid: UserNid, since: int, upto: int
-) -> tuple[list[str], list[str]]:
-    """Whose keys the user should look up again, and with whom no room is shared any more.
-
-    Trap: the lists may name too many and never too few, so what changed after `upto` is named
-    now and once more later.  Spec: CS-API "Extensions to /sync", device_lists.
-    """
-    changes = hs.keys.since(since) if upto > since else []
-    if changes is None:
-        changes = stored_list_changes(hs, user_nid, since)
-    if not changes:
-        return [], []
-    near, gone = sort_list_changes(hs, user_nid, changes)
-    sharing = among_sharing(hs, user_nid, near | gone)
-    return user_ids(hs, near & sharing), user_ids(hs, gone - sharing)
-
-
-def among_sharing(hs: Homeserver, user_nid: UserNid, others: set[UserNid]) -> set[UserNid]:
-    """Those of the others who share a room with the user, who shares all with themselves."""
-    if len(others) > BATCH:
-        return {user_nid, *hs.rooms.users_sharing(user_nid)}
-    return {nid for nid in others if nid == user_nid or hs.rooms.share_room(user_nid, nid)}
-
-
-def sort_list_changes(
-    hs: Homeserver, user_nid: UserNid, changes: list[ListChange]
-) -> tuple[set[UserNid], set[UserNid]]:
-    """Who may have changed or come near the user, and who may have gone out of sight."""
-    own_moves = {each.room_nid for each in changes if each.user_nid == user_nid and each.room_nid}
-    rooms = {*own_moves, *hs.rooms.joined_rooms(user_nid)}
-    near: set[UserNid] = set()
-    gone: set[UserNid] = set()
-    for change in changes:
-        if change.room_nid in rooms:
-            (near if change.joined else gone).add(change.user_nid)
-    for room_nid in own_moves:
-        members = set(map(hs.db.user_nid, hs.rooms.by_nid(room_nid).members("join")))
-        near |= members
-        gone |= members
-    near.discard(user_nid)
-    viewers = {None, user_nid}
-    near |= {each.user_nid for each in changes if not each.room_nid and each.viewer_nid in viewers}
-    return near, gone
-
-
-def user_ids(hs: Homeserver, nids: Iterable[UserNid]) -> list[str]:
-    """User ids in a stable order."""
-    return sorted(map(hs.db.user_id, nids))
-
-
-@route("GET", "/_matrix/client/v3/keys/changes", auth=USER, also=("r0",))
-async def get_key_changes(hs: Homeserver, request: Request) -> Json:
-    """Name the users whose keys changed between two sync tokens.
-
-    Spec: CS-API GET /keys/changes.
-    """
-    since, upto = (required_token(request, name) for name in ("from", "to"))
-    changed, left = device_list_changes(hs, request.user.nid, since, upto)
-    return {"changed": changed, "left": left}
-
-
-def required_token(request: Request, name: str) -> int:
-    """The stream position in a query parameter, or M_MISSING_PARAM."""
-    token = request.arg(name)
-    if token is None:
-        raise missing_param(f"The query parameter {name} is missing")
-    return parse_token(token)
-
-
-# ── 17.5  Uploading device keys and one-time keys ────────────────────────────
-
-
-class UploadedKey(NamedTuple):
-    """A one-time or fallback key of an upload."""
-
-    algorithm: str
-    key_id: str
-    value: Json | str
-    body: bytes  # the value as it is stored and handed out
-    digest: bytes  # tells whether it is the same key again, whatever its signatures
-
-    @property
-    def full_id(self) -> str:
-        """The id with the algorithm."""
-        return f"{self.algorithm}:{self.key_id}"
-
-    @classmethod
-    def parse(cls, full_id: str, value: object) -> UploadedKey:
-        """Check the shape of a key: plain base64, or an object with `key` and signatures."""
-        algorithm, key_id = split_key_id(full_id)
-        key = {"key": value} if isinstance(value, str) else value
-        if not isinstance(key, dict) or (key is not value and algorithm == SIGNED_KEY):
-            raise bad_json(f"The key {full_id} has the wrong type")
-        require_key(key.get("key"), full_id)
-        body = bounded_json(value, full_id)
-        digest = hashlib.sha256(full_id.encode() + b"\0" + signed_bytes(key)).digest()
-        return cls(algorithm, key_id, cast("Json | str", value), body, digest[:16])
-
-
-def checked_device_keys(user_id: str, device_id: str, value: Json) -> Signer:
-    """Check the identity keys of a device: its own, well-formed, and signed by themselves."""
-    require_owner(value, user_id=user_id, device_id=device_id)
-    require_strings(value.get("algorithms"), list, "algorithms")
-    require_strings(value.get("keys"), dict, "keys")
-    for key_id in value["keys"]:
-        split_key_id(key_id)
-    own = require_key(value["keys"].get(f"ed25519:{device_id}"), f"keys.ed25519:{device_id}")
-    identity = Signer(user_id, device_id, own)
-    unsigned_body(value)
-    if not identity.signed(value):
-        raise bad_signature("device_keys must be signed by the device's ed25519 key")
-    return identity
-
-
-def stored_identity(hs: Homeserver, device_nid: DeviceNid) -> Signer | None:
-    """The identity that a device has published."""
-    row = hs.db.one(
-        "SELECT user_nid, device_id, ed25519 FROM device_keys WHERE device_nid = ?", (device_nid,)
-    )
-    return None if row is None else Signer(hs.db.user_id(row[0]), *row[1:])
-
-
-def unsigned_keys(identity: Signer | None, keys: list[UploadedKey]) -> list[str]:
-    """The ids of those keys whose signature is missing or wrong; runs in a thread."""
-    return [
-        key.full_id
-        for key in keys
-        if isinstance(key.value, dict) and not (identity and identity.signed(key.value))
-    ]
-
-
-@route(
-    "POST",
-    "/_matrix/client/v3/keys/upload",
-    auth=GUEST,
-    also=("r0",),
-    body={"device_keys?": dict, "one_time_keys?": dict, "fallback_keys?": dict},
-)
-async def upload_keys(hs: Homeserver, request: Request) -> Json:
-    """Publish a device's identity, one-time and fallback keys, all of them or none.
-
-    Spec: CS-API POST /keys/upload. 400 M_INVALID_SIGNATURE for a key that the device did not
-    sign, 400 M_INVALID_PARAM for another key under the id of a one-time key that still waits.
-    """
-    user, device_nid = request.user, require_device(request.user)
-    device_keys = request.json.get("device_keys")
-    one_time = parse_keys(request.json.get("one_time_keys", {}))
-    fallback = parse_keys(request.json.get("fallback_keys", {}))
-    if len({key.algorithm for key in fallback}) < len(fallback):
-        raise invalid_param("There is one fallback key for each algorithm")
-    identity = stored_identity(hs, device_nid)
-    if device_keys is not None:
-        refuse_cross_signing_id(hs, user)
-        identity = checked_device_keys(user.user_id, str(user.device_id), device_keys)
-    if one_time or fallback:
-        bad = await hs.db.in_thread(unsigned_keys, identity, [*one_time, *fallback])
-        if bad:
-            raise bad_signature(f"The device's ed25519 key did not sign {', '.join(bad[:5])}")
-    store_upload(hs, user, Upload(device_keys, identity, one_time, fallback))
-    return {"one_time_key_counts": one_time_key_counts(hs, device_nid)}
-
-
-def require_device(user: Requester) -> DeviceNid:
-    """The device of the access token; M_INVALID_PARAM for a token without one."""
-    if user.device_nid is None:
-        raise invalid_param("This access token belongs to no device")
-    return user.device_nid
-
-
-def parse_keys(keys: Json) -> list[UploadedKey]:
-    """The one-time or fallback keys of an upload, in its order."""
-    if len(keys) > MAX_ONE_TIME_KEYS:
-        raise too_large(f"A device has at most {MAX_ONE_TIME_KEYS} one-time keys")
-    return [UploadedKey.parse(full_id, value) for full_id, value in keys.items()]
-
-
-def refuse_cross_signing_id(hs: Homeserver, user: Requester) -> None:
-    """Raise 403 for a device whose id is a cross-signing key of its user.
-
-    Spec: CS-API "Cross-signing": both share one namespace, and servers keep them apart.
-    """
-    publics = {key.public for key in cross_signing_keys_of(hs, user.nid).values()}
-    if user.device_id in publics:
-        raise forbidden("The device id is the same as a cross-signing key")
-
-
-class Upload(NamedTuple):
-    """An upload whose signatures are good."""
-
-    device_keys: Json | None
-    identity: Signer | None
-    one_time: list[UploadedKey]
-    fallback: list[UploadedKey]
-
-
-def store_upload(hs: Homeserver, user: Requester, upload: Upload) -> None:
-    """Write an upload, if the device is still what it was when the signatures were checked."""
-    device_nid = require_device(user)
-    if hs.accounts.find_device(user.nid, str(user.device_id)) != device_nid:
-        raise unknown_token()
-    before = stored_identity(hs, device_nid)
-    if upload.device_keys is None and upload.identity != before:
-        raise invalid_param("The device's identity keys changed meanwhile")
-    replaced = before is not None and before != upload.identity
-    fresh = [key for key in upload.one_time if replaced or is_new_key(hs, device_nid, key)]
-    held = 0 if replaced else sum(one_time_key_counts(hs, device_nid).values())
-    if held + len(fresh) > MAX_ONE_TIME_KEYS:
-        raise too_large(f"A device has at most {MAX_ONE_TIME_KEYS} one-time keys")
-    with hs.db.write():
-        if replaced:
-            remove_device_keys(hs, user.nid, device_nid, str(user.device_id))
-        if upload.device_keys is not None and upload.identity is not None:
-            store_device_keys(hs, user, upload.device_keys, upload.identity)
-        store_one_time_keys(hs, device_nid, fresh)
-        for key in upload.fallback:
-            store_fallback_key(hs, device_nid, key)
-
-
-def store_device_keys(hs: Homeserver, user: Requester, device_keys: Json, identity: Signer) -> None:
-    """Keep the identity keys of a device and its own signature; the same again changes nothing."""
-    device_nid, body = require_device(user), unsigned_body(device_keys)
-    signature = KeySignature(
-        user.nid,
-        identity.name,
-        user.nid,
-        identity.key_id,
-        signatures_by(device_keys, user.user_id)[identity.key_id],
-    )
-    stored = hs.db.value("SELECT body FROM device_keys WHERE device_nid = ?", (device_nid,))
-    if stored == body and has_signature(hs, signature):
-        return
-    if stored != body:
-        remove_signatures(hs, user.nid, identity.name)
-    hs.db.execute(
-        "INSERT OR REPLACE INTO device_keys VALUES (?, ?, ?, ?, ?)",
-        (device_nid, user.nid, identity.name, identity.public, body),
-    )
-    store_signatures(hs, [signature], device_list_changed(hs, user.nid))
-
-
-def is_new_key(hs: Homeserver, device_nid: DeviceNid, key: UploadedKey) -> bool:
-    """Whether a one-time key is neither waiting nor already handed out.
-
-    Raises M_INVALID_PARAM when another key waits under its id.
-    """
-    waiting = hs.db.value(
-        """
-        SELECT digest
-        FROM one_time_keys
-        WHERE device_nid = ? AND algorithm = ? AND key_id = ?
-        """,
-        (device_nid, key.algorithm, key.key_id),
-    )
-    if waiting is None:
-        claimed = "SELECT 1 FROM claimed_keys WHERE device_nid = ? AND digest = ?"
-        return hs.db.value(claimed, (device_nid, key.digest)) is None
-    if waiting != key.digest:
-        raise invalid_param(f"Another one-time key {key.full_id} exists already")
-    return False
-
-
-def store_one_time_keys(hs: Homeserver, device_nid: DeviceNid, keys: list[UploadedKey]) -> None:
-    """Add one-time keys behind those that wait."""
-    if not keys:
-        return
-    hs.db.connection.executemany(
-        """
-        INSERT INTO one_time_keys (device_nid, algorithm, key_id, digest, body)
-        VALUES (?, ?, ?, ?, ?)
-        """,
-        [(device_nid, key.algorithm, key.key_id, key.digest, key.body) for key in keys],
-    )
-    hs.keys.counts.pop(device_nid)
-
-
-def store_fallback_key(hs: Homeserver, device_nid: DeviceNid, key: UploadedKey) -> None:
-    """Replace the fallback key of an algorithm; the same key again stays used or unused."""
-    stored = hs.db.value(
-        "SELECT digest FROM fallback_keys WHERE device_nid = ? AND algorithm = ?",
-        (device_nid, key.algorithm),
-    )
-    if stored == key.digest:
-        return
-    hs.db.execute(
-        "INSERT OR REPLACE INTO fallback_keys VALUES (?, ?, ?, ?, ?, 0)",
-        (device_nid, key.algorithm, key.key_id, key.digest, key.body),
-    )
-    hs.keys.unused_fallbacks.pop(device_nid)
-
-
-def one_time_key_counts(hs: Homeserver, device_nid: DeviceNid | None) -> dict[str, int]:
-    """How many one-time keys wait, by algorithm.
-
-    Trap: the usual algorithm is named even at zero: clients that see no count upload no keys,
-    and nobody can write to them (synapse #10456).
-    """
-    if device_nid is None:
-        return {}
-    counts = hs.keys.counts.get(device_nid)
-    if counts is None:
-        rows = hs.db.all(
-            """
-            SELECT algorithm, COUNT(*)
-            FROM one_time_keys
-            WHERE device_nid = ?
-            GROUP BY algorithm
-            """,
-            (device_nid,),
-        )
-        counts = {SIGNED_KEY: 0, **dict(rows)}
-        hs.keys.counts.put(device_nid, counts)
-    return counts
-
-
-def unused_fallback_types(hs: Homeserver, device_nid: DeviceNid | None) -> list[str]:
-    """The algorithms whose fallback key was not handed out yet."""
-    if device_nid is None:
-        return []
-    unused = hs.keys.unused_fallbacks.get(device_nid)
-    if unused is None:
-        rows = hs.db.all(
-            "SELECT algorithm FROM fallback_keys WHERE device_nid = ? AND NOT used",
-            (device_nid,),
-        )
-        unused = [row[0] for row in rows]
-        hs.keys.unused_fallbacks.put(device_nid, unused)
-    return unused
-
-
-# ── 17.6  Querying and claiming ──────────────────────────────────────────────
-
-
-def group_by_server(hs: Homeserver, wanted: Json) -> tuple[Json, dict[str, list[str]]]:
-    """What is asked of local users, and the remote users by server; M_INVALID_PARAM for no user."""
-    local: Json = {}
-    remote: dict[str, list[str]] = {}
-    for user_id, value in wanted.items():
-        if not is_user_id(user_id):
-            raise invalid_param(f"{user_id[:80]!r} is no user id")
-        if hs.is_local(user_id):
-            local[user_id] = value
-        else:
-            remote.setdefault(server_of(user_id), []).append(user_id)
-    return local, remote
-
-
-def unreachable(remote: dict[str, list[str]]) -> Json:
-    """The `failures` of a query or claim."""
-    error = {"errcode": "M_UNREACHABLE", "error": "The server could not be reached"}
-    return dict.fromkeys(remote, error)
+    found = result["device_keys"][user_id] = {}
+    for device_id, body, name in rows:
+        if not wanted or device_id in wanted:
+            unsigned = {"device_display_name": name} if name else {}
+            device = with_signatures(body, signatures.get(device_id, {}))
+            found[device_id] = {**device, "unsigned": unsigned}
+    for usage, (public, body) in cross_signing_keys_of(hs, user_nid).items():
+        if usage != "user_signing" or user_nid == viewer_nid:
+            result[f"{usage}_keys"][user_id] = with_signatures(body, signatures.get(public, {}))
 
 
 @route(
@@ -13105,129 +12999,31 @@ def unreachable(remote: dict[str, list[str]]) -> Json:
     "/_matrix/client/v3/keys/query",
     auth=GUEST,
     also=("r0",),
-    body={"device_keys": dict, "timeout?": int},
+    body={"device_keys": {str: [str]}, "timeout?": int},
 )
 async def query_keys(hs: Homeserver, request: Request) -> Json:
     """Give the devices and cross-signing keys of users, with the signatures one may see.
 
     Spec: CS-API POST /keys/query.
     """
-    local, remote = group_by_server(hs, request.json["device_keys"])
-    for user_id, devices in local.items():
-        require_strings(devices, list, f"device_keys of {user_id}")
-    result: Json = {"failures": unreachable(remote), "device_keys": {}}
+    local, failures = split_by_server(hs, request.json["device_keys"])
+    result: Json = {"failures": failures, "device_keys": {}}
     result.update({f"{usage}_keys": {} for usage in USAGES})
-    for number, (user_id, devices) in enumerate(local.items(), 1):
+    for user_id, devices in local.items():
         user_nid = hs.db.find_user_nid(user_id)
         if user_nid is not None:
-            add_keys_of(hs, result, user_nid, request.user.nid, frozenset(devices))
-        if number % BATCH == 0:
-            await asyncio.sleep(0)
+            add_keys_of(hs, result, user_nid, request.user.nid, devices)
+        await asyncio.sleep(0)
     return result
 
 
-def add_keys_of(
-    hs: Homeserver, result: Json, user_nid: UserNid, viewer_nid: UserNid, devices: frozenset[str]
-) -> None:
-    """Put one local user's keys into the answer of a query."""
-    user_id = hs.db.user_id(user_nid)
-    signatures = visible_signatures(hs, user_nid, viewer_nid)
-    result["device_keys"][user_id] = device_keys_of(hs, user_nid, signatures, devices)
-    for usage, key in cross_signing_keys_of(hs, user_nid).items():
-        if usage != "user_signing" or user_nid == viewer_nid:
-            result[f"{usage}_keys"][user_id] = with_signatures(key.body, signatures.get(key.public))
-
-
-def device_keys_of(
-    hs: Homeserver, user_nid: UserNid, signatures: dict[str, Signatures], wanted: frozenset[str]
-) -> Json:
-    """The identity keys of a user's devices; of all when none is named."""
-    rows = hs.db.all(
-        """
-        SELECT device_keys.device_id, body, display_name
-        FROM device_keys
-        JOIN devices USING (device_nid)
-        WHERE device_keys.user_nid = ?
-        """,
-        (user_nid,),
-    )
-    found: Json = {}
-    for device_id, body, display_name in rows:
-        if wanted and device_id not in wanted:
-            continue
-        unsigned = {"device_display_name": display_name} if display_name else {}
-        found[device_id] = {
-            **with_signatures(body, signatures.get(device_id)),
-            "unsigned": unsigned,
-        }
-    return found
-
-
-def with_signatures(body: bytes, signatures: Signatures | None) -> Json:
-    """A stored key object with signatures put back."""
-    return {**json.loads(body), "signatures": signatures or {}}
-
-
-@route(
-    "POST",
-    "/_matrix/client/v3/keys/claim",
-    auth=GUEST,
-    also=("r0",),
-    body={"one_time_keys": dict, "timeout?": int},
-)
-async def claim_keys(hs: Homeserver, request: Request) -> Json:
-    """Hand out one-time keys, each to one caller only; else the fallback key.
-
-    Spec: CS-API POST /keys/claim. That a key is gone is on the disk before the answer leaves.
-    """
-    local, remote = group_by_server(hs, request.json["one_time_keys"])
-    for user_id, devices in local.items():
-        require_strings(devices, dict, f"one_time_keys of {user_id}")
-    found: Json = {}
-    for number, (user_id, devices) in enumerate(local.items(), 1):
-        claimed = claim_keys_of(hs, user_id, devices)
-        if claimed:
-            found[user_id] = claimed
-        if number % BATCH == 0:
-            await asyncio.sleep(0)
-    return {"failures": unreachable(remote), "one_time_keys": found}
-
-
-def claim_keys_of(hs: Homeserver, user_id: str, devices: dict[str, str]) -> Json:
-    """Take a key for each named device of one user, and tell the devices how many are left."""
-    user_nid = hs.db.find_user_nid(user_id)
-    found: Json = {}
-    if user_nid is None:
-        return found
-    with hs.db.write():
-        for device_id, algorithm in devices.items():
-            key = claim_key(hs, user_nid, device_id, algorithm)
-            if key is not None:
-                found[device_id] = key
-    return found
-
-
-def claim_key(hs: Homeserver, user_nid: UserNid, device_id: str, algorithm: str) -> Json | None:
-    """Take the oldest one-time key of a device, or its fallback key."""
-    device_nid = hs.db.value(
-        "SELECT device_nid FROM device_keys WHERE user_nid = ? AND device_id = ?",
-        (user_nid, device_id),
-    )
-    if device_nid is None:
-        return None
-    key = take_one_time_key(hs, device_nid, algorithm)
-    if key is not None or algorithm in unused_fallback_types(hs, device_nid):
-        hs.stream.stamp(KEY_COUNTS, user_nid)
-    return key or use_fallback_key(hs, device_nid, algorithm)
-
-
 def take_one_time_key(hs: Homeserver, device_nid: DeviceNid, algorithm: str) -> Json | None:
-    """Remove the one-time key that was uploaded first, and remember that it was handed out."""
+    """Hand out the one-time key that was uploaded first."""
     row = hs.db.one(
         """
-        SELECT key_nid, key_id, digest, body
+        SELECT key_nid, key_id, body
         FROM one_time_keys
-        WHERE device_nid = ? AND algorithm = ?
+        WHERE device_nid = ? AND algorithm = ? AND body IS NOT NULL
         ORDER BY key_nid
         LIMIT 1
         """,
@@ -13235,292 +13031,68 @@ def take_one_time_key(hs: Homeserver, device_nid: DeviceNid, algorithm: str) -> 
     )
     if row is None:
         return None
-    key_nid, key_id, digest, body = row
-    hs.db.execute("DELETE FROM one_time_keys WHERE key_nid = ?", (key_nid,))
-    hs.db.execute("INSERT OR IGNORE INTO claimed_keys VALUES (?, ?)", (device_nid, digest))
-    hs.keys.counts.pop(device_nid)
-    return {f"{algorithm}:{key_id}": json.loads(body)}
+    hs.db.execute("UPDATE one_time_keys SET body = NULL WHERE key_nid = ?", row[:1])
+    return {f"{algorithm}:{row[1]}": json.loads(row[2])}
 
 
 def use_fallback_key(hs: Homeserver, device_nid: DeviceNid, algorithm: str) -> Json | None:
     """The fallback key of a device, which stays, and is marked as used."""
-    row = hs.db.one(
-        """
-        SELECT key_id, body, used
-        FROM fallback_keys
-        WHERE device_nid = ? AND algorithm = ?
-        """,
-        (device_nid, algorithm),
-    )
+    key = (device_nid, algorithm)
+    query = "SELECT key_id, body FROM fallback_keys WHERE device_nid = ? AND algorithm = ?"
+    row = hs.db.one(query, key)
     if row is None:
         return None
-    if not row[2]:
-        hs.db.execute(
-            "UPDATE fallback_keys SET used = 1 WHERE device_nid = ? AND algorithm = ?",
-            (device_nid, algorithm),
-        )
-        hs.keys.unused_fallbacks.pop(device_nid)
+    if algorithm in unused_fallback_types(hs, device_nid):
+        update = "UPDATE fallback_keys SET used = 1 WHERE device_nid = ? AND algorithm = ?"
+        hs.db.execute(update, key)
     return {f"{algorithm}:{row[0]}": json.loads(row[1])}
 
 
-# ── 17.7  Cross-signing ──────────────────────────────────────────────────────
-
-USAGES: Final = ("master", "self_signing", "user_signing")
-
-
-class CrossSigningKey(NamedTuple):
-    """One of a user's three public keys, without its signatures."""
-
-    public: str
-    body: bytes
-
-    def signer(self, user_id: str) -> Signer:
-        """The key as one that signs."""
-        return Signer(user_id, self.public, self.public)
-
-    @classmethod
-    def parse(cls, user_id: str, usage: str, value: Json) -> CrossSigningKey:
-        """Check the shape of an uploaded key."""
-        require_owner(value, user_id=user_id)
-        require_strings(value.get("usage"), list, "usage")
-        require_strings(value.get("keys"), dict, "keys")
-        if usage not in value["usage"] or len(value["keys"]) != 1:
-            raise invalid_param(f"A {usage} key has one key, and {usage} in its usage")
-        ((key_id, public),) = value["keys"].items()
-        require_key(public, f"keys.{key_id[:80]}")
-        if key_id != f"ed25519:{public}":
-            raise invalid_param("A cross-signing key is named ed25519: and its own base64")
-        return cls(public, unsigned_body(value))
-
-
-def cross_signing_keys_of(hs: Homeserver, user_nid: UserNid) -> dict[str, CrossSigningKey]:
-    """The cross-signing keys of a user by usage."""
-    rows = hs.db.all(
-        "SELECT usage, public, body FROM cross_signing_keys WHERE user_nid = ?",
-        (user_nid,),
-    )
-    return {usage: CrossSigningKey(public, body) for usage, public, body in rows}
-
-
-class KeyTarget(NamedTuple):
-    """A key object that carries new signatures."""
-
-    user_nid: UserNid
-    name: str  # device id, or public key of a cross-signing key
-    value: Json
-
-
-def checked_signatures(
-    user: Requester, target: KeyTarget, signers: Iterable[Signer]
-) -> list[KeySignature]:
-    """The user's signatures on the target that are known and good; a wrong one raises.
-
-    Signatures of keys that the server does not know are left out: nobody could check them.
-    """
-    given = signatures_by(target.value, user.user_id)
-    known = [signer for signer in signers if signer.key_id in given]
-    for signer in known:
-        if not signer.signed(target.value):
-            raise bad_signature(f"The signature of {signer.key_id} is wrong")
-    return [
-        KeySignature(target.user_nid, target.name, user.nid, signer.key_id, given[signer.key_id])
-        for signer in known
-    ]
-
-
-def device_signers(hs: Homeserver, user_nid: UserNid) -> list[Signer]:
-    """The devices of a user that have published keys."""
-    rows = hs.db.all(
-        "SELECT device_id, ed25519 FROM device_keys WHERE user_nid = ?",
-        (user_nid,),
-    )
-    return [Signer(hs.db.user_id(user_nid), *row) for row in rows]
-
-
-class CrossSigningUpload(NamedTuple):
-    """Uploaded cross-signing keys that passed all checks."""
-
-    keys: dict[str, CrossSigningKey]
-    signatures: list[KeySignature]
-
-
-def check_cross_signing(hs: Homeserver, user: Requester, body: Json) -> CrossSigningUpload:
-    """Check uploaded cross-signing keys and their signatures against the newest master key."""
-    values = {usage: body[f"{usage}_key"] for usage in USAGES if f"{usage}_key" in body}
-    keys = {
-        usage: CrossSigningKey.parse(user.user_id, usage, value) for usage, value in values.items()
-    }
-    master = keys.get("master") or cross_signing_keys_of(hs, user.nid).get("master")
-    if master is None:
-        raise missing_param("There is no master key, neither here nor uploaded before")
-    refuse_shared_names(hs, user, {**keys, "master": master})
-    signers = {"master": device_signers(hs, user.nid)}
-    signatures: list[KeySignature] = []
-    for usage, value in values.items():
-        target = KeyTarget(user.nid, keys[usage].public, value)
-        found = checked_signatures(user, target, signers.get(usage, [master.signer(user.user_id)]))
-        if usage != "master" and not found:
-            raise bad_signature(f"The {usage} key must be signed by the master key")
-        signatures += found
-    return CrossSigningUpload(keys, signatures)
-
-
-def refuse_shared_names(hs: Homeserver, user: Requester, keys: dict[str, CrossSigningKey]) -> None:
-    """Raise 403 for cross-signing keys that are equal, or the same as a device id."""
-    names = {key.public for key in keys.values()}
-    rows = hs.db.all("SELECT device_id FROM devices WHERE user_nid = ?", (user.nid,))
-    if len(names) < len(keys) or not names.isdisjoint(row[0] for row in rows):
-        raise forbidden("A cross-signing key must differ from the others and from all device ids")
-
-
-@route(
-    "POST",
-    "/_matrix/client/v3/keys/device_signing/upload",
-    auth=USER,
-    also=("unstable",),
-    body={"master_key?": dict, "self_signing_key?": dict, "user_signing_key?": dict, "auth?": dict},
-)
-async def upload_cross_signing_keys(hs: Homeserver, request: Request) -> Json:
-    """Publish cross-signing keys; to replace keys, users prove once more who they are.
-
-    Spec: CS-API POST /keys/device_signing/upload. 400 M_INVALID_SIGNATURE, 403 M_FORBIDDEN for
-    a key that is also a device id.
-    """
-    user = request.user
-    upload = check_cross_signing(hs, user, request.json)
-    stored = cross_signing_keys_of(hs, user.nid)
-    is_new = any(stored.get(usage) != key for usage, key in upload.keys.items())
-    if is_new and "master" in stored and user.appservice is None:
-        await user_interactive_auth(hs, request)
-        upload = check_cross_signing(hs, user, request.json)
-    store_cross_signing(hs, user.nid, upload)
-    return {}
-
-
-def store_cross_signing(hs: Homeserver, user_nid: UserNid, upload: CrossSigningUpload) -> None:
-    """Keep uploaded keys; with another master key, what the old one signed goes."""
-    stored = cross_signing_keys_of(hs, user_nid)
-    changed = {usage: key for usage, key in upload.keys.items() if stored.get(usage) != key}
-    if not changed and all(has_signature(hs, each) for each in upload.signatures):
-        return
-    old = stored if "master" in changed else {u: stored[u] for u in changed if u in stored}
-    with hs.db.write():
-        for usage, key in old.items():
-            remove_cross_signing_key(hs, user_nid, usage, key, keep=upload.keys.get(usage))
-        for usage, key in upload.keys.items():
-            hs.db.execute(
-                "INSERT OR REPLACE INTO cross_signing_keys VALUES (?, ?, ?, ?)",
-                (user_nid, usage, key.public, key.body),
-            )
-        store_signatures(hs, upload.signatures, device_list_changed(hs, user_nid))
-
-
-def remove_cross_signing_key(
-    hs: Homeserver,
-    user_nid: UserNid,
-    usage: str,
-    key: CrossSigningKey,
-    keep: CrossSigningKey | None,
-) -> None:
-    """Drop a key, the signatures on it, and those made by it unless `keep` is the same key."""
-    remove_signatures(hs, user_nid, key.public)
-    hs.db.execute(
-        "DELETE FROM cross_signing_keys WHERE user_nid = ? AND usage = ?", (user_nid, usage)
-    )
-    if keep is None or keep.public != key.public:
-        remove_signatures_by(hs, user_nid, f"ed25519:{key.public}")
-
-
-# Who may sign what. Nothing else is stored.
-#
-#     signature on                     by
-#     a device of one's own            one's self-signing key
-#     one's own master key             one's devices
-#     somebody else's master key       one's user-signing key
-
-
-@route(
-    "POST",
-    "/_matrix/client/v3/keys/signatures/upload",
-    auth=USER,
-    also=("unstable",),
-    body=ANY_OBJECT,
-)
-async def upload_signatures(hs: Homeserver, request: Request) -> Json:
-    """Publish signatures on devices and master keys; what fails is answered for each key.
-
-    Spec: CS-API POST /keys/signatures/upload.
-    """
-    failures: Json = {}
-    for user_id, targets in request.json.items():
-        if not isinstance(targets, dict):
-            raise bad_json("The keys of a user must be an object")
-        accepted: list[KeySignature] = []
-        for name, value in targets.items():
-            try:
-                accepted += signatures_on(hs, request.user, user_id, name, value)
-            except MatrixError as error:
-                failures.setdefault(user_id, {})[name] = error.to_json()
-        add_signatures(hs, request.user.nid, accepted)
-        await asyncio.sleep(0)
-    return {"failures": failures}
-
-
-def signatures_on(
-    hs: Homeserver, user: Requester, user_id: str, name: str, value: object
-) -> list[KeySignature]:
-    """The good signatures on one signed key object, or why there is none."""
-    if not isinstance(value, dict):
-        raise bad_json("A signed key must be an object")
-    target_nid = hs.db.find_user_nid(user_id)
-    keys = {} if target_nid is None else cross_signing_keys_of(hs, target_nid)
-    is_master = "master" in keys and keys["master"].public == name
-    body = keys["master"].body if is_master else device_body(hs, user, user_id, name)
-    if target_nid is None or body is None:
-        raise not_found("There is no such key, or it is not for you to sign")
-    if unsigned_body(value) != body:
-        raise invalid_param("The signed object is not the key that was uploaded")
-    signers = allowed_signers(hs, user, target_nid, is_master=is_master)
-    found = checked_signatures(user, KeyTarget(target_nid, name, value), signers)
-    if not found:
-        raise bad_signature("There is no signature of a key that may sign this one")
-    return found
-
-
-def device_body(hs: Homeserver, user: Requester, user_id: str, device_id: str) -> bytes | None:
-    """The identity keys, as they are signed, of one of the user's own devices."""
-    if user_id != user.user_id:
+def claim_key(hs: Homeserver, user_nid: UserNid, device_id: str, algorithm: str) -> Json | None:
+    """Take the oldest one-time key of a device, or its fallback key; the device hears of it."""
+    device_nid = hs.accounts.find_device(user_nid, device_id)
+    if device_nid is None:
         return None
-    query = "SELECT body FROM device_keys WHERE user_nid = ? AND device_id = ?"
-    return cast("bytes | None", hs.db.value(query, (user.nid, device_id)))
+    counts, unused = key_counts(hs, device_nid)
+    key = take_one_time_key(hs, device_nid, algorithm) if counts.get(algorithm) else None
+    if key is not None or algorithm in unused:
+        hs.stream.stamp(KEY_COUNTS, user_nid)
+    key = key or use_fallback_key(hs, device_nid, algorithm)
+    hs.keys.counts.pop(device_nid)
+    return key
 
 
-def allowed_signers(
-    hs: Homeserver, user: Requester, target_nid: UserNid, *, is_master: bool
-) -> list[Signer]:
-    """Whose signatures are taken, from the table above."""
-    if is_master and target_nid == user.nid:
-        return device_signers(hs, user.nid)
-    key = cross_signing_keys_of(hs, user.nid).get("user_signing" if is_master else "self_signing")
-    return [] if key is None else [key.signer(user.user_id)]
+@route(
+    "POST",
+    "/_matrix/client/v3/keys/claim",
+    auth=GUEST,
+    also=("r0",),
+    body={"one_time_keys": {str: {str: str}}, "timeout?": int},
+)
+async def claim_keys(hs: Homeserver, request: Request) -> Json:
+    """Hand out one-time keys, each to one caller only; else the fallback key.
+
+    Spec: CS-API POST /keys/claim. That a key is gone is on the disk before the answer leaves.
+    """
+    local, failures = split_by_server(hs, request.json["one_time_keys"])
+    found: Json = {}
+    for user_id, devices in local.items():
+        user_nid = hs.db.find_user_nid(user_id)
+        if user_nid is None:
+            continue
+        with hs.db.write():
+            for device_id, algorithm in devices.items():
+                key = claim_key(hs, user_nid, device_id, algorithm)
+                if key is not None:
+                    found.setdefault(user_id, {})[device_id] = key
+        await asyncio.sleep(0)
+    return {"failures": failures, "one_time_keys": found}
 
 
-def add_signatures(hs: Homeserver, signer_nid: UserNid, signatures: list[KeySignature]) -> None:
-    """Keep new signatures; on one's own keys everyone hears of them, on others' only oneself."""
-    new = [each for each in signatures if not has_signature(hs, each)]
-    if not new:
-        return
-    with hs.db.write():
-        if any(each.target_nid == signer_nid for each in new):
-            pos = device_list_changed(hs, signer_nid)
-        else:
-            pos = hs.stream.stamp(KEY_COUNTS, signer_nid)
-        for target_nid in {each.target_nid for each in new} - {signer_nid}:
-            hs.keys.log(ListChange(pos, target_nid, viewer_nid=signer_nid))
-        store_signatures(hs, new, pos)
+# ── 17.6  Key backup: versions ───────────────────────────────────────────────
 
-
-# ── 17.8  Key backup: versions ───────────────────────────────────────────────
+ROOM_KEYS: Final = "/_matrix/client/v3/room_keys"
+OLD_PATHS: Final = ("r0", "unstable")
 
 
 class Backup(NamedTuple):
@@ -13537,12 +13109,6 @@ class Backup(NamedTuple):
         """What is answered to each change: clients see by the etag whether others wrote too."""
         return {"etag": str(self.etag), "count": self.sessions}
 
-    def to_json(self) -> Json:
-        """The description of the version."""
-        auth_data = json.loads(self.auth_data)
-        described = {"algorithm": self.algorithm, "auth_data": auth_data}
-        return {"version": str(self.version), **described, **self.counts()}
-
 
 def get_backup(hs: Homeserver, user_nid: UserNid, version: str | None = None) -> Backup:
     """A version of a user's backup, by default the newest; 404 when there is none."""
@@ -13552,24 +13118,15 @@ def get_backup(hs: Homeserver, user_nid: UserNid, version: str | None = None) ->
         FROM backups
         WHERE user_nid = :user
           AND NOT deleted
-          AND (:version IS NULL OR version = :version)
+          AND (:version IS NULL OR CAST(version AS TEXT) = :version)
         ORDER BY version DESC
+        LIMIT 1
         """,
-        {"user": user_nid, "version": version and version_number(version)},
+        {"user": user_nid, "version": version},
     )
     if row is None:
-        raise not_found(
-            "No current backup version" if version is None else "Unknown backup version"
-        )
+        raise not_found("There is no such version of the backup")
     return Backup(*row)
-
-
-def version_number(version: str) -> int:
-    """The number of a version, or one that no version has."""
-    return int(version) if VERSION_NUMBER.fullmatch(version) else -1
-
-
-VERSION_NUMBER = re.compile(r"[1-9][0-9]{0,15}", re.ASCII)
 
 
 def writable_backup(hs: Homeserver, user_nid: UserNid, version: str) -> Backup:
@@ -13584,47 +13141,44 @@ def writable_backup(hs: Homeserver, user_nid: UserNid, version: str) -> Backup:
 
 @route(
     "POST",
-    "/_matrix/client/v3/room_keys/version",
+    ROOM_KEYS + "/version",
     auth=USER,
-    also=("r0", "unstable"),
+    also=OLD_PATHS,
     body={"algorithm": str, "auth_data": dict},
 )
 async def create_backup(hs: Homeserver, request: Request) -> Json:
-    """Begin a new version of the key backup; a number is never used twice.
-
-    Spec: CS-API POST /room_keys/version.
-    """
+    """Begin a new version of the key backup.  Spec: CS-API POST /room_keys/version."""
     algorithm, user_nid = request.json["algorithm"], request.user.nid
     auth_data = bounded_json(request.json["auth_data"], "auth_data")
-    if not algorithm or byte_length(algorithm) > MAX_ID_BYTES:
-        raise invalid_param(f"algorithm has 1 to {MAX_ID_BYTES} bytes")
-    version = hs.db.value("SELECT MAX(version) FROM backups WHERE user_nid = ?", (user_nid,)) or 0
+    if byte_length(algorithm) > MAX_ID_BYTES:
+        raise invalid_param(f"algorithm has at most {MAX_ID_BYTES} bytes")
+    newest = hs.db.value("SELECT MAX(version) FROM backups WHERE user_nid = ?", (user_nid,))
+    version = (newest or 0) + 1
     with hs.db.write():
         hs.db.execute(
-            """
-            INSERT INTO backups (user_nid, version, algorithm, auth_data)
-            VALUES (?, ?, ?, ?)
-            """,
-            (user_nid, version + 1, algorithm, auth_data),
+            "INSERT INTO backups (user_nid, version, algorithm, auth_data) VALUES (?, ?, ?, ?)",
+            (user_nid, version, algorithm, auth_data),
         )
-    return {"version": str(version + 1)}
+    return {"version": str(version)}
 
 
-@route("GET", "/_matrix/client/v3/room_keys/version", auth=USER, also=("r0", "unstable"))
-@route("GET", "/_matrix/client/v3/room_keys/version/{version}", auth=USER, also=("r0", "unstable"))
+@route("GET", ROOM_KEYS + "/version", auth=USER, also=OLD_PATHS)
+@route("GET", ROOM_KEYS + "/version/{version}", auth=USER, also=OLD_PATHS)
 async def describe_backup(hs: Homeserver, request: Request, version: str | None = None) -> Json:
     """Describe a version of the key backup, by default the newest.
 
     Spec: CS-API GET /room_keys/version and /room_keys/version/{version}.
     """
-    return get_backup(hs, request.user.nid, version).to_json()
+    backup = get_backup(hs, request.user.nid, version)
+    described = {"algorithm": backup.algorithm, "auth_data": json.loads(backup.auth_data)}
+    return {"version": str(backup.version), **described, **backup.counts()}
 
 
 @route(
     "PUT",
-    "/_matrix/client/v3/room_keys/version/{version}",
+    ROOM_KEYS + "/version/{version}",
     auth=USER,
-    also=("r0", "unstable"),
+    also=OLD_PATHS,
     body={"algorithm": str, "auth_data": dict, "version?": str},
 )
 async def update_backup(hs: Homeserver, request: Request, version: str) -> Json:
@@ -13632,210 +13186,126 @@ async def update_backup(hs: Homeserver, request: Request, version: str) -> Json:
 
     Spec: CS-API PUT /room_keys/version/{version}.
     """
-    backup = get_backup(hs, request.user.nid, version)
-    if request.json["algorithm"] != backup.algorithm:
-        raise invalid_param("Algorithm does not match")
-    if request.json.get("version", version) != version:
-        raise invalid_param("The version in the body is not that of the path")
-    auth_data = bounded_json(request.json["auth_data"], "auth_data")
+    body, backup = request.json, get_backup(hs, request.user.nid, version)
+    if body["algorithm"] != backup.algorithm or body.get("version", version) != version:
+        raise invalid_param("The algorithm and the version must be those that the backup has")
+    auth_data = bounded_json(body["auth_data"], "auth_data")
     with hs.db.write():
         update = "UPDATE backups SET auth_data = ? WHERE backup_nid = ?"
         hs.db.execute(update, (auth_data, backup.nid))
     return {}
 
 
-@route(
-    "DELETE", "/_matrix/client/v3/room_keys/version/{version}", auth=USER, also=("r0", "unstable")
-)
+@route("DELETE", ROOM_KEYS + "/version/{version}", auth=USER, also=OLD_PATHS)
 async def delete_backup(hs: Homeserver, request: Request, version: str) -> Json:
     """Delete a version with all its keys; deleting it again is no error.
 
     Spec: CS-API DELETE /room_keys/version/{version}.
     """
-    backup_nid = hs.db.value(
-        "SELECT backup_nid FROM backups WHERE user_nid = ? AND version = ?",
-        (request.user.nid, version_number(version)),
-    )
+    query = "SELECT backup_nid FROM backups WHERE user_nid = ? AND CAST(version AS TEXT) = ?"
+    backup_nid = hs.db.value(query, (request.user.nid, version))
     if backup_nid is None:
-        raise not_found("Unknown backup version")
+        raise not_found("There is no such version of the backup")
     with hs.db.write():
         hs.db.execute("DELETE FROM backup_sessions WHERE backup_nid = ?", (backup_nid,))
-        hs.db.execute(
-            """
-            UPDATE backups
-            SET deleted = 1, sessions = 0, auth_data = '{}'
-            WHERE backup_nid = ?
-            """,
-            (backup_nid,),
-        )
+        update = "UPDATE backups SET deleted = 1, sessions = 0, auth_data = '' WHERE backup_nid = ?"
+        hs.db.execute(update, (backup_nid,))
     return {}
 
 
-# ── 17.9  Key backup: sessions ───────────────────────────────────────────────
+# ── 17.7  Key backup: sessions ───────────────────────────────────────────────
 #
 # All sessions of a version, those of a room, and a single one are each a span of the
 # table's key (room id, session id): one query reads them, one statement deletes them.
 
-Span = tuple[str, str, str, str]  # room and session where it begins, room and session where it ends
+SESSION: Final = {
+    "first_message_index": int,
+    "forwarded_count": int,
+    "is_verified": bool,
+    "session_data": dict,
+}
+ROOM_SESSIONS: Final = {"sessions": {str: SESSION}}
 LAST_ID = "\U0010ffff" * 64  # behind every id of at most 255 bytes
 
 
-def session_span(room_id: str | None, session_id: str | None) -> Span:
-    """The span of the whole backup, of a room, or of a session."""
-    begin, end = (room_id or "", session_id or ""), (room_id or LAST_ID, session_id or LAST_ID)
-    return (*begin, *end)
+def session_span(room_id: str | None, session_id: str | None = None) -> tuple[str, str, str, str]:
+    """Room and session where the backup, a room or a session begins, and where it ends."""
+    return (room_id or "", session_id or "", room_id or LAST_ID, session_id or LAST_ID)
 
 
-class SessionKey(NamedTuple):
-    """A backed up megolm session; in the order of the columns."""
-
-    room_id: str
-    session_id: str
-    first_message_index: int
-    forwarded_count: int
-    is_verified: bool
-    session_data: bytes
-
-    @classmethod
-    def parse(cls, room_id: str, session_id: str, value: object) -> SessionKey:
-        """Check one session of an upload."""
-        if not is_room_id(room_id) or not 0 < byte_length(session_id) <= MAX_ID_BYTES:
-            raise invalid_param("A session of a backup has a room id and a session id")
-        if not isinstance(value, dict):
-            raise bad_json("A session of a backup must be an object")
-        first, forwarded = value.get("first_message_index"), value.get("forwarded_count")
-        if not is_count(first) or not is_count(forwarded):
-            raise bad_json("first_message_index and forwarded_count must be integers from 0 on")
-        verified, data = value.get("is_verified"), value.get("session_data")
-        if not isinstance(verified, bool) or not isinstance(data, dict):
-            raise bad_json("is_verified must be a boolean, session_data an object")
-        raw = bounded_json(data, "session_data")
-        return cls(room_id, session_id, cast(int, first), cast(int, forwarded), verified, raw)
-
-    def to_bytes(self) -> bytes:
-        """The session as JSON; its data is the client's and is not parsed again."""
-        return (
-            b'{"first_message_index":%d,"forwarded_count":%d,"is_verified":%s,"session_data":%s}'
-        ) % (
-            self.first_message_index,
-            self.forwarded_count,
-            b"true" if self.is_verified else b"false",
-            self.session_data,
-        )
-
-
-def is_count(value: object) -> bool:
-    """Whether the value is an integer from 0 to 2^53 - 1."""
-    return is_canonical_int(value) and cast(int, value) >= 0
-
-
-def replaces(new: tuple[bool, int, int], old: tuple[bool, int, int]) -> bool:
-    """Whether a session replaces the stored one: (verified, first_message_index, forwarded_count).
+def session_rank(session: Json) -> tuple[bool, int, int]:
+    """The higher one of two uploads of a session stays.
 
     Spec: CS-API "Server-side key backups": verified before not, then the lower index, then the
     fewer hands it went through.
     """
-    return (new[0], -new[1], -new[2]) > (old[0], -old[1], -old[2])
+    verified: bool = session["is_verified"]
+    return verified, -session["first_message_index"], -session["forwarded_count"]
 
 
-def parse_sessions(body: Json, room_id: str | None, session_id: str | None) -> list[SessionKey]:
-    """The sessions of an upload: for several rooms, one room, or a single session."""
-    if room_id is not None and session_id is not None:
-        return [SessionKey.parse(room_id, session_id, body)]
-    rooms = body["rooms"] if room_id is None else {room_id: body}
-    found = []
-    for room, value in rooms.items():
-        sessions = value.get("sessions") if isinstance(value, dict) else None
-        if not isinstance(sessions, dict):
-            raise bad_json("Each room must be an object with sessions")
-        found += [SessionKey.parse(room, *item) for item in sessions.items()]
-    return found
+def parse_sessions(rooms: Json) -> list[tuple[str, str, bytes]]:
+    """The sessions of an upload: room id, session id, body."""
+    rows = []
+    for room_id, room in rooms.items():
+        for session_id, session in room["sessions"].items():
+            if max(byte_length(room_id), byte_length(session_id)) > MAX_ID_BYTES:
+                raise invalid_param(f"Ids have at most {MAX_ID_BYTES} bytes")
+            rows.append((room_id, session_id, bounded_json(session, "A session")))
+    return rows
 
 
-def require_version(request: Request) -> str:
-    """The `version` in the query string, or M_MISSING_PARAM."""
-    version = request.arg("version")
-    if not version:
-        raise missing_param("The query parameter version is missing")
-    return version
-
-
-def store_session(hs: Homeserver, backup_nid: int, session: SessionKey) -> None:
-    """Store one session unless the stored one is as good."""
-    stored = hs.db.one(
+def store_sessions(hs: Homeserver, backup_nid: int, rows: list[tuple[str, str, bytes]]) -> None:
+    """Store each session that is better than what is there."""
+    added = changed = 0
+    for room_id, session_id, body in rows:
+        key = (backup_nid, room_id, session_id)
+        query = """
+            SELECT body
+            FROM backup_sessions
+            WHERE backup_nid = ? AND room_id = ? AND session_id = ?
         """
-        SELECT is_verified, first_message_index, forwarded_count
-        FROM backup_sessions
-        WHERE backup_nid = ? AND room_id = ? AND session_id = ?
-        """,
-        (backup_nid, session.room_id, session.session_id),
-    )
-    new = (session.is_verified, session.first_message_index, session.forwarded_count)
-    if stored is None or replaces(new, stored):
-        hs.db.execute(
-            "INSERT OR REPLACE INTO backup_sessions VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (backup_nid, *session),
-        )
-        count_sessions(hs, backup_nid, 1 if stored is None else 0)
+        stored = hs.db.value(query, key)
+        if stored is None or session_rank(json.loads(body)) > session_rank(json.loads(stored)):
+            insert = "INSERT OR REPLACE INTO backup_sessions VALUES (?, ?, ?, ?)"
+            hs.db.execute(insert, (*key, body))
+            changed += 1
+            added += stored is None
+    if changed:
+        update = "UPDATE backups SET sessions = sessions + ?, etag = etag + 1 WHERE backup_nid = ?"
+        hs.db.execute(update, (added, backup_nid))
 
 
-def count_sessions(hs: Homeserver, backup_nid: int, added: int) -> None:
-    """Keep the count of a backup, and change its etag."""
-    hs.db.execute(
-        """
-        UPDATE backups
-        SET sessions = sessions + ?, etag = etag + 1
-        WHERE backup_nid = ?
-        """,
-        (added, backup_nid),
-    )
+SESSIONS_OF_ROOM: Final = ROOM_KEYS + "/keys/{room_id}"
+ONE_SESSION: Final = SESSIONS_OF_ROOM + "/{session_id}"
 
 
-@route(
-    "PUT",
-    "/_matrix/client/v3/room_keys/keys",
-    auth=USER,
-    also=("r0", "unstable"),
-    body={"rooms": dict},
-)
-@route(
-    "PUT",
-    "/_matrix/client/v3/room_keys/keys/{room_id}",
-    auth=USER,
-    also=("r0", "unstable"),
-    body={"sessions": dict},
-)
-@route(
-    "PUT",
-    "/_matrix/client/v3/room_keys/keys/{room_id}/{session_id}",
-    auth=USER,
-    also=("r0", "unstable"),
-    body=ANY_OBJECT,
-)
+@route("PUT", ROOM_KEYS + "/keys", auth=USER, also=OLD_PATHS, body={"rooms": {str: ROOM_SESSIONS}})
+@route("PUT", SESSIONS_OF_ROOM, auth=USER, also=OLD_PATHS, body=ROOM_SESSIONS)
+@route("PUT", ONE_SESSION, auth=USER, also=OLD_PATHS, body=SESSION)
 async def put_sessions(
     hs: Homeserver, request: Request, room_id: str | None = None, session_id: str | None = None
 ) -> Json:
-    """Store sessions in the newest version, each if it is better than what is there.
-
-    Spec: CS-API PUT /room_keys/keys and below. 403 M_WRONG_ROOM_KEYS_VERSION.
-    """
-    version, user_nid = require_version(request), request.user.nid
-    sessions = parse_sessions(request.json, room_id, session_id)
-    backup = writable_backup(hs, user_nid, version)
+    """Store sessions in the newest version.  Spec: CS-API PUT /room_keys/keys and below."""
+    version, body = required_arg(request, "version"), request.json
+    if session_id is not None:
+        body = {"sessions": {session_id: body}}
+    sessions = parse_sessions(body["rooms"] if room_id is None else {room_id: body})
+    backup = writable_backup(hs, request.user.nid, version)
     for start in range(0, len(sessions), BATCH):
-        backup = writable_backup(hs, user_nid, version)
         with hs.db.write():
-            for session in sessions[start : start + BATCH]:
-                store_session(hs, backup.nid, session)
+            store_sessions(hs, backup.nid, sessions[start : start + BATCH])
         await asyncio.sleep(0)
-    return get_backup(hs, user_nid, version).counts()
+        backup = writable_backup(hs, request.user.nid, version)
+    return backup.counts()
 
 
-def sessions_in(hs: Homeserver, backup: Backup, span: Span) -> list[SessionKey]:
+def read_sessions(
+    hs: Homeserver, backup: Backup, span: tuple[str, str, str, str]
+) -> list[tuple[str, str, bytes]]:
     """The first sessions of a span, in the order of rooms and sessions."""
-    rows = hs.db.execute(
+    return hs.db.all(
         """
-        SELECT room_id, session_id, first_message_index, forwarded_count, is_verified, session_data
+        SELECT room_id, session_id, body
         FROM backup_sessions
         WHERE backup_nid = ?
           AND (room_id, session_id) >= (?, ?)
@@ -13845,88 +13315,55 @@ def sessions_in(hs: Homeserver, backup: Backup, span: Span) -> list[SessionKey]:
         """,
         (backup.nid, *span, BATCH),
     )
-    return [SessionKey(*row) for row in rows]
 
 
-async def session_pages(
-    hs: Homeserver, backup: Backup, room_id: str | None
-) -> AsyncIterator[list[SessionKey]]:
-    """The sessions of a backup or of one of its rooms, as many at a time as the loop can bear."""
-    room, session, *end = session_span(room_id, None)
-    while page := sessions_in(hs, backup, (room, session, end[0], end[1])):
-        yield page
-        room, session = page[-1].room_id, page[-1].session_id + "\0"  # what comes next
-        await asyncio.sleep(0)
-
-
-async def rooms_as_json(hs: Homeserver, backup: Backup) -> AsyncIterator[bytes]:
-    """The whole backup in pieces: ten years of keys need not fit into memory."""
-    room_id = None
-    yield b'{"rooms":{'
-    async for page in session_pages(hs, backup, None):
+async def sessions_as_json(
+    hs: Homeserver, backup: Backup, only_room: str | None
+) -> AsyncIterator[bytes]:
+    """A backup or one of its rooms in pieces: ten years of keys need not fit into memory."""
+    room, session, *end = session_span(only_room)
+    yield b'{"rooms":{' if only_room is None else b'{"sessions":{'
+    before = None  # the room of the session before
+    while page := read_sessions(hs, backup, (room, session, *end)):
         pieces = []
-        for session in page:
-            if session.room_id == room_id:
+        for room, session, body in page:
+            if room == before:
                 pieces.append(b",")
-            else:
-                pieces.append(b"}}," if room_id is not None else b"")
-                pieces.append(b'%s:{"sessions":{' % encode_json(session.room_id))
-                room_id = session.room_id
-            pieces.append(session_member(session))
+            elif only_room is None:
+                pieces.append(b"" if before is None else b"}},")
+                pieces.append(b'%s:{"sessions":{' % encode_json(room))
+            before = room
+            pieces.append(b"%s:%s" % (encode_json(session), body))
         yield b"".join(pieces)
-    yield b"}}" if room_id is None else b"}}}}"
+        session += "\0"  # what comes next
+        await asyncio.sleep(0)
+    yield b"}}" if only_room is not None or before is None else b"}}}}"
 
 
-async def room_as_json(hs: Homeserver, backup: Backup, room_id: str) -> AsyncIterator[bytes]:
-    """The sessions of one room in pieces."""
-    separator = b'{"sessions":{'
-    async for page in session_pages(hs, backup, room_id):
-        yield separator + b",".join(map(session_member, page))
-        separator = b","
-    yield b"}}" if separator == b"," else separator + b"}}"
-
-
-def session_member(session: SessionKey) -> bytes:
-    """A session as a member of a JSON object."""
-    return b"%s:%s" % (encode_json(session.session_id), session.to_bytes())
-
-
-@route("GET", "/_matrix/client/v3/room_keys/keys", auth=USER, also=("r0", "unstable"))
-@route("GET", "/_matrix/client/v3/room_keys/keys/{room_id}", auth=USER, also=("r0", "unstable"))
+@route("GET", ROOM_KEYS + "/keys", auth=USER, also=OLD_PATHS)
+@route("GET", SESSIONS_OF_ROOM, auth=USER, also=OLD_PATHS)
 async def get_sessions(hs: Homeserver, request: Request, room_id: str | None = None) -> Response:
     """Give all sessions of a version, or those of one room.
 
     Spec: CS-API GET /room_keys/keys and /room_keys/keys/{roomId}.
     """
-    backup = get_backup(hs, request.user.nid, require_version(request))
-    if room_id is None:
-        return Response(body=rooms_as_json(hs, backup))
-    return Response(body=room_as_json(hs, backup, room_id))
+    backup = get_backup(hs, request.user.nid, required_arg(request, "version"))
+    return Response(body=sessions_as_json(hs, backup, room_id))
 
 
-@route(
-    "GET",
-    "/_matrix/client/v3/room_keys/keys/{room_id}/{session_id}",
-    auth=USER,
-    also=("r0", "unstable"),
-)
+@route("GET", ONE_SESSION, auth=USER, also=OLD_PATHS)
 async def get_session(hs: Homeserver, request: Request, room_id: str, session_id: str) -> Response:
     """Give one session.  Spec: CS-API GET /room_keys/keys/{roomId}/{sessionId}."""
-    backup = get_backup(hs, request.user.nid, require_version(request))
-    found = sessions_in(hs, backup, session_span(room_id, session_id))
+    backup = get_backup(hs, request.user.nid, required_arg(request, "version"))
+    found = read_sessions(hs, backup, session_span(room_id, session_id))
     if not found:
-        raise not_found("Key not found.")
-    return Response(body=found[0].to_bytes())
+        raise not_found("The backup has no such session")
+    return Response(body=found[0][2])
 
 
-@route("DELETE", "/_matrix/client/v3/room_keys/keys", auth=USER, also=("r0", "unstable"))
-@route("DELETE", "/_matrix/client/v3/room_keys/keys/{room_id}", auth=USER, also=("r0", "unstable"))
-@route(
-    "DELETE",
-    "/_matrix/client/v3/room_keys/keys/{room_id}/{session_id}",
-    auth=USER,
-    also=("r0", "unstable"),
-)
+@route("DELETE", ROOM_KEYS + "/keys", auth=USER, also=OLD_PATHS)
+@route("DELETE", SESSIONS_OF_ROOM, auth=USER, also=OLD_PATHS)
+@route("DELETE", ONE_SESSION, auth=USER, also=OLD_PATHS)
 async def delete_sessions(
     hs: Homeserver, request: Request, room_id: str | None = None, session_id: str | None = None
 ) -> Json:
@@ -13934,7 +13371,7 @@ async def delete_sessions(
 
     Spec: CS-API DELETE /room_keys/keys and below.
     """
-    version, user_nid = require_version(request), request.user.nid
+    version, user_nid = required_arg(request, "version"), request.user.nid
     backup = get_backup(hs, user_nid, version)
     with hs.db.write():
         deleted = hs.db.execute(
@@ -13947,17 +13384,22 @@ async def delete_sessions(
             (backup.nid, *session_span(room_id, session_id)),
         ).rowcount
         if deleted:
-            count_sessions(hs, backup.nid, -deleted)
+            hs.db.execute(
+                "UPDATE backups SET sessions = sessions - ?, etag = etag + 1 WHERE backup_nid = ?",
+                (deleted, backup.nid),
+            )
     return get_backup(hs, user_nid, version).counts()
 
 
-# ── 17.10  To-device messages ────────────────────────────────────────────────
+# ── 17.8  To-device messages ─────────────────────────────────────────────────
 #
 # A message waits in the queue of its device until that device syncs with a token
 # behind it: the token says that the answer which carried the message arrived. So
 # an answer that was lost is given again, and nothing comes twice to a client that
 # goes on from the token it has. A full queue refuses the newest message: what waits
 # was promised, and the oldest are the keys to the messages that are read first.
+
+MESSAGE_OVERHEAD = 200  # bytes that a waiting message takes besides its content
 
 
 def queue_of(hs: Homeserver, device_nid: DeviceNid) -> Queue:
@@ -13966,20 +13408,15 @@ def queue_of(hs: Homeserver, device_nid: DeviceNid) -> Queue:
     if queue is None:
         row = hs.db.one(
             """
-            SELECT COUNT(*), IFNULL(SUM(LENGTH(content)), 0), IFNULL(MAX(pos), 0)
+            SELECT IFNULL(SUM(LENGTH(content) + :overhead), 0), IFNULL(MAX(pos), 0)
             FROM to_device
-            WHERE device_nid = ?
+            WHERE device_nid = :device
             """,
-            (device_nid,),
+            {"device": device_nid, "overhead": MESSAGE_OVERHEAD},
         )
         queue = Queue(*row)
         hs.keys.queues.put(device_nid, queue)
     return queue
-
-
-def has_to_device(hs: Homeserver, device_nid: DeviceNid | None, since: int) -> bool:
-    """Whether a message waits behind a position; asks memory alone."""
-    return device_nid is not None and queue_of(hs, device_nid).last > since
 
 
 def queue_to_device(
@@ -13990,33 +13427,19 @@ def queue_to_device(
     messages: Mapping[DeviceNid, bytes],
 ) -> None:
     """Put one message into the queue of each device of a local user; inside a write block."""
-    room = {nid: raw for nid, raw in messages.items() if has_space(hs, nid, len(raw))}
-    if not room:
-        return
     pos = hs.stream.stamp(TO_DEVICE, user_nid)
-    for device_nid, raw in room.items():
-        hs.db.execute(
-            "INSERT INTO to_device VALUES (?, ?, ?, ?, ?)",
-            (device_nid, pos, sender_nid, event_type, raw),
-        )
+    for device_nid, raw in messages.items():
         queue = queue_of(hs, device_nid)
-        now = queue if queue.last == pos else Queue(queue.messages + 1, queue.size + len(raw), pos)
-        hs.keys.queues.put(device_nid, now)
-
-
-def has_space(hs: Homeserver, device_nid: DeviceNid, size: int) -> bool:
-    """Whether a device's queue takes one more message; the log says when it stops to."""
-    queue = queue_of(hs, device_nid)
-    if queue.messages < MAX_QUEUED_MESSAGES and queue.size + size <= MAX_QUEUED_BYTES:
-        return True
-    log_keys.warning(
-        "a message to device %d is dropped: %d messages with %d bytes wait for it already; "
-        "its owner should delete a device that is not used any more",
-        device_nid,
-        queue.messages,
-        queue.size,
-    )
-    return False
+        size = queue.size + len(raw) + MESSAGE_OVERHEAD
+        if size <= MAX_QUEUE_BYTES:
+            row = (device_nid, pos, sender_nid, event_type, raw)
+            hs.db.execute("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", row)
+            queue = Queue(size, pos)
+        elif not queue.full:
+            text = "the queue of device %d of %s is full (%d bytes): is the device in use?"
+            log_keys.warning(text, device_nid, hs.db.user_id(user_nid), queue.size)
+            queue = queue._replace(full=True)
+        hs.keys.queues.put(device_nid, queue)
 
 
 def to_device_messages(
@@ -14028,7 +13451,7 @@ def to_device_messages(
     beyond it.  Spec: CS-API "Send-to-Device messaging", server behaviour.
     """
     device_nid = requester.device_nid
-    if device_nid is None or not has_to_device(hs, device_nid, since):
+    if device_nid is None or queue_of(hs, device_nid).last <= since:
         return [], upto
     rows = hs.db.all(
         """
@@ -14050,72 +13473,15 @@ def to_device_messages(
 def acknowledge_to_device(hs: Homeserver, requester: Requester, since: int) -> None:
     """Delete what the device has received: it came back with the token that ended that answer."""
     device_nid = requester.device_nid
-    if device_nid is None:
+    if device_nid is None or not queue_of(hs, device_nid).size:
         return
-    queue = queue_of(hs, device_nid)
-    if not queue.messages:
-        return
-    received, size = hs.db.one(
-        """
-        SELECT COUNT(*), IFNULL(SUM(LENGTH(content)), 0)
-        FROM to_device
-        WHERE device_nid = ? AND pos <= ?
-        """,
-        (device_nid, since),
-    )
-    if not received:
+    received = "SELECT 1 FROM to_device WHERE device_nid = ? AND pos <= ?"
+    if hs.db.value(received, (device_nid, since)) is None:
         return
     with hs.db.write():
-        hs.db.execute(
-            "DELETE FROM to_device WHERE device_nid = ? AND pos <= ?", (device_nid, since)
-        )
-    left = Queue(queue.messages - received, queue.size - size, queue.last)
-    hs.keys.queues.put(device_nid, left)
-
-
-@route(
-    "PUT",
-    "/_matrix/client/v3/sendToDevice/{event_type}/{txn_id}",
-    auth=GUEST,
-    also=("r0", "unstable"),
-    body={"messages": dict},
-)
-async def send_to_device(hs: Homeserver, request: Request, event_type: str, txn_id: str) -> Json:
-    """Send messages to devices; devices that do not exist are passed over.
-
-    Spec: CS-API PUT /sendToDevice/{eventType}/{txnId}. 413 M_TOO_LARGE for a message over
-    65,536 bytes, 400 M_BAD_JSON for one with numbers that no server could sign.
-    """
-    scope = f"sendToDevice/{event_type}"
-    if byte_length(event_type) > MAX_ID_BYTES:
-        raise invalid_param(f"An event type has at most {MAX_ID_BYTES} bytes")
-    messages = {
-        user: encoded_messages(user, devices) for user, devices in request.json["messages"].items()
-    }
-    if repeated_transaction(hs, request.user, scope, txn_id) is not None:
-        return {}
-    with hs.db.write():
-        for user_id, contents in messages.items():
-            user_nid = hs.db.find_user_nid(user_id) if hs.is_local(user_id) else None
-            if user_nid is not None:
-                addressed = addressed_devices(hs, user_nid, contents)
-                queue_to_device(hs, request.user.nid, event_type, user_nid, addressed)
-        record_transaction(hs, request.user, scope, txn_id, "{}")
-    return {}
-
-
-def encoded_messages(user_id: str, devices: object) -> dict[str, bytes]:
-    """The messages to one user by device id, each as canonical JSON."""
-    if not is_user_id(user_id):
-        raise invalid_param(f"{user_id[:80]!r} is no user id")
-    if not isinstance(devices, dict):
-        raise bad_json("The messages to a user must be an object")
-    encoded = {}
-    for device_id, content in devices.items():
-        if not isinstance(content, dict):
-            raise bad_json("A message must be an object")
-        encoded[device_id] = bounded_json(content, "A message")
-    return encoded
+        delete = "DELETE FROM to_device WHERE device_nid = ? AND pos <= ?"
+        hs.db.execute(delete, (device_nid, since))
+    hs.keys.queues.pop(device_nid)
 
 
 def addressed_devices(
@@ -14128,39 +13494,56 @@ def addressed_devices(
     return {nid: raw for nid, raw in found.items() if raw is not None}
 
 
-# ── 17.11  Devices and accounts that go away ─────────────────────────────────
+@route(
+    "PUT",
+    "/_matrix/client/v3/sendToDevice/{event_type}/{txn_id}",
+    auth=GUEST,
+    also=OLD_PATHS,
+    body={"messages": {str: {str: dict}}},
+)
+async def send_to_device(hs: Homeserver, request: Request, event_type: str, txn_id: str) -> Json:
+    """Send messages to devices; devices that do not exist are passed over.
+
+    Spec: CS-API PUT /sendToDevice/{eventType}/{txnId}.
+    """
+    if byte_length(event_type) > MAX_ID_BYTES:
+        raise invalid_param(f"An event type has at most {MAX_ID_BYTES} bytes")
+    messages = {
+        user_id: {device: bounded_json(content, "A message") for device, content in named.items()}
+        for user_id, named in request.json["messages"].items()
+    }
+    scope = f"sendToDevice/{event_type}"
+    if repeated_transaction(hs, request.user, scope, txn_id) is not None:
+        return {}
+    with hs.db.write():
+        for user_id, contents in messages.items():
+            user_nid = hs.db.find_user_nid(user_id) if hs.is_local(user_id) else None
+            if user_nid is not None:
+                addressed = addressed_devices(hs, user_nid, contents)
+                queue_to_device(hs, request.user.nid, event_type, user_nid, addressed)
+        record_transaction(hs, request.user, scope, txn_id, "{}")
+    return {}
 
 
-def remove_device_keys(
-    hs: Homeserver, user_nid: UserNid, device_nid: DeviceNid, device_id: str
-) -> None:
-    """Drop all keys of a device, and the signatures on and by it."""
-    hs.db.execute("DELETE FROM device_keys WHERE device_nid = ?", (device_nid,))
-    hs.db.execute("DELETE FROM one_time_keys WHERE device_nid = ?", (device_nid,))
-    hs.db.execute("DELETE FROM claimed_keys WHERE device_nid = ?", (device_nid,))
-    hs.db.execute("DELETE FROM fallback_keys WHERE device_nid = ?", (device_nid,))
-    remove_signatures(hs, user_nid, device_id)
-    remove_signatures_by(hs, user_nid, f"ed25519:{device_id}")
-    hs.keys.forget_device(device_nid)
+# ── 17.9  Devices and accounts that go away ──────────────────────────────────
 
 
 def device_removed(
     hs: Homeserver, user_nid: UserNid, device_nid: DeviceNid, device_id: str
 ) -> None:
     """Subscriber of the accounts: a device is gone, and with it its keys and its queue."""
-    had_keys = stored_identity(hs, device_nid) is not None
+    had_keys = device_keys_body(hs, device_nid) is not None
     with hs.db.write():
-        remove_device_keys(hs, user_nid, device_nid, device_id)
+        forget_device_keys(hs, user_nid, device_nid, device_id)
         hs.db.execute("DELETE FROM to_device WHERE device_nid = ?", (device_nid,))
+        hs.keys.queues.pop(device_nid)
         if had_keys:
             device_list_changed(hs, user_nid)
 
 
-def device_renamed(
-    hs: Homeserver, user_nid: UserNid, device_nid: DeviceNid, device_id: str
-) -> None:
+def device_renamed(hs: Homeserver, user_nid: UserNid, device_nid: DeviceNid, _: str) -> None:
     """Subscriber of the accounts: the display name is part of what a key query answers."""
-    if stored_identity(hs, device_nid) is not None:
+    if device_keys_body(hs, device_nid) is not None:
         with hs.db.write():
             device_list_changed(hs, user_nid)
 
@@ -14168,8 +13551,9 @@ def device_renamed(
 def account_deactivated(hs: Homeserver, user_nid: UserNid) -> None:
     """Subscriber of the accounts: nobody will need these keys and backups again."""
     with hs.db.write():
-        for usage, key in cross_signing_keys_of(hs, user_nid).items():
-            remove_cross_signing_key(hs, user_nid, usage, key, keep=None)
+        for key in cross_signing_keys_of(hs, user_nid).values():
+            forget_signatures(hs, user_nid, key.public)
+        hs.db.execute("DELETE FROM cross_signing_keys WHERE user_nid = ?", (user_nid,))
         hs.db.execute(
             """
             DELETE FROM backup_sessions
@@ -14182,22 +13566,14 @@ def account_deactivated(hs: Homeserver, user_nid: UserNid) -> None:
 
 
 invariant(
-    "keys of devices that are gone",
+    "keys of and messages for devices that are gone",
     """
     SELECT device_nid FROM device_keys
     UNION SELECT device_nid FROM one_time_keys
     UNION SELECT device_nid FROM fallback_keys
-    UNION SELECT device_nid FROM claimed_keys
+    UNION SELECT device_nid FROM to_device
     EXCEPT SELECT device_nid FROM devices
     """,
-)
-invariant(
-    "one-time keys that were handed out and wait again",
-    "SELECT key_nid FROM one_time_keys JOIN claimed_keys USING (device_nid, digest)",
-)
-invariant(
-    "to-device messages for devices that are gone",
-    "SELECT device_nid FROM to_device EXCEPT SELECT device_nid FROM devices",
 )
 invariant(
     "key backups that count their sessions wrongly",
@@ -14486,9 +13862,9 @@ def changed_state(
     before = None if since is None else rooms.event_at(room, since)
     if before is None or before.state_group is None:
         whole = last.state_group == room.group
-        state = dict(room.state) if whole else rooms.named_state(rooms.groups.read(last.state_group))
+        state = dict(room.state) if whole else rooms.groups.named(rooms.groups.read(last.state_group))
     else:
-        state = rooms.named_state(rooms.groups.difference(before.state_group, last.state_group))
+        state = rooms.groups.named(rooms.groups.difference(before.state_group, last.state_group))
     if point is not None and point.is_state and state.get(point.key) == point.nid:
         del state[point.key]  # the timeline brings it; what was there before may be new as well
         if point.replaces is not None and (before is None or point.replaces > before.nid):
@@ -14567,7 +13943,11 @@ def joined_section(
         timeline = timeline_of(ask, room, since, ask.upto)
         state = state_section(ask, room, None if ask.full_state else since, timeline, ask.upto)
     ephemeral = ephemeral_events(ask, room, since, changes)
-    receipts_moved = changes is not None and room.nid in changes.receipts
+    receipts_moved = (
+        changes is not None
+        and room.nid in changes.receipts
+        and own_receipt_moved(ask.hs, room.nid, ask.nid, since or 0)
+    )
     if not (fresh or timeline.events or state or ephemeral or data or receipts_moved):
         return None
     section: Json = {
@@ -14743,7 +14123,7 @@ async def sync_once(ask: SyncRequest) -> tuple[Json, bool]:
         add_events(result, "account_data", account_data_events(ask))
     if kinds is None or PRESENCE in kinds or (changes is not None and changes.rooms):
         add_events(result, "presence", presence_events(ask))
-    acknowledged = add_to_device(ask, result) if kinds is None or TO_DEVICE in kinds else ask.upto
+    acknowledged = add_to_device(ask, result)  # always: more may wait than the last answer took
     if since is not None:
         add_device_lists(ask, result, since)
     is_news = bool(result) or (kinds is not None and KEY_COUNTS in kinds)
@@ -14838,12 +14218,15 @@ def sync_filter(hs: Homeserver, request: Request) -> SyncFilter:
 #                                           spec: CS-API "Content repository"
 # ═════════════════════════════════════════════════════════════════════════════
 
+MEDIA_FOLDER = "media"
 MEDIA_ID = re.compile(r"[0-9A-Za-z_-]{1,255}")
 UPLOAD_CHUNK = 128 * 1024  # bytes gathered before they go to the disk in a thread
 UPLOAD_LIFETIME = 24 * 3600 * 1000  # milliseconds from create to the last chance to upload
 PENDING_UPLOADS = 50  # media ids that one user may hold without having uploaded
-UPLOAD_WAIT_DEFAULT = 20_000  # milliseconds that a download waits for an upload
-UPLOAD_WAIT_MAX = 60_000
+NEW_MEDIA = "/_matrix/client/v1/media/"
+OLD_MEDIA = "/_matrix/media/v3/"
+OLD_VERSIONS = ("r0", "v1")
+ONE_FILE = "{server}/{media_id}"
 
 schema("""
 CREATE TABLE media (
@@ -14860,102 +14243,29 @@ CREATE TABLE media (
 );
 CREATE INDEX media_by_hash ON media (sha256);
 CREATE INDEX media_pending ON media (expires_ts) WHERE expires_ts IS NOT NULL;
-CREATE INDEX media_pending_of ON media (user_nid, expires_ts) WHERE expires_ts IS NOT NULL;
 """)
 
 invariant(
     "media rows that are neither uploaded nor waiting for an upload",
-    """
-    SELECT media_id
-    FROM media
-    WHERE (sha256 IS NULL) = (expires_ts IS NULL)
-    """,
+    "SELECT media_id FROM media WHERE (sha256 IS NULL) = (expires_ts IS NULL)",
 )
 
 log_media = logging.getLogger("conduit.media")
 
 
 class MediaRow(NamedTuple):
-    """What is known of one media id."""
+    """What is known of one media id; without a hash it waits for its upload."""
 
     nid: int
     user_nid: UserNid
-    sha256: str | None
-    size: int | None
-    content_type: str | None
+    sha256: str  # empty until uploaded
+    content_type: str
     filename: str | None
-    expires_ts: int | None
 
 
-class StoredFile(NamedTuple):
-    """A file that is complete and on the disk."""
-
-    sha256: str
-    size: int
-
+StoredUpload = tuple[str, int, str, str | None]  # SHA-256, size, type, name
 
 # ── 19.1  Receiving a file ───────────────────────────────────────────────────
-
-
-def open_private(path: Path) -> io.FileIO:
-    """Make a new file that only the server's user can read."""
-    return io.FileIO(path, "wb", opener=lambda name, flags: os.open(name, flags | os.O_EXCL, 0o600))
-
-
-def make_durable_folder(folder: Path) -> None:
-    """Make a folder and its entry in the parent so that they outlive a power cut."""
-    if not folder.is_dir():
-        folder.mkdir(mode=0o700, exist_ok=True)
-        sync_path(folder.parent)
-
-
-def write_all(handle: io.FileIO, data: bytes | bytearray) -> None:
-    """Write every byte; an unbuffered file may take fewer at a time."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[handle.write(rest) :]
-
-
-async def receive_file(hs: Homeserver, chunks: AsyncIterator[bytes]) -> StoredFile:
-    """Store a body of unknown length in constant memory; complete and synced, or no trace of it.
-
-    Raises 413 M_TOO_LARGE beyond max_request_size, 507 when the disk is full.
-    """
-    incoming = IncomingFile(hs.media.temporary_path())
-    try:
-        rest = await receive_chunks(hs, incoming, chunks)
-        return await hs.db.in_thread(incoming.finish, rest, hs.media.folder)
-    except OSError as error:
-        raise not_stored(error) from error
-    finally:
-        if not incoming.over:
-            hs.db.pool.submit(incoming.discard)
-
-
-async def receive_chunks(
-    hs: Homeserver, incoming: IncomingFile, chunks: AsyncIterator[bytes]
-) -> bytearray:
-    """Write what comes, a buffer at a time; returns the last part, which is not written yet."""
-    buffer = bytearray()
-    async for chunk in chunks:
-        buffer += chunk
-        if incoming.size + len(buffer) > hs.config.max_request_size:
-            raise upload_too_large(hs)
-        if len(buffer) >= UPLOAD_CHUNK:
-            await hs.db.in_thread(incoming.write, buffer)
-            buffer = bytearray()
-    return buffer
-
-
-def not_stored(error: OSError) -> MatrixError:
-    """507 or 500 for a file that the disk did not take, with the cause in the log."""
-    log_media.error("a file could not be stored: %s", error)
-    return storage_error(error)
-
-
-def upload_too_large(hs: Homeserver) -> MatrixError:
-    """413 with the limit in it."""
-    return too_large(f"Cannot upload files larger than {hs.config.max_request_size} bytes")
 
 
 def media_file(folder: Path, sha256: str) -> Path:
@@ -14963,54 +14273,65 @@ def media_file(folder: Path, sha256: str) -> Path:
     return folder / sha256[:2] / sha256[2:]
 
 
+@contextlib.contextmanager
+def storing() -> Iterator[None]:
+    """507 or 500 for a file that the disk does not take, with the cause in the log."""
+    try:
+        yield
+    except OSError as error:
+        log_media.error("a file could not be stored: %s", error)
+        raise storage_error(error) from error
+
+
 class IncomingFile:
     """A temporary file that becomes a stored one when it is complete. For threads of the pool.
 
-    Trap: a cancelled request does not stop the thread that writes for it, hence the lock.
+    Trap: a cancelled request does not stop the thread that writes for it; after `discard` that
+    thread finds the file closed, or nothing to give its name to.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.size = 0
-        self.over = False  # finished or discarded
         self._digest = hashlib.sha256()
-        self._lock = threading.Lock()
-        self._handle: io.FileIO | None = None
+        self._handle = path.open("xb")
 
     def write(self, data: bytes | bytearray) -> None:
         """Append to the file and to the hash."""
-        with self._lock:
-            self._append(data)
-
-    def _append(self, data: bytes | bytearray) -> io.FileIO:
-        if self._handle is None:
-            self._handle = open_private(self.path)
-        write_all(self._handle, data)
+        self._handle.write(data)
         self._digest.update(data)
-        self.size += len(data)
-        return self._handle
 
-    def finish(self, rest: bytes | bytearray, folder: Path) -> StoredFile:
-        """Write the rest, force everything onto the disk and give the file its name."""
-        with self._lock:
-            handle = self._append(rest)
-            os.fsync(handle.fileno())
-            handle.close()
-            stored = StoredFile(self._digest.hexdigest(), self.size)
-            target = media_file(folder, stored.sha256)
-            make_durable_folder(target.parent)
-            self.path.replace(target)
-            self.over = True
-            sync_path(target.parent)
-            return stored
+    def finish(self, rest: bytes | bytearray, folder: Path) -> tuple[str, int]:
+        """Force everything onto the disk and give the file its name; hash and size."""
+        self.write(rest)
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        sha256, size = self._digest.hexdigest(), self._handle.tell()
+        target = media_file(folder, sha256)
+        self.path.replace(target)
+        sync_path(target.parent)
+        return sha256, size
 
     def discard(self) -> None:
-        """Leave nothing behind; without effect on a file that was finished."""
-        with self._lock:
-            if self._handle is not None and not self.over:
-                self._handle.close()
-                self.path.unlink(missing_ok=True)
-            self.over = True
+        """Close the file, and leave nothing behind if it was not finished."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+            self._handle.close()
+
+
+async def receive_file(hs: Homeserver, chunks: AsyncIterator[bytes]) -> tuple[str, int]:
+    """Store a body of unknown length in constant memory: hash and size, or no trace of it."""
+    with storing():
+        incoming = IncomingFile(hs.media.folder / "incoming" / random_token(24))
+        buffer = bytearray()
+        try:
+            async for chunk in chunks:
+                buffer += chunk
+                if len(buffer) >= UPLOAD_CHUNK:
+                    await hs.db.in_thread(incoming.write, buffer)
+                    buffer = bytearray()
+            return await hs.db.in_thread(incoming.finish, buffer, hs.media.folder)
+        finally:
+            hs.db.pool.submit(incoming.discard)
 
 
 # ── 19.2  Headers that cannot hurt ───────────────────────────────────────────
@@ -15021,62 +14342,38 @@ CONTENT_TYPE = re.compile(
     rf'({MIME_TOKEN}/{MIME_TOKEN})(?: ?; ?{MIME_TOKEN}=(?:{MIME_TOKEN}|"[ !#-\[\]-~]*"))*'
 )
 PLAIN_FILENAME = re.compile(r"[0-9A-Za-z!#$&'()+,._ ~=@^{}-]+")
-MEDIA_POLICY = (
-    "sandbox; default-src 'none'; script-src 'none'; plugin-types application/pdf; "
-    "style-src 'unsafe-inline'; object-src 'self';"
-)
 # A browser that gets one of these with nosniff only ever shows it, and never runs it.
-INLINE_TYPES = frozenset(
-    {
-        "text/css",
-        "text/plain",
-        "text/csv",
-        "application/json",
-        "application/ld+json",
-        "image/jpeg",
-        "image/gif",
-        "image/png",
-        "image/apng",
-        "image/webp",
-        "image/avif",
-        "video/mp4",
-        "video/webm",
-        "video/ogg",
-        "video/quicktime",
-        "audio/mp4",
-        "audio/webm",
-        "audio/aac",
-        "audio/mpeg",
-        "audio/ogg",
-        "audio/wave",
-        "audio/wav",
-        "audio/x-wav",
-        "audio/x-pn-wav",
-        "audio/flac",
-        "audio/x-flac",
-    }
+INLINE_TYPES = re.compile(
+    r"text/(?:css|plain|csv)|application/(?:ld\+)?json"
+    r"|image/(?:jpeg|gif|png|apng|webp|avif)|video/(?:mp4|webm|ogg|quicktime)"
+    r"|audio/(?:mp4|webm|aac|mpeg|ogg|wave|wav|x-wav|x-pn-wav|flac|x-flac)"
 )
+MEDIA_HEADERS: Final = {
+    "Content-Security-Policy": "sandbox; default-src 'none'; script-src 'none';"
+    " plugin-types application/pdf; style-src 'unsafe-inline'; object-src 'self';",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "private, max-age=31536000, immutable",
+}
 
 
 def safe_content_type(text: str | None) -> str:
     """The uploader's Content-Type if it is one; anything else could split or confuse a header."""
-    if text is None or len(text) > MAX_ID_BYTES or not CONTENT_TYPE.fullmatch(text.strip(" \t")):
-        return DEFAULT_TYPE
-    return text.strip(" \t")
+    kept = (text or "").strip(" \t")
+    return kept if len(kept) <= MAX_ID_BYTES and CONTENT_TYPE.fullmatch(kept) else DEFAULT_TYPE
 
 
 def safe_filename(text: str | None) -> str | None:
     """A file name without folders, control characters and surrogates; None if nothing is left."""
-    if not text:
-        return None
-    kept = "".join(c for c in text.replace("/", "_").replace("\\", "_") if c.isprintable())
+    kept = "".join(c for c in re.sub(r"[/\\]", "_", text or "") if c.isprintable())
     return kept[:MAX_ID_BYTES] or None
 
 
 def content_disposition(content_type: str, filename: str | None) -> str:
     """Inline for what only shows, attachment for the rest.  Spec: "Serving inline content"."""
     kind = content_type.partition(";")[0].strip().lower()
-    disposition = "inline" if kind in INLINE_TYPES else "attachment"
+    disposition = "inline" if INLINE_TYPES.fullmatch(kind) else "attachment"
     if filename is None:
         return disposition
     if PLAIN_FILENAME.fullmatch(filename):
@@ -15084,79 +14381,58 @@ def content_disposition(content_type: str, filename: str | None) -> str:
     return f"{disposition}; filename*=utf-8''{quote(filename, safe='')}"
 
 
-def media_headers(content_type: str, filename: str | None, tag: str) -> dict[str, str]:
-    """The headers of every file that leaves: sandboxed, not sniffed, cached by the client alone."""
-    return {
-        "Content-Disposition": content_disposition(content_type, filename),
-        "Content-Security-Policy": MEDIA_POLICY,
-        "Cross-Origin-Resource-Policy": "cross-origin",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "private, max-age=31536000, immutable",
-        "ETag": f'"{tag}"',
-    }
+def size_of(path: Path) -> int | None:
+    """The size of a file, None if it is not there."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def file_response(request: Request, path: Path, kind: str, filename: str | None) -> Response:
+    """A file, sandboxed and not sniffed, for the client alone to keep; 304 if it has it."""
+    tag = f'"{path.parent.name}{path.name}"'  # a hash of the content is in the name
+    disposition = content_disposition(kind, filename)
+    headers = {**MEDIA_HEADERS, "Content-Disposition": disposition, "ETag": tag}
+    if request.headers.get("if-none-match") == tag:
+        return Response(304, headers=headers)
+    size = size_of(path)
+    if size is None:
+        log_media.error("%s is missing; restore the media folder from a backup", path)
+        raise not_found("Media not found")
+    return Response(body=FileBody(path, size), headers=headers, content_type=kind)
 
 
 # ── 19.3  Thumbnails ─────────────────────────────────────────────────────────
 
-
-class ThumbnailSize(NamedTuple):
-    """A size that is made and kept; others get the next one up."""
-
-    width: int
-    height: int
-    method: str
-
-    @property
-    def name(self) -> str:
-        """How it is called in the names of files."""
-        return f"{self.width}x{self.height}-{self.method}"
-
-
-THUMBNAIL_SIZES: Final = (
-    ThumbnailSize(32, 32, "crop"),
-    ThumbnailSize(96, 96, "crop"),
-    ThumbnailSize(320, 240, "scale"),
-    ThumbnailSize(640, 480, "scale"),
-    ThumbnailSize(800, 600, "scale"),
-    ThumbnailSize(1600, 1200, "scale"),
-    ThumbnailSize(1_000_000, 1_000_000, "scale"),  # no picture is that large: the original
+ThumbnailSize = tuple[int, int, str]  # width, height, method
+THUMBNAIL_SIZES: Final[tuple[ThumbnailSize, ...]] = (  # those kept; others get the next one up
+    *((32, 32, "crop"), (96, 96, "crop")),
+    *((320, 240, "scale"), (640, 480, "scale"), (800, 600, "scale"), (1600, 1200, "scale")),
+    (1_000_000, 1_000_000, "scale"),  # no picture is that large: the original
 )
-IMAGE_MAGIC: Final = (  # the only formats that a decoder gets to see
-    ("image/png", re.compile(rb"\x89PNG\r\n\x1a\n")),
-    ("image/jpeg", re.compile(rb"\xff\xd8\xff")),
-    ("image/gif", re.compile(rb"GIF8[79]a")),
-    ("image/webp", re.compile(rb"RIFF....WEBP", re.DOTALL)),
+# The only formats that a decoder gets to see, by their first bytes; and what betrays more than
+# one frame near the start of a file, which is only asked when Pillow is not there.
+IMAGE_MAGIC = re.compile(
+    rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)|(?P<gif>GIF8[79]a)|(?P<webp>RIFF....WEBP)"
 )
-# What betrays more than one frame near the start of a file; only asked when Pillow is not there.
-MOVING_MARKS: Final = {"image/png": b"acTL", "image/gif": b"NETSCAPE2.0", "image/webp": b"ANIM"}
-IMAGE_HEAD = 65_536  # bytes in which those are looked for
-MAX_PIXELS: Final = {"JPEG": 100_000_000}  # a baseline JPEG is scaled down while it is decoded
-MAX_PIXELS_OTHER = 24_000_000  # the rest is in memory as a whole, 4 bytes a pixel
+MOVING_MARK = re.compile(rb"acTL|NETSCAPE2\.0|ANIM")
+IMAGE_HEAD = 65_536  # bytes in which it is looked for
+MAX_PIXELS = 24_000_000  # they are in memory as a whole, 4 bytes each
+MAX_PIXELS_BASELINE = 100_000_000  # of a baseline JPEG, which is scaled down while it is decoded
 MAX_MOVING_BYTES = 4_000_000  # an animation up to this size is its own thumbnail
+EXIF_ORIENTATION = 0x0112  # from 5 to 8 it swaps width and height
 
 
-class Picture(NamedTuple):
-    """A file that answers a thumbnail request, and its type by its content."""
-
-    path: Path
-    content_type: str
-
-
-def cannot_thumbnail() -> MatrixError:
-    """400 as the specification has it for what is no image that we know."""
-    return MatrixError(400, "M_UNKNOWN", "Cannot generate thumbnails for the requested content")
-
-
-def read_head(path: Path) -> bytes:
-    """The first bytes of a file."""
-    with path.open("rb") as handle:
-        return handle.read(IMAGE_HEAD)
-
-
-def image_type(head: bytes) -> str | None:
-    """The type by the first bytes; what the uploader said does not count."""
-    return next((kind for kind, magic in IMAGE_MAGIC if magic.match(head)), None)
+def image_head(path: Path) -> tuple[str, bytes]:
+    """The type of an image, whatever its uploader said, and its first bytes; "" for none."""
+    try:
+        with path.open("rb") as handle:
+            head = handle.read(IMAGE_HEAD)
+    except FileNotFoundError:
+        return "", b""
+    found = IMAGE_MAGIC.match(head)
+    return f"image/{found.lastgroup}" if found else "", head
 
 
 def choose_size(width: int, height: int, method: str) -> ThumbnailSize:
@@ -15166,40 +14442,10 @@ def choose_size(width: int, height: int, method: str) -> ThumbnailSize:
     gets the whole picture, from which the client cuts.
     """
     methods = {"crop", "scale"} if method == "crop" and width == height else {"scale"}
-    return next(
-        size
-        for size in THUMBNAIL_SIZES
-        if size.width >= width and size.height >= height and size.method in methods
-    )
-
-
-def kept_thumbnail(target: Path) -> Picture | None:
-    """The thumbnail if it was made before. For a thread of the pool."""
-    try:
-        return Picture(target, image_type(read_head(target)) or DEFAULT_TYPE)
-    except FileNotFoundError:
-        return None
-
-
-def make_thumbnail(
-    source: Path, target: Path, size: ThumbnailSize, animated: bool | None
-) -> Picture:
-    """Find or make the file that answers a thumbnail request. For a thread of the pool."""
-    kept = None if animated else kept_thumbnail(target)
-    if kept is not None:
-        return kept
-    head = read_head(source)
-    kind = image_type(head)
-    if kind is None:
-        raise cannot_thumbnail()
-    pillow = load_pillow()
-    if pillow is None:
-        return original_picture(source, kind, head, animated)
-    rendered = render_thumbnail(pillow, source, size, animated)
-    if rendered is None:
-        return Picture(source, kind)
-    keep_thumbnail(target, rendered)
-    return Picture(target, image_type(rendered) or DEFAULT_TYPE)
+    for kept in THUMBNAIL_SIZES:
+        if kept[0] >= width and kept[1] >= height and kept[2] in methods:
+            return kept
+    raise invalid_param("width and height are too large")
 
 
 def load_pillow() -> tuple[Any, Any] | None:
@@ -15212,51 +14458,7 @@ def load_pillow() -> tuple[Any, Any] | None:
     return Image, ImageOps
 
 
-def original_picture(source: Path, kind: str, head: bytes, animated: bool | None) -> Picture:
-    """Without Pillow the original is the thumbnail, unless it moves and must not."""
-    if animated is False and MOVING_MARKS.get(kind, b"\0none") in head:
-        raise cannot_thumbnail()
-    return Picture(source, kind)
-
-
-def render_thumbnail(
-    pillow: tuple[Any, Any], source: Path, size: ThumbnailSize, animated: bool | None
-) -> bytes | None:
-    """The thumbnail's bytes; None when the original is the right answer."""
-    images, _ = pillow
-    try:
-        with images.open(source, formats=("PNG", "JPEG", "GIF", "WEBP")) as image:
-            refuse_bomb(image)
-            moving = bool(getattr(image, "is_animated", False))
-            if moving and animated and source.stat().st_size <= MAX_MOVING_BYTES:
-                return None
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) >= EXIF_TURNED
-            box = (size.height, size.width) if turned else (size.width, size.height)
-            scale = max(box[0] / image.width, box[1] / image.height)
-            if scale >= 1 and not moving:
-                return None
-            return shrink(pillow, image, min(scale, 1.0), box if size.method == "crop" else None)
-    except MatrixError:
-        raise
-    except Exception as error:  # a decoder fed with hostile bytes may raise anything
-        raise cannot_thumbnail() from error
-
-
-EXIF_ORIENTATION = 0x0112
-EXIF_TURNED = 5  # orientations from 5 to 8 swap width and height
-
-
-def refuse_bomb(image: Any) -> None:
-    """413 before decoding when the picture would not fit into memory."""
-    baseline = image.format == "JPEG" and not image.info.get("progressive")
-    limit = MAX_PIXELS["JPEG"] if baseline else MAX_PIXELS_OTHER
-    if image.width * image.height > limit:
-        raise too_large("Content is too large to thumbnail")
-
-
-def shrink(
-    pillow: tuple[Any, Any], image: Any, scale: float, crop: tuple[int, int] | None
-) -> bytes:
+def shrink(pillow: Any, image: Any, scale: float, crop: tuple[int, int] | None) -> bytes:
     """Decode the first frame, scale it, cut it, turn it as its camera says, and encode it."""
     images, operations = pillow
     goal = (math.ceil(image.width * scale), math.ceil(image.height * scale))
@@ -15272,491 +14474,302 @@ def shrink(
     return output.getvalue()
 
 
+def render_thumbnail(
+    pillow: Any, source: Path, size: ThumbnailSize, animated: bool | None
+) -> bytes | None:
+    """The thumbnail's bytes; None when the original is the right answer."""
+    with pillow[0].open(source, formats=("PNG", "JPEG", "GIF", "WEBP")) as image:
+        baseline = image.format == "JPEG" and not image.info.get("progressive")
+        if image.width * image.height > (MAX_PIXELS_BASELINE if baseline else MAX_PIXELS):
+            raise pillow[0].DecompressionBombError
+        moving = bool(getattr(image, "is_animated", False))
+        if moving and animated and source.stat().st_size <= MAX_MOVING_BYTES:
+            return None
+        width, height, method = size
+        turned = image.getexif().get(EXIF_ORIENTATION, 1) >= 5
+        box = (height, width) if turned else (width, height)
+        scale = max(box[0] / image.width, box[1] / image.height)
+        if scale >= 1 and not moving:
+            return None
+        return shrink(pillow, image, min(scale, 1.0), box if method == "crop" else None)
+
+
 def keep_thumbnail(target: Path, data: bytes) -> None:
     """Write a thumbnail so that it is there as a whole or not at all."""
-    partial = target.with_name(f"{target.name}.{random_token(8)}")
+    partial = target.with_name(f"{target.name}.partial")
+    with storing():
+        try:
+            target.parent.mkdir(exist_ok=True)
+            partial.write_bytes(data)
+            sync_path(partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def make_thumbnail(
+    source: Path, target: Path, size: ThumbnailSize, animated: bool | None
+) -> tuple[Path, str]:
+    """Find or make the file that answers a thumbnail request, and its type. For a thread."""
+    kept, _ = image_head(target)
+    if kept and not animated:
+        return target, kept
+    kind, head = image_head(source)
+    pillow = load_pillow()
+    cannot = MatrixError(400, "M_UNKNOWN", "Cannot generate thumbnails for the requested content")
+    if not kind or (pillow is None and animated is False and MOVING_MARK.search(head)):
+        raise cannot
     try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open_private(partial) as handle:
-            write_all(handle, data)
-            os.fsync(handle.fileno())
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise not_stored(error) from error
+        rendered = None if pillow is None else render_thumbnail(pillow, source, size, animated)
+    except Exception as error:  # a decoder fed with hostile bytes may raise anything
+        if type(error).__name__ == "DecompressionBombError":
+            raise too_large("Content is too large to thumbnail") from None
+        raise cannot from error
+    if rendered is None:
+        return source, kind
+    keep_thumbnail(target, rendered)
+    return target, image_head(target)[0]
 
 
 # ── 19.4  The media of this server ───────────────────────────────────────────
 
 
-def missing_media_files(hs: Homeserver) -> list[str]:
-    """For --check: rows whose file is not there or has another size, as sentences."""
-    rows = hs.db.all("SELECT media_id, sha256, size FROM media WHERE sha256 IS NOT NULL")
-    return [
-        f"media {media_id}: its file is missing or has the wrong size"
-        for media_id, sha256, size in rows
-        if size_of(hs.media.file(sha256)) != size
-    ]
-
-
-def size_of(path: Path) -> int | None:
-    """The size of a file, None if it is not there."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
-def already_uploaded() -> MatrixError:
-    """409 for a media id that has its content."""
-    return MatrixError(409, "M_CANNOT_OVERWRITE_MEDIA", "Media already uploaded")
+@checker
+def media_problems(folder: Path, connection: sqlite3.Connection) -> Iterator[str]:
+    """For --check: the media whose file is not in the database folder, or has another size."""
+    rows = connection.execute("SELECT media_id, sha256, size FROM media WHERE sha256 IS NOT NULL")
+    for media_id, sha256, size in rows:
+        if size_of(media_file(folder / MEDIA_FOLDER, sha256)) != size:
+            yield f"media {media_id}: its file is missing or has another size"
 
 
 class Media:
     """The folder of files, their rows, and who waits for an upload that was announced."""
 
     def __init__(self, hs: Homeserver) -> None:
-        self.hs = hs
         self.db = hs.db
-        self.folder = hs.db.folder / "media"
+        self.folder = hs.db.folder / MEDIA_FOLDER
         self.rendering = asyncio.Lock()  # one picture is decoded at a time, for the memory's sake
-        self._waiting: dict[int, list[asyncio.Future[Any]]] = {}
-        self._touched: dict[int, int] = {}
-        self._prepare()
+        self.touched: dict[int, int] = {}  # when files were asked for; reading must not write
+        self._waiting: list[tuple[int, asyncio.Future[Any]]] = []
+        try:
+            self._prepare()
+        except OSError as error:
+            raise DatabaseRefused(f"{self.folder} cannot be used: {error.strerror}") from error
 
     def _prepare(self) -> None:
-        """Make the folders, and remove what a stopped server left half written."""
-        for folder in (self.folder, self.folder / "incoming", self.folder / "thumbnails"):
-            make_durable_folder(folder)
+        """Make all folders, and remove what a stopped server left half written.
+
+        Trap: a folder made with its first file would have to be on the disk before that file is
+        acknowledged, also to the second upload that finds it there.
+        """
+        names = ["", "incoming", "thumbnails", *(f"{number:02x}" for number in range(256))]
+        if not (self.folder / names[-1]).is_dir():
+            for name in names:
+                (self.folder / name).mkdir(mode=0o700, exist_ok=True)
+            sync_path(self.folder)
+            sync_path(self.folder.parent)
         for left in (self.folder / "incoming").iterdir():
-            left.unlink(missing_ok=True)
+            left.unlink()
 
-    def temporary_path(self) -> Path:
-        """A new name for a file that is being received."""
-        return self.folder / "incoming" / random_token(24)
-
-    def file(self, sha256: str) -> Path:
-        """Where a stored file is."""
-        return media_file(self.folder, sha256)
-
-    def thumbnail_file(self, sha256: str, size: ThumbnailSize) -> Path:
-        """Where a thumbnail of a stored file is kept once made."""
-        return self.folder / "thumbnails" / sha256[:2] / f"{sha256[2:]}-{size.name}"
-
-    def find(self, media_id: str) -> MediaRow | None:
-        """The row of a local media id, unless it expired before anything was uploaded."""
-        row = self.db.one(
-            """
-            SELECT media_nid, user_nid, sha256, size, content_type, filename, expires_ts
-            FROM media
-            WHERE media_id = :media_id
-              AND (expires_ts IS NULL OR expires_ts > :now)
-            """,
-            {"media_id": media_id, "now": now_ms()},
-        )
-        return None if row is None else MediaRow(*row)
-
-    def add(
-        self, user_nid: UserNid, file: StoredFile, content_type: str, filename: str | None
-    ) -> str:
-        """Give a stored file a media id."""
-        media_id = random_token(24)
+    def add(self, user_nid: UserNid, upload: StoredUpload | None, expires: int | None) -> str:
+        """A new media id, for a stored file or for an upload that comes before it expires."""
+        media_id, now = random_token(24), now_ms()
         with self.db.write():
             self.db.execute(
                 """
-                INSERT INTO media (
-                    media_id, user_nid, sha256, size, content_type, filename,
-                    created_ts, last_access_ts
-                )
-                VALUES (:media_id, :user_nid, :sha256, :size, :type, :filename, :now, :now)
+                INSERT INTO media (sha256, size, content_type, filename, media_id, user_nid,
+                    created_ts, last_access_ts, expires_ts)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
                 """,
-                {
-                    "media_id": media_id,
-                    "user_nid": user_nid,
-                    "sha256": file.sha256,
-                    "size": file.size,
-                    "type": content_type,
-                    "filename": filename,
-                    "now": now_ms(),
-                },
+                (*(upload or (None,) * 4), media_id, user_nid, now, now, expires),
             )
         return media_id
 
-    def announce(self, user_nid: UserNid) -> tuple[str, int]:
-        """A media id to upload to later, and when it expires."""
-        now = now_ms()
-        pending, first = self.db.one(
-            """
-            SELECT COUNT(*), MIN(expires_ts)
-            FROM media
-            WHERE user_nid = :user_nid
-              AND expires_ts > :now
-            """,
-            {"user_nid": user_nid, "now": now},
-        )
-        if pending >= PENDING_UPLOADS:
-            raise limit_exceeded(first - now, "Too many media ids wait for their upload")
-        media_id, expires = random_token(24), now + UPLOAD_LIFETIME
-        with self.db.write():
-            self.db.execute(
-                """
-                INSERT INTO media (media_id, user_nid, created_ts, last_access_ts, expires_ts)
-                VALUES (:media_id, :user_nid, :now, :now, :expires)
-                """,
-                {"media_id": media_id, "user_nid": user_nid, "now": now, "expires": expires},
-            )
-        return media_id, expires
-
-    def complete(
-        self, row: MediaRow, file: StoredFile, content_type: str, filename: str | None
-    ) -> None:
-        """Give an announced media id its file; 409 when another upload was faster."""
+    def complete(self, row: MediaRow, upload: StoredUpload) -> bool:
+        """Give an announced media id its file; False when another upload was faster."""
         with self.db.write():
             cursor = self.db.execute(
                 """
                 UPDATE media
-                SET sha256 = :sha256, size = :size, content_type = :type, filename = :filename,
-                    expires_ts = NULL
-                WHERE media_nid = :nid
+                SET sha256 = ?, size = ?, content_type = ?, filename = ?, expires_ts = NULL
+                WHERE media_nid = ?
                   AND sha256 IS NULL
                 """,
-                {
-                    "nid": row.nid,
-                    "sha256": file.sha256,
-                    "size": file.size,
-                    "type": content_type,
-                    "filename": filename,
-                },
+                (*upload, row.nid),
             )
-            if cursor.rowcount == 0:
-                raise already_uploaded()
-        for future in self._waiting.pop(row.nid, []):
-            if not future.done():
+        for nid, future in self._waiting:
+            if nid == row.nid and not future.done():
                 future.set_result(True)
+        return cursor.rowcount > 0
 
     async def wait_until_uploaded(self, row: MediaRow, request: Request, wait_ms: int) -> None:
         """Wait for an announced upload; 504 M_NOT_YET_UPLOADED when it does not come in time."""
-        future = asyncio.get_running_loop().create_future()
-        waiting = self._waiting.setdefault(row.nid, [])
-        waiting.append(future)
+        waiting = (row.nid, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
         try:
-            uploaded = await request.wait(future, wait_ms / 1000)
+            if not await request.wait(waiting[1], wait_ms / 1000):
+                raise MatrixError(504, "M_NOT_YET_UPLOADED", "Content has not yet been uploaded")
         finally:
-            waiting.remove(future)
-            if not waiting:
-                self._waiting.pop(row.nid, None)
-        if not uploaded:
-            raise MatrixError(504, "M_NOT_YET_UPLOADED", "Content has not yet been uploaded")
-
-    def touch(self, row: MediaRow) -> None:
-        """Note that a file was asked for; reading must not write, so the row follows later."""
-        self._touched[row.nid] = now_ms()
+            self._waiting.remove(waiting)
 
     def maintain(self) -> None:
         """Write the times of last access, and forget the ids that nothing was uploaded to."""
-        touched, self._touched = self._touched, {}
-        if touched:
+        touched, self.touched = self.touched, {}
+        expired = self.db.value("SELECT 1 FROM media WHERE expires_ts <= ?", (now_ms(),))
+        if touched or expired:
             with self.db.write():
                 self.db.connection.executemany(
                     "UPDATE media SET last_access_ts = ? WHERE media_nid = ?",
                     [(ts, nid) for nid, ts in touched.items()],
                 )
-        self._forget_expired(now_ms())
-
-    def _forget_expired(self, now: int) -> None:
-        if self.db.value("SELECT 1 FROM media WHERE expires_ts <= ?", (now,)):
-            with self.db.write():
-                self.db.execute("DELETE FROM media WHERE expires_ts <= ?", (now,))
+                self.db.execute("DELETE FROM media WHERE expires_ts <= ?", (now_ms(),))
 
 
 # ── 19.5  Uploading ──────────────────────────────────────────────────────────
 
 
-@route("POST", "/_matrix/media/v3/upload", auth=USER, limit="upload", also=("r0", "v1"), body=STREAM)
-async def upload_media(hs: Homeserver, request: Request) -> Json:
-    """Store a file and name it.
-
-    Spec: POST /_matrix/media/v3/upload.
-    """
-    stored = await receive_file(hs, request.stream)
-    content_type, filename = uploaded_as(request)
-    media_id = hs.media.add(request.user.nid, stored, content_type, filename)
-    return {"content_uri": f"mxc://{hs.config.server_name}/{media_id}"}
-
-
-@route("POST", "/_matrix/media/v1/create", auth=USER, limit="upload")
-async def create_media(hs: Homeserver, request: Request) -> Json:
-    """Hand out a media id now, for content that follows.
-
-    Spec: POST /_matrix/media/v1/create.
-    """
-    media_id, expires = hs.media.announce(request.user.nid)
-    return {
-        "content_uri": f"mxc://{hs.config.server_name}/{media_id}",
-        "unused_expires_at": expires,
-    }
-
-
-@route(
-    "PUT",
-    "/_matrix/media/v3/upload/{server_name}/{media_id}",
-    auth=USER,
-    limit="upload",
-    body=STREAM,
-)
-async def upload_created_media(
-    hs: Homeserver, request: Request, server_name: str, media_id: str
-) -> Json:
-    """Store the content of a media id that this user created; once.
-
-    Spec: PUT /_matrix/media/v3/upload/{serverName}/{mediaId}. 403 for another user's id, 404 for
-    one that expired or was never created, 409 M_CANNOT_OVERWRITE_MEDIA the second time.
-    """
-    row = find_media(hs, server_name, media_id)
-    if row.user_nid != request.user.nid:
-        raise forbidden("This media id was created by another user")
-    if row.sha256 is not None:
-        raise already_uploaded()
-    stored = await receive_file(hs, request.stream)
-    content_type, filename = uploaded_as(request)
-    hs.media.complete(row, stored, content_type, filename)
-    return {}
-
-
-def uploaded_as(request: Request) -> tuple[str, str | None]:
-    """Type and name that the uploader gives, made safe once and for all."""
-    return safe_content_type(request.headers.get("content-type")), safe_filename(
-        request.arg("filename")
-    )
-
-
-def find_media(hs: Homeserver, server_name: str, media_id: str) -> MediaRow:
+def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
     """The row of an mxc:// URI; 404 for what is malformed, unknown, expired, or another server's.
 
     Spec: "Security considerations" of the content repository.
     """
     row = None
-    if server_name == hs.config.server_name and MEDIA_ID.fullmatch(media_id):
-        row = hs.media.find(media_id)
+    if server == hs.config.server_name and MEDIA_ID.fullmatch(media_id):
+        row = hs.db.one(
+            """
+            SELECT media_nid, user_nid, IFNULL(sha256, ''), IFNULL(content_type, ''), filename
+            FROM media
+            WHERE media_id = ?
+              AND (expires_ts IS NULL OR expires_ts > ?)
+            """,
+            (media_id, now_ms()),
+        )
     if row is None:
         raise not_found("Media not found")
-    return row
+    return MediaRow(*row)
+
+
+async def receive_upload(hs: Homeserver, request: Request) -> StoredUpload:
+    """Store the body, with the type and the name that the uploader gives it, made safe for ever."""
+    sha256, size = await receive_file(hs, request.stream)
+    content_type = safe_content_type(request.headers.get("content-type"))
+    return sha256, size, content_type, safe_filename(request.arg("filename"))
+
+
+@route("POST", f"{OLD_MEDIA}upload", auth=USER, limit="upload", also=OLD_VERSIONS, body=STREAM)
+async def upload_media(hs: Homeserver, request: Request) -> Json:
+    """Store a file and name it.  Spec: POST /_matrix/media/v3/upload."""
+    media_id = hs.media.add(request.user.nid, await receive_upload(hs, request), None)
+    return {"content_uri": f"mxc://{hs.config.server_name}/{media_id}"}
+
+
+@route("POST", "/_matrix/media/v1/create", auth=USER, limit="upload")
+async def create_media(hs: Homeserver, request: Request) -> Json:
+    """Hand out a media id now, for content that follows.  Spec: POST /_matrix/media/v1/create."""
+    now = now_ms()
+    pending, first = hs.db.one(
+        "SELECT COUNT(*), MIN(expires_ts) FROM media WHERE expires_ts > ? AND user_nid = ?",
+        (now, request.user.nid),
+    )
+    if pending >= PENDING_UPLOADS:
+        raise limit_exceeded(first - now, "Too many media ids wait for their upload")
+    media_id = hs.media.add(request.user.nid, None, now + UPLOAD_LIFETIME)
+    content_uri = f"mxc://{hs.config.server_name}/{media_id}"
+    return {"content_uri": content_uri, "unused_expires_at": now + UPLOAD_LIFETIME}
+
+
+@route("PUT", f"{OLD_MEDIA}upload/{ONE_FILE}", auth=USER, limit="upload", body=STREAM)
+async def upload_later(hs: Homeserver, request: Request, server: str, media_id: str) -> Json:
+    """Store the content of a media id that this user created; once.
+
+    Spec: PUT /_matrix/media/v3/upload/{serverName}/{mediaId}.
+    """
+    row = find_media(hs, server, media_id)
+    if row.user_nid != request.user.nid:
+        raise forbidden("This media id was created by another user")
+    if row.sha256 or not hs.media.complete(row, await receive_upload(hs, request)):
+        raise MatrixError(409, "M_CANNOT_OVERWRITE_MEDIA", "Media already uploaded")
+    return {}
 
 
 # ── 19.6  Downloading ────────────────────────────────────────────────────────
+#
+# Before v1.11 media needed no access token. Those endpoints are frozen: what is uploaded since then
+# SHOULD only be had with authentication, and all media of this server is newer. So the old paths
+# answer an old client that sends its token, and everyone else with the 404 for frozen media.
 
 
-@route(
-    "GET",
-    "/_matrix/client/v1/media/download/{server_name}/{media_id}",
-    auth=GUEST,
-    limit="media",
-)
-async def download_media(
-    hs: Homeserver, request: Request, server_name: str, media_id: str
-) -> Response:
-    """A file as it was uploaded, as a whole or a range of it.
-
-    Spec: GET /_matrix/client/v1/media/download/{serverName}/{mediaId}. 504 M_NOT_YET_UPLOADED.
-    """
-    return await serve_media(hs, request, server_name, media_id)
-
-
-@route(
-    "GET",
-    "/_matrix/client/v1/media/download/{server_name}/{media_id}/{filename}",
-    auth=GUEST,
-    limit="media",
-)
-async def download_media_as(
-    hs: Homeserver, request: Request, server_name: str, media_id: str, filename: str
-) -> Response:
-    """A file under the name that the caller gives.
-
-    Spec: GET /_matrix/client/v1/media/download/{serverName}/{mediaId}/{fileName}.
-    """
-    return await serve_media(hs, request, server_name, media_id, filename)
-
-
-@route(
-    "GET",
-    "/_matrix/client/v1/media/thumbnail/{server_name}/{media_id}",
-    auth=GUEST,
-    limit="media",
-)
-async def media_thumbnail(
-    hs: Homeserver, request: Request, server_name: str, media_id: str
-) -> Response:
-    """A smaller picture of a picture.
-
-    Spec: GET /_matrix/client/v1/media/thumbnail/{serverName}/{mediaId}. 400 M_UNKNOWN for what is
-    no picture, 413 M_TOO_LARGE for one with too many pixels.
-    """
-    return await serve_thumbnail(hs, request, server_name, media_id)
-
-
-@route("GET", "/_matrix/client/v1/media/config", auth=GUEST)
-async def media_config(hs: Homeserver, request: Request) -> Json:
-    """How large an upload may be, in bytes.
-
-    Spec: GET /_matrix/client/v1/media/config.
-    """
-    return {"m.upload.size": hs.config.max_request_size}
-
-
-async def serve_media(
-    hs: Homeserver, request: Request, server_name: str, media_id: str, filename: str | None = None
-) -> Response:
-    """The answer to each of the download endpoints."""
-    row = await uploaded_media(hs, request, server_name, media_id)
-    content_type = row.content_type or DEFAULT_TYPE
-    name = safe_filename(filename) or row.filename
-    path = hs.media.file(cast(str, row.sha256))
-    return file_response(request, path, content_type, name, cast(str, row.sha256))
-
-
-def file_response(
-    request: Request, path: Path, content_type: str, filename: str | None, tag: str
-) -> Response:
-    """A file with the headers that make it safe; 304 for a client that has it."""
-    headers = media_headers(content_type, filename, tag)
-    if request.headers.get("if-none-match") == headers["ETag"]:
-        return Response(304, headers=headers)
-    size = size_of(path)
-    if size is None:
-        log_media.error("%s is missing; restore the media folder from a backup", path)
-        raise not_found("Media not found")
-    return Response(body=FileBody(path, size), headers=headers, content_type=content_type)
-
-
-async def uploaded_media(
-    hs: Homeserver, request: Request, server_name: str, media_id: str
-) -> MediaRow:
+async def uploaded(hs: Homeserver, request: Request, server: str, media_id: str) -> MediaRow:
     """The row of a media id that has its content, for which it may wait a while."""
-    wait_ms = request.int_arg("timeout_ms", UPLOAD_WAIT_DEFAULT, 0, UPLOAD_WAIT_MAX)
-    row = find_media(hs, server_name, media_id)
-    if row.sha256 is None:
+    if request.requester is None:  # before anything that tells whether the media exists
+        raise not_found("Media not found; use /_matrix/client/v1/media with an access token")
+    wait_ms = request.int_arg("timeout_ms", 20_000, 0, 60_000)
+    row = find_media(hs, server, media_id)
+    if not row.sha256:
         await hs.media.wait_until_uploaded(row, request, wait_ms)
-        row = find_media(hs, server_name, media_id)
-    hs.media.touch(row)
+        row = find_media(hs, server, media_id)
+    hs.media.touched[row.nid] = now_ms()
     return row
 
 
-async def serve_thumbnail(
-    hs: Homeserver, request: Request, server_name: str, media_id: str
+@route("GET", f"{NEW_MEDIA}download/{ONE_FILE}/{{name...}}", auth=GUEST, limit="media")
+@route(
+    "GET",
+    f"{OLD_MEDIA}download/{ONE_FILE}/{{name...}}",
+    auth=OPTIONAL,
+    limit="media",
+    also=OLD_VERSIONS,
+)
+async def download_media(
+    hs: Homeserver, request: Request, server: str, media_id: str, name: str
 ) -> Response:
-    """The answer to each of the thumbnail endpoints."""
-    size = choose_size(*thumbnail_request(request))
-    animated = None if request.arg("animated") is None else request.bool_arg("animated", False)
-    row = await uploaded_media(hs, request, server_name, media_id)
-    picture = await find_thumbnail(hs, cast(str, row.sha256), size, animated)
-    kind, tag = picture.content_type, f"{row.sha256}-{picture.path.name}"
-    return file_response(request, picture.path, kind, f"thumbnail.{kind.partition('/')[2]}", tag)
+    """A file as it was uploaded, or a range of it, under its own or another name.
+
+    Spec: GET /_matrix/client/v1/media/download/{serverName}/{mediaId}/{fileName}.
+    """
+    row = await uploaded(hs, request, server, media_id)
+    filename = safe_filename(name) or row.filename
+    path = media_file(hs.media.folder, row.sha256)
+    return file_response(request, path, row.content_type, filename)
 
 
-def thumbnail_request(request: Request) -> tuple[int, int, str]:
-    """Width, height and method of a thumbnail request, checked."""
-    largest = THUMBNAIL_SIZES[-1]
-    for name in ("width", "height"):
-        if request.arg(name) is None:
-            raise missing_param(f"{name} is missing")
-    width = request.int_arg("width", 0, 1, largest.width)
-    height = request.int_arg("height", 0, 1, largest.height)
+def wanted_size(request: Request) -> ThumbnailSize:
+    """The kept size that answers a thumbnail request, whose arguments are checked here."""
+    if None in {request.arg("width"), request.arg("height")}:
+        raise missing_param("width and height are needed")
     method = request.arg("method", "scale")
     if method not in {"scale", "crop"}:
         raise invalid_param("method must be scale or crop")
-    return width, height, method
+    width, height = (request.int_arg(name, 0, 1, 1_000_000) for name in ("width", "height"))
+    return choose_size(width, height, method)
 
 
-async def find_thumbnail(
-    hs: Homeserver, sha256: str, size: ThumbnailSize, animated: bool | None
-) -> Picture:
-    """A thumbnail that was kept, at once; or a new one, made when no other is being made."""
-    target = hs.media.thumbnail_file(sha256, size)
-    if not animated:
-        kept = await hs.db.in_thread(kept_thumbnail, target)
-        if kept is not None:
-            return kept
-    async with hs.media.rendering:
-        source = hs.media.file(sha256)
-        return await hs.db.in_thread(make_thumbnail, source, target, size, animated)
+@route("GET", f"{NEW_MEDIA}thumbnail/{ONE_FILE}", auth=GUEST, limit="media")
+@route("GET", f"{OLD_MEDIA}thumbnail/{ONE_FILE}", auth=OPTIONAL, limit="media", also=OLD_VERSIONS)
+async def get_thumbnail(hs: Homeserver, request: Request, server: str, media_id: str) -> Response:
+    """A smaller picture of a picture; one that was made before is found without waiting.
 
-
-# ── 19.7  The frozen endpoints ───────────────────────────────────────────────
-#
-# Before v1.11 media needed no access token. The specification has these endpoints frozen: what is
-# uploaded from then on SHOULD only be had with authentication. All media of this server is newer
-# than the freeze. So the old paths answer an old client that sends its token with the file, and
-# everyone else with the 404 that the specification names for frozen media.
-
-
-def frozen(request: Request) -> None:
-    """Refuse who has no token, without telling whether the media exists."""
-    if request.requester is None:
-        raise not_found("Media not found; use /_matrix/client/v1/media with an access token")
-
-
-@route(
-    "GET",
-    "/_matrix/media/v3/download/{server_name}/{media_id}",
-    auth=OPTIONAL,
-    limit="media",
-    also=("r0", "v1"),
-)
-async def frozen_download(
-    hs: Homeserver, request: Request, server_name: str, media_id: str
-) -> Response:
-    """The old way to a file.
-
-    Spec: GET /_matrix/media/v3/download/{serverName}/{mediaId}, deprecated.
+    Spec: GET /_matrix/client/v1/media/thumbnail/{serverName}/{mediaId}.
     """
-    frozen(request)
-    return await serve_media(hs, request, server_name, media_id)
+    size = wanted_size(request)
+    animated = None if request.arg("animated") is None else request.bool_arg("animated", False)
+    row = await uploaded(hs, request, server, media_id)
+    source = media_file(hs.media.folder, row.sha256)
+    path = media_file(hs.media.folder / "thumbnails", row.sha256 + "-{}x{}-{}".format(*size))
+    kind, _ = ("", b"") if animated else await hs.db.in_thread(image_head, path)
+    if not kind:
+        async with hs.media.rendering:
+            path, kind = await hs.db.in_thread(make_thumbnail, source, path, size, animated)
+    return file_response(request, path, kind, f"thumbnail.{kind.partition('/')[2]}")
 
 
-@route(
-    "GET",
-    "/_matrix/media/v3/download/{server_name}/{media_id}/{filename}",
-    auth=OPTIONAL,
-    limit="media",
-    also=("r0", "v1"),
-)
-async def frozen_download_as(
-    hs: Homeserver, request: Request, server_name: str, media_id: str, filename: str
-) -> Response:
-    """The old way to a file under another name.
-
-    Spec: GET /_matrix/media/v3/download/{serverName}/{mediaId}/{fileName}, deprecated.
-    """
-    frozen(request)
-    return await serve_media(hs, request, server_name, media_id, filename)
-
-
-@route(
-    "GET",
-    "/_matrix/media/v3/thumbnail/{server_name}/{media_id}",
-    auth=OPTIONAL,
-    limit="media",
-    also=("r0", "v1"),
-)
-async def frozen_thumbnail(
-    hs: Homeserver, request: Request, server_name: str, media_id: str
-) -> Response:
-    """The old way to a thumbnail.
-
-    Spec: GET /_matrix/media/v3/thumbnail/{serverName}/{mediaId}, deprecated.
-    """
-    frozen(request)
-    return await serve_thumbnail(hs, request, server_name, media_id)
-
-
-@route("GET", "/_matrix/media/v3/config", auth=GUEST, also=("r0", "v1"))
-async def frozen_media_config(hs: Homeserver, request: Request) -> Json:
-    """The old way to the upload limit.
-
-    Spec: GET /_matrix/media/v3/config, deprecated.
-    """
+@route("GET", f"{NEW_MEDIA}config", auth=GUEST)
+@route("GET", f"{OLD_MEDIA}config", auth=GUEST, also=OLD_VERSIONS)
+async def media_config(hs: Homeserver, _request: Request) -> Json:
+    """How large an upload may be, in bytes.  Spec: GET /_matrix/client/v1/media/config."""
     return {"m.upload.size": hs.config.max_request_size}
+
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
 # ║  PART V   THE HOUSE                                                       ║
@@ -15781,7 +14794,6 @@ async def frozen_media_config(hs: Homeserver, request: Request) -> Json:
 #                             spec: none; the documents of the Conduit server
 # ═════════════════════════════════════════════════════════════════════════════
 
-ADMIN_ALIAS = "admins"
 ADMIN_ROOM_VERSION = "12"  # since then nobody has power over the creator of a room: the server
 ADMIN_POWER = 100
 SERVER_POWER = 101  # what only @conduit may do in its room
@@ -15794,6 +14806,7 @@ CREATE TABLE admin_invitations (   -- an admin asked them in; joining makes them
 """)
 
 log_admin = logging.getLogger("conduit.admin")
+
 
 # ── 21.1  Answers ────────────────────────────────────────────────────────────
 
@@ -15819,22 +14832,21 @@ def reply_code(language: str, text: str) -> Reply:
     return Reply(text, f'<pre><code class="language-{language}">{escaped}</code></pre>')
 
 
+def table_row(tag: str, cells: Sequence[str]) -> str:
+    """A row of a table in HTML."""
+    inner = "".join(f"<{tag}>{cell.translate(HTML_ESCAPES)}</{tag}>" for cell in cells)
+    return f"<tr>{inner}</tr>"
+
+
 def reply_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Reply:
     """A title, then a table; aligned with spaces in plain text."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (heads, *rows)
-    ]
-    head = "".join(f"<th>{cell.translate(HTML_ESCAPES)}</th>" for cell in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{cell.translate(HTML_ESCAPES)}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (heads, *rows)]
+    head, body = table_row("th", heads), "".join(table_row("td", row) for row in rows)
     return Reply(
         "\n".join([title, "", *lines]),
         f"<p>{title.translate(HTML_ESCAPES)}</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>",
+        f"<table><thead>{head}</thead><tbody>{body}</tbody></table>",
     )
 
 
@@ -15853,26 +14865,14 @@ def reply_content(reply: Reply) -> Json:
 
 Arguments = dict[str, str]  # by the names in the usage; an option that was given has the value ""
 CommandFunction = Callable[["Homeserver", Arguments], Awaitable[Reply]]
+COMMANDS: Final[dict[str, tuple[str, CommandFunction]]] = {}  # name → usage, function
 
 
-@dataclass(frozen=True)
-class Command:
-    """A row of the table of commands."""
-
-    name: str
-    usage: str
-    help: str
-    run: CommandFunction
-
-
-COMMANDS: Final[dict[str, Command]] = {}
-
-
-def command(name: str, usage: str, help_text: str) -> Callable[[CommandFunction], CommandFunction]:
-    """Register a command. The usage is its grammar: NAME, [NAME], [--option]."""
+def command(usage: str) -> Callable[[CommandFunction], CommandFunction]:
+    """Register a command: its usage is its grammar (NAME, [NAME], [--option]), its docstring help."""
 
     def register(function: CommandFunction) -> CommandFunction:
-        COMMANDS[name] = Command(name, usage, help_text, function)
+        COMMANDS[usage.partition(" ")[0]] = (usage, function)
         return function
 
     return register
@@ -15884,13 +14884,13 @@ class UsageError(Exception):
 
 def parse_arguments(usage: str, words: Sequence[str]) -> Arguments:
     """Match the words after a command with its usage.  Behind `--` nothing is an option."""
-    options = {word.strip("[]") for word in usage.split() if word.startswith("[--")}
-    names = [word for word in usage.split() if not word.startswith("[--")]
+    parts = usage.split()[1:]
+    names = [part for part in parts if not part.startswith("[--")]
     free = words.index("--") if "--" in words else len(words)
-    given = [word for word in words[:free] if not word.startswith("--")] + list(words[free + 1 :])
     chosen = [word for word in words[:free] if word.startswith("--")]
+    given = [word for word in words[:free] if not word.startswith("--")] + list(words[free + 1 :])
     for word in chosen:
-        if word not in options:
+        if f"[{word}]" not in parts:
             raise UsageError(f"there is no option {word}")
     if len(given) > len(names):
         raise UsageError(f"'{given[len(names)]}' is one word too many")
@@ -15901,21 +14901,13 @@ def parse_arguments(usage: str, words: Sequence[str]) -> Arguments:
     return found | dict.fromkeys(chosen, "")
 
 
-def help_of(entry: Command) -> str:
-    """What `NAME --help` says."""
-    return f"{entry.help}.\nUsage: {entry.name} {entry.usage}".rstrip()
-
-
-def find_command(name: str, addressed: bool) -> Command | None:
-    """The command of that name. UsageError for an unknown one, None if this may be mere talk."""
-    entry = COMMANDS.get(name)
-    if entry is not None:
-        return entry
+def unknown_command(name: str, addressed: bool) -> Reply | None:
+    """What is said about a word that is no command; nothing if this may be mere talk."""
     nearest = nearest_key(name, COMMANDS) if addressed or "-" in name else None
     if nearest is not None:
-        raise UsageError(f"There is no command {name}. Did you mean {nearest}?")
+        return reply_text(f"There is no command {name}. Did you mean {nearest}?")
     if addressed:
-        raise UsageError(f"There is no command {name}. Write help for all there are.")
+        return reply_text(f"There is no command {name}. Write help for all there are.")
     return None
 
 
@@ -15925,23 +14917,22 @@ async def run_line(hs: Homeserver, line: str, addressed: bool) -> Reply | None:
         words = shlex.split(line)
     except ValueError as error:  # an apostrophe in plain talk is no unclosed quotation
         return reply_text(f"This cannot be read: {error}.") if addressed else None
-    try:
-        entry = find_command(words[0], addressed) if words else None
-    except UsageError as error:
-        return reply_text(str(error))
-    return None if entry is None else await run_command(hs, entry, words[1:])
-
-
-async def run_command(hs: Homeserver, entry: Command, words: Sequence[str]) -> Reply:
-    """Do one command, or say what is wrong with how it was written."""
+    name = words[0] if words else ""
+    if name not in COMMANDS:
+        return unknown_command(name, addressed)
+    usage, function = COMMANDS[name]
     if "--help" in words:
-        return reply_text(help_of(entry))
+        return reply_text(f"{function.__doc__}\nUsage: {usage}")
     try:
-        return await entry.run(hs, parse_arguments(entry.usage, words))
+        return await function(hs, parse_arguments(usage, words[1:]))
     except UsageError as error:
-        return reply_text(f"{entry.name}: {error}.\nUsage: {entry.name} {entry.usage}".rstrip())
+        return reply_text(f"{name}: {error}.\nUsage: {usage}")
     except MatrixError as error:
-        return reply_text(f"{entry.name}: {error.error}")
+        return reply_text(f"{name}: {error.error}")
+
+
+# What follows "!admin", "@conduit:server.name" and the display name before the command.
+ADDRESS_ENDS: Final = {"!": {"", " "}, "@": {"", " ", ":"}, "c": {":"}}
 
 
 def addressed_line(hs: Homeserver, event: Event) -> tuple[str, bool] | None:
@@ -15951,11 +14942,10 @@ def addressed_line(hs: Homeserver, event: Event) -> tuple[str, bool] | None:
     with its quotation and a forwarded thread never run.
     """
     body = event.content.get("body")
-    if event.content.get("msgtype") != "m.text" or "m.relates_to" in event.content:
+    is_text = event.content.get("msgtype") == "m.text" and isinstance(body, str)
+    if not is_text or "m.relates_to" in event.content:
         return None
-    if not isinstance(body, str):
-        return None
-    line = body.strip().partition("\n")[0].strip()
+    line = cast(str, body).strip().partition("\n")[0].strip()
     for prefix in ("!admin", hs.accounts.bot_id, BOT_LOCALPART):
         rest = line[len(prefix) :]
         if line.lower().startswith(prefix.lower()) and rest[:1] in ADDRESS_ENDS[prefix[0]]:
@@ -15963,105 +14953,14 @@ def addressed_line(hs: Homeserver, event: Event) -> tuple[str, bool] | None:
     return line, False
 
 
-# What follows "!admin", "@conduit:server.name" and the display name before the command.
-ADDRESS_ENDS: Final = {"!": {"", " "}, "@": {"", " ", ":"}, "c": {":"}}
-
-
 # ── 21.3  The commands ───────────────────────────────────────────────────────
-
-
-@command("help", "", "List all commands")
-async def help_command(hs: Homeserver, arguments: Arguments) -> Reply:
-    """Everything there is, in one table."""
-    rows = [(f"{entry.name} {entry.usage}".rstrip(), entry.help) for entry in COMMANDS.values()]
-    return reply_table(
-        f"Write a command as it stands here, after !admin, or after {hs.accounts.bot_id}. "
-        "Each explains itself with --help.",
-        ("Command", "What it does"),
-        rows,
-    )
-
-
-@command("list-local-users", "", "List the accounts of this server")
-async def list_local_users(hs: Homeserver, arguments: Arguments) -> Reply:
-    """All active accounts, and which of them are admins."""
-    users = hs.accounts.list_local_users()
-    rows = [
-        (user_id, "admin" if hs.accounts.is_admin(hs.db.user_nid(user_id)) else "")
-        for user_id in users
-    ]
-    return reply_table(f"Found {len(users)} local user account(s):", ("User", ""), rows)
-
-
-@command("create-user", "NAME [PASSWORD]", "Create an account; without a password one is made up")
-async def create_user(hs: Homeserver, arguments: Arguments) -> Reply:
-    """A new account, also where registration is closed."""
-    password = arguments.get("PASSWORD") or random_token(20)
-    user_nid = await hs.accounts.create_account(local_part(hs, arguments["NAME"]), password)
-    user_id = hs.db.user_id(user_nid)
-    return reply_text(f"Created user {user_id} with password: {password}")
-
-
-@command(
-    "reset-password",
-    "NAME [--logout]",
-    "Give an account a new password, which the answer shows; with --logout its sessions end",
-)
-async def reset_password(hs: Homeserver, arguments: Arguments) -> Reply:
-    """A new password for who forgot the old one; --logout is for one that somebody else knows."""
-    user_id, user_nid = local_account(hs, arguments["NAME"])
-    password = random_token(20)
-    await hs.accounts.set_password(user_nid, password, log_out="--logout" in arguments)
-    return reply_text(f"Successfully reset the password for user {user_id}: {password}")
-
-
-@command(
-    "deactivate-user",
-    "ID [--erase]",
-    "Close an account for ever and leave all its rooms; with --erase its messages go as well",
-)
-async def deactivate_user(hs: Homeserver, arguments: Arguments) -> Reply:
-    """The end of an account; its name stays taken."""
-    user_id, user_nid = local_account(hs, arguments["ID"])
-    await hs.accounts.deactivate(user_nid, erase="--erase" in arguments)
-    return reply_text(f"User {user_id} has been deactivated.")
-
-
-@command("memory-usage", "", "Show memory, caches and disk space in use")
-async def memory_usage(hs: Homeserver, arguments: Arguments) -> Reply:
-    """Where the memory and the disk go."""
-    rows = [("resident memory", mebibytes(resident_bytes()), "")]
-    rows += [
-        (f"cache of {name}", f"{len(cache)} entries", f"{cache.weight / cache.capacity:.0%} full")
-        for name, cache in named_caches(hs).items()
-    ]
-    rows += [(name, mebibytes(size), "on disk") for name, size in await disk_usage(hs)]
-    return reply_table("Memory and disk:", ("What", "Size", ""), rows)
-
-
-@command("clear-caches", "", "Empty all caches; they fill again by themselves")
-async def clear_caches(hs: Homeserver, arguments: Arguments) -> Reply:
-    """Forget everything that can be read again."""
-    caches = named_caches(hs)
-    entries = sum(len(cache) for cache in caches.values())
-    for cache in caches.values():
-        cache.clear()
-    return reply_text(f"Done: {entries} entries in {len(caches)} caches.")
-
-
-@command("show-config", "", "Show the configuration in force, without its secrets")
-async def show_config(hs: Homeserver, arguments: Arguments) -> Reply:
-    """The configuration as TOML."""
-    return reply_code("toml", masked_config(hs.config))
 
 
 def local_part(hs: Homeserver, name: str) -> str:
     """The localpart of a name or a whole user id; 400 for a user of another server."""
-    if not name.startswith("@"):
-        return name
-    if not hs.is_local(name):
+    if name.startswith("@") and not hs.is_local(name):
         raise invalid_param(f"{name} is no user of this server")
-    return name[1:].partition(":")[0]
+    return name.removeprefix("@").partition(":")[0]
 
 
 def local_account(hs: Homeserver, name: str) -> tuple[str, UserNid]:
@@ -16075,13 +14974,21 @@ def local_account(hs: Homeserver, name: str) -> tuple[str, UserNid]:
     return user_id, account.nid
 
 
-def named_caches(hs: Homeserver) -> dict[str, LruCache[Any, Any]]:
-    """All caches of all parts of the server that name theirs."""
-    caches: dict[str, LruCache[Any, Any]] = {}
-    for part in vars(hs).values():
-        if callable(listing := getattr(part, "caches", None)):
-            caches.update(listing())
-    return caches
+def caches_of(hs: Homeserver) -> dict[str, LruCache[Any, Any]]:
+    """All caches of the server, by the attributes that lead to them, such as rooms.events."""
+    found: dict[str, LruCache[Any, Any]] = {}
+    seen, parts = {id(hs)}, deque([("", cast(object, hs))])
+    while parts:
+        path, part = parts.popleft()
+        for attribute, value in vars(part).items():
+            name = path + attribute.strip("_")
+            if isinstance(value, LruCache):
+                found[name] = value
+            elif type(value).__module__ == __name__ and hasattr(value, "__dict__"):
+                if id(value) not in seen:
+                    parts.append((f"{name}.", value))
+                seen.add(id(value))
+    return found
 
 
 def resident_bytes() -> int:
@@ -16092,61 +14999,125 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-async def disk_usage(hs: Homeserver) -> list[tuple[str, int]]:
-    """What lies in the database folder, and how large it is."""
-    media = await hs.db.read_in_thread(
-        lambda connection: connection.execute("SELECT SUM(size) FROM media").fetchone()[0]
-    )
-    names = (DATABASE_FILE, f"{DATABASE_FILE}-wal")
-    paths = [hs.db.folder / name for name in names]
-    return [(path.name, path.stat().st_size) for path in paths if path.exists()] + [
-        ("uploaded media", media or 0)
-    ]
-
-
 def mebibytes(size: int) -> str:
     """A number of bytes for people."""
     return f"{size / 1_048_576:.1f} MiB"
 
 
+@command("help")
+async def help_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List all commands."""
+    rows = [(usage, function.__doc__ or "") for usage, function in COMMANDS.values()]
+    return reply_table(
+        f"Write a command as it stands here, after !admin, or after {hs.accounts.bot_id}. "
+        "Each explains itself with --help.",
+        ("Command", "What it does"),
+        rows,
+    )
+
+
+@command("list-local-users")
+async def list_local_users(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List the accounts of this server."""
+    users = hs.accounts.list_local_users()
+    admins = {user for user in users if hs.accounts.is_admin(hs.db.user_nid(user))}
+    rows = [(user, "admin" if user in admins else "") for user in users]
+    return reply_table(f"Found {len(users)} local user account(s):", ("User", ""), rows)
+
+
+@command("create-user NAME [PASSWORD]")
+async def create_user(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Create an account; without a password one is made up."""
+    password = arguments.get("PASSWORD") or random_token(20)
+    user_nid = await hs.accounts.create_account(local_part(hs, arguments["NAME"]), password)
+    return reply_text(f"Created user {hs.db.user_id(user_nid)} with password: {password}")
+
+
+@command("reset-password NAME [--logout]")
+async def reset_password(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Give an account a new password, which the answer shows; with --logout its sessions end."""
+    user_id, user_nid = local_account(hs, arguments["NAME"])
+    password = random_token(20)
+    await hs.accounts.set_password(user_nid, password, log_out="--logout" in arguments)
+    return reply_text(f"Successfully reset the password for user {user_id}: {password}")
+
+
+@command("deactivate-user ID [--erase]")
+async def deactivate_user(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Close an account for ever and leave all its rooms; with --erase its messages go as well."""
+    user_id, user_nid = local_account(hs, arguments["ID"])
+    await hs.accounts.deactivate(user_nid, erase="--erase" in arguments)
+    return reply_text(f"User {user_id} has been deactivated.")
+
+
+@command("memory-usage")
+async def memory_usage(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show memory, caches and disk space in use."""
+    media = await hs.db.read_in_thread(
+        lambda connection: connection.execute("SELECT TOTAL(size) FROM media").fetchone()[0]
+    )
+    files = [hs.db.folder / name for name in (DATABASE_FILE, f"{DATABASE_FILE}-wal")]
+    rows = [
+        ("resident memory", mebibytes(resident_bytes()), ""),
+        *((file.name, mebibytes(size_of(file) or 0), "on disk") for file in files),
+        ("uploaded media", mebibytes(media), "on disk"),
+        *(
+            (f"cache {name}", f"{len(cache)} entries", f"{cache.weight / cache.capacity:.0%} full")
+            for name, cache in caches_of(hs).items()
+        ),
+    ]
+    return reply_table("Memory and disk:", ("What", "Size", ""), rows)
+
+
+@command("clear-caches")
+async def clear_caches(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Empty all caches; they fill again by themselves."""
+    before = sum(map(len, caches_of(hs).values()))
+    hs.db.forget()
+    return reply_text(f"Done: {before - sum(map(len, caches_of(hs).values()))} entries are gone.")
+
+
+@command("show-config")
+async def show_config(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show the configuration in force, without its secrets."""
+    return reply_code("toml", masked_config(hs.config))
+
+
 # ── 21.4  The room ───────────────────────────────────────────────────────────
-
-
-def admin_room_request(hs: Homeserver) -> Json:
-    """The body of the createRoom by which @conduit makes its room."""
-    return {
-        "room_version": ADMIN_ROOM_VERSION,
-        "preset": "private_chat",
-        "visibility": "private",
-        "name": f"{hs.config.server_name} Admin Room",
-        "topic": f"Manage {hs.config.server_name}. Write help for what can be done here.",
-        "room_alias_name": ADMIN_ALIAS,
-        # Nobody from elsewhere could be an admin, so nobody from elsewhere gets in.
-        "creation_content": {"m.federate": False},
-        "initial_state": [
-            {"type": "m.room.guest_access", "content": {"guest_access": "forbidden"}},
-        ],
-        "power_level_content_override": {
-            "users": {},
-            "invite": ADMIN_POWER,
-            "state_default": ADMIN_POWER,
-            "events": {
-                "m.room.encryption": SERVER_POWER,  # @conduit could not read any more
-                "m.room.tombstone": SERVER_POWER,  # this room stays the admin room
-                "m.room.canonical_alias": SERVER_POWER,
-                "m.room.join_rules": SERVER_POWER,
-                "m.room.guest_access": SERVER_POWER,
-                "m.room.server_acl": SERVER_POWER,
-                "m.room.power_levels": SERVER_POWER,
-            },
-        },
-    }
 
 
 WELCOME = (
     "Welcome! This room is where you run your server. Write help to see what {bot} can do for you; "
     "everyone whom you invite here becomes an admin as well."
 )
+SERVER_ONLY = (
+    "m.room.encryption",  # @conduit could not read any more
+    "m.room.tombstone",  # this room stays the admin room
+    "m.room.history_visibility",  # answers may hold passwords
+    *("m.room.canonical_alias", "m.room.join_rules", "m.room.guest_access"),
+    *("m.room.server_acl", "m.room.power_levels"),
+)
+
+
+def admin_room_request(server_name: str) -> Json:
+    """The body of the createRoom by which @conduit makes its room."""
+    no_guests = {"type": "m.room.guest_access", "content": {"guest_access": "forbidden"}}
+    return {
+        "room_version": ADMIN_ROOM_VERSION,
+        "preset": "private_chat",
+        "name": f"{server_name} Admin Room",
+        "topic": f"Manage {server_name}. Write help for what can be done here.",
+        "room_alias_name": ADMINS_ALIAS,
+        # Nobody from elsewhere could be an admin, so nobody from elsewhere gets in.
+        "creation_content": {"m.federate": False},
+        "initial_state": [no_guests],
+        "power_level_content_override": {
+            "users": {},
+            "invite": ADMIN_POWER,
+            "state_default": ADMIN_POWER,
+            "events": dict.fromkeys(SERVER_ONLY, SERVER_POWER),
+        },
+    }
 
 
 class AdminRoom:
@@ -16175,10 +15146,10 @@ class AdminRoom:
             self._see_to_emergency(self.hs.db.user_nid(accounts.bot_id))
             if self._room_is_lost():
                 self._make_room()
-        self.hs.background(self._settle_power())
+        self._later(self._settle_power())
 
     def _see_to_emergency(self, bot_nid: UserNid) -> None:
-        """With an emergency password people log in as @conduit, an admin; without it they are out."""
+        """With an emergency password people log in as @conduit, an admin; without, they are out."""
         emergency = bool(self.hs.config.emergency_password)
         if emergency:
             log_admin.warning("emergency_password is set: remove it as soon as you are in again")
@@ -16194,7 +15165,8 @@ class AdminRoom:
 
     def _make_room(self) -> None:
         hs, bot = self.hs, self.hs.accounts.bot_id
-        room = create_room(hs, bot, admin_room_request(hs))
+        delete_alias(hs, f"#{ADMINS_ALIAS}:{hs.config.server_name}")
+        room = create_room(hs, bot, admin_room_request(hs.config.server_name))
         self.room_id = room.room_id
         hs.db.set_meta("admin_room", room.room_id)
         content = reply_content(reply_text(WELCOME.format(bot=bot)))
@@ -16222,6 +15194,17 @@ class AdminRoom:
         joined = {"membership": "join", **member_profile(self.hs, user_id)}
         self.hs.rooms.send(room, user_id, "m.room.member", joined, state_key=user_id)
 
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what follows from an event beside the requests; a full disk may prevent it."""
+
+        async def attempt() -> None:
+            try:
+                await work
+            except MatrixError as error:
+                log_admin.warning("the admin room could not be served: %s", error)
+
+        self.hs.background(attempt())
+
     def _room(self) -> Room:
         return self.hs.rooms.get(cast(str, self.room_id))
 
@@ -16229,7 +15212,7 @@ class AdminRoom:
         if room.room_id != self.room_id:
             return
         if event.type == "m.room.message" and not event.is_state:
-            self.hs.background(self._answer(event.event_id))
+            self._later(self._answer(event.event_id))
         elif event.type == "m.room.member" and self.hs.is_local(event.state_key or ""):
             self._on_member(room, event, self.hs.db.user_nid(cast(str, event.state_key)))
 
@@ -16250,10 +15233,10 @@ class AdminRoom:
         )
         if event.membership != "join":
             self.hs.accounts.set_admin(user_nid, False)
-            self.hs.background(self._settle_power())
+            self._later(self._settle_power())
         elif invited.rowcount:
             self.hs.accounts.set_admin(user_nid, True)
-            self.hs.background(self._settle_power())
+            self._later(self._settle_power())
 
     async def _settle_power(self) -> None:
         """Give exactly the admins who are in the room the power to invite and to name it."""
@@ -16293,7 +15276,9 @@ class AdminRoom:
                 self.hs.rooms.send(self._room(), self.hs.accounts.bot_id, "m.room.message", content)
 
     async def _run(self, sender: str, line: str, addressed: bool) -> Reply | None:
-        log_admin.info("%s: %s", sender, line.partition(" ")[0])  # what follows may be a password
+        name = line.partition(" ")[0]
+        if name in COMMANDS:  # of talk nothing is logged, nor what follows: it may be a password
+            log_admin.info("%s: %s", sender, name)
         try:
             return await run_line(self.hs, line, addressed)
         except Exception:
@@ -16337,15 +15322,13 @@ def turn_credentials(config: Config, user_id: str, now: int) -> tuple[str, str] 
 async def turn_server(hs: Homeserver, request: Request) -> Json:
     """Tell a client which relay to use for its next calls.
 
-    Spec: CS-API "Voice over IP". 404 M_NOT_FOUND when no relay is configured: the specification
-    requires every member of the answer, so an empty one would not be right.
+    Spec: CS-API "Voice over IP". Without a relay the members are there but empty, as Conduit's are:
+    clients take an error for a fault and ask again every minute.
     """
     config = hs.config
     credentials = turn_credentials(config, request.user.user_id, now_ms() // 1000)
-    if credentials is None:
-        raise not_found("This server has no TURN server; calls work where no relay is needed")
-    username, password = credentials
-    uris = list(config.turn_uris)
+    username, password = credentials or ("", "")
+    uris = list(config.turn_uris) if credentials else []
     return {"username": username, "password": password, "uris": uris, "ttl": config.turn_ttl}
 
 
@@ -16392,15 +15375,18 @@ async def well_known_support(hs: Homeserver, request: Request) -> Response:
 #  One file without scripts, fonts or pictures from elsewhere. The policy below
 #  allows its own style sheet, by hash, and its own icon, and nothing else.
 
-ICON = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><rect width="64" height="64" rx="15"'
-    ' fill="#0f766e"/><path d="M14 15h36a5 5 0 0 1 5 5v19a5 5 0 0 1-5 5H32L20 54V44h-6a5 5 0 0 1-5-5'
-    'V20a5 5 0 0 1 5-5Z" fill="#fff"/><path d="m34 19-12 13h8l-3 9 13-14h-8z" fill="#f59e0b"/></svg>'
-)
+ICON = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">
+<rect width="64" height="64" rx="15" fill="#0f766e"/>
+<path fill="#fff" d="M14 15h36a5 5 0 0 1 5 5v19a5 5 0 0 1-5 5
+H32L20 54V44h-6a5 5 0 0 1-5-5V20a5 5 0 0 1 5-5Z"/>
+<path fill="#f59e0b" d="m34 19-12 13h8l-3 9 13-14h-8z"/>
+</svg>
+"""
 
 STYLE = """
-:root{color-scheme:light dark;--page:#f4f6f5;--card:#fff;--text:#17211f;--soft:#55645f;--line:#dbe3e0;
---accent:#0f766e;--tint:#e3f3f0;--code:#eef2f1}
+:root{color-scheme:light dark;--page:#f4f6f5;--card:#fff;--text:#17211f;--soft:#55645f;
+--line:#dbe3e0;--accent:#0f766e;--tint:#e3f3f0;--code:#eef2f1}
 @media(prefers-color-scheme:dark){:root{--page:#0f1514;--card:#182120;--text:#e8efed;--soft:#9db0aa;
 --line:#2a3735;--accent:#5eead4;--tint:#123330;--code:#22302d}}
 *{box-sizing:border-box}
@@ -16412,8 +15398,8 @@ header img{width:4rem;height:4rem;flex:none}
 h1{font-size:clamp(1.5rem,5.5vw,2.3rem);line-height:1.15;margin:0;overflow-wrap:anywhere}
 header p{margin:.25rem 0 0;color:var(--soft)}
 h2{font-size:1.15rem;margin:0 0 .7rem}
-section{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:1.4rem 1.5rem;
-margin:1.1rem 0}
+section{background:var(--card);border:1px solid var(--line);border-radius:14px;
+padding:1.4rem 1.5rem;margin:1.1rem 0}
 p{margin:.6rem 0}
 .status{border-left:4px solid var(--accent);background:var(--tint);border-radius:8px;
 padding:.7rem 1rem;margin:1rem 0 0}
@@ -16425,8 +15411,8 @@ line-height:1.9rem;text-align:center;border-radius:50%;background:var(--tint);co
 font-weight:700;font-size:.95rem}
 a{color:var(--accent);text-underline-offset:.15em}
 a:focus-visible{outline:3px solid var(--accent);outline-offset:2px;border-radius:3px}
-code{background:var(--code);border-radius:6px;padding:.12em .4em;font-size:.92em;overflow-wrap:anywhere;
-font-family:ui-monospace,"Cascadia Mono","DejaVu Sans Mono",monospace}
+code{background:var(--code);border-radius:6px;padding:.12em .4em;font-size:.92em;
+overflow-wrap:anywhere;font-family:ui-monospace,"Cascadia Mono","DejaVu Sans Mono",monospace}
 table{border-collapse:collapse;width:100%}
 td{padding:.5rem .8rem .5rem 0;vertical-align:top;border-top:1px solid var(--line)}
 tr:first-child td{border-top:0}
@@ -16474,7 +15460,8 @@ encrypted messages if you lose all your devices.</li>
 <section>
 <h2>Apps</h2>
 <table>
-<tr><td><a href="https://element.io/download">Element</a></td><td>web, desktop, Android, iOS</td></tr>
+<tr><td><a href="https://element.io/download">Element</a></td>
+<td>web, desktop, Android, iOS</td></tr>
 <tr><td><a href="https://cinny.in">Cinny</a></td><td>web, desktop: light and quick</td></tr>
 <tr><td><a href="https://nheko-reborn.github.io">nheko</a></td>
 <td>desktop: small and native</td></tr>
@@ -16494,13 +15481,6 @@ in the configuration file, which <code>conduit-example.toml</code> explains key 
 </body>
 </html>
 """)
-
-HTML_ESCAPES = {ord(mark): f"&#{ord(mark)};" for mark in "&<>\"'"}
-
-
-def escape_html(text: str) -> str:
-    """The text for use in HTML, in attributes as well."""
-    return text.translate(HTML_ESCAPES)
 
 
 def style_hash() -> str:
@@ -16585,9 +15565,9 @@ def support_links(config: Config) -> str:
     if config.support_contact:
         prefix = "https://matrix.to/#/" if is_user_id(config.support_contact) else "mailto:"
         target = prefix + quote(config.support_contact, safe="@:")
-        links.append(f'<a href="{target}">{escape_html(config.support_contact)}</a>')
+        links.append(f'<a href="{target}">{config.support_contact.translate(HTML_ESCAPES)}</a>')
     if config.support_page:
-        links.append(f'<a href="{escape_html(config.support_page)}">help</a>')
+        links.append(f'<a href="{config.support_page.translate(HTML_ESCAPES)}">help</a>')
     return "".join(f" &middot; {link}" for link in links)
 
 
@@ -16596,8 +15576,8 @@ def landing_html(config: Config, has_users: bool) -> str:
     return PAGE.substitute(
         registration_door(config, has_users)._asdict(),
         style=STYLE,
-        name=escape_html(config.server_name),
-        address=escape_html(config.well_known.client),
+        name=config.server_name.translate(HTML_ESCAPES),
+        address=config.well_known.client.translate(HTML_ESCAPES),
         version=VERSION,
         support=support_links(config),
     )
@@ -16659,14 +15639,8 @@ class Homeserver:
         self.signing_key = self._load_signing_key()
         scale = config.conduit_cache_capacity_modifier
         cache_bytes = int(config.db_cache_capacity_mb * 2**20 / EVENT_CACHE_SHARE * scale)
-        self.rooms = Rooms(
-            self.db,
-            self.stream,
-            config.server_name,
-            self.signing_key,
-            cache_bytes,
-            config.pdu_cache_capacity,
-        )
+        sizes = cache_bytes, config.pdu_cache_capacity
+        self.rooms = Rooms(self.signing_key, self.db, self.stream, config.server_name, *sizes)
         self.accounts = Accounts(self)
         self.profiles = Profiles(self)
         self.account_data = AccountData(self)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -21,6 +22,7 @@ import hmac
 import importlib
 import inspect
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -30,6 +32,7 @@ import random
 import re
 import resource
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -45,7 +48,7 @@ import threading
 import time
 import types
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -61,7 +64,6 @@ from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import quote, unquote, urlencode
 
-import conduit
 import httpx
 import nacl.bindings
 import nacl.public
@@ -72,6 +74,8 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+import conduit
 
 # ═════════════════════════════════════════════════════════════════════════════
 #  0. HARNESS
@@ -84,7 +88,7 @@ from PIL import Image
 Json = dict[str, Any]
 ROOT: Final = Path(__file__).resolve().parent
 SPEC_TOOLS: Final = Path(os.environ.get("SPEC_TOOLS") or ROOT.parent / "shared" / "tools")
-PASSWORD: Final = "correct horse battery staple"  # noqa: S105  a password of test users only
+PASSWORD: Final = "correct horse battery staple"
 CLIENT: Final = "/_matrix/client/v3/"
 
 deep = pytest.mark.skipif(not os.environ.get("DEEP"), reason="long: runs with DEEP=1")
@@ -851,11 +855,8 @@ def test_every_key_has_a_help_text_and_is_found_by_its_name() -> None:
             shape = conduit.shape_of(entry.type)
             assert len(rules.text) > 5, entry.name
             assert shape.table or shape.base in conduit.KINDS, entry.name
-            assert (rules.low is None) == (rules.high is None), entry.name
             if shape.base in ("int", "float"):
-                assert rules.low is not None, f"{entry.name} has no bounds"
-            if rules.check is not None:
-                assert rules.expect, f"{entry.name} does not say what would be right"
+                assert rules.bounds, f"{entry.name} has no bounds"
 
 
 def example_keys(commented: bool) -> dict[str, str]:
@@ -1025,8 +1026,10 @@ def test_turn_can_be_a_table(tmp_path: Path) -> None:
         '[global.turn]\nuris = ["turn:a"]\nsecret = "b"\nttl = 60\nusername = "c"\npassword = "d"',
         tmp_path,
         CONDUIT_TURN__USERNAME="e",
+        CONDUIT_TURN__URIS='["turn:f"]',
+        CONDUIT_TURN__TTL="90",
     )
-    assert (config.turn_uris, config.turn_secret, config.turn_ttl) == (("turn:a",), "b", 60)
+    assert (config.turn_uris, config.turn_secret, config.turn_ttl) == (("turn:f",), "b", 90)
     assert (config.turn_username, config.turn_password) == ("e", "d")
     twice = problems_of('turn_secret = "hidden"\n[global.turn]\nsecret = "hidden"', tmp_path)
     assert len(twice) == 1
@@ -1042,8 +1045,8 @@ def test_spellings_of_old_files(tmp_path: Path) -> None:
     assert config.address == "127.0.0.1"
     assert config.trusted_servers == ()
     assert [warning for warning in warnings if "rocksdb_max_open_files has no effect" in warning]
-    assert config.log_levels[""] == logging.WARNING
-    assert config.log_levels["api"] == logging.DEBUG
+    levels = conduit.parse_log_levels(config.log)
+    assert (levels[""], levels["api"]) == (logging.WARNING, logging.DEBUG)
 
 
 # ── 2.3  What is refused ─────────────────────────────────────────────────────
@@ -1130,8 +1133,8 @@ def wrong_values(entry: Any) -> Iterator[Any]:
     one = wrong.get(shape.base, 7)
     yield [one] if shape.many else one
     yield {} if shape.many else [one]
-    if rules.low is not None:
-        yield from (rules.low - 1, rules.high + 1)
+    if rules.bounds is not None:
+        yield from (rules.bounds[0] - 1, rules.bounds[1] + 1)
     if rules.check is not None and shape.base == "str":
         yield ["\0 "] if shape.many else "\0 "
 
@@ -1224,6 +1227,7 @@ def test_addresses_that_are_none(bad: str) -> None:
         ('registration_token = "abc"', "while allow_registration is false"),
         ('allow_registration = true\nregistration_token = "two words"', "up to 64 letters"),
         ('turn_uris = ["turn:a"]', "turn_secret"),
+        ('turn_uris = ["turn:a"]\nturn_password = "abc"', "turn_username"),
         ('emergency_password = "abc"', "remove it soon"),
     ],
 )
@@ -1296,6 +1300,1847 @@ def test_the_dump_masks_every_secret_and_can_be_read_again(tmp_path: Path) -> No
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  3. CANONICAL JSON, HASHES, SIGNATURES
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 3.1  Writing JSON ────────────────────────────────────────────────────────
+
+json_numbers = st.integers() | st.floats()
+json_text = st.text(max_size=8) | st.sampled_from(["\ud800", "\0", "@a:one.example", "$", "!"])
+any_json = st.recursive(
+    st.none() | st.booleans() | json_numbers | json_text,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(json_text, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("{}", "{}"),
+        ('{"one": 1, "two": "Two"}', '{"one":1,"two":"Two"}'),
+        ('{"b": "2", "a": "1"}', '{"a":"1","b":"2"}'),
+        ('{"b":"2","a":"1"}', '{"a":"1","b":"2"}'),
+        (
+            """{"auth": {"success": true, "mxid": "@john.doe:example.com", "profile": {
+            "display_name": "John Doe", "three_pids": [
+            {"medium": "email", "address": "john.doe@example.org"},
+            {"medium": "msisdn", "address": "123456789"}]}}}""",
+            '{"auth":{"mxid":"@john.doe:example.com","profile":{"display_name":"John Doe",'
+            '"three_pids":[{"address":"john.doe@example.org","medium":"email"},'
+            '{"address":"123456789","medium":"msisdn"}]},"success":true}}',
+        ),
+        ('{"a": "日本語"}', '{"a":"日本語"}'),
+        ('{"本": 2, "日": 1}', '{"日":1,"本":2}'),
+        ('{"a": "\\u65E5"}', '{"a":"日"}'),
+        ('{"a": null}', '{"a":null}'),
+        ('{"a": -0, "b": 1}', '{"a":0,"b":1}'),
+        ('"\\u0007\\u000b\\n\\"\\\\\\/\\u007f"', '"\\u0007\\u000b\\n\\"\\\\/\x7f"'),
+        ('{"\\ud83d\\ude00": 1, "\\uffff": 2}', '{"\uffff":2,"😀":1}'),
+    ],
+)
+def test_canonical_json_examples(text: str, canonical: str) -> None:
+    assert conduit.canonical_json(conduit.parse_json(text.encode())) == canonical.encode()
+
+
+@given(any_json)
+def test_canonical_json_of_anything(value: Any) -> None:
+    """Bytes that read back as the same value and are written the same again, or M_BAD_JSON."""
+    try:
+        raw = conduit.canonical_json(value)
+    except conduit.MatrixError as error:
+        assert error.errcode == "M_BAD_JSON"
+        return
+    again = conduit.parse_json(raw)
+    assert again == value
+    assert conduit.canonical_json(again) == raw
+
+
+@given(any_json)
+def test_check_canonical_is_the_range_of_canonical_json(value: Any) -> None:
+    def numbers(item: Any) -> Iterator[Any]:
+        if isinstance(item, (dict, list)):
+            for child in item.values() if isinstance(item, dict) else item:
+                yield from numbers(child)
+        elif isinstance(item, (int, float)) and not isinstance(item, bool):
+            yield item
+
+    fine = all(isinstance(n, int) and abs(n) < 2**53 for n in numbers(value))
+    if fine:
+        conduit.check_canonical(value)
+    else:
+        with pytest.raises(conduit.MatrixError):
+            conduit.check_canonical(value)
+
+
+# ── 3.2  Reading JSON ────────────────────────────────────────────────────────
+
+
+def json_error(raw: bytes, *, strict: bool = False) -> str | None:
+    try:
+        conduit.parse_json(raw, strict=strict)
+    except conduit.MatrixError as error:
+        assert error.status == 400
+        return error.errcode
+    return None
+
+
+@pytest.mark.parametrize(
+    ("raw", "plain", "strict"),
+    [
+        (b'{"a":1}', None, None),
+        (b"", "M_NOT_JSON", "M_NOT_JSON"),
+        (b"{", "M_NOT_JSON", "M_NOT_JSON"),
+        (b"NaN", "M_NOT_JSON", "M_NOT_JSON"),
+        (b"[-Infinity]", "M_NOT_JSON", "M_NOT_JSON"),
+        (b"1e400", "M_BAD_JSON", "M_BAD_JSON"),
+        (b"1.0", None, "M_BAD_JSON"),
+        (b"-0", None, "M_BAD_JSON"),
+        (b"9007199254740991", None, None),
+        (b"-9007199254740991", None, None),
+        (b"9007199254740992", None, "M_BAD_JSON"),
+        (b"-9007199254740992", None, "M_BAD_JSON"),
+        (b"1" * 4300, None, "M_BAD_JSON"),
+        (b"1" * 4301, "M_NOT_JSON", "M_BAD_JSON"),
+        (b'{"a":1,"a":2}', None, "M_BAD_JSON"),
+        (b'"\\ud800"', "M_BAD_JSON", "M_BAD_JSON"),
+        (b'"\\ud83d\\ude00"', None, None),
+        (b'"\\\\ud800"', None, None),
+        (b'"\xff"', "M_NOT_JSON", "M_NOT_JSON"),
+        (b'"\xed\xa0\x80"', "M_NOT_JSON", "M_NOT_JSON"),
+        ('{"a":1}'.encode("utf-16"), "M_NOT_JSON", "M_NOT_JSON"),
+        (b"\xef\xbb\xbf{}", "M_NOT_JSON", "M_NOT_JSON"),
+        (b"[" * 100 + b"]" * 100, None, None),
+        (b"[" * 101 + b"]" * 101, "M_BAD_JSON", "M_BAD_JSON"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "M_BAD_JSON", "M_BAD_JSON"),
+        (b"[" * 200_000, "M_NOT_JSON", "M_NOT_JSON"),
+        (b"[" + b"[]," * 200 + b"0]", None, None),
+    ],
+)
+def test_sec_c_hostile_json(raw: bytes, plain: str | None, strict: str | None) -> None:
+    assert json_error(raw) == plain
+    assert json_error(raw, strict=True) == strict
+
+
+@given(st.binary(max_size=40) | any_json.map(lambda value: json.dumps(value).encode()))
+def test_parse_json_raises_nothing_but_matrix_errors(raw: bytes) -> None:
+    json_error(raw)
+    json_error(raw, strict=True)
+
+
+# ── 3.3  Base64 ──────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"", ""),
+        (b"f", "Zg"),
+        (b"fo", "Zm8"),
+        (b"foo", "Zm9v"),
+        (b"foob", "Zm9vYg"),
+        (b"fooba", "Zm9vYmE"),
+        (b"foobar", "Zm9vYmFy"),
+        (b"\xfb\xff", "+/8"),
+    ],
+)
+def test_base64_examples(raw: bytes, text: str) -> None:
+    assert conduit.b64encode(raw) == text
+    assert conduit.b64decode(text) == raw
+    assert conduit.b64decode(text + "=" * (-len(text) % 4)) == raw
+    assert conduit.b64decode(conduit.b64url_encode(raw)) == raw
+
+
+@pytest.mark.parametrize("text", ["A", "Zg===", "Z g", "Zg\n", "é", "Z=g", None, 5, b"Zg", []])
+def test_not_base64(text: Any) -> None:
+    with pytest.raises(conduit.MatrixError):
+        conduit.b64decode(text)
+
+
+@given(st.binary(max_size=50))
+def test_base64_there_and_back(raw: bytes) -> None:
+    assert conduit.b64decode(conduit.b64encode(raw)) == raw
+    assert conduit.b64decode(conduit.b64url_encode(raw)) == raw
+
+
+# ── 3.4  Signing keys ────────────────────────────────────────────────────────
+
+SPEC_KEY = conduit.SigningKey("1", conduit.b64decode("YJDBA9Xnr2sVqXD9Vj7XVUnmFZcZrlw8Md7kMW+3XA1"))
+
+
+def test_key_file_there_and_back(tmp_path: Path) -> None:
+    path = tmp_path / "signing.key"
+    key = conduit.SigningKey.generate()
+    key.save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert re.fullmatch(r"ed25519 a_\w{4} [A-Za-z0-9+/]{43}\n", path.read_text())
+    again = conduit.SigningKey.load(path)
+    assert (again.key_id, again.public, again.sign(b"x")) == (key.key_id, key.public, key.sign(b"x"))
+    with pytest.raises(FileExistsError):
+        key.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["signing.key"]
+
+
+def test_key_file_of_synapse(tmp_path: Path) -> None:
+    path = tmp_path / "signing.key"
+    path.write_text(f"\ned25519 1 {conduit.b64encode(SPEC_KEY.seed)}\r\ned25519 2 {'A' * 43}\n")
+    assert conduit.SigningKey.load(path).public == SPEC_KEY.public
+    assert conduit.SigningKey.parse(SPEC_KEY.text()).key_id == "ed25519:1"
+
+
+@pytest.mark.parametrize("text", ["", "x", "ed25519 1 AAAA", "rsa 1 " + "A" * 43, "ed25519 é " + "A" * 43])
+def test_key_file_that_is_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "signing.key"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="expected one line"):
+        conduit.SigningKey.load(path)
+
+
+def test_sec_05_generated_keys_are_random() -> None:
+    keys = [conduit.SigningKey.generate() for _ in range(20)]
+    assert len({key.seed for key in keys}) == 20
+    assert all(len(key.seed) == 32 for key in keys)
+
+
+# ── 3.5  Signed JSON ─────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("value", "signature"),
+    [
+        (
+            {},
+            "K8280/U9SSy9IVtjBuVeLr+HpOB4BQFWbg+UZaADMtTdGYI7Geitb76LTrr5QV/7Xg4ahLwYGYZzuHGZKM5ZAQ",
+        ),
+        (
+            {"one": 1, "two": "Two"},
+            "KqmLSbO39/Bzb0QIYE82zqLwsA+PDzYIpIRA2sRQ4sL53+sN6/fpNSoqE7BP7vBZhG6kYdD13EIMJpvhJI+6Bw",
+        ),
+    ],
+)
+def test_json_signing_vectors(value: Json, signature: str) -> None:
+    """Appendices, "JSON Signing"; what is unsigned, and older signatures, make no difference."""
+    signed = conduit.sign_json(value, "domain", SPEC_KEY)
+    assert signed == {**value, "signatures": {"domain": {"ed25519:1": signature}}}
+    more = {**value, "unsigned": {"a": 1}, "signatures": {"x": {"y": "z"}, "domain": {"k": "s"}}}
+    signed = conduit.sign_json(more, "domain", SPEC_KEY)
+    assert signed["signatures"]["domain"] == {"k": "s", "ed25519:1": signature}
+    assert signed["signatures"]["x"] == {"y": "z"}
+    assert conduit.verify_json(signed, "domain", "ed25519:1", SPEC_KEY.public)
+    assert not conduit.verify_json({**signed, "three": 3}, "domain", "ed25519:1", SPEC_KEY.public)
+    assert not conduit.verify_json(signed, "other", "ed25519:1", SPEC_KEY.public)
+    assert not conduit.verify_json(signed, "domain", "ed25519:2", SPEC_KEY.public)
+    other = conduit.SigningKey("1", bytes(32))
+    assert not conduit.verify_json(signed, "domain", "ed25519:1", other.public)
+
+
+@given(any_json, any_json, any_json)
+def test_signature_of_anything_is_a_verdict(public: Any, signature: Any, signatures: Any) -> None:
+    good = SPEC_KEY.sign(b"x")
+    assert conduit.verify_signature(public, good, b"x") is False
+    assert conduit.verify_signature(SPEC_KEY.public, signature, b"x") is False
+    for value in (signatures, {"s": signatures}, {"s": {"k": signatures}}):
+        assert conduit.verify_json({"signatures": value}, "s", "k", SPEC_KEY.public) is False
+
+
+def test_signatures_of_wrong_length() -> None:
+    good = SPEC_KEY.sign(b"x")
+    assert conduit.verify_signature(SPEC_KEY.public, good, b"x")
+    assert not conduit.verify_signature(SPEC_KEY.public, good[:-4], b"x")
+    assert not conduit.verify_signature(SPEC_KEY.public + "AAAA", good, b"x")
+    assert not conduit.verify_signature(SPEC_KEY.public, good, b"y")
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  4. STORAGE
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+@contextlib.asynccontextmanager
+async def open_store(folder: Path) -> AsyncIterator[conduit.Database]:
+    """A database of a server named here.test, closed at the end."""
+    database = conduit.Database(folder, "here.test", 64)
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+def refusal(folder: Path, server_name: str = "here.test") -> str:
+    """Why the folder is refused."""
+
+    async def attempt() -> None:
+        conduit.Database(folder, server_name, 64)
+
+    with pytest.raises(conduit.DatabaseRefused) as refused:
+        asyncio.run(attempt())
+    return str(refused.value)
+
+
+def make_store(folder: Path) -> Path:
+    """A database that was opened and closed once."""
+
+    async def once() -> None:
+        async with open_store(folder):
+            pass
+
+    asyncio.run(once())
+    return folder / "conduit.db"
+
+
+def test_folder_is_private_and_database_in_wal_mode(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "data"
+    make_store(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    with contextlib.closing(sqlite3.connect(folder / "conduit.db")) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_block_is_undone_as_a_whole_and_others_are_kept(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with open_store(tmp_path) as database:
+            with database.write():
+                database.set_meta("kept", 1)
+            with pytest.raises(ValueError, match="stop"), database.write():
+                database.set_meta("lost", 1)
+                with database.write():
+                    database.set_meta("inner", 1)
+                raise ValueError("stop")
+            assert database.meta("kept") == 1
+            assert database.meta("lost") is None
+            assert database.meta("inner") is None
+            await database.synced()
+
+    asyncio.run(story())
+
+
+def test_writes_of_many_handlers_share_one_commit(tmp_path: Path) -> None:
+    async def writer(database: conduit.Database, number: int) -> None:
+        database.set_meta(f"key {number}", number)
+        await database.synced()
+
+    async def story() -> int:
+        async with open_store(tmp_path) as database:
+            statements: list[str] = []
+            database.connection.set_trace_callback(statements.append)
+            await asyncio.gather(*(writer(database, number) for number in range(50)))
+            return statements.count("COMMIT")
+
+    assert asyncio.run(story()) <= 3
+
+
+def test_synced_waits_for_the_sync_of_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    real = os.fdatasync
+
+    def note(descriptor: int) -> None:
+        real(descriptor)
+        lengths.append(os.fstat(descriptor).st_size)
+
+    async def story() -> None:
+        async with open_store(tmp_path) as database:
+            monkeypatch.setattr(os, "fdatasync", note)
+            await database.synced()
+            assert lengths == []  # nothing was written, nobody waits
+            database.set_meta("key", "value")
+            await database.synced()
+            assert lengths[-1] == (tmp_path / "conduit.db-wal").stat().st_size
+
+    asyncio.run(story())
+
+
+def test_failed_sync_acknowledges_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped: list[int] = []
+
+    def fail(_descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    async def story() -> None:
+        async with open_store(tmp_path) as database:
+            monkeypatch.setattr(os, "fdatasync", fail)
+            monkeypatch.setattr(os, "kill", lambda _pid, number: stopped.append(number))
+            database.set_meta("key", "value")
+            with pytest.raises(conduit.MatrixError) as error:
+                await database.synced()
+            assert error.value.status >= 500
+            with pytest.raises(conduit.MatrixError):
+                database.set_meta("other", "value")
+
+    asyncio.run(story())
+    assert stopped == [signal.SIGTERM]
+
+
+def test_database_of_another_server_is_refused(tmp_path: Path) -> None:
+    make_store(tmp_path)
+    assert "belongs to here.test" in refusal(tmp_path, "there.test")
+
+
+def test_database_of_a_newer_program_is_refused_untouched(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    before = path.read_bytes()
+    assert "version 99" in refusal(tmp_path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("wipe", ["tables", "row", "bytes", "file"])
+def test_half_wiped_database_is_refused(tmp_path: Path, wipe: str) -> None:
+    path = make_store(tmp_path)
+    if wipe == "bytes":
+        path.write_bytes(b"\0" * 8192)
+    elif wipe == "file":
+        path.unlink()
+        (tmp_path / "media").mkdir()
+    else:
+        sql = {"tables": "DROP TABLE events", "row": "DELETE FROM meta"}[wipe]
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(sql)
+    text = refusal(tmp_path)
+    assert "backup" in text or "cannot be read" in text
+
+
+def test_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with open_store(tmp_path):
+            with pytest.raises(conduit.DatabaseRefused, match="another server is running"):
+                conduit.Database(tmp_path, "here.test", 64)
+
+    asyncio.run(story())
+
+
+def migrate_with(path: Path, *sql: str) -> None:
+    """Run invented migrations on a database."""
+    steps = [conduit.Migration("an invented step", one) for one in sql]
+    with contextlib.closing(conduit.connect(path)) as connection:
+        conduit.migrate(connection, path, steps)
+
+
+def test_migration_is_numbered_and_leaves_a_copy_of_what_was(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    migrate_with(path, "CREATE TABLE one (a)", "CREATE TABLE two (a)")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
+    for version, tables in ((2, set()), (3, {"one"})):
+        copy = path.with_name(f"conduit.db.before-version-{version}")
+        with contextlib.closing(sqlite3.connect(copy)) as connection:
+            names = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema")}
+        assert names & {"one", "two"} == tables
+
+
+def test_failed_migration_changes_nothing(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    with pytest.raises(sqlite3.Error):
+        migrate_with(path, "CREATE TABLE one (a); SELECT nonsense FROM nowhere")
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+        names = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema")}
+    assert "one" not in names
+    make_store(tmp_path)
+
+
+@given(plan=st.lists(st.one_of(st.integers(1, 30_000), st.just("crash"), st.just("stop")), max_size=8))
+@settings(max_examples=20, deadline=None)
+def test_stream_position_never_comes_twice(plan: list[int | str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        highest = 0
+        for group in split_at_ends(plan):
+            highest = asyncio.run(stamp_so_often(Path(folder), group, highest))
+
+
+def split_at_ends(plan: list[int | str]) -> list[tuple[int, str]]:
+    """(how many stamps, how the server ends) for each life of a server."""
+    lives: list[tuple[int, str]] = []
+    count = 0
+    for step in [*plan, "stop"]:
+        if isinstance(step, str):
+            lives.append((count, step))
+            count = 0
+        else:
+            count += step
+    return lives
+
+
+async def stamp_so_often(folder: Path, life: tuple[int, str], highest: int) -> int:
+    """One life of a server; returns its highest position, above all former ones."""
+    count, end = life
+    async with open_store(folder) as database:
+        stream = conduit.Stream(database)
+        for _ in range(count):
+            position = stream.stamp(conduit.TYPING, 1)
+            assert position > highest
+            highest = position
+        if end == "stop":
+            stream.save()
+    return highest
+
+
+def test_stream_log_knows_what_came_after_a_token(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with open_store(tmp_path) as database:
+            stream = conduit.Stream(database)
+            start = stream.position
+            assert stream.since(start - 1) is None  # before this server's time
+            first = stream.stamp(conduit.RECEIPT, 7)
+            stream.stamp(conduit.TYPING, 8)
+            assert stream.since(start) == [(conduit.RECEIPT, 7), (conduit.TYPING, 8)]
+            assert stream.since(first) == [(conduit.TYPING, 8)]
+            for _ in range(conduit.STREAM_LOG + 1):
+                stream.stamp(conduit.TYPING, 9)
+            assert stream.since(first) is None
+            assert stream.since(stream.position) == []
+
+    asyncio.run(story())
+
+
+def test_backup_while_the_server_runs(server: Server, alice: Client, tmp_path: Path) -> None:
+    room_id = alice.create_room()
+    alice.send_text(room_id, "before the backup")
+    copy = tmp_path / "copy.db"
+    assert server.run_command("--backup", str(copy)).returncode == 0
+    assert copy.stat().st_mode & 0o777 == 0o600
+    with contextlib.closing(sqlite3.connect(copy)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        found = connection.execute(
+            "SELECT COUNT(*) FROM events WHERE CAST(pdu AS TEXT) LIKE '%before the backup%'"
+        )
+        assert found.fetchone() == (1,)
+    again = server.run_command("--backup", str(copy))
+    assert again.returncode != 0
+    assert "exists already" in again.stderr + again.stdout
+
+
+def test_check_finds_what_dangles(new_server: Callable[..., Server]) -> None:
+    one = new_server()
+    user = register(one)
+    user.send_text(user.create_room(), "hello")
+    one.check()
+    one.stop()
+    with contextlib.closing(sqlite3.connect(one.database)) as connection, connection:
+        connection.execute("DELETE FROM state_groups WHERE state_group = (SELECT MAX(state_group) FROM state_groups)")
+    result = one.run_command("--check")
+    assert result.returncode != 0
+    assert "state groups" in result.stdout + result.stderr
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  5. ROOM VERSIONS
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 5.1  The table ───────────────────────────────────────────────────────────
+
+VERSIONS_WITH = {
+    "explicit_event_ids": "1 2",
+    "url_safe_event_ids": "4 5 6 7 8 9 10 11 12",
+    "strict_json": "6 7 8 9 10 11 12",
+    "room_id_is_hash": "12",
+    "enforce_key_validity": "5 6 7 8 9 10 11 12",
+    "redaction_keeps_create": "11 12",
+    "redaction_keeps_signed_invite": "11 12",
+    "redacts_in_content": "11 12",
+    "aliases_rule": "1 2 3 4 5",
+    "redaction_rule": "1 2",
+    "creator_in_content": "1 2 3 4 5 6 7 8 9 10",
+    "notification_levels": "6 7 8 9 10 11 12",
+    "knock": "7 8 9 10 11 12",
+    "restricted": "8 9 10 11 12",
+    "knock_restricted": "10 11 12",
+    "integer_levels": "10 11 12",
+    "privileged_creators": "12",
+}
+
+
+@pytest.mark.parametrize(("feature", "versions"), VERSIONS_WITH.items())
+def test_version_features(feature: str, versions: str) -> None:
+    rows = conduit.ROOM_VERSIONS.values()
+    assert [row.id for row in rows if getattr(row, feature)] == versions.split()
+
+
+def test_versions_and_resolutions() -> None:
+    assert [*conduit.ROOM_VERSIONS] == [str(number) for number in range(1, 13)]
+    algorithms = [row.resolution for row in conduit.ROOM_VERSIONS.values()]
+    assert algorithms == ["v1", *["v2"] * 10, "v2.1"]
+
+
+def test_versions_agree_with_synapse() -> None:
+    pytest.importorskip("synapse.event_auth", exc_type=ImportError)
+    theirs = importlib.import_module("synapse.api.room_versions").KNOWN_ROOM_VERSIONS
+    names = {
+        "strict_json": "strict_canonicaljson",
+        "room_id_is_hash": "msc4291_room_ids_as_hashes",
+        "enforce_key_validity": "enforce_key_validity",
+        "redacts_in_content": "updated_redaction_rules",
+        "aliases_rule": "special_case_aliases_auth",
+        "notification_levels": "limit_notifications_power_levels",
+        "knock": "knock_join_rule",
+        "restricted": "restricted_join_rule",
+        "knock_restricted": "knock_restricted_join_rule",
+        "integer_levels": "enforce_int_power_levels",
+        "privileged_creators": "msc4289_creator_power_enabled",
+    }
+    for name, version in conduit.ROOM_VERSIONS.items():
+        for ours, their_name in names.items():
+            assert getattr(version, ours) == getattr(theirs[name], their_name), (name, ours)
+        assert version.creator_in_content != theirs[name].implicit_room_creator
+
+
+@given(any_json)
+def test_room_version_of_anything(name: Any) -> None:
+    if isinstance(name, str) and name in conduit.ROOM_VERSIONS:
+        assert conduit.room_version(name).id == name
+        return
+    with pytest.raises(conduit.MatrixError) as caught:
+        conduit.version_of_create({"room_version": name})
+    assert (caught.value.status, caught.value.errcode) == (400, "M_UNSUPPORTED_ROOM_VERSION")
+
+
+def test_a_create_event_without_version_makes_a_room_of_version_1() -> None:
+    assert conduit.version_of_create({}).id == "1"
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  6. EVENTS
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 6.1  Helpers ─────────────────────────────────────────────────────────────
+
+each_version = pytest.mark.parametrize("version", conduit.ROOM_VERSIONS.values(), ids=str)
+
+
+def sample_fields(version: conduit.RoomVersion, **changes: Any) -> Json:
+    """The fields of a message as the room store would fill them in."""
+    reference: Any = "$" + "a" * 43
+    if version.explicit_event_ids:
+        reference = ["$a:one.example", {"sha256": "a" * 43}]
+    fields: Json = {
+        "type": "m.room.message",
+        "sender": "@alice:one.example",
+        "room_id": "!" + "r" * 43 if version.room_id_is_hash else "!room:one.example",
+        "content": {"body": "hello", "msgtype": "m.text"},
+        "depth": 5,
+        "origin_server_ts": 1_700_000_000_000,
+        "prev_events": [reference],
+        "auth_events": [reference],
+    }
+    fields.update(changes)
+    return {key: value for key, value in fields.items() if value is not ...}
+
+
+def sample_pdu(version: conduit.RoomVersion, **changes: Any) -> Json:
+    """A finished event, then changed without care for hash and signature; ... removes a key."""
+    pdu = conduit.finish_event(version, sample_fields(version), "one.example", SPEC_KEY).pdu
+    return {key: value for key, value in {**pdu, **changes}.items() if value is not ...}
+
+
+def format_error(version: conduit.RoomVersion, pdu: Any) -> str | None:
+    try:
+        conduit.check_format(version, pdu)
+    except conduit.MatrixError as error:
+        return error.errcode
+    return None
+
+
+# ── 6.2  The format ──────────────────────────────────────────────────────────
+
+BAD, LARGE = "M_BAD_JSON", "M_TOO_LARGE"
+PAIR = ["$a:one.example", {"sha256": "x"}]
+FORMAT_TABLE: list[tuple[str, str | None, Json]] = [
+    ("1-12", None, {}),
+    ("1-12", None, {"state_key": ""}),
+    ("1-12", None, {"unsigned": {"age": 5}}),
+    ("1-12", None, {"unsigned": "whatever"}),
+    ("1-12", None, {"unknown": {"x": [1, None, True]}}),
+    *[("1-12", BAD, {key: ...}) for key in "type sender content depth origin_server_ts".split()],
+    *[("1-12", BAD, {key: ...}) for key in "prev_events auth_events hashes signatures".split()],
+    *[("1-12", BAD, {key: None}) for key in "type sender content depth room_id state_key".split()],
+    ("1-2", BAD, {"event_id": ...}),
+    ("1-2", BAD, {"event_id": "$nodomain"}),
+    ("1-2", BAD, {"event_id": 5}),
+    ("3-12", None, {"event_id": 5}),
+    ("1-12", BAD, {"room_id": ...}),
+    ("1-12", BAD, {"room_id": "room"}),
+    ("12", BAD, {"room_id": "!room:one.example"}),
+    ("1-11", BAD, {"room_id": "!" + "r" * 43}),
+    ("12", None, {"type": "m.room.create", "state_key": "", "room_id": ...}),
+    ("1-11", BAD, {"type": "m.room.create", "state_key": "", "room_id": ...}),
+    ("1-12", BAD, {"sender": "alice"}),
+    ("1-12", BAD, {"sender": "@alice"}),
+    ("1-12", BAD, {"sender": "@alice:one.example:80:80"}),
+    ("1-12", BAD, {"sender": "@ali\0ce:one.example"}),
+    ("1-12", None, {"sender": "@Alice Ünüsüäl\t:one.example:8448"}),
+    ("1-12", None, {"sender": "@:one.example"}),
+    ("1-12", None, {"type": "t" * 255}),
+    ("1-12", None, {"type": "é" * 127}),
+    ("1-12", LARGE, {"type": "t" * 256}),
+    ("1-12", LARGE, {"type": "é" * 128}),
+    ("1-12", None, {"state_key": "é" * 127}),
+    ("1-12", LARGE, {"state_key": "é" * 128}),
+    ("1-12", LARGE, {"sender": "@" + "a" * 244 + ":one.example"}),
+    ("1-12", BAD, {"depth": -1}),
+    ("1-12", BAD, {"depth": True}),
+    ("1-12", BAD, {"depth": 1.0}),
+    ("1-12", BAD, {"depth": "1"}),
+    ("1-5", None, {"depth": 2**63 - 1}),
+    ("1-5", BAD, {"depth": 2**63}),
+    ("6-12", None, {"depth": 2**53 - 1}),
+    ("6-12", BAD, {"depth": 2**53}),
+    ("1-5", None, {"origin_server_ts": 2**53}),
+    ("1-12", BAD, {"origin_server_ts": 2**63}),
+    ("6-12", BAD, {"origin_server_ts": 2**53}),
+    ("1-12", None, {"origin_server_ts": -5}),
+    ("1-5", None, {"content": {"x": 1.5}}),
+    ("6-12", BAD, {"content": {"x": 1.5}}),
+    ("1-5", None, {"content": {"x": [2**53]}}),
+    ("6-12", BAD, {"content": {"x": [2**53]}}),
+    ("6-12", None, {"content": {"x": [2**53 - 1, -(2**53) + 1]}}),
+    ("6-12", BAD, {"content": {"x": [-(2**53)]}}),
+    ("1-12", BAD, {"content": {"x": float("nan")}}),
+    ("1-12", BAD, {"content": {"x": "\ud800"}}),
+    ("6-12", None, {"unsigned": {"x": 1.5}}),
+    ("1-12", BAD, {"content": []}),
+    ("1-12", BAD, {"hashes": {}}),
+    ("1-12", BAD, {"hashes": {"sha256": 1}}),
+    ("1-12", BAD, {"signatures": []}),
+    ("1-12", BAD, {"signatures": {"a": "b"}}),
+    ("1-12", BAD, {"signatures": {"a": {"b": 1}}}),
+    ("1-12", None, {"signatures": {}}),
+    ("1-10", BAD, {"redacts": 5}),
+    ("11-12", None, {"redacts": 5}),
+    ("1-2", None, {"prev_events": [PAIR] * 20}),
+    ("1-2", BAD, {"prev_events": [PAIR] * 21}),
+    ("1-2", BAD, {"auth_events": [PAIR] * 11}),
+    ("1-2", BAD, {"prev_events": ["$a:one.example"]}),
+    ("1-2", BAD, {"prev_events": [["$a:one.example"]]}),
+    ("1-2", BAD, {"prev_events": [["$a:one.example", "x"]]}),
+    ("1-2", BAD, {"prev_events": [[5, {}]]}),
+    ("3-12", BAD, {"prev_events": [PAIR]}),
+    ("3-12", None, {"prev_events": ["$a"] * 20, "auth_events": ["$a"] * 10}),
+    ("3-12", BAD, {"prev_events": ["$a"] * 21}),
+    ("3-12", BAD, {"auth_events": ["$a"] * 11}),
+    ("1-12", BAD, {"auth_events": [5]}),
+    ("1-12", BAD, {"auth_events": {}}),
+    ("3-12", BAD, {"auth_events": ["a"]}),
+]
+
+
+def in_range(version: conduit.RoomVersion, span: str) -> bool:
+    low, _, high = span.partition("-")
+    return int(low) <= int(version.id) <= int(high or low)
+
+
+@each_version
+def test_sec_18_event_format(version: conduit.RoomVersion) -> None:
+    for span, expected, changes in FORMAT_TABLE:
+        if in_range(version, span):
+            assert format_error(version, sample_pdu(version, **changes)) == expected, changes
+
+
+@each_version
+def test_sec_16_event_size_to_the_byte(version: conduit.RoomVersion) -> None:
+    spare = 65536 - len(conduit.canonical_json(sample_pdu(version, content={"body": ""})))
+    for size, expected in ((spare, None), (spare + 1, "M_TOO_LARGE")):
+        content = {"body": "é" * (size // 2) + "x" * (size % 2)}
+        assert format_error(version, sample_pdu(version, content=content)) == expected
+        fields = sample_fields(version, content=content)
+        if version.explicit_event_ids:
+            fields["event_id"] = "$" + "e" * 24 + ":one.example"
+        if expected is None:
+            event = conduit.finish_event(version, fields, "one.example", SPEC_KEY)
+            assert len(conduit.canonical_json(event.pdu)) == 65536
+        else:
+            with pytest.raises(conduit.MatrixError) as caught:
+                conduit.finish_event(version, fields, "one.example", SPEC_KEY)
+            assert caught.value.errcode == "M_TOO_LARGE"
+
+
+@given(any_json)
+def test_format_of_anything(value: Any) -> None:
+    for version in conduit.ROOM_VERSIONS.values():
+        assert format_error(version, value) is not None
+
+
+# ── 6.3  Redaction ───────────────────────────────────────────────────────────
+
+TOP_1 = set("event_id type room_id sender state_key content hashes signatures depth prev_events".split())
+TOP_1 |= {"prev_state", "auth_events", "origin", "origin_server_ts", "membership"}
+TOP_11 = TOP_1 - {"prev_state", "origin", "membership"}
+LEVELS_1 = "ban events events_default kick redact state_default users users_default"
+KEPT_CONTENT: list[tuple[str, str, str]] = [
+    ("1-8", "m.room.member", "membership"),
+    ("9-10", "m.room.member", "membership join_authorised_via_users_server"),
+    ("11-12", "m.room.member", "membership join_authorised_via_users_server third_party_invite"),
+    ("1-10", "m.room.create", "creator"),
+    ("11-12", "m.room.create", "*"),
+    ("1-7", "m.room.join_rules", "join_rule"),
+    ("8-12", "m.room.join_rules", "join_rule allow"),
+    ("1-10", "m.room.power_levels", LEVELS_1),
+    ("11-12", "m.room.power_levels", LEVELS_1 + " invite"),
+    ("1-5", "m.room.aliases", "aliases"),
+    ("6-12", "m.room.aliases", ""),
+    ("1-12", "m.room.history_visibility", "history_visibility"),
+    ("1-10", "m.room.redaction", ""),
+    ("11-12", "m.room.redaction", "redacts"),
+    ("1-12", "m.room.message", ""),
+    ("1-12", "m.room.third_party_invite", ""),
+]
+ALL_CONTENT = set(f"{LEVELS_1} invite notifications membership creator join_rule allow aliases".split())
+ALL_CONTENT |= set("history_visibility redacts body reason room_version additional_creators".split())
+ALL_CONTENT |= {"join_authorised_via_users_server"}
+
+
+@each_version
+def test_redaction_tables(version: conduit.RoomVersion) -> None:
+    top = TOP_1 if int(version.id) < 11 else TOP_11
+    for span, event_type, kept in KEPT_CONTENT:
+        if not in_range(version, span):
+            continue
+        content: Json = {key: {"value": key} for key in ALL_CONTENT}
+        content["third_party_invite"] = {"signed": {"token": "t"}, "display_name": "secret"}
+        pdu = dict.fromkeys([*TOP_1, "redacts", "unsigned", "age_ts", "other"], 1)
+        pdu = {**pdu, "type": event_type, "content": content}
+        redacted = conduit.redact(version, pdu)
+        assert set(redacted) == top, event_type
+        expected = set(content) if kept == "*" else set(kept.split())
+        assert set(redacted["content"]) == expected, event_type
+        if kept != "*" and "third_party_invite" in expected:
+            assert redacted["content"]["third_party_invite"] == {"signed": {"token": "t"}}
+        assert conduit.redact(version, redacted) == redacted
+
+
+@given(any_json, any_json, any_json)
+def test_redaction_of_anything(event_type: Any, content: Any, invite: Any) -> None:
+    """Redacting always gives an object, and a second time the same."""
+    for version in conduit.ROOM_VERSIONS.values():
+        for kind in (event_type, "m.room.member", "m.room.create"):
+            for inner in (content, {"third_party_invite": invite, "membership": invite}):
+                redacted = conduit.redact(version, {"type": kind, "content": inner, "x": 1})
+                assert "x" not in redacted
+                assert conduit.redact(version, redacted) == redacted
+
+
+# ── 6.4  Hashes, ids and signatures ──────────────────────────────────────────
+
+SIGNED_EVENTS: list[tuple[Json, str, str]] = [
+    (
+        {
+            "room_id": "!x:domain",
+            "sender": "@a:domain",
+            "origin": "domain",
+            "origin_server_ts": 1000000,
+            "signatures": {},
+            "hashes": {},
+            "type": "X",
+            "content": {},
+            "prev_events": [],
+            "auth_events": [],
+            "depth": 3,
+            "unsigned": {"age_ts": 1000000},
+        },
+        "5jM4wQpv6lnBo7CLIghJuHdW+s2CMBJPUOGOC89ncos",
+        "KxwGjPSDEtvnFgU00fwFz+l6d2pJM6XBIaMEn81SXPTRl16AqLAYqfIReFGZlHi5KLjAWbOoMszkwsQma+lYAg",
+    ),
+    (
+        {
+            "content": {"body": "Here is the message content"},
+            "event_id": "$0:domain",
+            "origin": "domain",
+            "origin_server_ts": 1000000,
+            "type": "m.room.message",
+            "room_id": "!r:domain",
+            "sender": "@u:domain",
+            "signatures": {},
+            "unsigned": {"age_ts": 1000000},
+        },
+        "onLKD1bGljeBWQhWZ1kaP9SorVmRQNdN5aM2JYU2n/g",
+        "Wm+VzmOUOz08Ds+0NTWb1d4CZrVsJSikkeRxh6aCcUwu6pNC78FunoD7KNWzqFn241eYHYMGCA5McEiVPdhzBA",
+    ),
+]
+
+
+@pytest.mark.parametrize(("pdu", "content_hash", "signature"), SIGNED_EVENTS)
+def test_event_signing_vectors(pdu: Json, content_hash: str, signature: str) -> None:
+    """Appendices, "Event Signing"."""
+    assert conduit.content_hash(pdu) == content_hash
+    pdu = {**pdu, "hashes": {"sha256": content_hash}}
+    assert conduit.content_hash_ok(pdu)
+    covered = conduit.reference_bytes(conduit.ROOM_VERSIONS["1"], pdu)
+    assert SPEC_KEY.sign(covered) == signature
+
+
+@each_version
+def test_our_own_events_pass_every_check(version: conduit.RoomVersion) -> None:
+    event = conduit.finish_event(version, sample_fields(version), "one.example", SPEC_KEY)
+    conduit.check_format(version, event.pdu)
+    assert conduit.content_hash_ok(event.pdu)
+    received = conduit.make_event(version, json.loads(conduit.encode_json(event.pdu)))
+    assert received.event_id == event.event_id
+    keys = {("one.example", SPEC_KEY.key_id): SPEC_KEY.public}
+    conduit.verify_event_signatures(received, lambda *name: keys.get(name))
+    redacted = conduit.make_event(version, conduit.redact(version, received.pdu))
+    assert redacted.event_id == event.event_id
+    conduit.verify_event_signatures(redacted, lambda *name: keys.get(name))
+    assert not conduit.content_hash_ok(redacted.pdu)
+    assert conduit.make_event(version, event.pdu, "$known").event_id == "$known"
+
+
+@each_version
+def test_event_ids_have_the_form_of_the_version(version: conduit.RoomVersion) -> None:
+    ids = [
+        conduit.finish_event(version, sample_fields(version, depth=n), "one.example", SPEC_KEY).event_id
+        for n in range(50)
+    ]
+    assert len(set(ids)) == 50
+    if version.explicit_event_ids:
+        assert all(re.fullmatch(r"\$\w{24}:one\.example", event_id) for event_id in ids)
+    else:
+        alphabet = "A-Za-z0-9_-" if version.url_safe_event_ids else "A-Za-z0-9+/"
+        assert all(re.fullmatch(rf"\$[{alphabet}]{{43}}", event_id) for event_id in ids)
+
+
+def test_references_carry_hashes_in_versions_1_and_2() -> None:
+    for version in conduit.ROOM_VERSIONS.values():
+        event = conduit.finish_event(version, sample_fields(version), "one.example", SPEC_KEY)
+        reference = conduit.event_reference(event)
+        if not version.explicit_event_ids:
+            assert reference == event.event_id
+            continue
+        digest = hashlib.sha256(conduit.reference_bytes(version, event.pdu)).digest()
+        assert reference == [event.event_id, {"sha256": conduit.b64encode(digest)}]
+        later = sample_fields(version, prev_events=[reference], auth_events=[reference])
+        event = conduit.finish_event(version, later, "one.example", SPEC_KEY)
+        assert event.prev_events == event.auth_events == [reference[0]]
+
+
+def test_room_id_of_version_12_is_the_create_event() -> None:
+    version = conduit.ROOM_VERSIONS["12"]
+    fields = sample_fields(version, type="m.room.create", state_key="", room_id=...)
+    fields.update(prev_events=[], auth_events=[])
+    event = conduit.finish_event(version, fields, "one.example", SPEC_KEY)
+    assert event.room_id == "!" + event.event_id[1:]
+    assert "room_id" not in event.pdu
+    conduit.check_format(version, event.pdu)
+
+
+INVITE = {"type": "m.room.member", "state_key": "@bob:two.example"}
+SIGNERS: list[tuple[str, set[str], Json]] = [
+    ("3-12", {"one.example"}, {}),
+    ("1-2", {"one.example", "two.example"}, {"event_id": "$x:two.example"}),
+    ("3-12", {"one.example"}, {**INVITE, "content": {"membership": "invite"}}),
+    ("3-12", set(), {**INVITE, "content": {"membership": "invite", "third_party_invite": {}}}),
+    ("3-12", {"one.example"}, {**INVITE, "content": {"membership": "join", "third_party_invite": {}}}),
+    *[
+        (
+            span,
+            {"one.example", *more},
+            {
+                **INVITE,
+                "content": {"membership": "join", "join_authorised_via_users_server": "@c:three.example"},
+            },
+        )
+        for span, more in (("3-7", set()), ("8-12", {"three.example"}))
+    ],
+    (
+        "8-12",
+        {"one.example", ""},
+        {**INVITE, "content": {"membership": "join", "join_authorised_via_users_server": []}},
+    ),
+    ("8-12", {"one.example"}, {"content": {"join_authorised_via_users_server": "@c:three.example"}}),
+]
+
+
+@each_version
+def test_required_signers(version: conduit.RoomVersion) -> None:
+    for span, expected, changes in SIGNERS:
+        if in_range(version, span):
+            event = conduit.make_event(version, sample_pdu(version, **changes))
+            assert conduit.required_signers(event) == expected, changes
+
+
+def test_sec_04_event_signatures() -> None:
+    """One good signature is enough, one bad one too many, unknown keys do not count."""
+    version = conduit.ROOM_VERSIONS["10"]
+    event = conduit.finish_event(version, sample_fields(version), "one.example", SPEC_KEY)
+    good = event.pdu["signatures"]["one.example"]["ed25519:1"]
+    bad = conduit.SigningKey("1", bytes(32)).sign(b"x")
+    known = {"ed25519:1": SPEC_KEY.public, "ed25519:2": SPEC_KEY.public, "rsa:1": SPEC_KEY.public}
+
+    def verdict(signatures: Json) -> bool:
+        changed = conduit.make_event(version, {**event.pdu, "signatures": signatures})
+        try:
+            conduit.verify_event_signatures(changed, lambda _server, key_id: known.get(key_id))
+        except conduit.MatrixError as error:
+            assert error.status == 403
+            return False
+        return True
+
+    assert verdict({"one.example": {"ed25519:1": good}})
+    assert verdict({"one.example": {"ed25519:1": good, "ed25519:unknown": bad}})
+    assert verdict({"one.example": {"ed25519:1": good}, "two.example": {"ed25519:1": bad}})
+    assert not verdict({"one.example": {"ed25519:1": good, "ed25519:2": bad}})
+    assert not verdict({"one.example": {"ed25519:unknown": good}})
+    assert not verdict({"one.example": {"rsa:1": good}})
+    assert not verdict({"one.example": {}})
+    assert not verdict({"two.example": {"ed25519:1": good}})
+    assert not verdict({})
+
+
+def test_an_altered_event_is_noticed() -> None:
+    """The content hash guards what the signature does not cover, and the signature the rest."""
+    version = conduit.ROOM_VERSIONS["12"]
+    event = conduit.finish_event(version, sample_fields(version), "one.example", SPEC_KEY)
+    for key, value in (("content", {"body": "other"}), ("depth", 6), ("more", 1)):
+        assert not conduit.content_hash_ok({**event.pdu, key: value})
+    assert conduit.content_hash_ok({**event.pdu, "unsigned": {"age": 1}})
+    changed = conduit.make_event(version, {**event.pdu, "depth": 6})
+    assert changed.event_id != event.event_id
+    with pytest.raises(conduit.MatrixError):
+        conduit.verify_event_signatures(changed, lambda *_: SPEC_KEY.public)
+
+
+@given(any_json)
+def test_content_hash_of_anything(value: Any) -> None:
+    assert conduit.content_hash_ok({"hashes": value, "content": {}}) is False
+    assert conduit.content_hash_ok({"hashes": {"sha256": value}, "content": value}) is False
+
+
+def test_what_we_build_must_be_an_event() -> None:
+    version = conduit.ROOM_VERSIONS["12"]
+    for changes in ({"content": {"x": 1.5}}, {"type": "t" * 256}, {"content": {"x": "\ud800"}}):
+        with pytest.raises(conduit.MatrixError):
+            conduit.finish_event(version, sample_fields(version, **changes), "one.example", SPEC_KEY)
+
+
+def test_building_an_event_is_cheap() -> None:
+    """Check, hash, redact, sign: the goal is 150 µs together with check_auth; noise is allowed for."""
+    version = conduit.ROOM_VERSIONS["12"]
+    fields = sample_fields(version)
+    began = time.process_time()
+    for _ in range(500):
+        conduit.finish_event(version, fields, "one.example", SPEC_KEY)
+    assert (time.process_time() - began) / 500 < 0.0005
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  7. AUTHORIZATION RULES
+#
+#  SECURITY class 10: for each numbered rule of each version, what it lets pass
+#  and what it refuses. Rules have their numbers of room version 12.
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 7.1  A room to judge in ──────────────────────────────────────────────────
+
+CREATOR, ALICE = "@creator:one.example", "@alice:one.example"
+BOB, CAROL, DAVE = "@bob:two.example", "@carol:two.example", "@dave:three.example"
+ALL_JOINED = dict.fromkeys((CREATOR, ALICE, BOB, CAROL), "join")
+LEVELS: Json = {"users": {CREATOR: 100, ALICE: 50, BOB: 25}}
+TOKEN_KEY = conduit.SigningKey("0", bytes(range(32)))
+
+
+def raw_event(version: conduit.RoomVersion, event_type: str, sender: str, **more: Any) -> conduit.Event:
+    """An event without hashes and signatures, which the rules do not look at."""
+    fields = sample_fields(version, type=event_type, sender=sender, content={}, prev_events=[])
+    fields = {**fields, "auth_events": [], "depth": 9, **more}
+    for name in ("prev_events", "auth_events"):
+        if version.explicit_event_ids:
+            fields[name] = [[event_id, {"sha256": "x"}] for event_id in fields[name]]
+    if version.explicit_event_ids:
+        digest = hashlib.sha256(json.dumps([event_type, sender, more], default=str).encode())
+        fields.setdefault("event_id", f"${digest.hexdigest()}:{conduit.server_of(sender)}")
+    return conduit.make_event(version, {key: v for key, v in fields.items() if v is not ...})
+
+
+def create_event(version: conduit.RoomVersion, **content: Any) -> conduit.Event:
+    base = {"room_version": version.id, "creator": CREATOR, **content}
+    room_id = ... if version.room_id_is_hash else "!room:one.example"
+    return raw_event(
+        version, "m.room.create", CREATOR, content=base, room_id=room_id, state_key=""
+    )
+
+
+class Court:
+    """A room state, and the verdicts of the rules in it."""
+
+    def __init__(self, version: conduit.RoomVersion, **create: Any) -> None:
+        self.version = version
+        self.create = create_event(version, **create)
+        self.state = {("m.room.create", ""): self.create}
+
+    def event(self, event_type: str, sender: str, **more: Any) -> conduit.Event:
+        return raw_event(
+            self.version, event_type, sender, **{"room_id": self.create.room_id, **more}
+        )
+
+    def put(self, event_type: str, sender: str, content: Json, state_key: str = "") -> conduit.Event:
+        event = self.event(event_type, sender, content=content, state_key=state_key)
+        self.state[event.key] = event
+        return event
+
+    def furnish(
+        self, members: Mapping[str, str], levels: Json | None, rule: Any, invite: Json | None
+    ) -> None:
+        for user, membership in members.items():
+            self.put("m.room.member", user, {"membership": membership}, user)
+        if levels is not None:
+            users = {**levels.get("users", {})}
+            if self.version.privileged_creators:
+                users.pop(CREATOR, None)
+            self.put("m.room.power_levels", CREATOR, {**levels, "users": users})
+        if rule is not None:
+            self.put("m.room.join_rules", CREATOR, {"join_rule": rule})
+        if invite is not None:
+            self.put("m.room.third_party_invite", ALICE, invite, "token")
+
+    def verdict(self, event: conduit.Event) -> str | None:
+        """The number of the rule that refuses the event; None when all let it pass."""
+        try:
+            conduit.check_auth(self.version, event, self.state)
+        except conduit.AuthError as error:
+            assert (error.status, error.errcode) == (403, "M_FORBIDDEN")
+            assert f"rule {error.rule})" in error.error
+            return error.rule
+        return None
+
+
+def member(
+    membership: Any, sender: str, target: str | None = None, **content: Any
+) -> tuple[str, str, Json]:
+    content = {"membership": membership, **content}
+    more = {"content": content, "state_key": sender if target is None else target}
+    return "m.room.member", sender, more
+
+
+def power(sender: str, **content: Any) -> tuple[str, str, Json]:
+    return "m.room.power_levels", sender, {"content": content, "state_key": ""}
+
+
+def state(event_type: str, sender: str, state_key: str | None = "", **content: Any) -> Any:
+    return event_type, sender, {"content": content, "state_key": state_key}
+
+
+def message(event_type: str, sender: str, **more: Any) -> tuple[str, str, Json]:
+    return event_type, sender, {"content": {"body": "x"}, **more}
+
+
+def ticket(key: conduit.SigningKey = TOKEN_KEY, **changes: Any) -> Json:
+    """content.third_party_invite of an invite of DAVE."""
+    signed: Json = {"mxid": DAVE, "token": "token", **changes}
+    signed = {name: value for name, value in signed.items() if value is not ...}
+    return {"display_name": "d", "signed": conduit.sign_json(signed, "id.example", key)}
+
+
+RuleRow = tuple[str, str | None, tuple[str, str, Json], Json]
+
+
+def judge(version: conduit.RoomVersion, row: RuleRow) -> None:
+    span, expected, (event_type, sender, more), room = row
+    court = Court(version, **room.get("create", {}))
+    members, levels = room.get("members", ALL_JOINED), room.get("levels", LEVELS)
+    court.furnish(members, levels, room.get("rule", "invite"), room.get("invite"))
+    event = court.event(event_type, sender, **{"state_key": ..., **more})
+    assert court.verdict(event) == expected, (span, event_type, sender, more, room)
+
+
+def rules(table: list[RuleRow]) -> Any:
+    """One test per version for a table of (versions, refusing rule, event, the room)."""
+
+    @each_version
+    def test(version: conduit.RoomVersion) -> None:
+        for row in table:
+            if in_range(version, row[0]):
+                judge(version, row)
+
+    return test
+
+
+# ── 7.2  Power levels ────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("value", "before_10", "since_10"),
+    [
+        (5, 5, 5),
+        (-5, -5, -5),
+        (True, None, None),
+        (None, None, None),
+        ("100", 100, None),
+        ("000100", 100, None),
+        ("+100", 100, None),
+        ("-100", -100, None),
+        (" 00100 ", 100, None),
+        ("\t+100\n", 100, None),
+        ("0", 0, None),
+        ("-000", 0, None),
+        ("", None, None),
+        ("+", None, None),
+        ("+-1", None, None),
+        ("1.0", None, None),
+        ("1_0", None, None),
+        ("1 0", None, None),
+        ("٣", None, None),
+        ("0x10", None, None),
+        ("0" * 60000 + "7", 7, None),
+        ("9" * 309, None, None),
+        ("0" * 60000 + "x", None, None),
+        (50.57, 50, None),
+        (-50.57, -50, None),
+        (5.114698e4, 51146, None),
+        (float("inf"), None, None),
+        (float("nan"), None, None),
+        ([], None, None),
+        ({}, None, None),
+    ],
+)
+def test_levels_as_integers_strings_and_floats(
+    value: Any, before_10: int | None, since_10: int | None
+) -> None:
+    for version in conduit.ROOM_VERSIONS.values():
+        expected = since_10 if version.integer_levels else before_10
+        assert conduit.level_of(version, value) == expected, version
+
+
+@each_version
+def test_power_level_defaults(version: conduit.RoomVersion) -> None:
+    court = Court(version)
+    creator = conduit.INFINITE_LEVEL if version.privileged_creators else 100
+    levels = conduit.power_levels_of(version, court.state)
+    assert (levels.user(CREATOR), levels.user(ALICE)) == (creator, 0)
+    defaults = levels.invite, levels.kick, levels.ban, levels.redact, levels.notification("room")
+    assert defaults == (0, 50, 50, 50, 50)
+    assert (levels.event("x", True), levels.event("x", False)) == (50, 0)
+    content = {"users_default": 5, "events": {"x": 7}, "state_default": 9, "events_default": 3}
+    court.put("m.room.power_levels", CREATOR, {**content, "notifications": {"room": 1}, "ban": 2})
+    levels = conduit.power_levels_of(version, court.state)
+    assert levels.user(CREATOR) == (creator if version.privileged_creators else 5)
+    assert (levels.user(ALICE), levels.ban, levels.notification("room")) == (5, 2, 1)
+    assert [levels.event(*what) for what in (("x", True), ("y", True), ("y", False))] == [7, 9, 3]
+
+
+# ── 7.3  Which events authorise ──────────────────────────────────────────────
+
+
+@each_version
+def test_auth_types(version: conduit.RoomVersion) -> None:
+    def types(event_type: str, sender: str, state_key: str | None, content: Json) -> set[Any]:
+        keys = conduit.auth_types_for_event(version, event_type, sender, state_key, content)
+        assert len(set(keys)) == len(keys)
+        return set(keys)
+
+    always = {("m.room.power_levels", ""), ("m.room.member", ALICE)}
+    if int(version.id) < 12:
+        always.add(("m.room.create", ""))
+    rule, bob = ("m.room.join_rules", ""), ("m.room.member", BOB)
+    voucher = {"membership": "join", "join_authorised_via_users_server": BOB}
+    third = {"membership": "invite", "third_party_invite": {"signed": {"token": "t"}}}
+    assert types("m.room.create", ALICE, "", {}) == set()
+    assert types("m.room.message", ALICE, None, {}) == always
+    assert types("m.room.member", ALICE, None, {"membership": "join"}) == always
+    assert types("m.room.member", ALICE, ALICE, {"membership": "join"}) == always | {rule}
+    assert types("m.room.member", ALICE, BOB, {"membership": "invite"}) == always | {rule, bob}
+    assert types("m.room.member", ALICE, ALICE, {"membership": "knock"}) == always | {rule}
+    assert types("m.room.member", ALICE, BOB, {"membership": "ban"}) == always | {bob}
+    assert types("m.room.member", ALICE, ALICE, {"membership": "leave"}) == always
+    token = ("m.room.third_party_invite", "t")
+    assert types("m.room.member", ALICE, BOB, third) == always | {rule, bob, token}
+    more = {bob} if int(version.id) >= 8 else set()
+    assert types("m.room.member", ALICE, ALICE, voucher) == always | {rule} | more
+    assert types("m.room.member", ALICE, ALICE, {**voucher, "membership": "leave"}) == always
+
+
+# ── 7.4  Rules 1 to 4: the room ──────────────────────────────────────────────
+
+
+@each_version
+def test_rule_1_create(version: conduit.RoomVersion) -> None:
+    number = int(version.id)
+    court = Court(version)
+
+    def verdict(sender: str = CREATOR, content: Json | None = None, **more: Any) -> str | None:
+        room_id = ... if number >= 12 else "!room:one.example"
+        content = {"room_version": version.id, "creator": sender, **(content or {})}
+        content = {key: value for key, value in content.items() if value is not ...}
+        fields = {"room_id": room_id, "state_key": "", **more}
+        return court.verdict(raw_event(version, "m.room.create", sender, content=content, **fields))
+
+    assert verdict() is None
+    assert verdict(prev_events=["$x:one.example"]) == "1.1"
+    assert verdict(BOB) == ("v1 1.2" if number < 12 else None)
+    if number >= 12:
+        assert verdict(room_id="!" + "r" * 43) == "1.2"
+    assert verdict(content={"room_version": ...}) is None
+    for unknown in ("13", "org.example", 1, None, [], {}):
+        assert verdict(content={"room_version": unknown}) == "1.3"
+    assert verdict(content={"creator": ...}) == ("v1 1.4" if number < 11 else None)
+    assert verdict(content={"creator": 5}) is None
+    assert verdict(content={"additional_creators": [BOB, DAVE]}) is None
+    for bad in (BOB, {}, None, 5, [5], ["bob"], ["@bob"], [BOB, "@" + "b" * 250 + ":one.example"]):
+        assert verdict(content={"additional_creators": bad}) == ("1.4" if number >= 12 else None)
+
+
+@each_version
+def test_rule_2_and_3_auth_events(version: conduit.RoomVersion) -> None:
+    hashed = version.room_id_is_hash
+    court = Court(version)
+    court.furnish(ALL_JOINED, LEVELS, "invite", None)
+    create = court.create
+    alice, bob = court.state["m.room.member", ALICE], court.state["m.room.member", BOB]
+    levels = court.state["m.room.power_levels", ""]
+    event = court.event("m.room.message", ALICE)
+    base = [alice, levels] if hashed else [create, alice, levels]
+
+    def verdict(entries: list[conduit.Event], event: conduit.Event = event) -> str | None:
+        try:
+            found = conduit.check_auth_events(event, entries, create if hashed else None)
+        except conduit.AuthError as error:
+            return error.rule
+        assert found == {entry.key: entry for entry in [*entries, create]}
+        return None
+
+    assert verdict(base) is None
+    assert verdict(base[:-1]) is None
+    assert verdict([*base, alice]) == "3.1"
+    assert verdict([*base, bob]) == "3.2"
+    assert verdict([*base, court.state["m.room.join_rules", ""]]) == "3.2"
+    assert verdict([*base, court.event("m.room.message", ALICE)]) == "3.2"
+    assert verdict([*base, create]) == ("3.2" if hashed else "3.1")
+    if not hashed:
+        assert verdict([alice, levels]) == "v1 2.4"
+    foreign = raw_event(
+        version, "m.room.member", ALICE, content={"membership": "join"}, state_key=ALICE,
+        room_id="!" + "x" * 43 if hashed else "!other:one.example",
+    )  # fmt: skip
+    assert verdict([*base[:-2], foreign]) == "3.5"
+    alice.rejected = "because"
+    assert verdict(base) == "3.3"
+
+
+@each_version
+def test_sec_11_nothing_stands_on_a_rejected_create_event(version: conduit.RoomVersion) -> None:
+    court = Court(version)
+    court.furnish(ALL_JOINED, LEVELS, "invite", None)
+    event = court.event("m.room.message", ALICE)
+    assert court.verdict(event) is None
+    with pytest.raises(conduit.AuthError):
+        conduit.check_auth(version, event, {})
+    with pytest.raises(conduit.AuthError):
+        conduit.check_auth_events(event, [], None)
+    if version.room_id_is_hash:
+        other = court.event("m.room.message", ALICE, room_id="!" + "x" * 43)
+        assert court.verdict(other) == "2"
+        court.create.rejected = "because"
+        assert court.verdict(event) == "2"
+
+
+CLOSED: Json = {"create": {"m.federate": False}}
+test_rule_4_federation = rules([
+    ("1-12", None, message("m.room.message", BOB), {}),
+    ("1-12", None, message("m.room.message", BOB), {"create": {"m.federate": True}}),
+    ("1-12", None, message("m.room.message", BOB), {"create": {"m.federate": "no"}}),
+    ("1-12", "4", message("m.room.message", BOB), CLOSED),
+    ("1-12", "4", member("leave", BOB), CLOSED),
+    ("1-12", None, message("m.room.message", ALICE), CLOSED),
+])  # fmt: skip
+
+test_rule_4_of_version_1_aliases = rules([
+    ("1-5", None, state("m.room.aliases", DAVE, "three.example"), {}),
+    ("1-5", "v1 4.2", state("m.room.aliases", DAVE, "two.example"), {}),
+    ("1-5", "v1 4.2", state("m.room.aliases", ALICE, ""), {}),
+    ("1-5", "v1 4.1", message("m.room.aliases", ALICE), {}),
+    ("6-12", "6", state("m.room.aliases", DAVE, "three.example"), {}),
+    ("6-12", None, state("m.room.aliases", ALICE, "x"), {}),
+    ("6-12", "8", state("m.room.aliases", BOB, "two.example"), {}),
+])  # fmt: skip
+
+# ── 7.5  Rule 5: membership ──────────────────────────────────────────────────
+
+test_rule_5_1_shape = rules([
+    ("1-12", "5.1", message("m.room.member", ALICE), {}),
+    ("1-12", "5.1", ("m.room.member", ALICE, {"content": {"membership": "join"}}), {}),
+    ("1-12", "5.1", ("m.room.member", ALICE, {"content": {}, "state_key": ALICE}), {}),
+    ("1-12", "5.1", member("join", ALICE, "alice"), {}),
+    ("1-12", "5.1", member(5, ALICE), {}),
+    ("1-12", "5.1", member(["join"], ALICE), {}),
+    ("1-12", "5.8", member("visit", ALICE), {}),
+    ("1-12", "5.8", member("", ALICE), {}),
+    ("1-6", "5.8", member("knock", DAVE), {"rule": "knock"}),
+])  # fmt: skip
+
+
+@each_version
+def test_rule_5_3_1_creator_joins(version: conduit.RoomVersion) -> None:
+    court = Court(version, creator=BOB)  # content.creator counts until version 10 only
+    creator, other = (CREATOR, BOB) if int(version.id) >= 11 else (BOB, CREATOR)
+
+    def verdict(user: str, prev: list[str], sender: str | None = None) -> str | None:
+        event_type, sender, more = member("join", sender or user, user)
+        return court.verdict(court.event(event_type, sender, prev_events=prev, **more))
+
+    first = [court.create.event_id]
+    assert verdict(creator, first) is None
+    assert verdict(other, first) == "5.3.4"
+    assert verdict(creator, []) == "5.3.4"
+    assert verdict(creator, [*first, "$other:one.example"]) == "5.3.4"
+    assert verdict(creator, ["$other:one.example"]) == "5.3.4"
+    assert verdict(creator, first, sender=ALICE) is None  # for 5.3.1 comes before 5.3.2
+
+
+def joins(rule: Any, **memberships: Any) -> list[RuleRow]:
+    """Rows of a join rule: versions and verdict by DAVE's membership; "none" for no event."""
+    rows = []
+    for current, verdicts in memberships.items():
+        members = {**ALL_JOINED, **({} if current == "none" else {DAVE: current})}
+        for span, expected in verdicts.items():
+            rows.append((span, expected, member("join", DAVE), {"rule": rule, "members": members}))
+    return rows
+
+
+OUT, BANNED, NO_RULE = {"1-12": "5.3.4"}, {"1-12": "5.3.3"}, {"1-12": "5.3.7"}
+KNOCK_OUT = {"1-6": "5.3.7", "7-12": "5.3.4"}
+test_rule_5_3_join = rules([
+    ("1-12", "5.3.2", member("join", ALICE, DAVE), {"rule": "public"}),
+    *joins("public", none={"1-12": None}, leave={"1-12": None}, invite={"1-12": None},
+           join={"1-12": None}, knock={"1-12": None}, ban=BANNED),
+    *joins("invite", none=OUT, leave=OUT, invite={"1-12": None}, join={"1-12": None}, ban=BANNED),
+    *joins(None, none=OUT, leave=OUT, invite={"1-12": None}, join={"1-12": None}, ban=BANNED),
+    *joins("knock", none=KNOCK_OUT, leave=KNOCK_OUT, knock=KNOCK_OUT, ban=BANNED,
+           invite={"1-6": "5.3.7", "7-12": None}, join={"1-6": "5.3.7", "7-12": None}),
+    *joins("restricted", ban=BANNED, none={"1-7": "5.3.7", "8-12": "5.3.5.2"},
+           invite={"1-7": "5.3.7", "8-12": None}, join={"1-7": "5.3.7", "8-12": None}),
+    *joins("knock_restricted", ban=BANNED, none={"1-9": "5.3.7", "10-12": "5.3.5.2"},
+           invite={"1-9": "5.3.7", "10-12": None}, join={"1-9": "5.3.7", "10-12": None}),
+    *joins("private", none=NO_RULE, invite=NO_RULE, join=NO_RULE, ban=BANNED),
+    *joins(["public"], none=NO_RULE, invite=NO_RULE),
+    *joins(5, none=NO_RULE),
+])  # fmt: skip
+
+
+def vouched(span: str, expected: str | None, voucher: Any, **room: Any) -> list[RuleRow]:
+    event = member("join", DAVE, join_authorised_via_users_server=voucher)
+    newer = f"10-{span.partition('-')[2]}"
+    return [
+        (span, expected, event, {"rule": "restricted", **room}),
+        (newer, expected, event, {"rule": "knock_restricted", **room}),
+    ]
+
+
+test_rule_5_3_5_restricted = rules([
+    *vouched("8-12", None, ALICE),
+    *vouched("8-12", None, CAROL),
+    *vouched("8-12", None, ALICE, levels={**LEVELS, "invite": 50}),
+    *vouched("8-12", "5.3.5.2", CAROL, levels={**LEVELS, "invite": 50}),
+    *vouched("8-12", None, CREATOR, levels={**LEVELS, "invite": 100}),
+    *vouched("8-12", "5.3.5.2", DAVE),
+    *vouched("8-12", "5.3.5.2", "@nobody:one.example"),
+    *vouched("8-12", "5.3.5.2", ALICE, members={**ALL_JOINED, ALICE: "leave"}),
+    *vouched("8-12", "5.3.5.2", ALICE, members={**ALL_JOINED, ALICE: "invite"}),
+    *vouched("8-12", "5.3.5.2", None),
+    *vouched("8-12", "5.3.5.2", [ALICE]),
+    *vouched("8-12", "5.3.3", ALICE, members={**ALL_JOINED, DAVE: "ban"}),
+    *vouched("8-12", None, "nonsense", members={**ALL_JOINED, DAVE: "invite"}),
+    ("1-7", "5.3.7", member("join", DAVE, join_authorised_via_users_server=ALICE),
+     {"rule": "restricted"}),
+])  # fmt: skip
+
+test_rule_5_4_invite = rules([
+    ("1-12", None, member("invite", CAROL, DAVE), {}),
+    ("1-12", None, member("invite", CAROL, DAVE), {"levels": None}),
+    ("1-12", None, member("invite", CAROL, DAVE), {"members": {**ALL_JOINED, DAVE: "leave"}}),
+    ("1-12", None, member("invite", CAROL, DAVE), {"members": {**ALL_JOINED, DAVE: "invite"}}),
+    ("1-12", None, member("invite", CAROL, DAVE), {"members": {**ALL_JOINED, DAVE: "knock"}}),
+    ("1-12", "5.4.2", member("invite", DAVE, DAVE), {"rule": "public"}),
+    ("1-12", "5.4.2", member("invite", DAVE, "@e:one.example"), {}),
+    ("1-12", "5.4.2", member("invite", DAVE, "@e:one.example"),
+     {"members": {**ALL_JOINED, DAVE: "invite"}}),
+    ("1-12", "5.4.3", member("invite", CREATOR, DAVE), {"members": {**ALL_JOINED, DAVE: "ban"}}),
+    ("1-12", "5.4.3", member("invite", CREATOR, BOB), {}),
+    ("1-12", "5.4.3", member("invite", CREATOR, CREATOR), {}),
+    ("1-12", None, member("invite", ALICE, DAVE), {"levels": {**LEVELS, "invite": 50}}),
+    ("1-12", "5.4.5", member("invite", BOB, DAVE), {"levels": {**LEVELS, "invite": 50}}),
+    ("1-12", None, member("invite", CREATOR, DAVE), {"levels": {**LEVELS, "invite": 100}}),
+    ("12-12", None, member("invite", CREATOR, DAVE), {"levels": {**LEVELS, "invite": 10**6}}),
+    ("1-11", "5.4.5", member("invite", CREATOR, DAVE), {"levels": {**LEVELS, "invite": 10**6}}),
+])  # fmt: skip
+
+
+def by_ticket(
+    expected: str | None, third_party: Any, *, sender: str = ALICE, invite: Any = ..., **room: Any
+) -> RuleRow:
+    room.setdefault("levels", {**LEVELS, "invite": 100})  # which rule 5.4.1 does not ask for
+    invite = {"public_key": TOKEN_KEY.public} if invite is ... else invite
+    event = member("invite", sender, DAVE, third_party_invite=third_party)
+    return "1-12", expected, event, {"invite": invite, **room}
+
+
+URL_SAFE = TOKEN_KEY.public.replace("+", "-").replace("/", "_")
+OTHER_KEY = conduit.SigningKey("0", bytes(32))
+UNSIGNED = {"mxid": DAVE, "token": "token", "signatures": {}}
+test_rule_5_4_1_third_party_invite = rules([
+    by_ticket(None, ticket()),
+    by_ticket(None, ticket(), members={}),
+    by_ticket(None, ticket(), invite={"public_key": URL_SAFE + "="}),
+    by_ticket(None, ticket(), invite={"public_keys": [{"public_key": TOKEN_KEY.public}]}),
+    by_ticket(None, ticket(), invite={"public_key": OTHER_KEY.public,
+                                      "public_keys": [5, {}, {"public_key": TOKEN_KEY.public}]}),
+    by_ticket(None, ticket(), members={**ALL_JOINED, DAVE: "join"}),
+    by_ticket("5.4.1.1", ticket(), members={**ALL_JOINED, DAVE: "ban"}),
+    by_ticket("5.4.1.2", {}),
+    by_ticket("5.4.1.2", None),
+    by_ticket("5.4.1.2", {"signed": []}),
+    by_ticket("5.4.1.3", ticket(mxid=...)),
+    by_ticket("5.4.1.3", ticket(token=...)),
+    by_ticket("5.4.1.4", ticket(mxid=ALICE)),
+    by_ticket("5.4.1.4", ticket(mxid=5)),
+    by_ticket("5.4.1.5", ticket(), invite=None),
+    by_ticket("5.4.1.5", ticket(token="other")),
+    by_ticket("5.4.1.5", ticket(token=["token"])),
+    by_ticket("5.4.1.6", ticket(), sender=CREATOR),
+    by_ticket("5.4.1.8", ticket(OTHER_KEY)),
+    by_ticket("5.4.1.8", ticket(), invite={}),
+    by_ticket("5.4.1.8", ticket(), invite={"public_key": 5, "public_keys": 5}),
+    by_ticket("5.4.1.8", {"signed": UNSIGNED}),
+    by_ticket("5.4.1.8", {"signed": {**UNSIGNED, "signatures": 5}}),
+    by_ticket("5.4.1.8", {"signed": {**UNSIGNED, "signatures": {"a": {"ed25519:0": "AAAA"}}}}),
+    by_ticket("5.4.1.8", {"signed": {**UNSIGNED, "signatures": {"a": {"ed25519:0": 5}}}}),
+    by_ticket("5.4.1.8", {"signed": {**ticket()["signed"], "more": 1}}),
+])  # fmt: skip
+
+
+def test_sec_14_third_party_invites_do_not_cost_much() -> None:
+    version = conduit.ROOM_VERSIONS["12"]
+    court = Court(version)
+    mark = OTHER_KEY.sign(b"x")
+    signatures = {f"s{n}": {f"ed25519:{m}": mark for m in range(10)} for n in range(50)}
+    keys = [{"public_key": TOKEN_KEY.public}] * 800
+    court.furnish(ALL_JOINED, LEVELS, "invite", {"public_keys": keys})
+    signed = {"signed": {**UNSIGNED, "signatures": signatures}}
+    event_type, sender, more = member("invite", ALICE, DAVE, third_party_invite=signed)
+    began = time.process_time()
+    assert court.verdict(court.event(event_type, sender, **more)) == "5.4.1.8"
+    assert time.process_time() - began < 1
+
+
+def with_dave(membership: str, **levels: Any) -> Json:
+    return {"members": {**ALL_JOINED, DAVE: membership}, "levels": {**LEVELS, **levels}}
+
+
+test_rule_5_5_leave = rules([
+    ("1-12", None, member("leave", ALICE), {}),
+    ("1-12", None, member("leave", DAVE), with_dave("invite")),
+    ("1-6", "5.5.1", member("leave", DAVE), with_dave("knock")),
+    ("7-12", None, member("leave", DAVE), with_dave("knock")),
+    ("1-12", "5.5.1", member("leave", DAVE), with_dave("leave")),
+    ("1-12", "5.5.1", member("leave", DAVE), with_dave("ban")),
+    ("1-12", "5.5.1", member("leave", DAVE), {}),
+    ("1-12", "5.5.2", member("leave", DAVE, BOB), {}),
+    ("1-12", "5.5.2", member("leave", DAVE, BOB), with_dave("invite")),
+    ("1-12", None, member("leave", ALICE, BOB), {}),
+    ("1-12", None, member("leave", ALICE, DAVE), {}),
+    ("1-12", None, member("leave", ALICE, DAVE), with_dave("invite")),
+    ("1-12", "5.5.5", member("leave", BOB, CAROL), {}),
+    ("1-12", None, member("leave", BOB, CAROL), {"levels": {**LEVELS, "kick": 25}}),
+    ("1-12", "5.5.5", member("leave", ALICE, CREATOR), {}),
+    ("1-12", "5.5.5", member("leave", ALICE, BOB), {"levels": {"users": {ALICE: 50, BOB: 50}}}),
+    ("1-12", None, member("leave", ALICE, DAVE), with_dave("ban")),
+    ("1-12", "5.5.3", member("leave", ALICE, DAVE), with_dave("ban", ban=51)),
+    ("1-12", "5.5.5", member("leave", ALICE, DAVE), with_dave("ban", kick=51)),
+    ("1-12", None, member("leave", CREATOR, ALICE), {}),
+    ("12-12", None, member("leave", CREATOR, ALICE), {"levels": {"users": {ALICE: 2**53 - 1}}}),
+    ("12-12", "5.5.5", member("leave", ALICE, CREATOR), {"levels": {"users": {ALICE: 2**53 - 1}}}),
+    ("12-12", "5.5.5", member("leave", CREATOR, BOB), {"create": {"additional_creators": [BOB]}}),
+    ("11-11", None, member("leave", CREATOR, BOB), {"create": {"additional_creators": [BOB]}}),
+])  # fmt: skip
+
+test_rule_5_6_ban = rules([
+    ("1-12", None, member("ban", ALICE, BOB), {}),
+    ("1-12", None, member("ban", ALICE, DAVE), {}),
+    ("1-12", None, member("ban", ALICE, DAVE), with_dave("ban")),
+    ("1-12", "5.6.1", member("ban", DAVE, BOB), {}),
+    ("1-12", "5.6.1", member("ban", DAVE, BOB), with_dave("invite")),
+    ("1-12", "5.6.3", member("ban", BOB, CAROL), {}),
+    ("1-12", None, member("ban", BOB, CAROL), {"levels": {**LEVELS, "ban": 25}}),
+    ("1-12", "5.6.3", member("ban", ALICE, CREATOR), {}),
+    ("1-12", "5.6.3", member("ban", ALICE, ALICE), {}),
+    ("1-12", "5.6.3", member("ban", ALICE, BOB), {"levels": {"users": {ALICE: 50, BOB: 50}}}),
+    ("1-12", "5.6.3", member("ban", CREATOR, CREATOR), {}),
+])  # fmt: skip
+
+test_rule_5_7_knock = rules([
+    ("7-12", None, member("knock", DAVE), {"rule": "knock"}),
+    ("7-12", None, member("knock", DAVE), {"rule": "knock", **with_dave("leave")}),
+    ("7-12", None, member("knock", DAVE), {"rule": "knock", **with_dave("knock")}),
+    ("10-12", None, member("knock", DAVE), {"rule": "knock_restricted"}),
+    ("7-9", "5.7.1", member("knock", DAVE), {"rule": "knock_restricted"}),
+    *[("7-12", "5.7.1", member("knock", DAVE), {"rule": rule})
+      for rule in ("public", "invite", "restricted", None, 5, ["knock"])],
+    ("7-12", "5.7.2", member("knock", ALICE, DAVE), {"rule": "knock"}),
+    ("7-12", "5.7.4", member("knock", DAVE), {"rule": "knock", **with_dave("ban")}),
+    ("7-12", "5.7.4", member("knock", DAVE), {"rule": "knock", **with_dave("invite")}),
+    ("7-12", "5.7.4", member("knock", DAVE), {"rule": "knock", **with_dave("join")}),
+])  # fmt: skip
+
+# ── 7.6  Rules 6 to 9: everything else ───────────────────────────────────────
+
+test_rules_6_to_9 = rules([
+    ("1-12", None, message("m.room.message", CAROL), {}),
+    ("1-12", "6", message("m.room.message", DAVE), {}),
+    *[("1-12", "6", message("m.room.message", DAVE), with_dave(m))
+      for m in ("invite", "leave", "ban", "knock", "odd")],
+    ("1-12", "6", power(DAVE), {}),
+    ("1-12", None, state("m.room.third_party_invite", CAROL, "@t"), {}),
+    ("1-12", "7.1", state("m.room.third_party_invite", CAROL), {"levels": {**LEVELS, "invite": 1}}),
+    ("1-12", None, state("m.room.third_party_invite", BOB), {"levels": {**LEVELS, "invite": 25}}),
+    ("1-12", "6", state("m.room.third_party_invite", DAVE), {}),
+    ("1-12", "8", state("m.room.topic", BOB), {}),
+    ("1-12", None, state("m.room.topic", ALICE), {}),
+    ("1-12", None, state("m.room.topic", BOB), {"levels": {**LEVELS, "state_default": 25}}),
+    ("1-12", None, state("m.room.topic", BOB), {"levels": {**LEVELS, "events": {"m.room.topic": 25}}}),
+    ("1-12", "8", message("m.room.message", CAROL), {"levels": {**LEVELS, "events_default": 1}}),
+    ("1-12", "8", message("m.room.topic", CAROL), {"levels": {"events": {"m.room.topic": 1}}}),
+    ("1-12", "8", state("m.room.topic", ALICE), {"levels": None}),
+    ("1-12", None, state("m.room.topic", CREATOR), {"levels": None}),
+    ("1-11", "8", state("m.room.topic", CREATOR), {"levels": {}}),
+    ("12-12", None, state("m.room.topic", CREATOR), {"levels": {}}),
+    ("12-12", None, state("m.room.topic", BOB), {"create": {"additional_creators": [BOB]}}),
+    ("11-11", "8", state("m.room.topic", BOB), {"create": {"additional_creators": [BOB]}}),
+    ("1-12", None, state("test", ALICE, ALICE), {}),
+    ("1-12", "9", state("test", ALICE, BOB), {}),
+    ("1-12", "9", state("test", ALICE, "@"), {}),
+    ("1-12", None, state("test", ALICE, "x" + BOB), {}),
+    ("12-12", "9", state("test", CREATOR, BOB), {}),
+])  # fmt: skip
+
+# ── 7.7  Rule 10: power levels ───────────────────────────────────────────────
+
+NAMES = "users_default events_default state_default ban redact kick invite".split()
+FIRST: Json = {"levels": None}
+test_rule_10_shapes = rules([
+    ("1-12", None, power(CREATOR), FIRST),
+    ("1-12", None, power(CREATOR, users={}, events={}, notifications={}), FIRST),
+    *[("1-12", None, power(CREATOR, **{name: 7}), FIRST) for name in NAMES],
+    *[("1-9", None, power(CREATOR, **{name: " +07"}), FIRST) for name in NAMES],
+    *[("10-12", "10.1", power(CREATOR, **{name: "7"}), FIRST) for name in NAMES],
+    *[("1-12", "10.1", power(CREATOR, **{name: bad}), FIRST)
+      for name in NAMES for bad in (None, True, "x", [], {})],
+    ("1-5", None, power(CREATOR, ban=7.5), FIRST),
+    ("10-12", "10.1", power(CREATOR, ban=7.5), FIRST),
+    *[("1-12", "10.2", power(CREATOR, events=bad), FIRST)
+      for bad in (None, [], 5, {"x": None}, {"x": True}, {"x": "y"}, {"x": {}})],
+    *[("6-12", "10.2", power(CREATOR, notifications=bad), FIRST) for bad in (None, [], {"x": "y"})],
+    ("1-5", None, power(CREATOR, notifications={"x": "y"}), FIRST),
+    ("10-12", "10.2", power(CREATOR, events={"x": "5"}), FIRST),
+    *[("1-12", "10.3", power(CREATOR, users=bad), FIRST)
+      for bad in (None, [], 5, {ALICE: None}, {ALICE: True}, {ALICE: "x"}, {"alice": 5}, {"": 5})],
+    ("1-9", None, power(CREATOR, users={ALICE: "50", BOB: "\t-1"}), FIRST),
+    ("10-12", "10.3", power(CREATOR, users={ALICE: "50"}), FIRST),
+    ("1-11", None, power(CREATOR, users={CREATOR: 100}), FIRST),
+    ("12-12", "10.4", power(CREATOR, users={CREATOR: 100}), FIRST),
+    ("12-12", "10.4", power(CREATOR, users={BOB: 5}),
+     {**FIRST, "create": {"additional_creators": [BOB]}}),
+    ("12-12", None, power(CREATOR, users={BOB: 5}),
+     {**FIRST, "create": {"additional_creators": [ALICE]}}),
+    ("1-12", None, power(CREATOR, users={ALICE: 10**6}, ban=10**6), FIRST),
+])  # fmt: skip
+
+
+def change(span: str, expected: str | None, old: Json, new: Json, sender: str = ALICE) -> RuleRow:
+    """ALICE, who has 50 of 50, or another changes the power levels from old to new."""
+    users = {CREATOR: 100, ALICE: 50}
+    old = {**old, "users": {**users, **old.get("users", {})}}
+    new = {**new, "users": {**users, **new.get("users", {})}}
+    if span == "12-12":
+        del new["users"][CREATOR]
+    new["users"] = {user: level for user, level in new["users"].items() if level is not ...}
+    return span, expected, power(sender, **new), {"levels": old}
+
+
+def both(expected: str | None, old: Json, new: Json, sender: str = ALICE) -> list[RuleRow]:
+    return [change(span, expected, old, new, sender) for span in ("1-11", "12-12")]
+
+
+test_rule_10_changes = rules([
+    *both(None, {}, {}),
+    *[row for name in NAMES[3:] for row in [
+        *both(None, {}, {name: 50}),
+        *both("10.6", {}, {name: 51}),
+        *both(None, {name: 50}, {name: 49}),
+        *both("10.6", {name: 51}, {name: 50}),
+        *both("10.6", {name: 51}, {}),
+        *both(None, {name: 51}, {name: 51}),
+    ]],
+    *both("10.6", {}, {"users_default": 51}),
+    *both(None, {}, {"events_default": 50}),
+    *both("10.6", {}, {"state_default": 51}),
+    *both(None, {}, {"events": {"x": 50}}),
+    *both("10.7", {}, {"events": {"x": 51}}),
+    *both("10.7", {"events": {"x": 51}}, {"events": {"x": 50}}),
+    *both("10.7", {"events": {"x": 51}}, {"events": {}}),
+    *both("10.7", {"events": {"x": 51}}, {}),
+    *both(None, {"events": {"x": 51}}, {"events": {"x": 51, "y": 1}}),
+    change("1-5", None, {}, {"notifications": {"x": 51}}),
+    change("6-11", "10.7", {}, {"notifications": {"x": 51}}),
+    change("12-12", "10.7", {"notifications": {"x": 51}}, {}),
+    change("1-5", None, {"notifications": {"x": 51}}, {}),
+    *both(None, {}, {"users": {BOB: 50}}),
+    *both("10.10", {}, {"users": {BOB: 51}}),
+    *both(None, {"users": {BOB: 49}}, {"users": {BOB: 0}}),
+    *both(None, {"users": {BOB: 49}}, {"users": {BOB: ...}}),
+    *both("10.9", {"users": {BOB: 50}}, {"users": {BOB: 49}}),
+    *both("10.9", {"users": {BOB: 50}}, {"users": {BOB: ...}}),
+    *both("10.9", {"users": {BOB: 51}}, {"users": {BOB: ...}}),
+    *both(None, {"users": {BOB: 50}}, {"users": {BOB: 50}}),
+    *both(None, {}, {"users": {ALICE: 49}}),
+    *both(None, {}, {"users": {ALICE: ...}}),
+    *both("10.10", {}, {"users": {ALICE: 51}}),
+    change("1-11", "10.9", {}, {"users": {CREATOR: 50}}),
+    change("1-11", "10.9", {}, {"users": {CREATOR: ...}}),
+    *both(None, {"users": {BOB: 99}}, {"users": {BOB: 0}}, CREATOR),
+    change("1-11", "10.9", {"users": {BOB: 100}}, {"users": {BOB: 0}}, CREATOR),
+    change("12-12", None, {"users": {BOB: 100}}, {"users": {BOB: 0}}, CREATOR),
+    change("12-12", None, {}, {"users": {BOB: 2**53 - 1}, "ban": 2**53 - 1}, CREATOR),
+    change("1-11", "10.6", {}, {"ban": 101}, CREATOR),
+    change("1-9", None, {"ban": "51"}, {"ban": " 051"}),
+    change("1-9", None, {"ban": "51"}, {"ban": 51}),
+    change("1-9", "10.6", {"ban": "51"}, {"ban": 50}),
+    change("1-5", None, {"ban": 51.9}, {"ban": "51"}),
+])  # fmt: skip
+
+
+@each_version
+def test_rule_10_with_power_levels_that_should_not_be(version: conduit.RoomVersion) -> None:
+    """What is unreadable in the current levels counts as not there."""
+    for bad in (None, [], {"x": 5}, "x", {"users": 5}):
+        for name in (*NAMES, "events", "notifications", "users"):
+            court = Court(version)
+            court.furnish(ALL_JOINED, None, None, None)
+            court.put("m.room.power_levels", CREATOR, {"users_default": 50, name: bad})
+            for event_type, sender, more in (power(ALICE, ban=51), power(CREATOR, ban=0)):
+                court.verdict(court.event(event_type, sender, **more))
+
+
+# ── 7.8  Redactions ──────────────────────────────────────────────────────────
+
+test_rule_11_of_version_1_redaction = rules([
+    ("1-2", None, message("m.room.redaction", ALICE, redacts="$x:two.example"), {}),
+    ("1-2", None, message("m.room.redaction", BOB, redacts="$x:two.example"), {}),
+    ("1-2", "v1 11.3", message("m.room.redaction", BOB, redacts="$x:one.example"), {}),
+    ("1-2", "v1 11.3", message("m.room.redaction", BOB), {}),
+    ("1-2", None, message("m.room.redaction", BOB, redacts="$x:two.example", event_id="$y:two.example"), {}),
+    ("1-2", "v1 11.3",
+     message("m.room.redaction", BOB, redacts="$x:two.example", event_id="$y:one.example"), {}),
+    ("3-12", None, message("m.room.redaction", BOB, redacts="$x:one.example"), {}),
+    ("1-12", "8", message("m.room.redaction", BOB, redacts="$x:two.example"),
+     {"levels": {**LEVELS, "events": {"m.room.redaction": 26}}}),
+])  # fmt: skip
+
+
+@each_version
+def test_sec_17_whether_a_redaction_takes_effect(version: conduit.RoomVersion) -> None:
+    court = Court(version)
+    court.furnish(ALL_JOINED, LEVELS, None, None)
+    levels = conduit.power_levels_of(version, court.state)
+    target = court.event("m.room.message", CAROL)
+
+    def effect(sender: str, aim: str, **more: Any) -> bool:
+        where = {"content": {"redacts": aim}} if version.redacts_in_content else {"redacts": aim}
+        redaction = court.event("m.room.redaction", sender, **where, **more)
+        assert redaction.redacts == aim
+        return conduit.may_redact(redaction, target, levels)
+
+    assert effect(CAROL, target.event_id)
+    assert effect(BOB, target.event_id)  # of the same server
+    assert effect(ALICE, target.event_id)  # has the redact level
+    assert not effect(ALICE, "$other:one.example")
+    assert effect(DAVE, target.event_id) == version.redaction_rule  # where auth has decided before
+    other = "!" + "x" * 43 if version.room_id_is_hash else "!other:one.example"
+    assert not effect(CAROL, target.event_id, room_id=other)
+    wrong = {"redacts": target.event_id} if version.redacts_in_content else {}
+    assert court.event("m.room.redaction", ALICE, **wrong).redacts is None
+    assert court.event("m.room.message", ALICE, redacts=target.event_id).redacts is None
+
+
+# ── 7.9  Anything at all ─────────────────────────────────────────────────────
+
+EVENT_TYPES = [
+    *("m.room.create", "m.room.member", "m.room.power_levels", "m.room.join_rules"),
+    *("m.room.third_party_invite", "m.room.aliases", "m.room.redaction", "m.room.message"),
+]
+CONTENT_KEYS = [
+    *("membership", "join_rule", "users", "events", "notifications", "ban", "users_default"),
+    *("third_party_invite", "join_authorised_via_users_server", "creator", "m.federate"),
+    *("additional_creators", "room_version", "public_key", "public_keys", "redacts"),
+]
+memberships = st.sampled_from(["join", "invite", "leave", "ban", "knock"])
+some_users = st.sampled_from([CREATOR, ALICE, BOB, DAVE])
+levels_json = st.dictionaries(some_users | json_text, any_json | st.integers(-1, 101), max_size=4)
+content_value = any_json | memberships | some_users | levels_json | st.just(ticket())
+contents = st.dictionaries(st.sampled_from(CONTENT_KEYS) | json_text, content_value, max_size=5)
+event_changes = st.fixed_dictionaries(
+    {
+        "type": st.sampled_from(EVENT_TYPES),
+        "content": contents | any_json,
+        "sender": some_users | any_json,
+    },
+    optional={
+        "state_key": st.sampled_from(["", CREATOR, ALICE, "token", "one.example"]) | any_json,
+        "room_id": any_json,
+        "redacts": any_json,
+        "depth": any_json,
+        "hashes": any_json,
+        "signatures": any_json,
+        "unsigned": any_json,
+        "prev_events": any_json,
+        "auth_events": any_json,
+    },
+)
+
+
+@settings(max_examples=5000 if os.environ.get("DEEP") else 200)
+@given(
+    st.sampled_from([*conduit.ROOM_VERSIONS.values()]),
+    event_changes,
+    st.lists(event_changes, max_size=6),
+)
+def test_any_event_gets_a_verdict(
+    version: conduit.RoomVersion, changes: Json, others: list[Json]
+) -> None:
+    """Any JSON in any field, of the event and of the state it is judged by: a verdict, no surprise."""
+    court = Court(version)
+    court.furnish(ALL_JOINED, LEVELS, "public", {"public_key": TOKEN_KEY.public})
+    room = {} if "room_id" in changes else {"room_id": court.create.room_id}
+    for odd in others:
+        pdu = sample_pdu(version, **{"room_id": court.create.room_id, **odd})
+        if format_error(version, pdu) is None and "state_key" in pdu:
+            event = conduit.make_event(version, pdu)
+            court.state[event.key] = event
+    pdu = sample_pdu(version, **room, **changes)
+    if format_error(version, pdu) is not None:
+        return
+    event = conduit.make_event(version, pdu)
+    court.verdict(event)
+    assert conduit.content_hash_ok(pdu) in (True, False)
+    levels = conduit.power_levels_of(version, court.state)
+    assert all(type(levels.named(name)) is int for name in conduit.LEVEL_DEFAULTS)
+    assert type(levels.user(event.sender)) is type(levels.event(event.type, event.is_state)) is int
+    with contextlib.suppress(conduit.MatrixError):
+        conduit.verify_event_signatures(event, lambda *_: SPEC_KEY.public)
+    with contextlib.suppress(conduit.AuthError):
+        conduit.check_auth_events(event, court.state.values(), court.create)
+    assert event.membership is None or isinstance(event.membership, str)
+
+
+def test_check_auth_is_cheap() -> None:
+    """A message judged by the state in memory."""
+    court = Court(conduit.ROOM_VERSIONS["12"])
+    court.furnish(ALL_JOINED, LEVELS, "public", None)
+    event = court.event("m.room.message", ALICE)
+    began = time.process_time()
+    for _ in range(1000):
+        conduit.check_auth(event.version, event, court.state)
+    assert (time.process_time() - began) / 1000 < 0.0001
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  8. STATE RESOLUTION
 #
 #  The three algorithms, held against the package matrix-synapse as an oracle
@@ -1330,6 +3175,7 @@ class RandomRoom:
         self.after: dict[str, dict[conduit.StateKey, str]] = {}
         self.merges: list[list[str]] = []
         self.room_id = "!room:one.example"
+        self.serial = 0
         self.federates = self.random.random() < 0.95
         self.users = ORACLE_USERS if self.federates else ("@u0:one.example", "@u3:one.example")
         self.begin()
@@ -1371,8 +3217,13 @@ class RandomRoom:
             count = self.pick(1, 1, 1, 2, 2, 3)
             prev = sorted(self.random.sample(recent, min(count, len(recent))))
             state = self.state_at(prev)
-            event_type, sender, content, state_key, extra = self.action(state)
-            self.add(prev, event_type, sender, content, state_key, state, **extra)
+            for _ in range(self.pick(1, 5, 5)):
+                event_type, sender, content, state_key, extra = self.action(state)
+                event = self.add(prev, event_type, sender, content, state_key, state, **extra)
+                if event.rejected is None:
+                    break
+                if self.random.random() < 0.9:
+                    del self.events[event.event_id]  # most of what is not allowed is not tried
 
     def state_at(self, prev: list[str]) -> dict[conduit.StateKey, str]:
         if len(prev) > 1:
@@ -1389,8 +3240,9 @@ class RandomRoom:
         state_key: str | None,
         state: dict[conduit.StateKey, str] | None = None,
         **extra: Any,
-    ) -> None:
+    ) -> conduit.Event:
         state = self.state_at(prev) if state is None else state
+        self.serial += 1
         keys = conduit.auth_types_for_event(self.version, event_type, sender, state_key, content)
         auth = [state[key] for key in keys if key in state]
         depth = 1 + max((self.events[event_id].depth for event_id in prev), default=0)
@@ -1403,13 +3255,13 @@ class RandomRoom:
             "origin_server_ts": 1000 + self.random.randrange(8),
             "prev_events": prev,
             "auth_events": auth,
-            "hashes": {"sha256": str(len(self.events))},
+            "hashes": {"sha256": str(self.serial)},
             "signatures": {},
             **({} if state_key is None else {"state_key": state_key}),
             **extra,
         }
         if self.version.explicit_event_ids:
-            pdu["event_id"] = f"${len(self.events)}:{conduit.server_of(sender)}"
+            pdu["event_id"] = f"${self.serial}:{conduit.server_of(sender)}"
             for name in ("prev_events", "auth_events"):
                 pdu[name] = [[event_id, {"sha256": "x"}] for event_id in pdu[name]]
         if self.version.room_id_is_hash and event_type == "m.room.create":
@@ -1417,12 +3269,11 @@ class RandomRoom:
         conduit.check_format(self.version, pdu)
         event = conduit.make_event(self.version, pdu)
         self.accept(event, state)
+        return event
 
     def accept(self, event: conduit.Event, state: dict[conduit.StateKey, str]) -> None:
         if event.type == "m.room.create":
             self.room_id = event.room_id
-        if event.event_id in self.events:
-            return
         self.events[event.event_id] = event
         self.before[event.event_id] = self.after[event.event_id] = state
         try:
@@ -1561,6 +3412,15 @@ class OracleStore:
         return module.StateDifference(difference, subgraph)
 
 
+def finished(task: Any) -> Any:
+    """The result of a coroutine that waits for nothing."""
+    try:
+        task.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("the oracle waited for something")
+
+
 class Oracle:
     """Synapse's idea of a room."""
 
@@ -1574,6 +3434,7 @@ class Oracle:
         self.version = versions[room.version.id]
         make = importlib.import_module("synapse.events").make_event_from_dict
         self.room = room
+        self.make = make
         self.events = {
             event_id: make(event.pdu, self.version, {}, event.rejected)
             for event_id, event in room.events.items()
@@ -1590,6 +3451,15 @@ class Oracle:
             return False
         return True
 
+    def verdict_on_auth_events(self, event: conduit.Event) -> bool:
+        theirs = self.make(event.pdu, self.version, {})
+        task = self.auth.check_state_independent_auth_rules(self.store, theirs)
+        try:
+            finished(task)
+        except self.errors.SynapseError:
+            return False
+        return True
+
     def resolve(self, sets: list[dict[conduit.StateKey, str]]) -> dict[conduit.StateKey, str]:
         room = self.room
         if room.version.resolution == "v1":
@@ -1600,11 +3470,33 @@ class Oracle:
             task = self.resolution.resolve_events_with_store(
                 self.store, room.room_id, self.version, sets, None, self.store
             )
-        try:
-            task.send(None)
-        except StopIteration as done:
-            return dict(done.value)
-        raise AssertionError("the oracle waited for something")
+        return dict(finished(task))
+
+
+def random_auth_events(room: RandomRoom) -> conduit.Event:
+    """Some event of the room with auth_events that as a rule are wrong."""
+    pdu = dict(room.random.choice([*room.events.values()][1:]).pdu)
+    entries = [event.event_id for event in room.events.values() if event.is_state]
+    named = room.random.choices(entries, k=room.pick(0, 1, 2, 3))
+    if room.random.random() < 0.7:
+        named += conduit.referenced_ids(room.version, pdu["auth_events"])
+    pdu["auth_events"] = [
+        [event_id, {}] if room.version.explicit_event_ids else event_id for event_id in named
+    ]
+    return conduit.make_event(room.version, pdu)
+
+
+def compare_auth_events(room: RandomRoom, oracle: Oracle) -> bool:
+    event = random_auth_events(room)
+    create = room.events.get("$" + room.room_id[1:])
+    try:
+        entries = [room.events[event_id] for event_id in event.auth_events]
+        conduit.check_auth_events(event, entries, create)
+    except conduit.AuthError:
+        assert not oracle.verdict_on_auth_events(event), event.pdu
+        return False
+    assert oracle.verdict_on_auth_events(event), event.pdu
+    return True
 
 
 def compare_with_oracle(version: str, seed: int) -> Counter[str]:
@@ -1619,6 +3511,8 @@ def compare_with_oracle(version: str, seed: int) -> Counter[str]:
         if event.type != "m.room.create":
             counts["accepted" if event.rejected is None else "rejected"] += 1
             assert oracle.verdict(event) == (event.rejected is None), (where, event, event.rejected)
+    for _ in range(8):
+        counts["right auth_events" if compare_auth_events(room, oracle) else "wrong ones"] += 1
     ids = [*room.events]
     extra = [room.random.sample(ids, min(len(ids), room.pick(2, 3, 5))) for _ in range(5)]
     for prev in [*room.merges, *extra]:
@@ -1657,6 +3551,7025 @@ def test_oracle_deep(version: str) -> None:
     oracle_run(version, 1000 if 2 <= int(version) <= 11 else 10_000)
 
 
+# ── 8.3  Properties ──────────────────────────────────────────────────────────
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([*conduit.ROOM_VERSIONS]), st.integers(0, 2**32), st.data())
+def test_resolution_properties(version: str, seed: int, data: st.DataObject) -> None:
+    """Order makes no difference, nor does repetition; agreement is kept; results come from the input."""
+    room = RandomRoom(version, seed)
+    room.grow(15, 6)
+    ids = data.draw(st.lists(st.sampled_from([*room.events]), min_size=2, max_size=5))
+    sets = [room.after[event_id] for event_id in ids]
+    resolved = conduit.resolve_state(room.version, sets, room.events.get)
+    mixed = data.draw(st.permutations(sets + sets))
+    assert conduit.resolve_state(room.version, mixed, room.events.get) == resolved
+    assert conduit.resolve_state(room.version, [resolved, resolved], room.events.get) == resolved
+    for key, event_id in resolved.items():
+        assert room.events[event_id].key == key
+        assert room.events[event_id].rejected is None
+    for key, event_id in sets[0].items():
+        if all(state.get(key) == event_id for state in sets):
+            assert resolved[key] == event_id
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([*conduit.ROOM_VERSIONS]), st.integers(0, 2**32))
+def test_resolution_with_events_missing(version: str, seed: int) -> None:
+    """A lookup that knows only some events, or none, is no reason to fail."""
+    room = RandomRoom(version, seed)
+    room.grow(15, 6)
+    sets = [room.after[event_id] for event_id in room.random.sample([*room.events], 4)]
+    for share in (0.0, 0.5, 0.9):
+        known = {key: e for key, e in room.events.items() if room.random.random() < share}
+        resolved = conduit.resolve_state(room.version, sets, known.get)
+        assert resolved == conduit.resolve_state(room.version, sets[::-1], known.get)
+
+
+def test_resolution_of_nothing_and_of_one() -> None:
+    for version in conduit.ROOM_VERSIONS.values():
+        assert conduit.resolve_state(version, [], {}.get) == {}
+        assert conduit.resolve_state(version, [{("a", ""): "$x"}], {}.get) == {("a", ""): "$x"}
+
+
+# ── 8.4  Auth chains ─────────────────────────────────────────────────────────
+
+
+class KeptGraph(conduit.AuthGraph):
+    """A graph whose heights are known beforehand, and which counts what it is asked."""
+
+    def __init__(self, events: Mapping[str, conduit.Event]) -> None:
+        super().__init__(events.get)
+        self.kept: dict[str, int] = {}
+        self.asked = 0
+        for event_id, event in events.items():
+            self.kept[event_id] = 1 + max((self.kept.get(e, 0) for e in event.auth_events), default=0)
+
+    def height(self, event_id: str) -> int:
+        return self.kept[event_id]
+
+    def parents(self, event_id: str) -> Iterable[str]:
+        self.asked += 1
+        return super().parents(event_id)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from([*conduit.ROOM_VERSIONS]), st.integers(0, 2**32))
+def test_auth_chains_against_the_definition(version: str, seed: int) -> None:
+    room = RandomRoom(version, seed)
+    room.grow(20, 8)
+
+    def chain(ids: Iterable[str]) -> set[str]:
+        found, stack = set[str](), [*ids]
+        while stack:
+            event_id = stack.pop()
+            if event_id not in found:
+                found.add(event_id)
+                stack += room.events[event_id].auth_events
+        return found
+
+    sets = [set(room.after[e].values()) for e in room.random.sample([*room.events], 4)]
+    chains = [chain(ids) for ids in sets]
+    difference = set.union(*chains) - set.intersection(*chains)
+    some = set(room.random.sample([*room.events], 5))
+    between = {e for e in chain(some) if not some.isdisjoint(chain([e]))}
+    for graph in (conduit.AuthGraph(room.events.get), KeptGraph(room.events)):
+        assert graph.difference(sets) == difference
+        assert graph.subgraph(some) == between
+
+
+class ChainRoom:
+    """A room in which one user makes as many events as a test wants, all of them allowed."""
+
+    def __init__(self, version: str) -> None:
+        self.court = Court(conduit.ROOM_VERSIONS[version])
+        self.events = {self.court.create.event_id: self.court.create}
+        self.joined = self.put("m.room.member", CREATOR, [], membership="join")
+        self.common = {self.court.create.key: self.court.create.event_id}
+        self.common[self.joined.key] = self.joined.event_id
+
+    def put(self, event_type: str, state_key: str, auth: list[str], **content: Any) -> conduit.Event:
+        number = len(self.events)
+        base = [] if self.court.version.room_id_is_hash else [self.court.create.event_id]
+        base += [self.joined.event_id] if number > 1 else []
+        prev = [self.court.create.event_id] if number == 1 else []
+        fields = {"content": content, "state_key": state_key, "origin_server_ts": number % 97}
+        more = {"prev_events": prev, "auth_events": base + auth, "depth": number}
+        event = self.court.event(event_type, CREATOR, **fields, **more)
+        self.events[event.event_id] = event
+        return event
+
+    def levels(self, auth: list[str]) -> conduit.Event:
+        users = {} if self.court.version.privileged_creators else {CREATOR: 100}
+        number = len(self.events) % 50
+        return self.put("m.room.power_levels", "", auth, users=users, ban=number)
+
+    def line(self, start: str, length: int) -> list[str]:
+        ids = [start]
+        for _ in range(length):
+            ids.append(self.levels([ids[-1]]).event_id)
+        return ids
+
+    def resolve(self, *ends: dict[conduit.StateKey, str]) -> dict[conduit.StateKey, str]:
+        sets = [{**self.common, **end} for end in ends]
+        return conduit.resolve_state(self.court.version, sets, self.events.get)
+
+
+def test_auth_difference_stays_near_the_fork() -> None:
+    """Two branches of a room with a long past: the past is not walked when heights are kept."""
+    room = ChainRoom("11")
+    past = room.line(room.levels([]).event_id, 2000)
+    ends = [{*room.common.values(), room.line(past[-1], 5)[-1]} for _ in range(2)]
+    graph = KeptGraph(room.events)
+    assert len(graph.difference(ends)) == 10
+    assert graph.asked < 30
+
+
+# ── 8.5  Hostile graphs ──────────────────────────────────────────────────────
+
+POWER_KEY = ("m.room.power_levels", "")
+
+
+def deep_line(room: ChainRoom, size: int) -> list[Json]:
+    """One branch has never heard of a very long line of power levels."""
+    line = room.line(room.levels([]).event_id, size)
+    return [{POWER_KEY: line[0]}, {POWER_KEY: line[-1]}]
+
+
+def two_lines(room: ChainRoom, size: int) -> list[Json]:
+    """Two long lines from one start."""
+    start = room.levels([]).event_id
+    return [{POWER_KEY: room.line(start, size // 2)[-1]} for _ in range(2)]
+
+
+def side_lines(room: ChainRoom, size: int) -> list[Json]:
+    """Ordinary state that stands all along a line that is not the main line."""
+    line = room.line(room.levels([]).event_id, size // 2)
+    ends: list[Json] = [{POWER_KEY: line[0]}, {POWER_KEY: line[-1]}]
+    for number in range(size // 2):
+        event = room.put("test", str(number), [line[number * 7 % len(line)]])
+        ends[number % 2][event.key] = event.event_id
+    return ends
+
+
+def wide_fork(room: ChainRoom, size: int) -> list[Json]:
+    """Five hundred branches that contradict each other everywhere."""
+    start = room.levels([]).event_id
+    ends: list[Json] = [{POWER_KEY: start} for _ in range(500)]
+    for number in range(size):
+        event = room.put("test", str(number // 500 % 10), [start], number=number)
+        ends[number % 500][event.key] = event.event_id
+    return ends
+
+
+def dense_line(room: ChainRoom, size: int) -> list[Json]:
+    """Each event names the eight before it."""
+    line = [room.levels([]).event_id]
+    for _ in range(size):
+        line.append(room.levels(line[:-9:-1]).event_id)
+    return [{POWER_KEY: line[0]}, {POWER_KEY: line[-1]}]
+
+
+@slow
+@pytest.mark.parametrize("version", ["2", "12"])
+@pytest.mark.parametrize("shape", [deep_line, two_lines, side_lines, wide_fork, dense_line])
+def test_sec_14_hostile_graphs_end_in_time(version: str, shape: Any) -> None:
+    """50,000 events within 10 s of CPU."""
+    room = ChainRoom(version)
+    ends = shape(room, 50_000)
+    began = time.process_time()
+    resolved = room.resolve(*ends)
+    took = time.process_time() - began
+    print(f"{shape.__name__}, version {version}: {took:.2f} s for {len(room.events)} events")
+    assert took < 10
+    assert POWER_KEY in resolved
+
+
+def test_cycles_end() -> None:
+    """Versions 1 and 2 can spell auth events in a circle; nothing good comes of it, but no hang."""
+    for version in ("1", "2"):
+        room = ChainRoom(version)
+        line = room.line(room.levels([]).event_id, 20)
+        room.events[line[0]].auth_events.append(line[-1])
+        room.events[line[5]].auth_events.append(line[15])
+        resolved = room.resolve({POWER_KEY: line[3]}, {POWER_KEY: line[12]}, {POWER_KEY: line[18]})
+        assert resolved[room.joined.key] == room.joined.event_id
+
+
+# ── 8.6  Known rooms ─────────────────────────────────────────────────────────
+
+
+def test_version_1_takes_what_only_some_states_have() -> None:
+    for version in ("1", "2"):
+        room = ChainRoom(version)
+        levels = room.levels([])
+        topic = room.put("m.room.topic", "", [levels.event_id])
+        key = topic.key
+        resolved = room.resolve({POWER_KEY: levels.event_id, key: topic.event_id}, {})
+        assert resolved[key] == topic.event_id
+
+
+def fork_with_ban(version: str) -> tuple[Court, dict[str, conduit.Event], list[Any]]:
+    """ALICE bans BOB on one branch while BOB sets the topic on the other, later by his clock."""
+    court = Court(conduit.ROOM_VERSIONS[version])
+    levels = {"users": {CREATOR: 100, ALICE: 50, BOB: 50 - 1}, "events": {"m.room.topic": 0}}
+    court.furnish(ALL_JOINED, levels, "public", None)
+    base = {key: event.event_id for key, event in court.state.items()}
+    events = {event.event_id: event for event in court.state.values()}
+
+    def act(event_type: str, sender: str, **fields: Any) -> conduit.Event:
+        event = court.event(event_type, sender, **fields)
+        auth = [base[key] for key in conduit.auth_types_of(event) if key in base]
+        event = court.event(event_type, sender, **fields, auth_events=auth)
+        events[event.event_id] = event
+        return event
+
+    ban = act("m.room.member", ALICE, content={"membership": "ban"}, state_key=BOB, depth=10)
+    topic = act("m.room.topic", BOB, content={"topic": "mine"}, state_key="", depth=10)
+    return court, events, [{**base, ban.key: ban.event_id}, {**base, topic.key: topic.event_id}]
+
+
+@pytest.mark.parametrize("version", conduit.ROOM_VERSIONS)
+def test_bans_win_over_what_the_banned_did_meanwhile(version: str) -> None:
+    """SS-API "Soft failure": version 1 lets the evader's topic stand, later ones do not."""
+    court, events, sets = fork_with_ban(version)
+    resolved = conduit.resolve_state(court.version, sets, events.get)
+    assert events[resolved["m.room.member", BOB]].membership == "ban"
+    assert (("m.room.topic", "") in resolved) == (version == "1")
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  9. STATE GROUPS
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+def grow_groups(folder: Path, changes: list[dict[int, int]], check: Callable[..., None]) -> None:
+    """Make a state group for each set of changes and call check(groups, ids, states)."""
+
+    async def story() -> None:
+        async with open_store(folder) as database:
+            groups = conduit.StateGroups(database, conduit.Stream(database), 2**20)
+            parent: int | None = None
+            ids: list[int] = []
+            states: list[dict[int, int]] = []
+            for change in changes:
+                parent = groups.extend(1, parent, change)
+                ids.append(parent)
+                merged = {**(states[-1] if states else {}), **change}
+                states.append({key: value for key, value in merged.items() if value})
+            check(groups, ids, states)
+
+    asyncio.run(story())
+
+
+STATE_CHANGE = st.dictionaries(st.integers(1, 12), st.integers(0, 50), min_size=1, max_size=3)
+
+
+@given(changes=st.lists(STATE_CHANGE, min_size=1, max_size=70), data=st.data())
+@settings(max_examples=40)
+def test_state_groups_remember_every_state(changes: list[dict[int, int]], data: st.DataObject) -> None:
+    def check(groups: conduit.StateGroups, ids: list[int], states: list[dict[int, int]]) -> None:
+        for group, state in zip(ids, states, strict=True):
+            assert groups.read(group) == state
+            for key in range(13):
+                assert groups.lookup(group, key) == state.get(key)
+        old, new = (data.draw(st.integers(0, len(ids) - 1)) for _ in range(2))
+        expected = {key: value for key, value in states[new].items() if states[old].get(key) != value}
+        assert groups.difference(ids[old], ids[new]) == expected
+
+    with tempfile.TemporaryDirectory() as folder:
+        grow_groups(Path(folder), changes, check)
+
+
+def test_state_of_a_big_room_costs_little(tmp_path: Path) -> None:
+    """10,000 members: at most 200 bytes and a few rows for each further state event."""
+    changes = [{number: number + 1} for number in range(1, 10_001)]
+
+    def check(groups: conduit.StateGroups, ids: list[int], _states: Any) -> None:
+        size = groups.database.value("SELECT SUM(LENGTH(delta)) FROM state_groups")
+        assert size / len(ids) < 200
+        assert max(len(list(groups.chain(group))) for group in ids) <= 14
+        begin = time.perf_counter()
+        assert len(groups.read(ids[7_000])) == 7_001
+        assert time.perf_counter() - begin < 0.1
+
+    grow_groups(tmp_path, changes, check)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  9. THE ROOM STORE
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+def test_sec_17_redaction_takes_the_content_from_the_disk(server: Server, alice: Client) -> None:
+    room_id = alice.create_room()
+    secret = unique("secret")
+    event_id = alice.send_text(room_id, secret)
+    redaction = alice.redact(room_id, event_id, reason="a slip")
+    event = ok(alice.get(("rooms", room_id, "event", event_id)))
+    assert event["content"] == {}
+    assert event["unsigned"]["redacted_because"]["event_id"] == redaction
+    assert event["unsigned"]["redacted_because"]["content"]["reason"] == "a slip"
+    with contextlib.closing(sqlite3.connect(server.database)) as connection:
+        found = connection.execute(
+            "SELECT COUNT(*) FROM events WHERE INSTR(CAST(pdu AS TEXT), ?)", (secret,)
+        )
+        assert found.fetchone() == (0,)
+
+
+def test_sec_17_redaction_of_a_redaction_ends(alice: Client) -> None:
+    room_id = alice.create_room()
+    first = alice.redact(room_id, alice.send_text(room_id, "x"))
+    second = alice.redact(room_id, first)
+    alice.redact(room_id, second)
+    assert ok(alice.get(("rooms", room_id, "event", first)))["unsigned"]["redacted_because"]
+    assert alice.messages(room_id)["chunk"]
+
+
+def test_members_see_each_others_redactions_only_with_power(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    event_id = alice.send_text(room_id, "mine")
+    response = bob.put(("rooms", room_id, "redact", event_id, unique("txn")), {})
+    fails(response, 403, "M_FORBIDDEN")
+    alice.redact(room_id, bob.send_text(room_id, "yours"))
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  9. HISTORY VISIBILITY AND THE CLIENT FORMAT
+# ═════════════════════════════════════════════════════════════════════════════
+
+# One story in a room of each visibility; who sees which message. The messages:
+#   0 before the invitation · 1 while invited · 2 while joined · 3 after leaving ·
+#   4 after joining again
+
+VISIBLE: Final = {
+    # visibility      stranger  invited   joined   left     rejoined  banned
+    "world_readable": ("01234", "01234", "01234", "01234", "01234", "01234"),
+    "shared": ("", "", "01234", "012", "01234", "012"),
+    "invited": ("", "1234", "1234", "12", "124", "12"),
+    "joined": ("", "", "234", "2", "24", "2"),
+}
+
+
+def story_of_visibility(host: Client, people: dict[str, Client], visibility: str) -> tuple[str, list[str]]:
+    """The room, and the ids of the five messages."""
+    state = {"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}
+    room_id = host.create_room(initial_state=[state])
+    sent = [host.send_text(room_id, "0")]
+    for name in ("invited", "joined", "left", "rejoined", "banned"):
+        host.invite(room_id, people[name])
+    sent.append(host.send_text(room_id, "1"))
+    for name in ("joined", "left", "rejoined", "banned"):
+        people[name].join(room_id)
+    sent.append(host.send_text(room_id, "2"))
+    people["left"].leave(room_id)
+    people["rejoined"].leave(room_id)
+    ok(host.post(("rooms", room_id, "ban"), {"user_id": people["banned"].user_id}))
+    sent.append(host.send_text(room_id, "3"))
+    host.invite(room_id, people["rejoined"])
+    people["rejoined"].join(room_id)
+    sent.append(host.send_text(room_id, "4"))
+    return room_id, sent
+
+
+def seen_by_event(reader: Client, room_id: str, sent: list[str]) -> str:
+    found = ""
+    for number, event_id in enumerate(sent):
+        response = reader.get(("rooms", room_id, "event", event_id))
+        if response.status_code == 200:
+            found += str(number)
+        else:
+            fails(response, 404, "M_NOT_FOUND")
+    return found
+
+
+def seen_by_messages(reader: Client, room_id: str, sent: list[str]) -> str:
+    response = reader.get(("rooms", room_id, "messages"), params={"dir": "b", "limit": 100})
+    if response.status_code == 403:
+        return ""
+    ids = {event["event_id"] for event in ok(response)["chunk"]}
+    return "".join(str(number) for number, event_id in enumerate(sent) if event_id in ids)
+
+
+def seen_by_context(reader: Client, room_id: str, sent: list[str]) -> str:
+    found: set[str] = set()
+    for event_id in sent:
+        response = reader.get(("rooms", room_id, "context", event_id), params={"limit": 100})
+        if response.status_code == 200:
+            answer = ok(response)
+            events = [answer["event"], *answer["events_before"], *answer["events_after"]]
+            found |= {event["event_id"] for event in events}
+    return "".join(str(number) for number, event_id in enumerate(sent) if event_id in found)
+
+
+def seen_by_sync(reader: Client, room_id: str, sent: list[str]) -> str:
+    wanted = {"room": {"include_leave": True, "timeline": {"limit": 100}}}
+    rooms = reader.sync(filter=wanted).get("rooms", {})
+    ids: set[str] = set()
+    for section in ("join", "leave"):
+        events = rooms.get(section, {}).get(room_id, {}).get("timeline", {}).get("events", [])
+        ids |= {event["event_id"] for event in events}
+    return "".join(str(number) for number, event_id in enumerate(sent) if event_id in ids)
+
+
+@pytest.mark.parametrize("visibility", VISIBLE)
+def test_sec_19_history_visibility_on_every_door(server: Server, visibility: str) -> None:
+    names = ("stranger", "invited", "joined", "left", "rejoined", "banned")
+    people = {name: register(server) for name in names}
+    room_id, sent = story_of_visibility(register(server), people, visibility)
+    for name, expected in zip(names, VISIBLE[visibility], strict=True):
+        reader = people[name]
+        assert seen_by_event(reader, room_id, sent) == expected, name
+        assert seen_by_messages(reader, room_id, sent) == expected, name
+        assert seen_by_context(reader, room_id, sent) == expected, name
+        in_sync = {"stranger": "", "invited": ""}.get(name, expected)
+        if visibility == "world_readable" and name in ("left", "banned"):
+            in_sync = "012"  # a sync ends where the user left
+        assert seen_by_sync(reader, room_id, sent) == in_sync, name
+
+
+def test_own_leave_is_seen_whatever_the_visibility(server: Server, alice: Client, bob: Client) -> None:
+    state = {"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}
+    room_id = alice.create_room(bob, initial_state=[state])
+    bob.poll()
+    bob.leave(room_id)
+    left = bob.poll()["rooms"]["leave"][room_id]
+    assert [event["content"]["membership"] for event in left["timeline"]["events"]] == ["leave"]
+# ═════════════════════════════════════════════════════════════════════════════
+#  10. HTTP SERVER
+#
+#  Raw bytes over real sockets: what must be refused, in which order answers
+#  come, what slow and rude clients can do. The time limits are cut to fractions
+#  of a second, so that the tests of them are over before the coffee is.
+# ═════════════════════════════════════════════════════════════════════════════
+
+WebHandler = Callable[[conduit.Request], Awaitable[conduit.Response]]
+HELLO: Final = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"
+BIG: Final = 64 << 20  # more than the kernel takes off our hands
+SHORT_LIMITS: Final = {
+    "HEAD_SECONDS": 0.6,
+    "IDLE_SECONDS": 1.0,
+    "BODY_SECONDS": 0.5,
+    "WRITE_SECONDS": 0.5,
+    "LINGER_SECONDS": 0.3,
+    "SWEEP_SECONDS": 0.05,
+}
+
+
+async def describe(request: conduit.Request) -> conduit.Response:
+    """The handler of most tests: answers with what it has understood of the request."""
+    body = await request.stream.read()
+    if request.path == "/boom":
+        raise RuntimeError(f"a fault that quotes {body.decode()} and {request.raw_query}")
+    if request.path == "/poll":
+        news = asyncio.get_running_loop().create_future()
+        came = await request.wait(news, 20)
+        return conduit.json_response({"came": came})
+    if request.path == "/big":
+        return conduit.Response(body=bytes(BIG), content_type="application/octet-stream")
+    if request.path == "/header":
+        return conduit.Response(headers={"X-Name": request.arg("name", "") or ""})
+    if request.path == "/blocks":
+        return conduit.Response(body=three_blocks(), content_type="text/plain")
+    if request.path.startswith("/file/"):
+        path = Path("/" + "/".join(request.segments[1:]))
+        return conduit.Response(
+            body=conduit.FileBody(path, path.stat().st_size),
+            headers={"ETag": '"tag"'},
+            content_type="image/png",
+        )
+    described = {
+        "method": request.method,
+        "segments": request.segments,
+        "query": request.query,
+        "body": body.decode("latin-1"),
+        "address": request.address,
+        "local": request.is_local(),
+    }
+    return conduit.json_response(described)
+
+
+async def three_blocks() -> AsyncIterator[bytes]:
+    """A body that is made while it is sent."""
+    for word in (b"one ", b"", b"two ", b"three"):
+        await asyncio.sleep(0)
+        yield word
+
+
+class Web:
+    """An HttpServer of this process, its loop in a thread, and raw sockets to talk to it."""
+
+    def __init__(
+        self, handler: WebHandler = describe, address: str = "127.0.0.1", **options: Any
+    ) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.tls = options.pop("tls", None)
+        self.http: conduit.HttpServer = self.run(self._start(handler, address, options))
+        self.place: Any = address
+        if not address.startswith("/"):
+            host, _, port = self.http.names[0].partition("://")[2].rpartition(":")
+            self.place = (host.strip("[]"), int(port))
+
+    async def _start(self, handler: WebHandler, address: str, options: Json) -> conduit.HttpServer:
+        options = {"max_request_size": 1 << 20, **options}
+        server = conduit.HttpServer(handler, **options)
+        await server.listen(address, 0, self.tls)
+        return server
+
+    def run(self, work: Awaitable[Any], timeout: float = 20) -> Any:
+        """Await something on the server's loop."""
+
+        async def awaited() -> Any:
+            return await work
+
+        return asyncio.run_coroutine_threadsafe(awaited(), self.loop).result(timeout)
+
+    def connect(self, timeout: float = 10) -> socket.socket:
+        """A socket to the server."""
+        if isinstance(self.place, str):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(timeout)
+            sock.connect(self.place)
+            return sock
+        return socket.create_connection(self.place, timeout)
+
+    def say(self, data: bytes, timeout: float = 10) -> bytes:
+        """Send bytes, keep the sending side open, and return all until the server hangs up."""
+        with self.connect(timeout) as sock:
+            sock.sendall(data)
+            return until_closed(sock)
+
+    def ask(self, data: bytes) -> list[Answer]:
+        """The answers to requests of which the last one asks to close."""
+        return answers_in(self.say(data))
+
+    def close(self) -> None:
+        """Stop the server and its loop."""
+        self.run(self.http.stop(1))
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(5)
+        self.loop.close()
+
+
+@dataclass
+class Answer:
+    """One parsed HTTP answer."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Json:
+        """Its JSON body."""
+        return cast("Json", json.loads(self.body))
+
+
+def until_closed(sock: socket.socket) -> bytes:
+    """All bytes until the peer hangs up, with or without a reset."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while data := sock.recv(65536):
+            received += data
+    return received
+
+
+def answers_in(data: bytes, heads_only: bool = False) -> list[Answer]:
+    """All answers in a stream of bytes; strict, so that a malformed one fails the test."""
+    answers = []
+    while data:
+        head, end, data = data.partition(b"\r\n\r\n")
+        assert end, f"no end of head in {head!r}"
+        status_line, *lines = head.decode("latin-1").split("\r\n")
+        assert re.fullmatch(r"HTTP/1\.1 [1-5]\d\d [A-Za-z -]+", status_line), status_line
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        status = int(status_line.split(" ")[1])
+        body = b""
+        if headers.get("transfer-encoding") == "chunked" and not heads_only:
+            body, data = dechunked(data)
+        elif status >= 200 and not heads_only:
+            length = int(headers.get("content-length", "0" if status == 204 else len(data)))
+            assert len(data) >= length, "the body is shorter than its length says"
+            body, data = data[:length], data[length:]
+        answers.append(Answer(status, headers, body))
+    return answers
+
+
+def dechunked(data: bytes) -> tuple[bytes, bytes]:
+    """A chunked body, and what follows it."""
+    body = b""
+    while True:
+        size_line, _, data = data.partition(b"\r\n")
+        size = int(size_line, 16)
+        body += data[:size]
+        assert data[size : size + 2] == b"\r\n"
+        data = data[size + 2 :]
+        if not size:
+            return body, data
+
+
+def request_bytes(
+    method: str = "GET", target: str = "/hello", body: bytes | None = None, *lines: str
+) -> bytes:
+    """A plain request with Host, and Content-Length if there is a body."""
+    length = [] if body is None else [f"Content-Length: {len(body)}"]
+    head = "\r\n".join([f"{method} {target} HTTP/1.1", "Host: x", *length, *lines, "", ""])
+    return head.encode("latin-1") + (body or b"")
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[Web]:
+    """A server with the ordinary time limits."""
+    running = Web()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    """A server that loses patience within a second."""
+    for name, seconds in SHORT_LIMITS.items():
+        monkeypatch.setattr(conduit, name, seconds)
+    running = Web()
+    yield running
+    running.close()
+
+
+# ── 10.1  The head of a request ──────────────────────────────────────────────
+
+REFUSED_HEADS: Final = {
+    "both_lengths": (400, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "both_lengths_reversed": (400, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n"),
+    "two_different_lengths": (400, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd"),
+    "two_equal_lengths": (400, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc"),
+    "length_list": (400, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3, 3\r\n\r\nabc"),
+    "length_plus": (400, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +3\r\n\r\nabc"),
+    "length_negative": (400, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -3\r\n\r\nabc"),
+    "length_hex": (400, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0x3\r\n\r\nabc"),
+    "length_underscore": (400, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1_0\r\n\r\nabc"),
+    "length_empty": (400, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length:\r\n\r\nabc"),
+    "length_huge": (400, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 30 + b"\r\n\r\n"),
+    "length_other_digits": (400, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: \u00b2\r\n\r\n".encode("latin-1")),
+    "chunked_misspelt": (501, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"),
+    "chunked_doubled": (501, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n"),
+    "chunked_twice": (400, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "chunked_not_last": (501, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n"),
+    "gzip_chunked": (501, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
+    "identity": (501, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: identity\r\n\r\n"),
+    "chunked_vertical_tab": (400, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n"),
+    "chunked_in_http10": (400, b"POST / HTTP/1.0\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "bare_lf_in_request_line": (400, b"GET / HTTP/1.1\nHost: x\r\n\r\n"),
+    "bare_lf_everywhere": (400, b"GET / HTTP/1.1\nHost: x\n\n"),
+    "bare_lf_in_header": (400, b"GET / HTTP/1.1\r\nHost: x\r\nA: b\nC: d\r\n\r\n"),
+    "bare_cr_in_header": (400, b"GET / HTTP/1.1\r\nHost: x\r\nA: b\rC: d\r\n\r\n"),
+    "bare_cr_at_line_end": (400, b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\r\n\r\n"),
+    "obs_fold": (400, b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n"),
+    "obs_fold_tab": (400, b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n\tc: d\r\n\r\n"),
+    "space_before_first_header": (400, b"GET / HTTP/1.1\r\n Host: x\r\n\r\n"),
+    "space_before_colon": (400, b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length : 3\r\n\r\nabc"),
+    "tab_before_colon": (400, b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length\t: 3\r\n\r\nabc"),
+    "nul_in_name": (400, b"GET / HTTP/1.1\r\nHost: x\r\nA\0: b\r\n\r\n"),
+    "nul_in_value": (400, b"GET / HTTP/1.1\r\nHost: x\r\nA: b\0\r\n\r\n"),
+    "escape_in_value": (400, b"GET / HTTP/1.1\r\nHost: x\r\nA: \x1b[0m\r\n\r\n"),
+    "delete_in_value": (400, b"GET / HTTP/1.1\r\nHost: x\r\nA: \x7f\r\n\r\n"),
+    "name_not_a_token": (400, b"GET / HTTP/1.1\r\nHost: x\r\nA(b): c\r\n\r\n"),
+    "name_not_ascii": (400, "GET / HTTP/1.1\r\nHost: x\r\nÄ: c\r\n\r\n".encode()),
+    "name_empty": (400, b"GET / HTTP/1.1\r\nHost: x\r\n: c\r\n\r\n"),
+    "no_colon": (400, b"GET / HTTP/1.1\r\nHost: x\r\nabc\r\n\r\n"),
+    "no_host": (400, b"GET / HTTP/1.1\r\nA: b\r\n\r\n"),
+    "host_twice": (400, b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n"),
+    "host_with_path": (400, b"GET / HTTP/1.1\r\nHost: x/y\r\n\r\n"),
+    "host_with_user": (400, b"GET / HTTP/1.1\r\nHost: a@x\r\n\r\n"),
+    "absolute_form": (400, b"GET http://x/hello HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "authority_form": (400, b"CONNECT x:443 HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "asterisk_form": (400, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "double_slash": (400, b"GET //evil/hello HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "fragment": (400, b"GET /hello#a HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "percent_nul": (400, b"GET /hello%00 HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "percent_broken": (400, b"GET /hello%zz HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "percent_cut_off": (400, b"GET /hello%2 HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "overlong_utf8": (400, b"GET /%c0%af HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "utf8_surrogate": (400, b"GET /%ed%a0%80 HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "raw_utf8_target": (400, "GET /ä HTTP/1.1\r\nHost: x\r\n\r\n".encode()),
+    "two_spaces": (400, b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "tab_in_request_line": (400, b"GET\t/\tHTTP/1.1\r\nHost: x\r\n\r\n"),
+    "space_in_target": (400, b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "leading_space": (400, b" GET / HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "method_in_lower_case": (400, b"get / HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "http09": (400, b"GET /\r\n\r\n"),
+    "http_in_lower_case": (400, b"GET / http/1.1\r\nHost: x\r\n\r\n"),
+    "http12": (400, b"GET / HTTP/1.2\r\nHost: x\r\n\r\n"),
+    "http2": (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    "tls_to_plain_port": (400, b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03\r\n\r\n"),
+    "request_line_64_kb": (431, b"GET /" + b"a" * 65536 + b" HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "request_line_17_kb": (431, b"GET /" + b"a" * 17000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "headers_101": (431, b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 100 + b"\r\n"),
+    "header_8_kb": (431, b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 8192 + b"\r\n\r\n"),
+    "head_without_end": (431, b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 20000),
+    "other_expectation": (417, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: cake\r\n\r\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_HEADS)
+def test_sec_c_head_is_refused(web: Web, case: str) -> None:
+    """Each way to be misunderstood is answered with an error and a closed connection."""
+    status, data = REFUSED_HEADS[case]
+    answers = answers_in(web.say(data + HELLO))
+    assert [answer.status for answer in answers] == [status]
+    assert answers[0].headers["connection"] == "close"
+    assert answers[0].json()["errcode"].startswith("M_")
+    assert answers[0].headers["access-control-allow-origin"] == "*"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /hello HTTP/1.1\r\nHost:x\r\n",
+        b"GET /hello HTTP/1.1\r\nHost: [::1]:8008\r\n",
+        b"GET /hello HTTP/1.1\r\nHost: \t x \t\r\n",
+        b"GET /hello HTTP/1.1\r\nhOST: x\r\nX-Empty:\r\n",
+        b"GET /hello HTTP/1.1\r\nHost: x\r\nX: caf\xe9\r\nX: b\r\n",
+        b"\r\nGET /hello HTTP/1.1\r\nHost: x\r\n",
+        b"GET /hello HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 98,
+        b"GET /hello HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 8100 + b"\r\n",
+        b"GET /hello?a=" + b"b" * 12000 + b" HTTP/1.1\r\nHost: x\r\n",
+    ],
+)
+def test_unusual_but_proper_heads(web: Web, head: bytes) -> None:
+    """What the RFC allows is answered."""
+    answers = web.ask(head + b"Connection: close\r\n\r\n")
+    assert [answer.status for answer in answers] == [200]
+
+
+def test_sec_c_path_is_split_before_decoding(web: Web) -> None:
+    """%2F is part of a segment and never makes a new one; %2e%2e means nothing."""
+    target = "/a%2Fb/%2e%2e/%23r%C3%A4um%3Ax/?q=%26+%3D&q=2&e&=v"
+    answer = web.ask(request_bytes("GET", target, None, "Connection: close"))[0].json()
+    assert answer["segments"] == ["a/b", "..", "#räum:x", ""]
+    assert answer["query"] == {"q": ["& =", "2"], "e": [""], "": ["v"]}
+
+
+@given(st.binary(max_size=300))
+def test_parser_raises_nothing_but_matrix_errors(raw: bytes) -> None:
+    """Whatever the bytes, the parser returns a head or a MatrixError."""
+    with contextlib.suppress(conduit.MatrixError):
+        head = conduit.parse_head(raw)
+        conduit.body_length(head)
+        conduit.split_path(head.target)
+
+
+TOKENS: Final = st.text("!#$%&'*+-.^_`|~" + string.ascii_letters + string.digits, min_size=1)
+VALUES: Final = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF).filter(
+    lambda letter: letter != "\x7f"
+))  # fmt: skip
+
+
+@given(st.dictionaries(TOKENS, VALUES, max_size=20), st.text(string.ascii_letters + "/%?&=~._-"))
+def test_parser_reads_what_was_written(fields: dict[str, str], target: str) -> None:
+    """A proper head comes back as it was, names in lower case, values stripped."""
+    fields = {name: value for name, value in fields.items() if name.lower() != "host"}
+    assume(len({name.lower() for name in fields}) == len(fields))
+    assume(not target.startswith("/"))
+    lines = [f"GET /{target} HTTP/1.1", "Host: h", *(f"{n}: {v}" for n, v in fields.items())]
+    head = conduit.parse_head("\r\n".join(lines).encode("latin-1"))
+    expected = {name.lower(): value.strip(" \t") for name, value in fields.items()}
+    assert head.headers == {"host": "h", **expected}
+    assert head.target == "/" + target
+
+
+@given(st.text(min_size=1))
+def test_percent_encoding_comes_back(text: str) -> None:
+    """Decoding undoes encoding, for all texts without NUL."""
+    assume("\0" not in text)
+    assume(all(not 0xD800 <= ord(letter) < 0xE000 for letter in text))
+    assert conduit.percent_decode(quote(text, safe="")) == text
+    assert conduit.parse_query(f"a={quote(text, safe='')}") == {"a": [text]}
+
+
+@given(st.text(st.sampled_from("%0123456789abcdefABCDEFgz/"), max_size=30))
+def test_percent_decoding_agrees_with_the_library(text: str) -> None:
+    """What is accepted is what urllib makes of it; what is not raises a MatrixError."""
+    try:
+        decoded = conduit.percent_decode(text)
+    except conduit.MatrixError:
+        assert re.search(r"%(?![0-9A-Fa-f]{2})|%00|%[89A-Fa-f]", text)
+    else:
+        assert decoded == unquote(text, errors="strict")
+
+
+# ── 10.2  The body of a request ──────────────────────────────────────────────
+
+CHUNKED: Final = b"POST /hello HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+REFUSED_CHUNKS: Final = {
+    "size_not_hex": b"xyz\r\nabc\r\n0\r\n\r\n",
+    "size_empty": b"\r\nabc\r\n0\r\n\r\n",
+    "size_negative": b"-3\r\nabc\r\n0\r\n\r\n",
+    "size_prefixed": b"0x3\r\nabc\r\n0\r\n\r\n",
+    "size_underscore": b"1_0\r\nabc\r\n0\r\n\r\n",
+    "size_overflow": b"fffffffffffffffff\r\nabc\r\n0\r\n\r\n",
+    "size_space": b"3 \r\nabc\r\n0\r\n\r\n",
+    "size_bare_lf": b"3\nabc\r\n0\r\n\r\n",
+    "size_bare_cr": b"3\r;a\r\nabc\r\n0\r\n\r\n",
+    "extension_too_long": b"3;" + b"a" * 300 + b"\r\nabc\r\n0\r\n\r\n",
+    "extension_bare_lf": b"3;a\nb\r\nabc\r\n0\r\n\r\n",
+    "chunk_too_long": b"3\r\nabcd\r\n0\r\n\r\n",
+    "chunk_bare_lf": b"3\r\nabc\n0\r\n\r\n",
+    "trailer_without_colon": b"3\r\nabc\r\n0\r\nabc\r\n\r\n",
+    "trailer_space_before_colon": b"3\r\nabc\r\n0\r\nA : b\r\n\r\n",
+    "trailer_folded": b"3\r\nabc\r\n0\r\nA: b\r\n c\r\n\r\n",
+    "trailer_nul": b"3\r\nabc\r\n0\r\nA: \0\r\n\r\n",
+    "trailer_bare_lf": b"3\r\nabc\r\n0\r\nA: b\nC: d\r\n\r\n",
+    "trailers_101": b"3\r\nabc\r\n0\r\n" + b"A: b\r\n" * 101 + b"\r\n",
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CHUNKS)
+def test_sec_c_chunks_are_refused(web: Web, case: str) -> None:
+    """A chunked body that can be read in two ways gets 400, and nothing behind it is read."""
+    answers = answers_in(web.say(CHUNKED + REFUSED_CHUNKS[case] + HELLO))
+    assert [answer.status for answer in answers] == [400]
+    assert answers[0].headers["connection"] == "close"
+
+
+@given(st.lists(st.binary(min_size=1, max_size=50), max_size=6), st.data())
+def test_chunked_bodies_in_pieces(web: Web, chunks: list[bytes], data: st.DataObject) -> None:
+    """A chunked body is read the same wherever the network cuts it, and the next request too."""
+    coded = b"".join(b"%x;x=y\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
+    stream = CHUNKED + coded + b"0\r\nTrailer: a\r\n\r\n" + request_bytes("GET", "/next")
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=4)))
+    with web.connect() as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+            sock.sendall(stream[start:end])
+        sock.shutdown(socket.SHUT_WR)
+        first, second = answers_in(until_closed(sock))
+    assert first.json()["body"] == b"".join(chunks).decode("latin-1")
+    assert second.json()["segments"] == ["next"]
+
+
+def test_sec_c_body_on_get_is_read(web: Web) -> None:
+    """The body of a GET is not taken for the next request."""
+    smuggled = request_bytes("GET", "/smuggled")
+    answers = web.ask(
+        request_bytes("GET", "/first", smuggled)
+        + request_bytes("GET", "/last", None, "Connection: close")
+    )
+    assert [answer.json()["segments"] for answer in answers] == [["first"], ["last"]]
+
+
+def test_sec_c_expect_100_continue(web: Web) -> None:
+    """The go-ahead comes when the body is wanted, once, and not if the body is there already."""
+    with web.connect() as sock:
+        head = request_bytes("POST", "/hello", None, "Content-Length: 3", "Expect: 100-continue")
+        sock.sendall(head)
+        assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        sock.sendall(b"abc")
+        assert b'"body":"abc"' in sock.recv(4096)
+        sock.sendall(head + b"def")
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_sec_c_body_over_the_limit(web: Web) -> None:
+    """413 before the body is read when its length is known, and as soon as it is clear else."""
+    told = request_bytes("POST", "/hello", None, f"Content-Length: {2 << 20}")
+    assert [answer.status for answer in answers_in(web.say(told))] == [413]
+    expecting = request_bytes(
+        "POST", "/hello", None, f"Content-Length: {2 << 20}", "Expect: 100-continue"
+    )
+    assert [answer.status for answer in answers_in(web.say(expecting))] == [413]
+    chunk = b"10000\r\n" + bytes(65536) + b"\r\n"
+    assert [answer.status for answer in answers_in(web.say(CHUNKED + chunk * 17))] == [413]
+
+
+def test_sec_c_huge_chunk_is_not_waited_for(web: Web) -> None:
+    """A chunk that says it is larger than any body is refused by its size alone."""
+    answers = answers_in(web.say(CHUNKED + b"ffffffff\r\n"))
+    assert [answer.status for answer in answers] == [413]
+
+
+def test_refused_upload_still_gets_its_answer() -> None:
+    """A client that sends on although it is refused can read why: no reset overtakes the answer."""
+
+    async def refuse(_request: conduit.Request) -> conduit.Response:
+        raise conduit.forbidden("no uploads")
+
+    web = Web(refuse, max_request_size=64 << 20)
+    with web.connect() as sock:
+        sock.sendall(request_bytes("POST", "/upload", None, f"Content-Length: {8 << 20}"))
+        with contextlib.suppress(ConnectionError):
+            for _ in range(128):
+                sock.sendall(bytes(65536))
+        assert [answer.status for answer in answers_in(until_closed(sock))] == [403]
+    web.close()
+
+
+def test_small_refused_body_keeps_the_connection() -> None:
+    """What a handler does not read is dropped, and the next request is understood."""
+
+    async def refuse(request: conduit.Request) -> conduit.Response:
+        raise conduit.forbidden(request.path)
+
+    web = Web(refuse)
+    data = request_bytes("PUT", "/a", b"x" * 5000) + request_bytes("PUT", "/b", b"y")
+    answers = web.ask(data + request_bytes("GET", "/c", None, "Connection: close"))
+    assert [answer.json()["error"] for answer in answers] == ["/a", "/b", "/c"]
+    web.close()
+
+
+# ── 10.3  Answers ────────────────────────────────────────────────────────────
+
+
+def test_sec_c_pipelined_requests_are_answered_in_order() -> None:
+    """The first, slow one does not let the second pass."""
+    order = []
+
+    async def handler(request: conduit.Request) -> conduit.Response:
+        await asyncio.sleep(0.2 if request.path == "/0" else 0)
+        order.append(request.path)
+        return conduit.json_response({"path": request.path})
+
+    web = Web(handler)
+    data = b"".join(request_bytes("GET", f"/{number}") for number in range(50))
+    answers = web.ask(data + request_bytes("GET", "/50", None, "Connection: close"))
+    assert [answer.json()["path"] for answer in answers] == [f"/{n}" for n in range(51)] == order
+    web.close()
+
+
+def test_head_has_the_headers_of_get_and_no_body(web: Web, tmp_path: Path) -> None:
+    """HEAD, for bytes, for a file and for a stream; the connection stays usable."""
+    path = tmp_path / "picture"
+    path.write_bytes(b"x" * 1000)
+    targets = ["/hello", f"/file{path}", "/blocks"]
+    data = b"".join(request_bytes("HEAD", target) for target in targets)
+    raw = web.say(data + request_bytes("HEAD", "/hello", None, "Connection: close"))
+    answers = answers_in(raw, heads_only=True)
+    assert [answer.status for answer in answers] == [200] * 4
+    assert answers[1].headers["content-length"] == "1000"
+    assert answers[2].headers["transfer-encoding"] == "chunked"
+
+
+def test_sec_c_no_response_splitting(web: Web, caplog: pytest.LogCaptureFixture) -> None:
+    """A header with a line end in it is never sent: the answer is 500, and the log says why."""
+    for evil in ("a%0D%0AX-Evil:%20b", "a%0Db", "a%0Ab", "%E2%80%A8", "%7F"):
+        request = request_bytes("GET", f"/header?name={evil}", None, "Connection: close")
+        (answer,) = web.ask(request)
+        assert answer.status == 500
+        assert "x-evil" not in answer.headers
+    assert "unsafe value" in caplog.text
+
+
+def test_sec_c_upgrade_is_refused(web: Web) -> None:
+    """No protocol is switched; the connection ends with the answer, whatever a proxy thinks."""
+    for protocol in ("h2c", "websocket"):
+        data = request_bytes("GET", "/hello", None, "Connection: Upgrade", f"Upgrade: {protocol}")
+        answers = answers_in(web.say(data + HELLO))
+        assert [answer.status for answer in answers] == [200]
+        assert answers[0].headers["connection"] == "close"
+
+
+def test_every_answer_has_cors_and_date(web: Web) -> None:
+    """Good answers and bad ones."""
+    data = (
+        request_bytes("GET", "/hello") + request_bytes("POST", "/boom", b"") + b"nonsense\r\n\r\n"
+    )
+    answers = web.ask(data)
+    assert [answer.status for answer in answers] == [200, 500, 400]
+    for answer in answers:
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert "Authorization" in answer.headers["access-control-allow-headers"]
+        assert "PUT" in answer.headers["access-control-allow-methods"]
+        told = time.strptime(answer.headers["date"], "%a, %d %b %Y %H:%M:%S GMT")
+        assert abs(time.mktime(told) - time.mktime(time.gmtime())) < 5
+
+
+def test_faults_are_logged_without_secrets(web: Web, caplog: pytest.LogCaptureFixture) -> None:
+    """500 tells the client nothing, and the log tells no token, even if the exception quotes one."""
+
+    async def fail(request: conduit.Request) -> conduit.Response:
+        request.json = {"auth": [{"password": "hunter2"}], "body": "fine"}
+        raise KeyError(f"hunter2 {request.headers['authorization']} {request.raw_query}")
+
+    failing = Web(fail)
+    lines = ("Authorization: Bearer sesame-open", "Connection: close")
+    (answer,) = failing.ask(request_bytes("GET", "/x?access_token=tok-en&a=1", None, *lines))
+    failing.close()
+    assert answer.status == 500
+    assert answer.json() == {"errcode": "M_UNKNOWN", "error": "Internal server error"}
+    assert "KeyError" in caplog.text
+    assert "GET /x failed" in caplog.text
+    assert not re.search("hunter2|sesame-open|tok-en", caplog.text)
+
+
+def test_nothing_leaves_before_the_hook() -> None:
+    """The answer waits for before_response, and is replaced by the error which that raises."""
+    written: list[str] = []
+
+    async def write(request: conduit.Request) -> conduit.Response:
+        written.append(request.path)
+        return conduit.json_response({})
+
+    async def synced() -> None:
+        if written[-1] == "/full":
+            raise conduit.MatrixError(507, "M_UNKNOWN", "The disk is full")
+        if written[-1] == "/broken":
+            raise OSError("the disk is gone")
+        await asyncio.sleep(0.2)
+        written.append("synced")
+
+    web = Web(write, before_response=synced)
+    started = time.monotonic()
+    data = b"".join(request_bytes("PUT", path, b"") for path in ("/a", "/full", "/broken"))
+    answers = web.ask(data + request_bytes("PUT", "/b", b"", "Connection: close"))
+    web.close()
+    assert [answer.status for answer in answers] == [200, 507, 500, 200]
+    assert time.monotonic() - started > 0.4
+    assert written == ["/a", "synced", "/full", "/broken", "/b", "synced"]
+
+
+def test_http10_clients(web: Web) -> None:
+    """Close by default, keep-alive on demand, no chunks."""
+    plain = answers_in(web.say(b"GET /hello HTTP/1.0\r\n\r\n" + HELLO))
+    assert len(plain) == 1
+    keep = b"GET /hello HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+    kept = answers_in(web.say(keep + b"GET /blocks HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"))
+    assert [answer.headers["connection"] for answer in kept] == ["keep-alive", "close"]
+    assert "transfer-encoding" not in kept[1].headers
+    assert kept[1].body == b"one two three"
+
+
+def test_streamed_answer(web: Web) -> None:
+    """Blocks go out in chunks as they are made; an empty one does not end the body."""
+    answers = web.ask(
+        request_bytes("GET", "/blocks") + request_bytes("GET", "/hello", None, "Connection: close")
+    )
+    assert answers[0].body == b"one two three"
+    assert answers[1].status == 200
+
+
+def test_stream_that_fails_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    """A client must not take half a body for a whole one."""
+
+    async def blocks() -> AsyncIterator[bytes]:
+        yield b"half"
+        raise ValueError("the other half is gone")
+
+    async def handler(_request: conduit.Request) -> conduit.Response:
+        return conduit.Response(body=blocks())
+
+    web = Web(handler)
+    raw = web.say(HELLO)
+    web.close()
+    assert raw.endswith(b"4\r\nhalf\r\n")
+    assert "the other half is gone" in caplog.text
+
+
+# ── 10.4  Files and ranges ───────────────────────────────────────────────────
+
+CONTENT: Final = bytes(range(256)) * 2000
+
+
+@pytest.fixture(scope="module")
+def some_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 512,000 bytes."""
+    path = tmp_path_factory.mktemp("files") / "content"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "first", "end"),
+    [
+        (None, 200, 0, 512_000),
+        ("bytes=0-", 206, 0, 512_000),
+        ("bytes=0-0", 206, 0, 1),
+        ("bytes=100-300000", 206, 100, 300_001),
+        ("bytes=511999-", 206, 511_999, 512_000),
+        ("bytes=511999-99999999999", 206, 511_999, 512_000),
+        ("bytes=-1", 206, 511_999, 512_000),
+        ("bytes=-600000", 206, 0, 512_000),
+        ("bytes=512000-", 416, 0, 0),
+        ("bytes=-0", 416, 0, 0),
+        ("bytes=5-3", 200, 0, 512_000),
+        ("bytes=-", 200, 0, 512_000),
+        ("bytes=0-1,3-4", 200, 0, 512_000),
+        ("bytes=a-b", 200, 0, 512_000),
+        ("bytes=1_0-", 200, 0, 512_000),
+        ("items=0-1", 200, 0, 512_000),
+    ],
+)
+def test_ranges(
+    web: Web, some_file: Path, asked: str | None, status: int, first: int, end: int
+) -> None:
+    """RFC 9110, 14: one range is served, several are ignored, an impossible one gets 416."""
+    lines = [f"Range: {asked}"] if asked else []
+    (answer,) = web.ask(
+        request_bytes("GET", f"/file{some_file}", None, *lines, "Connection: close")
+    )
+    assert answer.status == status
+    if status == 416:
+        assert answer.headers["content-range"] == "bytes */512000"
+        return
+    assert answer.body == CONTENT[first:end]
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["accept-ranges"] == "bytes"
+    assert answer.headers.get("content-range") == (
+        f"bytes {first}-{end - 1}/512000" if status == 206 else None
+    )
+
+
+def test_if_range(web: Web, some_file: Path) -> None:
+    """A part is served only of the version that the client has."""
+    statuses = []
+    for tag in ('"tag"', '"other"', 'W/"tag"'):
+        lines = ("Range: bytes=1-2", f"If-Range: {tag}", "Connection: close")
+        (answer,) = web.ask(request_bytes("GET", f"/file{some_file}", None, *lines))
+        statuses.append(answer.status)
+    assert statuses == [206, 200, 200]
+
+
+@given(first=st.integers(0, 20), last=st.integers(0, 20), size=st.integers(0, 20))
+def test_ranges_are_slices(first: int, last: int, size: int) -> None:
+    """A range is what Python's slice gives; a suffix too."""
+    whole = bytes(range(size))
+    bounds = conduit.byte_range(f"bytes={first}-{last}", size)
+    if first <= last:
+        assert bounds is not None
+        assert whole[slice(*bounds)] == whole[first : last + 1]
+    suffix = conduit.byte_range(f"bytes=-{last}", size)
+    assert suffix is not None
+    assert whole[slice(*suffix)] == (whole[-last:] if last else b"")
+
+
+def test_missing_and_shrunken_files(
+    web: Web, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file that is gone gets 500; one that is shorter than promised, a closed connection."""
+
+    async def handler(request: conduit.Request) -> conduit.Response:
+        return conduit.Response(body=conduit.FileBody(tmp_path / request.segments[0], 300_000))
+
+    (tmp_path / "short").write_bytes(bytes(200_000))
+    files = Web(handler)
+    assert (
+        answers_in(files.say(request_bytes("GET", "/gone", None, "Connection: close")))[0].status
+        == 500
+    )
+    raw = files.say(request_bytes("GET", "/short", None))
+    files.close()
+    assert raw.startswith(b"HTTP/1.1 200")
+    assert len(raw) < 200_000
+    assert "shorter than" in caplog.text
+    assert web.ask(request_bytes("GET", "/hello", None, "Connection: close"))[0].status == 200
+
+
+# ── 10.5  Slow, rude and numerous clients ────────────────────────────────────
+
+
+def test_sec_c_slow_head(hasty: Web) -> None:
+    """One byte now and then does not buy more time: the whole head has one deadline."""
+    started = time.monotonic()
+    with hasty.connect() as sock:
+        for byte in b"GET /hello HTTP/1.1\r\nX: " + b"y" * 1000:
+            try:
+                sock.sendall(bytes([byte]))
+            except ConnectionError:
+                break
+            if select.select([sock], [], [], 0.05)[0]:
+                break
+        answers = answers_in(until_closed(sock))
+    assert [answer.status for answer in answers] == [408]
+    assert 0.5 < time.monotonic() - started < 3
+
+
+def test_sec_c_slow_body(hasty: Web) -> None:
+    """A body that trickles in below the minimum rate gets 408; a steady one may take its time."""
+    with hasty.connect() as sock:
+        sock.sendall(request_bytes("POST", "/hello", None, "Content-Length: 10000"))
+        started = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while not select.select([sock], [], [], 0.1)[0]:
+                sock.sendall(b"x")
+        assert [answer.status for answer in answers_in(until_closed(sock))] == [408]
+        assert time.monotonic() - started < 3
+    with hasty.connect() as sock:
+        sock.sendall(request_bytes("POST", "/hello", None, "Content-Length: 10000"))
+        for _ in range(10):
+            time.sleep(0.15)
+            sock.sendall(b"x" * 1000)
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_sec_c_slow_reader(hasty: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who does not take an answer is hung up on; the server does not keep it for ever."""
+    monkeypatch.setattr(conduit, "MIN_RATE", 1 << 30)
+    with hasty.connect() as sock:
+        sock.sendall(request_bytes("GET", "/big"))
+        eventually(lambda: not hasty.http._connections, 5)
+        assert len(until_closed(sock)) < BIG
+
+
+def test_slow_makers_of_answers_are_not_cut_off(hasty: Web) -> None:
+    """The write deadline is the reader's, not that of whoever makes the blocks."""
+
+    async def blocks() -> AsyncIterator[bytes]:
+        yield bytes(4 << 20)
+        await asyncio.sleep(1.5)
+        yield b"end"
+
+    async def handler(_request: conduit.Request) -> conduit.Response:
+        return conduit.Response(body=blocks())
+
+    web = Web(handler)
+    (answer,) = web.ask(request_bytes("GET", "/x", None, "Connection: close"))
+    web.close()
+    assert answer.body.endswith(b"end")
+    assert len(answer.body) == (4 << 20) + 3
+
+
+def test_pipelines_do_not_hold_the_loop(web: Web) -> None:
+    """Others are answered between the requests of a long pipeline."""
+    with web.connect() as greedy, web.connect() as modest:
+        greedy.sendall(HELLO * 1500)
+        started = time.monotonic()
+        modest.sendall(HELLO)
+        assert modest.recv(4096).startswith(b"HTTP/1.1 200")
+        first = time.monotonic() - started
+        greedy.shutdown(socket.SHUT_WR)
+        assert len(answers_in(until_closed(greedy))) == 1500
+        assert first < (time.monotonic() - started) / 2
+
+
+def test_sec_c_idle_connections_end(hasty: Web) -> None:
+    """A connection without requests is closed, one with requests stays."""
+    with hasty.connect() as idle, hasty.connect() as busy:
+        for _ in range(6):
+            busy.sendall(HELLO)
+            assert busy.recv(4096).startswith(b"HTTP/1.1 200")
+            time.sleep(0.3)
+        assert idle.recv(10) == b""
+
+
+def test_long_poll_outlives_the_time_limits(hasty: Web) -> None:
+    """No deadline cuts a request off whose handler waits."""
+    with hasty.connect() as sock:
+        sock.sendall(request_bytes("GET", "/poll"))
+        assert not select.select([sock], [], [], 2)[0]
+        assert len(hasty.http._connections) == 1
+
+
+def test_long_poll_of_a_client_that_left_ends(hasty: Web) -> None:
+    """The handler is freed soon after the client hangs up, by FIN as well as by RST."""
+    for linger in (None, struct.pack("ii", 1, 0)):
+        with hasty.connect() as sock:
+            sock.sendall(request_bytes("GET", "/poll"))
+            eventually(lambda: any(c.waiting for c in hasty.http._connections), 5)
+            if linger:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        eventually(lambda: not hasty.http._connections, 5)
+
+
+def test_sec_c_connections_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When all places are taken the oldest idle connection goes; busy ones never do."""
+    web = Web()
+    web.http._limit = 10
+    polls = [web.connect() for _ in range(5)]
+    for sock in polls:
+        sock.sendall(request_bytes("GET", "/poll"))
+    eventually(lambda: sum(c.waiting is not None for c in web.http._connections) == 5, 5)
+    idle = []
+    for _ in range(20):
+        idle.append(web.connect())
+        idle[-1].sendall(HELLO)
+        assert idle[-1].recv(4096).startswith(b"HTTP/1.1 200")
+    assert len(web.http._connections) <= 11
+    assert idle[0].recv(10) == b""
+    assert not select.select(polls, [], [], 0.1)[0]
+    more = [web.connect() for _ in range(8)]
+    for sock in more:
+        sock.sendall(request_bytes("GET", "/poll"))
+    time.sleep(0.3)
+    assert sum(c.waiting is not None for c in web.http._connections) == 10
+    for sock in [*polls, *idle, *more]:
+        sock.close()
+    web.close()
+
+
+def test_sec_c_connections_per_address_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One address cannot take all places, unless it is a trusted proxy."""
+    monkeypatch.setattr(conduit, "MAX_CONNECTIONS_PER_ADDRESS", 5)
+    for trusted, expected in (((), 5), (conduit.LOOPBACK_RANGES, 12)):
+        web = Web(trusted_proxies=trusted)
+        socks = [web.connect() for _ in range(12)]
+        for sock in socks:
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(request_bytes("GET", "/poll"))
+        time.sleep(0.3)
+        assert sum(c.waiting is not None for c in web.http._connections) == expected
+        for sock in socks:
+            sock.close()
+        web.close()
+
+
+@slow
+def test_sec_c_ten_thousand_idle_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flood of idle connections holds no more than the cap, and a client is still answered."""
+    web = Web(trusted_proxies=conduit.LOOPBACK_RANGES)
+    web.http._limit = 200
+    flood: deque[socket.socket] = deque(maxlen=300)
+    for _ in range(10_000 if os.environ.get("DEEP") else 1_500):
+        flood.append(web.connect())
+    assert len(web.http._connections) <= 201
+    assert web.ask(request_bytes("GET", "/hello", None, "Connection: close"))[0].status == 200
+    for sock in flood:
+        sock.close()
+    web.close()
+    assert not web.http._crowd
+
+
+@given(st.binary(max_size=200), st.sampled_from(sorted(REFUSED_HEADS)), st.integers(0, 300))
+@settings(max_examples=60)
+def test_random_bytes_never_break_the_server(web: Web, noise: bytes, case: str, cut: int) -> None:
+    """Noise between requests gets an answer or a closed connection, never a 5xx but 501 and 505."""
+    data = REFUSED_HEADS[case][1][:cut] + noise
+    with web.connect() as sock:
+        sock.sendall(data)
+        sock.shutdown(socket.SHUT_WR)
+        raw = until_closed(sock)
+    for status in re.findall(rb"^HTTP/1\.1 (\d+)", raw, re.MULTILINE):
+        assert int(status) < 500 or int(status) in (501, 505)
+
+
+# ── 10.6  Addresses ──────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "expected"),
+    [
+        ("198.51.100.7", "", "198.51.100.7"),
+        ("198.51.100.7", "203.0.113.9", "198.51.100.7"),
+        ("127.0.0.1", "", "127.0.0.1"),
+        ("127.0.0.1", "203.0.113.9", "203.0.113.9"),
+        ("127.0.0.1", "10.0.0.1, 203.0.113.9", "203.0.113.9"),
+        ("127.0.0.1", "203.0.113.9, 10.1.2.3", "203.0.113.9"),
+        ("127.0.0.1", "evil, 10.1.2.3", "10.1.2.3"),
+        ("127.0.0.1", "unknown", "127.0.0.1"),
+        ("127.0.0.1", "2001:db8::1", "2001:db8::1"),
+        ("127.0.0.1", "::ffff:203.0.113.9", "203.0.113.9"),
+        ("", "203.0.113.9", "203.0.113.9"),
+        ("", "", ""),
+    ],
+)
+def test_sec_29_forwarded_addresses(peer: str, forwarded: str, expected: str) -> None:
+    """X-Forwarded-For is believed from trusted proxies only, from the right end on."""
+
+    async def check() -> str:
+        networks = (*conduit.LOOPBACK_RANGES, ipaddress.ip_network("10.0.0.0/8"))
+        server = conduit.HttpServer(describe, max_request_size=1, trusted_proxies=networks)
+        return server.client_address(peer, forwarded)
+
+    assert asyncio.run(check()) == expected
+
+
+def test_is_local(web: Web) -> None:
+    """Local is: from this machine, not through a proxy, asking for localhost."""
+    port = web.place[1]
+    cases = {
+        f"Host: localhost:{port}": True,
+        "Host: 127.0.0.1": True,
+        "Host: [::1]:80": True,
+        "Host: localhost.evil.example": False,
+        "Host: rebound.example": False,
+        "Host: localhost\r\nX-Forwarded-For: 127.0.0.1": False,
+        "Host: localhost\r\nForwarded: for=1": False,
+        "Host: localhost\r\nVia: 1.1 proxy": False,
+    }
+    for lines, expected in cases.items():
+        data = f"GET /x HTTP/1.1\r\n{lines}\r\nConnection: close\r\n\r\n".encode()
+        assert web.ask(data)[0].json()["local"] is expected, lines
+
+
+def test_address_groups() -> None:
+    """IPv6 customers count by their /64."""
+    group = conduit.address_group
+    assert group("203.0.113.9") == "203.0.113.9"
+    assert group("2001:db8::1") == group("2001:db8:0:0:ffff::2") != group("2001:db8:0:1::1")
+
+
+def test_unix_socket(tmp_path: Path) -> None:
+    """A socket for owner and group; a dead one is replaced, a live one is not; it goes at the end."""
+    path = str(tmp_path / "http.sock")
+    dead = socket.socket(socket.AF_UNIX)
+    dead.bind(path)
+    dead.close()
+    web = Web(address=path)
+    assert Path(path).stat().st_mode & 0o777 == 0o660
+    data = request_bytes("GET", "/x", None, "X-Forwarded-For: 203.0.113.9", "Connection: close")
+    answer = web.ask(data)[0].json()
+    assert (answer["address"], answer["local"]) == ("203.0.113.9", False)
+    with pytest.raises(OSError, match="another server"):
+        conduit.unix_listener(path)
+    web.close()
+    assert not Path(path).exists()
+
+
+def test_dual_stack() -> None:
+    """The address :: takes IPv4 too, whose addresses look as they always do."""
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    web = Web(address="::")
+    for host in ("127.0.0.1", "::1"):
+        with socket.create_connection((host, web.place[1]), 5) as sock:
+            sock.sendall(HELLO)
+            assert answers_in(sock.recv(4096))[0].json()["address"] == host
+    web.close()
+
+
+# ── 10.7  TLS ────────────────────────────────────────────────────────────────
+
+
+def self_signed(folder: Path, name: str) -> tuple[Path, Path]:
+    """A certificate for a name, and its key; made by the openssl command."""
+    certs, key = folder / f"{name}.crt", folder / f"{name}.key"
+    command = [
+        *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+        *("-nodes", "-days", "2", "-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}"),
+        *("-keyout", str(key), "-out", str(certs)),
+    ]
+    subprocess.run(command, check=True, capture_output=True)  # noqa: S603  our own command line
+    return certs, key
+
+
+needs_openssl = pytest.mark.skipif(not shutil.which("openssl"), reason="needs the openssl command")
+
+
+@needs_openssl
+def test_tls_and_its_reload(tmp_path: Path) -> None:
+    """HTTPS works, a new certificate is served to new connections, and old ones go on."""
+    first, second = self_signed(tmp_path, "first.example"), self_signed(tmp_path, "second.example")
+    web = Web(tls=conduit.tls_context(*first))
+    assert web.http.names[0].startswith("https://")
+
+    def connect(certs: Path, name: str) -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=certs)
+        context.set_alpn_protocols(["h2", "http/1.1"])
+        return context.wrap_socket(web.connect(), server_hostname=name)
+
+    old = connect(first[0], "first.example")
+    assert old.selected_alpn_protocol() == "http/1.1"
+    web.loop.call_soon_threadsafe(web.http.use_certificate, conduit.tls_context(*second))
+    eventually(lambda: connect(second[0], "second.example").close() is None, 5)
+    old.sendall(request_bytes("POST", "/hello", b"x" * 300_000, "Connection: close"))
+    answers = answers_in(until_closed(old))
+    assert len(answers[0].json()["body"]) == 300_000
+    web.close()
+
+
+@needs_openssl
+def test_sec_c_stalled_handshakes_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that never finish the TLS handshake are bounded and end."""
+    monkeypatch.setattr(conduit, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(conduit, "MAX_CONNECTIONS_PER_ADDRESS", 5)
+    web = Web(tls=conduit.tls_context(*self_signed(tmp_path, "stall.example")))
+    stalled = [web.connect() for _ in range(12)]
+    time.sleep(0.2)
+    assert len(web.http._connections) == 5
+    eventually(lambda: not web.http._connections, 5)
+    for sock in stalled:
+        sock.close()
+    web.close()
+
+
+# ── 10.8  The end ────────────────────────────────────────────────────────────
+
+
+def test_graceful_stop() -> None:
+    """Long polls are answered, requests under way finished, idle connections closed, new ones not."""
+    finished = []
+
+    async def handler(request: conduit.Request) -> conduit.Response:
+        if request.path == "/work":
+            await asyncio.sleep(0.5)
+            finished.append(True)
+        return await describe(request)
+
+    web = Web(handler)
+    socks = {target: web.connect() for target in ("/poll", "/work", "/idle")}
+    for target in ("/poll", "/work"):
+        socks[target].sendall(request_bytes("GET", target))
+    eventually(lambda: any(c.waiting for c in web.http._connections), 5)
+    started = time.monotonic()
+    web.run(web.http.stop(4))
+    assert 0.3 < time.monotonic() - started < 3
+    (polled,) = answers_in(until_closed(socks["/poll"]))
+    assert polled.json() == {"came": False}
+    assert polled.headers["connection"] == "close"
+    assert answers_in(until_closed(socks["/work"]))[0].status == 200
+    assert until_closed(socks["/idle"]) == b""
+    assert finished
+    with pytest.raises(ConnectionError):
+        web.connect()
+    web.close()
+
+
+def test_stop_does_not_wait_for_ever() -> None:
+    """A handler that hangs is cancelled when the time is over."""
+    cancelled = []
+
+    async def hang(_request: conduit.Request) -> conduit.Response:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+        return conduit.json_response({})
+
+    web = Web(hang)
+    sock = web.connect()
+    sock.sendall(HELLO)
+    eventually(lambda: any(c.phase == conduit.WORKING for c in web.http._connections), 5)
+    started = time.monotonic()
+    web.run(web.http.stop(0.5))
+    assert time.monotonic() - started < 2
+    assert cancelled
+    sock.close()
+    web.close()
+
+
+# ── 10.9  Through another server ─────────────────────────────────────────────
+
+NGINX_CONFIG: Final = """
+daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log;
+events {{ worker_connections 64; }}
+http {{
+    access_log off; client_header_timeout 300ms; client_body_timeout 300ms; keepalive_timeout 300ms;
+    client_body_temp_path {folder}/a; proxy_temp_path {folder}/b; fastcgi_temp_path {folder}/c;
+    uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;
+    server {{
+        listen 127.0.0.1:{port};
+        location / {{
+            proxy_pass http://127.0.0.1:{upstream};
+            proxy_http_version 1.1;
+            proxy_set_header Connection "";
+            proxy_request_buffering off;
+        }}
+    }}
+}}
+"""
+
+
+def is_listening(port: int) -> bool:
+    """Whether something accepts connections on a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture(scope="module")
+def nginx(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, list[str]]]:
+    """The port of an nginx in front of a server, and the requests that came through to that."""
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if program is None:
+        pytest.skip("needs nginx")
+    seen: list[str] = []
+
+    async def count(request: conduit.Request) -> conduit.Response:
+        body = await request.stream.read()
+        seen.append(f"{request.method} {request.path} {len(body)}")
+        return conduit.json_response({})
+
+    web = Web(count)
+    folder, port = tmp_path_factory.mktemp("nginx"), free_port()
+    config = folder / "nginx.conf"
+    config.write_text(NGINX_CONFIG.format(folder=folder, port=port, upstream=web.place[1]))
+    process = subprocess.Popen([program, "-c", str(config), "-p", str(folder)])  # noqa: S603  ours
+    eventually(lambda: is_listening(port), 10)
+    yield port, seen
+    process.terminate()
+    process.wait(10)
+    web.close()
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED_HEADS) + sorted(REFUSED_CHUNKS))
+def test_sec_c_nginx_sees_the_same_requests(nginx: tuple[int, list[str]], case: str) -> None:
+    """Behind nginx no bytes make more requests than nginx counted: nothing can be smuggled."""
+    port, seen = nginx
+    seen.clear()
+    data = REFUSED_HEADS[case][1] if case in REFUSED_HEADS else CHUNKED + REFUSED_CHUNKS[case]
+    with socket.create_connection(("127.0.0.1", port), 5) as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(data)
+        raw = until_closed(sock)
+    counted = len(re.findall(rb"HTTP/1\.1 \d\d\d ", raw)) or raw == b"{}"  # which is HTTP/0.9
+    assert len(seen) <= counted, (seen, raw)
+
+
+def test_every_answer_behind_nginx(nginx: tuple[int, list[str]]) -> None:
+    """The ordinary case through the proxy: bodies of both kinds, pipelined."""
+    port, seen = nginx
+    seen.clear()
+    data = request_bytes("PUT", "/a", b"12345") + CHUNKED + b"3\r\nabc\r\n0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), 5) as sock:
+        sock.sendall(data + request_bytes("GET", "/c", None, "Connection: close"))
+        answers = answers_in(until_closed(sock))
+    assert [answer.status for answer in answers] == [200, 200, 200]
+    assert seen == ["PUT /a 5", "POST /hello 3", "GET /c 0"]
+# ═════════════════════════════════════════════════════════════════════════════
+#  11. ROUTER, AUTHENTICATION, RATE LIMITS
+#
+#  A router with routes of its own, called without a network; then the routes of
+#  the real server, each of which must refuse whom it should.
+# ═════════════════════════════════════════════════════════════════════════════
+
+KNOWN_TOKENS: Final = {
+    "user": conduit.Requester("@user:x", conduit.UserNid(1), "D", conduit.DeviceNid(1), 1),
+    "guest": conduit.Requester("@g:x", conduit.UserNid(2), "D", conduit.DeviceNid(2), 2, True),
+    "admin": conduit.Requester(
+        "@admin:x", conduit.UserNid(3), "D", conduit.DeviceNid(3), 3, is_admin=True
+    ),
+}
+
+
+def authenticate(_request: conduit.Request, token: str) -> conduit.Requester:
+    """What chapter 12 does, in small."""
+    if token not in KNOWN_TOKENS:
+        raise conduit.MatrixError(401, "M_UNKNOWN_TOKEN", "Unknown token", soft_logout=False)
+    return KNOWN_TOKENS[token]
+
+
+class Routes:
+    """A set of routes apart from the real ones, and a router over them."""
+
+    def __init__(self, rate_limit: bool = False) -> None:
+        self.routes: list[conduit.Route] = []
+        self.hs: Any = types.SimpleNamespace(config=types.SimpleNamespace(rate_limit=rate_limit))
+
+    def add(self, method: str, *paths: str, **options: Any) -> None:
+        """A route whose handler tells what it was called with."""
+
+        async def handler(_hs: Any, request: conduit.Request, **values: str) -> Any:
+            user = request.requester and request.requester.user_id
+            return {"path": paths[0], "values": values, "json": request.json, "user": user}
+
+        facts: Json = {"auth": conduit.NONE, "limit": "default", "body": None, **options}
+        entry = conduit.Route(method, paths, facts["auth"], facts["limit"], facts["body"], handler)
+        self.routes.append(entry)
+
+    def ask(self, method: str, target: str, body: bytes = b"", *lines: str) -> Answer:
+        """The answer to one request, made of real bytes but without a socket."""
+        return asyncio.run(self._ask(self.router(), request_bytes(method, target, body, *lines)))
+
+    def router(self) -> conduit.Router:
+        """A fresh router."""
+        router = conduit.Router(self.hs, self.routes)
+        router.authenticate = authenticate
+        return router
+
+    async def _ask(self, router: conduit.Router, data: bytes) -> Answer:
+        server = conduit.HttpServer(router.dispatch, max_request_size=1 << 20)
+        connection = conduit.Connection(server, "203.0.113.1")
+        head, _, connection.buffer = data.partition(b"\r\n\r\n")
+        request = conduit.Request(connection, conduit.parse_head(head))
+        response = await server.answer(request)
+        assert isinstance(response.body, bytes)
+        return Answer(response.status, dict(response.headers), response.body)
+
+
+# ── 11.1  Paths ──────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def routes() -> Routes:
+    """Paths that compete with each other."""
+    made = Routes()
+    room = "/_matrix/client/v3/rooms/{room_id}"
+    made.add("GET", f"{room}/state")
+    made.add("GET", f"{room}/state/{{event_type}}/{{state_key...}}")
+    made.add("PUT", f"{room}/state/{{event_type}}/{{state_key...}}", body=conduit.ANY_OBJECT)
+    made.add("PUT", f"{room}/send/{{event_type}}/{{txn_id}}", body=conduit.ANY_OBJECT)
+    made.add("GET", "/profile/{user_id}/{key}")
+    made.add("PUT", "/profile/{user_id}/displayname")
+    made.add("GET", "/profile/{user_id}/displayname")
+    made.add("DELETE", "/profile/{user_id}/{key}")
+    made.add("GET", "/rules/")
+    made.add("GET", "/")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "expected"),
+    [
+        ("GET", "/_matrix/client/v3/rooms/!a:b/state", {"room_id": "!a:b"}),
+        ("GET", "/_matrix/client/v3/rooms/%21a%3Ab/state", {"room_id": "!a:b"}),
+        ("GET", "/_matrix/client/v3/rooms/!a/state/t", {"event_type": "t", "state_key": ""}),
+        ("GET", "/_matrix/client/v3/rooms/!a/state/t/", {"event_type": "t", "state_key": ""}),
+        ("PUT", "/_matrix/client/v3/rooms/!a/state/t/k", {"event_type": "t", "state_key": "k"}),
+        ("GET", "/_matrix/client/v3/rooms/!a/state/t/k/l/", {"state_key": "k/l/"}),
+        ("GET", "/_matrix/client/v3/rooms/!a/state/t/%2F%3F", {"state_key": "/?"}),
+        ("GET", "/_matrix/client/v3/rooms/a%2Fb/state", {"room_id": "a/b"}),
+        ("PUT", "/_matrix/client/v3/rooms/!a/send/m.x/1", {"event_type": "m.x", "txn_id": "1"}),
+        ("GET", "/%70rofile/u/displayname", {"user_id": "u"}),
+        ("GET", "/profile/u/other", {"key": "other"}),
+        ("DELETE", "/profile/u/displayname", {"key": "displayname"}),
+        ("HEAD", "/profile/u/other", {"key": "other"}),
+        ("GET", "/rules/?a=b", {}),
+        ("GET", "/", {}),
+    ],
+)
+def test_paths(routes: Routes, method: str, target: str, expected: dict[str, str]) -> None:
+    """Literal before parameter before rest; parameters decoded; a wrong turn is taken back."""
+    answer = routes.ask(method, target)
+    assert answer.status == 200
+    assert expected.items() <= answer.json()["values"].items()
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status", "allow"),
+    [
+        ("GET", "/rules", 404, None),
+        ("GET", "/_matrix/client/v3/rooms//state", 404, None),
+        ("GET", "/_matrix/client/v3/rooms/!a/state%2Ft", 404, None),
+        ("GET", "/_matrix/client/v3/rooms/!a/send/m.x", 404, None),
+        ("GET", "/profile/../rules/", 404, None),
+        ("POST", "/profile/u/displayname", 405, "GET, PUT, DELETE"),
+        ("BREW", "/rules/", 405, "GET"),
+        ("TRACE", "/", 405, "GET"),
+    ],
+)
+def test_unrecognized(
+    routes: Routes, method: str, target: str, status: int, allow: str | None
+) -> None:
+    """404 for unknown paths, 405 for known ones with another method, both M_UNRECOGNIZED."""
+    answer = routes.ask(method, target)
+    assert (answer.status, answer.json()["errcode"]) == (status, "M_UNRECOGNIZED")
+    assert answer.headers.get("Allow") == allow
+
+
+def test_preflight(routes: Routes) -> None:
+    """OPTIONS is answered for every path, without a token.  Spec: "Web browser clients"."""
+    for target in ("/rules/", "/nowhere", "/_matrix/client/v3/rooms/!a/state"):
+        answer = routes.ask("OPTIONS", target)
+        assert (answer.status, answer.body) == (204, b"")
+
+
+def test_two_handlers_for_one_path_are_an_error() -> None:
+    """Also if they come in by different spellings."""
+    made = Routes()
+    made.add("GET", "/a/{b}")
+    made.add("GET", "/x", "/a/{c}")
+    with pytest.raises(ValueError, match="two handlers"):
+        made.router()
+
+
+SEGMENT: Final = st.text(
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1
+)
+PATTERN: Final = st.lists(st.sampled_from(["a", "b", "{p}", "{q}"]), min_size=1, max_size=4)
+
+
+@given(
+    st.lists(PATTERN, min_size=1, max_size=6), st.lists(SEGMENT | st.sampled_from("ab"), max_size=4)
+)
+def test_router_finds_what_a_slow_one_finds(patterns: list[list[str]], segments: list[str]) -> None:
+    """The trie agrees with trying each pattern, the most literal from the left going first."""
+    root, known = conduit.PathNode(), {}
+    for pattern in patterns:
+        shape = tuple(part if part in "ab" else "{}" for part in pattern)
+        if shape not in known:
+            known[shape] = conduit.Route("GET", (), conduit.NONE, None, None, describe)
+            root.add(known[shape], "/" + "/".join(pattern))
+    fitting = [
+        shape
+        for shape in known
+        if len(shape) == len(segments)
+        and all(part in ("{}", segment) for part, segment in zip(shape, segments, strict=True))
+    ]
+    best = min(fitting, key=lambda shape: [part == "{}" for part in shape], default=None)
+    found = root.find(segments, 0, "GET")
+    assert (found is None) == (best is None)
+    if found is not None and best is not None:
+        assert found[0].route is known[best]
+        values = [segment for part, segment in zip(best, segments, strict=True) if part == "{}"]
+        assert found[1][::-1] == values
+
+
+# ── 11.2  Who may call ───────────────────────────────────────────────────────
+
+WHO_MAY: Final = {
+    conduit.NONE: {None: 200, "user": 200, "guest": 200, "admin": 200, "wrong": 200},
+    conduit.OPTIONAL: {None: 200, "user": 200, "guest": 200, "admin": 200, "wrong": 401},
+    conduit.GUEST: {None: 401, "user": 200, "guest": 200, "admin": 200, "wrong": 401},
+    conduit.USER: {None: 401, "user": 200, "guest": 403, "admin": 200, "wrong": 401},
+    conduit.ADMIN: {None: 401, "user": 403, "guest": 403, "admin": 200, "wrong": 401},
+}
+
+
+@pytest.mark.parametrize("where", ["header", "query"])
+@pytest.mark.parametrize("auth", list(conduit.Auth))
+def test_who_may_call(auth: conduit.Auth, where: str) -> None:
+    """The whole table, with the token in the header and in the query."""
+    made = Routes()
+    made.add("GET", "/x", auth=auth)
+    for token, status in WHO_MAY[auth].items():
+        lines = [f"Authorization: Bearer {token}"] if token and where == "header" else []
+        target = f"/x?access_token={token}" if token and where == "query" else "/x"
+        answer = made.ask("GET", target, b"", *lines)
+        assert answer.status == status, token
+        if status == 200 and auth is not conduit.NONE:
+            assert answer.json()["user"] == (KNOWN_TOKENS[token].user_id if token else None)
+        if status == 401:
+            assert answer.json()["errcode"] == ("M_UNKNOWN_TOKEN" if token else "M_MISSING_TOKEN")
+        if status == 403 and token == "guest":
+            assert answer.json()["errcode"] == "M_GUEST_ACCESS_FORBIDDEN"
+
+
+def test_forms_of_the_authorization_header() -> None:
+    """The scheme in any case; other schemes are no token; the header goes before the query."""
+    made = Routes()
+    made.add("GET", "/x", auth=conduit.USER)
+    cases = {
+        "bearer user": 200,
+        "BEARER  user ": 200,
+        "Bearer": 401,
+        "Bearer ": 401,
+        "Basic user": 401,
+        "user": 401,
+        "Bearer user, Bearer admin": 401,
+    }
+    for value, status in cases.items():
+        assert made.ask("GET", "/x", b"", f"Authorization: {value}").status == status, value
+    answer = made.ask("GET", "/x?access_token=admin", b"", "Authorization: Bearer user")
+    assert answer.json()["user"] == "@user:x"
+
+
+def test_every_route_says_who_may_call() -> None:
+    """The real table: each route has an access rule, a limit that exists, and can be printed."""
+    assert len(conduit.ROUTES) > 100
+    for entry in conduit.ROUTES:
+        assert isinstance(entry.auth, conduit.Auth)
+        assert entry.limit is None or entry.limit in conduit.RATE_LIMITS
+        assert entry.handler.__doc__, entry.paths
+    table = conduit.route_table()
+    assert len(table.splitlines()) == sum(len(entry.paths) for entry in conduit.ROUTES)
+    assert "/_matrix/client/versions" in table
+
+
+def test_parameters_of_handlers_fit_their_paths() -> None:
+    """Each handler takes the parameters that its paths name; others have a default."""
+    for entry in conduit.ROUTES:
+        code = entry.handler.__code__  # type: ignore[attr-defined]  # functions, all of them
+        count = code.co_argcount + code.co_kwonlyargcount
+        taken = code.co_varnames[2:count]
+        optional = len(entry.handler.__defaults__ or ())  # type: ignore[attr-defined]  # the same
+        for path in entry.paths:
+            given = set(re.findall(r"\{(\w+)", path))
+            assert given <= set(taken), (path, entry.handler)
+            assert set(taken[: len(taken) - optional]) <= given, (path, entry.handler)
+
+
+def test_real_routes_refuse_strangers(server: Server) -> None:
+    """Without a token, every route that wants one says so, and none fails."""
+    checked, session = 0, httpx.Client(base_url=server.url)
+    for entry in conduit.ROUTES:
+        path = re.sub(r"\{(\w+)(\.\.\.)?\}", "x", entry.paths[0])
+        response = session.request(entry.method, path, content=b"{}")
+        assert response.status_code < 500, (entry.method, path)
+        if entry.auth not in (conduit.NONE, conduit.OPTIONAL):
+            assert response.status_code == 401, (entry.method, path, response.text)
+            assert response.json()["errcode"] == "M_MISSING_TOKEN"
+            checked += 1
+    session.close()
+    assert checked > 50
+
+
+# ── 11.3  Bodies ─────────────────────────────────────────────────────────────
+
+SCHEMA_OF_ALL: Final[Json] = {
+    "text": str,
+    "number?": int,
+    "real?": float,
+    "flag?": bool,
+    "list?": [str],
+    "inner?": {"deep": int, "deeper?": [{"x": str}]},
+    "map?": {str: {str: int}},
+    "either?": (str, int),
+    "free?": conduit.ANY,
+    "object?": dict,
+}
+
+
+@pytest.mark.parametrize(
+    ("body", "errcode", "names"),
+    [
+        ('{"text": "x"}', None, ""),
+        ('{"text": "x", "number": 1, "real": 1, "flag": true, "list": [], "more": 1}', None, ""),
+        (
+            '{"text": "x", "map": {"a": {"b": 1}}, "either": 1, "free": [null], "real": 1.5}',
+            None,
+            "",
+        ),
+        ('{"text": "x", "number": null, "inner": null}', None, ""),
+        ("", "M_MISSING_PARAM", "text"),
+        ("{}", "M_MISSING_PARAM", "text"),
+        ('{"text": null}', "M_BAD_JSON", "text"),
+        ('{"text": 1}', "M_BAD_JSON", "text must be a string"),
+        ('{"text": "x", "number": true}', "M_BAD_JSON", "number must be an integer"),
+        ('{"text": "x", "number": 1.0}', "M_BAD_JSON", "number"),
+        ('{"text": "x", "number": "1"}', "M_BAD_JSON", "number"),
+        ('{"text": "x", "real": false}', "M_BAD_JSON", "real"),
+        ('{"text": "x", "flag": 1}', "M_BAD_JSON", "flag"),
+        ('{"text": "x", "list": {}}', "M_BAD_JSON", "list must be an array"),
+        ('{"text": "x", "list": ["a", 1]}', "M_BAD_JSON", "list[1]"),
+        ('{"text": "x", "inner": {}}', "M_MISSING_PARAM", "inner.deep"),
+        ('{"text": "x", "inner": {"deep": 1, "deeper": [{}]}}', "M_MISSING_PARAM", "deeper[0].x"),
+        ('{"text": "x", "map": {"a": {"b": "c"}}}', "M_BAD_JSON", "map.a.b"),
+        ('{"text": "x", "either": []}', "M_BAD_JSON", "a string or an integer"),
+        ('{"text": "x", "object": []}', "M_BAD_JSON", "object"),
+        ("[]", "M_BAD_JSON", "object"),
+        ("null", "M_BAD_JSON", "object"),
+        ("{", "M_NOT_JSON", ""),
+        ('{"text": "x"} x', "M_NOT_JSON", ""),
+        ("\ufeff{}", "M_NOT_JSON", ""),
+    ],
+)
+def test_schemas(body: str, errcode: str | None, names: str) -> None:
+    """What is missing, and what is wrong, by name."""
+    made = Routes()
+    made.add("POST", "/x", body=SCHEMA_OF_ALL)
+    answer = made.ask("POST", "/x", body.encode())
+    if errcode is None:
+        assert answer.status == 200
+        assert None not in answer.json()["json"].values()
+        return
+    assert (answer.status, answer.json()["errcode"]) == (400, errcode)
+    assert names in answer.json()["error"]
+
+
+JSON_VALUES: Final = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from("ab"), inner),
+    max_leaves=10,
+)
+
+
+@given(JSON_VALUES, st.sampled_from([SCHEMA_OF_ALL, {"a": int, "b?": [str]}, {str: {str: dict}}]))
+def test_schemas_raise_only_matrix_errors(value: Any, shape: Json) -> None:
+    """Whatever the JSON, the checker passes it or raises a MatrixError."""
+    with contextlib.suppress(conduit.MatrixError):
+        conduit.check_shape(value, shape)
+
+
+def test_bodies_that_nobody_asked_for(routes: Routes) -> None:
+    """Any object, or nothing; a body on a GET is dropped unless it is too large for that."""
+    path = "/_matrix/client/v3/rooms/!a/send/m.x/1"
+    assert routes.ask("PUT", path).json()["json"] == {}
+    assert routes.ask("PUT", path, b'{"a": null}').json()["json"] == {"a": None}
+    assert routes.ask("GET", "/rules/", b"not json").status == 200
+    assert routes.ask("GET", "/rules/", b"x" * 70_000).status == 413
+
+
+def test_body_limits() -> None:
+    """413 M_TOO_LARGE; strangers may send less than users."""
+    made = Routes()
+    made.add("POST", "/open", body=conduit.ANY_OBJECT)
+    made.add("POST", "/closed", body=conduit.ANY_OBJECT, auth=conduit.USER)
+    body = b'{"a": "' + b"x" * 300_000 + b'"}'
+    answer = made.ask("POST", "/open", body)
+    assert (answer.status, answer.json()["errcode"]) == (413, "M_TOO_LARGE")
+    assert made.ask("POST", "/closed", body, "Authorization: Bearer user").status == 200
+    assert made.ask("POST", "/closed", body).status == 401
+
+
+# ── 11.4  Arguments ──────────────────────────────────────────────────────────
+
+
+def request_for(target: str) -> conduit.Request:
+    """A request that came from nowhere."""
+
+    async def make() -> conduit.Request:
+        server = conduit.HttpServer(describe, max_request_size=1)
+        head = conduit.Head("GET", target, True, {"host": "x"})
+        return conduit.Request(conduit.Connection(server, ""), head)
+
+    return asyncio.run(make())
+
+
+def test_arguments() -> None:
+    """Strict integers and booleans, defaults, the first of several values."""
+    request = request_for("/x?a=1&a=2&big=99999&neg=-5&t=true&f=false&e=&u=1_0&w=+1&h=0x1")
+    assert request.arg("a") == "1"
+    assert request.arg("none") is None
+    assert request.arg("none", "d") == "d"
+    assert request.query["a"] == ["1", "2"]
+    assert request.int_arg("a", 7, 0, 100) == 1
+    assert request.int_arg("none", 7, 0, 100) == 7
+    assert request.int_arg("big", 7, 0, 100) == 100
+    assert request.int_arg("neg", 7, -10, 100) == -5
+    assert request.bool_arg("t", False) is True
+    assert request.bool_arg("f", True) is False
+    assert request.bool_arg("none", True) is True
+    for name in ("neg", "e", "u", "w", "h", "t"):
+        with pytest.raises(conduit.MatrixError, match="M_INVALID_PARAM"):
+            request.int_arg(name, 7, 0, 100)
+    with pytest.raises(conduit.MatrixError, match="M_INVALID_PARAM"):
+        request.bool_arg("a", False)
+
+
+# ── 11.5  Rate limits ────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """A limiter's time, to be set."""
+    now = [1000.0]
+    monkeypatch.setattr(conduit.time, "monotonic", lambda: now[0])
+    monkeypatch.setitem(conduit.RATE_LIMITS, "default", conduit.RateLimit(2, 5))
+    return iter([now])
+
+
+def test_token_bucket(clock: Iterator[list[float]]) -> None:
+    """A burst, then the steady rate; 429 says exactly when to come back."""
+    now, limiter = next(clock), conduit.RateLimiter()
+    for _ in range(5):
+        limiter.check("default", 1)
+    with pytest.raises(conduit.MatrixError) as caught:
+        limiter.check("default", 1)
+    assert caught.value.status == 429
+    assert caught.value.extra["retry_after_ms"] == 500
+    limiter.check("default", 2)
+    limiter.check("message", 1)
+    now[0] += 0.501
+    limiter.check("default", 1)
+    with pytest.raises(conduit.MatrixError):
+        limiter.check("default", 1)
+    now[0] += 1000
+    for _ in range(5):
+        limiter.check("default", 1)
+
+
+@given(st.lists(st.floats(0, 3), min_size=1, max_size=60))
+def test_bucket_never_gives_more_than_promised(pauses: list[float]) -> None:
+    """In any stretch of time at most burst + rate * time requests pass; the wait told suffices."""
+    limiter, now, passed = conduit.RateLimiter(), 1000.0, []
+    limit = conduit.RATE_LIMITS["login"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conduit.time, "monotonic", lambda: now)
+        for pause in pauses:
+            now += pause
+            try:
+                limiter.check("login", "a")
+            except conduit.MatrixError as error:
+                now += error.extra["retry_after_ms"] / 1000
+                limiter.check("login", "a")
+            passed.append(now)
+    for index, start in enumerate(passed):
+        for later in range(index, len(passed)):
+            allowed = limit.burst + limit.per_second * (passed[later] - start)
+            assert later - index + 1 <= allowed + 1e-6
+
+
+def test_buckets_are_bounded(clock: Iterator[list[float]]) -> None:
+    """A flood of addresses takes no more memory than the cap, and the newest stay counted."""
+    next(clock)
+    limiter = conduit.RateLimiter()
+    for number in range(conduit.MAX_BUCKETS + 500):
+        limiter.check("default", f"address {number}")
+    assert len(limiter._full_at) <= conduit.MAX_BUCKETS
+    for _ in range(4):
+        limiter.check("default", f"address {conduit.MAX_BUCKETS + 499}")
+    with pytest.raises(conduit.MatrixError):
+        limiter.check("default", f"address {conduit.MAX_BUCKETS + 499}")
+
+
+def test_limits_by_user_and_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strangers count by address, users by name and, more generously, by address."""
+    monkeypatch.setitem(conduit.RATE_LIMITS, "default", conduit.RateLimit(0.01, 3))
+    made = Routes(rate_limit=True)
+    made.add("GET", "/open")
+    made.add("GET", "/closed", auth=conduit.USER)
+    made.add("GET", "/free", limit=None)
+    router = made.router()
+
+    def ask(target: str, token: str = "") -> Answer:
+        lines = [f"Authorization: Bearer {token}"] if token else []
+        return asyncio.run(made._ask(router, request_bytes("GET", target, b"", *lines)))
+
+    statuses = [ask("/closed", "user").status for _ in range(5)]
+    assert statuses == [200, 200, 200, 429, 429]
+    assert ask("/closed", "admin").status == 200
+    refused = [ask("/closed", "wrong").status for _ in range(30)]
+    assert refused[0] == 401
+    assert refused[-1] == 429
+    limited = ask("/open")
+    assert limited.status == 429
+    assert limited.json()["errcode"] == "M_LIMIT_EXCEEDED"
+    assert int(limited.headers["Retry-After"]) * 1000 >= limited.json()["retry_after_ms"]
+    assert {ask("/free").status for _ in range(20)} == {200}
+    made.hs.config.rate_limit = False
+    assert {ask("/closed", "user").status for _ in range(20)} == {200}
+# ═════════════════════════════════════════════════════════════════════════════
+#  12. ACCOUNTS, DEVICES, LOGINS
+# ═════════════════════════════════════════════════════════════════════════════
+
+ADMIN_TOKEN_LINE: Final = re.compile(r"^\W*([0-9A-Za-z]{43})\W*$", re.MULTILINE)
+
+
+def try_login(client: Client, user: str, password: str, **fields: Any) -> httpx.Response:
+    """One attempt to log in; the answer, whatever it is."""
+    identifier = {"type": "m.id.user", "user": user}
+    body = {"type": "m.login.password", "identifier": identifier, "password": password, **fields}
+    headers = fields.pop("headers", None)
+    body.pop("headers", None)
+    return client.post("login", body, headers=headers)
+
+
+def password_auth(client: Client, session: str, password: str = PASSWORD) -> Json:
+    """The `auth` member for a client's own password."""
+    identifier = {"type": "m.id.user", "user": client.user_id}
+    return {
+        "type": "m.login.password",
+        "identifier": identifier,
+        "password": password,
+        "session": session,
+    }
+
+
+def printed_token(server: Server) -> str:
+    """The one-time admin token that the server has printed."""
+    found = ADMIN_TOKEN_LINE.search(server.log)
+    assert found, server.log
+    return found[1]
+
+
+def from_afar(address: str) -> dict[str, str]:
+    """Headers that make a request come from another address, through a trusted proxy."""
+    return {"X-Forwarded-For": address}
+
+
+def read_database(server: Server, sql: str, *params: Any) -> list[Any]:
+    """Rows of the server's database, read beside it."""
+    with contextlib.closing(sqlite3.connect(f"file:{server.database}?mode=ro", uri=True)) as db:
+        return db.execute(sql, params).fetchall()
+
+
+def change_database(server: Server, sql: str, *params: Any) -> None:
+    """Change the database of a server that is stopped."""
+    with contextlib.closing(sqlite3.connect(server.database)) as db:
+        db.execute(sql, params)
+        db.commit()
+
+
+# ── 12.1  Passwords ──────────────────────────────────────────────────────────
+
+
+def test_password_hash_has_owasp_parameters() -> None:
+    stored = conduit.hash_password("hunter2")
+    assert stored.startswith("$argon2id$v=19$m=19456,t=2,p=1$")
+    assert conduit.matches_hash(stored, "hunter2")
+    assert not conduit.matches_hash(stored, "hunter3")
+    assert conduit.hash_password("hunter2") != stored
+
+
+def test_nobody_has_the_password_of_the_dummy_hash() -> None:
+    assert conduit.NO_PASSWORD.startswith(conduit.HASH_PREFIX)
+    assert not conduit.matches_hash(conduit.NO_PASSWORD, "")
+
+
+def test_weaker_hashes_are_replaced_at_login(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    register(server, "alice")
+    server.stop()
+    weak = conduit.nacl.pwhash.argon2id.str(PASSWORD.encode(), 1, 8 * 2**20).decode()
+    change_database(
+        server, "UPDATE accounts SET password_hash = ? WHERE password_hash IS NOT NULL", weak
+    )
+    server.start()
+    ok(try_login(Client(server), "alice", PASSWORD))
+    ok(try_login(Client(server), "alice", PASSWORD))
+    sql = "SELECT password_hash FROM accounts WHERE password_hash IS NOT NULL"
+    (stored,) = read_database(server, sql)
+    assert stored[0].startswith(conduit.HASH_PREFIX)
+
+
+# ── 12.2  Budgets for guesses ────────────────────────────────────────────────
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def guess(limiter: conduit.GuessLimiter, address: str, *, known: bool = False) -> int:
+    """One wrong try at alice's password: 0, or the milliseconds to wait."""
+    try:
+        limiter.take(limiter.login_keys("@alice:a", address, known))
+    except conduit.MatrixError as error:
+        assert (error.status, error.errcode) == (429, "M_LIMIT_EXCEEDED")
+        return int(error.extra["retry_after_ms"])
+    return 0
+
+
+def test_ten_wrong_tries_then_wait_and_the_budget_comes_back() -> None:
+    clock = Clock()
+    limiter = conduit.GuessLimiter(clock)
+    assert [guess(limiter, "1.2.3.4") for _ in range(10)] == [0] * 10
+    wait = guess(limiter, "1.2.3.4")
+    assert 29_000 < wait <= 31_000
+    clock.now += wait / 1000
+    assert guess(limiter, "1.2.3.4") == 0
+    assert guess(limiter, "1.2.3.4") > 0
+
+
+def test_right_passwords_cost_nothing() -> None:
+    limiter = conduit.GuessLimiter(Clock())
+    for _ in range(100):
+        keys = limiter.login_keys("@alice:a", "1.2.3.4", False)
+        limiter.take(keys)
+        limiter.refund(keys)
+    assert guess(limiter, "1.2.3.4") == 0
+
+
+def test_a_thousand_guessers_do_not_lock_the_owner_out() -> None:
+    """Neither at home, where the account was used before, nor at an address new to it."""
+    limiter = conduit.GuessLimiter(Clock())
+    for number in range(1000):
+        for _ in range(12):
+            guess(limiter, f"10.0.{number // 250}.{number % 250}")
+    assert guess(limiter, "10.0.0.1") > 0
+    assert guess(limiter, "192.0.2.1", known=True) == 0
+    assert guess(limiter, "198.51.100.7") == 0
+    slow = [guess(limiter, "198.51.100.7") for _ in range(5)]
+    assert slow[:2] == [0, 0]
+    assert all(slow[2:])
+
+
+def test_one_address_cannot_try_all_accounts() -> None:
+    limiter = conduit.GuessLimiter(Clock())
+    admitted = 0
+    for number in range(200):
+        with contextlib.suppress(conduit.MatrixError):
+            limiter.take(limiter.login_keys(f"@user{number}:a", "1.2.3.4", False))
+            admitted += 1
+    assert admitted == conduit.ADDRESS_BUDGET.tries
+
+
+def test_ipv6_addresses_of_one_customer_are_one() -> None:
+    limiter = conduit.GuessLimiter(Clock())
+    waits = [guess(limiter, f"2001:db8:1:2::{number:x}") for number in range(1, 12)]
+    assert waits[:10] == [0] * 10
+    assert waits[10] > 0
+
+
+# ── 12.4  Devices and tokens ─────────────────────────────────────────────────
+
+
+def test_refresh_keeps_old_tokens_until_the_new_are_used(server: Server, alice: Client) -> None:
+    device = alice.login(refresh_token=True)
+    old_access, old_refresh = device.token, device.refresh_token
+    first = ok(Client(server).post("refresh", {"refresh_token": old_refresh}))
+    assert 0 < first["expires_in_ms"] <= 86_400_000
+    ok(device.get("account/whoami"))
+    again = ok(Client(server).post("refresh", {"refresh_token": old_refresh}))
+    device.token = again["access_token"]
+    who = ok(device.get("account/whoami"))
+    assert who["device_id"] == device.device_id
+    for dead in (old_access, first["access_token"]):
+        device.token = dead
+        fails(device.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    for dead in (old_refresh, first["refresh_token"]):
+        answer = Client(server).post("refresh", {"refresh_token": dead})
+        fails(answer, 401, "M_UNKNOWN_TOKEN")
+
+
+def test_using_the_new_refresh_token_ends_the_old(server: Server, alice: Client) -> None:
+    device = alice.login(refresh_token=True)
+    one = ok(Client(server).post("refresh", {"refresh_token": device.refresh_token}))
+    two = ok(Client(server).post("refresh", {"refresh_token": one["refresh_token"]}))
+    spent = Client(server).post("refresh", {"refresh_token": device.refresh_token})
+    assert fails(spent, 401, "M_UNKNOWN_TOKEN")["soft_logout"] is True
+    ok(Client(server, one["access_token"]).get("account/whoami"))
+    ok(Client(server, two["access_token"]).get("account/whoami"))
+    fails(Client(server, one["access_token"]).get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+
+
+def test_expired_access_token_is_a_soft_logout(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice = register(server, "alice", refresh_token=True)
+    forever = alice.login()
+    server.stop()
+    change_database(server, "UPDATE tokens SET expires_ts = 1 WHERE expires_ts IS NOT NULL")
+    server.start()
+    assert fails(alice.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")["soft_logout"] is True
+    ok(forever.get("account/whoami"))
+    fresh = ok(Client(server).post("refresh", {"refresh_token": alice.refresh_token}))
+    ok(Client(server, fresh["access_token"]).get("account/whoami"))
+
+
+def test_login_without_refresh_gives_a_token_that_stays(alice: Client) -> None:
+    body = {"type": "m.login.password", "user": alice.user_id, "password": PASSWORD}
+    answer = ok(Client(alice.server).post("login", body))
+    assert "refresh_token" not in answer
+    assert "expires_in_ms" not in answer
+
+
+def test_a_second_login_of_a_device_ends_its_first_token(alice: Client) -> None:
+    again = alice.login(device_id=alice.device_id, initial_device_display_name="ignored")
+    assert again.device_id == alice.device_id
+    fails(alice.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    assert len(ok(again.get("devices"))["devices"]) == 1
+
+
+def test_devices_are_listed_renamed_and_deleted(alice: Client, bob: Client) -> None:
+    phone = alice.login(initial_device_display_name="phone", device_id="PHONE")
+    devices = {d["device_id"]: d for d in ok(alice.get("devices"))["devices"]}
+    assert devices.keys() == {alice.device_id, "PHONE"}
+    assert devices["PHONE"]["display_name"] == "phone"
+    assert devices[alice.device_id]["last_seen_ip"] == "127.0.0.1"
+    assert abs(devices[alice.device_id]["last_seen_ts"] - time.time() * 1000) < 60_000
+    ok(alice.put("devices/PHONE", {"display_name": "old phone"}))
+    ok(alice.put("devices/PHONE", {}))
+    assert ok(alice.get("devices/PHONE"))["display_name"] == "old phone"
+    fails(alice.get("devices/NONE"), 404, "M_NOT_FOUND")
+    fails(alice.put("devices/NONE", {"display_name": "x"}), 404, "M_NOT_FOUND")
+    fails(bob.get("devices/PHONE"), 404, "M_NOT_FOUND")
+    fails(alice.put("devices/PHONE", {"display_name": "x" * 101}), 400)
+    fails(alice.put("devices/PHONE", {"display_name": "a\nb"}), 400)
+    ok(alice.uia("DELETE", "devices/PHONE"))
+    fails(phone.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    ok(alice.uia("DELETE", "devices/PHONE"))
+    for name in ("A", "B"):
+        alice.login(device_id=name)
+    ok(alice.uia("POST", "delete_devices", {"devices": ["A", "B", "NONE"]}))
+    assert len(ok(alice.get("devices"))["devices"]) == 1
+
+
+@pytest.mark.parametrize("device_id", ["", "x" * 256, "a\u0000b", "a\nb"])
+def test_strange_device_ids_are_refused(alice: Client, device_id: str) -> None:
+    answer = try_login(Client(alice.server), alice.user_id, PASSWORD, device_id=device_id)
+    if device_id:
+        fails(answer, 400)
+    else:
+        assert answer.status_code in (200, 400)
+
+
+def test_logout_ends_one_session_and_logout_all_every(alice: Client) -> None:
+    one, two = alice.login(), alice.login()
+    ok(one.post("logout"))
+    assert "soft_logout" not in one.get("account/whoami").json() or (
+        one.get("account/whoami").json()["soft_logout"] is False
+    )
+    fails(one.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    ok(two.get("account/whoami"))
+    ok(two.post("logout/all"))
+    for client in (alice, two):
+        fails(client.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    alice.login()
+
+
+def test_sessions_survive_a_restart(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice = register(server, "alice")
+    ok(alice.get("account/whoami"))
+    server.restart()
+    assert ok(alice.get("account/whoami"))["user_id"] == alice.user_id
+    seen = ok(alice.get("devices"))["devices"][0]
+    assert seen["last_seen_ip"] == "127.0.0.1"
+
+
+# ── 12.5  Making, changing and ending accounts ───────────────────────────────
+
+
+def test_password_change_ends_other_sessions(alice: Client) -> None:
+    other = alice.login()
+    ok(alice.uia("POST", "account/password", {"new_password": "new " + PASSWORD}))
+    ok(alice.get("account/whoami"))
+    fails(other.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    anyone = Client(alice.server)
+    fails(try_login(anyone, alice.user_id, PASSWORD), 403, "M_FORBIDDEN")
+    ok(try_login(anyone, alice.user_id, "new " + PASSWORD))
+
+
+def test_password_change_can_keep_other_sessions(alice: Client) -> None:
+    other = alice.login()
+    body = {"new_password": "new " + PASSWORD, "logout_devices": False}
+    ok(alice.uia("POST", "account/password", body))
+    ok(other.get("account/whoami"))
+
+
+def test_empty_passwords_are_refused(server: Server, alice: Client) -> None:
+    fails(alice.post("account/password", {"new_password": ""}), 400, "M_WEAK_PASSWORD")
+    body = {"username": unique(), "password": ""}
+    fails(Client(server).post("register", body), 400, "M_WEAK_PASSWORD")
+    fails(Client(server).post("register", {**body, "password": "x" * 513}), 400)
+
+
+def test_deactivation_leaves_rooms_and_ends_everything(alice: Client, bob: Client) -> None:
+    room = bob.room_with(alice)
+    other = alice.login()
+    invited_to = bob.create_room(alice)
+    answer = ok(alice.uia("POST", "account/deactivate", {"erase": True}))
+    assert answer == {"id_server_unbind_result": "success"}
+    for client in (alice, other):
+        fails(client.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    fails(try_login(Client(bob.server), alice.user_id, PASSWORD), 403)
+    body = {"username": alice.user_id[1:].split(":")[0], "password": PASSWORD}
+    fails(Client(bob.server).post("register", body), 400, "M_USER_IN_USE")
+    fails(bob.get(("profile", alice.user_id)), 404, "M_NOT_FOUND")
+    for room_id in (room, invited_to):
+        eventually(
+            lambda at=room_id: (
+                bob.state(at, "m.room.member", alice.user_id)["membership"] == "leave"
+            )
+        )
+
+
+def test_interrupted_deactivation_goes_on_after_a_restart(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    alice, bob = register(server, "alice"), register(server, "bob")
+    room = alice.room_with(bob)
+    server.stop()
+    change_database(
+        server,
+        """
+        UPDATE accounts SET leaving = 1, deactivated = 1
+        WHERE user_nid = (SELECT user_nid FROM users WHERE user_id = ?)
+        """,
+        bob.user_id,
+    )
+    server.start()
+    eventually(lambda: alice.state(room, "m.room.member", bob.user_id)["membership"] == "leave")
+
+
+def test_locked_accounts_may_only_log_out(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice = register(server, "alice", refresh_token=True)
+    server.stop()
+    change_database(server, "UPDATE accounts SET locked = 1 WHERE password_hash IS NOT NULL")
+    server.start()
+    for answer in (
+        alice.get("account/whoami"),
+        alice.get("sync"),
+        try_login(Client(server), "alice", PASSWORD),
+        Client(server).post("refresh", {"refresh_token": alice.refresh_token}),
+        alice.put("rooms/!x:test.example/send/m.room.message/logout", {"body": "x"}),
+        alice.put("rooms/!x:test.example/send/logout/all", {"body": "x"}),
+    ):
+        assert fails(answer, 401, "M_USER_LOCKED")["soft_logout"] is True
+    ok(alice.post("logout"))
+    fails(alice.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+
+
+def test_suspended_accounts_may_read_only(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice = register(server, "alice")
+    server.stop()
+    change_database(server, "UPDATE accounts SET suspended = 1 WHERE password_hash IS NOT NULL")
+    server.start()
+    ok(alice.get("sync"))
+    body = {"displayname": "x"}
+    fails(alice.put(("profile", alice.user_id, "displayname"), body), 403, "M_USER_SUSPENDED")
+    ok(alice.login().post("logout"))
+
+
+# ── 12.6  User-interactive authentication ────────────────────────────────────
+
+
+def test_uia_first_answer_has_flows_and_no_error(alice: Client) -> None:
+    answer = alice.delete(f"devices/{alice.device_id}", {})
+    assert answer.status_code == 401
+    body = answer.json()
+    assert body["flows"] == [{"stages": ["m.login.password"]}]
+    assert body["params"] == {}
+    assert "errcode" not in body
+    assert "completed" not in body
+
+
+def test_uia_wrong_password_can_be_tried_again(alice: Client) -> None:
+    session = alice.delete("devices/X", {}).json()["session"]
+    wrong = alice.delete("devices/X", {"auth": password_auth(alice, session, "wrong")})
+    body = fails(wrong, 401, "M_FORBIDDEN")
+    assert body["session"] == session
+    assert body["flows"]
+    ok(alice.delete("devices/X", {"auth": password_auth(alice, session)}))
+
+
+def test_uia_takes_the_old_way_to_name_the_user(alice: Client) -> None:
+    auth = {"type": "m.login.password", "user": alice.user_id, "password": PASSWORD}
+    ok(alice.delete("devices/X", {"auth": auth}))
+    localpart = alice.user_id[1:].split(":")[0]
+    auth["identifier"] = {"type": "m.id.user", "user": localpart}
+    ok(alice.delete("devices/X", {"auth": auth}))
+
+
+def test_uia_unknown_stage_is_refused_but_not_fatal(alice: Client) -> None:
+    session = alice.delete("devices/X", {}).json()["session"]
+    for stage in ("m.login.dummy", "m.login.registration_token", "m.login.sso", "x"):
+        auth = {"type": stage, "session": session, "token": "x"}
+        fails(alice.delete("devices/X", {"auth": auth}), 401, "M_FORBIDDEN")
+    only_session = alice.delete("devices/X", {"auth": {"session": session}})
+    assert only_session.status_code == 401
+    ok(alice.delete("devices/X", {"auth": password_auth(alice, session)}))
+
+
+def test_sec_27_uia_session_is_bound_to_user_operation_and_body(alice: Client, bob: Client) -> None:
+    """Class 27: a session of A used by B, replayed, or used for another operation or body."""
+    session = alice.delete("devices/X", {}).json()["session"]
+    stolen = bob.delete("devices/X", {"auth": password_auth(bob, session)})
+    fails(stolen, 403, "M_FORBIDDEN")
+    elsewhere = alice.delete("devices/Y", {"auth": password_auth(alice, session)})
+    fails(elsewhere, 403, "M_FORBIDDEN")
+    other_kind = {"devices": [bob.device_id], "auth": password_auth(alice, session)}
+    fails(alice.post("delete_devices", other_kind), 403, "M_FORBIDDEN")
+    ok(alice.delete("devices/X", {"auth": password_auth(alice, session)}))
+    replay = alice.delete("devices/X", {"auth": {"session": session}})
+    assert replay.status_code == 401
+    assert replay.json()["session"] != session
+    assert "completed" not in replay.json()
+    as_bob = alice.delete("devices/X", {"auth": password_auth(bob, session)})
+    fails(as_bob, 401, "M_FORBIDDEN")
+
+
+def test_sec_27_uia_body_is_fixed_by_the_first_completed_stage() -> None:
+    """Class 27: what was agreed to by one stage is not exchanged before the next."""
+    session = conduit.UiaSession("s", "POST /x", None, 0.0, b"one")
+    session.bind(b"two")
+    session.completed.append("m.login.dummy")
+    session.bind(b"two")
+    with pytest.raises(conduit.MatrixError, match="changed"):
+        session.bind(b"three")
+
+
+def test_sec_27_names_that_look_alike_are_refused(server: Server, alice: Client) -> None:
+    """Class 27: an existing name in other case, with a dot, or in letters that look like it."""
+    name = alice.user_id[1:].split(":")[0]
+    anyone = Client(server)
+    for taken in (name, name.upper(), name.capitalize()):
+        body = {"username": taken, "password": PASSWORD}
+        fails(anyone.post("register", body), 400, "M_USER_IN_USE")
+        fails(anyone.get("register/available", username=taken), 400, "M_USER_IN_USE")
+    strange = [name + ".", "." + name, "\u0430" + name[1:], name + "\u200b", name + " ", "@" + name]
+    strange += [alice.user_id, name + "\u0000", "\u212aarl", "a" * 300, name + ":x", "a/../b\n"]
+    for username in strange:
+        body = {"username": username, "password": PASSWORD}
+        fails(anyone.post("register", body), 400, "M_INVALID_USERNAME")
+    fails(anyone.post("register", {"username": "conduit", "password": "x"}), 400, "M_EXCLUSIVE")
+
+
+# ── 12.7  Registration ───────────────────────────────────────────────────────
+
+
+def test_registration_answers_as_asked(server: Server) -> None:
+    anyone = Client(server)
+    name = unique("New")
+    body = {"username": name, "password": PASSWORD, "device_id": "MINE"}
+    body["initial_device_display_name"] = "my phone"
+    session = anyone.post("register", body).json()["session"]
+    answer = ok(
+        anyone.post("register", {**body, "auth": {"type": "m.login.dummy", "session": session}})
+    )
+    assert answer["user_id"] == f"@{name.lower()}:{server.name}"
+    assert answer["device_id"] == "MINE"
+    client = client_from(server, answer)
+    assert ok(client.get("devices/MINE"))["display_name"] == "my phone"
+    assert ok(client.get("account/whoami")) == {
+        "user_id": answer["user_id"],
+        "device_id": "MINE",
+        "is_guest": False,
+    }
+
+
+def test_registration_without_login(server: Server) -> None:
+    body = {"username": unique(), "password": PASSWORD, "inhibit_login": True}
+    answer = ok(Client(server).post("register", {**body, "auth": {"type": "m.login.dummy"}}))
+    assert "access_token" not in answer
+    assert "device_id" not in answer
+    ok(try_login(Client(server), answer["user_id"], PASSWORD))
+
+
+def test_registration_makes_up_a_name(server: Server) -> None:
+    body = {"password": PASSWORD, "auth": {"type": "m.login.dummy"}}
+    answer = ok(Client(server).post("register", body))
+    assert re.fullmatch(r"@[a-z]{12}:test\.example", answer["user_id"])
+
+
+def test_registration_may_send_more_with_each_request(server: Server) -> None:
+    """Some clients learn the flows with an empty request first."""
+    anyone = Client(server)
+    session = anyone.post("register", {}).json()["session"]
+    body = {"username": unique(), "password": PASSWORD}
+    auth = {"type": "m.login.dummy", "session": session}
+    ok(anyone.post("register", {**body, "auth": auth}))
+    fails(anyone.post("register", {"auth": {"type": "m.login.dummy"}}), 400, "M_MISSING_PARAM")
+
+
+def test_lightning_bolt(new_server: Callable[..., Server]) -> None:
+    server = new_server(enable_lightning_bolt=True)
+    alice = register(server, "alice")
+    assert ok(alice.get(("profile", alice.user_id)))["displayname"] == "alice ⚡️"
+
+
+def test_default_display_name(alice: Client) -> None:
+    localpart = alice.user_id[1:].split(":")[0]
+    assert ok(alice.get(("profile", alice.user_id))) == {"displayname": localpart}
+
+
+def test_availability(server: Server, alice: Client) -> None:
+    anyone = Client(server)
+    assert ok(anyone.get("register/available", username=unique())) == {"available": True}
+    fails(anyone.get("register/available"), 400, "M_MISSING_PARAM")
+    fails(anyone.get("register/available", username="Ä"), 400, "M_INVALID_USERNAME")
+    fails(anyone.get("register/available", username="conduit"), 400, "M_EXCLUSIVE")
+
+
+def test_registration_token_and_its_validity(new_server: Callable[..., Server]) -> None:
+    server = new_server(registration_token="let-me-in")
+    anyone = Client(server)
+    path = "/_matrix/client/v1/register/m.login.registration_token/validity"
+    assert ok(anyone.get(path, token="let-me-in")) == {"valid": True}
+    assert ok(anyone.get(path, token="let-me-out")) == {"valid": False}
+    body = {"username": "alice", "password": PASSWORD}
+    answer = anyone.post("register", body)
+    assert answer.json()["flows"] == [{"stages": ["m.login.registration_token"]}]
+    auth = {"type": "m.login.registration_token", "session": answer.json()["session"]}
+    fails(anyone.post("register", {**body, "auth": {**auth, "token": "wrong"}}), 401, "M_FORBIDDEN")
+    fails(anyone.post("register", {**body, "auth": auth}), 400, "M_MISSING_PARAM")
+    dummy = {**auth, "type": "m.login.dummy"}
+    fails(anyone.post("register", {**body, "auth": dummy}), 401)
+    ok(anyone.post("register", {**body, "auth": {**auth, "token": "let-me-in"}}))
+    register(server, "bob")
+    for _ in range(10):
+        anyone.get(path, token=secrets.token_hex())
+    fails(anyone.get(path, token="let-me-in"), 429, "M_LIMIT_EXCEEDED")
+
+
+def test_registration_can_be_off(new_server: Callable[..., Server]) -> None:
+    """The first account can be made all the same, with the printed token; then nobody gets in."""
+    server = new_server(allow_registration=False)
+    anyone = Client(server)
+    body: Json = {"username": "alice", "password": PASSWORD}
+    answer = anyone.post("register", body)
+    assert answer.json()["flows"] == [{"stages": ["m.login.registration_token"]}]
+    auth = {"type": "m.login.registration_token", "token": printed_token(server)}
+    ok(anyone.post("register", {**body, "auth": auth}))
+    fails(anyone.post("register", {**body, "username": "bob"}), 403, "M_FORBIDDEN")
+    fails(anyone.post("register", {**body, "username": "bob", "auth": auth}), 403, "M_FORBIDDEN")
+    path = "/_matrix/client/v1/register/m.login.registration_token/validity"
+    fails(anyone.get(path, token="x"), 403, "M_FORBIDDEN")
+
+
+def test_guests_need_open_registration(new_server: Callable[..., Server], server: Server) -> None:
+    fails(Client(server).post("register", {}, kind="guest"), 403, "M_FORBIDDEN")
+    fails(Client(server).post("register", {}, kind="king"), 400, "M_INVALID_PARAM")
+    opened = new_server(allow_open_registration=True)
+    answer = ok(Client(opened).post("register", {"username": "ignored"}, kind="guest"))
+    guest = client_from(opened, answer)
+    assert "ignored" not in guest.user_id
+    assert ok(guest.get("account/whoami"))["is_guest"] is True
+    fails(guest.post("createRoom"), 403, "M_GUEST_ACCESS_FORBIDDEN")
+    ok(guest.put(("profile", guest.user_id, "displayname"), {"displayname": "Passer-by"}))
+    fails(guest.put(("profile", guest.user_id, "m.tz"), {"m.tz": "Europe/Paris"}), 403)
+    assert read_database(opened, "SELECT COUNT(*) FROM accounts WHERE is_admin") == [(0,)]
+
+
+def test_guest_becomes_a_user(new_server: Callable[..., Server]) -> None:
+    server = new_server(allow_open_registration=True)
+    register(server, "alice")
+    anyone = Client(server)
+    guest = client_from(server, ok(anyone.post("register", {}, kind="guest")))
+    other = client_from(server, ok(anyone.post("register", {}, kind="guest")))
+    name = guest.user_id[1:].split(":")[0]
+    body: Json = {"username": name, "password": PASSWORD, "auth": {"type": "m.login.dummy"}}
+    fails(anyone.post("register", body), 400, "M_USER_IN_USE")
+    for wrong in (other.token, register(server, "bob").token):
+        fails(anyone.post("register", {**body, "guest_access_token": wrong}), 403, "M_FORBIDDEN")
+    alices = {**body, "username": "alice", "guest_access_token": guest.token}
+    fails(anyone.post("register", alices), 403, "M_FORBIDDEN")
+    fails(anyone.post("register", {**body, "guest_access_token": "x"}), 401, "M_UNKNOWN_TOKEN")
+    user = client_from(
+        server, ok(anyone.post("register", {**body, "guest_access_token": guest.token}))
+    )
+    assert ok(user.get("account/whoami"))["is_guest"] is False
+    user.create_room()
+    ok(try_login(anyone, name, PASSWORD))
+
+
+def shared_secret_body(anyone: Client, secret: str, name: str, *, admin: bool = False) -> Json:
+    """A registration by shared secret, as Synapse's register_new_matrix_user makes it."""
+    nonce = ok(anyone.get("/_synapse/admin/v1/register"))["nonce"]
+    parts = (nonce, name, PASSWORD, "admin" if admin else "notadmin")
+    mac = hmac.new(secret.encode(), "\0".join(parts).encode(), hashlib.sha1).hexdigest()
+    return {"nonce": nonce, "username": name, "password": PASSWORD, "admin": admin, "mac": mac}
+
+
+def test_registration_by_shared_secret(new_server: Callable[..., Server], server: Server) -> None:
+    path = "/_synapse/admin/v1/register"
+    fails(Client(server).get(path), 404, "M_UNRECOGNIZED")
+    private = new_server(allow_registration=False, registration_shared_secret="secret!")
+    anyone = Client(private)
+    body = shared_secret_body(anyone, "secret!", "alice", admin=True)
+    alice = client_from(private, ok(anyone.post(path, body)))
+    assert ok(alice.get("account/whoami"))["user_id"] == alice.user_id
+    fails(anyone.post(path, body), 400)  # the nonce is used
+    wrong = shared_secret_body(anyone, "guess", "bob")
+    fails(anyone.post(path, wrong), 403, "M_FORBIDDEN")
+    fails(anyone.post(path, {**wrong, "nonce": "x"}), 400)
+    raised = {**shared_secret_body(anyone, "secret!", "bob"), "admin": True}
+    fails(anyone.post(path, raised), 403, "M_FORBIDDEN")
+    ok(anyone.post(path, shared_secret_body(anyone, "secret!", "bob")))
+    admins = read_database(
+        private, "SELECT user_id FROM accounts JOIN users USING (user_nid) WHERE is_admin"
+    )
+    assert admins == [("@alice:test.example",)]
+
+
+def admins_of(server: Server) -> list[str]:
+    """Who administers a server."""
+    sql = "SELECT user_id FROM accounts JOIN users USING (user_nid) WHERE is_admin ORDER BY 1"
+    return [row[0] for row in read_database(server, sql)]
+
+
+def test_first_user_from_the_machine_itself_is_admin(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    register(server, "alice")
+    register(server, "bob")
+    assert admins_of(server) == ["@alice:test.example"]
+
+
+def test_sec_31_open_registration_needs_a_second_switch(new_server: Callable[..., Server]) -> None:
+    """Class 31: allow_registration without a token opens the door to the machine itself only."""
+    config: Json = {"trusted_proxies": ["127.0.0.1"]}
+    body = {"username": "mallory", "password": PASSWORD, "auth": {"type": "m.login.dummy"}}
+    closed = new_server(**config)
+    register(closed, "alice")
+    stranger = Client(closed)
+    headers = from_afar("203.0.113.5")
+    fails(stranger.post("register", body, headers=headers), 403, "M_FORBIDDEN")
+    fails(stranger.post("register", {}, headers=headers, kind="guest"), 403, "M_FORBIDDEN")
+    opened = new_server(allow_open_registration=True, **config)
+    register(opened, "alice")
+    ok(Client(opened).post("register", body, headers=headers))
+
+
+def test_sec_32_admin_right_needs_the_printed_token(new_server: Callable[..., Server]) -> None:
+    """Class 32: on the open network, the first to come is not the admin by being first."""
+    server = new_server(allow_open_registration=True, trusted_proxies=["127.0.0.1"])
+    headers = from_afar("203.0.113.5")
+    body = {"username": "mallory", "password": PASSWORD}
+    anyone = Client(server)
+    dummy = {**body, "auth": {"type": "m.login.dummy"}}
+    fails(anyone.post("register", dummy, headers=headers), 401, "M_FORBIDDEN")
+    guessed = {"type": "m.login.registration_token", "token": "A" * 43}
+    fails(anyone.post("register", {**body, "auth": guessed}, headers=headers), 401, "M_FORBIDDEN")
+    assert admins_of(server) == []
+    token = printed_token(server)
+    auth = {"type": "m.login.registration_token", "token": token}
+    body["username"] = "owner"
+    ok(anyone.post("register", {**body, "auth": auth}, headers=headers))
+    assert admins_of(server) == ["@owner:test.example"]
+    again = {"username": "mallory", "password": PASSWORD, "auth": auth}
+    assert anyone.post("register", again, headers=headers).status_code in (401, 403)
+    ok(anyone.post("register", dummy, headers=headers))
+    assert admins_of(server) == ["@owner:test.example"]
+
+
+def test_sec_32_two_with_the_printed_token_at_once(new_server: Callable[..., Server]) -> None:
+    """Class 32: the token makes one admin, however many send it at the same time."""
+    server = new_server(allow_registration=False)
+    auth = {"type": "m.login.registration_token", "token": printed_token(server)}
+
+    def attempt(number: int) -> int:
+        body = {"username": f"user{number}", "password": PASSWORD, "auth": auth}
+        return Client(server).post("register", body).status_code
+
+    with ThreadPoolExecutor(6) as pool:
+        results = sorted(pool.map(attempt, range(6)))
+    assert results.count(200) == 1, results
+    assert len(admins_of(server)) == 1
+
+
+# ── 12.8  Login and refresh ──────────────────────────────────────────────────
+
+
+def test_login_flows(nobody: Client) -> None:
+    flows = {flow["type"]: flow for flow in ok(nobody.get("login"))["flows"]}
+    assert flows.keys() == {"m.login.password", "m.login.token"}
+    assert flows["m.login.token"]["get_login_token"] is True
+
+
+def test_login_takes_all_ways_to_name_a_user(server: Server, alice: Client) -> None:
+    localpart = alice.user_id[1:].split(":")[0]
+    anyone = Client(server)
+    for user in (
+        alice.user_id,
+        localpart,
+        alice.user_id.upper().replace("TEST.EXAMPLE", server.name),
+    ):
+        ok(try_login(anyone, user, PASSWORD))
+        ok(anyone.post("login", {"type": "m.login.password", "user": user, "password": PASSWORD}))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "errcode"),
+    [
+        ({}, 400, "M_MISSING_PARAM"),
+        ({"type": 5}, 400, "M_BAD_JSON"),
+        ({"type": "m.login.password"}, 400, "M_MISSING_PARAM"),
+        ({"type": "m.login.password", "user": "x"}, 400, "M_MISSING_PARAM"),
+        ({"type": "m.login.password", "identifier": {}, "password": "x"}, 403, "M_FORBIDDEN"),
+        (
+            {
+                "type": "m.login.password",
+                "identifier": {"type": "m.id.thirdparty", "medium": "email", "address": "a@b.c"},
+                "password": "x",
+            },
+            403,
+            "M_FORBIDDEN",
+        ),
+        (
+            {"type": "m.login.password", "medium": "email", "address": "a@b.c", "password": "x"},
+            403,
+            "M_FORBIDDEN",
+        ),
+        (
+            {
+                "type": "m.login.password",
+                "identifier": {"type": "m.id.user", "user": "@a:elsewhere"},
+                "password": "x",
+            },
+            403,
+            "M_FORBIDDEN",
+        ),
+        (
+            {
+                "type": "m.login.password",
+                "identifier": {"type": "m.id.user", "user": ["a"]},
+                "password": "x",
+            },
+            400,
+            "M_BAD_JSON",
+        ),
+        ({"type": "m.login.token"}, 400, "M_MISSING_PARAM"),
+        ({"type": "m.login.token", "token": "x"}, 403, "M_FORBIDDEN"),
+        ({"type": "m.login.application_service"}, 400, "M_UNKNOWN"),
+        ({"type": "m.login.dummy"}, 400, "M_UNKNOWN"),
+    ],
+)
+def test_bad_logins(nobody: Client, body: Json, status: int, errcode: str) -> None:
+    fails(nobody.post("login", body), status, errcode)
+
+
+def login_token(client: Client) -> str:
+    """A token for another device of the same user."""
+    answer = ok(client.uia("POST", "/_matrix/client/v1/login/get_token"))
+    assert answer["expires_in_ms"] == 120_000
+    return str(answer["login_token"])
+
+
+def test_login_by_token(server: Server, alice: Client) -> None:
+    asked = alice.post("/_matrix/client/v1/login/get_token", {})
+    assert asked.status_code == 401
+    body = {"type": "m.login.token", "token": login_token(alice), "device_id": "TV"}
+    answer = ok(Client(server).post("login", body))
+    assert (answer["user_id"], answer["device_id"]) == (alice.user_id, "TV")
+
+
+def test_sec_28_login_tokens_are_long_bound_and_good_once(server: Server, alice: Client) -> None:
+    """Class 28: at least 128 bits, single use, for that account and that purpose only."""
+    token = login_token(alice)
+    assert len(token) * math.log2(62) >= 128
+    assert token not in {login_token(alice) for _ in range(3)}
+    body = {"type": "m.login.token", "token": token}
+    assert ok(Client(server).post("login", body))["user_id"] == alice.user_id
+    fails(Client(server).post("login", body), 403, "M_FORBIDDEN")
+    fails(Client(server, login_token(alice)).get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    path = ("user", alice.user_id, "openid", "request_token")
+    openid = ok(alice.post(path))["access_token"]
+    fails(Client(server).post("login", {**body, "token": openid}), 403, "M_FORBIDDEN")
+
+
+def test_sec_28_login_tokens_expire(new_server: Callable[..., Server]) -> None:
+    """Class 28: a token that was never used is worth nothing after its time."""
+    server = new_server()
+    token = login_token(register(server, "alice"))
+    server.stop()
+    change_database(server, "UPDATE short_tokens SET expires_ts = 1")
+    server.start()
+    body = {"type": "m.login.token", "token": token}
+    fails(Client(server).post("login", body), 403, "M_FORBIDDEN")
+
+
+def test_sec_33_no_jwt_is_believed(alice: Client) -> None:
+    """Class 33: without a configured secret no token that says its own name logs anybody in."""
+
+    def part(value: Json) -> str:
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+    claims = part({"sub": alice.user_id[1:].split(":")[0]})
+    for header in ({"alg": "none"}, {"alg": "HS256"}):
+        forged = f"{part(header)}.{claims}."
+        for kind in ("org.matrix.login.jwt", "m.login.jwt", "m.login.token"):
+            answer = Client(alice.server).post("login", {"type": kind, "token": forged})
+            assert answer.status_code in (400, 403)
+
+
+def test_emergency_password(new_server: Callable[..., Server]) -> None:
+    server = new_server(emergency_password="break glass")
+    register(server, "alice")
+    anyone = Client(server)
+    fails(try_login(anyone, "conduit", "wrong"), 403, "M_FORBIDDEN")
+    bot = client_from(server, ok(try_login(anyone, "conduit", "break glass")))
+    ok(bot.get("account/whoami"))
+    assert read_database(
+        server,
+        """
+        SELECT password_hash FROM accounts JOIN users USING (user_nid)
+        WHERE user_id = '@conduit:test.example'
+        """,
+    ) == [(None,)]
+    server.stop()
+    server.write_config(emergency_password=None)
+    server.start()
+    fails(bot.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    fails(try_login(anyone, "conduit", "break glass"), 403, "M_FORBIDDEN")
+    fails(try_login(anyone, "conduit", ""), 403, "M_FORBIDDEN")
+
+
+def test_sec_29_ten_wrong_passwords_then_wait(new_server: Callable[..., Server]) -> None:
+    """Class 29: per account and address; a forged X-Forwarded-For changes nothing; no lockout."""
+    server = new_server(trusted_proxies=[])
+    alice = register(server, "alice")
+    change_of_address = 0
+
+    def wrong_try(name: str) -> httpx.Response:
+        nonlocal change_of_address
+        change_of_address += 1
+        headers = from_afar(f"203.0.113.{change_of_address}")
+        return try_login(Client(server), name, "wrong", headers=headers)
+
+    for name in ("alice", "nobody"):
+        for _ in range(10):
+            fails(wrong_try(name), 403, "M_FORBIDDEN")
+        blocked = wrong_try(name)
+        body = fails(blocked, 429, "M_LIMIT_EXCEEDED")
+        assert 0 < int(blocked.headers["Retry-After"]) <= 30
+        assert 0 < body["retry_after_ms"] <= 30_000
+    ok(alice.get("account/whoami"))
+
+
+def test_sec_29_the_owner_is_not_locked_out(new_server: Callable[..., Server]) -> None:
+    """Class 29: while others guess, the owner gets in at home and at a new address."""
+    server = new_server(trusted_proxies=["127.0.0.1"], registration_token="let-me-in")
+    register(server, "alice")
+    anyone = Client(server)
+    ok(try_login(anyone, "alice", PASSWORD, headers=from_afar("192.0.2.1")))
+    with ThreadPoolExecutor(8) as pool:
+        addresses = [f"10.0.{n}.1" for n in range(20) for _ in range(12)]
+        list(
+            pool.map(
+                lambda a: try_login(Client(server), "alice", "wrong", headers=from_afar(a)),
+                addresses,
+            )
+        )
+    fails(try_login(anyone, "alice", "wrong", headers=from_afar("10.0.1.1")), 429)
+    ok(try_login(anyone, "alice", PASSWORD, headers=from_afar("192.0.2.1")))
+    ok(try_login(anyone, "alice", PASSWORD, headers=from_afar("198.51.100.7")))
+
+
+def test_sec_29_uia_is_no_way_to_guess_more(new_server: Callable[..., Server]) -> None:
+    """Class 29: whoever got hold of a token guesses no faster in this way."""
+    alice = register(new_server(), "alice")
+    for _ in range(10):
+        fails(alice.delete("devices/X", {"auth": password_auth(alice, "", "wrong")}), 401)
+    answer = alice.delete("devices/X", {"auth": password_auth(alice, "", "wrong")})
+    fails(answer, 429, "M_LIMIT_EXCEEDED")
+
+
+def test_sec_23_unknown_users_answer_like_wrong_passwords(
+    new_server: Callable[..., Server],
+) -> None:
+    """Class 23: neither text nor time of a failed login tells whether there is such a user."""
+    server = new_server()
+    for number in range(6):
+        register(server, f"user{number}")
+    anyone = Client(server)
+    spent = {"user": 0.0, "nobody": 0.0}
+    texts = set()
+    for number in range(6):
+        for kind in spent:
+            began = server.cpu()
+            answers = [try_login(anyone, f"{kind}{number}", "wrong") for _ in range(3)]
+            spent[kind] += server.cpu() - began
+            texts |= {json.dumps(fails(answer, 403), sort_keys=True) for answer in answers}
+    assert len(texts) == 1
+    assert abs(spent["user"] - spent["nobody"]) < 0.2 * spent["user"], spent
+
+
+def test_sec_25_dead_tokens_open_nothing(new_server: Callable[..., Server]) -> None:
+    """Class 25: each kind of token of a user who is gone, at each kind of endpoint."""
+    server = new_server()
+    register(server, "admin")
+
+    def every_token(client: Client) -> list[str]:
+        refreshing = client.login(refresh_token=True)
+        refreshed = ok(Client(server).post("refresh", {"refresh_token": refreshing.refresh_token}))
+        return [client.token, refreshing.token, refreshed["access_token"]]
+
+    for way in ("logout/all", "account/deactivate"):
+        user = register(server, unique())
+        tokens = every_token(user)
+        login = login_token(user)
+        last = user.login(refresh_token=True)
+        if way == "logout/all":
+            ok(user.post(way))
+        else:
+            ok(user.uia("POST", way, {}))
+            fails(Client(server).post("login", {"type": "m.login.token", "token": login}), 403)
+        for token in [*tokens, last.token]:
+            dead = Client(server, token, user.user_id)
+            for method, path in (
+                ("GET", "account/whoami"),
+                ("GET", "sync"),
+                ("POST", "keys/upload"),
+                ("GET", "/_matrix/client/v1/media/config"),
+                ("PUT", ("profile", user.user_id, "displayname")),
+                ("POST", "createRoom"),
+                ("GET", "devices"),
+                ("POST", "logout"),
+            ):
+                fails(dead.request(method, path, {}), 401, "M_UNKNOWN_TOKEN")
+        answer = Client(server).post("refresh", {"refresh_token": last.refresh_token})
+        fails(answer, 401, "M_UNKNOWN_TOKEN")
+
+
+def test_sec_30_no_secret_in_database_or_log(new_server: Callable[..., Server]) -> None:
+    """Class 30: tokens are hashed at rest, and neither they nor passwords are in the log."""
+    server = new_server(log="debug")
+    alice = register(server, "alice", refresh_token=True)
+    ok(Client(server).get("account/whoami", access_token=alice.token))
+    short = login_token(alice)
+    new_password = "a different pass phrase"
+    session = alice.post("account/password", {"new_password": new_password}).json()["session"]
+    body = {"new_password": new_password, "auth": password_auth(alice, session)}
+    ok(alice.post("account/password", body))
+    refresh = {"refresh_token": alice.refresh_token}
+    fresh = ok(Client(server).post("refresh", refresh))
+    fails(try_login(Client(server), "alice", "my other secret"), 403)
+    server.stop()
+    stored = b"".join(path.read_bytes() for path in server.data.rglob("*") if path.is_file())
+    secrets_used = [
+        PASSWORD,
+        new_password,
+        "my other secret",
+        short,
+        alice.token,
+        alice.refresh_token,
+        fresh["access_token"],
+        fresh["refresh_token"],
+        session,
+    ]
+    for secret in secrets_used:
+        assert secret.encode() not in stored
+        assert secret not in server.log
+
+
+# ── 12.10  The own account ───────────────────────────────────────────────────
+
+
+def test_capabilities(server: Server, alice: Client) -> None:
+    answer = ok(alice.get("capabilities"))["capabilities"]
+    assert answer["m.change_password"] == {"enabled": True}
+    assert answer["m.get_login_token"] == {"enabled": True}
+    assert answer["m.3pid_changes"] == {"enabled": False}
+    assert answer["m.profile_fields"] == {"enabled": True}
+    versions = answer["m.room_versions"]
+    assert versions["default"] == "12"
+    assert versions["available"]["12"] == "stable"
+    assert set(versions["available"]) <= set(conduit.ROOM_VERSIONS)
+
+
+def test_openid_token_tells_who_somebody_is_and_nothing_else(server: Server, alice: Client) -> None:
+    path = ("user", alice.user_id, "openid", "request_token")
+    answer = ok(alice.post(path))
+    assert answer["matrix_server_name"] == server.name
+    assert answer["expires_in"] == 3600
+    token = answer["access_token"]
+    userinfo = "/_matrix/federation/v1/openid/userinfo"
+    anyone = Client(server)
+    assert ok(anyone.get(userinfo, access_token=token)) == {"sub": alice.user_id}
+    fails(anyone.get(userinfo, access_token="x"), 401, "M_UNKNOWN_TOKEN")
+    fails(anyone.get(userinfo), 401)
+    fails(Client(server, token).get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    fails(alice.post(("user", "@other:test.example", "openid", "request_token")), 403)
+
+
+def test_there_are_no_third_party_identifiers(server: Server, alice: Client) -> None:
+    assert ok(alice.get("account/3pid")) == {"threepids": []}
+    session = {"client_secret": "x", "sid": "y"}
+    fails(alice.post("account/3pid/add", session), 403)
+    email = {"client_secret": "x", "email": "a@example.org", "send_attempt": 1}
+    anyone = Client(server)
+    unsupported = anyone.post("account/3pid/email/requestToken", email)
+    fails(unsupported, 400, "M_THREEPID_MEDIUM_NOT_SUPPORTED")
+    for path in ("register/email/requestToken", "account/password/email/requestToken"):
+        fails(anyone.post(path, email), 403, "M_THREEPID_DENIED")
+    address = {"medium": "email", "address": "a@example.org"}
+    answer = ok(alice.post("account/3pid/delete", address))
+    assert answer == {"id_server_unbind_result": "no-support"}
+
+
+# ── 12.12  Transaction ids ───────────────────────────────────────────────────
+
+
+def test_transactions_belong_to_a_device_and_survive_refresh(server: Server, alice: Client) -> None:
+    device = alice.login(refresh_token=True)
+    room = alice.create_room()
+    first = device.send_text(room, "once", "txn1")
+    assert device.send_text(room, "once", "txn1") == first
+    fresh = ok(Client(server).post("refresh", {"refresh_token": device.refresh_token}))
+    device.token = fresh["access_token"]
+    assert device.send_text(room, "once", "txn1") == first
+    assert alice.send_text(room, "once", "txn1") != first
+
+
+def test_transactions_survive_a_restart(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice = register(server, "alice")
+    room = alice.create_room()
+    first = alice.send_text(room, "once", "txn1")
+    server.restart()
+    assert alice.send_text(room, "once", "txn1") == first
+    assert alice.bodies(room) == ["once"]
+# ═════════════════════════════════════════════════════════════════════════════
+#  13. PROFILES, ACCOUNT DATA, FILTERS
+# ═════════════════════════════════════════════════════════════════════════════
+
+AVATAR: Final = "mxc://test.example/abcDEF123"
+
+
+def profile_path(client: Client, *name: str) -> tuple[str, ...]:
+    """The path of a client's profile, or of a field of it."""
+    return ("profile", client.user_id, *name)
+
+
+def set_profile(client: Client, name: str, value: Any) -> httpx.Response:
+    """Set a field of the own profile."""
+    return client.put(profile_path(client, name), {name: value})
+
+
+def account_data_in(result: Json, room_id: str | None = None) -> dict[str, Json]:
+    """The account data of a sync result by type, of a room or of the account."""
+    place = result if room_id is None else result["rooms"]["join"].get(room_id, {})
+    events = place.get("account_data", {}).get("events", [])
+    return {event["type"]: event["content"] for event in events}
+
+
+# ── 13.1  Profiles ───────────────────────────────────────────────────────────
+
+
+def test_profile_fields_are_set_read_and_deleted(alice: Client, nobody: Client) -> None:
+    fields = {"displayname": "Älice 🦆", "avatar_url": AVATAR, "m.tz": "Europe/Berlin"}
+    fields["com.example.pronouns"] = cast("Any", [{"language": "en", "value": "she"}, 1.5, None])
+    for name, value in fields.items():
+        ok(set_profile(alice, name, value))
+        assert ok(nobody.get(profile_path(alice, name))) == {name: value}
+    assert ok(nobody.get(profile_path(alice))) == fields
+    for name in fields:
+        ok(alice.delete(profile_path(alice, name)))
+        ok(alice.delete(profile_path(alice, name)))
+        fails(nobody.get(profile_path(alice, name)), 404, "M_NOT_FOUND")
+    assert ok(nobody.get(profile_path(alice))) == {}
+
+
+def test_unstable_path_of_profile_fields(alice: Client) -> None:
+    path = "/_matrix/client/unstable/uk.tcpip.msc4133/profile/" + quote(alice.user_id) + "/x.y"
+    ok(alice.put(path, {"x.y": 1}))
+    assert ok(alice.get(path)) == {"x.y": 1}
+
+
+def test_empty_name_and_avatar_take_them_away(alice: Client) -> None:
+    ok(set_profile(alice, "avatar_url", AVATAR))
+    ok(set_profile(alice, "avatar_url", ""))
+    ok(set_profile(alice, "displayname", ""))
+    assert ok(alice.get(profile_path(alice))) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "errcode"),
+    [
+        ("displayname", 5, "M_BAD_JSON"),
+        ("displayname", None, "M_BAD_JSON"),
+        ("displayname", "x" * 257, "M_INVALID_PARAM"),
+        ("avatar_url", "https://example.org/x.png", "M_INVALID_PARAM"),
+        ("avatar_url", "mxc://a b/c", "M_INVALID_PARAM"),
+        ("avatar_url", "mxc://test.example/../x", "M_INVALID_PARAM"),
+        ("avatar_url", ["mxc://a/b"], "M_BAD_JSON"),
+        ("m.tz", "../../etc/passwd", "M_INVALID_PARAM"),
+        ("Upper.Case", 1, "M_INVALID_PARAM"),
+        ("5start", 1, "M_INVALID_PARAM"),
+        ("a" * 256, 1, "M_KEY_TOO_LARGE"),
+        ("com.example.null", None, "M_BAD_JSON"),
+    ],
+)
+def test_bad_profile_fields(alice: Client, name: str, value: Any, errcode: str) -> None:
+    fails(set_profile(alice, name, value), 400, errcode)
+
+
+def test_profile_errors(alice: Client, bob: Client) -> None:
+    body = {"displayname": "x"}
+    fails(alice.put(profile_path(alice, "avatar_url"), body), 400, "M_MISSING_PARAM")
+    fails(alice.put(profile_path(bob, "displayname"), body), 403, "M_FORBIDDEN")
+    fails(alice.delete(profile_path(bob, "displayname")), 403, "M_FORBIDDEN")
+    fails(alice.get(("profile", "@nobody:test.example")), 404, "M_NOT_FOUND")
+    fails(alice.get(("profile", "nobody")), 400, "M_INVALID_PARAM")
+
+
+def test_profile_has_at_most_64_kib(alice: Client) -> None:
+    for number in range(6):
+        ok(set_profile(alice, f"com.example.f{number}", "x" * 10_000))
+    fails(set_profile(alice, "com.example.f6", "x" * 10_000), 400, "M_PROFILE_TOO_LARGE")
+    ok(set_profile(alice, "com.example.f5", "x" * 10))
+    ok(set_profile(alice, "com.example.f6", "x" * 10_000))
+
+
+def test_name_and_avatar_follow_into_rooms(alice: Client, bob: Client) -> None:
+    rooms = [alice.room_with(bob) for _ in range(3)]
+    bob.poll()
+    ok(set_profile(alice, "displayname", "First"))
+    ok(set_profile(alice, "displayname", "Second"))
+    ok(set_profile(alice, "avatar_url", AVATAR))
+
+    def follows(room_id: str) -> bool:
+        content = bob.state(room_id, "m.room.member", alice.user_id)
+        return (content.get("displayname"), content.get("avatar_url")) == ("Second", AVATAR)
+
+    for room_id in rooms:
+        eventually(lambda at=room_id: follows(at))
+    seen = bob.poll()
+    last = bob.timeline(rooms[0], seen)[-1]
+    assert last["type"] == "m.room.member"
+    assert last["content"]["membership"] == "join"
+    ok(set_profile(alice, "m.tz", "Europe/Paris"))
+    ok(set_profile(alice, "avatar_url", AVATAR))
+    time.sleep(0.3)
+    assert bob.timeline(rooms[0], bob.poll()) == []
+    new_room = alice.create_room()
+    assert alice.state(new_room, "m.room.member", alice.user_id)["displayname"] == "Second"
+
+
+def test_member_events_keep_what_is_not_of_the_profile(alice: Client) -> None:
+    room = alice.create_room()
+    content = {"membership": "join", "displayname": "Here only", "com.example.x": 1, "reason": "y"}
+    alice.set_state(room, "m.room.member", content, alice.user_id)
+    ok(set_profile(alice, "displayname", "Everywhere"))
+    wanted = {"membership": "join", "displayname": "Everywhere", "com.example.x": 1}
+    eventually(lambda: alice.state(room, "m.room.member", alice.user_id) == wanted)
+
+
+def test_interrupted_profile_change_goes_on_after_a_restart(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    alice = register(server, "alice")
+    room = alice.create_room()
+    server.stop()
+    sql = "UPDATE profiles SET value = ? WHERE field = 'displayname' AND value = ?"
+    change_database(server, sql, '"Interrupted"', '"alice"')
+    user = "SELECT user_nid FROM users WHERE user_id = '@alice:test.example'"
+    change_database(server, f"INSERT INTO profile_updates {user}")
+    server.start()
+    eventually(
+        lambda: (
+            alice.state(room, "m.room.member", alice.user_id).get("displayname") == "Interrupted"
+        )
+    )
+    assert read_database(server, "SELECT * FROM profile_updates") == []
+
+
+@slow
+def test_a_profile_in_many_rooms_does_not_hold_up_others(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice, bob = register(server, "alice"), register(server, "bob")
+    rooms = [alice.create_room() for _ in range(150)]
+    ok(set_profile(alice, "displayname", "Busy"))
+    longest = 0.0
+    for _ in range(20):
+        began = time.perf_counter()
+        ok(bob.get("account/whoami"))
+        longest = max(longest, time.perf_counter() - began)
+    assert longest < 0.25
+    for room_id in rooms:
+        eventually(
+            lambda at=room_id: (
+                alice.state(at, "m.room.member", alice.user_id)["displayname"] == "Busy"
+            ),
+            30,
+        )
+
+
+# ── 13.2  Account data ───────────────────────────────────────────────────────
+
+
+def test_account_data_is_kept_and_synced(alice: Client, bob: Client) -> None:
+    phone = alice.login()
+    phone.poll()
+    path = ("user", alice.user_id, "account_data", "com.example.x")
+    fails(alice.get(path), 404, "M_NOT_FOUND")
+    for content in ({"a": 1}, {"b": [1.5, None, "ü"]}, {}):
+        ok(alice.put(path, content))
+        assert ok(alice.get(path)) == content
+        assert account_data_in(phone.poll())["com.example.x"] == content
+    assert "com.example.x" not in account_data_in(phone.poll())
+    assert account_data_in(alice.login().sync())["com.example.x"] == {}
+    fails(bob.get(path), 403, "M_FORBIDDEN")
+    fails(bob.put(path, {}), 403, "M_FORBIDDEN")
+    fails(alice.put(path, content="[]"), 400)
+    fails(alice.put(path, content="{"), 400, "M_NOT_JSON")
+
+
+def test_account_data_wakes_a_waiting_sync(alice: Client) -> None:
+    phone = alice.login()
+    since = phone.sync()["next_batch"]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(phone.sync, since, 20_000)
+        time.sleep(0.3)
+        began = time.monotonic()
+        ok(alice.put(("user", alice.user_id, "account_data", "m.direct"), {"@x:y": ["!r:y"]}))
+        result = waiting.result()
+    assert time.monotonic() - began < 5
+    assert account_data_in(result) == {"m.direct": {"@x:y": ["!r:y"]}}
+
+
+def test_room_account_data(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    path = ("user", alice.user_id, "rooms", room, "account_data", "com.example.x")
+    alice.poll()
+    fails(alice.get(path), 404, "M_NOT_FOUND")
+    ok(alice.put(path, {"a": 1}))
+    assert ok(alice.get(path)) == {"a": 1}
+    result = alice.poll()
+    assert account_data_in(result, room) == {"com.example.x": {"a": 1}}
+    assert account_data_in(result) == {}
+    assert bob.get(path).status_code == 403
+    for room_id, status in (("nonsense", 400), ("!unknown:test.example", 404)):
+        wrong = ("user", alice.user_id, "rooms", room_id, "account_data", "x")
+        fails(alice.put(wrong, {}), status)
+        fails(alice.get(wrong), status)
+
+
+def test_what_the_server_manages_is_not_set_by_clients(alice: Client) -> None:
+    room = alice.create_room()
+    for data_type in ("m.fully_read", "m.push_rules"):
+        path = ("user", alice.user_id, "account_data", data_type)
+        fails(alice.put(path, {}), 405, "M_BAD_JSON")
+        in_room = ("user", alice.user_id, "rooms", room, "account_data", data_type)
+        fails(alice.put(in_room, {}), 405, "M_BAD_JSON")
+    event_id = alice.send_text(room, "hello")
+    ok(alice.post(("rooms", room, "read_markers"), {"m.fully_read": event_id}))
+    path = ("user", alice.user_id, "rooms", room, "account_data", "m.fully_read")
+    assert ok(alice.get(path)) == {"event_id": event_id}
+    rules = ok(alice.get(("user", alice.user_id, "account_data", "m.push_rules")))
+    assert rules["global"] == ok(alice.get("pushrules/"))["global"]
+
+
+def test_account_data_has_limits(alice: Client) -> None:
+    path = ("user", alice.user_id, "account_data")
+    fails(alice.put((*path, "x" * 256), {}), 400)
+    fails(alice.put((*path, "com.example.x"), {"x": "x" * 1_048_576}), 413, "M_TOO_LARGE")
+
+
+def test_ignored_users_are_not_heard(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    path = ("user", alice.user_id, "account_data", "m.ignored_user_list")
+    alice.poll()
+    ok(alice.put(path, {"ignored_users": {bob.user_id: {}}}))
+    bob.send_text(room, "not heard")
+    bob.set_state(bob.create_room(alice), "m.room.topic", {"topic": "x"})
+    result = alice.poll()
+    assert alice.timeline(room, result) == []
+    assert not result.get("rooms", {}).get("invite")
+    ok(alice.put(path, {"ignored_users": {}}))
+    bob.send_text(room, "heard")
+    bodies = [e["content"]["body"] for e in alice.timeline(room, alice.poll())]
+    assert bodies == ["heard"]
+    ok(alice.put(path, {"ignored_users": ["nonsense"]}))
+    alice.poll()
+
+
+# ── 13.3  Tags ───────────────────────────────────────────────────────────────
+
+
+def test_tags(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    path = ("user", alice.user_id, "rooms", room, "tags")
+    alice.poll()
+    assert ok(alice.get(path)) == {"tags": {}}
+    ok(alice.put((*path, "m.favourite"), {"order": 0.25}))
+    ok(alice.put((*path, "u.Würste/Käse"), {}))
+    tags = {"m.favourite": {"order": 0.25}, "u.Würste/Käse": {}}
+    assert ok(alice.get(path)) == {"tags": tags}
+    assert account_data_in(alice.poll(), room)["m.tag"] == {"tags": tags}
+    ok(alice.delete((*path, "u.Würste/Käse")))
+    ok(alice.delete((*path, "m.favourite")))
+    ok(alice.delete((*path, "m.favourite")))
+    assert account_data_in(alice.poll(), room)["m.tag"] == {"tags": {}}
+    for order in (-0.1, 1.1):
+        fails(alice.put((*path, "x"), {"order": order}), 400)
+    fails(alice.put((*path, "x"), {"order": "0.5"}), 400, "M_BAD_JSON")
+    fails(alice.put((*path, "x" * 256), {}), 400)
+    fails(bob.get(path), 403, "M_FORBIDDEN")
+
+
+def test_nonsense_stored_as_tags_does_no_harm(alice: Client) -> None:
+    room = alice.create_room()
+    path = ("user", alice.user_id, "rooms", room)
+    ok(alice.put((*path, "account_data", "m.tag"), {"tags": ["x"]}))
+    assert ok(alice.get((*path, "tags"))) == {"tags": {}}
+    ok(alice.put((*path, "tags", "m.favourite"), {}))
+    assert ok(alice.get((*path, "tags"))) == {"tags": {"m.favourite": {}}}
+
+
+# ── 13.4  Filters ────────────────────────────────────────────────────────────
+
+
+def store_filter(client: Client, definition: Any) -> httpx.Response:
+    """Store a filter; the answer, whatever it is."""
+    return client.post(("user", client.user_id, "filter"), definition)
+
+
+def test_filters_are_stored_and_equal_ones_are_one(alice: Client, bob: Client) -> None:
+    definition = {"room": {"timeline": {"limit": 10, "types": ["m.room.*"]}}, "event_fields": ["a"]}
+    same = {"event_fields": ["a"], "room": {"timeline": {"types": ["m.room.*"], "limit": 10}}}
+    first = ok(store_filter(alice, definition))["filter_id"]
+    assert ok(store_filter(alice, same))["filter_id"] == first
+    assert not first.startswith("{")
+    other = ok(store_filter(alice, {"event_format": "federation"}))["filter_id"]
+    assert other != first
+    assert ok(alice.get(("user", alice.user_id, "filter", first))) == definition
+    for missing in ("999", "x", "-1", "1e3", "9" * 30, "{}"):
+        fails(alice.get(("user", alice.user_id, "filter", missing)), 404, "M_NOT_FOUND")
+    fails(bob.get(("user", alice.user_id, "filter", first)), 403)
+    fails(bob.get(("user", bob.user_id, "filter", first)), 404)
+
+
+BAD_FILTERS: Final[list[Json]] = [
+    {"presence": "not an object"},
+    {"event_fields": "x"},
+    {"event_format": "xml"},
+    {"room": {"timeline": []}},
+    {"room": {"rooms": ["not a room"]}},
+    {"room": {"timeline": {"rooms": ["not a room"]}}},
+    {"room": {"state": {"senders": ["not a user"]}}},
+    {"presence": {"not_senders": [5]}},
+    {"account_data": {"limit": -1}},
+    {"account_data": {"limit": "5"}},
+    {"account_data": {"limit": True}},
+    {"room": {"include_leave": "yes"}},
+    {"room": {"timeline": {"contains_url": 1}}},
+]
+
+
+@pytest.mark.parametrize("definition", BAD_FILTERS)
+def test_bad_filters_are_refused_stored_or_not(alice: Client, definition: Json) -> None:
+    fails(store_filter(alice, definition), 400, "M_BAD_JSON")
+    fails(alice.get("sync", filter=json.dumps(definition)), 400, "M_INVALID_PARAM")
+
+
+def test_inline_filters_are_read(alice: Client) -> None:
+    for text in ("{", "{]", '{"a": NaN}', '{"room": ' * 200):
+        fails(alice.get("sync", filter=text), 400, "M_INVALID_PARAM")
+    assert alice.get("sync", filter="999").status_code in (400, 404)
+    room = alice.create_room()
+    result = alice.sync(filter={"room": {"timeline": {"limit": 1}}})
+    assert len(alice.timeline(room, result)) == 1
+    fails(store_filter(alice, {"room": {"rooms": ["!a:b"] * 20_000}}), 413, "M_TOO_LARGE")
+
+
+def test_old_filters_make_room_for_new(new_server: Callable[..., Server]) -> None:
+    alice = register(new_server(), "alice")
+    ids = [ok(store_filter(alice, {"event_fields": [str(n)]}))["filter_id"] for n in range(502)]
+    assert len(set(ids)) == 502
+    fails(alice.get(("user", alice.user_id, "filter", ids[0])), 404)
+    ok(alice.get(("user", alice.user_id, "filter", ids[-1])))
+
+
+JSON_VALUES: Final = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["room", "timeline", "limit", "rooms", "senders", "presence", "types"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(JSON_VALUES)
+def test_filter_check_raises_nothing_but_matrix_errors(value: Any) -> None:
+    with contextlib.suppress(conduit.MatrixError):
+        conduit.check_filter(value)
+# ═════════════════════════════════════════════════════════════════════════════
+#  20. DIRECTORY
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+def fresh_alias(server: Server) -> str:
+    """An alias that nobody else in this run has."""
+    return f"#{unique('room')}:{server.name}"
+
+
+def put_alias(client: Client, alias: str, room_id: str) -> httpx.Response:
+    """Point an alias at a room."""
+    return client.put(("directory", "room", alias), {"room_id": room_id})
+
+
+def find_users(client: Client, term: str, **fields: Any) -> list[str]:
+    """The ids that a search for users finds, in order."""
+    answer = ok(client.post("user_directory/search", {"search_term": term, **fields}))
+    return [user["user_id"] for user in answer["results"]]
+
+
+# ── 20.1  Aliases ────────────────────────────────────────────────────────────
+
+
+def test_alias_is_made_found_and_deleted(server: Server, alice: Client, nobody: Client) -> None:
+    room, alias = alice.create_room(), fresh_alias(server)
+    ok(put_alias(alice, alias, room))
+    answer = ok(nobody.get(("directory", "room", alias)))
+    assert answer == {"room_id": room, "servers": [server.name]}
+    assert ok(alice.get(("rooms", room, "aliases"))) == {"aliases": [alias]}
+    fails(put_alias(alice, alias, room), 409, "M_UNKNOWN")
+    ok(alice.delete(("directory", "room", alias)))
+    fails(nobody.get(("directory", "room", alias)), 404, "M_NOT_FOUND")
+    fails(alice.delete(("directory", "room", alias)), 404, "M_NOT_FOUND")
+
+
+def test_alias_in_create_room_and_join(server: Server, alice: Client, bob: Client) -> None:
+    name = unique("lobby")
+    room = alice.create_room(room_alias_name=name, preset="public_chat")
+    alias = f"#{name}:{server.name}"
+    assert alice.state(room, "m.room.canonical_alias")["alias"] == alias
+    assert bob.join(alias) == room
+    body = {"room_alias_name": name}
+    fails(alice.post("createRoom", body), 400, "M_ROOM_IN_USE")
+
+
+@pytest.mark.parametrize(
+    "alias",
+    ["nonsense", "#:test.example", "#a b:test.example", "#x:elsewhere.example", "#x\u0007:t"],
+)
+def test_bad_aliases(alice: Client, alias: str) -> None:
+    fails(put_alias(alice, alias, alice.create_room()), 400, "M_INVALID_PARAM")
+
+
+def test_alias_needs_membership(server: Server, alice: Client, bob: Client) -> None:
+    room, alias = alice.create_room(preset="public_chat"), fresh_alias(server)
+    fails(put_alias(bob, alias, room), 403, "M_FORBIDDEN")
+    fails(put_alias(bob, alias, "!unknown:test.example"), 403, "M_FORBIDDEN")
+    fails(put_alias(bob, alias, "nonsense"), 400)
+    bob.join(room)
+    ok(put_alias(bob, alias, room))
+    bob.leave(room)
+    fails(bob.get(("rooms", room, "aliases")), 403, "M_FORBIDDEN")
+    ok(bob.delete(("directory", "room", alias)))
+
+
+def test_who_may_delete_an_alias(server: Server, alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    of_alice, of_bob = fresh_alias(server), fresh_alias(server)
+    ok(put_alias(alice, of_alice, room))
+    ok(put_alias(bob, of_bob, room))
+    fails(bob.delete(("directory", "room", of_alice)), 403, "M_FORBIDDEN")
+    ok(alice.delete(("directory", "room", of_bob)))
+    admin = Client(server).login("admin")
+    ok(admin.delete(("directory", "room", of_alice)))
+
+
+def test_deleted_alias_leaves_the_canonical_alias(server: Server, alice: Client) -> None:
+    room = alice.create_room()
+    one, two = fresh_alias(server), fresh_alias(server)
+    for alias in (one, two):
+        ok(put_alias(alice, alias, room))
+    alice.set_state(room, "m.room.canonical_alias", {"alias": one, "alt_aliases": [one, two]})
+    ok(alice.delete(("directory", "room", one)))
+    assert alice.state(room, "m.room.canonical_alias") == {"alt_aliases": [two]}
+    ok(alice.delete(("directory", "room", two)))
+    assert alice.state(room, "m.room.canonical_alias") == {"alt_aliases": []}
+
+
+def test_sec_09_the_admins_alias_is_nobodys(server: Server, alice: Client) -> None:
+    """Class 9: #admins cannot be taken, moved or deleted, not even by an admin."""
+    admins = f"#admins:{server.name}"
+    admin = Client(server).login("admin")
+    for client in (alice, admin):
+        room = client.create_room()
+        answer = put_alias(client, admins, room)
+        assert answer.status_code in (400, 409)
+        assert client.delete(("directory", "room", admins)).status_code in (403, 404)
+        body = {"room_alias_name": "admins"}
+        assert client.post("createRoom", body).status_code == 400
+
+
+# ── 20.2, 20.3  The list of rooms ────────────────────────────────────────────
+
+
+def publish(client: Client, room_id: str, visibility: str = "public") -> httpx.Response:
+    """Put a room into the list, or take it out."""
+    return client.put(("directory", "list", "room", room_id), {"visibility": visibility})
+
+
+def listed(client: Client, **fields: Any) -> list[str]:
+    """The ids of the rooms in the list, all pages."""
+    rooms: list[str] = []
+    body: Json = {**fields}
+    while True:
+        page = ok(client.post("publicRooms", body))
+        rooms += [room["room_id"] for room in page["chunk"]]
+        if "next_batch" not in page:
+            return rooms
+        body["since"] = page["next_batch"]
+
+
+def test_visibility_in_the_list(server: Server, alice: Client, bob: Client, nobody: Client) -> None:
+    room = alice.room_with(bob, visibility="public", preset="private_chat", name="Listed")
+    path = ("directory", "list", "room", room)
+    assert ok(nobody.get(path)) == {"visibility": "public"}
+    fails(publish(bob, room, "private"), 403, "M_FORBIDDEN")
+    fails(publish(alice, room, "secret"), 400)
+    ok(publish(alice, room, "private"))
+    assert ok(nobody.get(path)) == {"visibility": "private"}
+    ok(alice.put(path, {}))
+    assert ok(nobody.get(path)) == {"visibility": "public"}
+    fails(nobody.get(("directory", "list", "room", "!unknown:test.example")), 404, "M_NOT_FOUND")
+    ok(publish(Client(server).login("admin"), room, "private"))
+
+
+def test_listed_room_is_shown_as_it_is_now(server: Server, alice: Client, bob: Client) -> None:
+    name, alias = unique("Shown"), fresh_alias(server)
+    room = alice.create_room(
+        visibility="public", preset="public_chat", name=name, topic="of many things"
+    )
+
+    def shown() -> Json:
+        answer = ok(alice.post("publicRooms", {"filter": {"generic_search_term": name.upper()}}))
+        assert len(answer["chunk"]) == 1
+        return cast("Json", answer["chunk"][0])
+
+    assert shown() == {
+        "room_id": room,
+        "name": name,
+        "topic": "of many things",
+        "num_joined_members": 1,
+        "world_readable": False,
+        "guest_can_join": False,
+        "join_rule": "public",
+    }
+    bob.join(room)
+    ok(put_alias(alice, alias, room))
+    alice.set_state(room, "m.room.canonical_alias", {"alias": alias})
+    alice.set_state(room, "m.room.avatar", {"url": "mxc://test.example/x"})
+    alice.set_state(room, "m.room.history_visibility", {"history_visibility": "world_readable"})
+    alice.set_state(room, "m.room.guest_access", {"guest_access": "can_join"})
+    alice.set_state(room, "m.room.topic", {"topic": {"nonsense": 1}})
+    now = shown()
+    assert now["num_joined_members"] == 2
+    assert now["canonical_alias"] == alias
+    assert now["avatar_url"] == "mxc://test.example/x"
+    assert (now["world_readable"], now["guest_can_join"]) == (True, True)
+    assert "topic" not in now
+    for client in (alice, bob):
+        client.leave(room)
+    assert room not in listed(alice)
+
+
+def test_list_is_paged_both_ways_and_stable(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice, bob = register(server, "alice"), register(server, "bob")
+    rooms = [alice.create_room(visibility="public", preset="public_chat") for _ in range(7)]
+    large = rooms[3]
+    bob.join(large)
+    everything = listed(alice)
+    assert sorted(everything) == sorted(rooms)
+    assert everything[0] == large
+    assert listed(alice, limit=2) == everything
+    first = ok(Client(server).get("publicRooms", limit=3))
+    assert first["total_room_count_estimate"] == 7
+    assert "prev_batch" not in first
+    second = ok(alice.get("publicRooms", limit=3, since=first["next_batch"]))
+    third = ok(alice.get("publicRooms", limit=3, since=second["next_batch"]))
+    assert "next_batch" not in third
+    chunks = [[room["room_id"] for room in page["chunk"]] for page in (first, second, third)]
+    assert [len(chunk) for chunk in chunks] == [3, 3, 1]
+    back = ok(alice.get("publicRooms", limit=3, since=third["prev_batch"]))
+    assert [room["room_id"] for room in back["chunk"]] == chunks[1]
+    front = ok(alice.get("publicRooms", limit=3, since=back["prev_batch"]))
+    assert [room["room_id"] for room in front["chunk"]] == chunks[0]
+    ok(publish(alice, chunks[0][2], "private"))
+    again = ok(alice.get("publicRooms", limit=3, since=first["next_batch"]))
+    assert [room["room_id"] for room in again["chunk"]] == chunks[1]
+    for since in ("x", "n5", "n-5_!a:b", "n" + "9" * 40 + "_!a"):
+        fails(alice.get("publicRooms", since=since), 400, "M_INVALID_PARAM")
+    fails(alice.get("publicRooms", limit=0), 400)
+    fails(alice.post("publicRooms", {"limit": 0}), 400)
+    fails(alice.get("publicRooms", server="elsewhere.example"), 404)
+    ok(alice.get("publicRooms", server=server.name))
+
+
+def test_list_by_room_type(alice: Client) -> None:
+    tag = unique("typed")
+    create = {"visibility": "public", "preset": "public_chat", "name": tag}
+    plain = alice.create_room(**create)
+    space = alice.create_room(**create, creation_content={"type": "m.space"})
+
+    def of_types(*kinds: str | None) -> set[str]:
+        wanted = {"generic_search_term": tag, "room_types": list(kinds)}
+        return set(listed(alice, filter=wanted))
+
+    assert of_types(None) == {plain}
+    assert of_types("m.space") == {space}
+    assert of_types(None, "m.space") == {plain, space}
+    assert of_types() == set()
+    assert set(listed(alice, filter={"generic_search_term": tag})) == {plain, space}
+    assert listed(alice, third_party_instance_id="irc") == []
+    for wrong in ("m.space", [5], [["m.space"]]):
+        fails(alice.post("publicRooms", {"filter": {"room_types": wrong}}), 400, "M_BAD_JSON")
+
+
+@given(
+    sizes=st.lists(st.integers(1, 3), max_size=12),
+    limit=st.integers(1, 5),
+)
+def test_pages_cover_everything_once(sizes: list[int], limit: int) -> None:
+    listings = sorted(
+        (conduit.Listing(n, f"!{i}:a", None, "", {"id": i}) for i, n in enumerate(sizes)),
+        key=lambda listing: listing.rank,
+    )
+    forwards: list[Json] = []
+    token, last = None, None
+    while True:
+        page = conduit.page_of(listings, conduit.parse_page_token(token), limit)
+        forwards += page["chunk"]
+        last = page
+        token = page.get("next_batch")
+        if token is None:
+            break
+    assert forwards == [listing.shown for listing in listings]
+    backwards = list(last["chunk"])
+    while "prev_batch" in last:
+        last = conduit.page_of(listings, conduit.parse_page_token(last["prev_batch"]), limit)
+        backwards = last["chunk"] + backwards
+    assert backwards == forwards
+
+
+# ── 20.4  The search for users ───────────────────────────────────────────────
+
+
+def test_users_are_found_by_name_and_id(alice: Client, bob: Client) -> None:
+    tag = unique("zz")
+    ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": f"Ärmel {tag} Schmidt"}))
+    assert find_users(alice, tag) == []
+    alice.room_with(bob)
+    for term in (
+        tag,
+        tag.upper(),
+        f"ÄRMEL {tag}",
+        f"schmidt {tag[:6]}",
+        bob.user_id,
+        bob.user_id[1:9],
+    ):
+        assert bob.user_id in find_users(alice, term), term
+    answer = ok(alice.post("user_directory/search", {"search_term": tag}))
+    assert answer == {
+        "results": [{"user_id": bob.user_id, "display_name": f"Ärmel {tag} Schmidt"}],
+        "limited": False,
+    }
+    assert find_users(bob, tag) == []  # not oneself
+    for strange in ("%", "_%_", "\\", "'", "   ", ""):
+        assert tag not in str(find_users(alice, strange + tag[:0]))
+    fails(alice.post("user_directory/search", {}), 400, "M_MISSING_PARAM")
+    fails(alice.post("user_directory/search", {"search_term": "x", "limit": 0}), 400)
+
+
+def test_search_ranks_and_limits(server: Server, alice: Client) -> None:
+    tag = unique("rank").replace("_", "")
+    names = [f"x{tag}", f"{tag}yy", tag]
+    found = [register(server, name) for name in names]
+    room = alice.create_room(preset="public_chat")
+    for user in found:
+        user.join(room)
+    ids = [user.user_id for user in found]
+    assert find_users(alice, tag) == [ids[2], ids[1], ids[0]]
+    answer = ok(alice.post("user_directory/search", {"search_term": tag, "limit": 2}))
+    assert answer["limited"] is True
+    assert [user["user_id"] for user in answer["results"]] == [ids[2], ids[1]]
+
+
+def test_sec_22_strangers_are_not_found(alice: Client, bob: Client) -> None:
+    """Class 22: only users in a room with the searcher, or in one that is open to all."""
+    assert find_users(alice, bob.user_id) == []
+    private = bob.create_room()
+    assert find_users(alice, bob.user_id) == []
+    bob.set_state(private, "m.room.join_rules", {"join_rule": "public"})
+    assert find_users(alice, bob.user_id) == [bob.user_id]
+    bob.set_state(private, "m.room.join_rules", {"join_rule": "invite"})
+    assert find_users(alice, bob.user_id) == []
+    readable = {"history_visibility": "world_readable"}
+    bob.set_state(private, "m.room.history_visibility", readable)
+    assert find_users(alice, bob.user_id) == [bob.user_id]
+    bob.leave(private)
+    assert find_users(alice, bob.user_id) == []
+    shared = alice.room_with(bob)
+    assert find_users(alice, bob.user_id) == [bob.user_id]
+    bob.leave(shared)
+    assert find_users(alice, bob.user_id) == []
+
+
+def test_sec_22_names_in_private_rooms_stay_there(alice: Client, bob: Client) -> None:
+    """Class 22, CVE-2021-39164: the name that somebody has in one room is not found by others."""
+    secret = unique("secretname")
+    private = bob.create_room()
+    content = {"membership": "join", "displayname": secret}
+    bob.set_state(private, "m.room.member", content, bob.user_id)
+    alice.room_with(bob)
+    assert find_users(alice, secret) == []
+    answer = ok(alice.post("user_directory/search", {"search_term": bob.user_id}))
+    assert secret not in json.dumps(answer)
+
+
+def test_sec_22_aliases_and_data_of_rooms_one_is_not_in(alice: Client, bob: Client) -> None:
+    """Class 22: a room's aliases and account data are for its members."""
+    room = alice.create_room()
+    fails(bob.get(("rooms", room, "aliases")), 403, "M_FORBIDDEN")
+    fails(bob.get(("rooms", "!unknown:test.example", "aliases")), 403, "M_FORBIDDEN")
+    known = bob.get(("user", bob.user_id, "rooms", room, "account_data", "x"))
+    unknown = bob.get(("user", bob.user_id, "rooms", "!unknown:test.example", "account_data", "x"))
+    assert fails(known, 404) == fails(unknown, 404)
+
+
+def test_deactivated_users_are_not_found(server: Server, alice: Client) -> None:
+    gone = register(server, unique("gone"))
+    room = alice.create_room(preset="public_chat")
+    gone.join(room)
+    assert find_users(alice, gone.user_id) == [gone.user_id]
+    ok(gone.uia("POST", "account/deactivate", {}))
+    eventually(lambda: find_users(alice, gone.user_id) == [])
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  14. ROOMS AND MESSAGES
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+@given(pattern=st.text("ab*", max_size=8), text=st.text("ab", max_size=10))
+def test_wildcards_match_as_regular_expressions_would(pattern: str, text: str) -> None:
+    expected = re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), text) is not None
+    assert conduit.wildcard_match(pattern, text) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "rule", "guests"),
+    [
+        ({"preset": "private_chat"}, "invite", "can_join"),
+        ({"preset": "trusted_private_chat"}, "invite", "can_join"),
+        ({"preset": "public_chat"}, "public", "forbidden"),
+        ({"preset": None, "visibility": "public"}, "public", "forbidden"),
+        ({"preset": None}, "invite", "can_join"),
+    ],
+)
+def test_presets(alice: Client, fields: Json, rule: str, guests: str) -> None:
+    body = {key: value for key, value in fields.items() if value is not None}
+    room_id = ok(alice.post("createRoom", body))["room_id"]
+    assert alice.state(room_id, "m.room.join_rules") == {"join_rule": rule}
+    assert alice.state(room_id, "m.room.guest_access") == {"guest_access": guests}
+    assert alice.state(room_id, "m.room.history_visibility") == {"history_visibility": "shared"}
+
+
+def test_created_room_has_what_was_asked_for(server: Server, alice: Client, bob: Client) -> None:
+    name = unique("alias")
+    room_id = alice.create_room(
+        bob,
+        name="Kitchen",
+        topic="Who cooks?",
+        room_alias_name=name,
+        visibility="public",
+        is_direct=True,
+        creation_content={"m.federate": False, "creator": "@someone:else", "type": "m.space"},
+        power_level_content_override={"events_default": 10},
+        initial_state=[{"type": "m.room.encryption", "content": {"algorithm": "m.megolm.v1.aes-sha2"}}],
+    )
+    alias = f"#{name}:{server.name}"
+    created = alice.state(room_id, "m.room.create")
+    assert created == {"m.federate": False, "room_version": "12", "type": "m.space"}
+    assert alice.state(room_id, "m.room.name") == {"name": "Kitchen"}
+    assert alice.state(room_id, "m.room.topic")["topic"] == "Who cooks?"
+    assert alice.state(room_id, "m.room.canonical_alias") == {"alias": alias}
+    assert alice.state(room_id, "m.room.power_levels")["events_default"] == 10
+    assert alice.state(room_id, "m.room.encryption")["algorithm"] == "m.megolm.v1.aes-sha2"
+    assert alice.state(room_id, "m.room.member", bob.user_id)["is_direct"] is True
+    assert ok(alice.get(("directory", "room", alias)))["room_id"] == room_id
+    again = alice.post("createRoom", {"room_alias_name": name})
+    fails(again, 400, "M_ROOM_IN_USE")
+
+
+@pytest.mark.parametrize("version", [str(number) for number in range(1, 13)])
+def test_every_room_version_works(alice: Client, bob: Client, version: str) -> None:
+    room_id = alice.room_with(bob, room_version=version, preset="trusted_private_chat")
+    event_id = bob.send_text(room_id, "hello")
+    bob.set_state(room_id, "m.room.topic", {"topic": "an invitee of a trusted chat may"})
+    alice.redact(room_id, event_id)
+    created = alice.state(room_id, "m.room.create")
+    assert created.get("room_version") == version
+    assert ("creator" in created) == (int(version) < 11)
+    assert (":" in room_id) == (int(version) < 12)
+
+
+def test_sec_13_creators_of_version_12_stand_above_all(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, preset="trusted_private_chat")
+    created = alice.state(room_id, "m.room.create")
+    assert created["additional_creators"] == [bob.user_id]
+    assert alice.state(room_id, "m.room.power_levels")["users"] == {}
+    assert alice.state(room_id, "m.room.power_levels")["events"]["m.room.tombstone"] == 150
+    levels = {**alice.state(room_id, "m.room.power_levels"), "users": {bob.user_id: 50}}
+    response = alice.put(("rooms", room_id, "state", "m.room.power_levels", ""), levels)
+    fails(response, 403, "M_FORBIDDEN")
+
+
+@pytest.mark.parametrize(
+    ("body", "errcode"),
+    [
+        ({"room_version": "99"}, "M_UNSUPPORTED_ROOM_VERSION"),
+        ({"preset": "nonsense"}, "M_INVALID_PARAM"),
+        ({"visibility": "nonsense"}, "M_INVALID_PARAM"),
+        ({"invite": ["nonsense"]}, "M_INVALID_PARAM"),
+        ({"name": 7}, "M_BAD_JSON"),
+        ({"initial_state": [{"type": "m.room.name"}]}, "M_MISSING_PARAM"),
+        ({"power_level_content_override": {"users": {"@a:b": "x"}}}, "M_INVALID_ROOM_STATE"),
+        ({"room_alias_name": "a b"}, "M_INVALID_PARAM"),
+    ],
+)
+def test_bad_rooms_are_refused_as_a_whole(alice: Client, body: Json, errcode: str) -> None:
+    before = ok(alice.get("joined_rooms"))
+    fails(alice.post("createRoom", body), 400, errcode)
+    assert ok(alice.get("joined_rooms")) == before
+
+
+# ── Membership ───────────────────────────────────────────────────────────────
+
+
+def test_life_of_a_member(alice: Client, bob: Client) -> None:
+    room_id = alice.create_room()
+    member = ("rooms", room_id)
+    fails(bob.post((*member, "join")), 403, "M_FORBIDDEN")
+    alice.invite(room_id, bob)
+    alice.invite(room_id, bob)  # invited already: nothing happens
+    bob.join(room_id)
+    fails(alice.post((*member, "invite"), {"user_id": bob.user_id}), 403, "M_FORBIDDEN")
+    bob.join(room_id)  # joined already: nothing happens
+    assert len([e for e in alice.messages(room_id)["chunk"] if e.get("state_key") == bob.user_id]) == 2
+    fails(bob.post((*member, "kick"), {"user_id": alice.user_id}), 403, "M_FORBIDDEN")
+    fails(bob.post((*member, "forget")), 400, "M_UNKNOWN")
+    ok(alice.post((*member, "kick"), {"user_id": bob.user_id, "reason": "too loud"}))
+    assert alice.state(room_id, "m.room.member", bob.user_id)["reason"] == "too loud"
+    fails(alice.post((*member, "kick"), {"user_id": bob.user_id}), 403, "M_FORBIDDEN")
+    fails(bob.put((*member, "send", "m.room.message", "1"), {"body": "x"}), 403, "M_FORBIDDEN")
+    ok(alice.post((*member, "ban"), {"user_id": bob.user_id}))
+    fails(alice.post((*member, "invite"), {"user_id": bob.user_id}), 403, "M_FORBIDDEN")
+    fails(bob.post((*member, "join")), 403, "M_FORBIDDEN")
+    ok(alice.post((*member, "unban"), {"user_id": bob.user_id}))
+    fails(alice.post((*member, "unban"), {"user_id": bob.user_id}), 403, "M_FORBIDDEN")
+    ok(bob.post((*member, "forget")))
+    fails(bob.get((*member, "messages"), dir="b"), 403, "M_FORBIDDEN")
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+    bob.leave(room_id)
+    bob.leave(room_id)
+
+
+def test_knocking(alice: Client, bob: Client) -> None:
+    knock = {"type": "m.room.join_rules", "content": {"join_rule": "knock"}}
+    room_id = alice.create_room(initial_state=[knock], name="Club")
+    bob.poll()
+    assert ok(bob.post(("knock", room_id), {"reason": "let me in"}))["room_id"] == room_id
+    knocked = bob.poll()["rooms"]["knock"][room_id]["knock_state"]["events"]
+    assert {"name": "Club"} in [event["content"] for event in knocked]
+    fails(bob.post(("join", room_id)), 403, "M_FORBIDDEN")
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+    fails(bob.post(("knock", room_id)), 403, "M_FORBIDDEN")
+    fails(bob.post(("knock", alice.create_room())), 403, "M_FORBIDDEN")
+
+
+def test_restricted_room_lets_members_of_the_other_room_in(alice: Client, bob: Client, server: Server) -> None:
+    space = alice.create_room(preset="public_chat")
+    allow = [{"type": "m.room_membership", "room_id": space}]
+    rules = {"type": "m.room.join_rules", "content": {"join_rule": "restricted", "allow": allow}}
+    room_id = alice.create_room(initial_state=[rules])
+    fails(bob.post(("join", room_id)), 403, "M_FORBIDDEN")
+    bob.join(space)
+    bob.join(room_id)
+    joined = alice.state(room_id, "m.room.member", bob.user_id)
+    assert joined["join_authorised_via_users_server"] == alice.user_id
+    fails(register(server).post(("join", room_id)), 403, "M_FORBIDDEN")
+
+
+def test_invite_of_nobody_is_refused(server: Server, alice: Client) -> None:
+    room_id = alice.create_room()
+    for user_id, status in ((f"@{unique('nobody')}:{server.name}", 404), ("@a:elsewhere.test", 403)):
+        response = alice.post(("rooms", room_id, "invite"), {"user_id": user_id})
+        assert response.status_code == status
+    fails(alice.post(("rooms", room_id, "invite"), {}), 400, "M_MISSING_PARAM")
+
+
+# ── Sending and state ────────────────────────────────────────────────────────
+
+
+def test_transaction_id_is_kept_per_device(alice: Client) -> None:
+    room_id = alice.create_room()
+    first = alice.send_text(room_id, "once", txn_id="t1")
+    assert alice.send_text(room_id, "once", txn_id="t1") == first
+    phone = alice.login()
+    assert phone.send_text(room_id, "from the phone", txn_id="t1") != first
+    assert alice.bodies(room_id) == ["once", "from the phone"]
+    own = alice.timeline(room_id, alice.sync())
+    assert [e["unsigned"].get("transaction_id") for e in own if e["type"] == "m.room.message"] == ["t1", None]
+
+
+def test_events_have_a_limit_of_65536_bytes(alice: Client) -> None:
+    room_id = alice.create_room()
+    path = ("rooms", room_id, "send", "m.room.message", unique("txn"))
+    low, high = 60_000, 66_000
+    while high - low > 1:
+        middle = (low + high) // 2
+        response = alice.put((*path[:-1], unique("txn")), {"body": "x" * middle})
+        low, high = (middle, high) if response.status_code == 200 else (low, middle)
+        if response.status_code != 200:
+            fails(response, 413, "M_TOO_LARGE")
+    event = ok(alice.get(("rooms", room_id, "messages"), params={"dir": "b", "limit": 1}))["chunk"][0]
+    assert 60_000 < len(event["content"]["body"]) <= low
+
+
+@pytest.mark.parametrize("content", ['{"a": 1.5}', '{"a": 9007199254740992}', '{"a": "\\ud800"}', "[]", '"x"', "{"])
+def test_sec_18_numbers_and_texts_that_cannot_be_signed(alice: Client, content: str) -> None:
+    room_id = alice.create_room()
+    path = ("rooms", room_id, "send", "m.room.message", unique("txn"))
+    response = alice.request("PUT", path, content=content.encode())
+    assert response.status_code == 400
+    assert response.json()["errcode"] in ("M_BAD_JSON", "M_NOT_JSON")
+
+
+def test_state_that_changes_nothing_makes_no_event(alice: Client) -> None:
+    room_id = alice.create_room()
+    first = alice.set_state(room_id, "m.room.topic", {"topic": "x"})
+    assert alice.set_state(room_id, "m.room.topic", {"topic": "x"}) == first
+    assert alice.set_state(room_id, "m.room.topic", {"topic": "y"}) != first
+
+
+def test_state_reads(alice: Client, bob: Client) -> None:
+    room_id = alice.create_room(name="A")
+    event = ok(alice.get(("rooms", room_id, "state", "m.room.name", ""), format="event"))
+    assert (event["content"], event["state_key"], event["room_id"]) == ({"name": "A"}, "", room_id)
+    assert ok(alice.get(("rooms", room_id, "state", "m.room.name"))) == {"name": "A"}
+    fails(alice.get(("rooms", room_id, "state", "m.room.nothing")), 404, "M_NOT_FOUND")
+    fails(bob.get(("rooms", room_id, "state")), 403, "M_FORBIDDEN")
+    fails(bob.get(("rooms", "!nowhere:x", "state")), 403, "M_FORBIDDEN")
+
+
+def test_who_left_reads_the_state_of_then(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="Before")
+    bob.leave(room_id)
+    alice.set_state(room_id, "m.room.name", {"name": "After"})
+    assert bob.state(room_id, "m.room.name") == {"name": "Before"}
+    assert {"name": "After"} not in [event["content"] for event in bob.state(room_id)]
+
+
+def test_canonical_alias_must_lead_here(server: Server, alice: Client) -> None:
+    room_id = alice.create_room()
+    alias = f"#{unique('alias')}:{server.name}"
+    path = ("rooms", room_id, "state", "m.room.canonical_alias", "")
+    fails(alice.put(path, {"alias": alias}), 400, "M_BAD_ALIAS")
+    fails(alice.put(path, {"alias": "nonsense"}), 400, "M_INVALID_PARAM")
+    ok(alice.put(("directory", "room", alias), {"room_id": room_id}))
+    ok(alice.put(path, {"alias": alias}))
+    other = alice.create_room()
+    fails(alice.put(("rooms", other, *path[2:]), {"alt_aliases": [alias]}), 400, "M_BAD_ALIAS")
+
+
+def test_members_now_and_then(alice: Client, bob: Client) -> None:
+    room_id = alice.create_room()
+    before = alice.sync()["next_batch"]
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+
+    def members(**query: str) -> set[str]:
+        return {e["state_key"] for e in ok(alice.get(("rooms", room_id, "members"), params=query))["chunk"]}
+
+    assert members() == {alice.user_id, bob.user_id}
+    assert members(at=before) == {alice.user_id}
+    bob.leave(room_id)
+    assert members(membership="join") == {alice.user_id}
+    assert members(not_membership="join") == {bob.user_id}
+    joined = ok(alice.get(("rooms", room_id, "joined_members")))["joined"]
+    assert list(joined) == [alice.user_id]
+
+
+# ── Pages ────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 100])
+def test_pages_give_each_event_once_in_both_directions(alice: Client, limit: int) -> None:
+    room_id = alice.create_room()
+    sent = [alice.send_text(room_id, str(number)) for number in range(20)]
+    for direction in "bf":
+        seen: list[str] = []
+        query: Json = {"limit": limit}
+        while True:
+            page = alice.messages(room_id, direction, **query)
+            seen += [event["event_id"] for event in page["chunk"]]
+            if "end" not in page:
+                break
+            query["from"] = page["end"]
+        assert len(set(seen)) == len(seen)
+        ordered = seen if direction == "f" else seen[::-1]
+        assert ordered[-20:] == sent
+
+
+def test_page_between_two_tokens(alice: Client) -> None:
+    room_id = alice.create_room()
+    start = alice.sync()["next_batch"]
+    sent = [alice.send_text(room_id, str(number)) for number in range(4)]
+    end = alice.sync()["next_batch"]
+    alice.send_text(room_id, "later")
+    chunk = alice.messages(room_id, "f", **{"from": start, "to": end})["chunk"]
+    assert [event["event_id"] for event in chunk] == sent
+    chunk = alice.messages(room_id, "b", **{"from": end, "to": start})["chunk"]
+    assert [event["event_id"] for event in chunk] == sent[::-1]
+
+
+def test_page_with_filter(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    alice.send_text(room_id, "from alice")
+    bob.send(room_id, "m.room.message", {"body": "with url", "url": "mxc://a/b"})
+    bob.send(room_id, "m.sticker", {"body": "sticker"})
+
+    def bodies(**wanted: Any) -> list[str]:
+        chunk = alice.messages(room_id, filter=json.dumps(wanted))["chunk"]
+        return [event["content"]["body"] for event in chunk if "body" in event["content"]]
+
+    assert bodies(types=["m.room.*"]) == ["with url", "from alice"]
+    assert bodies(not_types=["m.room.message"]) == ["sticker"]
+    assert bodies(senders=[alice.user_id]) == ["from alice"]
+    assert bodies(not_senders=[alice.user_id]) == ["sticker", "with url"]
+    assert bodies(contains_url=True) == ["with url"]
+    page = alice.messages(room_id, filter=json.dumps({"lazy_load_members": True, "types": ["m.sticker"]}))
+    assert [event["state_key"] for event in page["state"]] == [bob.user_id]
+    fails(alice.get(("rooms", room_id, "messages"), dir="b", filter="{"), 400, "M_NOT_JSON")
+    fails(alice.get(("rooms", room_id, "messages"), dir="b", filter='{"types": 7}'), 400, "M_BAD_JSON")
+
+
+def test_sec_45_hidden_events_do_not_end_the_history(alice: Client, bob: Client) -> None:
+    hidden = {"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}
+    room_id = alice.room_with(bob, initial_state=[hidden])
+    first = bob.send_text(room_id, "seen long ago")
+    bob.leave(room_id)
+    for number in range(120):
+        alice.send_text(room_id, str(number))
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+    query: Json = {"limit": 10}
+    seen: list[str] = []
+    while True:
+        page = bob.messages(room_id, **query)
+        seen += [event["event_id"] for event in page["chunk"]]
+        if "end" not in page:
+            break
+        query["from"] = page["end"]
+    assert first in seen
+
+
+@pytest.mark.parametrize(
+    ("query", "errcode"),
+    [
+        ({}, "M_MISSING_PARAM"),
+        ({"dir": "x"}, "M_INVALID_PARAM"),
+        ({"dir": "b", "from": "nonsense"}, "M_INVALID_PARAM"),
+        ({"dir": "b", "limit": "x"}, "M_INVALID_PARAM"),
+    ],
+)
+def test_bad_pages(alice: Client, query: Json, errcode: str) -> None:
+    response = alice.get(("rooms", alice.create_room(), "messages"), params=query)
+    fails(response, 400, errcode)
+
+
+def test_context(alice: Client) -> None:
+    room_id = alice.create_room(name="Here")
+    sent = [alice.send_text(room_id, str(number)) for number in range(7)]
+    around = ok(alice.get(("rooms", room_id, "context", sent[3]), limit=4))
+    assert around["event"]["event_id"] == sent[3]
+    assert [e["event_id"] for e in around["events_before"]] == [sent[2], sent[1]]
+    assert [e["event_id"] for e in around["events_after"]] == [sent[4], sent[5]]
+    assert {"name": "Here"} in [e["content"] for e in around["state"]]
+    older = alice.messages(room_id, "b", **{"from": around["start"], "limit": 1})
+    assert [e["event_id"] for e in older["chunk"]] == [sent[0]]
+    newer = alice.messages(room_id, "f", **{"from": around["end"], "limit": 10})
+    assert [e["event_id"] for e in newer["chunk"]] == [sent[6]]
+
+
+def test_switches(new_server: Callable[..., Server]) -> None:
+    one = new_server(allow_room_creation=False, allow_encryption=False)
+    admin, user = register(one), register(one)
+    fails(user.post("createRoom", {}), 403, "M_FORBIDDEN")
+    room_id = admin.create_room()
+    path = ("rooms", room_id, "state", "m.room.encryption", "")
+    fails(admin.put(path, {"algorithm": "m.megolm.v1.aes-sha2"}), 403, "M_FORBIDDEN")
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  15. PUSH RULES AND UNREAD COUNTS
+# ═════════════════════════════════════════════════════════════════════════════
+
+PUSH_USER: Final = "@me:test.example"
+PUSH_ROOM: Final = "!room:test.example"
+
+
+def push_event(event_type: str = "m.room.message", **fields: Any) -> Any:
+    """What push rules look at in an event."""
+    pdu: Json = {
+        "type": event_type,
+        "sender": "@other:test.example",
+        "room_id": PUSH_ROOM,
+        "content": {"msgtype": "m.text", "body": "hello"},
+        **fields,
+    }
+    event = types.SimpleNamespace(pdu=pdu, event_id="$event", redacts=None, redacted_by=None)
+    event.__dict__.update({k: pdu[k] for k in ("type", "sender", "room_id", "content")})
+    event.state_key = pdu.get("state_key")
+    return event
+
+
+def push_room(members: int = 3, sender_level: int = 0, displayname: str = "Me Myself") -> Any:
+    """What push rules look at in a room."""
+    levels = types.SimpleNamespace(user=lambda user_id: sender_level, notification=lambda key: 50)
+    member = types.SimpleNamespace(content={"displayname": displayname})
+    return types.SimpleNamespace(
+        joined_count=members,
+        power_levels=lambda: levels,
+        state_event=lambda event_type, state_key="": member if state_key == PUSH_USER else None,
+    )
+
+
+def matching_rule(event: Any, room: Any = None, stored: Json | None = None) -> str | None:
+    """The id of the rule that an event meets."""
+    ruleset = conduit.PushRuleset(0, stored or {})
+    rule = ruleset.match(event, room or push_room(), PUSH_USER)
+    return rule.rule_id if rule else None
+
+
+def holds(condition: Any, event: Any = None, room: Any = None) -> bool:
+    """Whether one condition holds."""
+    prepared = conduit.prepare_condition(condition)
+    return prepared(event or push_event(), room or push_room(), PUSH_USER)
+
+
+# ── 15.1  Globs ──────────────────────────────────────────────────────────────
+
+
+def reference_glob(pattern: str) -> str:
+    """The glob as a regular expression, for short texts."""
+    pieces = {"*": "[\\s\\S]*", "?": "[\\s\\S]"}
+    return "".join(pieces.get(c) or re.escape(c) for c in pattern)
+
+
+GLOB_TEXT: Final = st.text(alphabet="aAbB_ -\n", max_size=12)
+
+
+@given(st.text(alphabet="aAb_ -*?", max_size=7), GLOB_TEXT)
+def test_glob_matches_like_the_reference(pattern: str, text: str) -> None:
+    expected = re.fullmatch(reference_glob(pattern.lower()), text.lower()) is not None
+    assert conduit.Glob(pattern).matches(text) is expected
+
+
+@given(st.text(alphabet="aAb_ -*?", max_size=7), GLOB_TEXT)
+def test_glob_finds_words_like_the_reference(pattern: str, text: str) -> None:
+    expression = re.compile(reference_glob(pattern.lower()))
+    places = [
+        expression.fullmatch(text.lower(), i, j)
+        for i in range(len(text) + 1)
+        for j in range(i, len(text) + 1)
+        if is_edge(text, i) and is_edge(text, j)
+    ]
+    assert conduit.Glob(pattern).found_in(text) is any(places)
+
+
+def is_edge(text: str, index: int) -> bool:
+    """A word boundary as the specification defines it: an end of the text, or no word character."""
+    word = string.ascii_letters + string.digits + "_"
+    around = text[max(0, index - 1) : index + 1]
+    return index in (0, len(text)) or not all(c in word for c in around)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "expected"),
+    [
+        ("lunc?*", "Lunch plans", True),
+        ("lunc?*", "LUNCH", True),
+        ("lunc?*", " lunch", False),
+        ("lunc?*", "lunc", False),
+        ("", "", True),
+        ("", "x", False),
+        ("*", "", True),
+        ("[a-z].+", "[a-z].+", True),
+        ("[a-z].+", "abc", False),
+    ],
+)
+def test_glob_examples(pattern: str, text: str, expected: bool) -> None:
+    assert conduit.Glob(pattern).matches(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "body", "expected"),
+    [
+        ("ex*ple", "An example event.", True),
+        ("ex*ple", "exple", True),
+        ("ex*ple", "An exciting triple-whammy", True),
+        ("ex*ple", "An examples event", False),
+        ("tea", "It's TEA time", True),
+        ("tea", "steam", False),
+        ("tea", "tea_time", False),
+        ("tea", "(tea)", True),
+        ("@room", "hi @room!", True),
+    ],
+)
+def test_glob_word_examples(pattern: str, body: str, expected: bool) -> None:
+    assert conduit.Glob(pattern).found_in(body) is expected
+
+
+def test_sec_42_glob_does_not_blow_up() -> None:
+    for pattern in ("*a" * 100 + "b", "?*" * 120 + "b", "a?" * 100 + "b"):
+        glob = conduit.Glob(pattern)
+        before = time.perf_counter()
+        assert not glob.matches("a" * 60_000 + "c")
+        assert not glob.found_in("a " * 30_000 + "c")
+        assert not glob.found_in("b" + "a" * 60_000)
+        assert time.perf_counter() - before < 0.5
+
+
+# ── 15.2  The predefined rules ───────────────────────────────────────────────
+
+STATE: Final = {"state_key": ""}
+MENTION: Final = {"m.mentions": {"user_ids": [PUSH_USER]}, "body": "x"}
+ROOM_CALL: Final = {"m.mentions": {"room": True}, "body": "x"}
+INVITE: Final = {"state_key": PUSH_USER, "content": {"membership": "invite"}}
+
+# rule, an event that meets it, and one that nearly does
+DEFAULT_CASES: Final[list[tuple[str, Any, Any, int, int]]] = [
+    (
+        "suppress_notices",
+        push_event(content={"msgtype": "m.notice", "body": "x"}),
+        push_event(content={"msgtype": "m.notices", "body": "x"}),
+        3,
+        0,
+    ),
+    (
+        "invite_for_me",
+        push_event("m.room.member", **INVITE),
+        push_event("m.room.member", **{**INVITE, "state_key": "@you:test.example"}),
+        3,
+        0,
+    ),
+    (
+        "member_event",
+        push_event("m.room.member", state_key="@x:y", content={"membership": "join"}),
+        push_event("m.room.members"),
+        3,
+        0,
+    ),
+    (
+        "is_user_mention",
+        push_event(content=MENTION),
+        push_event(content={"m.mentions": {"user_ids": PUSH_USER}}),
+        3,
+        0,
+    ),
+    (
+        "is_room_mention",
+        push_event(content=ROOM_CALL),
+        push_event(content={"m.mentions": {"room": 1}}),
+        3,
+        50,
+    ),
+    (
+        "tombstone",
+        push_event("m.room.tombstone", **STATE, content={}),
+        push_event("m.room.tombstone", content={}),
+        3,
+        0,
+    ),
+    ("reaction", push_event("m.reaction", content={}), push_event("m.reactions"), 3, 0),
+    (
+        "room.server_acl",
+        push_event("m.room.server_acl", **STATE, content={}),
+        push_event("m.room.server_acl", content={}),
+        3,
+        0,
+    ),
+    (
+        "suppress_edits",
+        push_event(content={"m.relates_to": {"rel_type": "m.replace"}}),
+        push_event(content={"m.relates_to": {"rel_type": "m.thread"}}),
+        3,
+        0,
+    ),
+    ("call", push_event("m.call.invite", content={}), push_event("m.call.answer"), 3, 0),
+    (
+        "encrypted_room_one_to_one",
+        push_event("m.room.encrypted", content={}),
+        push_event("m.room.encrypt"),
+        2,
+        0,
+    ),
+    ("room_one_to_one", push_event(), push_event("org.example"), 2, 0),
+    ("message", push_event(), push_event("org.example"), 3, 0),
+    ("encrypted", push_event("m.room.encrypted", content={}), push_event("org.example"), 3, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "fits", "misses", "members", "level"), DEFAULT_CASES)
+def test_default_rule(name: str, fits: Any, misses: Any, members: int, level: int) -> None:
+    room = push_room(members, level)
+    assert matching_rule(fits, room) == f".m.rule.{name}"
+    assert matching_rule(misses, room) != f".m.rule.{name}"
+
+
+def test_all_default_rules_are_there_in_order() -> None:
+    ruleset = conduit.DEFAULT_RULESET.to_json(PUSH_USER)
+    names = [rule["rule_id"] for kind in conduit.PUSH_KINDS for rule in ruleset[kind]]
+    assert names == [".m.rule.master", *(f".m.rule.{case[0]}" for case in DEFAULT_CASES)]
+    assert json.dumps(ruleset).count(PUSH_USER) == 2
+    assert "Matrix ID" not in json.dumps(ruleset)
+    assert ruleset["override"][0]["enabled"] is False
+
+
+def test_rules_agree_with_the_text_of_the_specification() -> None:
+    text_file = SPEC_TOOLS.parent / "spec/content/client-server-api/modules/push.md"
+    if not text_file.exists():
+        pytest.skip("the specification is not at hand")
+    blocks = re.findall(r"```json\n(\{\s+\"rule_id\".*?)```", text_file.read_text(), re.DOTALL)
+    specified = [json.loads(block) for block in blocks]
+    placeholder = "[the user's Matrix ID]"
+    ours = conduit.DEFAULT_RULESET.to_json(placeholder)
+    assert [*ours["override"], *ours["underride"]] == specified
+
+
+def test_room_mention_needs_power() -> None:
+    event = push_event(content=ROOM_CALL)
+    assert matching_rule(event, push_room(3, 49)) == ".m.rule.message"
+    assert matching_rule(event, push_room(3, 50)) == ".m.rule.is_room_mention"
+
+
+def test_master_silences_everything_even_own_rules() -> None:
+    own = {"rule_id": "loud", "enabled": True, "actions": ["notify"], "conditions": []}
+    stored = {"override": [own], "default": {".m.rule.master": {"enabled": True}}}
+    assert matching_rule(push_event(), stored=stored) == ".m.rule.master"
+    assert matching_rule(push_event(), stored={"override": [own]}) == "loud"
+
+
+def test_order_of_kinds() -> None:
+    rule = {"enabled": True, "actions": ["notify"]}
+    stored: Json = {
+        "override": [],
+        "content": [{**rule, "rule_id": "word", "pattern": "hello"}],
+        "room": [{**rule, "rule_id": PUSH_ROOM}],
+        "sender": [{**rule, "rule_id": "@other:test.example"}],
+        "underride": [{**rule, "rule_id": "under", "conditions": []}],
+    }
+    for kind, expected in (
+        ("content", "word"),
+        ("room", PUSH_ROOM),
+        ("sender", "@other:test.example"),
+        ("underride", "under"),
+    ):
+        assert matching_rule(push_event(), stored=stored) == expected
+        stored[kind] = []
+    assert matching_rule(push_event(), stored=stored) == ".m.rule.message"
+
+
+def test_disabled_rules_do_not_match() -> None:
+    stored = {"default": {".m.rule.message": {"enabled": False}}}
+    assert matching_rule(push_event(), stored=stored) is None
+
+
+def test_rules_for_a_room_do_not_leak_into_another() -> None:
+    rule = {"rule_id": PUSH_ROOM, "enabled": True, "actions": []}
+    ruleset = conduit.PushRuleset(0, {"room": [rule]})
+    for _ in range(2):
+        here = ruleset.match(push_event(), push_room(), PUSH_USER)
+        assert here is not None
+        assert here.rule_id == PUSH_ROOM
+        other = push_event(room_id="!other:test.example")
+        there = ruleset.match(other, push_room(), PUSH_USER)
+        assert there is not None
+        assert there.rule_id == ".m.rule.message"
+
+
+def test_many_event_types_do_not_grow_the_ruleset() -> None:
+    ruleset = conduit.PushRuleset(0, {})
+    for number in range(2000):
+        assert ruleset.match(push_event(f"org.example.{number}"), push_room(), PUSH_USER) is None
+    assert len(ruleset._candidates) <= conduit.MAX_CANDIDATE_LISTS
+
+
+# ── 15.3  Conditions ─────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("content.body", ["content", "body"]),
+        (r"content.m\.relates_to", ["content", "m.relates_to"]),
+        (r"content.m\\foo", ["content", "m\\foo"]),
+        (r"content.\x", ["content", r"\x"]),
+        ("", [""]),
+        ("a..b", ["a", "", "b"]),
+        ("end\\", ["end\\"]),
+    ],
+)
+def test_property_paths(key: str, path: list[str]) -> None:
+    assert conduit.split_property_path(key) == path
+
+
+def test_event_match_on_fields_outside_of_the_content() -> None:
+    assert holds({"kind": "event_match", "key": "room_id", "pattern": "!room*"})
+    assert holds({"kind": "event_match", "key": "sender", "pattern": "@OTHER:*"})
+    assert holds({"kind": "event_match", "key": "event_id", "pattern": "$event"})
+    assert not holds({"kind": "event_match", "key": "state_key", "pattern": "*"})
+    assert holds({"kind": "event_match", "key": "state_key", "pattern": ""}, push_event(**STATE))
+
+
+def test_event_property_is_does_not_cast() -> None:
+    event = push_event(content={"t": True, "one": 1, "text": "1", "nothing": None, "list": [1]})
+    cases: list[tuple[str, Any, bool]] = [
+        ("t", True, True),
+        ("t", 1, False),
+        ("one", 1, True),
+        ("one", True, False),
+        ("one", "1", False),
+        ("text", "1", True),
+        ("nothing", None, True),
+        ("absent", None, False),
+        ("list", 1, False),
+    ]
+    for key, value, expected in cases:
+        condition = {"kind": "event_property_is", "key": f"content.{key}", "value": value}
+        assert holds(condition, event) is expected, (key, value)
+    assert not holds({"kind": "event_property_is", "key": "content.list", "value": [1]}, event)
+    assert not holds({"kind": "event_property_is", "key": "content.nothing"}, event)
+
+
+def test_event_property_contains() -> None:
+    event = push_event(content={"list": ["a", 1, None, {"x": 1}], "text": "abc"})
+    for value, expected in (("a", True), (1, True), (True, False), (None, True), ("A", False)):
+        condition = {"kind": "event_property_contains", "key": "content.list", "value": value}
+        assert holds(condition, event) is expected, value
+    condition = {"kind": "event_property_contains", "key": "content.text", "value": "a"}
+    assert not holds(condition, event)
+
+
+@pytest.mark.parametrize(
+    ("text", "matching"),
+    [
+        ("2", {2}),
+        ("==2", {2}),
+        ("<2", {1}),
+        (">2", {3}),
+        ("<=2", {1, 2}),
+        (">=2", {2, 3}),
+        ("", set()),
+        ("two", set()),
+        ("=2", set()),
+        (" 2", set()),
+        (2, set()),
+        (None, set()),
+    ],
+)
+def test_room_member_count(text: Any, matching: set[int]) -> None:
+    condition = {"kind": "room_member_count", "is": text}
+    assert {n for n in (1, 2, 3) if holds(condition, room=push_room(n))} == matching
+
+
+def test_contains_display_name() -> None:
+    condition = {"kind": "contains_display_name"}
+    said = push_event(content={"body": "Hello me myself!"})
+    assert holds(condition, said)
+    assert not holds(condition, push_event(content={"body": "some myself"}))
+    assert not holds(condition, said, push_room(displayname=""))
+    assert not holds(condition, said, push_room(displayname="*"))
+    assert holds(condition, push_event(content={"body": "a * b"}), push_room(displayname="*"))
+
+
+PUSH_JUNK: Final = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8) | st.just(PUSH_USER),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+CONDITION_KINDS: Final = st.sampled_from([*conduit.PUSH_CONDITIONS, "unknown"]) | PUSH_JUNK
+KEYS: Final = st.sampled_from(
+    ["content.body", "content", "type", "room_id", "content.m\\.mentions.user_ids", "x.y"]
+)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "kind": CONDITION_KINDS,
+            "key": KEYS | PUSH_JUNK,
+            "pattern": st.text(max_size=5) | PUSH_JUNK,
+            "value": PUSH_JUNK,
+            "is": st.sampled_from(["2", ">1"]) | PUSH_JUNK,
+        },
+    )
+    | PUSH_JUNK,
+    st.dictionaries(st.sampled_from(["body", "m.mentions", "m.relates_to"]), PUSH_JUNK, max_size=3),
+)
+def test_no_condition_and_no_content_crashes(condition: Any, content: Json) -> None:
+    event = push_event(content=content)
+    assert holds(condition, event) in (True, False)
+    rule = {"rule_id": "x", "enabled": True, "actions": [], "conditions": [condition]}
+    matching_rule(event, stored={"override": [rule]})
+
+
+@given(st.lists(PUSH_JUNK, max_size=4))
+def test_actions_that_are_junk_are_refused_or_harmless(actions: list[Any]) -> None:
+    try:
+        kept = conduit.parse_actions(actions)
+    except conduit.MatrixError as error:
+        assert error.errcode == "M_BAD_JSON"
+        return
+    rule = {"rule_id": "x", "enabled": True, "actions": kept, "conditions": []}
+    conduit.prepare_rule("override", rule)
+
+
+def test_rule_is_found_quickly() -> None:
+    event, room = push_event(), push_room()
+    conduit.DEFAULT_RULESET.match(event, room, PUSH_USER)
+    before = time.perf_counter()
+    for _ in range(2000):
+        conduit.DEFAULT_RULESET.match(event, room, PUSH_USER)
+    assert (time.perf_counter() - before) / 2000 < 50e-6  # measured: 4 µs
+
+
+# ── 15.6  The push rule endpoints ────────────────────────────────────────────
+
+
+def rule_ids(client: Client, kind: str) -> list[str]:
+    """The ids of a user's own rules of a kind, in order."""
+    rules = ok(client.get("pushrules/global/"))[kind]
+    return [rule["rule_id"] for rule in rules if not rule["default"]]
+
+
+def rule_path(kind: str, rule_id: str, *rest: str) -> tuple[str, ...]:
+    """The path of a rule."""
+    return ("pushrules", "global", kind, rule_id, *rest)
+
+
+def test_push_rules_as_a_whole(alice: Client) -> None:
+    whole = ok(alice.get("pushrules/"))
+    assert whole["global"] == ok(alice.get("pushrules/global/"))
+    assert ok(alice.get("pushrules")) == whole
+    assert set(whole["global"]) == set(conduit.PUSH_KINDS)
+    assert whole["global"]["override"][0]["rule_id"] == ".m.rule.master"
+    mention = next(r for r in whole["global"]["override"] if r["rule_id"].endswith("user_mention"))
+    assert mention["conditions"][0]["value"] == alice.user_id
+
+
+def test_own_rule_made_changed_deleted(alice: Client) -> None:
+    path = rule_path("content", "cake")
+    ok(alice.put(path, {"pattern": "cake*lie", "actions": ["dont_notify"]}))
+    rule = ok(alice.get(path))
+    assert rule == {
+        "rule_id": "cake",
+        "pattern": "cake*lie",
+        "actions": [],
+        "enabled": True,
+        "default": False,
+    }
+    ok(alice.put((*path, "enabled"), {"enabled": False}))
+    ok(alice.put((*path, "actions"), {"actions": ["notify", {"set_tweak": "glow"}]}))
+    assert ok(alice.get((*path, "enabled"))) == {"enabled": False}
+    assert ok(alice.get((*path, "actions"))) == {"actions": ["notify", {"set_tweak": "glow"}]}
+    ok(alice.put(path, {"pattern": "pie", "actions": []}))
+    assert ok(alice.get(path))["pattern"] == "pie"
+    ok(alice.delete(path))
+    fails(alice.get(path), 404, "M_NOT_FOUND")
+    fails(alice.delete(path), 404, "M_NOT_FOUND")
+
+
+def test_rule_order_by_before_and_after(alice: Client) -> None:
+    def put(rule_id: str, **query: str) -> httpx.Response:
+        body = {"conditions": [], "actions": []}
+        return alice.put(rule_path("underride", rule_id), body, params=query)
+
+    for rule_id in "abc":
+        ok(put(rule_id))
+    assert rule_ids(alice, "underride") == ["c", "b", "a"]
+    ok(put("d", before="b"))
+    ok(put("e", after="b"))
+    assert rule_ids(alice, "underride") == ["c", "d", "b", "e", "a"]
+    ok(put("a", before="c", after="b"))
+    assert rule_ids(alice, "underride") == ["a", "c", "d", "b", "e"]
+    ok(put("d"))
+    assert rule_ids(alice, "underride") == ["a", "c", "d", "b", "e"]
+    fails(put("f", before="nope"), 400, "M_UNKNOWN")
+    fails(put("f", after=".m.rule.message"), 400, "M_UNKNOWN")
+    fails(put("d", after="d"), 400, "M_UNKNOWN")
+    assert rule_ids(alice, "underride") == ["a", "c", "d", "b", "e"]
+
+
+def test_default_rules_can_be_tuned_but_not_deleted(alice: Client) -> None:
+    path = rule_path("underride", ".m.rule.message")
+    ok(alice.put((*path, "enabled"), {"enabled": False}))
+    ok(alice.put((*path, "actions"), {"actions": []}))
+    rule = ok(alice.get(path))
+    assert (rule["enabled"], rule["actions"], rule["default"]) == (False, [], True)
+    fails(alice.delete(path), 400)
+    fails(alice.put(path, {"actions": [], "conditions": []}), 400, "M_INVALID_PARAM")
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule_id", "body", "errcode"),
+    [
+        ("nonsense", "x", {"actions": []}, "M_INVALID_PARAM"),
+        ("override", ".x", {"actions": []}, "M_INVALID_PARAM"),
+        ("override", "a/b", {"actions": []}, "M_INVALID_PARAM"),
+        ("override", "a\\b", {"actions": []}, "M_INVALID_PARAM"),
+        ("override", "x", {}, "M_MISSING_PARAM"),
+        ("override", "x", {"actions": "notify"}, "M_BAD_JSON"),
+        ("override", "x", {"actions": [1]}, "M_BAD_JSON"),
+        ("override", "x", {"actions": [{"no": "tweak"}]}, "M_BAD_JSON"),
+        ("override", "x", {"actions": [], "conditions": [1]}, "M_BAD_JSON"),
+        ("override", "x", {"actions": [], "conditions": [{"key": "x"}]}, "M_BAD_JSON"),
+        ("content", "x", {"actions": []}, "M_MISSING_PARAM"),
+        ("content", "x", {"actions": [], "pattern": 1}, "M_BAD_JSON"),
+        ("content", "x", {"actions": [], "pattern": "x" * 300}, "M_INVALID_PARAM"),
+        ("room", "x", {"actions": []}, "M_INVALID_PARAM"),
+        ("sender", "x", {"actions": []}, "M_INVALID_PARAM"),
+    ],
+)
+def test_bad_rules(alice: Client, kind: str, rule_id: str, body: Json, errcode: str) -> None:
+    fails(alice.put(rule_path(kind, rule_id), body), 400, errcode)
+
+
+def test_unknown_rules_and_kinds(alice: Client) -> None:
+    for rest in ((), ("enabled",), ("actions",)):
+        fails(alice.get(rule_path("override", "nope", *rest)), 404, "M_NOT_FOUND")
+        fails(alice.get(rule_path("nonsense", "nope", *rest)), 400)
+    fails(alice.put(rule_path("override", "nope", "enabled"), {"enabled": True}), 404)
+    fails(alice.put(rule_path("override", "nope", "actions"), {"actions": []}), 404)
+
+
+def push_rules_event(result: Json) -> Json | None:
+    """The content of m.push_rules in a sync result."""
+    events = result.get("account_data", {}).get("events", [])
+    found = [event["content"] for event in events if event["type"] == "m.push_rules"]
+    return found[0] if found else None
+
+
+def test_changed_rules_come_with_sync(alice: Client, bob: Client) -> None:
+    assert push_rules_event(alice.poll()) is not None
+    assert push_rules_event(alice.poll()) is None
+    ok(alice.put(rule_path("sender", bob.user_id), {"actions": []}))
+    content = push_rules_event(alice.poll())
+    assert content is not None
+    assert content["global"]["sender"][0]["rule_id"] == bob.user_id
+    assert push_rules_event(alice.poll()) is None
+    path = ("user", alice.user_id, "account_data", "m.push_rules")
+    assert ok(alice.get(path)) == content
+    fails(alice.put(path, {}), 405)
+
+
+# ── 15.8  Unread counts ──────────────────────────────────────────────────────
+
+THREADS: Final = {"room": {"timeline": {"unread_thread_notifications": True}}}
+
+
+def counts(client: Client, room_id: str) -> tuple[int, int]:
+    """Notifications and highlights of a room for a client that knows no threads."""
+    room = client.sync()["rooms"]["join"][room_id]["unread_notifications"]
+    return room["notification_count"], room["highlight_count"]
+
+
+def thread_counts(client: Client, room_id: str) -> dict[str, tuple[int, int]]:
+    """Notifications and highlights by thread."""
+    room = client.sync(filter=THREADS)["rooms"]["join"][room_id]
+    by_thread = {
+        "main": room["unread_notifications"],
+        **room.get("unread_thread_notifications", {}),
+    }
+    return {k: (v["notification_count"], v["highlight_count"]) for k, v in by_thread.items()}
+
+
+def receipt(
+    client: Client, room_id: str, event_id: str, thread: str | None = None, kind: str = "m.read"
+) -> None:
+    """Send a receipt."""
+    body = {} if thread is None else {"thread_id": thread}
+    ok(client.post(("rooms", room_id, "receipt", kind, event_id), body))
+
+
+def mention(client: Client, room_id: str, *users: str) -> str:
+    """Send a message that mentions users."""
+    content = {"msgtype": "m.text", "body": "hey", "m.mentions": {"user_ids": list(users)}}
+    return client.send(room_id, "m.room.message", content)
+
+
+def in_thread(client: Client, room_id: str, root: str, **content: Any) -> str:
+    """Send a message in a thread."""
+    relation = {"rel_type": "m.thread", "event_id": root}
+    body = {"msgtype": "m.text", "body": "in thread", "m.relates_to": relation, **content}
+    return client.send(room_id, "m.room.message", body)
+
+
+def test_counts_rise_with_messages_and_fall_with_receipts(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    assert counts(bob, room) == (0, 0)
+    events = [alice.send_text(room, f"{n}") for n in range(5)]
+    assert counts(bob, room) == (5, 0)
+    assert counts(alice, room) == (0, 0)
+    mention(alice, room, bob.user_id)
+    assert counts(bob, room) == (6, 1)
+    receipt(bob, room, events[2])
+    assert counts(bob, room) == (3, 1)
+    receipt(bob, room, events[0])
+    assert counts(bob, room) == (3, 1)
+    receipt(bob, room, events[4], kind="m.read.private")
+    assert counts(bob, room) == (1, 1)
+    receipt(bob, room, mention(alice, room, "@nobody:test.example"))
+    assert counts(bob, room) == (0, 0)
+
+
+def test_what_does_not_count(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    text = alice.send_text(room, "counts")
+    receipt(bob, room, text)
+    alice.send(room, "m.room.message", {"msgtype": "m.notice", "body": "x"})
+    alice.send(
+        room,
+        "m.reaction",
+        {"m.relates_to": {"rel_type": "m.annotation", "event_id": text, "key": "x"}},
+    )
+    edit = {"rel_type": "m.replace", "event_id": text}
+    new = {"msgtype": "m.text", "body": "y"}
+    alice.send(room, "m.room.message", {**new, "m.relates_to": edit, "m.new_content": new})
+    alice.set_state(room, "m.room.topic", {"topic": "x"})
+    alice.send(room, "org.example.unknown", {})
+    assert counts(bob, room) == (0, 0)
+
+
+def test_redacted_events_no_longer_count(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    first, second = alice.send_text(room, "1"), mention(alice, room, bob.user_id)
+    assert counts(bob, room) == (2, 1)
+    alice.redact(room, second)
+    assert counts(bob, room) == (1, 0)
+    third = alice.send_text(room, "3")
+    alice.redact(room, third)
+    assert counts(bob, room) == (1, 0)
+    alice.redact(room, first)
+    assert counts(bob, room) == (0, 0)
+
+
+def test_counts_begin_with_the_join_and_again_after_another(alice: Client, bob: Client) -> None:
+    room = alice.create_room(bob)
+    alice.send_text(room, "before")
+    bob.join(room)
+    assert counts(bob, room) == (0, 0)
+    alice.send_text(room, "after")
+    assert counts(bob, room) == (1, 0)
+    bob.leave(room)
+    alice.send_text(room, "meanwhile")
+    alice.invite(room, bob)
+    bob.join(room)
+    assert counts(bob, room) == (0, 0)
+    alice.send_text(room, "again")
+    assert counts(bob, room) == (1, 0)
+
+
+def test_own_message_reads_but_own_profile_change_does_not(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    alice.send_text(room, "x")
+    ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": "Bobby"}))
+    assert counts(bob, room) == (1, 0)
+    bob.send_text(room, "y")
+    assert counts(bob, room) == (0, 0)
+
+
+def test_ignored_users_do_not_notify(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    alice.send_text(room, "before")
+    assert counts(bob, room) == (1, 0)
+    path = ("user", bob.user_id, "account_data", "m.ignored_user_list")
+    ok(bob.put(path, {"ignored_users": {alice.user_id: {}}}))
+    assert counts(bob, room) == (0, 0)
+    alice.send_text(room, "after")
+    assert counts(bob, room) == (0, 0)
+
+
+def test_muted_room_and_keyword(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    ok(bob.put(rule_path("room", room), {"actions": []}))
+    alice.send_text(room, "quiet")
+    assert counts(bob, room) == (0, 0)
+    body: Json = {"pattern": "fire", "actions": ["notify", {"set_tweak": "highlight"}]}
+    ok(bob.put(rule_path("content", "fire"), body))
+    alice.send_text(room, "There is FIRE!")
+    assert counts(bob, room) == (1, 1)
+    mention(alice, room, bob.user_id)
+    assert counts(bob, room) == (2, 2)
+
+
+def test_threads_are_counted_and_read_apart(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    root = alice.send_text(room, "root")
+    one = in_thread(alice, room, root)
+    two = in_thread(alice, room, root, **{"m.mentions": {"user_ids": [bob.user_id]}})
+    main = alice.send_text(room, "main")
+    assert thread_counts(bob, room) == {"main": (2, 0), root: (2, 1)}
+    assert counts(bob, room) == (4, 1)
+    receipt(bob, room, main, "main")
+    assert thread_counts(bob, room) == {"main": (0, 0), root: (2, 1)}
+    receipt(bob, room, one, root)
+    assert thread_counts(bob, room) == {"main": (0, 0), root: (1, 1)}
+    receipt(bob, room, two, root)
+    assert thread_counts(bob, room) == {"main": (0, 0)}
+    in_thread(alice, room, root)
+    alice.send_text(room, "more")
+    receipt(bob, room, alice.send_text(room, "last"))
+    assert thread_counts(bob, room) == {"main": (0, 0)}
+
+
+def test_relations_belong_to_the_thread_of_what_they_relate_to(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    root = alice.send_text(room, "root")
+    reply = in_thread(alice, room, root)
+    receipt(bob, room, reply)
+    relation = {"rel_type": "org.example.note", "event_id": reply}
+    content = {"msgtype": "m.text", "body": "x", "m.relates_to": relation}
+    alice.send(room, "m.room.message", content)
+    assert thread_counts(bob, room) == {"main": (0, 0), root: (1, 0)}
+    relation = {"rel_type": "org.example.note", "event_id": root}
+    alice.send(room, "m.room.message", {**content, "m.relates_to": relation})
+    assert thread_counts(bob, room) == {"main": (1, 0), root: (1, 0)}
+
+
+def test_counts_come_with_the_event_and_to_other_devices(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    phone = bob.login()
+    bob.poll()
+    phone.poll()
+    event = alice.send_text(room, "x")
+    section = bob.poll()["rooms"]["join"][room]
+    assert section["unread_notifications"]["notification_count"] == 1
+    phone.poll()
+    receipt(bob, room, event, kind="m.read.private")
+    section = phone.poll()["rooms"]["join"][room]
+    assert section["unread_notifications"]["notification_count"] == 0
+
+
+def test_receipts_outlast_a_change_of_rules_and_a_restart(
+    new_server: Callable[..., Server],
+) -> None:
+    """What was read in a muted room must not come back as unread when it is unmuted."""
+    server = new_server()
+    alice, bob = register(server), register(server)
+    room = alice.room_with(bob)
+    ok(bob.put(rule_path("room", room), {"actions": []}))
+    alice.send_text(room, "1")
+    receipt(bob, room, alice.send_text(room, "2"))
+    ok(bob.delete(rule_path("room", room)))
+    server.restart()
+    assert counts(bob, room) == (0, 0)
+
+
+def test_number_of_keywords_is_bounded(alice: Client) -> None:
+    for number in range(conduit.MAX_SEARCHES):
+        ok(alice.put(rule_path("content", f"{number}"), {"pattern": f"{number}", "actions": []}))
+    response = alice.put(rule_path("content", "more"), {"pattern": "more", "actions": []})
+    fails(response, 400, "M_INVALID_PARAM")
+    assert len(rule_ids(alice, "content")) == conduit.MAX_SEARCHES
+
+
+def test_counts_survive_restarts(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice, bob = register(server), register(server)
+    room = alice.room_with(bob)
+    root = alice.send_text(room, "root")
+    events = [alice.send_text(room, f"{n}") for n in range(120)]
+    in_thread(alice, room, root)
+    mention(alice, room, bob.user_id)
+    expected = {"main": (122, 1), root: (1, 0)}
+    assert thread_counts(bob, room) == expected
+    server.restart()
+    assert thread_counts(bob, room) == expected
+    receipt(bob, room, events[-1], "main")
+    server.kill9()
+    server.start()
+    assert thread_counts(bob, room) == {"main": (1, 1), root: (1, 0)}
+    ok(bob.put(rule_path("room", room), {"actions": []}))
+    server.restart()
+    assert rule_ids(bob, "room") == [room]
+
+
+@slow
+def test_badge_after_a_long_absence_is_bounded(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    events = [alice.send_text(room, "x") for _ in range(conduit.MAX_CONSIDERED + 20)]
+    assert counts(bob, room) == (conduit.MAX_CONSIDERED, 0)
+    receipt(bob, room, events[-3])
+    assert counts(bob, room) == (2, 0)
+
+
+ACTIONS: Final = st.lists(
+    st.tuples(
+        st.sampled_from(["send", "thread", "mention", "read", "read main", "redact", "reply"]),
+        st.integers(0, 30),
+    ),
+    max_size=25,
+)
+
+
+@slow
+@settings(max_examples=15)
+@given(ACTIONS)
+def test_counts_agree_with_a_model(server: Server, actions: list[tuple[str, int]]) -> None:
+    """Any history: the counts are what a naive recount from all events and receipts gives."""
+    alice, bob = family(server)
+    room = alice.room_with(bob)
+    root = alice.send_text(room, "root")
+    sent: list[tuple[str, str, bool, bool]] = [
+        (root, "main", False, True)
+    ]  # id, thread, high, live
+    read = {"main": -1, root: -1}
+    for action, number in actions:
+        index = number % len(sent)
+        if action == "read":
+            receipt(bob, room, sent[index][0])
+            read = {thread: max(at, index) for thread, at in read.items()}
+        elif action == "read main":
+            if sent[index][1] == "main":
+                receipt(bob, room, sent[index][0], "main")
+                read["main"] = max(read["main"], index)
+        elif action == "redact":
+            event_id, thread, high, live = sent[index]
+            if live and event_id != root:
+                alice.redact(room, event_id)
+                sent[index] = (event_id, thread, high, False)
+        elif action == "reply":
+            sent.append((bob.send_text(room, "own"), "main", False, False))
+            read["main"] = len(sent) - 1
+        else:
+            sent.append(sent_by(alice, bob, room, root, action))
+    expected = {"main": (0, 0)}
+    for index, (_, thread, high, live) in enumerate(sent):
+        if live and index > read[thread]:
+            n, h = expected.get(thread, (0, 0))
+            expected[thread] = (n + 1, h + high)
+    assert thread_counts(bob, room) == expected
+
+
+def sent_by(
+    alice: Client, bob: Client, room: str, root: str, action: str
+) -> tuple[str, str, bool, bool]:
+    """Let alice send one event: its id, its thread, whether it highlights, whether it counts."""
+    if action == "thread":
+        return in_thread(alice, room, root), root, False, True
+    if action == "mention":
+        return mention(alice, room, bob.user_id), "main", True, True
+    return alice.send_text(room, "x"), "main", False, True
+
+
+FAMILY: Final[dict[str, tuple[Client, Client]]] = {}
+
+
+def family(server: Server) -> tuple[Client, Client]:
+    """Two users that all examples of a property share."""
+    if server.url not in FAMILY:
+        FAMILY[server.url] = register(server, unique("ma")), register(server, unique("pa"))
+    return FAMILY[server.url]
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  16. RECEIPTS, TYPING, PRESENCE
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+def ephemeral(result: Json, room_id: str, event_type: str) -> Json | None:
+    """The content of an ephemeral event of a room in a sync result."""
+    room = result.get("rooms", {}).get("join", {}).get(room_id, {})
+    events = room.get("ephemeral", {}).get("events", [])
+    found = [event["content"] for event in events if event["type"] == event_type]
+    assert len(found) <= 1
+    return found[0] if found else None
+
+
+# ── 16.1  Receipts ───────────────────────────────────────────────────────────
+
+
+def test_receipt_reaches_the_others_once(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    event = alice.send_text(room, "x")
+    alice.poll()
+    receipt(bob, room, event)
+    content = ephemeral(alice.poll(), room, "m.receipt")
+    assert content is not None
+    reader = content[event]["m.read"][bob.user_id]
+    assert abs(reader["ts"] - time.time() * 1000) < 60_000
+    assert "thread_id" not in reader
+    assert ephemeral(alice.poll(), room, "m.receipt") is None
+    receipt(bob, room, event)
+    assert ephemeral(alice.poll(), room, "m.receipt") is None
+    assert ephemeral(alice.sync(), room, "m.receipt") == content
+
+
+def test_private_receipts_are_for_their_owner(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    event = alice.send_text(room, "x")
+    alice.poll()
+    bob.poll()
+    receipt(bob, room, event, kind="m.read.private")
+    assert "rooms" not in alice.poll()
+    assert "m.read.private" not in json.dumps(alice.sync())
+    content = ephemeral(bob.poll(), room, "m.receipt")
+    assert content is not None
+    assert list(content[event]) == ["m.read.private"]
+    assert list(content[event]["m.read.private"]) == [bob.user_id]
+
+
+def test_receipts_do_not_go_back(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    first, second = alice.send_text(room, "1"), alice.send_text(room, "2")
+    receipt(bob, room, second)
+    alice.poll()
+    receipt(bob, room, first)
+    assert "rooms" not in alice.poll()
+    receipt(bob, room, first, "main")  # another thread: another receipt
+    content = ephemeral(alice.poll(), room, "m.receipt")
+    assert content is not None
+    assert content[first]["m.read"][bob.user_id]["thread_id"] == "main"
+
+
+def test_each_type_and_thread_has_one_receipt(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    root = alice.send_text(room, "root")
+    reply = in_thread(alice, room, root)
+    last = alice.send_text(room, "last")
+    receipt(bob, room, last)
+    receipt(bob, room, root, "main")
+    receipt(bob, room, reply, root)
+    content = ephemeral(alice.sync(), room, "m.receipt")
+    assert content is not None
+    threads = {
+        event: users["m.read"][bob.user_id].get("thread_id") for event, users in content.items()
+    }
+    assert threads == {last: None, root: "main", reply: root}
+    receipt(bob, room, last, "main")  # two at one event: the unthreaded one says more
+    content = ephemeral(alice.sync(), room, "m.receipt")
+    assert content is not None
+    assert "thread_id" not in content[last]["m.read"][bob.user_id]
+
+
+def test_receipt_threads_are_checked(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    root = alice.send_text(room, "root")
+    reply = in_thread(alice, room, root)
+    other = alice.send_text(room, "other")
+    path = ("rooms", room, "receipt", "m.read")
+    for event, thread in (
+        (reply, "main"),
+        (other, root),
+        (other, ""),
+        (other, 1),
+        (other, None),
+        (other, "$unknown"),
+    ):
+        fails(bob.post((*path, event), {"thread_id": thread}), 400, "M_INVALID_PARAM")
+    receipt(bob, room, root, "main")
+    receipt(bob, room, root, root)
+    relation = {"rel_type": "m.annotation", "event_id": reply, "key": "+1"}
+    reaction = alice.send(room, "m.reaction", {"m.relates_to": relation})
+    receipt(bob, room, reaction, root)
+
+
+def test_receipts_that_are_refused(alice: Client, bob: Client) -> None:
+    room, elsewhere = alice.room_with(bob), alice.create_room()
+    event, foreign = alice.send_text(room, "x"), alice.send_text(elsewhere, "y")
+
+    def post(kind: str, event_id: str, body: Json | None = None) -> httpx.Response:
+        return bob.post(("rooms", room, "receipt", kind, event_id), body)
+
+    fails(post("m.nonsense", event), 400, "M_INVALID_PARAM")
+    fails(post("m.read", "$unknown"), 400, "M_INVALID_PARAM")
+    fails(post("m.read", foreign), 400, "M_INVALID_PARAM")
+    fails(post("m.fully_read", event, {"thread_id": "main"}), 400, "M_INVALID_PARAM")
+    fails(bob.post(("rooms", elsewhere, "receipt", "m.read", foreign)), 403, "M_FORBIDDEN")
+    fails(bob.post(("rooms", "!nowhere:test.example", "receipt", "m.read", event)), 403)
+    ok(bob.request("POST", ("rooms", room, "receipt", "m.read", event)))  # as old clients: no body
+
+
+def test_receipts_survive_a_restart(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice, bob = register(server), register(server)
+    room = alice.room_with(bob)
+    event = alice.send_text(room, "x")
+    alice.poll()
+    receipt(bob, room, event)
+    receipt(alice, room, event, kind="m.read.private")
+    server.kill9()
+    server.start()
+    content = ephemeral(alice.poll(), room, "m.receipt")
+    assert content is not None
+    assert set(content[event]) == {"m.read", "m.read.private"}
+    server.stop()
+    server.check()
+
+
+# ── 16.2  Read markers ───────────────────────────────────────────────────────
+
+
+def fully_read(client: Client, room_id: str) -> str | None:
+    """Where the marker of what is fully read stands."""
+    response = client.get(
+        ("user", client.user_id, "rooms", room_id, "account_data", "m.fully_read")
+    )
+    return None if response.status_code == 404 else str(ok(response)["event_id"])
+
+
+def test_read_markers(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    first, second, third = (alice.send_text(room, text) for text in "abc")
+    bob.poll()
+    body = {"m.fully_read": first, "m.read": second, "m.read.private": third}
+    ok(bob.post(("rooms", room, "read_markers"), body))
+    result = bob.poll()
+    section = result["rooms"]["join"][room]
+    assert section["account_data"]["events"] == [
+        {"type": "m.fully_read", "content": {"event_id": first}}
+    ]
+    content = ephemeral(result, room, "m.receipt")
+    assert content is not None
+    assert {event: list(kinds) for event, kinds in content.items()} == {
+        second: ["m.read"],
+        third: ["m.read.private"],
+    }
+    assert section["unread_notifications"]["notification_count"] == 0
+    assert fully_read(alice, room) is None
+
+
+def test_fully_read_moves_forward_only(alice: Client) -> None:
+    room = alice.create_room()
+    first, second = alice.send_text(room, "1"), alice.send_text(room, "2")
+    ok(alice.post(("rooms", room, "receipt", "m.fully_read", second)))
+    assert fully_read(alice, room) == second
+    ok(alice.post(("rooms", room, "read_markers"), {"m.fully_read": first}))
+    assert fully_read(alice, room) == second
+    ok(alice.post(("rooms", room, "read_markers"), {}))
+    fails(alice.post(("rooms", room, "read_markers"), {"m.fully_read": "$unknown"}), 400)
+    fails(alice.post(("rooms", room, "read_markers"), {"m.read": 1}), 400, "M_BAD_JSON")
+
+
+# ── 16.3  Typing ─────────────────────────────────────────────────────────────
+
+
+def set_typing(client: Client, room_id: str, is_typing: bool = True, **body: Any) -> httpx.Response:
+    """Say that the client types."""
+    path = ("rooms", room_id, "typing", client.user_id)
+    return client.put(path, {"typing": is_typing, **body})
+
+
+def test_typing_begins_and_ends(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    alice.poll()
+    ok(set_typing(bob, room, timeout=20_000))
+    assert ephemeral(alice.poll(), room, "m.typing") == {"user_ids": [bob.user_id]}
+    ok(set_typing(bob, room, timeout=20_000))
+    assert ephemeral(alice.poll(), room, "m.typing") is None
+    assert ephemeral(alice.sync(), room, "m.typing") == {"user_ids": [bob.user_id]}
+    ok(set_typing(bob, room, is_typing=False))
+    assert ephemeral(alice.poll(), room, "m.typing") == {"user_ids": []}
+
+
+def test_typing_runs_out(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    ok(set_typing(alice, room, timeout=30_000))
+    alice.poll()
+    ok(set_typing(bob, room, timeout=300))
+    both = {"user_ids": [alice.user_id, bob.user_id]}
+    assert ephemeral(alice.poll(), room, "m.typing") == both
+    began = time.monotonic()
+    result = alice.poll(timeout=10_000)
+    assert ephemeral(result, room, "m.typing") == {"user_ids": [alice.user_id]}
+    assert time.monotonic() - began < 3
+
+
+def test_typing_ends_with_the_departure(alice: Client, bob: Client) -> None:
+    room = alice.room_with(bob)
+    ok(set_typing(bob, room))
+    alice.poll()
+    bob.leave(room)
+    assert ephemeral(alice.poll(), room, "m.typing") == {"user_ids": []}
+
+
+def test_typing_survives_refused_writes(alice: Client, bob: Client) -> None:
+    """A write that is rolled back empties caches; who is typing is no cache."""
+    room = alice.room_with(bob)
+    ok(set_typing(bob, room))
+    fails(bob.put(("rooms", room, "state", "m.room.topic", ""), {"topic": "x"}), 403)
+    assert ephemeral(alice.sync(), room, "m.typing") == {"user_ids": [bob.user_id]}
+
+
+def test_typing_that_is_refused(alice: Client, bob: Client) -> None:
+    room = alice.create_room()
+    fails(set_typing(bob, room), 403, "M_FORBIDDEN")
+    fails(alice.put(("rooms", room, "typing", bob.user_id), {"typing": True}), 403, "M_FORBIDDEN")
+    fails(alice.put(("rooms", room, "typing", alice.user_id), {}), 400, "M_MISSING_PARAM")
+    fails(set_typing(alice, room, timeout="long"), 400, "M_BAD_JSON")
+    ok(set_typing(alice, room, timeout=-5))
+    ok(set_typing(alice, room, timeout=2**60))
+
+
+# ── 16.4  Presence ───────────────────────────────────────────────────────────
+
+
+class PresenceStage:
+    """Presence on a clock of our own, without a server."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.position = 100
+        self.stamps: list[int] = []
+        nothing = types.SimpleNamespace(
+            subscribe=lambda callback: None,
+            subscribe_membership=lambda callback: None,
+            on_deactivated=lambda callback: None,
+        )
+        rows: list[Any] = []
+        database = types.SimpleNamespace(
+            all=lambda sql: rows,
+            write=contextlib.nullcontext,
+            execute=lambda sql, values: rows.append(values),
+        )
+        self.saved = rows
+        self.hs: Any = types.SimpleNamespace(
+            config=types.SimpleNamespace(allow_local_presence=True),
+            rooms=nothing,
+            accounts=nothing,
+            db=database,
+            stream=types.SimpleNamespace(stamp=self.stamp),
+        )
+        self.presence: Any = None
+
+    def stamp(self, kind: str, target: int) -> int:
+        """Count what the others were told."""
+        assert kind == conduit.PRESENCE
+        self.stamps.append(target)
+        self.position += 1
+        return self.position
+
+    def at(self, seconds: float) -> None:
+        """Let time pass, with the sweeps that belong to it."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + conduit.PRESENCE_SWEEP_SECONDS)
+            self.presence.sweep()
+
+    def state(self, nid: int = 1) -> str:
+        """What the others see."""
+        return str(self.presence.of(nid)["presence"])
+
+
+def on_stage(play: Callable[[PresenceStage], None], saved: Sequence[Any] = ()) -> None:
+    """Run something on a loop with Presence on a stage."""
+
+    async def run() -> None:
+        stage = PresenceStage()
+        stage.saved.extend(saved)
+        stage.presence = conduit.Presence(stage.hs, lambda: stage.now)
+        stage.saved.clear()
+        play(stage)
+        if stage.presence._timer is not None:
+            stage.presence._timer.cancel()
+
+    asyncio.run(run())
+
+
+def device(nid: int = 1, device_nid: int | None = 10) -> Any:
+    """A requester."""
+    return types.SimpleNamespace(nid=nid, device_nid=device_nid)
+
+
+def test_presence_goes_idle_and_offline() -> None:
+    def play(stage: PresenceStage) -> None:
+        stage.presence.note_sync(device(), "online", 30)
+        assert stage.presence.of(1) == {
+            "presence": "online",
+            "currently_active": True,
+            "last_active_ago": 0,
+        }
+        for _ in range(13):
+            stage.at(25)
+            stage.presence.note_sync(device(), "online", 30)
+        assert stage.state() == "unavailable"
+        assert stage.presence.of(1)["last_active_ago"] == 325_000
+        stage.presence.touch(1)
+        assert stage.state() == "online"
+        stage.at(80)
+        assert stage.state() == "offline"
+        assert stage.presence._present == set()
+
+    on_stage(play)
+
+
+def test_presence_does_not_flood() -> None:
+    def play(stage: PresenceStage) -> None:
+        stage.presence.note_sync(device(), "online", 30)
+        for _ in range(600):  # ten minutes of lively chatting
+            stage.now += 1
+            stage.presence.touch(1)
+            stage.presence.note_sync(device(), "online", 30)
+            stage.presence.sweep()
+        assert len(stage.stamps) == 1
+        for _ in range(60):  # an hour with a word every minute
+            stage.at(25)
+            stage.presence.note_sync(device(), "online", 30)
+            stage.at(36)
+            stage.presence.note_sync(device(), "online", 30)
+            stage.presence.touch(1)
+        assert len(stage.stamps) <= 1 + 2 * 61
+
+    on_stage(play)
+
+
+def test_presence_of_several_devices_is_the_best_of_them() -> None:
+    def play(stage: PresenceStage) -> None:
+        stage.presence.note_sync(device(device_nid=10), "unavailable", 30)
+        assert stage.state() == "unavailable"
+        stage.presence.note_sync(device(device_nid=11), "online", 30)
+        assert stage.state() == "online"
+        stage.presence.note_sync(device(device_nid=12), "offline", 30)
+        for _ in range(3):
+            stage.at(25)
+            stage.presence.note_sync(device(device_nid=10), "unavailable", 30)
+        assert stage.state() == "unavailable"
+
+    on_stage(play)
+
+
+def test_presence_set_by_hand_outlives_syncs_that_say_nothing_new() -> None:
+    def play(stage: PresenceStage) -> None:
+        stage.presence.note_sync(device(), "online", 30)
+        stage.presence.put(device(), "unavailable", "at lunch")
+        stage.at(20)
+        stage.presence.note_sync(device(), "online", 30)
+        assert stage.state() == "unavailable"
+        assert stage.presence.of(1)["status_msg"] == "at lunch"
+        stage.presence.touch(1)
+        assert stage.state() == "online"
+        stage.presence.put(device(), "offline", None)
+        stage.presence.touch(1)
+        stage.presence.note_sync(device(), "online", 30)
+        assert stage.state() == "offline"
+        assert "status_msg" not in stage.presence.of(1)
+
+    on_stage(play)
+
+
+def test_offline_syncs_have_no_effect_and_the_switch_works() -> None:
+    def play(stage: PresenceStage) -> None:
+        stage.presence.note_sync(device(), "offline", 30)
+        stage.presence.touch(1)
+        stage.hs.config.allow_local_presence = False
+        stage.presence.note_sync(device(), "online", 30)
+        stage.presence.put(device(), "online", None)
+        assert stage.state() == "offline"
+        assert not stage.stamps
+        assert not stage.presence._users
+
+    on_stage(play)
+
+
+def test_presence_after_a_restart() -> None:
+    def play(stage: PresenceStage) -> None:
+        assert stage.state(1) == "online"
+        assert stage.presence.of(2) == {"presence": "offline", "status_msg": "gone fishing"}
+        stage.presence.note_sync(device(nid=3), "online", 3600)
+        stage.at(50)
+        assert stage.state(1) == "online"
+        stage.at(20)
+        assert stage.state(1) == "offline"
+        assert (1, "offline", None) in stage.saved
+        assert 1 in stage.stamps
+        assert 2 not in stage.stamps
+
+    on_stage(play, [(1, "online", None), (2, "offline", "gone fishing")])
+
+
+def presence_of(result: Json, client: Client) -> Json | None:
+    """The content of a user's m.presence in a sync result."""
+    events = result.get("presence", {}).get("events", [])
+    found = [event["content"] for event in events if event["sender"] == client.user_id]
+    return found[-1] if found else None
+
+
+def test_presence_is_set_and_seen(alice: Client, bob: Client) -> None:
+    alice.room_with(bob)
+    alice.poll()
+    path = ("presence", bob.user_id, "status")
+    ok(bob.put(path, {"presence": "unavailable", "status_msg": "in a meeting"}))
+    seen = alice.wait_for(lambda result: presence_of(result, bob))
+    assert (seen["presence"], seen["status_msg"]) == ("unavailable", "in a meeting")
+    assert presence_of(alice.poll(), bob) is None
+    told = ok(alice.get(path))
+    assert (told["presence"], told["status_msg"]) == ("unavailable", "in a meeting")
+    ok(bob.put(path, {"presence": "online", "status_msg": None}))
+    seen = alice.wait_for(lambda result: presence_of(result, bob))
+    assert seen["currently_active"] is True
+    assert "status_msg" not in seen
+    assert ok(bob.get(path))["presence"] == "online"
+
+
+def test_presence_is_for_those_who_share_a_room(alice: Client, bob: Client) -> None:
+    bob.poll(set_presence="online")
+    alice.poll()
+    fails(alice.get(("presence", bob.user_id, "status")), 403, "M_FORBIDDEN")
+    fails(alice.get(("presence", "@nobody:test.example", "status")), 403, "M_FORBIDDEN")
+    ok(bob.put(("presence", bob.user_id, "status"), {"presence": "unavailable"}))
+    assert presence_of(alice.poll(), bob) is None
+    assert presence_of(alice.sync(), bob) is None
+
+
+def test_presence_comes_with_a_new_common_room(alice: Client, bob: Client) -> None:
+    alice.poll()
+    bob.poll()
+    room = alice.create_room(bob)
+    bob.poll()
+    alice.poll()
+    bob.join(room)
+    assert presence_of(bob.poll(), alice) is not None
+    assert presence_of(alice.poll(), bob) is not None
+    assert presence_of(bob.poll(), alice) is None
+
+
+def test_presence_that_is_refused(alice: Client, bob: Client) -> None:
+    path = ("presence", alice.user_id, "status")
+    fails(bob.put(path, {"presence": "online"}), 403, "M_FORBIDDEN")
+    fails(alice.put(path, {"presence": "asleep"}), 400, "M_INVALID_PARAM")
+    fails(alice.put(path, {}), 400, "M_MISSING_PARAM")
+    fails(alice.put(path, {"presence": "online", "status_msg": 1}), 400, "M_BAD_JSON")
+    fails(alice.put(path, {"presence": "online", "status_msg": "x" * 2000}), 400)
+    fails(alice.get("sync", params={"set_presence": "asleep"}), 400, "M_INVALID_PARAM")
+
+
+def test_presence_can_be_switched_off(new_server: Callable[..., Server]) -> None:
+    server = new_server(allow_local_presence=False)
+    alice, bob = register(server), register(server)
+    alice.room_with(bob)
+    path = ("presence", bob.user_id, "status")
+    ok(bob.put(path, {"presence": "online", "status_msg": "here"}))
+    assert ok(alice.get(path)) == {"presence": "offline"}
+    assert "presence" not in alice.sync()
+
+
+def test_status_message_survives_a_restart(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice = register(server)
+    path = ("presence", alice.user_id, "status")
+    ok(alice.put(path, {"presence": "online", "status_msg": "gone fishing"}))
+    server.kill9()
+    server.start()
+    assert ok(alice.get(path))["status_msg"] == "gone fishing"
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  17. ENCRYPTION KEYS AND TO-DEVICE
+#
+#  Devices whose keys and signatures are made by nacl and not by our own code:
+#  what they upload, claim, sign, back up and send each other.
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+def b64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode().rstrip("=")
+
+
+class KeyPair:
+    """An Ed25519 key pair of a device or of cross-signing, made by nacl and not by our code."""
+
+    def __init__(self, name: str | None = None) -> None:
+        self.key = nacl.signing.SigningKey.generate()
+        self.public = b64(bytes(self.key.verify_key))
+        self.id = f"ed25519:{name or self.public}"
+
+    def sign(self, value: Json, user_id: str) -> Json:
+        """A copy of the object with one more signature."""
+        bare = {k: v for k, v in value.items() if k not in ("signatures", "unsigned")}
+        raw = json.dumps(bare, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        signatures = json.loads(json.dumps(value.get("signatures", {})))
+        signatures.setdefault(user_id, {})[self.id] = b64(self.key.sign(raw).signature)
+        return {**value, "signatures": signatures}
+
+
+def curve_key() -> str:
+    return b64(bytes(nacl.public.PrivateKey.generate().public_key))
+
+
+class CryptoDevice:
+    """A client with encryption keys, as far as the server has to do with them."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.user_id = client.user_id
+        self.device_id = client.device_id
+        self.identity = KeyPair(client.device_id)
+        self.cross: dict[str, KeyPair] = {}
+        self.counter = itertools.count(1)
+
+    def device_keys(self, **changes: Any) -> Json:
+        value = {
+            "user_id": self.user_id,
+            "device_id": self.device_id,
+            "algorithms": ["m.olm.v1.curve25519-aes-sha2", "m.megolm.v1.aes-sha2"],
+            "keys": {
+                f"curve25519:{self.device_id}": curve_key(),
+                self.identity.id: self.identity.public,
+            },
+            **changes,
+        }
+        return self.identity.sign(value, self.user_id)
+
+    def one_time_keys(self, count: int, **members: Any) -> Json:
+        """New signed one-time keys; their ids rise."""
+        made = {}
+        for _ in range(count):
+            key = self.identity.sign({"key": curve_key(), **members}, self.user_id)
+            made[f"signed_curve25519:{next(self.counter):06}"] = key
+        return made
+
+    def upload(self, **body: Any) -> httpx.Response:
+        return self.client.post("keys/upload", body)
+
+    def publish(self, count: int = 0) -> CryptoDevice:
+        """Upload the identity keys and some one-time keys."""
+        ok(self.upload(device_keys=self.device_keys(), one_time_keys=self.one_time_keys(count)))
+        return self
+
+    def cross_signing_keys(self, **pairs: KeyPair) -> Json:
+        """The body of /keys/device_signing/upload with new keys, but for those given."""
+        self.cross = {
+            u: pairs.get(u) or KeyPair() for u in ("master", "self_signing", "user_signing")
+        }
+        body = {}
+        for usage, pair in self.cross.items():
+            value = {"user_id": self.user_id, "usage": [usage], "keys": {pair.id: pair.public}}
+            signer = self.identity if usage == "master" else self.cross["master"]
+            body[f"{usage}_key"] = signer.sign(value, self.user_id)
+        return body
+
+
+def crypto(client: Client, count: int = 0) -> CryptoDevice:
+    return CryptoDevice(client).publish(count)
+
+
+def query(client: Client, *users: Client | CryptoDevice, **fields: Any) -> Json:
+    return ok(
+        client.post("keys/query", {"device_keys": {user.user_id: [] for user in users}, **fields})
+    )
+
+
+def claim(client: Client, device: CryptoDevice, algorithm: str = "signed_curve25519") -> Json:
+    """Claim one key of a device: {key id: key}, or {}."""
+    wanted = {device.user_id: {device.device_id: algorithm}}
+    answer = ok(client.post("keys/claim", {"one_time_keys": wanted}))["one_time_keys"]
+    return cast(Json, answer.get(device.user_id, {}).get(device.device_id, {}))
+
+
+def send_to_device(
+    client: Client, event_type: str, messages: Json, txn_id: str | None = None
+) -> None:
+    path = ("sendToDevice", event_type, txn_id or unique("txn"))
+    assert ok(client.put(path, {"messages": messages})) == {}
+
+
+def to_device(result: Json) -> list[Json]:
+    return cast("list[Json]", result.get("to_device", {}).get("events", []))
+
+
+def changed(result: Json) -> set[str]:
+    return set(result.get("device_lists", {}).get("changed", []))
+
+
+def left(result: Json) -> set[str]:
+    return set(result.get("device_lists", {}).get("left", []))
+
+
+# ── 17.5  Device lists ───────────────────────────────────────────────────────
+
+
+def test_device_lists_tell_those_who_share_a_room(
+    alice: Client, bob: Client, server: Server
+) -> None:
+    stranger = register(server)
+    room = alice.room_with(bob)
+    for client in (alice, bob, stranger):
+        client.poll()
+    crypto(alice)
+    assert changed(bob.poll()) == {alice.user_id}
+    assert changed(alice.poll()) == {alice.user_id}
+    assert changed(stranger.poll()) == set()
+    second = alice.login()
+    crypto(second)
+    assert changed(bob.poll()) == {alice.user_id}
+    ok(second.post("logout"))
+    assert changed(bob.poll()) == {alice.user_id}
+    assert list(query(bob, alice)["device_keys"][alice.user_id]) == [alice.device_id]
+    ok(alice.put(("devices", alice.device_id), {"display_name": "new name"}))
+    assert changed(bob.poll()) == {alice.user_id}
+    assert room
+
+
+def test_device_lists_follow_joins_and_leaves(alice: Client, bob: Client) -> None:
+    alice.poll()
+    bob.poll()
+    room = alice.create_room(bob)
+    assert changed(bob.poll()) == changed(alice.poll()) == set()
+    bob.join(room)
+    assert bob.user_id in changed(alice.poll())
+    assert alice.user_id in changed(bob.poll())
+    other = alice.room_with(bob)
+    bob.leave(room)
+    assert left(alice.poll()) == left(bob.poll()) == set()
+    bob.leave(other)
+    assert left(alice.poll()) == {bob.user_id}
+    assert left(bob.poll()) == {alice.user_id}
+    crypto(alice)
+    assert changed(bob.poll()) == set()
+    bob.join(alice.create_room(bob))
+    assert alice.user_id in changed(bob.poll())
+
+
+def test_keys_changes_between_two_tokens_and_over_a_restart(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    alice, bob, carol = (register(server) for _ in range(3))
+    room = alice.room_with(bob, carol)
+    start = alice.poll()["next_batch"]
+    crypto(bob)
+    carol.leave(room)
+    end = alice.poll()["next_batch"]
+    expected = {"changed": [bob.user_id], "left": [carol.user_id]}
+    assert ok(alice.get("keys/changes", **{"from": start, "to": end})) == expected
+    assert ok(alice.get("keys/changes", **{"from": end, "to": end})) == {"changed": [], "left": []}
+    server.restart()
+    assert ok(alice.get("keys/changes", **{"from": start, "to": end})) == expected
+    assert ok(carol.get("keys/changes", **{"from": start, "to": end}))["left"] == sorted(
+        [alice.user_id, bob.user_id]
+    )
+    fails(alice.get("keys/changes", to=end), 400)
+    fails(alice.get("keys/changes", **{"from": "nonsense", "to": end}), 400)
+    result = alice.sync(start)
+    assert (changed(result), left(result)) == ({bob.user_id}, {carol.user_id})
+
+
+class FakeRooms:
+    """Who is in which room, as the room store would say."""
+
+    def __init__(self, hs: Any) -> None:
+        self.hs = hs
+        self.joined: dict[int, set[int]] = {}
+
+    def by_nid(self, nid: int) -> Any:
+        names = [self.hs.db.user_id(user) for user in sorted(self.joined.get(nid, ()))]
+        return types.SimpleNamespace(members=lambda membership: names)
+
+    def joined_rooms(self, user: int) -> list[int]:
+        return [nid for nid, users in self.joined.items() if user in users]
+
+    def share_room(self, one: int, other: int) -> bool:
+        return any({one, other} <= users for users in self.joined.values())
+
+    def users_sharing(self, user: int) -> set[int]:
+        together = [users for users in self.joined.values() if user in users]
+        return set().union(*together) - {user}
+
+    def move(self, user: int, nid: int) -> None:
+        """Join, or leave when joined, as the room store announces it."""
+        users = self.joined.setdefault(nid, set())
+        was = "join" if user in users else "leave"
+        users ^= {user}
+        position = self.hs.stream.stamp(conduit.ROOM_EVENT, nid)
+        room = cast(Any, types.SimpleNamespace(nid=nid, last_pos=position))
+        conduit.note_membership(
+            self.hs, room, cast(Any, user), was, "leave" if was == "join" else "join"
+        )
+
+
+@contextlib.contextmanager
+def bare_homeserver(folder: Path) -> Iterator[Any]:
+    """Database, stream and keys without a server around them; needs a running loop."""
+    hs: Any = types.SimpleNamespace(db=conduit.Database(folder, "test.example", 16.0))
+    hs.stream = conduit.Stream(hs.db)
+    hs.keys = conduit.KeyCache(hs.db, hs.stream.position)
+    hs.rooms = FakeRooms(hs)
+    try:
+        yield hs
+    finally:
+        hs.db.connection.execute("COMMIT")
+        hs.db.connection.close()
+
+
+list_steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("move"), st.integers(0, 3), st.integers(1, 3)),
+        st.tuples(st.just("keys"), st.integers(0, 3), st.just(0)),
+        st.tuples(st.just("sync"), st.integers(0, 3), st.just(0)),
+    ),
+    max_size=30,
+)
+
+
+def run_list_steps(hs: Any, steps: list[tuple[str, int, int]]) -> None:
+    """Play the steps, and hold what each user hears against a plain model."""
+    run = next(COUNTER)
+    users = [hs.db.user_nid(f"@u{n}:run{run}") for n in range(4)]
+    hs.rooms.joined = {}
+    since = dict.fromkeys(users, hs.stream.position)
+    shared: dict[int, set[int]] = {user: set() for user in users}
+    news: dict[int, set[int]] = {user: set() for user in users}
+    for kind, number, room in steps:
+        user = users[number]
+        if kind == "move":
+            hs.rooms.move(user, 4 * run + room)
+        elif kind == "keys":
+            conduit.device_list_changed(hs, user)
+            for each in news.values():
+                each.add(user)
+        else:
+            now = hs.rooms.users_sharing(user)
+            expected = now & news[user] | now - shared[user] | {user} & news[user]
+            for floor in (0, 2**60):  # from the log, from the tables
+                hs.keys.floor = floor
+                answer = conduit.device_list_changes(hs, user, since[user], hs.stream.position)
+                named, gone = ({*map(hs.db.user_nid, part)} for part in answer)
+                assert expected <= named <= now | {user}
+                assert shared[user] - now <= gone
+                assert not gone & (now | {user})
+            since[user], shared[user], news[user] = hs.stream.position, now, set()
+
+
+def test_device_lists_never_say_too_little(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with bare_homeserver(tmp_path) as hs, hs.db.write():
+            given(list_steps)(lambda steps: run_list_steps(hs, steps))()
+
+    asyncio.run(scenario())
+
+
+# ── 17.6  Uploading ──────────────────────────────────────────────────────────
+
+
+def test_keys_upload_and_query(alice: Client, bob: Client) -> None:
+    device = CryptoDevice(alice)
+    keys = device.device_keys()
+    ok(alice.put(("devices", alice.device_id), {"display_name": "phone"}))
+    assert ok(device.upload(device_keys=keys)) == {"one_time_key_counts": {"signed_curve25519": 0}}
+    answer = query(bob, alice)
+    assert answer["device_keys"] == {
+        alice.user_id: {alice.device_id: {**keys, "unsigned": {"device_display_name": "phone"}}}
+    }
+    assert answer["failures"] == {}
+    assert answer["user_signing_keys"] == answer["master_keys"] == {}
+    named = {"device_keys": {alice.user_id: ["NO_SUCH_DEVICE"], "@nobody:test.example": []}}
+    assert ok(bob.post("keys/query", named))["device_keys"] == {alice.user_id: {}}
+
+
+def test_keys_query_names_servers_that_cannot_be_reached(alice: Client) -> None:
+    answer = ok(alice.post("keys/query", {"device_keys": {"@x:remote.example": []}, "timeout": 10}))
+    assert set(answer["failures"]) == {"remote.example"}
+    answer = ok(
+        alice.post(
+            "keys/claim", {"one_time_keys": {"@x:remote.example": {"D": "signed_curve25519"}}}
+        )
+    )
+    assert set(answer["failures"]) == {"remote.example"}
+    assert answer["one_time_keys"] == {}
+
+
+def test_keys_upload_of_the_same_keys_again_is_no_change(alice: Client, bob: Client) -> None:
+    device, room = crypto(alice), alice.room_with(bob)
+    bob.poll()
+    keys = device.device_keys()
+    ok(device.upload(device_keys=keys))
+    assert changed(bob.poll()) == {alice.user_id}
+    ok(device.upload(device_keys=keys))
+    assert changed(bob.poll()) == set()
+    assert room
+
+
+@pytest.mark.parametrize(
+    ("change", "errcode"),
+    [
+        ({"user_id": "@other:test.example"}, "M_INVALID_PARAM"),
+        ({"device_id": "OTHER"}, "M_INVALID_PARAM"),
+        ({"algorithms": "m.olm"}, "M_BAD_JSON"),
+        ({"algorithms": [1]}, "M_BAD_JSON"),
+        ({"keys": {}}, "M_BAD_JSON"),
+        ({"keys": {"ed25519": 1}}, "M_BAD_JSON"),
+        ({"extra": 1.5}, "M_BAD_JSON"),
+        ({"extra": 2**60}, "M_BAD_JSON"),
+        ({"extra": "x" * 70_000}, "M_TOO_LARGE"),
+    ],
+)
+def test_keys_upload_refuses_device_keys_that_are_wrong(
+    alice: Client, change: Json, errcode: str
+) -> None:
+    response = CryptoDevice(alice).upload(device_keys=CryptoDevice(alice).device_keys(**change))
+    fails(response, 413 if errcode == "M_TOO_LARGE" else 400, errcode)
+    assert query(alice, alice)["device_keys"] == {alice.user_id: {}}
+
+
+def test_keys_upload_refuses_device_keys_without_their_own_signature(alice: Client) -> None:
+    device = CryptoDevice(alice)
+    keys = device.device_keys()
+    for bad in (
+        {**keys, "signatures": {}},
+        {**keys, "signatures": {alice.user_id: {device.identity.id: b64(bytes(64))}}},
+        {**keys, "signatures": {alice.user_id: {device.identity.id: 7}}},
+        {**keys, "algorithms": []},
+        KeyPair(alice.device_id).sign(keys, alice.user_id),
+    ):
+        fails(device.upload(device_keys=bad), 400, "M_INVALID_SIGNATURE")
+
+
+def test_one_time_keys_need_the_signature_of_the_device(alice: Client) -> None:
+    device = CryptoDevice(alice)
+    fails(device.upload(one_time_keys=device.one_time_keys(1)), 400, "M_INVALID_SIGNATURE")
+    device.publish(1)
+    stranger = CryptoDevice(alice)
+    fails(device.upload(one_time_keys=stranger.one_time_keys(1)), 400, "M_INVALID_SIGNATURE")
+    mixed = {
+        **device.one_time_keys(3),
+        "signed_curve25519:x": {"key": curve_key(), "signatures": {}},
+    }
+    fails(device.upload(one_time_keys=mixed), 400, "M_INVALID_SIGNATURE")
+    assert ok(device.upload())["one_time_key_counts"] == {"signed_curve25519": 1}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"signed_curve25519": {"key": "x"}},
+        {":AA": {"key": "x"}},
+        {"signed_curve25519:AA": "plain"},
+        {"signed_curve25519:AA": 5},
+        {"signed_curve25519:AA": {"key": 5}},
+        {"signed_curve25519:AA": {"key": "AAAA"}},
+        {"curve25519:AA": "not base64!"},
+        {"signed_curve25519:" + "A" * 300: {"key": "A" * 43}},
+    ],
+)
+def test_one_time_keys_of_wrong_shape_are_refused(alice: Client, keys: Json) -> None:
+    device = crypto(alice)
+    assert device.upload(one_time_keys=keys).status_code == 400
+    assert device.upload(fallback_keys=keys).status_code == 400
+    assert claim(alice, device) == {}
+
+
+def test_one_time_key_id_with_other_content_is_refused(alice: Client) -> None:
+    device = crypto(alice)
+    keys = device.one_time_keys(2)
+    assert ok(device.upload(one_time_keys=keys))["one_time_key_counts"] == {"signed_curve25519": 2}
+    assert ok(device.upload(one_time_keys=keys))["one_time_key_counts"] == {"signed_curve25519": 2}
+    first = next(iter(keys))
+    other = {first: next(iter(device.one_time_keys(1).values()))}
+    fails(device.upload(one_time_keys=other), 400, "M_INVALID_PARAM")
+    assert claim(alice, device) == {first: keys[first]}
+
+
+def test_a_claimed_key_does_not_come_back_with_a_repeated_upload(
+    alice: Client, bob: Client
+) -> None:
+    device = crypto(alice)
+    keys = device.one_time_keys(2)
+    ok(device.upload(one_time_keys=keys))
+    first = claim(bob, device)
+    ok(device.upload(one_time_keys=keys))  # the client had not heard the first answer
+    second = claim(bob, device)
+    assert {**first, **second} == keys
+    assert claim(bob, device) == {}
+
+
+def test_new_identity_keys_make_the_old_one_time_keys_worthless(alice: Client, bob: Client) -> None:
+    device = crypto(alice, 5)
+    again = CryptoDevice(alice)
+    answer = ok(again.upload(device_keys=again.device_keys(), one_time_keys=again.one_time_keys(1)))
+    assert answer["one_time_key_counts"] == {"signed_curve25519": 1}
+    assert query(bob, alice)["device_keys"][alice.user_id][alice.device_id]["keys"][
+        device.identity.id
+    ] == (again.identity.public)
+
+
+def test_unsigned_one_time_keys_are_kept_by_algorithm(alice: Client, bob: Client) -> None:
+    device = crypto(alice, 1)
+    counts = ok(device.upload(one_time_keys={"curve25519:AA": curve_key()}))["one_time_key_counts"]
+    assert counts == {"signed_curve25519": 1, "curve25519": 1}
+    assert set(claim(bob, device, "curve25519")) == {"curve25519:AA"}
+    assert claim(bob, device, "curve25519") == {}
+
+
+# ── 17.7  Claiming ───────────────────────────────────────────────────────────
+
+
+def test_one_time_keys_are_claimed_in_the_order_of_upload(alice: Client, bob: Client) -> None:
+    device = crypto(alice)
+    batches = [device.one_time_keys(3) for _ in range(3)]
+    for batch in batches:
+        ok(device.upload(one_time_keys=batch))
+    for batch in batches:
+        found: Json = {}
+        for _ in batch:
+            found |= claim(bob, device)
+        assert found == batch
+    assert claim(bob, device) == {}
+
+
+def test_one_time_keys_are_claimed_once_by_many_at_once(alice: Client, server: Server) -> None:
+    device = crypto(alice, 60)
+    clients = [register(server) for _ in range(8)]
+
+    def take(client: Client) -> list[str]:
+        return [key_id for _ in range(12) for key_id in claim(client, device)]
+
+    with ThreadPoolExecutor(8) as pool:
+        taken = [key_id for keys in pool.map(take, clients) for key_id in keys]
+    assert len(taken) == len(set(taken)) == 60
+
+
+def test_fallback_key_is_given_out_when_one_time_keys_are_used_up(
+    alice: Client, bob: Client
+) -> None:
+    device = crypto(alice, 1)
+    assert alice.poll()["device_unused_fallback_key_types"] == []
+    fallback = device.one_time_keys(1, fallback=True)
+    ok(device.upload(fallback_keys=fallback))
+    assert alice.poll()["device_unused_fallback_key_types"] == ["signed_curve25519"]
+    assert claim(bob, device) != fallback
+    assert alice.poll()["device_unused_fallback_key_types"] == ["signed_curve25519"]
+    assert claim(bob, device) == claim(bob, device) == fallback
+    result = alice.poll(timeout=2000)
+    assert result["device_unused_fallback_key_types"] == []
+    assert result["device_one_time_keys_count"]["signed_curve25519"] == 0
+    ok(device.upload(fallback_keys=fallback))  # the same again stays used
+    assert alice.poll()["device_unused_fallback_key_types"] == []
+    fresh = device.one_time_keys(1, fallback=True)
+    ok(device.upload(fallback_keys=fresh))
+    assert alice.poll()["device_unused_fallback_key_types"] == ["signed_curve25519"]
+    assert claim(bob, device) == fresh
+    two = device.one_time_keys(2, fallback=True)
+    fails(device.upload(fallback_keys=two), 400, "M_INVALID_PARAM")
+
+
+def test_sync_wakes_when_a_key_is_claimed(alice: Client, bob: Client) -> None:
+    device = crypto(alice, 10)
+    assert alice.poll()["device_one_time_keys_count"] == {"signed_curve25519": 10}
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(alice.poll, 20_000)
+        time.sleep(0.3)
+        started = time.monotonic()
+        claim(bob, device)
+        assert waiting.result()["device_one_time_keys_count"] == {"signed_curve25519": 9}
+    assert time.monotonic() - started < 5
+
+
+def test_keys_query_and_claim_refuse_wrong_types(alice: Client) -> None:
+    for body in (
+        {},
+        {"device_keys": []},
+        {"device_keys": {alice.user_id: "x"}},
+        {"device_keys": {"x": []}},
+    ):
+        assert alice.post("keys/query", body).status_code == 400
+    for users in ([], {alice.user_id: []}, {alice.user_id: {"D": 5}}, {"nobody": {}}):
+        assert alice.post("keys/claim", {"one_time_keys": users}).status_code == 400
+
+
+@slow
+def test_sec_49_claimed_keys_stay_claimed_when_the_server_is_killed(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    owner, taker = register(server), register(server)
+    device = crypto(owner, 40)
+    taken: list[str] = []
+    for _ in range(4):
+        taken += [key_id for _ in range(5) for key_id in claim(taker, device)]
+        ok(device.upload(one_time_keys=device.one_time_keys(2)))
+        server.kill9()
+        server.start()
+    while found := claim(taker, device):
+        taken += found
+    assert len(taken) == len(set(taken)) == 48
+    server.stop()
+    server.check()
+
+
+# ── 17.8  Cross-signing ──────────────────────────────────────────────────────
+
+
+def test_cross_signing_keys_are_uploaded_freely_once(alice: Client, bob: Client) -> None:
+    device, _ = crypto(alice), alice.room_with(bob)
+    body = device.cross_signing_keys()
+    bob.poll()
+    assert ok(alice.post("keys/device_signing/upload", body)) == {}
+    assert changed(bob.poll()) == {alice.user_id}
+    mine, theirs = query(alice, alice), query(bob, alice)
+    for usage in ("master", "self_signing", "user_signing"):
+        assert mine[f"{usage}_keys"][alice.user_id] == body[f"{usage}_key"]
+    assert theirs["master_keys"] == mine["master_keys"]
+    assert theirs["self_signing_keys"] == mine["self_signing_keys"]
+    assert theirs["user_signing_keys"] == {}
+    assert (
+        ok(alice.post("keys/device_signing/upload", body)) == {}
+    )  # the same again needs no password
+    assert changed(bob.poll()) == set()
+
+
+def test_replacing_cross_signing_keys_needs_the_password(alice: Client) -> None:
+    alice.checked = False  # the specification's data leave out the 401 of this endpoint
+    device = crypto(alice)
+    first = device.cross_signing_keys()
+    ok(alice.post("keys/device_signing/upload", first))
+    second = device.cross_signing_keys()
+    challenge = alice.post("keys/device_signing/upload", second)
+    assert challenge.status_code == 401
+    assert challenge.json()["flows"]
+    wrong = {"type": "m.login.password", "identifier": {"type": "m.id.user", "user": alice.user_id}}
+    auth = {**wrong, "password": "wrong", "session": challenge.json()["session"]}
+    assert alice.post("keys/device_signing/upload", {**second, "auth": auth}).status_code == 401
+    assert query(alice, alice)["master_keys"][alice.user_id] == first["master_key"]
+    ok(alice.uia("POST", "keys/device_signing/upload", second))
+    assert query(alice, alice)["master_keys"][alice.user_id] == second["master_key"]
+
+
+def test_another_self_signing_key_alone_needs_the_password_too(alice: Client) -> None:
+    alice.checked = False  # the specification's data leave out the 401 of this endpoint
+    device = crypto(alice)
+    ok(alice.post("keys/device_signing/upload", device.cross_signing_keys()))
+    master = device.cross["master"]
+    body = device.cross_signing_keys(master=master)
+    only = {"self_signing_key": body["self_signing_key"]}
+    assert alice.post("keys/device_signing/upload", only).status_code == 401
+    ok(alice.uia("POST", "keys/device_signing/upload", only))
+    assert query(alice, alice)["self_signing_keys"][alice.user_id] == only["self_signing_key"]
+
+
+def test_cross_signing_signatures_are_checked(alice: Client) -> None:
+    device = crypto(alice)
+    body = device.cross_signing_keys()
+    for name in ("self_signing_key", "user_signing_key"):
+        unsigned = {k: v for k, v in body[name].items() if k != "signatures"}
+        forged = KeyPair().sign(unsigned, alice.user_id)
+        wrong = {
+            **unsigned,
+            "signatures": {alice.user_id: {device.cross["master"].id: b64(bytes(64))}},
+        }
+        for bad in (unsigned, forged, wrong):
+            fails(
+                alice.post("keys/device_signing/upload", {**body, name: bad}),
+                400,
+                "M_INVALID_SIGNATURE",
+            )
+    spoilt = {
+        **body["master_key"],
+        "signatures": {alice.user_id: {device.identity.id: b64(bytes(64))}},
+    }
+    response = alice.post("keys/device_signing/upload", {**body, "master_key": spoilt})
+    fails(response, 400, "M_INVALID_SIGNATURE")
+    only = {"self_signing_key": body["self_signing_key"]}
+    fails(alice.post("keys/device_signing/upload", only), 400, "M_MISSING_PARAM")
+    assert query(alice, alice)["master_keys"] == {}
+
+
+def test_cross_signing_keys_of_wrong_shape_are_refused(alice: Client) -> None:
+    device = crypto(alice)
+    good = device.cross_signing_keys()["master_key"]
+    for change in (
+        {"user_id": "@other:test.example"},
+        {"usage": ["self_signing"]},
+        {"usage": "master"},
+        {"keys": {}},
+        {"keys": {"ed25519:x": good["keys"][device.cross["master"].id]}},
+        {"keys": {"ed25519:AAAA": "AAAA"}},
+        {"keys": 5},
+        {"extra": 0.5},
+    ):
+        response = alice.post("keys/device_signing/upload", {"master_key": {**good, **change}})
+        assert response.status_code == 400, change
+
+
+def test_cross_signing_key_may_not_be_a_device_id(alice: Client) -> None:
+    pair = KeyPair()
+    device = CryptoDevice(alice.login(device_id=pair.public)).publish()
+    body = device.cross_signing_keys(master=pair)
+    fails(alice.post("keys/device_signing/upload", body), 403, "M_FORBIDDEN")
+    same = KeyPair()
+    body = device.cross_signing_keys(self_signing=same, user_signing=same)
+    fails(alice.post("keys/device_signing/upload", body), 403, "M_FORBIDDEN")
+
+
+def test_a_device_may_not_have_the_name_of_a_cross_signing_key(alice: Client) -> None:
+    device = crypto(alice)
+    ok(alice.post("keys/device_signing/upload", device.cross_signing_keys()))
+    twin = CryptoDevice(alice.login(device_id=device.cross["self_signing"].public))
+    fails(twin.upload(device_keys=twin.device_keys()), 403, "M_FORBIDDEN")
+
+
+def test_signatures_are_checked_and_merged(alice: Client, bob: Client, server: Server) -> None:
+    phone, friend, _ = crypto(alice), crypto(bob), alice.room_with(bob)
+    ok(alice.post("keys/device_signing/upload", phone.cross_signing_keys()))
+    ok(bob.post("keys/device_signing/upload", friend.cross_signing_keys()))
+    device = query(alice, alice)["device_keys"][alice.user_id][alice.device_id]
+    own = phone.cross["self_signing"].sign({**device, "signatures": {}}, alice.user_id)
+    master = query(alice, bob)["master_keys"][bob.user_id]
+    theirs = phone.cross["user_signing"].sign({**master, "signatures": {}}, alice.user_id)
+    laptop = alice.login()
+    for client in (alice, bob, laptop):
+        client.poll()
+    body = {
+        alice.user_id: {alice.device_id: own},
+        bob.user_id: {friend.cross["master"].public: theirs},
+    }
+    assert ok(alice.post("keys/signatures/upload", body)) == {"failures": {}}
+    # Everyone sees the device signed; only its maker sees the signature of the user-signing key.
+    seen = query(bob, alice)["device_keys"][alice.user_id][alice.device_id]["signatures"][
+        alice.user_id
+    ]
+    assert set(seen) == {phone.identity.id, phone.cross["self_signing"].id}
+    mine = query(alice, bob)["master_keys"][bob.user_id]["signatures"]
+    assert set(mine[alice.user_id]) == {phone.cross["user_signing"].id}
+    assert set(mine[bob.user_id]) == {friend.identity.id}
+    for viewer in (bob, register(server)):
+        assert set(query(viewer, bob)["master_keys"][bob.user_id]["signatures"]) == {bob.user_id}
+    assert changed(bob.poll()) == {alice.user_id}
+    assert changed(laptop.poll()) == {alice.user_id, bob.user_id}
+    assert ok(alice.post("keys/signatures/upload", body)) == {"failures": {}}
+    assert changed(laptop.poll()) == set()
+
+
+def test_signatures_that_fail_are_named_one_by_one(alice: Client, bob: Client) -> None:
+    phone, friend = crypto(alice), crypto(bob)
+    ok(alice.post("keys/device_signing/upload", phone.cross_signing_keys()))
+    ok(bob.post("keys/device_signing/upload", friend.cross_signing_keys()))
+    device = query(alice, alice)["device_keys"][alice.user_id][alice.device_id]
+    bare = {**device, "signatures": {}}
+    signing, master = phone.cross["self_signing"], friend.cross["master"].public
+    foreign = query(alice, bob)["master_keys"][bob.user_id]
+
+    def failure(user: Client, name: str, value: Any) -> str:
+        answer = ok(alice.post("keys/signatures/upload", {user.user_id: {name: value}}))
+        return str(answer["failures"][user.user_id][name]["errcode"])
+
+    spoilt = {**bare, "signatures": {alice.user_id: {signing.id: b64(bytes(64))}}}
+    altered = signing.sign({**bare, "algorithms": []}, alice.user_id)
+    assert failure(alice, alice.device_id, spoilt) == "M_INVALID_SIGNATURE"
+    assert failure(alice, alice.device_id, bare) == "M_INVALID_SIGNATURE"
+    assert (
+        failure(alice, alice.device_id, KeyPair().sign(bare, alice.user_id))
+        == "M_INVALID_SIGNATURE"
+    )
+    assert (
+        failure(alice, alice.device_id, phone.cross["master"].sign(bare, alice.user_id))
+        == "M_INVALID_SIGNATURE"
+    )
+    assert failure(alice, alice.device_id, altered) == "M_INVALID_PARAM"
+    assert failure(alice, "NOSUCHDEVICE", signing.sign(bare, alice.user_id)) == "M_NOT_FOUND"
+    assert failure(alice, alice.device_id, 5) == "M_BAD_JSON"
+    assert failure(bob, bob.device_id, signing.sign(bare, alice.user_id)) == "M_NOT_FOUND"
+    assert (
+        failure(bob, master, signing.sign({**foreign, "signatures": {}}, alice.user_id))
+        == "M_INVALID_SIGNATURE"
+    )
+    assert alice.post("keys/signatures/upload", {alice.user_id: []}).status_code == 400
+    signed = query(alice, alice)["device_keys"][alice.user_id][alice.device_id]["signatures"]
+    assert set(signed[alice.user_id]) == {phone.identity.id}
+
+
+def test_a_new_master_key_drops_what_the_old_ones_signed(alice: Client) -> None:
+    alice.checked = False  # the specification's data leave out the 401 of this endpoint
+    phone = crypto(alice)
+    ok(alice.post("keys/device_signing/upload", phone.cross_signing_keys()))
+    device = query(alice, alice)["device_keys"][alice.user_id][alice.device_id]
+    own = phone.cross["self_signing"].sign({**device, "signatures": {}}, alice.user_id)
+    assert (
+        ok(alice.post("keys/signatures/upload", {alice.user_id: {alice.device_id: own}}))[
+            "failures"
+        ]
+        == {}
+    )
+    body = phone.cross_signing_keys()
+    ok(alice.uia("POST", "keys/device_signing/upload", {"master_key": body["master_key"]}))
+    answer = query(alice, alice)
+    assert answer["self_signing_keys"] == answer["user_signing_keys"] == {}
+    signatures = answer["device_keys"][alice.user_id][alice.device_id]["signatures"][alice.user_id]
+    assert set(signatures) == {phone.identity.id}
+
+
+# ── 17.9  Key backup ─────────────────────────────────────────────────────────
+
+ALGORITHM: Final = "m.megolm_backup.v1.curve25519-aes-sha2"
+
+
+def new_backup(client: Client) -> str:
+    body = {"algorithm": ALGORITHM, "auth_data": {"public_key": curve_key()}}
+    return str(ok(client.post("room_keys/version", body))["version"])
+
+
+def backed_up(first: int = 0, forwarded: int = 0, verified: bool = False, data: str = "x") -> Json:
+    return {
+        "first_message_index": first,
+        "forwarded_count": forwarded,
+        "is_verified": verified,
+        "session_data": {"ciphertext": data, "ephemeral": curve_key(), "mac": "m"},
+    }
+
+
+def test_backup_versions(alice: Client) -> None:
+    fails(alice.get("room_keys/version"), 404, "M_NOT_FOUND")
+    first, auth = new_backup(alice), {"public_key": "x", "signatures": {}}
+    ok(alice.put(("room_keys", "version", first), {"algorithm": ALGORITHM, "auth_data": auth}))
+    described = {
+        "algorithm": ALGORITHM,
+        "auth_data": auth,
+        "count": 0,
+        "etag": "0",
+        "version": first,
+    }
+    assert ok(alice.get("room_keys/version")) == described
+    other = {"algorithm": "other", "auth_data": auth}
+    fails(alice.put(("room_keys", "version", first), other), 400, "M_INVALID_PARAM")
+    mismatch = {"algorithm": ALGORITHM, "auth_data": auth, "version": "77"}
+    fails(alice.put(("room_keys", "version", first), mismatch), 400, "M_INVALID_PARAM")
+    second = new_backup(alice)
+    assert ok(alice.get("room_keys/version"))["version"] == second != first
+    assert ok(alice.get(("room_keys", "version", first))) == described
+    ok(alice.delete(("room_keys", "version", second)))
+    ok(alice.delete(("room_keys", "version", second)))
+    fails(alice.get(("room_keys", "version", second)), 404)
+    assert ok(alice.get("room_keys/version"))["version"] == first
+    assert new_backup(alice) not in {first, second}
+    for unknown in ("77", "0", "-1", "x", "٣", "1" * 40):
+        fails(alice.get(("room_keys", "version", unknown)), 404, "M_NOT_FOUND")
+        fails(alice.delete(("room_keys", "version", unknown)), 404, "M_NOT_FOUND")
+
+
+def test_backup_sessions(alice: Client, bob: Client) -> None:
+    version = new_backup(alice)
+    one, two = "!one:test.example", "!two:test.example"
+    keys: Json = {f"s{n}": backed_up(n) for n in range(3)}
+    assert (
+        ok(alice.put(("room_keys", "keys", one, "s0"), keys["s0"], version=version))["count"] == 1
+    )
+    answer = ok(alice.put(("room_keys", "keys", one), {"sessions": keys}, version=version))
+    assert answer["count"] == 3
+    rooms = {one: {"sessions": keys}, two: {"sessions": {"t": backed_up()}}}
+    after = ok(alice.put("room_keys/keys", {"rooms": rooms}, version=version))
+    assert after["count"] == 4
+    assert after["etag"] != answer["etag"]
+    assert (
+        ok(alice.put("room_keys/keys", {"rooms": {two: rooms[two]}}, version=version))["etag"]
+        == after["etag"]
+    )
+    everything = ok(alice.get("room_keys/keys", version=version))["rooms"]
+    assert everything[one]["sessions"] == keys
+    assert set(everything) == {one, two}
+    assert ok(alice.get(("room_keys", "keys", one), version=version)) == {"sessions": keys}
+    assert ok(alice.get(("room_keys", "keys", one, "s1"), version=version)) == keys["s1"]
+    assert ok(alice.get(("room_keys", "keys", "!none:x"), version=version)) == {"sessions": {}}
+    fails(alice.get(("room_keys", "keys", one, "none"), version=version), 404, "M_NOT_FOUND")
+    fails(bob.get("room_keys/keys", version=version), 404, "M_NOT_FOUND")
+    assert ok(alice.delete(("room_keys", "keys", one, "s1"), version=version))["count"] == 3
+    assert ok(alice.delete(("room_keys", "keys", one), version=version))["count"] == 1
+    assert set(ok(alice.get("room_keys/keys", version=version))["rooms"]) == {two}
+    assert ok(alice.delete("room_keys/keys", version=version))["count"] == 0
+    assert ok(alice.get("room_keys/keys", version=version)) == {"rooms": {}}
+
+
+def test_backup_takes_sessions_for_the_newest_version_only(alice: Client) -> None:
+    path = ("room_keys", "keys", "!r:test.example", "s")
+    fails(alice.put(path, backed_up(), version="1"), 404, "M_NOT_FOUND")
+    old = new_backup(alice)
+    ok(alice.put(path, backed_up(), version=old))
+    new = new_backup(alice)
+    error = fails(alice.put(path, backed_up(), version=old), 403, "M_WRONG_ROOM_KEYS_VERSION")
+    assert error["current_version"] == new
+    fails(alice.put(path, backed_up(), version="77"), 404, "M_NOT_FOUND")
+    fails(alice.put(path, backed_up()), 400, "M_MISSING_PARAM")
+    assert ok(alice.get(path, version=old))["is_verified"] is False  # still there to be read
+    fails(alice.get(path, version=new), 404, "M_NOT_FOUND")
+    ok(alice.delete(("room_keys", "version", old)))
+    fails(alice.get(path, version=old), 404, "M_NOT_FOUND")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"first_message_index": -1},
+        {"first_message_index": True},
+        {"first_message_index": 2**53},
+        {"forwarded_count": 1.5},
+        {"forwarded_count": None},
+        {"is_verified": 1},
+        {"session_data": "text"},
+        {"session_data": {"x": 1.5}},
+        {"session_data": {"x": 2**60}},
+        {"session_data": {"x": "y" * 70_000}},
+    ],
+)
+def test_backup_refuses_sessions_of_wrong_shape(alice: Client, change: Json) -> None:
+    version = new_backup(alice)
+    response = alice.put(
+        ("room_keys", "keys", "!r:x", "s"), {**backed_up(), **change}, version=version
+    )
+    assert response.status_code in (400, 413)
+    assert ok(alice.get("room_keys/keys", version=version)) == {"rooms": {}}
+
+
+def test_a_large_backup_is_given_back_whole(alice: Client) -> None:
+    version = new_backup(alice)
+    rooms = {
+        f"!room{n}:test.example": {
+            "sessions": {f"s{i}\u0000ü": backed_up(i, data="z" * 50) for i in range(n)}
+        }
+        for n in (1, 199, 201, 350)
+    }
+    assert ok(alice.put("room_keys/keys", {"rooms": rooms}, version=version))["count"] == 751
+    assert ok(alice.get("room_keys/keys", version=version))["rooms"] == rooms
+    for room_id, room in rooms.items():
+        assert ok(alice.get(("room_keys", "keys", room_id), version=version)) == room
+    assert (
+        ok(alice.delete(("room_keys", "keys", "!room350:test.example"), version=version))["count"]
+        == 401
+    )
+
+
+sessions = st.tuples(st.booleans(), st.integers(0, 3), st.integers(0, 3))
+
+
+@given(st.lists(sessions, min_size=1, max_size=8))
+def test_the_best_session_stays_whatever_the_order(uploads: list[tuple[bool, int, int]]) -> None:
+    kept = uploads[0]
+    for new in uploads[1:]:
+        kept = new if conduit.replaces(new, kept) else kept
+    verified = [each for each in uploads if each[0]] or uploads
+    lowest = min(each[1] for each in verified)
+    assert kept == (verified[0][0], lowest, min(each[2] for each in verified if each[1] == lowest))
+    assert not conduit.replaces(kept, kept)
+
+
+def test_backup_keeps_the_better_session(alice: Client) -> None:
+    version = new_backup(alice)
+    path = ("room_keys", "keys", "!r:test.example", "s")
+    order = [
+        (5, 5, False),
+        (5, 4, False),
+        (4, 9, False),
+        (9, 9, True),
+        (0, 0, False),
+        (9, 10, True),
+        (8, 99, True),
+    ]
+    kept = []
+    for first, forwarded, verified in order:
+        ok(alice.put(path, backed_up(first, forwarded, verified), version=version))
+        stored = ok(alice.get(path, version=version))
+        kept.append(
+            (stored["first_message_index"], stored["forwarded_count"], stored["is_verified"])
+        )
+    assert kept == [*order[:4], order[3], order[3], order[6]]
+
+
+# ── 17.11  To-device messages ────────────────────────────────────────────────
+
+
+def test_to_device_messages_reach_the_named_devices(alice: Client, bob: Client) -> None:
+    laptop = bob.login()
+    for client in (alice, bob, laptop):
+        client.poll()
+    send_to_device(alice, "m.test", {bob.user_id: {bob.device_id: {"n": 1}, "NOSUCHDEVICE": {}}})
+    send_to_device(
+        alice, "m.test", {bob.user_id: {"*": {"n": 2}}, "@nobody:test.example": {"*": {}}}
+    )
+    send_to_device(alice, "m.test", {bob.user_id: {"*": {"n": 3}, laptop.device_id: {"n": 4}}})
+
+    def seen(client: Client) -> list[int]:
+        events = to_device(client.poll())
+        assert all(e["sender"] == alice.user_id and e["type"] == "m.test" for e in events)
+        return [event["content"]["n"] for event in events]
+
+    assert seen(bob) == [1, 2, 3]
+    assert seen(laptop) == [2, 4]
+    assert seen(bob) == seen(laptop) == seen(alice) == []
+
+
+def test_to_device_transaction_is_repeated_without_effect(alice: Client, bob: Client) -> None:
+    bob.poll()
+    for n in range(3):
+        send_to_device(alice, "m.test", {bob.user_id: {"*": {"n": n}}}, "same")
+    send_to_device(alice, "m.other", {bob.user_id: {"*": {"n": 9}}}, "same")
+    other = alice.login()
+    send_to_device(other, "m.test", {bob.user_id: {"*": {"n": 10}}}, "same")
+    assert [event["content"]["n"] for event in to_device(bob.poll())] == [0, 9, 10]
+
+
+def test_to_device_message_stays_until_its_token_comes_back(alice: Client, bob: Client) -> None:
+    start = bob.sync()["next_batch"]
+    send_to_device(alice, "m.test", {bob.user_id: {"*": {"n": 1}}})
+    first = bob.sync(start)
+    assert to_device(bob.sync(start)) == to_device(first) != []  # the answer was lost: again
+    assert to_device(bob.sync(first["next_batch"])) == []
+    assert to_device(bob.sync(start)) == []  # acknowledged: gone
+    assert to_device(bob.sync()) == []
+
+
+def test_many_to_device_messages_come_a_hundred_at_a_time(alice: Client, bob: Client) -> None:
+    bob.poll()
+    for n in range(250):
+        send_to_device(alice, "m.test", {bob.user_id: {bob.device_id: {"n": n}}})
+    pages = [[event["content"]["n"] for event in to_device(bob.poll())] for _ in range(4)]
+    assert pages == [[*range(100)], [*range(100, 200)], [*range(200, 250)], []]
+
+
+def test_many_to_device_messages_wait_for_a_first_sync(alice: Client, bob: Client) -> None:
+    for n in range(120):
+        send_to_device(alice, "m.test", {bob.user_id: {bob.device_id: {"n": n}}})
+    found = [event["content"]["n"] for _ in range(3) for event in to_device(bob.poll())]
+    assert found == [*range(120)]
+
+
+def test_to_device_wakes_a_waiting_sync(alice: Client, bob: Client) -> None:
+    bob.poll()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(bob.poll, 20_000)
+        time.sleep(0.3)
+        started = time.monotonic()
+        send_to_device(alice, "m.test", {bob.user_id: {bob.device_id: {"n": 1}}})
+        assert len(to_device(waiting.result())) == 1
+    assert time.monotonic() - started < 5
+
+
+def test_messages_of_a_deleted_device_are_deleted(alice: Client, bob: Client) -> None:
+    laptop = bob.login(device_id="LAPTOP")
+    laptop.poll()
+    crypto(laptop, 3)
+    send_to_device(alice, "m.test", {bob.user_id: {"LAPTOP": {}}})
+    ok(laptop.post("logout"))
+    send_to_device(alice, "m.test", {bob.user_id: {"LAPTOP": {}}})
+    again = bob.login(device_id="LAPTOP")
+    result = again.poll()
+    assert to_device(result) == []
+    assert result["device_one_time_keys_count"].get("signed_curve25519", 0) == 0
+    assert query(bob, bob)["device_keys"] == {bob.user_id: {}}
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        {"nobody": {}},
+        {"@u:test.example": []},
+        {"@u:test.example": {"D": 5}},
+        {"@u:test.example": {"D": {"x": 1.5}}},
+    ],
+)
+def test_to_device_refuses_wrong_types(alice: Client, messages: Any) -> None:
+    response = alice.put(("sendToDevice", "m.test", unique("txn")), {"messages": messages})
+    fails(response, 400)
+
+
+def test_sec_46_to_device_messages_have_a_size(alice: Client, bob: Client) -> None:
+    def send(size: int) -> httpx.Response:
+        content = {"x": "y" * (size - len('{"x":""}'))}
+        body = {"messages": {bob.user_id: {"*": content}}}
+        return alice.put(("sendToDevice", "m.test", unique("txn")), body)
+
+    fails(send(65_537), 413, "M_TOO_LARGE")
+    ok(send(65_536))
+    long_type = ("sendToDevice", "m" * 256, unique("txn"))
+    fails(alice.put(long_type, {"messages": {}}), 400, "M_INVALID_PARAM")
+
+
+def test_sec_46_a_full_queue_refuses_the_newest_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(conduit, "MAX_QUEUED_MESSAGES", 5)
+    monkeypatch.setattr(conduit, "MAX_QUEUED_BYTES", 1000)
+
+    async def scenario() -> None:
+        with bare_homeserver(tmp_path) as hs, hs.db.write():
+            user = hs.db.user_nid("@u:test.example")
+            dead, alive = (types.SimpleNamespace(device_nid=nid) for nid in (1, 2))
+
+            def send(message: bytes) -> None:
+                conduit.queue_to_device(
+                    hs, user, "m.test", user, cast(Any, {1: message, 2: message})
+                )
+
+            def waiting(device: Any) -> list[int]:
+                position = hs.stream.position
+                events, _ = conduit.to_device_messages(hs, device, 0, position)
+                return [event["content"]["n"] for event in events]
+
+            for n in range(8):
+                send(b'{"n":%d}' % n)
+                if n < 7:
+                    conduit.acknowledge_to_device(hs, cast(Any, alive), hs.stream.position)
+            assert waiting(dead) == [0, 1, 2, 3, 4]
+            assert waiting(alive) == [7]
+            conduit.acknowledge_to_device(hs, cast(Any, dead), hs.stream.position)
+            send(b'{"n":9,"x":"%s"}' % (b"x" * 900))
+            send(b'{"n":10,"x":"%s"}' % (b"x" * 900))
+            assert waiting(dead) == [9]
+            assert waiting(alive) == [7, 9]
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(scenario())
+    assert [record.args[0] for record in caplog.records if record.name == "conduit.keys"] == [
+        1,
+        1,
+        2,
+    ]
+
+
+@slow
+def test_to_device_is_delivered_exactly_once_over_restarts(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    sender, receiver = register(server), register(server)
+    receiver.poll()
+    chance, sent, received = random.Random(17), [], []
+    for n in range(120):
+        step = chance.random()
+        if step < 0.6:
+            send_to_device(
+                sender, "m.test", {receiver.user_id: {receiver.device_id: {"n": n}}}, f"txn{n}"
+            )
+            sent.append(n)
+        elif step < 0.75:
+            receiver.sync(receiver.since)  # an answer that never arrives
+        elif step < 0.95:
+            received += [event["content"]["n"] for event in to_device(receiver.poll())]
+        else:
+            chance.choice([server.kill9, server.stop])()
+            server.start()
+    received += [event["content"]["n"] for _ in range(3) for event in to_device(receiver.poll())]
+    assert received == sent
+    server.stop()
+    server.check()
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  18. SYNC
+# ═════════════════════════════════════════════════════════════════════════════
+
+LAZY: Final = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 5}}}
+
+
+def keys_of(events: Iterable[Json]) -> set[tuple[str, str]]:
+    return {(event["type"], event["state_key"]) for event in events}
+
+
+def joined(result: Json, room_id: str) -> Json:
+    return cast(Json, result["rooms"]["join"][room_id])
+
+
+def test_first_sync_has_the_whole_state(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="Den")
+    for number in range(15):
+        alice.send_text(room_id, str(number))
+    room = joined(bob.poll(), room_id)
+    bodies = [event["content"]["body"] for event in room["timeline"]["events"]]
+    assert bodies == [str(number) for number in range(5, 15)]
+    assert room["timeline"]["limited"] is True
+    assert keys_of(room["state"]["events"]) == keys_of(alice.state(room_id))
+    assert room["summary"] == {"m.joined_member_count": 2, "m.invited_member_count": 0}
+    older = bob.messages(room_id, **{"from": room["timeline"]["prev_batch"], "limit": 1})
+    assert older["chunk"][0]["content"]["body"] == "4"
+
+
+def test_small_room_is_not_limited_and_state_comes_once(alice: Client) -> None:
+    room_id = alice.create_room()
+    room = joined(alice.sync(filter={"room": {"timeline": {"limit": 50}}}), room_id)
+    assert room["timeline"]["limited"] is False
+    assert room["state"]["events"] == []
+    assert room["timeline"]["events"][0]["type"] == "m.room.create"
+
+
+def test_only_what_is_new_comes_and_each_event_once(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    other = alice.room_with(bob)
+    bob.poll()
+    assert "rooms" not in bob.poll()
+    event_id = alice.send_text(room_id, "news")
+    result = bob.poll()
+    assert set(result["rooms"]["join"]) == {room_id}
+    assert [event["event_id"] for event in bob.timeline(room_id, result)] == [event_id]
+    assert joined(result, room_id)["state"]["events"] == []
+    assert "rooms" not in bob.poll()
+    alice.send_text(other, "elsewhere")
+    assert set(bob.poll()["rooms"]["join"]) == {other}
+
+
+def test_gap_brings_the_state_that_changed_in_it(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="Old")
+    bob.poll()
+    alice.set_state(room_id, "m.room.name", {"name": "New"})
+    alice.set_state(room_id, "m.room.topic", {"topic": "one"})
+    for number in range(12):
+        alice.send_text(room_id, str(number))
+    alice.set_state(room_id, "m.room.topic", {"topic": "two"})
+    room = joined(bob.poll(), room_id)
+    assert room["timeline"]["limited"] is True
+    state = {event["type"]: event["content"] for event in room["state"]["events"]}
+    assert state["m.room.name"] == {"name": "New"}
+    assert state["m.room.topic"] == {"topic": "one"}
+    assert room["timeline"]["events"][-1]["content"] == {"topic": "two"}
+
+
+@pytest.mark.parametrize("name", ["use_state_after", "org.matrix.msc4222.use_state_after"])
+def test_state_after_is_the_state_behind_the_timeline(alice: Client, bob: Client, name: str) -> None:
+    room_id = alice.room_with(bob)
+    section = "state_after" if name == "use_state_after" else "org.matrix.msc4222.state_after"
+    first = joined(bob.poll(**{name: "true"}), room_id)
+    assert keys_of(first[section]["events"]) == keys_of(alice.state(room_id))
+    assert "state" not in first
+    alice.set_state(room_id, "m.room.topic", {"topic": "x"})
+    alice.send_text(room_id, "hello")
+    second = joined(bob.poll(**{name: "true"}), room_id)
+    assert keys_of(second[section]["events"]) == {("m.room.topic", "")}
+
+
+def test_joining_brings_history_and_state(alice: Client, bob: Client) -> None:
+    bob.poll()
+    room_id = alice.create_room(bob, name="Den")
+    invited = bob.poll()["rooms"]["invite"][room_id]["invite_state"]["events"]
+    assert {("m.room.name", ""), ("m.room.member", bob.user_id)} <= keys_of(invited)
+    assert all(set(event) == {"type", "state_key", "content", "sender"} for event in invited)
+    assert "rooms" not in bob.poll()
+    alice.send_text(room_id, "before you came")
+    bob.join(room_id)
+    room = joined(bob.poll(), room_id)
+    assert "before you came" in [e["content"].get("body") for e in room["timeline"]["events"]]
+    everything = [*room["state"]["events"], *(e for e in room["timeline"]["events"] if "state_key" in e)]
+    assert keys_of(everything) == keys_of(alice.state(room_id))
+
+
+def test_leaving_ends_with_the_leave(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    bob.poll()
+    alice.send_text(room_id, "last words")
+    ok(alice.post(("rooms", room_id, "kick"), {"user_id": bob.user_id}))
+    alice.send_text(room_id, "behind your back")
+    result = bob.poll()
+    left = result["rooms"]["leave"][room_id]["timeline"]["events"]
+    assert [e["content"].get("body", e["content"].get("membership")) for e in left] == ["last words", "leave"]
+    assert room_id not in result["rooms"].get("join", {})
+    assert "rooms" not in bob.poll()
+    assert room_id not in bob.sync().get("rooms", {}).get("leave", {})
+    archived = bob.sync(filter={"room": {"include_leave": True}})["rooms"]["leave"]
+    assert room_id in archived
+    ok(bob.post(("rooms", room_id, "forget")))
+    archived = bob.sync(filter={"room": {"include_leave": True}}).get("rooms", {}).get("leave", {})
+    assert room_id not in archived
+
+
+def test_sec_20_nothing_after_a_ban(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    bob.poll()
+    ok(alice.post(("rooms", room_id, "ban"), {"user_id": bob.user_id}))
+    alice.send_text(room_id, "secret")
+    alice.set_state(room_id, "m.room.topic", {"topic": "secret"})
+    assert "secret" not in json.dumps(bob.poll())
+    assert "secret" not in json.dumps(bob.poll(full_state="true"))
+
+
+def test_lazy_members_come_with_their_first_message_only(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    first = joined(bob.poll(filter=LAZY), room_id)
+    members = {e["state_key"] for e in first["state"]["events"] if e["type"] == "m.room.member"}
+    in_timeline = {e["state_key"] for e in first["timeline"]["events"] if e["type"] == "m.room.member"}
+    assert members | in_timeline == {alice.user_id, bob.user_id}
+    alice.send_text(room_id, "one")
+    second = joined(bob.poll(filter=LAZY), room_id)
+    alice.send_text(room_id, "two")
+    third = joined(bob.poll(filter=LAZY), room_id)
+    assert {e["state_key"] for e in second["state"]["events"]} <= {alice.user_id}
+    assert third["state"]["events"] == []
+    redundant = {"room": {"state": {"lazy_load_members": True, "include_redundant_members": True}}}
+    alice.send_text(room_id, "three")
+    fourth = joined(bob.poll(filter=redundant), room_id)
+    assert {e["state_key"] for e in fourth["state"]["events"]} == {alice.user_id}
+
+
+def test_filters(alice: Client, bob: Client) -> None:
+    room_id, other = alice.room_with(bob), alice.room_with(bob)
+    alice.send_text(room_id, "text")
+    alice.send(room_id, "m.sticker", {"body": "sticker"})
+
+    def types(**room: Any) -> list[str]:
+        rooms = bob.sync(filter={"room": room}).get("rooms", {}).get("join", {})
+        return [event["type"] for event in rooms.get(room_id, {}).get("timeline", {}).get("events", [])]
+
+    assert types(timeline={"types": ["m.sticker"]}) == ["m.sticker"]
+    assert "m.sticker" not in types(timeline={"not_types": ["m.stick*"]})
+    assert types(timeline={"senders": ["@nobody:x"]}) == []
+    assert types(not_rooms=[room_id]) == []
+    assert set(bob.sync(filter={"room": {"rooms": [other]}})["rooms"]["join"]) == {other}
+    limited = bob.sync(filter={"room": {"timeline": {"limit": 1}}, "event_fields": ["content.body"]})
+    assert bob.timeline(room_id, limited) == [{"content": {"body": "sticker"}}]
+    raw = bob.sync(filter={"event_format": "federation", "room": {"timeline": {"limit": 1}}})
+    assert {"hashes", "signatures", "auth_events"} <= set(bob.timeline(room_id, raw)[0])
+    stored = ok(bob.post(("user", bob.user_id, "filter"), {"room": {"rooms": [other]}}))["filter_id"]
+    assert set(bob.sync(filter=stored)["rooms"]["join"]) == {other}
+    fails(bob.get("sync", params={"filter": "{"}), 400)
+    fails(bob.get("sync", params={"since": "nonsense"}), 400, "M_INVALID_PARAM")
+
+
+def test_full_state(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="Den")
+    bob.poll()
+    assert "rooms" not in bob.poll()
+    room = joined(bob.poll(full_state="true"), room_id)
+    assert keys_of(room["state"]["events"]) == keys_of(alice.state(room_id))
+    assert room["timeline"]["events"] == []
+
+
+def test_ignored_users_are_silent_but_their_state_stays(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    content = {"ignored_users": {alice.user_id: {}}}
+    ok(bob.put(("user", bob.user_id, "account_data", "m.ignored_user_list"), content))
+    bob.poll()
+    alice.send_text(room_id, "hello?")
+    alice.set_state(room_id, "m.room.topic", {"topic": "seen"})
+    invited = alice.create_room(bob)
+    result = bob.poll()
+    assert [event["type"] for event in bob.timeline(room_id, result)] == ["m.room.topic"]
+    assert invited not in result["rooms"].get("invite", {})
+
+
+# ── Waiting ──────────────────────────────────────────────────────────────────
+
+
+def waits_until(reader: Client, act: Callable[[], Any]) -> tuple[Json, float]:
+    """The answer of a sync during which something happens, and how long it took after that."""
+    reader.poll()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(reader.poll, 20_000)
+        time.sleep(0.3)
+        begin = time.perf_counter()
+        act()
+        return future.result(), time.perf_counter() - begin
+
+
+def test_sync_wakes_for_whatever_concerns_its_user(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    phone = bob.login()
+    event_id = alice.send_text(room_id, "read me")
+    member = ("rooms", room_id)
+    acts: dict[str, Callable[[], Any]] = {
+        "message": lambda: alice.send_text(room_id, "x"),
+        "typing": lambda: ok(alice.put((*member, "typing", alice.user_id), {"typing": True, "timeout": 9000})),
+        "receipt": lambda: ok(alice.post((*member, "receipt", "m.read", event_id))),
+        "account data": lambda: ok(phone.put(("user", bob.user_id, "account_data", "x.y"), {"a": 1})),
+        "tag": lambda: ok(phone.put(("user", bob.user_id, "rooms", room_id, "tags", "u.x"), {})),
+        "to-device": lambda: ok(
+            alice.put(("sendToDevice", "x.z", unique("txn")), {"messages": {bob.user_id: {"*": {}}}})
+        ),
+        "invite": lambda: alice.create_room(bob),
+        "kick": lambda: ok(alice.post((*member, "kick"), {"user_id": bob.user_id})),
+    }
+    for name, act in acts.items():
+        result, seconds = waits_until(bob, act)
+        news = set(result) - {"next_batch", "device_one_time_keys_count", "device_unused_fallback_key_types"}
+        assert news, name
+        assert seconds < 5, name
+
+
+def test_sync_without_news_returns_after_its_timeout(alice: Client) -> None:
+    alice.poll()
+    begin = time.perf_counter()
+    result = alice.poll(timeout=600)
+    assert 0.5 < time.perf_counter() - begin < 5
+    assert "rooms" not in result
+
+
+def test_sync_token_outlives_a_kill(new_server: Callable[..., Server]) -> None:
+    one = new_server()
+    host, guest = register(one), register(one)
+    room_id = host.room_with(guest)
+    guest.poll()
+    ok(host.put(("rooms", room_id, "typing", host.user_id), {"typing": True, "timeout": 30_000}))
+    guest.poll()  # a token from a position that nothing on the disk has
+    missed = host.send_text(room_id, "while you slept")
+    one.kill9()
+    one.start()
+    later = host.send_text(room_id, "after the restart")
+    assert [e["event_id"] for e in guest.timeline(room_id, guest.poll())] == [missed, later]
+    assert "rooms" not in guest.poll()
+
+
+# ── Convergence ──────────────────────────────────────────────────────────────
+
+
+class Mirror:
+    """What a client knows of its rooms from incremental syncs alone."""
+
+    def __init__(self, client: Client, wanted: Json | None = None) -> None:
+        self.client = client
+        self.wanted = wanted
+        self.since: str | None = None
+        self.state: dict[str, dict[tuple[str, str], str]] = {}
+        self.seen: dict[str, list[str]] = {}
+
+    def catch_up(self) -> None:
+        result = self.client.sync(self.since, filter=self.wanted)
+        self.since = result["next_batch"]
+        rooms = result.get("rooms", {})
+        for room_id, room in rooms.get("join", {}).items():
+            state = self.state.setdefault(room_id, {})
+            seen = self.seen.setdefault(room_id, [])
+            for event in room["state"]["events"]:
+                state[event["type"], event["state_key"]] = event["event_id"]
+            for event in room["timeline"]["events"]:
+                seen.append(event["event_id"])
+                if "state_key" in event:
+                    state[event["type"], event["state_key"]] = event["event_id"]
+        for room_id in rooms.get("leave", {}):
+            self.state.pop(room_id, None)
+            self.seen.pop(room_id, None)
+
+
+ACTION: Final = st.tuples(
+    st.sampled_from(["message", "topic", "name", "leave", "join", "burst", "sync", "sync"]),
+    st.integers(0, 1),
+    st.integers(0, 2),
+)
+
+
+@given(story=st.lists(ACTION, max_size=25))
+@settings(max_examples=25)
+def test_incremental_syncs_come_to_what_a_fresh_one_says(server: Server, story: list[tuple[str, int, int]]) -> None:
+    people = [register(server) for _ in range(3)]
+    rooms = [people[0].create_room(preset="public_chat") for _ in range(2)]
+    mirrors = [Mirror(person, {"room": {"timeline": {"limit": 3}}}) for person in people]
+    for action, which, who in story:
+        act_at_random(people[who], people[0], rooms[which], action)
+        if action == "sync":
+            mirrors[who].catch_up()
+    for person, mirror in zip(people, mirrors, strict=True):
+        mirror.catch_up()
+        in_rooms = set(ok(person.get("joined_rooms"))["joined_rooms"])
+        assert set(mirror.state) == in_rooms
+        for room_id in in_rooms:
+            now = {(e["type"], e["state_key"]): e["event_id"] for e in person.state(room_id)}
+            assert mirror.state[room_id] == now
+            assert len(mirror.seen[room_id]) == len(set(mirror.seen[room_id]))
+
+
+def act_at_random(person: Client, host: Client, room_id: str, action: str) -> None:
+    """One step of a story; what the rules forbid is simply not done."""
+    if action == "burst":
+        for number in range(6):
+            host.send_text(room_id, str(number))
+    elif action == "message":
+        person.put(("rooms", room_id, "send", "m.room.message", unique("txn")), {"body": "x"})
+    elif action in ("topic", "name"):
+        host.set_state(room_id, f"m.room.{action}", {action: unique("text")})
+    elif action == "join":
+        person.post(("join", room_id))
+    elif action == "leave" and person is not host:
+        person.post(("rooms", room_id, "leave"))
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  19. MEDIA
 # ═════════════════════════════════════════════════════════════════════════════
@@ -1669,7 +10582,9 @@ def png(width: int, height: int, *, honest: bool = True) -> bytes:
     """A grey PNG; a dishonest one has a header and no pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     rows = b"".join(b"\0" + bytes(width) for _ in range(height)) if honest else b""
@@ -1719,11 +10634,14 @@ def stored(server: Server) -> list[Path]:
 
 def test_what_is_uploaded_is_downloaded(alice: Client, bob: Client) -> None:
     data = secrets.token_bytes(300_000)
-    mxc = alice.upload(data, "video/mp4", "Café \"1\".mp4")
+    mxc = alice.upload(data, "video/mp4", 'Café "1".mp4')
     response = bob.download(mxc)
     assert response.content == data
     assert response.headers["content-type"] == "video/mp4"
-    assert response.headers["content-disposition"] == "inline; filename*=utf-8''Caf%C3%A9%20%221%22.mp4"
+    assert (
+        response.headers["content-disposition"]
+        == "inline; filename*=utf-8''Caf%C3%A9%20%221%22.mp4"
+    )
     assert re.fullmatch(rf"mxc://{re.escape(alice.server.name)}/[A-Za-z0-9_-]+", mxc)
 
 
@@ -1766,9 +10684,9 @@ def test_large_files_take_constant_memory(new_server: Callable[..., Server]) -> 
     alice.download(alice.upload(b"warm"))
     before = server.peak_rss()
     block = secrets.token_bytes(1_000_000)
-    mxc = ok(
-        alice.request("POST", UPLOAD, content=(block for _ in range(100)), timeout=60)
-    )["content_uri"]
+    mxc = ok(alice.request("POST", UPLOAD, content=(block for _ in range(100)), timeout=60))[
+        "content_uri"
+    ]
     assert hashlib.sha256(alice.download(mxc, timeout=60).content).digest() == (
         hashlib.sha256(block * 100).digest()
     )
@@ -1870,7 +10788,9 @@ def test_sec_35_file_names_stay_in_their_header(alice: Client, filename: str) ->
         assert_harmless(response)
         assert "set-cookie" not in response.headers
         shown = response.headers["content-disposition"]
-        assert re.fullmatch(r"inline(; filename=\"[^\"\\/]*\"|; filename\*=utf-8''[^/\\;\" ]*)?", shown)
+        assert re.fullmatch(
+            r"inline(; filename=\"[^\"\\/]*\"|; filename\*=utf-8''[^/\\;\" ]*)?", shown
+        )
 
 
 def assert_harmless(response: httpx.Response) -> None:
@@ -1984,7 +10904,9 @@ def test_a_thumbnail_is_turned_as_the_camera_was(alice: Client) -> None:
 def test_transparency_stays(alice: Client) -> None:
     output = io.BytesIO()
     Image.new("RGBA", (400, 400), (255, 0, 0, 0)).save(output, "PNG")
-    image = opened(thumbnail(alice, alice.upload(output.getvalue(), "image/png"), 32, 32, method="crop"))
+    image = opened(
+        thumbnail(alice, alice.upload(output.getvalue(), "image/png"), 32, 32, method="crop")
+    )
     assert image.format == "PNG"
     assert image.getpixel((16, 16))[3] == 0  # type: ignore[index]  # of an RGBA picture
 
@@ -2018,6 +10940,7 @@ def test_senseless_thumbnail_requests(alice: Client, query: dict[str, str]) -> N
 
 def test_sec_37_bombs_are_not_decoded(server: Server, alice: Client) -> None:
     """A picture of 900 megapixels in 100 bytes, or one that is broken, costs nothing."""
+    alice.upload(b"warm")
     before = server.peak_rss()
     bomb = alice.upload(png(30_000, 30_000, honest=False), "image/png")
     fails(thumbnail(alice, bomb, 32, 32), 413, "M_TOO_LARGE")
@@ -2073,10 +10996,10 @@ def test_without_pillow_the_original_is_served(
 @given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from(["scale", "crop"]))
 def test_the_chosen_size_covers_the_request(width: int, height: int, method: str) -> None:
     size = conduit.choose_size(width, height, method)
-    assert size.width >= width
-    assert size.height >= height
     assert size in conduit.THUMBNAIL_SIZES
-    assert size.method == "scale" or (method == "crop" and width == height)
+    assert size[0] >= width
+    assert size[1] >= height
+    assert size[2] == "scale" or (method == "crop" and width == height)
 
 
 # ── 19.4  The media of this server ───────────────────────────────────────────
@@ -2124,7 +11047,7 @@ def test_a_download_waits_for_its_upload(alice: Client, bob: Client) -> None:
         assert [future.result(5).content for future in waiting] == [b"at last"] * 2
 
 
-def test_two_uploads_to_one_id(server: Server, alice: Client) -> None:
+def test_two_uploads_to_one_id(alice: Client) -> None:
     mxc = create_media(alice)
     with ThreadPoolExecutor(4) as pool:
         bodies = [bytes([number]) * 300_000 for number in range(4)]
@@ -2154,6 +11077,22 @@ def test_unused_ids_expire(new_server: Callable[..., Server]) -> None:
     server.start()
     fails(alice.download(mxc), 404, "M_NOT_FOUND")
     fails(put_media(alice, mxc, b"late"), 404, "M_NOT_FOUND")
+
+
+def test_lost_files_are_found(new_server: Callable[..., Server]) -> None:
+    """A file that is missing is a 404 and a line in the log, and --check names it."""
+    server = new_server()
+    alice = register(server)
+    mxc, kept = alice.upload(picture("PNG", 50, 50)), alice.upload(b"kept")
+    lost = next(path for path in stored(server) if path.stat().st_size > 10)
+    lost.unlink()
+    fails(alice.download(mxc), 404, "M_NOT_FOUND")
+    fails(thumbnail(alice, mxc, 32, 32), 400, "M_UNKNOWN")
+    assert alice.download(kept).content == b"kept"
+    assert str(lost) in server.log
+    server.stop()
+    problem = f"media {mxc.rpartition('/')[2]}: its file is missing or has another size"
+    assert conduit.check_database(server.data) == [problem]
 
 
 # ── 19.6  Downloading ────────────────────────────────────────────────────────
@@ -2263,6 +11202,471 @@ def test_the_old_paths_want_a_token_too(alice: Client, nobody: Client, version: 
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  21. THE ADMIN ROOM
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.fixture
+def admin(server: Server) -> Client:
+    """A fresh device of the first user of the shared server, who is its admin."""
+    return Client(server).login("admin", PASSWORD)
+
+
+def admin_room(client: Client) -> str:
+    """The room behind #admins."""
+    alias = f"#admins:{client.server.name}"
+    return str(ok(client.get(("directory", "room", alias)))["room_id"])
+
+
+def bot_of(server: Server) -> str:
+    return f"@conduit:{server.name}"
+
+
+def answer_to(client: Client, event_id: str, room_id: str) -> Json | None:
+    """The content of the first notice of @conduit after an event."""
+    events = client.messages(room_id, limit=30)["chunk"][::-1]
+    ids = [event["event_id"] for event in events]
+    for event in events[ids.index(event_id) + 1 :] if event_id in ids else []:
+        content = cast("Json", event["content"])
+        if event["sender"] == bot_of(client.server) and content.get("msgtype") == "m.notice":
+            return content
+    return None
+
+
+def order(client: Client, text: str) -> str:
+    """Say something in the admin room; the plain text of the answer."""
+    room_id = admin_room(client)
+    event_id = client.send_text(room_id, text)
+    content = eventually(lambda: answer_to(client, event_id, room_id))
+    assert content["format"] == "org.matrix.custom.html"
+    return str(content["body"])
+
+
+def stays_silent(client: Client, room_id: str, event_id: str) -> None:
+    """Nothing answers an event: what is said after it is answered first."""
+    order(client, "help")
+    notice = answer_to(client, event_id, room_id)
+    assert notice is None or notice["body"].startswith("Write a command"), notice
+
+
+def exists(client: Client, localpart: str) -> bool:
+    """Whether a user name is taken."""
+    return client.get("register/available", username=localpart).status_code != 200
+
+
+# ── 21.1  Answers ────────────────────────────────────────────────────────────
+
+
+@given(st.text(max_size=50), st.lists(st.tuples(st.text(), st.text()), max_size=20))
+def test_tables_are_escaped(title: str, rows: list[tuple[str, str]]) -> None:
+    reply = conduit.reply_table(title, ("One", "Two"), rows)
+    assert set(re.findall(r"</?(\w+)[^>]*>", reply.html)) <= {
+        "p",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+    }
+    assert reply.html.count("<tr>") == len(rows) + 1
+    assert "<" not in re.sub(r"</?(p|table|thead|tbody|tr|th|td)>", "", reply.html)
+
+
+@given(st.integers(0, 3000))
+def test_an_answer_is_never_too_long_for_an_event(rows: int) -> None:
+    reply = conduit.reply_table("All:", ("User", ""), [("@ünïcode:example.org", "admin")] * rows)
+    content = conduit.reply_content(reply)
+    assert len(json.dumps(content, ensure_ascii=False).encode()) < 60_000
+    assert content["body"].startswith("All:")
+
+
+# ── 21.2  The language ───────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("usage", "line", "found"),
+    [
+        ("", "", {}),
+        ("NAME", "a", {"NAME": "a"}),
+        ("NAME [PASSWORD]", "a", {"NAME": "a"}),
+        ("NAME [PASSWORD]", "a b", {"NAME": "a", "PASSWORD": "b"}),
+        ("ID [--erase]", "a --erase", {"ID": "a", "--erase": ""}),
+        ("ID [--erase]", "--erase a", {"ID": "a", "--erase": ""}),
+        ("NAME [PASSWORD]", "a -- --b", {"NAME": "a", "PASSWORD": "--b"}),
+    ],
+)
+def test_arguments(usage: str, line: str, found: Json) -> None:
+    assert conduit.parse_arguments(usage, line.split()) == found
+
+
+@pytest.mark.parametrize(
+    ("usage", "line", "complaint"),
+    [
+        ("", "a", "'a' is one word too many"),
+        ("NAME", "", "NAME is missing"),
+        ("NAME [PASSWORD]", "a b c", "'c' is one word too many"),
+        ("ID [--erase]", "a --eras", "there is no option --eras"),
+        ("ID [--erase]", "a -- --erase", "'--erase' is one word too many"),
+    ],
+)
+def test_wrong_arguments(usage: str, line: str, complaint: str) -> None:
+    with pytest.raises(conduit.UsageError, match=re.escape(complaint)):
+        conduit.parse_arguments(usage, line.split())
+
+
+def test_three_ways_to_address_the_bot(admin: Client) -> None:
+    bot = bot_of(admin.server)
+    for text in ("help", "!admin help", f"{bot}: help", f"{bot} help", "Conduit: help", "!admin"):
+        assert "list-local-users" in order(admin, text)
+
+
+def test_mistakes_are_answered_politely(admin: Client) -> None:
+    assert "Did you mean list-local-users?" in order(admin, "list-local-user")
+    assert "There is no command dance" in order(admin, "!admin dance")
+    assert "NAME is missing.\nUsage: create-user NAME [PASSWORD]" in order(admin, "create-user")
+    assert "cannot be read" in order(admin, '!admin create-user "a')
+    assert "Usage: deactivate-user ID [--erase]" in order(admin, "deactivate-user --help")
+    assert "There is no account" in order(admin, "reset-password nobody-here")
+    assert "taken" in order(admin, "create-user admin")
+    assert "own account" in order(admin, "deactivate-user conduit")
+    assert "no user of this server" in order(admin, "deactivate-user @a:elsewhere.example")
+
+
+def test_admins_can_talk_among_themselves(admin: Client) -> None:
+    room_id = admin_room(admin)
+    for text in (
+        "hello",
+        "it's late",
+        "who did that?",
+        "> help",
+        "!administer help",
+        "@conduit:x help",
+    ):
+        stays_silent(admin, room_id, admin.send_text(room_id, text))
+
+
+# ── 21.3  The commands ───────────────────────────────────────────────────────
+
+
+def test_help_names_every_command(admin: Client) -> None:
+    text = order(admin, "help")
+    for name in (
+        "help",
+        "list-local-users",
+        "create-user NAME [PASSWORD]",
+        "reset-password NAME",
+        "deactivate-user ID [--erase]",
+        "memory-usage",
+        "clear-caches",
+        "show-config",
+    ):
+        assert name in text
+
+
+def test_users_are_made_listed_and_deactivated(admin: Client) -> None:
+    name = unique("made")
+    user_id = f"@{name}:{admin.server.name}"
+    assert f"Created user {user_id} with password: s3cret word" in order(
+        admin, f"create-user {name.upper()} 's3cret word'"
+    )
+    made = Client(admin.server).login(name, "s3cret word")
+    listing = order(admin, "list-local-users")
+    assert user_id in listing
+    assert re.search(rf"@admin:{re.escape(admin.server.name)} +admin", listing)
+    password = order(admin, f"reset-password {user_id}").rpartition(" ")[2]
+    assert ok(made.get("account/whoami"))["user_id"] == user_id
+    fails(Client(admin.server).post("login", login_body(name, "s3cret word")), 403, "M_FORBIDDEN")
+    other = Client(admin.server).login(name, password)
+    order(admin, f"reset-password --logout {name}")
+    fails(other.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    assert "has been deactivated" in order(admin, f"deactivate-user {user_id} --erase")
+    assert user_id not in order(admin, "list-local-users")
+    assert exists(admin, name)
+
+
+def login_body(name: str, password: str) -> Json:
+    return {
+        "type": "m.login.password",
+        "identifier": {"type": "m.id.user", "user": name},
+        "password": password,
+    }
+
+
+def test_a_password_is_made_up(admin: Client) -> None:
+    name = unique("made")
+    password = order(admin, f"!admin create-user {name}").rpartition(" ")[2]
+    assert len(password) >= 16
+    Client(admin.server).login(name, password)
+
+
+def test_memory_and_caches(admin: Client) -> None:
+    text = order(admin, "memory-usage")
+    for what in ("resident memory", "cache of events", "conduit.db", "uploaded media"):
+        assert what in text
+    assert order(admin, "clear-caches").startswith("Done: ")
+    assert admin.state(admin_room(admin), "m.room.name")["name"].endswith("Admin Room")
+
+
+def test_the_configuration_is_shown_without_secrets(new_server: Callable[..., Server]) -> None:
+    secrets_of = {
+        "registration_token": "sesame-open",
+        "turn_secret": "coturn-secret",
+        "emergency_password": "break-the-glass",
+        "jwt_secret": "signed-with-this",
+        "registration_shared_secret": "shared-by-few",
+    }
+    server = new_server(**secrets_of)
+    text = order(register(server), "show-config")
+    assert f'server_name = "{server.name}"' in text
+    assert not any(secret in text for secret in secrets_of.values())
+    assert all(key in text for key in secrets_of)
+
+
+# ── 21.4  The room ───────────────────────────────────────────────────────────
+
+
+def test_the_first_user_finds_the_room(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    first, second = register(server), register(server)
+    room_id = admin_room(first)
+    assert list(first.poll()["rooms"]["join"]) == [room_id]
+    assert second.poll().get("rooms", {}).get("join", {}) == {}
+    assert "Welcome" in first.bodies(room_id)[0]
+    assert first.state(room_id, "m.room.create")["m.federate"] is False
+    assert first.state(room_id, "m.room.member", bot_of(server))["displayname"] == "Conduit"
+    fails(second.post(("join", room_id)), 403, "M_FORBIDDEN")
+    server.restart()
+    assert admin_room(first) == room_id
+    assert "list-local-users" in order(first, "help")
+
+
+def test_who_is_invited_becomes_an_admin(server: Server, admin: Client, alice: Client) -> None:
+    room_id = admin_room(admin)
+    admin.invite(room_id, alice)
+    listing = order(admin, "list-local-users")
+    assert not re.search(rf"{re.escape(alice.user_id)} +admin", listing)
+    alice.join(room_id)
+    assert re.search(rf"{re.escape(alice.user_id)} +admin", order(alice, "list-local-users"))
+    eventually(lambda: alice.user_id in admin.state(room_id, "m.room.power_levels")["users"])
+    alice.leave(room_id)
+    assert not re.search(rf"{re.escape(alice.user_id)} +admin", order(admin, "list-local-users"))
+    eventually(lambda: alice.user_id not in admin.state(room_id, "m.room.power_levels")["users"])
+    fails(alice.post(("join", room_id)), 403, "M_FORBIDDEN")
+
+
+def test_sec_09_admins_cannot_open_the_room(admin: Client) -> None:
+    """What would let others in, or the server out, is not even in an admin's power."""
+    room_id = admin_room(admin)
+    for event_type, content in (
+        ("m.room.join_rules", {"join_rule": "public"}),
+        ("m.room.encryption", {"algorithm": "m.megolm.v1.aes-sha2"}),
+        ("m.room.power_levels", {"users_default": 100}),
+        ("m.room.tombstone", {"body": "", "replacement_room": "!a:b"}),
+        ("m.room.history_visibility", {"history_visibility": "world_readable"}),
+    ):
+        path = ("rooms", room_id, "state", event_type, "")
+        fails(admin.put(path, content), 403, "M_FORBIDDEN")
+
+
+def test_sec_09_moving_the_alias_moves_nothing(new_server: Callable[..., Server]) -> None:
+    """CVE-2024-6303: whoever held #admins was obeyed. Here the room is a row of the database."""
+    server = new_server()
+    admin, mallory = register(server), register(server)
+    real, alias = admin_room(admin), f"#admins:{server.name}"
+    trap = mallory.create_room(preset="public_chat")
+    for client in (mallory, admin):
+        fails(client.delete(("directory", "room", alias)), 403, "M_FORBIDDEN")
+        assert client.put(("directory", "room", alias), {"room_id": trap}).is_client_error
+    server.stop()
+    with contextlib.closing(sqlite3.connect(server.database)) as database:
+        moved = "UPDATE aliases SET room_nid = (SELECT room_nid FROM rooms WHERE room_id = ?)"
+        database.execute(moved, (trap,))
+        database.commit()
+    server.start()
+    assert admin_room(admin) == trap
+    mallory.send_text(trap, "create-user evil1 password-of-evil")
+    admin.join(trap)
+    admin.send_text(trap, "create-user evil2 password-of-evil")
+    event_id = admin.send_text(real, "list-local-users")
+    listing = eventually(lambda: answer_to(admin, event_id, real))["body"]
+    assert "evil" not in listing
+    assert mallory.user_id in listing
+
+
+def test_sec_09_a_member_without_the_right_is_not_obeyed(new_server: Callable[..., Server]) -> None:
+    """To be in the room is not enough: the right stands in the accounts."""
+    server = new_server()
+    admin, mallory = register(server), register(server)
+    room_id = admin_room(admin)
+    admin.invite(room_id, mallory)
+    mallory.join(room_id)
+    server.stop()
+    with contextlib.closing(sqlite3.connect(server.database)) as database:
+        database.execute(
+            "UPDATE accounts SET is_admin = 0 WHERE user_nid ="
+            " (SELECT user_nid FROM users WHERE user_id = ?)",
+            (mallory.user_id,),
+        )
+        database.commit()
+    server.start()
+    event_id = mallory.send_text(room_id, "create-user evil password-of-evil")
+    stays_silent(admin, room_id, event_id)
+    assert not exists(admin, "evil")
+
+
+EVIL: Final = "create-user evil-{} password-of-evil"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"msgtype": "m.notice", "body": EVIL},
+        {"msgtype": "m.emote", "body": EVIL},
+        {"body": EVIL},
+        {"msgtype": "m.text", "body": f"> <@admin> {EVIL}\n\nno!"},
+        {"msgtype": "m.text", "body": f"look at this:\n{EVIL}"},
+        {
+            "msgtype": "m.text",
+            "body": EVIL,
+            "m.relates_to": {"m.in_reply_to": {"event_id": "$x"}},
+        },
+        {
+            "msgtype": "m.text",
+            "body": f"* {EVIL}",
+            "m.new_content": {"msgtype": "m.text", "body": EVIL},
+            "m.relates_to": {"rel_type": "m.replace", "event_id": "$x"},
+        },
+        {
+            "msgtype": "m.text",
+            "body": EVIL,
+            "m.new_content": {"msgtype": "m.text", "body": EVIL},
+            "m.relates_to": {"rel_type": "m.replace", "event_id": "$x"},
+        },
+        {"msgtype": "m.text", "body": [EVIL]},
+        {
+            "msgtype": "m.text",
+            "formatted_body": EVIL,
+            "format": "org.matrix.custom.html",
+            "body": "",
+        },
+    ],
+)
+def test_sec_09_only_plain_new_messages_are_commands(admin: Client, content: Json) -> None:
+    """Edits, replies, quotations, notices and what other clients make up are not obeyed."""
+    name = unique("x").replace("_", "-")
+    content = json.loads(json.dumps(content).replace("{}", name))
+    room_id = admin_room(admin)
+    said = admin.send_text(room_id, "good morning")
+    content = json.loads(json.dumps(content).replace("$x", said))
+    stays_silent(admin, room_id, admin.send(room_id, "m.room.message", content))
+    assert not exists(admin, f"evil-{name}")
+
+
+def test_sec_09_other_rooms_and_other_types(admin: Client) -> None:
+    own = admin.create_room(name="Admin Room")
+    admin.send_text(own, "create-user evil-own password-of-evil")
+    real = admin_room(admin)
+    text = {"msgtype": "m.text", "body": "create-user evil-own password-of-evil"}
+    stays_silent(admin, real, admin.send(real, "m.room.encrypted", text))
+    stays_silent(admin, real, admin.set_state(real, "m.room.message", text))
+    assert not exists(admin, "evil-own")
+
+
+class AdminRoomParts:
+    """What AdminRoom._answer asks of the server, for cases that no client can bring about."""
+
+    def __init__(self, event: Any, membership: str = "join") -> None:
+        self.event_at_hand = event
+        self.sent: list[Any] = []
+        self.db = self.rooms = self.accounts = self.room = self
+        self.config = types.SimpleNamespace(server_name="test.example")
+        self.bot_id = "@conduit:test.example"
+        self.joined = membership
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "is_local": lambda user_id: user_id.endswith(":test.example"),
+            "membership": lambda user_id: self.joined,
+            "is_admin": lambda nid: True,
+            "user_nid": lambda user_id: 1,
+            "event": lambda event_id: self.event_at_hand,
+            "get": lambda room_id: self,
+            "send": lambda *args, **kwargs: self.sent.append(args),
+            "synced": lambda: asyncio.sleep(0),
+        }
+        return answers.get(name, lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    ("sender", "redacted_by", "membership", "obeyed"),
+    [
+        ("@admin:test.example", None, "join", True),
+        ("@admin:elsewhere.example", None, "join", False),
+        ("@admin:test.example.evil.example", None, "join", False),
+        ("@admin:test.example", 7, "join", False),
+        ("@admin:test.example", None, "leave", False),
+    ],
+)
+def test_sec_09_remote_redacted_and_gone(
+    sender: str, redacted_by: int | None, membership: str, obeyed: bool
+) -> None:
+    """Users of other servers, messages redacted before they ran, and admins who left."""
+    content = {"msgtype": "m.text", "body": "!admin help"}
+    event = types.SimpleNamespace(sender=sender, redacted_by=redacted_by, content=content)
+    parts = AdminRoomParts(event, membership)
+    room = conduit.AdminRoom(cast("Any", parts))
+    asyncio.run(room._answer("$event"))
+    assert bool(parts.sent) is obeyed
+
+
+def test_nobody_is_conduit(server: Server, alice: Client) -> None:
+    for password in ("", "conduit", PASSWORD, "None"):
+        answer = Client(server).post("login", login_body("conduit", password))
+        assert answer.status_code in (400, 403)
+    answer = Client(server).post(
+        "register", {"username": "Conduit", "password": PASSWORD, "auth": {"type": "m.login.dummy"}}
+    )
+    assert answer.status_code == 400
+    profile = ok(alice.get(("profile", bot_of(server))))
+    assert profile["displayname"] == "Conduit"
+
+
+def test_the_emergency_password(new_server: Callable[..., Server]) -> None:
+    server = new_server(emergency_password="break-the-glass")
+    first = register(server)
+    room_id = admin_room(first)
+    bot = Client(server).login("conduit", "break-the-glass")
+    assert room_id in bot.poll()["rooms"]["join"]
+    assert "Created user" in order(bot, "create-user rescued a-new-password")
+    Client(server).login("rescued", "a-new-password")
+    fails(Client(server).post("login", login_body("conduit", "another")), 403, "M_FORBIDDEN")
+    server.stop()
+    server.write_config(emergency_password=None)
+    server.start()
+    fails(bot.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    fails(
+        Client(server).post("login", login_body("conduit", "break-the-glass")), 403, "M_FORBIDDEN"
+    )
+    assert "list-local-users" in order(first, "help")
+    server.stop()
+    server.check()
+
+
+def test_a_lost_admin_room_is_made_anew(new_server: Callable[..., Server]) -> None:
+    """With the emergency password somebody left the room as @conduit."""
+    server = new_server(emergency_password="break-the-glass")
+    first = register(server)
+    old = admin_room(first)
+    Client(server).login("conduit", "break-the-glass").leave(old)
+    server.restart()
+    rooms = first.poll()["rooms"]["join"]
+    new = next(room_id for room_id in rooms if room_id != old)
+    event_id = first.send_text(new, "help")
+    assert eventually(lambda: answer_to(first, event_id, new))
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  22. CALLS, WELL-KNOWN, LANDING PAGE
 #
 #  Credentials that a TURN server would accept, the documents of .well-known as
@@ -2330,7 +11734,8 @@ def test_turn_server_over_the_wire_and_reloaded(new_server: Callable[..., Server
 
 
 def test_without_a_turn_server_there_is_none(alice: Client, nobody: Client) -> None:
-    fails(alice.get("/_matrix/client/v3/voip/turnServer"), 404, "M_NOT_FOUND")
+    answer = ok(alice.get("/_matrix/client/v3/voip/turnServer"))
+    assert answer == {"username": "", "password": "", "uris": [], "ttl": 86400}
     fails(nobody.get("/_matrix/client/v3/voip/turnServer"), 401, "M_MISSING_TOKEN")
 
 
@@ -2444,7 +11849,7 @@ def test_sec_35_nothing_configured_becomes_markup() -> None:
         True,
     )
     assert "<script" not in page
-    assert "a&#34;&#39;&#38;b@example.org" in page
+    assert "a&quot;'&amp;b@example.org" in page
     assert "mailto:a%22%27%26b@example.org" in page
 
 
@@ -2477,6 +11882,301 @@ def test_make_helps() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  fixed
     for target in ("run", "test", "lint", "bench", "clean"):
         assert f"make {target}" in result.stdout
+# ═════════════════════════════════════════════════════════════════════════════
+#  24. COMMAND LINE
+#
+#  Real processes: what they print, what they tell systemd, what signals do.
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+def run_script(
+    *arguments: str, cwd: Path, script: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `python conduit.py ARGUMENTS` in a folder, with nothing configured but what is given."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("CONDUIT_")}
+    return subprocess.run(  # noqa: S603  our own command line
+        [sys.executable, str(script or ROOT / "conduit.py"), *arguments],
+        cwd=cwd,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+# ── 24.1  Arguments ──────────────────────────────────────────────────────────
+
+
+def test_version_help_and_routes(tmp_path: Path) -> None:
+    """These need no configuration."""
+    version = run_script("--version", cwd=tmp_path)
+    assert version.stdout == f"conduit.py {conduit.VERSION}\n"
+    assert "CONDUIT_CONFIG" in run_script("--help", cwd=tmp_path).stdout
+    routes = run_script("--routes", cwd=tmp_path).stdout
+    assert re.search(
+        r"^PUT +/_matrix/client/v3/rooms/\{room_id\}/send/\S+ +(USER|GUEST)", routes, re.M
+    )
+    assert run_script("--nonsense", cwd=tmp_path).returncode == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_configuration(tmp_path: Path) -> None:
+    """Three lines that say what to do, and no traceback."""
+    result = run_script(cwd=tmp_path)
+    assert result.returncode == 1
+    assert "conduit-example.toml" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_mistakes_at_once(tmp_path: Path) -> None:
+    """Each wrong key is named."""
+    (tmp_path / "conduit.toml").write_text(
+        '[global]\nserver_name = "https://x"\ndatabase_path = "data"\nport = "x"\naddress = 5\n'
+    )
+    result = run_script(cwd=tmp_path)
+    assert result.returncode == 1
+    for name in ("server_name", "port", "address"):
+        assert name in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_port_in_use(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    """One sentence that names the address."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        fresh = new_server(start=False, port=port)
+        result = fresh.run_command()
+    assert result.returncode == 1
+    assert str(port) in result.stderr
+    assert "in use" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_second_server_on_one_database(new_server: Callable[..., Server]) -> None:
+    """It is refused, and the first one goes on."""
+    first = new_server()
+    result = first.run_command()
+    assert result.returncode == 1
+    assert "running" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert first.answers()
+
+
+# ── 24.2  Check and backup ───────────────────────────────────────────────────
+
+
+def test_check_and_backup_while_running(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    """Both work on a database in use; the copy is complete, and made once only."""
+    running = new_server()
+    user = register(running)
+    room = ok(user.post("createRoom", {}))["room_id"]
+    assert running.run_command("--check").stdout == "the database is sound\n"
+    copy = tmp_path / "copy.db"
+    result = running.run_command("--backup", str(copy))
+    assert result.returncode == 0, result.stderr
+    assert copy.stat().st_mode & 0o777 == 0o600
+    again = running.run_command("--backup", str(copy))
+    assert again.returncode == 1
+    assert "exists" in again.stderr
+    with contextlib.closing(sqlite3.connect(copy)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        dump = "\n".join(database.iterdump())
+    assert room in dump
+
+
+def test_check_of_nothing_and_of_rubbish(new_server: Callable[..., Server]) -> None:
+    """No database, or a file that is none, is an error in words."""
+    fresh = new_server(start=False)
+    missing = fresh.run_command("--check")
+    assert (missing.returncode, "no database" in missing.stdout) == (1, True)
+    assert fresh.run_command("--backup", str(fresh.folder / "copy")).returncode == 1
+    fresh.data.mkdir()
+    (fresh.data / conduit.DATABASE_FILE).write_bytes(b"rubbish " * 1000)
+    broken = fresh.run_command("--check")
+    assert broken.returncode == 1
+    assert "Traceback" not in broken.stderr
+
+
+# ── 24.3  Signals and systemd ────────────────────────────────────────────────
+
+
+class Manager:
+    """The end of NOTIFY_SOCKET that systemd holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind(str(path))
+        self.sock.settimeout(20)
+
+    def hear(self) -> str:
+        """The next message."""
+        return self.sock.recv(4096).decode()
+
+
+def test_what_systemd_hears(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    """READY when it answers, RELOADING and READY around a reload, STOPPING at the end."""
+    manager = Manager(tmp_path / "notify")
+    service = new_server(start=False)
+    service.environment["NOTIFY_SOCKET"] = str(tmp_path / "notify")
+    service.spawn()
+    assert manager.hear().startswith("READY=1")
+    assert service.answers(), "READY came before it answered"
+    os.kill(service.pid, signal.SIGHUP)
+    assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", manager.hear())
+    assert manager.hear() == "READY=1"
+    os.kill(service.pid, signal.SIGTERM)
+    assert manager.hear() == "STOPPING=1"
+    assert service.process is not None
+    assert service.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_in_peace(new_server: Callable[..., Server], number: signal.Signals) -> None:
+    """A waiting sync is answered at once, the process ends with 0, well within five seconds."""
+    running = new_server()
+    user = register(running)
+    since = ok(user.get("sync"))["next_batch"]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(user.get, "sync", params={"since": since, "timeout": "30000"})
+        time.sleep(0.5)
+        started = time.monotonic()
+        os.kill(running.pid, number)
+        assert waiting.result(10).status_code == 200
+    assert running.process is not None
+    assert running.process.wait(10) == 0
+    assert time.monotonic() - started < 5
+    running.check()
+
+
+def test_reload(new_server: Callable[..., Server]) -> None:
+    """SIGHUP takes over what may change; a wrong file changes nothing and is reported."""
+    running = new_server(log="warn")
+    running.write_config(log="info,http=debug")
+    os.kill(running.pid, signal.SIGHUP)
+    eventually(lambda: "read again" in running.log)
+    assert running.answers()
+    eventually(lambda: "GET /_matrix/client/versions: 200" in running.log)
+    good = running.config["port"]
+    running.config_path.write_text("[global]\nport = 'x'\n")
+    os.kill(running.pid, signal.SIGHUP)
+    eventually(lambda: "stays as it was" in running.log)
+    assert running.answers()
+    running.write_config(port=good)
+
+
+@needs_openssl
+def test_reload_of_the_certificate(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    """A new certificate in the same file is served after SIGHUP; a broken one is not taken."""
+    certs, key = self_signed(tmp_path, "one.example")
+    running = new_server(tls={"certs": str(certs), "key": str(key)})
+
+    def served() -> str:
+        return ssl.get_server_certificate(("127.0.0.1", running.port)).strip()
+
+    first = served()
+    assert first == certs.read_text().strip()
+    for path, new in zip((certs, key), self_signed(tmp_path, "two.example"), strict=True):
+        path.write_bytes(new.read_bytes())
+    os.kill(running.pid, signal.SIGHUP)
+    eventually(lambda: served() == certs.read_text().strip() != first)
+    second = served()
+    certs.write_text("rubbish")
+    os.kill(running.pid, signal.SIGHUP)
+    eventually(lambda: "stays as it was" in running.log)
+    assert served() == second
+
+
+def test_an_end_that_hangs_is_cut_short(tmp_path: Path) -> None:
+    """Whatever blocks the end, the process is gone a little after five seconds."""
+    program = (
+        "import conduit, asyncio, os, signal, sys, time\n"
+        "class Hanging:\n"
+        "    def __init__(self, config): pass\n"
+        "    async def start(self): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    def first_steps(self): return ['ready']\n"
+        "    async def stop(self): time.sleep(60)\n"
+        "conduit.Homeserver = Hanging\n"
+        "conduit.STOP_SECONDS = 1\n"
+        "sys.exit(conduit.main())\n"
+    )
+    environment = {
+        **os.environ,
+        "CONDUIT_CONFIG": "",
+        "CONDUIT_SERVER_NAME": "x",
+        "CONDUIT_DATABASE_PATH": str(tmp_path),
+    }
+    started = time.monotonic()
+    result = subprocess.run(  # noqa: S603  our own command line
+        [sys.executable, "-c", program], env=environment, cwd=ROOT, timeout=30, check=False
+    )
+    assert result.returncode == 1
+    assert time.monotonic() - started < 10
+
+
+# ── 24.4  From script to module ──────────────────────────────────────────────
+
+
+def test_script_becomes_a_module(tmp_path: Path) -> None:
+    """`python3 conduit.py` runs as `-m conduit`, in the same process, wherever it is started."""
+    service = Server(tmp_path / "server")
+    service.command = [sys.executable, "-X", "dev", str(ROOT / "conduit.py")]
+    (tmp_path / "json.py").write_text("raise SystemExit('a file in the working directory was run')")
+    service.cwd = tmp_path
+    service.start()
+    command = Path(f"/proc/{service.pid}/cmdline").read_bytes().split(b"\0")
+    assert command[1:-1] == [b"-X", b"dev", b"-m", b"conduit"]
+    assert service.stop() == 0
+
+
+def test_bytecode_of_a_read_only_folder(tmp_path: Path) -> None:
+    """Where nothing can be written beside the file, bytecode goes to the database folder."""
+    folder = tmp_path / "usr"
+    folder.mkdir()
+    shutil.copy(ROOT / "conduit.py", folder)
+    folder.chmod(0o555)
+    environment = {
+        "CONDUIT_CONFIG": "",
+        "CONDUIT_SERVER_NAME": "x",
+        "CONDUIT_DATABASE_PATH": str(tmp_path / "data"),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        assert conduit.bytecode_folder(tmp_path) is None
+        patch.setattr(os, "access", lambda path, mode: False)
+        assert conduit.bytecode_folder(folder) == tmp_path / "data" / "bytecode"
+        prefix = conduit.module_environment(folder)["PYTHONPYCACHEPREFIX"]
+    if not os.access(folder, os.W_OK):  # root may write everywhere
+        script = folder / "conduit.py"
+        result = run_script("--check", cwd=tmp_path, script=script, **environment)
+        assert "no database" in result.stdout
+        assert list(Path(prefix).rglob("conduit.*.pyc"))
+
+
+# ── 24.5  The log ────────────────────────────────────────────────────────────
+
+
+def test_log_lines() -> None:
+    """Readable on a terminal; with levels for the journal, on each line of a traceback."""
+    record = logging.LogRecord("conduit.http", logging.WARNING, "", 1, "one\ntwo", None, None)
+    plain = conduit.LogFormatter(for_journal=False).format(record)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING http: one\ntwo", plain)
+    journal = conduit.LogFormatter(for_journal=True).format(record)
+    assert journal == "<4>WARNING http: one\n<4>two"
+
+
+def test_loop_errors_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception that nobody awaited is in the log, with its traceback."""
+    loop = asyncio.new_event_loop()
+    conduit.log_loop_error(loop, {"message": "task failed", "exception": ValueError("lost")})
+    conduit.log_loop_error(loop, {"message": "hung up", "exception": ConnectionResetError()})
+    loop.close()
+    assert "lost" in caplog.text
+    assert "hung up" not in caplog.text
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -2516,9 +12216,9 @@ class Device:
         await self.sync()
         return self
 
-    async def sync(self, timeout: int = 0) -> None:
+    async def sync(self) -> None:
         """One turn of what sync_forever does: sync, then what key management wants done."""
-        answer = await self.nio.sync(timeout, sync_filter={"room": {"timeline": {"limit": 500}}})
+        answer = await self.nio.sync(0, sync_filter={"room": {"timeline": {"limit": 500}}})
         assert isinstance(answer, nio.SyncResponse), answer
         if self.nio.should_upload_keys:
             await self.nio.keys_upload()
@@ -2642,8 +12342,8 @@ async def read_with_new_device(new: Device, old: Device, room_id: str, folder: P
 
 async def encrypted_conversation(server: Server, folder: Path, count: int) -> None:
     """The whole story; `count` messages each way, half of them after a restart."""
-    register(server, "alice")
-    register(server, "bob")
+    for name in ("admin", "alice", "bob"):
+        register(server, name)
     alice = Device(server, f"@alice:{server.name}", folder / "alice")
     bob = Device(server, f"@bob:{server.name}", folder / "bob")
     tablet = Device(server, f"@alice:{server.name}", folder / "tablet")
@@ -2709,10 +12409,8 @@ def wal_end(path: str) -> tuple[str, int]:
 
 def record_syncs(log: str, checkpoint_commits: int) -> None:
     """Runs in the server's process: append to the log what each successful sync made durable."""
-    import conduit  # the server's own module
-
     out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    real = {"fsync": os.fsync, "fdatasync": os.fdatasync}
+    real: dict[str, Callable[[int], None]] = {"fsync": os.fsync, "fdatasync": os.fdatasync}
 
     def note(*words: object) -> None:
         os.write(out, (" ".join(map(str, words)) + "\n").encode())
@@ -2739,10 +12437,8 @@ def record_syncs(log: str, checkpoint_commits: int) -> None:
             note("wal", *wal_end(path + "-wal"))
             return cursor
 
-    os.fsync = lambda descriptor: synced("fsync", descriptor)
-    os.fdatasync = lambda descriptor: synced("fdatasync", descriptor)
-    real_connect = sqlite3.connect
-    sqlite3.connect = lambda *a, **k: real_connect(*a, **{"factory": Connection, **k})  # type: ignore[assignment]  # the hook itself
+    vars(os).update({name: functools.partial(synced, name) for name in real})
+    vars(sqlite3)["connect"] = functools.partial(sqlite3.connect, factory=Connection)
     conduit.CHECKPOINT_COMMITS = checkpoint_commits
     sys.exit(conduit.main())
 
@@ -2750,7 +12446,8 @@ def record_syncs(log: str, checkpoint_commits: int) -> None:
 def run_under(server: Server, hook: Callable[..., None], *helpers: Any, **arguments: Any) -> None:
     """Let the server be started by a function of this file that runs in its process."""
     source = "".join(inspect.getsource(function) for function in (*helpers, hook))
-    heading = "from __future__ import annotations\nimport os, signal, sqlite3, sys\n"
+    heading = "from __future__ import annotations\nimport functools, os, signal, sqlite3, sys\n"
+    heading += "import conduit\n"
     call = f"{hook.__name__}(**{arguments!r})\n"
     server.command = [sys.executable, "-c", heading + source + call]
 
@@ -2825,9 +12522,7 @@ class Sender:
         if self.pending:
             self.step()
         for txn, event_id in list(self.sent.items())[-2:]:
-            assert self.client.send_text(self.room_id, txn, txn) == event_id, (
-                "a transaction was lost"
-            )
+            assert self.client.send_text(self.room_id, txn, txn) == event_id, "sent twice"
 
 
 class ToDeviceSender:
@@ -2974,22 +12669,21 @@ class MediaSender:
 
 
 class DeviceMaker:
-    """Logs in again and again; each token that was given out works."""
+    """Logs in again and again, and out; each token that was given out works."""
 
     def __init__(self, client: Client) -> None:
         self.client = client
         self.devices: list[Client] = []
 
     def step(self) -> None:
-        """Log in once, and log the device before out."""
+        """Log in once, and log the oldest device out."""
         self.devices.append(self.client.login())
         if len(self.devices) > 2:
-            ok(self.devices[-2].post("logout"))
-            del self.devices[-2]
+            ok(self.devices.pop(0).post("logout"))
 
     def settle(self) -> None:
-        """The tokens work, that of the logged-out device does not."""
-        for device in self.devices[-2:]:
+        """The tokens work."""
+        for device in self.devices:
             assert ok(device.get("account/whoami"))["device_id"] == device.device_id
 
 
@@ -3003,6 +12697,7 @@ class Crowd:
 
     def __init__(self, server: Server) -> None:
         self.server = server
+        register(server, "admin")
         clients = [register(server, f"user{n}") for n in range(4)]
         for client in clients:
             client.checked = False  # the schema check would take most of the time
@@ -3078,7 +12773,7 @@ def test_sec_a2_nothing_is_lost_when_the_plug_is_pulled(
 
 
 def messages_in(database: Path) -> list[int]:
-    """The numbers of the messages that a database file (with its log) holds, after SQLite's check."""
+    """The numbers of the messages that a database file (with its log) holds, once checked."""
     with contextlib.closing(sqlite3.connect(database)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         events = [json.loads(row[0]) for row in connection.execute("SELECT pdu FROM events")]
@@ -3123,7 +12818,6 @@ def fail_at_step(control: str) -> None:
     The control file says "n" or "n rollback" (SQLite undid the transaction as well); it is answered
     with the steps that the previous order had left.
     """
-    import conduit  # the server's own module
 
     class Connection(sqlite3.Connection):
         left = 0
@@ -3131,7 +12825,7 @@ def fail_at_step(control: str) -> None:
 
         def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
             verb = sql.split(None, 1)[0].upper()
-            if verb in {"INSERT", "UPDATE", "DELETE", "REPLACE", "BEGIN", "SAVEPOINT", "COMMIT"}:
+            if verb in {"INSERT", "UPDATE", "DELETE", "REPLACE", "BEGIN", "COMMIT"}:
                 Connection.left -= 1
                 if Connection.left == 0:
                     if Connection.undo and self.in_transaction:
@@ -3148,8 +12842,7 @@ def fail_at_step(control: str) -> None:
             file.write(f"{left} ")
 
     signal.signal(signal.SIGUSR2, order)
-    real_connect = sqlite3.connect
-    sqlite3.connect = lambda *a, **k: real_connect(*a, **{"factory": Connection, **k})  # type: ignore[assignment]  # the hook itself
+    vars(sqlite3)["connect"] = functools.partial(sqlite3.connect, factory=Connection)
     sys.exit(conduit.main())
 
 
@@ -3167,8 +12860,10 @@ class Faults:
         self.control.write_text(words)
         self.answer.unlink(missing_ok=True)
         os.kill(self.server.pid, signal.SIGUSR2)
-        text = eventually(lambda: self.answer.exists() and self.answer.read_text().endswith(" "))
-        assert text
+        deadline = time.monotonic() + 10
+        while not (self.answer.exists() and self.answer.read_text().endswith(" ")):
+            assert time.monotonic() < deadline, "the server does not answer to the signal"
+            time.sleep(0.001)
         return int(self.answer.read_text())
 
 
@@ -3226,7 +12921,9 @@ class Story:
         identifier = {"type": "m.id.user", "user": "alice"}
         answer = bob.post("login", {**login, "identifier": identifier})
         if self.attempt(answer):
-            self.attempt(client_from(self.server, answer.json()).post("logout"))
+            device = client_from(self.server, answer.json())
+            device.checked = False
+            self.attempt(device.post("logout"))
 
     def last_event(self) -> str:
         """The newest event of the room."""
@@ -3236,8 +12933,6 @@ class Story:
         """What was acknowledged is there, what was refused is not."""
         assert self.alice.bodies(self.room_id) == self.sent
         assert self.bob.state(self.room_id, "m.room.topic") == {"topic": self.topics[-1]}
-        problems = conduit.check_database(self.server.data)
-        assert not problems, problems
 
     def picture(self) -> list[Json]:
         """What two users see of everything, for comparing before and after a restart."""
@@ -3247,9 +12942,7 @@ class Story:
             for room in result["rooms"].get("join", {}).values():
                 room["timeline"].pop("prev_batch", None)
             result.pop("next_batch")
-            seen.append(
-                cast("Json", json.loads(re.sub(r'"age": \d+', '"age": 0', json.dumps(result))))
-            )
+            seen.append(json.loads(re.sub(r'"age": \d+', '"age": 0', json.dumps(result))))
         return seen
 
 
@@ -3267,6 +12960,7 @@ def test_sec_a1_a_fault_at_every_step(new_server: Callable[..., Server], mode: s
         left = faults.order("0")
         story.hold()
         if step % 25 == 0:
+            assert not conduit.check_database(server.data)
             before = story.picture()
             server.restart()
             assert story.picture() == before, "memory and disk disagree"
@@ -3293,7 +12987,7 @@ def refused(response: httpx.Response) -> bool:
 def live_through_a_full_disk(
     server: Server, fill: Callable[[], None], free: Callable[[], None]
 ) -> None:
-    """Writes are refused clearly while the disk is full, reads go on, and then all is well again."""
+    """Writes are refused clearly while the disk is full, reads go on, and it gets well again."""
     alice = register(server, "alice")
     alice.checked = False
     room_id = alice.create_room()
@@ -3361,6 +13055,558 @@ def test_sec_a4_disk_full_on_a_small_disk(
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  NONSENSE FROM THE NETWORK
+#
+#  Wrong values in every field of every endpoint, sensible requests taken apart
+#  piece by piece, bytes shuffled below HTTP: no 5xx, no traceback, no hung
+#  connection, and memory stays where it was.
+# ═════════════════════════════════════════════════════════════════════════════
+
+WRONG: Final[tuple[Any, ...]] = (
+    None, True, 0, -1, 2**63, 1.5, 1e300, "", "x", "x" * 1000, "@x:y", "!x:y", "\0", "\ud800",
+    "m.room.member", [], [None], [[[]]], {}, {"": None}, {"a": {"b": [1]}}, {"m.room.create": {}},
+)  # fmt: skip
+WRONG_BODIES: Final = (
+    b"", b"null", b"[]", b'"x"', b"{", b"\xff\xfe{}", b'{"a":' * 5000, b"[" * 100_000, b"{}" * 2,
+    b'{"a": NaN}', b'{"a": 1e999}', b'{"a": ' + b"9" * 5000 + b"}", b'{"a": "\xed\xa0\x80"}',
+    b"0" * 70_000,
+)  # fmt: skip
+WRONG_SEGMENTS: Final = (
+    "", "x", "..", "%2e%2e", "%2f", "%00", "%ff", "%", "%zz", "%ed%a0%80", "x" * 2000, "@x:y",
+    "!x:y", "-1", "9" * 30, "{}", "a%0d%0ab", "%F0%9F%92%A9", "m.room.create", "*",
+)  # fmt: skip
+
+
+def replaced(value: Any, wrongs: Sequence[Any]) -> Iterator[Any]:
+    """The value with each of its parts, one at a time, replaced by each wrong thing."""
+    yield from wrongs
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield {k: v for k, v in value.items() if k != key}
+            yield from ({**value, key: changed} for changed in replaced(inner, wrongs))
+    elif isinstance(value, list):
+        for at, inner in enumerate(value):
+            yield from ([*value[:at], new, *value[at + 1 :]] for new in replaced(inner, wrongs))
+
+
+class Nonsense:
+    """A user in a room with all sorts of things in it, and requests that make little sense."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.http = httpx.Client(base_url=server.url, timeout=10)
+        self.count = 0
+        self.problems: dict[str, str] = {}  # one example of each kind
+        self.renew()
+
+    def renew(self) -> None:
+        """A fresh user with a fresh room: the last one may have been logged out or deactivated."""
+        self.alice = alice = register(self.server, unique("alice"))
+        self.bob = bob = register(self.server, unique("bob"))
+        alice.checked = bob.checked = False
+        room_id = alice.room_with(bob)
+        event_id = alice.send_text(room_id, "hello")
+        media = alice.upload(b"\x89PNG", "image/png").rsplit("/", 1)[1]
+        alias = f"#{unique('alias')}:{self.server.name}"
+        ok(alice.put(("directory", "room", alias), {"room_id": room_id}))
+        filter_id = ok(alice.post(("user", alice.user_id, "filter"), {"room": {}}))["filter_id"]
+        backup = {"algorithm": "m.megolm_backup.v1.curve25519-aes-sha2", "auth_data": {}}
+        version = alice.post("room_keys/version", backup).json().get("version", "1")
+        self.names = {
+            "userId": alice.user_id, "roomId": room_id, "eventId": event_id, "mediaId": media,
+            "roomAlias": alias, "roomIdOrAlias": room_id, "filterId": filter_id,
+            "serverName": self.server.name, "deviceId": alice.device_id, "version": version,
+            "eventType": "m.room.message", "type": "m.test", "stateKey": "", "sessionId": "s",
+            "kind": "override", "ruleId": ".m.rule.master", "attr": "enabled", "scope": "global",
+            "receiptType": "m.read", "relType": "m.thread",
+            "keyName": "displayname", "tag": "u.x",
+            "event": event_id, "bob": bob.user_id, "bob_device": bob.device_id,
+        }  # fmt: skip
+
+    def alive(self) -> None:
+        """Start anew if the last requests ended the session."""
+        if self.alice.get("account/whoami").status_code != 200:
+            self.renew()
+
+    def send(self, method: str, path: str, content: bytes | None = None) -> None:
+        """One request, which is to be answered in time, without a 5xx, and with a Matrix error."""
+        self.count += 1
+        headers = {"Authorization": f"Bearer {self.alice.token}"}
+        what = f"{method} {path[:300]} {(content or b'')[:500]!r}"
+        try:
+            answer = self.http.request(method, path, content=content, headers=headers)
+        except httpx.TransportError as error:
+            self.problems.setdefault(f"{method} {type(error)}", f"{what}: {error}")
+            return
+        status = answer.status_code
+        if status >= 500 or (status >= 400 and not answer.json().keys() & {"errcode", "flows"}):
+            route = re.sub(r"[!@$#%][^/?]*|\\d+", "*", path.partition("?")[0])
+            self.problems.setdefault(f"{method} {route[:80]} {status}", what)
+
+    def judge(self) -> None:
+        """Fail with one example of each problem."""
+        report = [f"{what}\n    {example}" for what, example in self.problems.items()]
+        assert not report, "\n".join(report)
+
+    def send_json(self, method: str, path: str, value: Any) -> None:
+        """The same with a JSON body (lone surrogates go out as escapes)."""
+        self.send(method, path, json.dumps(value).encode())
+
+    def fill(self, template: str, **changes: str) -> str:
+        """A path with its parameters filled in, percent-encoded; changes go in as they are."""
+
+        def value(found: re.Match[str]) -> str:
+            name = found[1]
+            return changes.get(name, quote(self.names.get(name) or unique("x"), safe=""))
+
+        return re.sub(r"\{(\w+)\}", value, template)
+
+    def filled(self, value: Any) -> Any:
+        """A JSON template with "<name>" replaced by the name's value."""
+        return json.loads(
+            re.sub(r"<(\w+)>", lambda m: self.names.get(m[1], m[0]), json.dumps(value))
+        )
+
+    def syncs(self) -> None:
+        """Whatever got into the room, both users can still sync, from the start."""
+        for client in (self.alice, self.bob):
+            client.sync(timeout=0)
+
+
+DEFAULTS: Final[Json] = {"string": "x", "integer": 1, "number": 1, "boolean": True, "array": []}
+
+
+def client_endpoints() -> list[Json]:
+    """The client-server endpoints of the specification, from its data beside the checker."""
+    path = SPEC_TOOLS.parent / "spec" / "endpoints.json"
+    if not path.exists():
+        pytest.skip("the specification's list of endpoints is not here")
+    listed = json.loads(path.read_text())
+    return [each for each in listed if each["api"] in ("client-server", "msc")]
+
+
+def try_bodies(nonsense: Nonsense, endpoint: Json) -> None:
+    """Wrong values in each body field of an endpoint, and bodies that are no such object."""
+    method, path = endpoint["method"], endpoint["path"]
+    fields = (endpoint["request"] or {}).get("fields") or {}
+    plain = {name: DEFAULTS.get(kind, {}) for name, kind in fields.items()}
+    for name in fields:
+        for wrong in WRONG:
+            nonsense.send_json(method, nonsense.fill(path), {**plain, name: wrong})
+    for body in WRONG_BODIES if method != "GET" else ():
+        nonsense.send(method, nonsense.fill(path), body)
+
+
+def try_paths(nonsense: Nonsense, endpoint: Json) -> None:
+    """Wrong values in each path and query parameter of an endpoint."""
+    method, path = endpoint["method"], endpoint["path"]
+    tail = "?timeout=0" if "timeout" in endpoint["query"] else "?"
+    for name in re.findall(r"\{(\w+)\}", path):
+        for segment in WRONG_SEGMENTS:
+            nonsense.send(method, nonsense.fill(path, **{name: segment}) + tail)
+    for name in endpoint["query"]:
+        for value in WRONG_SEGMENTS if name != "timeout" else ("x", "-1", "%00", "0.5"):
+            nonsense.send(method, nonsense.fill(path) + f"{tail}&{name}={value}")
+
+
+@slow
+def test_wrong_values_in_every_field_of_every_endpoint(new_server: Callable[..., Server]) -> None:
+    nonsense = Nonsense(new_server(log="warn"))
+    endpoints = client_endpoints()
+    middle = 0.0
+    for number, endpoint in enumerate(endpoints):
+        nonsense.alive()
+        try_bodies(nonsense, endpoint)
+        nonsense.alive()
+        try_paths(nonsense, endpoint)
+        if number == len(endpoints) // 2:
+            middle = nonsense.server.rss()
+    nonsense.judge()
+    assert nonsense.count > 5000
+    assert nonsense.server.rss() < middle + 40, "memory grows"
+
+
+# Requests that make sense; the tests take them apart.  <name> is replaced by a value of Nonsense.
+SENSIBLE: Final[tuple[tuple[str, str, Any], ...]] = (
+    ("POST", "createRoom", {
+        "preset": "trusted_private_chat", "visibility": "private", "name": "n", "topic": "t",
+        "invite": ["<bob>"], "room_version": "11", "creation_content": {"m.federate": False},
+        "initial_state": [{"type": "m.room.name", "state_key": "", "content": {"name": "x"}}],
+        "power_level_content_override": {"users": {"<userId>": 100}, "events": {"a": 50}},
+        "is_direct": True,
+    }),
+    ("PUT", "rooms/{roomId}/state/m.room.power_levels", {
+        "users": {"<userId>": 100}, "users_default": 0, "events": {"m.room.name": 50}, "ban": 50,
+        "events_default": 0, "state_default": 50, "kick": 50, "redact": 50, "invite": 0,
+        "notifications": {"room": 50},
+    }),
+    ("PUT", "rooms/{roomId}/state/m.room.member/{bob}", {"membership": "invite", "reason": "r"}),
+    ("PUT", "rooms/{roomId}/state/m.room.join_rules", {
+        "join_rule": "restricted", "allow": [{"type": "m.room_membership", "room_id": "<roomId>"}],
+    }),
+    ("PUT", "rooms/{roomId}/state/m.room.server_acl", {"allow": ["*"], "deny": ["x"]}),
+    ("PUT", "rooms/{roomId}/state/m.room.canonical_alias", {
+        "alias": "<roomAlias>", "alt_aliases": ["<roomAlias>"],
+    }),
+    ("PUT", "rooms/{roomId}/state/m.room.history_visibility", {"history_visibility": "shared"}),
+    ("PUT", "rooms/{roomId}/state/m.room.encryption", {"algorithm": "m.megolm.v1.aes-sha2"}),
+    ("PUT", "rooms/{roomId}/state/m.room.create", {"creator": "<userId>"}),
+    ("PUT", "rooms/{roomId}/state/m.room.name", {"name": "x"}),
+    ("PUT", "rooms/{roomId}/state/m.room.tombstone", {"body": "x", "replacement_room": "<roomId>"}),
+    ("PUT", "rooms/{roomId}/send/m.room.message/{txnId}", {
+        "msgtype": "m.text", "body": "b", "format": "org.matrix.custom.html", "formatted_body": "b",
+        "m.mentions": {"user_ids": ["<bob>"], "room": True},
+        "m.relates_to": {"rel_type": "m.thread", "event_id": "<event>", "is_falling_back": True,
+                         "m.in_reply_to": {"event_id": "<event>"}},
+    }),
+    ("PUT", "rooms/{roomId}/send/m.reaction/{txnId}", {
+        "m.relates_to": {"rel_type": "m.annotation", "event_id": "<event>", "key": "+"},
+    }),
+    ("PUT", "rooms/{roomId}/redact/{eventId}/{txnId}", {"reason": "r"}),
+    ("POST", "rooms/{roomId}/read_markers", {"m.fully_read": "<event>", "m.read": "<event>"}),
+    ("POST", "rooms/{roomId}/receipt/m.read/{eventId}", {"thread_id": "main"}),
+    ("PUT", "rooms/{roomId}/typing/{userId}", {"typing": True, "timeout": 1000}),
+    ("POST", "rooms/{roomId}/kick", {"user_id": "<bob>", "reason": "r"}),
+    ("POST", "rooms/{roomId}/invite", {"user_id": "<bob>", "reason": "r"}),
+    ("POST", "rooms/{roomId}/join", {"reason": "r", "third_party_signed": {
+        "sender": "<bob>", "mxid": "<userId>", "token": "t", "signatures": {"x": {"a:0": "s"}},
+    }}),
+    ("POST", "keys/upload", {
+        "device_keys": {"user_id": "<userId>", "device_id": "<deviceId>", "algorithms": ["a"],
+                        "keys": {"ed25519:<deviceId>": "k", "curve25519:<deviceId>": "k"},
+                        "signatures": {"<userId>": {"ed25519:<deviceId>": "s"}}},
+        "one_time_keys": {"signed_curve25519:A": {"key": "k", "signatures": {}}},
+        "fallback_keys": {"signed_curve25519:B": {"key": "k", "fallback": True, "signatures": {}}},
+    }),
+    ("POST", "keys/query", {"device_keys": {"<bob>": ["<bob_device>"]}, "timeout": 0}),
+    ("POST", "keys/claim", {"one_time_keys": {"<bob>": {"<bob_device>": "signed_curve25519"}}}),
+    ("POST", "keys/signatures/upload", {"<userId>": {"<deviceId>": {
+        "user_id": "<userId>", "device_id": "<deviceId>", "signatures": {"<userId>": {"a:b": "c"}},
+    }}}),
+    ("POST", "keys/device_signing/upload", {
+        "master_key": {"user_id": "<userId>", "usage": ["master"], "keys": {"ed25519:k": "k"}},
+        "self_signing_key": {"user_id": "<userId>", "usage": ["self_signing"], "keys": {}},
+        "auth": {"type": "m.login.password", "session": "s", "password": "p"},
+    }),
+    ("PUT", "sendToDevice/m.test/{txnId}", {"messages": {"<bob>": {"<bob_device>": {"a": 1}}}}),
+    ("PUT", "room_keys/keys?version={version}", {"rooms": {"<roomId>": {"sessions": {"s": {
+        "first_message_index": 1, "forwarded_count": 0, "is_verified": True,
+        "session_data": {"ciphertext": "c"},
+    }}}}}),
+    ("PUT", "room_keys/version/{version}", {"algorithm": "a", "auth_data": {"public_key": "k"}}),
+    ("POST", "user/{userId}/filter", {
+        "event_fields": ["content.body"], "event_format": "client",
+        "presence": {"types": ["*"], "limit": 1}, "account_data": {"not_types": ["a"]},
+        "room": {"rooms": ["<roomId>"], "not_rooms": ["!x:y"], "include_leave": True,
+                 "timeline": {"limit": 5, "senders": ["<bob>"], "types": ["m.*"],
+                              "contains_url": True, "lazy_load_members": True},
+                 "state": {"lazy_load_members": True, "unread_thread_notifications": True}},
+    }),
+    ("PUT", "pushrules/global/override/x", {
+        "conditions": [{"kind": "event_match", "key": "content.body", "pattern": "a*"},
+                       {"kind": "room_member_count", "is": "2"},
+                       {"kind": "event_property_is", "key": "a", "value": 1}],
+        "actions": ["notify", {"set_tweak": "sound", "value": "default"}],
+    }),
+    ("PUT", "pushrules/global/content/y", {"pattern": "a*b", "actions": ["notify"]}),
+    ("POST", "pushers/set", {
+        "app_id": "a", "pushkey": "k", "kind": "http", "app_display_name": "n", "lang": "en",
+        "device_display_name": "d", "data": {"url": "https://x.example/_matrix/push/v1/notify"},
+        "append": True,
+    }),
+    ("PUT", "user/{userId}/rooms/{roomId}/tags/u.x", {"order": 0.5}),
+    ("PUT", "user/{userId}/account_data/m.ignored_user_list", {"ignored_users": {"<bob>": {}}}),
+    ("PUT", "user/{userId}/account_data/m.direct", {"<bob>": ["<roomId>"]}),
+    ("PUT", "presence/{userId}/status", {"presence": "online", "status_msg": "s"}),
+    ("PUT", "devices/{deviceId}", {"display_name": "d"}),
+    ("POST", "login", {"type": "m.login.password", "password": "p", "device_id": "d",
+                       "identifier": {"type": "m.id.user", "user": "u"}, "refresh_token": True}),
+    ("POST", "register", {"username": "u", "password": "p", "device_id": "d", "inhibit_login": True,
+                          "auth": {"type": "m.login.dummy", "session": "s"}}),
+    ("POST", "search", {"search_categories": {"room_events": {
+        "search_term": "a", "keys": ["content.body"], "order_by": "recent", "filter": {"limit": 5},
+        "event_context": {"before_limit": 1, "after_limit": 1, "include_profile": True},
+        "groupings": {"group_by": [{"key": "room_id"}]},
+    }}}),
+    ("POST", "user_directory/search", {"search_term": "a", "limit": 5}),
+    ("POST", "publicRooms", {
+        "limit": 5, "filter": {"generic_search_term": "a", "room_types": [None]},
+    }),
+    ("POST", "rooms/{roomId}/upgrade", {"new_version": "11"}),
+    ("PUT", "directory/list/room/{roomId}", {"visibility": "public"}),
+)  # fmt: skip
+
+
+@slow
+def test_sensible_requests_with_every_part_replaced(new_server: Callable[..., Server]) -> None:
+    nonsense = Nonsense(new_server(log="warn"))
+    for method, path, template in SENSIBLE:
+        nonsense.alive()
+        for body in replaced(nonsense.filled(template), WRONG):
+            nonsense.send_json(method, CLIENT + nonsense.fill(path), body)
+        nonsense.alive()
+        nonsense.syncs()
+    nonsense.judge()
+
+
+@slow
+def test_filters_with_every_part_replaced(new_server: Callable[..., Server]) -> None:
+    nonsense = Nonsense(new_server(log="warn"))
+    template = next(body for _, path, body in SENSIBLE if path.endswith("/filter"))
+    messages = nonsense.fill(f"{CLIENT}rooms/{{roomId}}/messages?dir=b&filter=")
+    for body in replaced(nonsense.filled(template), WRONG):
+        text = quote(json.dumps(body))
+        nonsense.send("GET", f"{CLIENT}sync?timeout=0&filter={text}")
+        nonsense.send("GET", messages + text)
+    nonsense.judge()
+
+
+def valid_requests(nonsense: Nonsense) -> list[bytes]:
+    """Whole requests as bytes, for taking apart below HTTP."""
+    made = []
+    for method, path, template in SENSIBLE[:20]:
+        body = json.dumps(nonsense.filled(template)).encode()
+        head = f"{method} {CLIENT}{nonsense.fill(path)} HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"Authorization: Bearer {nonsense.alice.token}\r\nContent-Length: {len(body)}\r\n"
+        made.append(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        head = re.sub(r"Content-Length: \d+", "Transfer-Encoding: chunked", head)
+        made.append(head.encode() + b"\r\n" + chunk)
+    return made
+
+
+JUNK: Final = (b"", b"\0", b"\r\n", b"\n", b" ", b":", b"\xff", b"0" * 20, b"-", b"\x80")
+
+
+def mutated(data: bytes, chance: random.Random) -> bytes:
+    """The bytes with a few of them changed, lost or doubled."""
+    for _ in range(chance.randint(1, 4)):
+        at = chance.randrange(len(data)) if data else 0
+        upto = min(len(data), at + chance.choice((1, 1, 2, 8, 100)))
+        data = data[:at] + chance.choice((*JUNK, data[at:upto] * 2)) + data[upto:]
+    return data
+
+
+def exchange_and_close(server: Server, data: bytes) -> bytes:
+    """Send bytes, close our half, and read until the server closes its own, within ten seconds."""
+    received = b""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+    with connection, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        while chunk := connection.recv(65536):
+            received += chunk
+    return received
+
+
+@slow
+def test_mutated_bytes_get_an_answer_or_a_closed_connection(
+    new_server: Callable[..., Server],
+) -> None:
+    chance = random.Random(5)  # noqa: S311  chance for tests
+    nonsense = Nonsense(new_server(log="warn"))
+    corpus = valid_requests(nonsense)
+    before = nonsense.server.rss()
+    for _ in range(3000):
+        data = mutated(chance.choice(corpus), chance)
+        answer = exchange_and_close(nonsense.server, data)
+        if answer:
+            status = re.match(rb"HTTP/1\.1 (\d{3}) ", answer)
+            assert status, f"{data!r}\n{answer!r}"
+            assert int(status[1]) < 500 or status[1] in (b"501", b"505"), f"{data!r}\n{answer!r}"
+    nonsense.renew()
+    assert nonsense.server.rss() < before + 40, "memory grows"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@pytest.fixture(scope="module")
+def shared_nonsense(server: Server) -> Nonsense:
+    """One Nonsense for all the examples of a property."""
+    return Nonsense(server)
+
+
+@slow
+@settings(max_examples=300)
+@given(data=st.data())
+def test_random_json_in_random_places(shared_nonsense: Nonsense, data: st.DataObject) -> None:
+    method, path, template = data.draw(st.sampled_from(SENSIBLE))
+    known = st.sampled_from([str(key) for key in template])
+    body = data.draw(st.dictionaries(known, json_values) | json_values)
+    shared_nonsense.alive()
+    shared_nonsense.send_json(method, CLIENT + shared_nonsense.fill(path), body)
+    shared_nonsense.judge()
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  THE FIRST MINUTE, AND THE FIGURES
+#
+#  What a newcomer does with a fresh checkout; how fast the server starts, what it
+#  needs, and that neither history nor many rooms make it slower.
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the repository's files without anything that was made in it."""
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, copy)
+    return copy
+
+
+@contextlib.contextmanager
+def make_run(checkout: Path, port: int) -> Iterator[Path]:
+    """`make run` in a folder, until it answers and after; its output."""
+    output = checkout / "output"
+    command = ["make", "run", f"PORT={port}", f"PYTHON={sys.executable}"]
+    environment = {
+        key: value for key, value in os.environ.items() if key[:4] not in ("COND", "MAKE")
+    }
+    with output.open("wb") as file:
+        process = subprocess.Popen(  # noqa: S603  make, as a newcomer would
+            command, cwd=checkout, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while b"200" not in first_line(port):
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.2)
+        yield output
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        process.wait(20)
+
+
+def first_line(port: int) -> bytes:
+    """The status line of /versions on a port; empty if nobody answers."""
+    request = b"GET /_matrix/client/versions HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+            connection.sendall(request)
+            return connection.recv(1000).partition(b"\r\n")[0]
+    except OSError:
+        return b""
+
+
+@slow
+def test_make_run_on_a_clean_checkout(checkout: Path) -> None:
+    port = free_port()
+    with make_run(checkout, port) as output:
+        page = httpx.get(f"http://localhost:{port}/")
+        assert page.status_code == 200
+        assert page.headers["content-type"].startswith("text/html")
+        assert "Matrix" in page.text
+        said = output.read_text()
+        assert f"http://localhost:{port}" in said
+        token = re.search(r"token\s+(\S+)", said)
+        assert token, "it does not say how to register"
+        server = Server(checkout / "unused", port=port, registration_token=token[1])
+        alice = register(server, "alice")
+        assert alice.user_id == "@alice:localhost"
+        alice.send_text(alice.create_room(), "hello")
+
+
+def start_figures(server: Server) -> tuple[float, float]:
+    """Seconds until the first answer, and seconds of CPU used by then."""
+    began = time.monotonic()
+    server.start()
+    return time.monotonic() - began, server.cpu()
+
+
+@slow
+def test_start_and_idle_memory(new_server: Callable[..., Server]) -> None:
+    server = new_server()  # the first start writes the bytecode
+    figures = []
+    for _ in range(5):
+        server.stop()
+        figures.append(start_figures(server))
+    time.sleep(2)
+    wall, cpu = (min(column) for column in zip(*figures, strict=True))
+    print(f"start {wall:.2f} s, {cpu:.2f} s of CPU; idle {server.rss():.1f} MiB")
+    assert cpu <= 0.6
+    assert server.rss() <= 40
+
+
+def cost(server: Server, act: Callable[[], Any], count: int) -> float:
+    """Milliseconds of the server's CPU that one act takes: the best of five series."""
+    series = []
+    for _ in range(5):
+        before = server.cpu()
+        for _ in range(count):
+            act()
+        series.append((server.cpu() - before) / count * 1000)
+    return min(series)
+
+
+@deep
+def test_a_send_costs_the_same_in_a_long_room(new_server: Callable[..., Server]) -> None:
+    server = new_server(log="warn")
+    alice = register(server)
+    alice.checked = False
+    short, long = alice.create_room(), alice.create_room()
+    for room_id, count in ((short, 1_000), (long, 50_000)):
+        for number in range(count):
+            alice.send_text(room_id, str(number), str(number))
+    before = cost(server, lambda: alice.send_text(short, "x"), 100)
+    after = cost(server, lambda: alice.send_text(long, "x"), 100)
+    print(f"a send: {before:.2f} ms of CPU after 1,000 events, {after:.2f} ms after 50,000")
+    assert after <= 1.2 * before
+
+
+@deep
+def test_an_empty_sync_costs_the_same_with_many_rooms(new_server: Callable[..., Server]) -> None:
+    server = new_server(log="warn")
+    figures = []
+    for count in (10, 1_000):
+        alice = register(server)
+        alice.checked = False
+        for _ in range(count):
+            alice.create_room()
+        alice.poll()
+        figures.append(cost(server, alice.poll, 200))
+    few, many = figures
+    print(f"an empty sync: {few:.3f} ms of CPU with 10 rooms, {many:.3f} ms with 1,000")
+    assert many <= 2 * few
+
+
+def bytes_written(server: Server) -> int:
+    """What the process has caused to be written to the disk so far."""
+    found = re.search(r"^write_bytes: (\d+)", Path(f"/proc/{server.pid}/io").read_text(), re.M)
+    assert found
+    return int(found[1])
+
+
+@deep
+def test_a_message_to_a_thousand_members(new_server: Callable[..., Server]) -> None:
+    server = new_server(log="warn")
+    alice = register(server)
+    room_id = alice.create_room(preset="public_chat")
+    for _ in range(999):
+        register(server).join(room_id)
+    alice.checked = False
+    milliseconds = cost(server, lambda: alice.send_text(room_id, "x"), 20)
+    before = bytes_written(server)
+    for _ in range(100):
+        alice.send_text(room_id, "x")
+    written = (bytes_written(server) - before) / 100
+    print(f"a message to 1,000 members: {milliseconds:.2f} ms of CPU, {written / 1000:.1f} kB")
+    assert milliseconds <= 3
+    assert written <= 40_000
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  THE BOOK
 #
 #  conduit.py is read from the top: nothing is used before it is explained, the
@@ -3395,11 +13641,10 @@ def bound_names(node: ast.AST) -> Iterator[str]:
             yield name
 
 
+DEFINITIONS: Final = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 SCOPES: Final = (
-    ast.FunctionDef,
-    ast.AsyncFunctionDef,
+    *DEFINITIONS,
     ast.Lambda,
-    ast.ClassDef,
     ast.ListComp,
     ast.SetComp,
     ast.DictComp,
@@ -3469,32 +13714,64 @@ def test_forward_use_finder_finds() -> None:
     assert not ForwardUses(ast.parse("def f():\n    def h(): return g\n    g = 1\ng = 2")).found
 
 
-def test_no_name_is_used_before_it_is_defined() -> None:
-    found = ForwardUses(TREE).found
-    report = "\n".join(f"line {at}: {name} is defined in line {line}" for at, name, line in found)
-    assert not found, report
+def forward_uses() -> list[tuple[int, str, int, bool]]:
+    """(line, name, line of its definition, whether that is in a later chapter)."""
+    starts = [line for line, _, _ in chapters()]
+    return [
+        (at, name, line, bisect.bisect(starts, at) != bisect.bisect(starts, line))
+        for at, name, line in ForwardUses(TREE).found
+    ]
+
+
+def test_no_name_is_used_before_the_chapter_that_defines_it() -> None:
+    found = [f"line {at}: {name}, line {line}" for at, name, line, later in forward_uses() if later]
+    assert not found, "\n".join(found)
+
+
+def test_no_name_is_used_above_its_definition() -> None:
+    found = [f"line {at}: {name}, line {line}" for at, name, line, _ in forward_uses()]
+    assert not found, "\n".join(found)
+
+
+def test_no_name_is_defined_twice() -> None:
+    lines: dict[str, list[int]] = defaultdict(list)
+    for node in TREE.body:
+        bound = [node] if isinstance(node, DEFINITIONS) else [*ast.iter_child_nodes(node)]
+        if not isinstance(node, ast.If | ast.Try):  # alternatives
+            for name in (name for each in bound for name in bound_names(each)):
+                lines[name].append(node.lineno)
+    twice = {name: at for name, at in lines.items() if len(at) > 1}
+    assert not twice, f"the later one takes the place of the earlier: {twice}"
 
 
 # ── Contents ─────────────────────────────────────────────────────────────────
 
 
-def chapters() -> list[tuple[int, int, str]]:
-    """(line, number, title) of each chapter banner; a malformed banner fails."""
+def chapter_banners() -> list[tuple[int, list[str]]]:
+    """(number of the first line, lines) of each chapter banner, its two rules included."""
     lines = SOURCE.splitlines()
+    rules = [number for number, line in enumerate(lines) if line.startswith("# ═")]
+    assert len(rules) % 2 == 0, "a chapter banner has no end"
+    pairs = zip(rules[::2], rules[1::2], strict=True)
+    return [(first + 1, lines[first : last + 1]) for first, last in pairs]
+
+
+def chapters() -> list[tuple[int, int, str]]:
+    """(line, number, title) of each chapter banner that has a title."""
+    titles = [(at, re.fullmatch(r"#  (\d+)\. (.+)", lines[1])) for at, lines in chapter_banners()]
+    return [(at, int(title[1]), title[2]) for at, title in titles if title]
+
+
+def test_banners_look_alike() -> None:
     rule = "# " + "═" * (BANNER_WIDTH - 2)
-    starts = [i for i, line in enumerate(lines) if line.startswith("# ═")]
-    assert len(starts) % 2 == 0, "a chapter banner has no end"
-    found = []
-    for first, last in zip(starts[::2], starts[1::2], strict=True):
-        assert lines[first] == lines[last] == rule, f"line {first + 1}: not the banner's rule"
-        title = re.fullmatch(r"#  (\d+)\. ([^a-z]+)", lines[first + 1])
-        assert title, f"line {first + 2}: not '#  N. TITLE'"
-        assert lines[first + 2] == "#", f"line {first + 3}: an empty line follows the title"
-        prose = lines[first + 3 : last]
-        assert len(prose) >= 2, f"line {first + 1}: a chapter begins with prose"
-        assert all(line.startswith("#  ") and len(line) <= BANNER_WIDTH for line in prose), prose
-        found.append((first + 1, int(title[1]), title[2]))
-    return found
+    wrong = []
+    for at, lines in chapter_banners():
+        prose = lines[3:-1]
+        shape = lines[0] == lines[-1] == rule and lines[2] == "#" and len(prose) >= 2
+        if not shape or not re.fullmatch(r"#  \d+\. [^a-z]+", lines[1]):
+            wrong.append(f"line {at}: rule, '#  N. TITLE', '#', two lines of prose, rule: {lines}")
+        wrong += [f"line {at}: not indented: {x}" for x in prose if not re.match("#(  |$)", x)]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_chapters_are_numbered_in_order() -> None:
@@ -3502,7 +13779,8 @@ def test_chapters_are_numbered_in_order() -> None:
 
 
 def test_contents_agree_with_the_banners() -> None:
-    contents = ast.get_docstring(TREE) or ""
+    docstring = ast.get_docstring(TREE) or ""
+    contents = docstring.partition("\nContents")[2].partition("\nHow a message")[0]
     listed = re.findall(r"^ *(\d+)\.? +(\S.*?)(?: {3,}.*)?$", contents, re.MULTILINE)
     expected = [(str(number), title.lower()) for _, number, title in chapters()]
     assert [(number, title.lower().rstrip(".")) for number, title in listed] == expected
@@ -3510,14 +13788,16 @@ def test_contents_agree_with_the_banners() -> None:
 
 def test_sections_are_numbered_within_their_chapter() -> None:
     starts = {line: number for line, number, _ in chapters()}
-    chapter, section = 0, 0
+    chapter, section, wrong = 0, 0, []
     for line, text in enumerate(SOURCE.splitlines(), 1):
         if line in starts:
             chapter, section = starts[line], 0
         if text.startswith("# ──"):
             section += 1
-            assert re.fullmatch(rf"# ── {chapter}\.{section}  \S.*? ─+", text), f"{line}: {text}"
-            assert len(text) == BANNER_WIDTH, f"line {line}: {len(text)} wide, not {BANNER_WIDTH}"
+            right = re.fullmatch(rf"# ── {chapter}\.{section}  \S.*? ─+", text)
+            if not right or len(text) != BANNER_WIDTH:
+                wrong.append(f"line {line}: not {chapter}.{section}, {BANNER_WIDTH} wide: {text}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_chapter_is_a_drawer() -> None:
@@ -3574,7 +13854,7 @@ def test_every_exemption_has_its_reason() -> None:
             found = exemption.search(line)
             if found and "re.compile" not in line:
                 reason = re.sub(r"^(?:: [A-Z0-9, ]+|\[[\w, -]+\])", "", found[1]).strip(" #")
-                assert len(reason) > 5, f"{path.name}:{number}: {line.strip()}"
+                assert len(reason) > 3, f"{path.name}:{number}: {line.strip()}"
 
 
 def test_nothing_is_left_for_later() -> None:
@@ -3613,33 +13893,82 @@ def test_the_route_table_prints_itself(new_server: Callable[..., Server]) -> Non
 
 # ── SQL ──────────────────────────────────────────────────────────────────────
 
-STATEMENT: Final = re.compile(r"\s*(?:SELECT|UPDATE|DELETE|INSERT|REPLACE|WITH)\b")
+STATEMENT: Final = re.compile(r"\s*(?:SELECT|UPDATE|DELETE|INSERT|REPLACE|WITH)\s")
 
-# Statements that read a whole table, and why that is right: part of the statement -> reason.
-SCANS: Final[dict[str, str]] = {}
+# Statements that read a whole table or index, and why they may.
+SCANS: Final = {
+    "SELECT name FROM sqlite_schema": "at the start",
+    "SELECT user_nid FROM profile_updates": "at the start; the table is a queue",
+    "SELECT user_nid, state, status_msg FROM presence": "at the start",
+    "SELECT user_nid FROM accounts WHERE leaving = 1": "at the start; the index has only those",
+    "SELECT 1 FROM accounts WHERE is_guest = 0 AND user_nid IS NOT ? LIMIT 1": "the first will do",
+    "SELECT device_nid FROM devices": "maintenance",
+    "DELETE FROM short_tokens WHERE expires_ts <= ?": "maintenance; tokens of minutes, so few",
+    "DELETE FROM short_tokens WHERE user_nid = ?": "deactivation; the same few",
+    "SELECT media_id, sha256, size FROM media WHERE sha256 IS NOT NULL": "maintenance, in a thread",
+    "SELECT SUM(size) FROM media": "an admin asks, in a thread",
+    "SELECT users.user_id FROM accounts JOIN users USING (user_nid) WHERE deactivated = 0"
+    " AND is_guest = 0 ORDER BY users.user_id": "an admin asks for the list",
+    "SELECT room_nid FROM published_rooms": "once; the list is kept in memory",
+    "SELECT room_nid FROM public_rooms": "once; the list is kept in memory",
+    "SELECT user_nid, room_nid, display_name, avatar_url, folded, user_id FROM user_names"
+    " JOIN users USING (user_nid) WHERE folded LIKE ? ESCAPE '\\' LIMIT ?": "search, in a thread",
+}
+
+
+def module_constant(node: ast.AST) -> str:
+    """The value of a module-level text constant (CAPITALS); empty for anything else."""
+    name = node.id if isinstance(node, ast.Name) else ""
+    value = getattr(conduit, name, "") if name.isupper() else ""
+    return value if isinstance(value, str) else ""
+
+
+def text_of(node: ast.AST) -> str:
+    """A string constant, or an f-string that inserts nothing but module-level constants."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else ""
+    if not isinstance(node, ast.JoinedStr):
+        return ""
+    parts = [
+        module_constant(part.value) if isinstance(part, ast.FormattedValue) else text_of(part)
+        for part in node.values
+    ]
+    return "".join(parts) if all(parts) else ""
+
+
+def checks_of_the_database() -> set[ast.AST]:
+    """Everything inside a call of invariant(): --check reads whole tables by design."""
+    calls = [node for node in ast.walk(TREE) if isinstance(node, ast.Call)]
+    checks = [call for call in calls if ast.unparse(call.func) == "invariant"]
+    return {inner for call in checks for inner in ast.walk(call)}
 
 
 def sql_statements() -> Iterator[tuple[int, str]]:
-    """(line, text) of each string constant in the file that is an SQL statement."""
+    """(line, text) of each SQL statement in the file, but for those of --check."""
+    whole = [node for node in ast.walk(TREE) if isinstance(node, ast.JoinedStr)]
+    skipped = {part for node in whole for part in node.values} | checks_of_the_database()
     for node in ast.walk(TREE):
-        if isinstance(node, ast.Constant) and is_sql(node):
-            yield node.lineno, str(node.value)
+        text = "" if node in skipped else text_of(node)
+        if STATEMENT.match(text):
+            yield getattr(node, "lineno", 0), text
 
 
-def is_sql(node: ast.AST) -> bool:
-    """Whether the node is a string that begins as an SQL statement does."""
-    value = node.value if isinstance(node, ast.Constant) else None
-    return isinstance(value, str) and bool(STATEMENT.match(value))
+def begins_as_sql(node: ast.AST) -> bool:
+    """Whether the node is a string constant that begins as an SQL statement does."""
+    return isinstance(node, ast.Constant) and bool(STATEMENT.match(text_of(node)))
 
 
 def test_sql_is_never_built_by_formatting() -> None:
+    built = []
     for node in ast.walk(TREE):
-        built = (
-            (isinstance(node, ast.JoinedStr) and node.values and is_sql(node.values[0]))
-            or (isinstance(node, ast.BinOp) and is_sql(node.left))
-            or (isinstance(node, ast.Attribute) and node.attr == "format" and is_sql(node.value))
-        )
-        assert not built, f"line {getattr(node, 'lineno', 0)}: {ast.unparse(node)[:200]}"
+        is_formatted = isinstance(node, ast.JoinedStr) and node.values and not text_of(node)
+        if (
+            (is_formatted and begins_as_sql(cast("ast.JoinedStr", node).values[0]))
+            or (isinstance(node, ast.BinOp) and begins_as_sql(node.left))
+            or (isinstance(node, ast.Attribute) and begins_as_sql(node.value))
+        ):
+            built.append(f"line {getattr(node, 'lineno', 0)}: {ast.unparse(node)[:200]}")
+    assert not built, "\n".join(built)
 
 
 def query_plan(database: sqlite3.Connection, statement: str) -> list[str]:
@@ -3676,7 +14005,7 @@ def test_every_statement_finds_its_rows_by_an_index(fresh_database: sqlite3.Conn
         except sqlite3.Error as error:
             scans = [f"{error}"]
         compact = " ".join(statement.split())
-        if scans and not any(part in compact for part in SCANS):
+        if scans and compact not in SCANS:
             wrong.append(f"line {line}: {compact}\n    {'; '.join(scans)}")
     assert not wrong, "\n".join(wrong)
 
@@ -3702,7 +14031,7 @@ def find_python(version: str) -> str | None:
 
 
 def python_with_nacl(version: str) -> str:
-    """An interpreter of this version that has PyNaCl, in a virtual environment kept between runs."""
+    """An interpreter of this version with PyNaCl, in a virtual environment kept between runs."""
     folder = Path(tempfile.gettempdir()) / f"conduit-test-{os.getuid()}-python{version}"
     python = folder / "bin" / "python"
     base = find_python(version)
