@@ -41,7 +41,9 @@ CHECK   := $(FORMAT) --select $(RULES) \
 #   PLR0915    a conversation of two clients is one story, and long
 #   S101       pytest lives by `assert`
 #   S104-S108  addresses, passwords and folders of servers that live for one test
-IGNORED_IN_TESTS := $(IGNORED),D102,D103,PLR0915,S101,S104,S105,S106,S107,S108
+#   S608       queries that look into a test's own database
+#   ASYNC240   a look at a file does not hold up a test
+IGNORED_IN_TESTS := $(IGNORED),D102,D103,PLR0915,S101,S104,S105,S106,S107,S108,S608,ASYNC240
 
 # ── Running ──────────────────────────────────────────────────────────────────
 

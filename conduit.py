@@ -5131,6 +5131,8 @@ def byte_range(text: str, size: int) -> tuple[int, int] | None:
     if match is None:
         return None
     first, last = match.groups()
+    if not (first or last) or (first and last and int(last) < int(first)):
+        return None
     start = int(first) if first else max(0, size - int(last or 0))
     end = min(size, int(last) + 1) if first and last else size
     return start, end
@@ -5144,8 +5146,10 @@ def select_range(request: Request, response: Response, file: FileBody) -> None:
     if bounds is None or request.headers.get("if-range", tag) != tag:
         bounds = (0, file.size)
     elif bounds[0] >= bounds[1]:
-        response.status, response.body = 416, b""
+        error = MatrixError(416, "M_INVALID_PARAM", "The file ends before that range")
+        response.status, response.body = error.status, encode_json(error.to_json())
         headers["Content-Range"] = f"bytes */{file.size}"
+        response.content_type = "application/json"
         return
     else:
         response.status = 206
@@ -5791,7 +5795,7 @@ def route_table() -> str:
     rows = sorted((path, entry.method, entry) for entry in ROUTES for path in entry.paths)
     width = max(len(path) for path, _, _ in rows)
     return "\n".join(
-        f"{method:7} {path:{width}} {e.auth.name:9} {e.limit or '-':9} {e.handler.__name__}"
+        f"{method:7} {path:{width}} {e.auth.name.upper():9} {e.limit or '-':9} {e.handler.__name__}"
         for path, method, e in rows
     )
 
@@ -11853,7 +11857,8 @@ THUMBNAIL_SIZES: Final[tuple[ThumbnailSize, ...]] = (  # those kept; others get 
 # The only formats that a decoder gets to see, by their first bytes; and what betrays more than
 # one frame near the start of a file, which is only asked when Pillow is not there.
 IMAGE_MAGIC = re.compile(
-    rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)|(?P<gif>GIF8[79]a)|(?P<webp>RIFF....WEBP)"
+    rb"(?s)(?P<png>\x89PNG\r\n\x1a\n)|(?P<jpeg>\xff\xd8\xff)"
+    rb"|(?P<gif>GIF8[79]a)|(?P<webp>RIFF....WEBP)"
 )
 MOVING_MARK = re.compile(rb"acTL|NETSCAPE2\.0|ANIM")
 IMAGE_HEAD = 65_536  # bytes in which it is looked for
@@ -13085,9 +13090,9 @@ class Homeserver:
         token = self.accounts.first_admin_token()
         if token is not None:
             lines += [
-                "There is no account yet. The first one will be the admin's: register it, in any",
-                "Matrix client that asks for a registration token, with the one that you have",
-                f"configured, or with {token} (good until then)",
+                "There is no account yet. The first will be the admin's: register it with a Matrix",
+                "client that asks for a registration token: the configured one or, until then,",
+                f"    {token}",
             ]
         return lines
 
