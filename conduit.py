@@ -105,10 +105,10 @@ import ipaddress
 import itertools
 import json
 import logging
+import marshal
 import math
 import operator
 import os
-import py_compile
 import queue
 import re
 import resource
@@ -119,10 +119,12 @@ import socket
 import sqlite3
 import ssl
 import string
+import struct
 import sys
 import threading
 import time
 import traceback
+import types
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
@@ -13355,56 +13357,57 @@ def main() -> int:
 # ── 26.4  From script to module ──────────────────────────────────────────────
 
 
-def bytecode_folder(folder: Path) -> Path | None:
-    """Where the bytecode goes, to the database, if it cannot or must not stand by the source."""
-    if os.access(folder, os.W_OK) and not sys.dont_write_bytecode:
-        return None
+def bytecode_file(script: Path) -> Path:
+    """Where the bytecode goes: beside the source, else to the database folder."""
+    if os.access(script.parent, os.W_OK) and not sys.dont_write_bytecode:
+        return Path(importlib.util.cache_from_source(str(script)))
     try:
         config, _ = load_config(os.environ)
-    except ConfigError:
-        return None  # the start after this one says what is wrong
-    return config.database_path.absolute() / "bytecode"
+    except ConfigError:  # the start after this one says what is wrong
+        return Path(importlib.util.cache_from_source(str(script)))
+    return config.database_path.absolute() / "bytecode" / f"{script.stem}.pyc"
 
 
-def module_environment(folder: Path) -> dict[str, str]:
-    """The environment in which `python3 -m` finds this file, and its bytecode."""
-    environ = dict(os.environ)
-    others = environ.get("PYTHONPATH")
-    environ["PYTHONPATH"] = f"{folder}{os.pathsep}{others}" if others else str(folder)
-    environ["PYTHONSAFEPATH"] = "1"  # or a file in the working directory could pose as a module
-    bytecode = bytecode_folder(folder)
-    if bytecode is not None:
-        environ.setdefault("PYTHONPYCACHEPREFIX", str(bytecode))
-    return environ
+def keep_bytecode(script: Path, code: types.CodeType, target: Path) -> bool:
+    """Write what Python has just compiled where the module will be loaded from.  Spec: PEP 552."""
+    status = script.stat()
+    head = struct.pack("<III", 0, int(status.st_mtime) & 0xFFFFFFFF, status.st_size & 0xFFFFFFFF)
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(importlib.util.MAGIC_NUMBER + head + marshal.dumps(code))
+        partial.replace(target)
+    except OSError:  # then the module compiles itself, and takes more memory
+        return False
+    return True
 
 
-def compile_module(script: Path, prefix: str | None) -> None:
-    """Make the bytecode now, in this process that is about to end: the server never compiles."""
-    sys.pycache_prefix = prefix or sys.pycache_prefix
-    target = Path(importlib.util.cache_from_source(str(script)))
-    if target.exists() and target.stat().st_mtime >= script.stat().st_mtime:
-        return
-    with contextlib.suppress(OSError):  # then the server compiles itself, and takes more memory
-        py_compile.compile(str(script), cfile=str(target))
-
-
-def become_module(script: Path) -> None:
+def become_module(script: Path, code: types.CodeType) -> None:
     """Start again as `python3 -m conduit`, in the same process; returns where that cannot be.
 
     Python compiles a script at each start, and the memory of that stays taken; a module is loaded
-    from its bytecode, which takes half the memory and a third of the time.
+    from its bytecode, which takes half the memory.
+    Trap: PYTHONPYCACHEPREFIX would move the bytecode of the standard library as well; so what
+    cannot stand beside the source is put, without it, on the path.
     """
     if not script.stem.isidentifier():
         return
+    os.umask(0o077)
+    target = bytecode_file(script)
+    beside = target.parent.name == "__pycache__"
+    folder = target.parent if keep_bytecode(script, code, target) and not beside else script.parent
+    others = os.environ.get("PYTHONPATH")
+    environ = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}{os.pathsep}{others}" if others else str(folder),
+        "PYTHONSAFEPATH": "1",  # or a file in the working directory could pose as a module
+    }
     flags = sys.orig_argv[1 : -len(sys.argv)]
     command = [sys.executable, *flags, "-m", script.stem, *sys.argv[1:]]
-    os.umask(0o077)
-    environ = module_environment(script.parent)
-    compile_module(script, environ.get("PYTHONPYCACHEPREFIX"))
     os.execve(sys.executable, command, environ)  # noqa: S606  no shell
 
 
 if __name__ == "__main__":
     if __spec__ is None:
-        become_module(Path(__file__).resolve())
+        become_module(Path(__file__).resolve(), sys._getframe().f_code)
     sys.exit(main())
