@@ -12522,7 +12522,7 @@ def test_script_becomes_a_module(tmp_path: Path) -> None:
 
 
 def test_bytecode_of_a_read_only_folder(tmp_path: Path) -> None:
-    """Where nothing can or must be written beside the file, bytecode goes to the database folder."""
+    """Where nothing can or may be written beside the file, the database folder takes it."""
     script = tmp_path / "usr" / "conduit.py"
     script.parent.mkdir()
     environment = {
