@@ -4055,7 +4055,7 @@ class RoomReader:
         self._alive: weakref.WeakValueDictionary[RoomNid, Room] = weakref.WeakValueDictionary()
         self._room_nids: LruCache[str, RoomNid] = LruCache(10_000)
         self._events: LruCache[EventNid, Event] = LruCache(
-            min(cache_bytes // 2, events * EVENT_OVERHEAD_BYTES)
+            min(cache_bytes // 8, events * EVENT_OVERHEAD_BYTES)
         )
         self._memberships: LruCache[UserNid, dict[RoomNid, Member]] = LruCache(100_000)
         database.on_reset(self._reset)
