@@ -1376,6 +1376,7 @@ def verify_json(value: Json, signer: str, key_id: str, public: object) -> bool:
 
 DATABASE_FILE = "conduit.db"
 PAGE_CACHE_SHARE = 16  # the operating system caches pages too, so SQLite gets 1/16 of the budget
+WAL_BYTES = 2**26  # a write-ahead log that grew beyond is cut back when it begins anew
 CHECKPOINT_COMMITS = 1000  # copy the WAL back into the database after so many commits
 STREAM_BLOCK = 10_000  # positions reserved in the database at a time
 INTERNED = 50_000  # names remembered with their integers, of each kind
@@ -1576,6 +1577,7 @@ def open_database(folder: Path, server_name: str, cache_mb: float) -> sqlite3.Co
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES:d}")
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute(f"PRAGMA cache_size = {-max(2048, int(cache_mb * 1024)):d}")
         if fresh:
@@ -1702,6 +1704,7 @@ class Database:
         self._flushing: Batch | None = None
         self._blocks: list[int] = []  # of each open block, how many rows were changed before it
         self._commits = 0
+        self._mostly_copied = False  # a thread has copied the WAL but for the last commits
         self._broken: MatrixError | None = None
         self._reset: list[Callable[[], None]] = []
         self._readers = threading.local()
@@ -1808,6 +1811,8 @@ class Database:
             self.forget()
             return
         self._flushing, self._open = self._open, None
+        if self._mostly_copied:
+            self._finish_checkpoint()
         loop = asyncio.get_running_loop()
         self._jobs.put(functools.partial(call_loop, loop, self._flushed))
 
@@ -1824,7 +1829,18 @@ class Database:
         self._commit()
         self._commits += 1
         if self._commits % CHECKPOINT_COMMITS == 0:
-            self.pool.submit(checkpoint, self.folder / DATABASE_FILE)
+            copying = self.pool.submit(checkpoint, self.folder / DATABASE_FILE)
+            copying.add_done_callback(lambda _: setattr(self, "_mostly_copied", True))
+
+    def _finish_checkpoint(self) -> None:
+        """Copy the few commits since the thread began, at a moment when no transaction is open.
+
+        Trap: SQLite begins the WAL anew only when all of it is copied; without this, a server that
+        always has something to write has a WAL that always grows.
+        """
+        self._mostly_copied = False
+        with contextlib.suppress(sqlite3.Error):  # the next round tries again
+            self.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     # Threads
 

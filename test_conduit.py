@@ -1923,6 +1923,26 @@ def test_block_around_a_lost_one_fails_as_well(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_log_stays_small_although_someone_always_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conduit, "CHECKPOINT_COMMITS", 20)
+
+    async def writer(database: conduit.Database, number: int, until: float) -> None:
+        while time.monotonic() < until:
+            database.set_meta(f"key {number}", secrets.token_hex(500))
+            await database.synced()
+
+    async def story() -> None:
+        async with open_store(tmp_path) as database:
+            until = time.monotonic() + 3
+            await asyncio.gather(*(writer(database, number, until) for number in range(5)))
+            assert database.connection.total_changes > 1_000
+            assert (tmp_path / "conduit.db-wal").stat().st_size < 3_000_000
+
+    asyncio.run(story())
+
+
 def test_answers_do_not_wait_for_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
