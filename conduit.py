@@ -5901,6 +5901,9 @@ class Router:
         (entry, names), values = found
         self._admit(request, entry)
         await self._read_body(request, entry)
+        if request.requester is not None:  # the session may have ended while the body came
+            request.requester = self.authenticate(request, access_token(request) or "")
+            check_caller(entry.auth, request.requester)
         values.reverse()
         result = await entry.handler(self.hs, request, **dict(zip(names, values, strict=True)))
         return result if isinstance(result, Response) else Response(200, encode_json(result))
@@ -6355,6 +6358,12 @@ class Sessions:
         sql = "SELECT device_nid FROM devices WHERE user_nid = ? AND device_id = ?"
         return cast("DeviceNid | None", self.db.value(sql, (nid, device_id)))
 
+    def check_logged_in(self, requester: Requester) -> None:
+        """401 for a device that was logged out while its request waited."""
+        nid, device_nid = requester.nid, requester.device_nid
+        if device_nid is not None and self.find_device(nid, str(requester.device_id)) != device_nid:
+            raise unknown_token()
+
     def devices(self, nid: UserNid) -> list[Json]:
         """All devices of a user as /devices shows them to their owner."""
         self.flush_last_seen()
@@ -6452,7 +6461,7 @@ class Accounts(Sessions):
         self.uia: ShortLived[UiaSession] = ShortLived(900)
         self.uia_key = secrets.token_bytes(32)
         self.nonces: ShortLived[bool] = ShortLived(60)
-        self.login_tokens: ShortLived[UserNid] = ShortLived(120)
+        self.login_tokens: ShortLived[tuple[UserNid, str | None]] = ShortLived(120)
         self.openid_tokens: ShortLived[UserNid] = ShortLived(3600)
         self._hashing = asyncio.Semaphore(2)  # since each takes 19 MiB
         self._admin_token = random_token()
@@ -6947,7 +6956,9 @@ async def proved_user(hs: Homeserver, request: Request) -> UserNid | None:
     body = request.json
     if body["type"] == "m.login.token":
         check_shape(body, {"token": str})
-        return hs.accounts.login_tokens.pop(body["token"])
+        nid, stored = hs.accounts.login_tokens.pop(body["token"]) or (None, None)
+        account = None if nid is None else hs.accounts.get(nid)
+        return nid if account is not None and account.password_hash == stored else None
     if body["type"] != PASSWORD:
         raise MatrixError(400, "M_UNKNOWN", "Unknown login type")
     check_shape(body, {"password": str})
@@ -6983,8 +6994,9 @@ GET_TOKEN = "/_matrix/client/v1/login/get_token"  # noqa: S105  a path
 async def get_login_token(hs: Homeserver, request: Request) -> Json:
     """A token with which one other device can log in as the same user, after asking for consent."""
     await user_interactive_auth(hs, request)
-    tokens = hs.accounts.login_tokens
-    return {"login_token": tokens.add(request.user.nid), "expires_in_ms": tokens.seconds * 1000}
+    account, tokens = hs.accounts.get(request.user.nid), hs.accounts.login_tokens
+    token = tokens.add((request.user.nid, account and account.password_hash))
+    return {"login_token": token, "expires_in_ms": tokens.seconds * 1000}
 
 
 @route("POST", V3 + "/refresh", auth=NONE, limit="login", body={"refresh_token": str})
@@ -7066,6 +7078,8 @@ async def change_password(hs: Homeserver, request: Request) -> Json:
 @route("POST", V3 + "/account/deactivate", auth=USER, limit="login", body=DEACTIVATION)
 async def deactivate_account(hs: Homeserver, request: Request) -> Json:
     """End the own account for good.  Spec: "Account deactivation"."""
+    if request.user.user_id == hs.accounts.bot_id:
+        raise forbidden("This is the server's own account")
     await user_interactive_auth(hs, request)
     await hs.accounts.deactivate(request.user.nid, erase=request.json.get("erase", False))
     return {"id_server_unbind_result": "success"}
@@ -7741,7 +7755,7 @@ def set_alias(hs: Homeserver, alias: str, room: Room, creator: str) -> None:
     the admin room (CVE-2024-6303).
     """
     check_local_alias(hs, alias)
-    if alias[1:].partition(":")[0] == ADMINS_ALIAS and creator != hs.accounts.bot_id:
+    if alias[1:].partition(":")[0].casefold() == ADMINS_ALIAS and creator != hs.accounts.bot_id:
         raise MatrixError(400, "M_EXCLUSIVE", "This alias is reserved")
     if find_alias(hs, alias) is not None:
         raise MatrixError(409, "M_UNKNOWN", f"The alias {alias} exists already")
@@ -7992,7 +8006,7 @@ def matching_members(db: sqlite3.Connection, rooms: str, words: list[str]) -> di
     for user_id, pdu in rows:
         content = json.loads(pdu)["content"]
         name, avatar = content.get("displayname"), content.get("avatar_url")
-        text = f"{user_id}\n{name}".casefold()
+        text = f"{user_id}\n{name or ''}".casefold()
         if all(word in text for word in words):
             shown = {"user_id": user_id, "display_name": name, "avatar_url": avatar}
             found[user_id] = {key: value for key, value in shown.items() if isinstance(value, str)}
@@ -11664,7 +11678,9 @@ async def get_sync(hs: Homeserver, request: Request) -> Json:
         ask.since = ask.upto  # there was nothing up to here, so the next look begins here
         if hs.stream.position > ask.upto:
             continue  # something came while the answer was made
-        if not await hs.notifier.wait(request, ends - time.monotonic()):
+        is_late = not await hs.notifier.wait(request, ends - time.monotonic())
+        hs.accounts.check_logged_in(request.user)
+        if is_late:
             return (await sync_once(ask))[0]
 
 
@@ -12115,6 +12131,7 @@ def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
 async def receive_upload(hs: Homeserver, request: Request) -> StoredUpload:
     """Store the body, with the type and the name that the uploader gives it, made safe for ever."""
     sha256, size = await receive_file(hs, request.stream)
+    hs.accounts.check_logged_in(request.user)
     content_type = safe_content_type(request.headers.get("content-type"))
     return sha256, size, content_type, safe_filename(request.arg("filename"))
 
@@ -12501,7 +12518,7 @@ async def reset_password(hs: Homeserver, arguments: Arguments) -> Reply:
 
 @command("deactivate-user ID [--erase]")
 async def deactivate_user(hs: Homeserver, arguments: Arguments) -> Reply:
-    """Close an account for ever and leave all its rooms; with --erase its messages go as well."""
+    """Close an account for ever and leave all its rooms; with --erase its account data go too."""
     user_id, user_nid = local_account(hs, arguments["ID"])
     await hs.accounts.deactivate(user_nid, erase="--erase" in arguments)
     return reply_text(f"User {user_id} has been deactivated.")

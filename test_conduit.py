@@ -10803,6 +10803,38 @@ def test_sync_token_outlives_a_kill(new_server: Callable[..., Server]) -> None:
     assert "rooms" not in guest.poll()
 
 
+def test_sec_25_a_poll_that_waits_ends_with_its_device(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    thief = bob.login()
+    thief.poll()
+    with ThreadPoolExecutor(1) as pool:
+        query = {"since": thief.since, "timeout": 9000}
+        waiting = pool.submit(thief.get, "sync", params=query)
+        time.sleep(0.3)
+        ok(bob.uia("DELETE", ("devices", thief.device_id)))
+        alice.send_text(room_id, "not for the thief")
+        response = waiting.result()
+    fails(response, 401, "M_UNKNOWN_TOKEN")
+
+
+def test_sec_25_a_request_ends_with_its_session(server: Server, alice: Client) -> None:
+    """The token is good when the head comes, and not any more when the body is there."""
+    room_id = alice.create_room()
+    phone = alice.login()
+    body = b'{"body": "late"}'
+    path = f"/_matrix/client/v3/rooms/{quote(room_id)}/send/m.room.message/late"
+    head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {phone.token}\r\n"
+    head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head.encode() + body[:3])
+        time.sleep(0.2)
+        ok(phone.post("logout"))
+        connection.sendall(body[3:])
+        answer = connection.recv(65_536)
+    assert answer.startswith(b"HTTP/1.1 401")
+    assert alice.bodies(room_id) == []
+
+
 # ── Convergence ──────────────────────────────────────────────────────────────
 
 
