@@ -8155,6 +8155,16 @@ def known_room(hs: Homeserver, room_id: str) -> Room:
     return room
 
 
+def departure(hs: Homeserver, event: Event | None) -> Event | None:
+    """The member event by which a user stopped being joined; others may have followed it."""
+    while event is not None and event.membership in {"leave", "ban"}:  # left, and banned later
+        replaced = None if event.replaces is None else hs.rooms.event_by_nid(event.replaces)
+        if replaced is not None and replaced.membership == "join":
+            return event
+        event = replaced
+    return None
+
+
 def readable_room(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, Event | None]:
     """A room, and the event up to which the requester may read its state: None is all there is.
 
@@ -8168,12 +8178,10 @@ def readable_room(hs: Homeserver, request: Request, room_id: str) -> tuple[Room,
         return room, None
     known = member is not None and not member.forgotten
     event = hs.rooms.event_by_nid(cast(Member, member).event_nid) if known else None
-    while event is not None and event.membership in {"leave", "ban"}:  # left, and banned later
-        replaced = None if event.replaces is None else hs.rooms.event_by_nid(event.replaces)
-        if replaced is not None and replaced.membership == "join":
-            return room, event
-        event = replaced
-    raise forbidden("You are not in this room")
+    limit = departure(hs, event)
+    if limit is None:
+        raise forbidden("You are not in this room")
+    return room, limit
 
 
 def viewable_room(hs: Homeserver, request: Request, room_id: str) -> Room:
@@ -8318,14 +8326,19 @@ def join_authorisation(hs: Homeserver, room: Room, user_nid: UserNid) -> Json:
     raise MatrixError(403, "M_UNABLE_TO_GRANT_JOIN", "Nobody here may let you in")
 
 
+def require_guest_access(room: Room, user: Requester) -> None:
+    """403 for a guest where guests may not join."""
+    guest_access = room.setting("m.room.guest_access", "guest_access", "forbidden")
+    if user.is_guest and guest_access != "can_join":
+        raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests cannot join this room")
+
+
 def join(hs: Homeserver, request: Request, room: Room) -> None:
     """Let the requester join; who is in already stays as they are."""
     user = request.user
     if room.membership_of(user.nid) == "join":
         return
-    guest_access = room.setting("m.room.guest_access", "guest_access", "forbidden")
-    if user.is_guest and guest_access != "can_join":
-        raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests cannot join this room")
+    require_guest_access(room, user)
     content = {"membership": "join", **join_authorisation(hs, room, user.nid)}
     if user.is_guest:
         content["kind"] = "guest"
@@ -8519,7 +8532,8 @@ def create_content(version: RoomVersion, creator: str, body: Json, trusted: list
     if version.privileged_creators and trusted:
         creators = content.get("additional_creators", [])
         named = creators if isinstance(creators, list) else []
-        content["additional_creators"] = list(dict.fromkeys([*named, *trusted]))
+        known = {one for one in named if isinstance(one, str)}  # the rules refuse what is none
+        content["additional_creators"] = [*named, *(one for one in trusted if one not in known)]
     return content
 
 
@@ -8720,6 +8734,7 @@ def checked_member_content(hs: Homeserver, request: Request, room: Room, target:
     if after == "invite" and before != "invite":
         require_invitable(hs, target)
     if after == "join" and before != "join" and target == user.user_id:
+        require_guest_access(room, user)
         return {**content, **join_authorisation(hs, room, user.nid)}
     return content
 
@@ -8734,6 +8749,8 @@ async def put_state(
     """
     room, user_id, content = hs.rooms.get(room_id), request.user.user_id, request.json
     require_encryption_allowed(hs, event_type)
+    if event_type == REDACTION:  # it would get past the checks of `send_redaction`
+        raise invalid_param("A redaction is no state; PUT .../redact/{event_id}/{txn_id} sends one")
     if event_type == "m.room.canonical_alias":
         require_own_aliases(hs, room, content)
     if event_type == MEMBER:
@@ -11315,6 +11332,28 @@ def timeline_of(ask: SyncRequest, room: Room, since: int | None, upto: int) -> T
     return Timeline(events, limited, prev_batch, wanted.passes_all and not limited)
 
 
+def without_gap(ask: SyncRequest, room: Room, timeline: Timeline) -> Timeline:
+    """A timeline from behind any gap in which state changed that it had set before.
+
+    Trap: who was away may see what came before and after. A client that applies an old name from
+    before the gap would keep it, for the newer one lies within and is not sent.
+    """
+    gaps: dict[StateKey, int] = {}  # by what the timeline sets, the unseen event that came after
+    if timeline.events:
+        shown = {event.nid for event in timeline.events}
+        first = cast(int, timeline.events[0].pos) - 1
+        for event in ask.hs.rooms.events_between(room, first, ask.upto, MAX_PAGE):
+            if event.is_state and event.nid in shown:
+                gaps[event.key] = 0
+            elif event.is_state and event.key in gaps:
+                gaps[event.key] = event.nid
+    gap = max(gaps.values(), default=0)
+    if not gap:
+        return timeline
+    events = [event for event in timeline.events if event.nid > gap]
+    return Timeline(events, True, stream_token(gap), False)
+
+
 # ── 21.5  State ──────────────────────────────────────────────────────────────
 
 
@@ -11393,12 +11432,16 @@ def choose_members(
     sent = {} if whole else ask.hs.lazy_members.get(place) or {}
     wanted = {event.sender for event in timeline.events}
     if whole:
-        wanted.update((ask.user.user_id, *(heroes(ask, room) or ())))
+        wanted.add(ask.user.user_id)
+    if whole or timeline.limited or any(event.type == MEMBER for event in timeline.events):
+        wanted.update(heroes(ask, room) or ())  # as the summary names them
     in_timeline = set() if ask.state_after else {event.nid for event in timeline.events}
     chosen = {key: nid for key, nid in state.items() if key[0] != MEMBER or key[1] in sent}
     for user_id in wanted:
         nid = state.get((MEMBER, user_id)) or room.state.get((MEMBER, user_id))
-        if nid is None or nid in in_timeline:
+        while nid is not None and nid in in_timeline:  # who they were before
+            nid = cast(Event, ask.hs.rooms.event_by_nid(nid)).replaces
+        if nid is None:
             continue
         known, at = sent.get(user_id, (None, 0))
         if known != nid or at > (ask.since or 0) or ask.wanted.state.redundant_members:
@@ -11499,6 +11542,7 @@ def joined_section(
     fresh = since is None or ask.full_state
     if fresh or changes is None or room.nid in changes.rooms:
         timeline = timeline_of(ask, room, since, ask.upto)
+        timeline = timeline if since is not None else without_gap(ask, room, timeline)
         state = state_section(ask, room, None if fresh else since, timeline, ask.upto)
     else:
         timeline, state = Timeline([], False, stream_token(ask.upto), True), []
@@ -11532,14 +11576,15 @@ def left_section(ask: SyncRequest, room: Room, member: Member) -> Json:
     rooms, since = ask.hs.rooms, ask.since
     left = cast(Event, rooms.event_by_nid(member.event_nid))
     end = left.pos or left.nid
-    replaced = None if left.replaces is None else rooms.event_by_nid(left.replaces)
-    was_member = replaced is not None and replaced.membership == "join"
+    gone = departure(ask.hs, left)  # kicked, and banned later: the state is that of the kick
+    was_member = gone is not None and gone.nid > (since or 0)
     if since is not None and was_member and not was_joined(ask, room, since):
         since = None  # came and went since the last sync: all is new
     timeline = timeline_of(ask, room, since, end)
     if left not in timeline.events and ask.wanted.timeline.pick([left]):
         timeline = timeline._replace(events=[*timeline.events, left])
-    state = state_section(ask, room, since, timeline, end) if was_member else []
+    upto = cast(Event, gone).nid if was_member else end
+    state = state_section(ask, room, since, timeline, upto) if was_member else []
     return events_section(ask, timeline, state, [])
 
 
@@ -11668,7 +11713,8 @@ async def get_sync(hs: Homeserver, request: Request) -> Json:
     timeout = request.int_arg("timeout", 0, 0, 2**53)
     ends = time.monotonic() + min(timeout, MAX_SYNC_TIMEOUT_MS) / 1000
     ask = SyncRequest(hs, request, sync_filter(hs, request))
-    note_sync(hs, request.user, request.arg("set_presence") or "online", timeout)
+    asked = request.arg("set_presence") or "online"
+    note_sync(hs, request.user, asked, min(timeout, MAX_SYNC_TIMEOUT_MS) / 1000)
     if ask.since is not None:
         acknowledge_to_device(hs, request.user, ask.to_device_since)
     while True:
