@@ -1704,6 +1704,8 @@ class Database:
         self._flushing: Batch | None = None
         self._blocks: list[int] = []  # of each open block, how many rows were changed before it
         self._commits = 0
+        self._wal, self._copying = wal, False
+        self.lost = 0  # batches that were undone
         self._mostly_copied = False  # a thread has copied the WAL but for the last commits
         self._broken: MatrixError | None = None
         self._reset: list[Callable[[], None]] = []
@@ -1794,6 +1796,7 @@ class Database:
         return storage_error(error)
 
     def _lose_open_batch(self, error: BaseException) -> None:
+        self.lost += 1
         batch, self._open = self._open, None
         if batch is not None:
             settle(batch, self._reported(error))
@@ -1828,7 +1831,9 @@ class Database:
         settle(cast(Batch, batch), self._broken)
         self._commit()
         self._commits += 1
-        if self._commits % CHECKPOINT_COMMITS == 0:
+        is_long = os.fstat(self._wal).st_size > WAL_BYTES
+        if (is_long or self._commits >= CHECKPOINT_COMMITS) and not self._copying:
+            self._commits, self._copying = 0, True
             copying = self.pool.submit(checkpoint, self.folder / DATABASE_FILE)
             copying.add_done_callback(lambda _: setattr(self, "_mostly_copied", True))
 
@@ -1838,7 +1843,7 @@ class Database:
         Trap: SQLite begins the WAL anew only when all of it is copied; without this, a server that
         always has something to write has a WAL that always grows.
         """
-        self._mostly_copied = False
+        self._mostly_copied = self._copying = False
         with contextlib.suppress(sqlite3.Error):  # the next round tries again
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
@@ -5376,6 +5381,7 @@ class Connection:
         elif now < self.deadline:
             return
         elif self.phase == IDLE:
+            self._limit(CLOSING, LINGER_SECONDS)  # Python 3.10 waits for ever for the end of TLS
             self.writer.close()
         elif self.phase == READING:
             self.reader.set_exception(malformed("it took too long", 408))
@@ -5545,6 +5551,9 @@ class HttpServer:
             connection.writer = asyncio.StreamWriter(transport, protocol, reader, loop)
             try:
                 await connection.run()
+            except asyncio.CancelledError:  # the server stops, and has waited long enough
+                connection.abort()
+                raise
             finally:
                 await connection.close()
         except OSError as error:
@@ -5905,7 +5914,10 @@ class Router:
             request.requester = self.authenticate(request, access_token(request) or "")
             check_caller(entry.auth, request.requester)
         values.reverse()
+        lost = self.hs.db.lost
         result = await entry.handler(self.hs, request, **dict(zip(names, values, strict=True)))
+        if self.hs.db.lost != lost and method not in {"GET", "HEAD"}:  # perhaps a part of this
+            raise MatrixError(507, "M_UNKNOWN", "The server could not store all of this; try again")
         return result if isinstance(result, Response) else Response(200, encode_json(result))
 
     def _admit(self, request: Request, entry: Route) -> None:
@@ -13197,6 +13209,8 @@ class Homeserver:
                     self.db.execute("PRAGMA incremental_vacuum(200)").fetchall()
             except MatrixError as error:
                 log_server.error("maintenance: %s; will try again", error)
+            except Exception:  # a bad page, say: the rest of the house still wants keeping
+                log_server.exception("maintenance failed, will try again")
 
     async def _watch_loop(self) -> None:
         """Log when something held the loop for too long; everyone waits then."""
@@ -13388,6 +13402,7 @@ async def serve(config: Config) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # too early to read anything again
     hs = Homeserver(config)
     await hs.start()
     loop.add_signal_handler(signal.SIGHUP, reload_running, hs)
