@@ -5445,7 +5445,8 @@ class Routes:
 
     def __init__(self, rate_limit: bool = False) -> None:
         self.routes: list[conduit.Route] = []
-        self.hs: Any = types.SimpleNamespace(config=types.SimpleNamespace(rate_limit=rate_limit))
+        config = types.SimpleNamespace(rate_limit=rate_limit)
+        self.hs: Any = types.SimpleNamespace(config=config, db=types.SimpleNamespace(lost=0))
 
     def add(self, method: str, *paths: str, **options: Any) -> None:
         """A route whose handler tells what it was called with."""
