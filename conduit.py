@@ -12328,7 +12328,7 @@ async def media_config(hs: Homeserver, _request: Request) -> Json:
 ADMIN_ROOM_VERSION = "12"  # since then nobody has power over the creator of a room: the server
 ADMIN_POWER = 100
 SERVER_POWER = 101  # what only @conduit may do in its room
-REPLY_BYTES = 24_000  # of plain text in one answer; the HTML beside it is about as long
+REPLY_BYTES = 24_000  # of plain text in one notice; the HTML beside it is about as long
 
 schema("""
 CREATE TABLE admin_invitations (   -- an admin asked them in; joining makes them admins
@@ -12343,10 +12343,11 @@ log_admin = logging.getLogger("conduit.admin")
 
 
 class Reply(NamedTuple):
-    """An answer in the room, for clients without and with formatting."""
+    """An answer in the room, for clients without and with formatting; what is long has pages."""
 
     text: str
     html: str
+    more: tuple[Reply, ...] = ()
 
 
 HTML_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
@@ -12369,27 +12370,41 @@ def table_row(tag: str, cells: Sequence[str]) -> str:
     return f"<tr>{inner}</tr>"
 
 
+def table_page(title: str, lines: Sequence[str], rows: Sequence[str]) -> Reply:
+    """A title and a table, whose first row has the heads."""
+    body = f"<thead>{rows[0]}</thead><tbody>{''.join(rows[1:])}</tbody>"
+    html = f"<p>{title.translate(HTML_ESCAPES)}</p><table>{body}</table>"
+    return Reply("\n".join([title, "", *lines]), html)
+
+
 def reply_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Reply:
-    """A title, then a table; aligned with spaces in plain text."""
+    """A title, then a table, aligned with spaces in plain text; on as many pages as it needs."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (heads, *rows)]
-    head, body = table_row("th", heads), "".join(table_row("td", row) for row in rows)
-    return Reply(
-        "\n".join([title, "", *lines]),
-        f"<p>{title.translate(HTML_ESCAPES)}</p>"
-        f"<table><thead>{head}</thead><tbody>{body}</tbody></table>",
-    )
+    html = [table_row("th", heads), *(table_row("td", row) for row in rows)]
+    starts, size = [1], 0
+    for at in range(1, len(lines)):
+        size += byte_length(lines[at]) + byte_length(html[at])
+        if size > 2 * REPLY_BYTES and at > starts[-1]:
+            starts.append(at)
+            size = byte_length(lines[at]) + byte_length(html[at])
+    spans = [[0, *range(*ends)] for ends in itertools.pairwise([*starts, len(lines)])]
+    pages = [
+        table_page(title, [lines[at] for at in span], [html[at] for at in span]) for span in spans
+    ]
+    return pages[0]._replace(more=tuple(pages[1:]))
 
 
-def reply_content(reply: Reply) -> Json:
-    """The content of the notice; without its HTML, and cut, where it would be too long an event."""
-    content = {"msgtype": "m.notice", "body": reply.text}
-    if byte_length(reply.text) + byte_length(reply.html) <= 2 * REPLY_BYTES:
-        return {**content, "format": "org.matrix.custom.html", "formatted_body": reply.html}
-    if byte_length(reply.text) > REPLY_BYTES:
-        kept = reply.text.encode("utf-8")[:REPLY_BYTES].decode("utf-8", "ignore")
-        content["body"] = f"{kept}\n(the rest is left out)"
-    return content
+def reply_contents(reply: Reply) -> Iterator[Json]:
+    """The contents of the notices; without HTML, and cut, where it would be too long an event."""
+    for page in (reply, *reply.more):
+        content = {"msgtype": "m.notice", "body": page.text}
+        if byte_length(page.text) + byte_length(page.html) <= 2 * REPLY_BYTES + 1000:
+            content |= {"format": "org.matrix.custom.html", "formatted_body": page.html}
+        elif byte_length(page.text) > REPLY_BYTES:
+            kept = page.text.encode("utf-8")[:REPLY_BYTES].decode("utf-8", "ignore")
+            content["body"] = f"{kept}\n(the rest is left out)"
+        yield content
 
 
 # ── 23.2  The language ───────────────────────────────────────────────────────
@@ -12775,7 +12790,8 @@ class AdminRoom:
         return is_here and self._is_admin(user_id)
 
     def _say(self, reply: Reply) -> None:
-        self.hs.rooms.send(self._room(), self.bot, "m.room.message", reply_content(reply))
+        for content in reply_contents(reply):
+            self.hs.rooms.send(self._room(), self.bot, "m.room.message", content)
 
     async def _answer(self, event_id: str) -> None:
         """Do what a message says, if its sender may; once it is on the disk, and not redacted."""
