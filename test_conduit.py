@@ -73,6 +73,7 @@ import nacl.signing
 import nio
 import nio.crypto
 import pytest
+import trustme
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -780,6 +781,144 @@ def bob(server: Server) -> Client:
 def nobody(server: Server) -> Client:
     """A client without an access token."""
     return Client(server)
+
+
+# ── 0.5  Two servers ─────────────────────────────────────────────────────────
+
+
+class Authority:
+    """A certificate authority of the tests' own, and what it has certified, as files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ca = trustme.CA()
+        self.folder = folder
+        self.file = folder / "ca.pem"
+        self.ca.cert_pem.write_to_path(self.file)
+
+    def certify(self, *names: str) -> tuple[Path, Path]:
+        """Paths of certificate chain and key for some host names and addresses."""
+        made = self.ca.issue_cert(*names)
+        certs, key = (self.folder / f"{names[0]}.{kind}.pem" for kind in ("certs", "key"))
+        certs.write_bytes(b"".join(blob.bytes() for blob in made.cert_chain_pems))
+        made.private_key_pem.write_to_path(key)
+        return certs, key
+
+
+def federating(folder: Path, authority: Authority, **config: Any) -> Server:
+    """A server (not started) that speaks TLS under the name localhost:PORT, with open doors."""
+    port = free_port()
+    certs, key = authority.certify("localhost", "127.0.0.1")
+    settings_ = {"port": port, "server_name": f"localhost:{port}", "ip_range_denylist": []}
+    tls = {"certs": str(certs), "key": str(key)}
+    made = Server(folder, **{**settings_, "tls": tls, **config})
+    made.environment["SSL_CERT_FILE"] = str(authority.file)
+    return made
+
+
+class Synapse(Server):
+    """A real Synapse as the other side: SQLite, TLS by the tests' own authority, loopback."""
+
+    def __init__(self, folder: Path, authority: Authority, **config: Any) -> None:
+        self.authority = authority
+        port = free_port()
+        super().__init__(folder, port=port, server_name=f"localhost:{port}", tls=True, **config)
+        self.command = [sys.executable, "-m", "synapse.app.homeserver", "-c"]
+        self.command.append(str(self.config_path))
+        self.may_fail = True  # its log is its own affair
+
+    def write_config(self, **changes: Any) -> None:
+        """Write its YAML (which JSON is) and the configuration of its log."""
+        self.config.update(changes)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        certs, key = self.authority.certify("localhost", "127.0.0.1")
+        freely = {"per_second": 10_000, "burst_count": 10_000}
+        resources = [{"names": ["client", "federation"]}]
+        listener = {"port": self.port, "tls": True, "type": "http", "resources": resources}
+        log = {
+            "version": 1,
+            "handlers": {"err": {"class": "logging.StreamHandler"}},
+            "root": {"level": "WARNING", "handlers": ["err"]},
+        }
+        (self.folder / "log.yaml").write_text(json.dumps(log))
+        values: Json = {
+            "server_name": self.name,
+            "pid_file": str(self.folder / "pid"),
+            "listeners": [{**listener, "bind_addresses": ["127.0.0.1"], "x_forwarded": False}],
+            "tls_certificate_path": str(certs),
+            "tls_private_key_path": str(key),
+            "federation_custom_ca_list": [str(self.authority.file)],
+            "database": {
+                "name": "sqlite3",
+                "args": {"database": str(self.folder / "homeserver.db")},
+            },
+            "log_config": str(self.folder / "log.yaml"),
+            "media_store_path": str(self.folder / "media"),
+            "signing_key_path": str(self.folder / "signing.key"),
+            "trusted_key_servers": [],
+            "ip_range_blacklist": [],
+            "federation_ip_range_blacklist": [],
+            "enable_registration": True,
+            "enable_registration_without_verification": True,
+            "registration_shared_secret": "shared secret",
+            "macaroon_secret_key": "macaroon secret",
+            "report_stats": False,
+            "bcrypt_rounds": 4,
+            "presence": {"enabled": True},
+            "enable_room_list_search": True,
+            "allow_public_rooms_over_federation": True,
+            "allow_public_rooms_without_auth": True,
+            "experimental_features": {"msc3266_enabled": True},
+            "federation": {"destination_min_retry_interval": "1s"},
+            **{
+                name: freely
+                for name in ("rc_message", "rc_registration", "rc_joins_per_room", "rc_reports")
+            },
+            "rc_login": dict.fromkeys(("address", "account", "failed_attempts"), freely),
+            "rc_joins": {"local": freely, "remote": freely},
+            "rc_invites": dict.fromkeys(("per_room", "per_user", "per_issuer"), freely),
+            "rc_federation": {
+                "window_size": 1000,
+                "sleep_limit": 100_000,
+                "sleep_delay": 1,
+                "reject_limit": 100_000,
+                "concurrent": 100,
+            },
+            **self.config.get("synapse", {}),
+        }
+        self.config_path.write_text(json.dumps(values, indent=1))
+
+    def process_environment(self) -> dict[str, str]:
+        """Our environment, with the tests' own authority among those that Python trusts."""
+        return {**os.environ, "SSL_CERT_FILE": str(self.authority.file)}
+
+    def check(self) -> None:
+        """Its database is its own affair."""
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The authority that certifies all servers of a test run."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def synapse(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[Synapse]:
+    """The Synapse that the tests of a process share."""
+    shared = Synapse(tmp_path_factory.mktemp("synapse"), authority).start()
+    yield shared
+    shared.stop()
+
+
+def test_both_sides_speak_tls(tmp_path: Path, authority: Authority, synapse: Synapse) -> None:
+    trusted = ssl.create_default_context(cafile=str(authority.file))
+    ours = federating(tmp_path, authority).start()
+    for each in (ours, synapse):
+        url = f"https://localhost:{each.port}/_matrix/client/versions"
+        assert "v1.11" in httpx.get(url, verify=trusted).json()["versions"]
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
+    ours.stop()
+    ours.assert_clean_log()
 
 
 # ═════════════════════════════════════════════════════════════════════════════
