@@ -48,7 +48,7 @@ IGNORED_IN_TESTS := $(IGNORED),D102,D103,PLR0915,S101,S104,S105,S106,S107,S108,S
 # ── Running ──────────────────────────────────────────────────────────────────
 
 .DELETE_ON_ERROR:
-.PHONY: help run test test-deep lint format bench clean
+.PHONY: help run test test-deep lint format bench deb clean
 
 help:
 	@echo "make run        start a server on http://localhost:$(CONDUIT_PORT), data in $(DATA)"
@@ -57,6 +57,7 @@ help:
 	@echo "make lint       ruff and mypy --strict"
 	@echo "make format     let ruff format the two Python files"
 	@echo "make bench      measure the server (ARGS=--full for large sizes)"
+	@echo "make deb        a Debian package in build/"
 	@echo "make clean      remove what make made, but never the data"
 
 # The token of the example file is not accepted by the server, so a fresh one takes its place.
@@ -115,5 +116,23 @@ bench: .venv/ready
 	@test -f $(BENCH) || { echo 'Say where the benchmark is:  make bench BENCH=path/bench.py'; exit 1; }
 	$(PYTHON) $(BENCH) run conduit:conduit.py,python=.venv/bin/python $(ARGS)
 
+# ── Packaging ────────────────────────────────────────────────────────────────
+
+# A Debian package for all architectures, in build/; needs: apt install debhelper dh-python po-debconf
+VERSION := $(shell sed -n 's/^VERSION = "\(.*\)"$$/\1/p' conduit.py)
+DEB     := build/matrix-conduit_$(VERSION)_all.deb
+
+deb: $(DEB)
+
+$(DEB): conduit.py conduit-example.toml conduit.service README.md $(shell find deploy -type f)
+	rm -rf build/source
+	mkdir -p build/source
+	cp -r conduit.py conduit-example.toml conduit.service README.md deploy build/source/
+	mv build/source/deploy/debian build/source/debian
+	printf 'matrix-conduit (%s) stable; urgency=medium\n\n  * See README.md.\n\n -- %s  %s\n' \
+	  '$(VERSION)' 'The conduit.py developers <conduit@localhost>' "$$(date -R)" \
+	  > build/source/debian/changelog
+	cd build/source && dpkg-buildpackage --build=binary --no-sign
+
 clean:
-	rm -rf .venv .venv-test __pycache__ .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build .venv .venv-test __pycache__ .hypothesis .mypy_cache .pytest_cache .ruff_cache

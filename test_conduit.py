@@ -74,6 +74,7 @@ import nio
 import nio.crypto
 import pytest
 import trustme
+import yaml
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -14242,6 +14243,398 @@ def test_a_message_to_a_thousand_members(new_server: Callable[..., Server]) -> N
     print(f"a message to 1,000 members: {milliseconds:.2f} ms of CPU, {written / 1000:.1f} kB")
     assert milliseconds <= 3
     assert written <= 40_000
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  PACKAGING
+#
+#  deploy/: each file of it is used as its reader would, with the real programs
+#  where one machine is enough for that.
+# ═════════════════════════════════════════════════════════════════════════════
+
+DEPLOY: Final = ROOT / "deploy"
+
+
+def need(*programs: str) -> None:
+    """Skip a test for which a program is not installed."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = [program for program in programs if shutil.which(program, path=path) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> str:
+    """Run a program that must succeed; what it printed."""
+    done = subprocess.run(  # noqa: S603  our own command line
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{command}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+# ── systemd ──────────────────────────────────────────────────────────────────
+
+
+def test_the_unit_leaves_little_open() -> None:
+    need("systemd-analyze")
+    said = run("systemd-analyze", "security", "--offline=yes", ROOT / "conduit.service")
+    level = re.search(r"exposure level.*?: ([0-9.]+)", said)
+    assert level, said
+    assert float(level[1]) <= 2.0
+
+
+# ── Debian ───────────────────────────────────────────────────────────────────
+
+
+def debian_mirror() -> tuple[str, str]:
+    """The release of Debian that this machine runs, and where it gets its packages from."""
+    targets = run("apt-get", "indextargets", "--format", "$(CODENAME) $(SITE)", "Component: main")
+    release = re.search(
+        r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.MULTILINE
+    )
+    for line in targets.splitlines():
+        codename, _, site = line.partition(" ")
+        if release and codename == release[1]:
+            return codename, site
+    pytest.skip("this is no Debian")
+
+
+class Root:
+    """A minimal Debian in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        run("debootstrap", "--variant=minbase", *debian_mirror()[:1], folder, debian_mirror()[1])
+        shutil.copy("/etc/resolv.conf", folder / "etc")
+
+    def run(self, *command: str) -> str:
+        """Run a program in there."""
+        return run("chroot", self.folder, *command, DEBIAN_FRONTEND="noninteractive")
+
+    def install(self, package: Path) -> None:
+        """Install a package from a file, and what it depends on."""
+        shutil.copy(package, self.folder)
+        self.run("apt-get", "install", "--yes", "--no-install-recommends", f"/{package.name}")
+
+    def path(self, path: str) -> Path:
+        """Where a path of the inner system is outside."""
+        return self.folder / path.lstrip("/")
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Debian package, built from a copy of the repository."""
+    need("dpkg-buildpackage", "dh", "dh_python3", "debconf-updatepo")
+    copy = tmp_path_factory.mktemp("package")
+    for name in ("conduit.py", "conduit-example.toml", "conduit.service", "README.md", "Makefile"):
+        shutil.copy(ROOT / name, copy)
+    shutil.copytree(DEPLOY, copy / "deploy")
+    run("make", "deb", cwd=copy)
+    return next((copy / "build").glob("*.deb"))
+
+
+@slow
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, for a Debian of its own")
+def test_the_package_is_installed_upgraded_removed_and_purged(
+    package: Path, tmp_path: Path
+) -> None:
+    need("debootstrap", "chroot", "apt-get")
+    root, port = Root(tmp_path / "root"), free_port()
+    answers = {"hostname": "family.example", "address": "127.0.0.1", "port": port}
+    lines = [f"matrix-conduit matrix-conduit/{k} string {v}\n" for k, v in answers.items()]
+    root.path("answers").write_text("".join(lines))
+    root.run("debconf-set-selections", "/answers")
+    root.install(package)
+
+    config = root.path("/etc/matrix-conduit/conduit.toml")
+    said = conduit.tomllib.loads(config.read_text())["global"]
+    assert (said["server_name"], said["port"]) == ("family.example", port)
+    assert config.stat().st_mode & 0o777 == 0o640
+    assert root.path("/lib/systemd/system/matrix-conduit.service").exists()
+    serve_from(root, said)
+
+    config.write_text(config.read_text() + "\n# edited by hand\n")
+    root.run("apt-get", "install", "--yes", "--reinstall", f"/{package.name}")
+    assert conduit.tomllib.loads(config.read_text())["global"] == said
+    assert "# edited by hand" in config.read_text()
+
+    root.run("apt-get", "remove", "--yes", "matrix-conduit")
+    assert config.exists()
+    assert root.path("/var/lib/matrix-conduit/conduit.db").exists()
+    root.run("apt-get", "purge", "--yes", "matrix-conduit")
+    assert not config.parent.exists()
+    assert not root.path("/var/lib/matrix-conduit").exists()
+    assert "conduit" not in root.path("/etc/passwd").read_text()
+
+
+def serve_from(root: Root, said: Json) -> None:
+    """Start the server in there as systemd would, and register a user."""
+    root.run("install", "-d", "-o", "conduit", "-m", "700", "/var/lib/matrix-conduit")
+    unit = root.path("/lib/systemd/system/matrix-conduit.service").read_text()
+    variables = dict(re.findall(r"^Environment=(\w+)=(.*)$", unit, re.MULTILINE))
+    start = re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+    assert start
+    command = ["chroot", "--userspec=conduit:conduit", str(root.folder), *start[1].split()]
+    process = subprocess.Popen(command, env={"PATH": "/usr/bin:/usr/sbin", **variables})  # noqa: S603  as systemd would
+    try:
+        eventually(lambda: b"200" in first_line(said["port"]), 60)
+        server = Server(root.folder / "unused", port=said["port"])
+        server.config["registration_token"] = said["registration_token"]
+        assert register(server, "alice").user_id == "@alice:family.example"
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+    root.run("matrix-conduit", "--check")
+
+
+# ── Reverse proxies ──────────────────────────────────────────────────────────
+
+
+class Proxy:
+    """A reverse proxy from deploy/, its names, ports and certificates changed to the test's."""
+
+    def __init__(self, kind: str, folder: Path, server: Server, authority: Authority) -> None:
+        self.folder, self.server = folder, server
+        self.clients, self.federation = free_port(), free_port()
+        self.certs, self.key = authority.certify("localhost")
+        self.command = getattr(self, kind)()
+
+    def adapted(self, name: str, **changes: str) -> str:
+        """A file of deploy/ for this test."""
+        text = (
+            (DEPLOY / name).read_text().replace("127.0.0.1:6167", f"127.0.0.1:{self.server.port}")
+        )
+        text = text.replace("/etc/letsencrypt/live/example.org/fullchain.pem", str(self.certs))
+        text = text.replace("/etc/letsencrypt/live/example.org/privkey.pem", str(self.key))
+        text = re.sub(r"\b443\b", str(self.clients), text)
+        text = re.sub(r"\b8448\b", str(self.federation), text)
+        return text.replace("example.org", "localhost")
+
+    def nginx(self) -> list[str]:
+        """The command that runs nginx with nginx.conf, as a part of a whole configuration."""
+        need("nginx")
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        temporary = "".join(f"{kind}_temp_path {self.folder}/{kind};\n" for kind in kinds)
+        whole = (
+            f"daemon off; pid {self.folder}/pid; error_log {self.folder}/error.log;\n"
+            f"events {{}}\nhttp {{ access_log off;\n{temporary}{self.adapted('nginx.conf')}}}\n"
+        )
+        config = self.folder / "nginx.conf"
+        config.write_text(whole)
+        return ["nginx", "-c", str(config), "-e", str(self.folder / "error.log")]
+
+    def apache(self) -> list[str]:
+        """The command that runs Apache with apache.conf."""
+        need("apache2")
+        modules = ["mpm_event", "authz_core", "ssl", "socache_shmcb", "proxy", "proxy_http"]
+        loaded = "".join(
+            f"LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so\n"
+            for name in [*modules, "headers"]
+        )
+        whole = (
+            f"ServerRoot {self.folder}\nPidFile {self.folder}/pid\nServerName localhost\n"
+            f"ErrorLog {self.folder}/error.log\nDefaultRuntimeDir {self.folder}\n"
+            f"{loaded}Listen {self.clients}\n{self.adapted('apache.conf')}"
+        )
+        config = self.folder / "apache.conf"
+        config.write_text(whole)
+        return ["apache2", "-f", str(config), "-D", "FOREGROUND"]
+
+    def caddy(self) -> list[str]:
+        """The command that runs Caddy with Caddyfile, and a certificate that is there already."""
+        need("caddy")
+        text = self.adapted("Caddyfile").replace("localhost, ", f"localhost:{self.clients}, ")
+        tls = f"{{\n\ttls {self.certs} {self.key}\n"
+        config = self.folder / "Caddyfile"
+        config.write_text("{\n\tadmin off\n\tauto_https off\n}\n" + text.replace("{\n", tls, 1))
+        return ["caddy", "run", "--adapter", "caddyfile", "--config", str(config)]
+
+    def __enter__(self) -> Proxy:
+        path = f"{os.environ.get('PATH', '')}:/usr/sbin"
+        environment = {**os.environ, "PATH": path, "HOME": str(self.folder)}
+        with (self.folder / "output").open("wb") as output:
+            self.process = subprocess.Popen(  # noqa: S603  our own command line
+                self.command, env=environment, stdout=output, stderr=output
+            )
+        eventually(self.answers, 20)
+        return self
+
+    def answers(self) -> bool:
+        """Whether it passes a request on."""
+        assert self.process.poll() is None, (self.folder / "output").read_text()
+        with contextlib.suppress(httpx.TransportError):
+            url = f"https://localhost:{self.clients}/_matrix/client/versions"
+            return httpx.get(url, verify=False).status_code == 200  # noqa: S501  the test's own
+        return False
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+class Behind(Server):
+    """A running server as it is seen through a proxy."""
+
+    def __init__(self, server: Server, url: str) -> None:
+        self.inner, self.front, self.config, self.name = server, url, server.config, server.name
+
+    @property
+    def url(self) -> str:
+        """Where the proxy answers."""
+        return self.front
+
+
+@pytest.fixture(params=["nginx", "apache", "caddy"])
+def proxy(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    new_server: Callable[..., Server],
+    authority: Authority,
+) -> Iterator[Proxy]:
+    """A server behind each of the proxies."""
+    made = Proxy(
+        request.param, tmp_path, new_server(registration_token="for the family"), authority
+    )
+    with made:
+        yield made
+
+
+@slow
+def test_a_server_behind_a_proxy(proxy: Proxy) -> None:
+    server = Behind(proxy.server, f"https://localhost:{proxy.clients}")
+    alice = register(server)
+    name = unique("a/b//c/")
+    alias = f"#{name}:{server.name}"
+    room_id = alice.create_room(room_alias_name=name)
+    assert ok(alice.get(("directory", "room", alias)))["room_id"] == room_id
+    raw = "/_matrix/client/v3/directory/room/" + quote(alias, safe="/")
+    assert alice.get(raw).status_code == 404  # its slashes are no part of a segment any more
+    blob = secrets.token_bytes(20_000_000)
+    assert alice.download(alice.upload(blob)).content == blob
+
+    since = alice.sync()["next_batch"]
+    began = time.monotonic()
+    seconds = 300 if os.environ.get("DEEP") else 3
+    alice.http.timeout = httpx.Timeout(400)
+    assert "rooms" not in alice.sync(since, timeout=seconds * 1000)
+    assert time.monotonic() - began > seconds - 1
+
+    url = f"https://localhost:{proxy.federation}/_matrix/client/versions"
+    assert httpx.get(url, verify=False).status_code == 200  # noqa: S501  the test's own
+
+
+def test_addresses_behind_a_proxy_are_told_apart(proxy: Proxy) -> None:
+    """What a client itself says about its address is not believed."""
+    server = Behind(proxy.server, f"https://localhost:{proxy.clients}")
+    alice = register(server)
+    ok(alice.get("account/whoami", headers={"X-Forwarded-For": "203.0.113.7"}))
+    proxy.server.stop()  # which writes down who was seen where
+    with contextlib.closing(sqlite3.connect(proxy.server.database)) as database:
+        seen = {row[0] for row in database.execute("SELECT last_seen_ip FROM devices")}
+    assert seen & {"127.0.0.1", "::1"}
+    assert "203.0.113.7" not in seen
+
+
+# ── coturn ───────────────────────────────────────────────────────────────────
+
+
+def test_coturn_gives_a_relay(tmp_path: Path, new_server: Callable[..., Server]) -> None:
+    """The credentials that the server hands out are good for a real allocation."""
+    need("turnserver", "turnutils_uclient")
+    port, secret = free_port(), secrets.token_hex(16)
+    text = (DEPLOY / "coturn.conf").read_text()
+    text = text.replace("MAKE-ONE-WITH-openssl-rand-hex-32", secret)
+    text = text.replace("denied-peer-ip=127.0.0.0-127.255.255.255\n", "")
+    config = tmp_path / "turnserver.conf"
+    config.write_text(
+        text + f"listening-port={port}\nlistening-ip=127.0.0.1\nno-tls\nno-dtls\n"
+        f"relay-ip=127.0.0.1\nallow-loopback-peers\npidfile={tmp_path}/pid\n"
+        f"userdb={tmp_path}/db\nlog-file=stdout\n"
+    )
+    uri = f"turn:127.0.0.1:{port}?transport=udp"
+    alice = register(new_server(turn_uris=[uri], turn_secret=secret))
+    given = ok(alice.get("voip/turnServer"))
+    assert given["uris"] == [uri]
+    with (tmp_path / "output").open("wb") as output:
+        command = ["/usr/bin/env", "turnserver", "-c", str(config)]
+        process = subprocess.Popen(command, stdout=output, stderr=output)  # noqa: S603  our own
+    try:
+
+        def allocation(password: str) -> str:
+            name = given["username"]
+            ask = ["turnutils_uclient", "-y", "-n", "1", "-c", "-u", name, "-w", password]
+            done = subprocess.run(  # noqa: S603  our own command line
+                [*ask, "-p", str(port), "127.0.0.1"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            return done.stdout + done.stderr
+
+        eventually(lambda: "Total lost packets 0" in allocation(given["password"]), 30)
+        assert "Total lost packets 0" not in allocation("wrong")
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+# ── Containers and Nix ───────────────────────────────────────────────────────
+
+
+def test_the_steps_of_the_dockerfile(tmp_path: Path) -> None:
+    """No engine is needed to do by hand what the file says: install, compile, run, ask."""
+    text = (DEPLOY / "Dockerfile").read_text()
+    packages = re.search(r"pip install --no-cache-dir --target /app (.*)", text)
+    assert packages
+    shutil.copy(ROOT / "conduit.py", tmp_path)
+    run(sys.executable, "-m", "pip", "install", "-q", "--target", tmp_path, *packages[1].split())
+    run(sys.executable, "-m", "compileall", "-q", tmp_path)
+    settings_ = dict(re.findall(r"(CONDUIT_\w+|PYTHONPATH)=(\S+)", text))
+    settings_ |= {"PYTHONPATH": str(tmp_path), "CONDUIT_CONFIG": ""}
+    settings_ |= {"CONDUIT_DATABASE_PATH": str(tmp_path / "data")}
+    settings_ |= {"CONDUIT_SERVER_NAME": "in.docker", "CONDUIT_PORT": str(free_port())}
+    command = re.search(r"^CMD (\[.*\])$", text, re.MULTILINE)
+    healthy = re.search(r"^    CMD (\[.*\])$", text, re.MULTILINE)
+    assert command
+    assert healthy
+    path = os.environ["PATH"]
+    as_python = {"python": sys.executable}
+    start = [as_python.get(word, word) for word in json.loads(command[1])]
+    check = [as_python.get(word, word) for word in json.loads(healthy[1])]
+    process = subprocess.Popen(start, cwd=tmp_path, env={"PATH": path, **settings_})  # noqa: S603  the file's own
+    try:
+        ask = functools.partial(subprocess.run, check, env={"PATH": path, **settings_}, check=False)
+        eventually(lambda: ask(capture_output=True).returncode == 0, 30)
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+    assert ask(capture_output=True).returncode != 0
+
+
+def test_compose_files_are_in_order() -> None:
+    """They parse, build from files that are there, and set keys that exist."""
+    known = {key.upper() for key in documented_keys()}
+    for name in ("docker-compose.yml", "docker-compose.for-traefik.yml"):
+        services = yaml.safe_load((DEPLOY / name).read_text())["services"]
+        over = yaml.safe_load((DEPLOY / "docker-compose.override.yml").read_text())["services"]
+        home = services["homeserver"]
+        assert (DEPLOY / home["build"]["context"] / home["build"]["dockerfile"]).exists()
+        set_keys = {**home["environment"], **over["homeserver"]["environment"]}
+        assert {key.removeprefix("CONDUIT_") for key in set_keys} - known == {"CONFIG"}
+        for volume in services.get("well-known", {}).get("volumes", []):
+            assert (DEPLOY / volume.partition(":")[0]).exists()
+
+
+def documented_keys() -> set[str]:
+    """The keys of [global] in the README's table."""
+    return set(re.findall(r"^\| `([a-z_]+)`", (ROOT / "README.md").read_text(), re.MULTILINE))
 
 
 # ═════════════════════════════════════════════════════════════════════════════
