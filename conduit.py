@@ -7914,6 +7914,27 @@ def publish_room(hs: Homeserver, room: Room, visibility: str) -> None:
             hs.db.execute("DELETE FROM published_rooms WHERE room_nid = ?", (room.nid,))
 
 
+def move_to_replacement(hs: Homeserver, old: Room, new: Room) -> set[str]:
+    """Give the local aliases of a room, which are returned, and its place in the list to another.
+
+    The server's own alias stays: who could move #admins could pretend to be the admin room.
+    """
+    with hs.db.write():
+        rows = hs.db.all(
+            """
+            UPDATE aliases
+            SET room_nid = ?
+            WHERE room_nid = ?
+              AND creator_nid != ?
+            RETURNING alias
+            """,
+            (new.nid, old.nid, hs.db.user_nid(hs.accounts.bot_id)),
+        )
+        sql = "UPDATE OR IGNORE published_rooms SET room_nid = ? WHERE room_nid = ?"
+        hs.db.execute(sql, (new.nid, old.nid))
+    return {row[0] for row in rows}
+
+
 VISIBILITY = V3 + "/directory/list/room/{room_id}"
 
 
@@ -8059,6 +8080,14 @@ MAX_PAGE = 1000  # events in one answer of /messages
 MAX_SCAN = 5000  # events looked at for one page; the token leads on behind them
 DEFAULT_PAGE = 10
 ROOM_PATH = "/_matrix/client/v3/rooms/{room_id}"
+
+schema("""
+CREATE TABLE blocked_rooms (        -- nobody here may enter them; we need not know them
+    room_id TEXT PRIMARY KEY,
+    blocker_nid INTEGER NOT NULL,
+    since INTEGER NOT NULL          -- in milliseconds
+) WITHOUT ROWID;
+""")
 
 log_rooms = logging.getLogger("conduit.rooms")
 
@@ -8247,6 +8276,34 @@ def set_own_membership(hs: Homeserver, request: Request, room: Room, content: Js
     hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
 
 
+def block_room(hs: Homeserver, room_id: str, blocker: str) -> None:
+    """Let nobody here join, knock on or be invited to a room any more; who is in stays in."""
+    if not is_room_id(room_id):
+        raise invalid_param("That is not a room id")
+    with hs.db.write():
+        row = (room_id, hs.db.user_nid(blocker), now_ms())
+        hs.db.execute("INSERT OR IGNORE INTO blocked_rooms VALUES (?, ?, ?)", row)
+
+
+def unblock_room(hs: Homeserver, room_id: str) -> bool:
+    """Open a blocked room again; False if it was none."""
+    with hs.db.write():
+        deleted = hs.db.execute("DELETE FROM blocked_rooms WHERE room_id = ?", (room_id,))
+        return deleted.rowcount > 0
+
+
+def blocked_rooms(hs: Homeserver) -> list[tuple[str, str, int]]:
+    """The ids of all blocked rooms, who blocked them, and when (in milliseconds)."""
+    rows = hs.db.all("SELECT room_id, blocker_nid, since FROM blocked_rooms")
+    return [(room_id, hs.db.user_id(blocker), since) for room_id, blocker, since in rows]
+
+
+def refuse_blocked(hs: Homeserver, room_id: str) -> None:
+    """403 for a room that an admin has blocked."""
+    if hs.db.one("SELECT 1 FROM blocked_rooms WHERE room_id = ?", (room_id,)) is not None:
+        raise forbidden("This room is blocked on this server")
+
+
 def require_invitable(hs: Homeserver, user_id: str) -> None:
     """Refuse what is no user, and users that cannot be reached."""
     if not is_user_id(user_id):
@@ -8267,6 +8324,7 @@ def invite(
     is_direct: bool = False,
 ) -> None:
     """Invite a user; inviting someone who is invited already changes nothing."""
+    refuse_blocked(hs, room.room_id)
     membership = room.membership(invitee)
     if membership == "join":
         raise forbidden(f"{invitee} is in the room already")
@@ -8323,9 +8381,10 @@ def join_authorisation(hs: Homeserver, room: Room, user_nid: UserNid) -> Json:
 
     Spec: CS-API "Restricted rooms"; rooms/v8.  403 when none of the conditions is met.
     """
-    if room.join_rule not in {"restricted", "knock_restricted"}:
+    rule = room.join_rule
+    if "restricted" not in rule or rule not in known_join_rules(room.version):
         return {}
-    if room.membership_of(user_nid) in {"invite", "join"}:
+    if room.membership_of(user_nid) in {"invite", "join", "ban"}:
         return {}
     allow = room.content(JOIN_RULES).get("allow")
     conditions = allow if isinstance(allow, list) else []
@@ -8338,19 +8397,46 @@ def join_authorisation(hs: Homeserver, room: Room, user_nid: UserNid) -> Json:
     raise MatrixError(403, "M_UNABLE_TO_GRANT_JOIN", "Nobody here may let you in")
 
 
+GUEST_ACCESS = ("m.room.guest_access", "guest_access")
+
+
 def require_guest_access(room: Room, user: Requester) -> None:
     """403 for a guest where guests may not join."""
-    guest_access = room.setting("m.room.guest_access", "guest_access", "forbidden")
-    if user.is_guest and guest_access != "can_join":
+    if user.is_guest and room.setting(*GUEST_ACCESS, "forbidden") != "can_join":
         raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests cannot join this room")
+
+
+THIRD_PARTY_SIGNED: Final[Json] = {"sender": str, "mxid": str, "token": str, "signatures": dict}
+
+
+def accept_third_party_invite(hs: Homeserver, room: Room, user: Requester, signed: Json) -> None:
+    """Make the pending invite of an address one of the user to whom it turned out to belong.
+
+    Spec: CS-API "Third-party invites"; the signature is rule 5.4.1's business.  Trap: a key with a
+    key_validity_url has to be asked after first, which takes an HTTP client, so it is refused.
+    """
+    check_shape(signed, THIRD_PARTY_SIGNED, "third_party_signed")
+    pending = room.state_event(THIRD_PARTY_INVITE, signed["token"])
+    if pending is None or signed["mxid"] != user.user_id or signed["sender"] != pending.sender:
+        raise forbidden("third_party_signed belongs to no pending invite of yours")
+    if not hs.is_local(pending.sender):
+        raise forbidden(f"This server does not federate with {server_of(pending.sender)}")
+    name = pending.content.get("display_name")
+    invite = {"display_name": name if isinstance(name, str) else "", "signed": signed}
+    content = {"membership": "invite", "third_party_invite": invite}
+    content.update(member_profile(hs, user.user_id))
+    hs.rooms.send(room, pending.sender, MEMBER, content, state_key=user.user_id)
 
 
 def join(hs: Homeserver, request: Request, room: Room) -> None:
     """Let the requester join; who is in already stays as they are."""
-    user = request.user
+    user, signed = request.user, request.json.get("third_party_signed")
     if room.membership_of(user.nid) == "join":
         return
+    refuse_blocked(hs, room.room_id)
     require_guest_access(room, user)
+    if signed is not None and room.membership_of(user.nid) != "invite":
+        accept_third_party_invite(hs, room, user, signed)
     content = {"membership": "join", **join_authorisation(hs, room, user.nid)}
     if user.is_guest:
         content["kind"] = "guest"
@@ -8362,7 +8448,8 @@ def join(hs: Homeserver, request: Request, room: Room) -> None:
 async def post_join(hs: Homeserver, request: Request, room: str) -> Json:
     """Join a room by its id or one of its aliases.  Spec: CS-API "Joining rooms"."""
     found = room_by_name(hs, room)
-    join(hs, request, found)
+    with hs.db.write():
+        join(hs, request, found)
     return {"room_id": found.room_id}
 
 
@@ -8372,6 +8459,7 @@ def auto_join(hs: Homeserver, user_nid: UserNid) -> None:
     for alias in hs.config.auto_join_rooms:
         try:
             room = room_by_name(hs, alias)
+            refuse_blocked(hs, room.room_id)
             content = {"membership": "join", **member_profile(hs, user_id)}
             content.update(join_authorisation(hs, room, user_nid))
             hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
@@ -8383,6 +8471,7 @@ def auto_join(hs: Homeserver, user_nid: UserNid) -> None:
 async def post_knock(hs: Homeserver, request: Request, room: str) -> Json:
     """Ask to be let into a room.  Spec: CS-API "Knocking on rooms"."""
     found = room_by_name(hs, room)
+    refuse_blocked(hs, found.room_id)
     if found.membership_of(request.user.nid) != "knock":
         set_own_membership(hs, request, found, {"membership": "knock"})
     return {"room_id": found.room_id}
@@ -8452,6 +8541,34 @@ async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
     if membership is not None:
         hs.rooms.forget(request.user.nid, room)
     return {}
+
+
+async def send_guests_away(hs: Homeserver, room: Room) -> None:
+    """Make the guests of this server leave a room, unless it lets them in again by now."""
+    rows = hs.db.all(
+        """
+        SELECT user_nid
+        FROM memberships
+        JOIN accounts USING (user_nid)
+        WHERE room_nid = ?
+          AND membership = 'join'
+          AND is_guest
+        """,
+        (room.nid,),
+    )
+    for (nid,) in rows:
+        if room.setting(*GUEST_ACCESS, "forbidden") != "can_join":
+            leave(hs, room, hs.db.user_id(nid), "The room is closed to guests")
+        await asyncio.sleep(0)
+
+
+def guests_may_stay(hs: Homeserver, room: Room, event: Event) -> None:
+    """Subscriber of the room store: a room that shuts out guests loses those that are in.
+
+    Spec: CS-API "Guest Access", "Server behaviour".
+    """
+    if event.key == (GUEST_ACCESS[0], "") and event.content.get("guest_access") != "can_join":
+        hs.background(send_guests_away(hs, room))
 
 
 @route("GET", "/_matrix/client/v3/joined_rooms", auth=GUEST)
@@ -8592,12 +8709,24 @@ def initial_state(
         yield "m.room.topic", "", {"topic": topic, "m.topic": {"m.text": [{"body": topic}]}}
 
 
+def requested_version(hs: Homeserver, body: Json, name: str) -> RoomVersion:
+    """The room version in a body, or the default; 400 M_UNSUPPORTED_ROOM_VERSION."""
+    version = room_version(body.get(name, hs.config.default_room_version))
+    if not version.stable and not hs.config.allow_unstable_room_versions:
+        raise MatrixError(400, "M_UNSUPPORTED_ROOM_VERSION", "Unstable versions are switched off")
+    return version
+
+
+def refuse_creation(hs: Homeserver, user: Requester) -> None:
+    """403 for making rooms where the configuration leaves that to admins."""
+    if not hs.config.allow_room_creation and not user.is_admin:
+        raise forbidden("Room creation is switched off on this server")
+
+
 def create_room(hs: Homeserver, creator: str, body: Json) -> Room:
     """Make a room as a createRoom body describes it: all of it, or nothing."""
     preset = preset_of(body)
-    version = room_version(body.get("room_version", hs.config.default_room_version))
-    if not version.stable and not hs.config.allow_unstable_room_versions:
-        raise MatrixError(400, "M_UNSUPPORTED_ROOM_VERSION", "Unstable versions are switched off")
+    version = requested_version(hs, body, "room_version")
     alias = new_alias(hs, body)
     invitees = checked_invitees(hs, creator, body)
     trusted = invitees if preset == "trusted_private_chat" else []
@@ -8631,12 +8760,217 @@ async def post_create_room(hs: Homeserver, request: Request) -> Json:
     400 M_ROOM_IN_USE for a taken alias, M_INVALID_ROOM_STATE when the rules refuse one of the
     events asked for.
     """
-    if not hs.config.allow_room_creation and not request.user.is_admin:
-        raise forbidden("Room creation is switched off on this server")
+    refuse_creation(hs, request.user)
     return {"room_id": create_room(hs, request.user.user_id, request.json).room_id}
 
 
-# ── 17.5  Sending ────────────────────────────────────────────────────────────
+# ── 17.5  Replacing a room ───────────────────────────────────────────────────
+#
+# In three steps, since a room can have thousands of bans and children: the new room with nobody
+# but its maker in it, what it inherits, slice by slice, and then at once all that makes it the
+# successor. A server that dies on the way leaves the old room as it was.
+
+TOMBSTONE_KEY: Final[StateKey] = ("m.room.tombstone", "")
+CANONICAL_ALIAS = "m.room.canonical_alias"
+SPACE_CHILD = "m.space.child"
+INHERITED: Final = {  # beside the bans; the power levels come earlier and the join rules later
+    *("m.room.server_acl", "m.room.encryption", "m.room.name", "m.room.avatar", "m.room.topic"),
+    *("m.room.guest_access", "m.room.history_visibility", SPACE_CHILD, "m.space.parent"),
+}
+INHERITED_AT_ONCE = 20  # events, before others get their turn
+MAX_POWER = 2**53 - 1
+UPGRADE_BODY: Final[Json] = {"new_version": str, "additional_creators?": [str]}
+
+
+def levels_in(version: RoomVersion, table: Json) -> dict[str, int]:
+    """What of an object are power levels in that version, as the integers of later versions."""
+    found = ((name, level_of(version, value)) for name, value in table.items())
+    return {name: max(-MAX_POWER, min(MAX_POWER, n)) for name, n in found if n is not None}
+
+
+def inherited_levels(old: Room, version: RoomVersion, creators: list[str]) -> Json:
+    """The power levels of a room in the form that the version of its replacement wants."""
+    content = old.content(POWER_LEVELS)
+    tables = {
+        name: levels_in(old.version, object_in(content, name))
+        for name in ("users", "events", "notifications")
+    }
+    named = {name: content[name] for name in LEVEL_DEFAULTS if name in content}
+    plain = {**LEVEL_DEFAULTS, **levels_in(old.version, named)}
+    users = {user: level for user, level in tables["users"].items() if is_sender_id(user)}
+    if version.privileged_creators:
+        users = {user: level for user, level in users.items() if user not in creators}
+        events, state_default = tables["events"], plain["state_default"]
+        if events.get("m.room.tombstone", state_default) <= state_default:
+            events["m.room.tombstone"] = max(150, min(MAX_POWER, state_default + 1))
+    else:
+        former = creators_of(old.version, old.state_event(*CREATE_KEY))
+        users |= {user: 100 for user in former if isinstance(user, str)}
+        users.setdefault(creators[0], min(MAX_POWER, old.power_levels().user(creators[0])))
+    return {**plain, **tables, "users": users}
+
+
+def working_levels(version: RoomVersion, levels: Json, maker: str) -> Json:
+    """Power levels by which the maker of a room can furnish it, whatever the final ones allow."""
+    if version.privileged_creators:
+        return levels
+    needed = max(levels["state_default"], levels["ban"], *levels["events"].values(), 0)
+    own = max(needed, levels["users"][maker])
+    return {**levels, "users": {**levels["users"], maker: own}}
+
+
+def start_replacement(
+    hs: Homeserver, old: Room, maker: str, version: RoomVersion, creators: list[str]
+) -> tuple[Room, Json]:
+    """The new room, with its maker in it and nobody else, and the power levels it is to have."""
+    levels = inherited_levels(old, version, creators)
+    create, content = old.content(CREATE), cast(Json, {"predecessor": {"room_id": old.room_id}})
+    if isinstance(create.get("type"), str):
+        content["type"] = create["type"]
+    if create.get("m.federate") is False:
+        content["m.federate"] = False
+    if version.privileged_creators and creators[1:]:
+        content["additional_creators"] = creators[1:]
+    if not version.privileged_creators:  # which have it since clients look for the tombstone
+        newest = cast(Event, hs.rooms.event_at(old, old.last_pos))
+        content["predecessor"]["event_id"] = newest.event_id
+    content = create_content(version, maker, {"creation_content": content}, [])
+    with hs.db.write():
+        new = hs.rooms.create(version.id, maker, content)
+        joins = {"membership": "join", **member_profile(hs, maker)}
+        hs.rooms.send(new, maker, MEMBER, joins, state_key=maker)
+        first = working_levels(version, levels, maker)
+        hs.rooms.send(new, maker, POWER_LEVELS, first, state_key="")
+    return new, levels
+
+
+def send_if_allowed(
+    hs: Homeserver, room: Room, sender: str, event_type: str, content: Json, state_key: str = ""
+) -> bool:
+    """Set a piece of state, unless the rules or the format of the room refuse it."""
+    try:
+        hs.rooms.send(room, sender, event_type, content, state_key=state_key)
+    except MatrixError as error:
+        if error.status >= 500:
+            raise
+        log_rooms.info("%s is not set in %s: %s", event_type, room.room_id, error.error)
+        return False
+    return True
+
+
+def inheritance(old: Room) -> Iterator[tuple[str, str, Json]]:
+    """The (type, state key, content) that a replacement takes over: settings first, then bans."""
+    keys = [key for key in old.state if key[0] in INHERITED]
+    for key in keys + [(MEMBER, user_id) for user_id in old.members("ban")]:
+        if content := old.content(*key):
+            yield *key, content
+
+
+def move_aliases(hs: Homeserver, old: Room, new: Room, maker: str) -> None:
+    """Let the local aliases lead to the new room, and say so in both rooms."""
+    moved = move_to_replacement(hs, old, new)
+    content = old.content(CANONICAL_ALIAS)
+    main, others = content.get("alias"), content.get("alt_aliases")
+    named = [alias for alias in [main, *(others if isinstance(others, list) else [])] if alias]
+    for room, is_new in ((old, False), (new, True)):
+        rest = [alias for alias in named if isinstance(alias, str) and (alias in moved) == is_new]
+        part: Json = {} if main not in rest else {"alias": rest.pop(0)}
+        part |= {"alt_aliases": rest} if rest else {}
+        if part != room.content(CANONICAL_ALIAS):
+            send_if_allowed(hs, room, maker, CANONICAL_ALIAS, part)
+
+
+def move_in_spaces(hs: Homeserver, old: Room, new: Room, maker: str) -> None:
+    """Put the new room in the old one's place in all spaces where its maker may."""
+    rows = hs.db.all(
+        """
+        SELECT DISTINCT memberships.room_nid
+        FROM memberships
+        JOIN events ON events.room_nid = memberships.room_nid AND state_nid = ?
+        WHERE user_nid = ?
+          AND membership = 'join'
+        """,
+        (hs.rooms.groups.names.find((SPACE_CHILD, old.room_id)), hs.db.user_nid(maker)),
+    )
+    for (nid,) in rows:
+        space = hs.rooms.by_nid(nid)
+        content = space.content(SPACE_CHILD, old.room_id)
+        if content and send_if_allowed(hs, space, maker, SPACE_CHILD, content, new.room_id):
+            send_if_allowed(hs, space, maker, SPACE_CHILD, {}, old.room_id)
+
+
+def close_replaced(hs: Homeserver, old: Room, maker: str) -> None:
+    """Let nobody but moderators write in a replaced room, or invite to it, if the maker may."""
+    levels, content = old.power_levels(), old.content(POWER_LEVELS)
+    least = max(50, levels.named("users_default") + 1)
+    raised = {name: max(least, levels.named(name)) for name in ("events_default", "invite")}
+    if POWER_LEVELS_KEY in old.state:
+        send_if_allowed(hs, old, maker, POWER_LEVELS, {**content, **raised})
+
+
+def require_power_to_replace(old: Room, user_id: str) -> None:
+    """403 unless the user is in the room and may send its tombstone."""
+    levels = old.power_levels()
+    needed = levels.event("m.room.tombstone", True)
+    if old.membership(user_id) != "join" or levels.user(user_id) < needed:
+        raise forbidden("You cannot upgrade this room")
+
+
+def finish_replacement(hs: Homeserver, old: Room, new: Room, maker: str, levels: Json) -> None:
+    """Make the new room the successor: all of it, or nothing."""
+    with hs.db.write():
+        if JOIN_RULES_KEY in old.state:
+            send_if_allowed(hs, new, maker, JOIN_RULES, old.content(JOIN_RULES))
+        tombstone = {"body": "This room has been replaced", "replacement_room": new.room_id}
+        hs.rooms.send(old, maker, TOMBSTONE_KEY[0], tombstone, state_key="")
+        move_aliases(hs, old, new, maker)
+        move_in_spaces(hs, old, new, maker)
+        close_replaced(hs, old, maker)
+        if levels != new.content(POWER_LEVELS):
+            hs.rooms.send(new, maker, POWER_LEVELS, levels, state_key="")
+
+
+async def replace_room(
+    hs: Homeserver, old: Room, maker: str, version: RoomVersion, creators: list[str]
+) -> Room:
+    """Replace a room by one of another version; `creators` are the maker and those beside them."""
+    require_power_to_replace(old, maker)
+    before = old.state.get(TOMBSTONE_KEY)
+    new, levels = start_replacement(hs, old, maker, version, creators)
+    for number, (event_type, state_key, content) in enumerate(inheritance(old)):
+        if number % INHERITED_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        send_if_allowed(hs, new, maker, event_type, content, state_key)
+    try:
+        require_power_to_replace(old, maker)  # things may have changed meanwhile
+        if old.state.get(TOMBSTONE_KEY) != before:
+            raise forbidden("Somebody else has just upgraded this room")
+        finish_replacement(hs, old, new, maker, levels)
+    except MatrixError:
+        leave(hs, new, maker)
+        raise
+    return new
+
+
+@route("POST", ROOM_PATH + "/upgrade", auth=USER, limit="create", body=UPGRADE_BODY)
+async def post_upgrade(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Replace a room by one of another version, with its settings, bans, aliases and places.
+
+    Spec: CS-API "Room Upgrades".  400 M_UNSUPPORTED_ROOM_VERSION; 403 for those who may not send
+    m.room.tombstone. Members come by themselves; their tags and push rules follow them (18.6).
+    """
+    body, user = request.json, request.user
+    version, room = requested_version(hs, body, "new_version"), known_room(hs, room_id)
+    refuse_creation(hs, user)
+    refuse_blocked(hs, room_id)
+    creators = [user.user_id, *body.get("additional_creators", ())]
+    if version.privileged_creators and not all(map(is_user_id, creators)):
+        raise invalid_param("additional_creators is not a list of user ids")
+    new = await replace_room(hs, room, user.user_id, version, list(dict.fromkeys(creators)))
+    return {"replacement_room": new.room_id}
+
+
+# ── 17.6  Sending ────────────────────────────────────────────────────────────
 
 SEND_PATH = ROOM_PATH + "/send/{event_type}/{txn_id}"
 REDACT_PATH = ROOM_PATH + "/redact/{event_id}/{txn_id}"
@@ -8743,6 +9077,8 @@ def checked_member_content(hs: Homeserver, request: Request, room: Room, target:
     user = request.user
     content: Json = request.json
     before, after = room.membership(target), content.get("membership")
+    if after in ("join", "invite", "knock") and before != after:
+        refuse_blocked(hs, room.room_id)
     if after == "invite" and before != "invite":
         require_invitable(hs, target)
     if after == "join" and before != "join" and target == user.user_id:
@@ -8773,7 +9109,7 @@ async def put_state(
     return {"event_id": event.event_id}
 
 
-# ── 17.6  Reading state and members ──────────────────────────────────────────
+# ── 17.7  Reading state and members ──────────────────────────────────────────
 
 
 @route("GET", ROOM_PATH + "/state", auth=GUEST)
@@ -8802,6 +9138,23 @@ async def get_state(
     return event.content
 
 
+def state_limit_at(
+    hs: Homeserver, request: Request, room: Room, limit: Event | None, position: int
+) -> Event:
+    """The event after which a reader with that limit sees the state at a position.
+
+    403 where the reader may not see that event, and so not what the room was like then.
+    """
+    event = hs.rooms.event_at(room, position)
+    if event is None:
+        raise not_found("The room was not there yet")
+    if limit is not None and limit.nid <= event.nid:
+        return limit
+    if not hs.rooms.visible(request.user.nid, room, [event]):
+        raise forbidden("You may not see what the room was like then")
+    return event
+
+
 @route("GET", ROOM_PATH + "/members", auth=GUEST)
 async def get_members(hs: Homeserver, request: Request, room_id: str) -> Json:
     """The member events of a room, now or at a point in the past.
@@ -8811,8 +9164,7 @@ async def get_members(hs: Homeserver, request: Request, room_id: str) -> Json:
     room, limit = readable_room(hs, request, room_id)
     at = request.arg("at")
     if at is not None:
-        event = hs.rooms.event_at(room, parse_token(at))
-        limit = event if limit is None or (event and event.nid < limit.nid) else limit
+        limit = state_limit_at(hs, request, room, limit, parse_token(at))
     wanted, unwanted = request.arg("membership"), request.arg("not_membership")
     state = state_for(hs, room, limit)
     events = hs.rooms.events_by_nids(nid for key, nid in state.items() if key[0] == MEMBER)
@@ -8844,7 +9196,7 @@ async def get_joined_members(hs: Homeserver, request: Request, room_id: str) -> 
     return {"joined": {cast(str, event.state_key): joined_member(event) for event in events}}
 
 
-# ── 17.7  Reading events ─────────────────────────────────────────────────────
+# ── 17.8  Reading events ─────────────────────────────────────────────────────
 
 
 def visible_event(
@@ -9381,7 +9733,70 @@ def push_rules_account_data(hs: Homeserver, user_nid: UserNid, since: int = 0) -
     return {"type": "m.push_rules", "content": hs.push_rules.content(user_nid)}
 
 
-# ── 18.6  The push rule endpoints ────────────────────────────────────────────
+# ── 18.6  Settings that follow an upgrade ────────────────────────────────────
+
+
+def inherit_push_rule(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
+    """Let the user's room rule for a room hold for its replacement, if that has none yet."""
+    rules = {rule["rule_id"]: rule for rule in hs.push_rules.of(user_nid).stored.get("room", ())}
+    if old.room_id in rules and new.room_id not in rules:
+        with hs.push_rules.edit(user_nid) as stored:
+            stored["room"].insert(0, {**rules[old.room_id], "rule_id": new.room_id})
+
+
+def inherit_account_data(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
+    """Give the replacement of a room the user's tags, and its place among the direct chats."""
+    tags = tags_of(hs, user_nid, old.nid)
+    if tags and hs.account_data.get(user_nid, new.nid, "m.tag") is None:
+        hs.account_data.put(user_nid, new.nid, "m.tag", {"tags": tags})
+    direct = hs.account_data.get(user_nid, NO_ROOM, "m.direct") or {}
+    changed = {
+        person: [*rooms, new.room_id]
+        for person, rooms in direct.items()
+        if isinstance(rooms, list) and old.room_id in rooms and new.room_id not in rooms
+    }
+    if changed:
+        hs.account_data.put(user_nid, NO_ROOM, "m.direct", {**direct, **changed})
+
+
+def inherit_settings(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
+    """Carry the personal settings of a room over; what is too large to fit stays behind."""
+    with contextlib.suppress(MatrixError):
+        inherit_push_rule(hs, user_nid, old, new)
+        inherit_account_data(hs, user_nid, old, new)
+
+
+def replacement_of(hs: Homeserver, room: Room) -> Room | None:
+    """The room that the tombstone of a room names, if that room says the same, and is known.
+
+    Trap: anyone can make a room that claims to be the successor of another.
+    """
+    new = hs.rooms.find(room.setting(TOMBSTONE_KEY[0], "replacement_room", ""))
+    claimed = object_in(new.content(CREATE), "predecessor") if new is not None else {}
+    return new if claimed.get("room_id") == room.room_id else None
+
+
+def follow_into_replacement(
+    hs: Homeserver, room: Room, user_nid: UserNid, old: str | None, new: str
+) -> None:
+    """Subscriber of the room store: a local user who joins a replacement finds their settings."""
+    if new != "join" or old == "join" or user_nid not in room.local_joined:
+        return
+    former_id = object_in(room.content(CREATE), "predecessor").get("room_id")
+    former = hs.rooms.find(former_id) if isinstance(former_id, str) else None
+    if former is not None and replacement_of(hs, former) is room:
+        inherit_settings(hs, user_nid, former, room)
+
+
+def follow_tombstone(hs: Homeserver, room: Room, event: Event) -> None:
+    """Subscriber of the room store: the same for those who are in the replacement already."""
+    new = replacement_of(hs, room) if event.key == TOMBSTONE_KEY else None
+    if new is not None:
+        for user_nid in room.local_joined & new.local_joined:
+            inherit_settings(hs, user_nid, room, new)
+
+
+# ── 18.7  The push rule endpoints ────────────────────────────────────────────
 
 OBSOLETE_ACTIONS = ("dont_notify", "coalesce")
 PUSH_RULES_PATH = "/_matrix/client/v3/pushrules"
@@ -9508,7 +9923,7 @@ async def put_push_rule_member(hs: Homeserver, request: Request, kind: str, rule
     return {}
 
 
-# ── 18.7  Threads ────────────────────────────────────────────────────────────
+# ── 18.8  Threads ────────────────────────────────────────────────────────────
 
 MAIN_THREAD = "main"
 MAX_THREAD_HOPS = 3
@@ -9536,7 +9951,7 @@ def thread_of(hs: Homeserver, event: Event) -> str:
     return next(roots, MAIN_THREAD)
 
 
-# ── 18.8  Unread counts ──────────────────────────────────────────────────────
+# ── 18.9  Unread counts ──────────────────────────────────────────────────────
 
 MAX_CONSIDERED = 500  # events looked at in one go, and marks kept: a badge need not count further
 SAVE_AFTER = 50  # events considered before a row is worth writing
@@ -13139,6 +13554,9 @@ class Homeserver:
         self.accounts.on_device_renamed(functools.partial(device_renamed, self))
         self.accounts.on_deactivated(functools.partial(account_deactivated, self))
         self.rooms.subscribe_membership(functools.partial(note_membership, self))
+        self.rooms.subscribe_membership(functools.partial(follow_into_replacement, self))
+        self.rooms.subscribe(functools.partial(follow_tombstone, self))
+        self.rooms.subscribe(functools.partial(guests_may_stay, self))
 
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
