@@ -2974,11 +2974,16 @@ def is_signed_by_any(signed: Json, keys: list[str]) -> bool:
     return any(verify_signature(key, mark, raw) for key, mark in pairs[:MAX_INVITE_CHECKS])
 
 
-def invite_keys(invite: Event) -> list[str]:
-    """The public keys that an m.room.third_party_invite event lists, in either of two places."""
+def invite_entries(invite: Event) -> list[Json]:
+    """The objects of an m.room.third_party_invite event that may hold a key, in either place."""
     more = invite.content.get("public_keys")
     entries = [invite.content, *(more if isinstance(more, list) else [])]
-    keys = [entry.get("public_key") for entry in entries if isinstance(entry, dict)]
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def invite_keys(invite: Event) -> list[str]:
+    """The public keys that an m.room.third_party_invite event lists."""
+    keys = [entry.get("public_key") for entry in invite_entries(invite)]
     return [key for key in keys if isinstance(key, str)]
 
 
@@ -8421,6 +8426,8 @@ def accept_third_party_invite(hs: Homeserver, room: Room, user: Requester, signe
         raise forbidden("third_party_signed belongs to no pending invite of yours")
     if not hs.is_local(pending.sender):
         raise forbidden(f"This server does not federate with {server_of(pending.sender)}")
+    if any("key_validity_url" in entry for entry in invite_entries(pending)):
+        raise forbidden("Whether the key of this invite is still valid cannot be asked from here")
     name = pending.content.get("display_name")
     invite = {"display_name": name if isinstance(name, str) else "", "signed": signed}
     content = {"membership": "invite", "third_party_invite": invite}
@@ -8557,7 +8564,8 @@ async def send_guests_away(hs: Homeserver, room: Room) -> None:
         (room.nid,),
     )
     for (nid,) in rows:
-        if room.setting(*GUEST_ACCESS, "forbidden") != "can_join":
+        shut_out = room.setting(*GUEST_ACCESS, "forbidden") != "can_join"
+        if shut_out and room.membership_of(nid) == "join":
             leave(hs, room, hs.db.user_id(nid), "The room is closed to guests")
         await asyncio.sleep(0)
 

@@ -4270,98 +4270,291 @@ def test_room_in_hand_is_read_again_when_writes_are_undone(tmp_path: Path) -> No
 #  11. HISTORY VISIBILITY AND THE CLIENT FORMAT
 # ═════════════════════════════════════════════════════════════════════════════
 
-# One story in a room of each visibility; who sees which message. The messages:
+# One story in a room of each visibility; who sees which moment of it, through which door. At each
+# moment the host takes its number as name, and says it:
 #   0 before the invitation · 1 while invited · 2 while joined · 3 after leaving ·
 #   4 after joining again
 
-VISIBLE: Final = {
+ROLES: Final = ("stranger", "invited", "joined", "left", "rejoined", "banned")
+VISIBILITIES: Final = ("world_readable", "shared", "invited", "joined")
+Cells = tuple[str, str, str, str, str, str]  # the moments that each of ROLES sees
+
+EVENTS: Final[dict[str, Cells]] = {
     # visibility      stranger  invited   joined   left     rejoined  banned
     "world_readable": ("01234", "01234", "01234", "01234", "01234", "01234"),
     "shared": ("", "", "01234", "012", "01234", "012"),
     "invited": ("", "1234", "1234", "12", "124", "12"),
     "joined": ("", "", "234", "2", "24", "2"),
 }
+# In a sync, strangers and the invited have no timeline; it ends where the user left; and what lies
+# before the gap at a rejoin is for /messages.
+SYNCED: Final[dict[str, Cells]] = {
+    "world_readable": ("", "", "01234", "012", "01234", "012"),
+    "shared": ("", "", "01234", "012", "01234", "012"),
+    "invited": ("", "", "1234", "12", "4", "12"),
+    "joined": ("", "", "234", "2", "4", "2"),
+}
+# The state is that of now, or of when one left.
+SETTINGS_SEEN: Final[dict[str, Cells]] = {
+    "world_readable": ("4", "4", "4", "4", "4", "4"),
+    **dict.fromkeys(VISIBILITIES[1:], ("", "", "4", "2", "4", "2")),
+}
+MEMBERS_ONLY: Final = dict.fromkeys(VISIBILITIES, ("", "", "4", "", "4", ""))
+SYNCED_STATE: Final = dict.fromkeys(VISIBILITIES, ("", "", "4", "2", "4", "2"))
+# The members at each moment: refused (-) where its message cannot be seen; after one has left, the
+# members of then.
+AT: Final[dict[str, Cells]] = {
+    "world_readable": ("01234", "01234", "01234", "01234", "01234", "01234"),
+    "shared": ("-----", "-----", "01234", "01222", "01234", "01222"),
+    "invited": ("-----", "-----", "-1234", "-1222", "-12-4", "-1222"),
+    "joined": ("-----", "-----", "--234", "--222", "--2-4", "--222"),
+}
+NEWEST: Final[dict[str, Cells]] = {
+    visibility: cast("Cells", tuple(seen[-1:] for seen in cells))
+    for visibility, cells in EVENTS.items()
+}
 
 
-def story_of_visibility(
-    host: Client, people: dict[str, Client], visibility: str
-) -> tuple[str, list[str]]:
-    """The room, and the ids of the five messages."""
+@dataclass
+class RoomStory:
+    """A room, its people, and by moment the message's id and a token just behind it."""
+
+    host: Client
+    room_id: str
+    people: dict[str, Client]
+    sent: list[str] = dataclasses.field(default_factory=list)
+    tokens: list[str] = dataclasses.field(default_factory=list)
+
+    def moment(self) -> None:
+        number = str(len(self.sent))
+        content = {"membership": "join", "displayname": number}
+        self.host.set_state(self.room_id, "m.room.member", content, self.host.user_id)
+        self.sent.append(self.host.send_text(self.room_id, number))
+        self.tokens.append(self.host.sync()["next_batch"])
+
+    def name_in(self, events: Iterable[Json]) -> str:
+        """The moment that a list of state or member events is of."""
+        return "".join(e["content"]["displayname"] for e in events
+                       if e.get("state_key") == self.host.user_id)  # fmt: skip
+
+    def numbers(self, ids: set[str]) -> str:
+        return "".join(str(n) for n, event_id in enumerate(self.sent) if event_id in ids)
+
+
+def story_of_visibility(server: Server, visibility: str) -> RoomStory:
     state = {"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}
+    host = register(server)
     room_id = host.create_room(initial_state=[state])
-    sent = [host.send_text(room_id, "0")]
-    for name in ("invited", "joined", "left", "rejoined", "banned"):
-        host.invite(room_id, people[name])
-    sent.append(host.send_text(room_id, "1"))
-    for name in ("joined", "left", "rejoined", "banned"):
-        people[name].join(room_id)
-    sent.append(host.send_text(room_id, "2"))
+    story = RoomStory(host, room_id, {role: register(server) for role in ROLES})
+    people = story.people
+    story.moment()
+    for role in ROLES[1:]:
+        host.invite(room_id, people[role])
+    story.moment()
+    for role in ROLES[2:]:
+        people[role].join(room_id)
+    story.moment()
     people["left"].leave(room_id)
     people["rejoined"].leave(room_id)
     ok(host.post(("rooms", room_id, "ban"), {"user_id": people["banned"].user_id}))
-    sent.append(host.send_text(room_id, "3"))
+    story.moment()
     host.invite(room_id, people["rejoined"])
     people["rejoined"].join(room_id)
-    sent.append(host.send_text(room_id, "4"))
-    return room_id, sent
+    story.moment()
+    return story
 
 
-def seen_by_event(reader: Client, room_id: str, sent: list[str]) -> str:
-    found = ""
-    for number, event_id in enumerate(sent):
-        response = reader.get(("rooms", room_id, "event", event_id))
-        if response.status_code == 200:
-            found += str(number)
-        else:
-            fails(response, 404, "M_NOT_FOUND")
-    return found
+def answer_or_none(response: httpx.Response, *refusals: int) -> Any:
+    return None if response.status_code in refusals else ok(response)
 
 
-def seen_by_messages(reader: Client, room_id: str, sent: list[str]) -> str:
-    response = reader.get(("rooms", room_id, "messages"), params={"dir": "b", "limit": 100})
-    if response.status_code == 403:
-        return ""
-    ids = {event["event_id"] for event in ok(response)["chunk"]}
-    return "".join(str(number) for number, event_id in enumerate(sent) if event_id in ids)
+def seen_by_event(reader: Client, story: RoomStory) -> str:
+    found = {i for i in story.sent
+             if answer_or_none(reader.get(("rooms", story.room_id, "event", i)), 404)}  # fmt: skip
+    return story.numbers(found)
 
 
-def seen_by_context(reader: Client, room_id: str, sent: list[str]) -> str:
-    found: set[str] = set()
-    for event_id in sent:
-        response = reader.get(("rooms", room_id, "context", event_id), params={"limit": 100})
-        if response.status_code == 200:
-            answer = ok(response)
-            events = [answer["event"], *answer["events_before"], *answer["events_after"]]
-            found |= {event["event_id"] for event in events}
-    return "".join(str(number) for number, event_id in enumerate(sent) if event_id in found)
+def seen_by_messages(reader: Client, story: RoomStory) -> str:
+    answer = reader.get(("rooms", story.room_id, "messages"), params={"dir": "b", "limit": 100})
+    chunk = (answer_or_none(answer, 403) or {"chunk": []})["chunk"]
+    return story.numbers({event["event_id"] for event in chunk})
 
 
-def seen_by_sync(reader: Client, room_id: str, sent: list[str]) -> str:
+def seen_by_lazy_members(reader: Client, story: RoomStory) -> str:
+    wanted = {"types": ["m.room.message"], "lazy_load_members": True}
+    query = {"dir": "b", "limit": 100, "filter": json.dumps(wanted)}
+    answer = answer_or_none(reader.get(("rooms", story.room_id, "messages"), params=query), 403)
+    return story.name_in((answer or {}).get("state", []))
+
+
+def contexts(reader: Client, story: RoomStory, limit: int) -> Iterator[Json]:
+    for event_id in story.sent:
+        path = ("rooms", story.room_id, "context", event_id)
+        answer = answer_or_none(reader.get(path, params={"limit": limit}), 404)
+        if answer is not None:
+            yield answer
+
+
+def seen_by_context(reader: Client, story: RoomStory) -> str:
+    parts = ("events_before", "events_after")
+    found = {
+        event["event_id"]
+        for answer in contexts(reader, story, 100)
+        for event in [answer["event"], *(one for part in parts for one in answer[part])]
+    }
+    return story.numbers(found)
+
+
+def seen_by_context_state(reader: Client, story: RoomStory) -> str:
+    return "".join(story.name_in(answer["state"]) for answer in contexts(reader, story, 0))
+
+
+def synced_room(reader: Client, story: RoomStory, **query: Any) -> Json:
     wanted = {"room": {"include_leave": True, "timeline": {"limit": 100}}}
-    rooms = reader.sync(filter=wanted).get("rooms", {})
-    ids: set[str] = set()
-    for section in ("join", "leave"):
-        events = rooms.get(section, {}).get(room_id, {}).get("timeline", {}).get("events", [])
-        ids |= {event["event_id"] for event in events}
-    return "".join(str(number) for number, event_id in enumerate(sent) if event_id in ids)
+    rooms = reader.sync(filter=wanted, **query).get("rooms", {})
+    parts = [rooms.get(section, {}).get(story.room_id) for section in ("join", "leave")]
+    return next((part for part in parts if part is not None), {})
 
 
-@pytest.mark.parametrize("visibility", VISIBLE)
+def seen_by_sync(reader: Client, story: RoomStory) -> str:
+    events = synced_room(reader, story).get("timeline", {}).get("events", [])
+    return story.numbers({event["event_id"] for event in events})
+
+
+def seen_by_sync_state(reader: Client, story: RoomStory) -> str:
+    prefix = "org.matrix.msc4222."
+    part = synced_room(reader, story, **{f"{prefix}use_state_after": "true"})
+    return story.name_in(part.get(f"{prefix}state_after", {}).get("events", []))
+
+
+def seen_by_state(reader: Client, story: RoomStory) -> str:
+    return story.name_in(answer_or_none(reader.get(("rooms", story.room_id, "state")), 403) or [])
+
+
+def seen_by_state_key(reader: Client, story: RoomStory) -> str:
+    path = ("rooms", story.room_id, "state", "m.room.member", story.host.user_id)
+    return str((answer_or_none(reader.get(path), 403) or {}).get("displayname", ""))
+
+
+def members_seen(reader: Client, story: RoomStory, **query: str) -> str | None:
+    response = reader.get(("rooms", story.room_id, "members"), params=query)
+    answer = answer_or_none(response, 403)
+    return None if answer is None else story.name_in(answer["chunk"])
+
+
+def seen_by_members(reader: Client, story: RoomStory) -> str:
+    return members_seen(reader, story) or ""
+
+
+def seen_by_members_at(reader: Client, story: RoomStory) -> str:
+    return "".join(members_seen(reader, story, at=token) or "-" for token in story.tokens)
+
+
+def seen_by_joined_members(reader: Client, story: RoomStory) -> str:
+    response = reader.get(("rooms", story.room_id, "joined_members"))
+    joined = (answer_or_none(response, 403) or {"joined": {}})["joined"]
+    return str(joined.get(story.host.user_id, {}).get("display_name", ""))
+
+
+# A door is a function from a reader and a story to the moments seen, and the table of what it is
+# to show.
+DOORS: Final[list[tuple[Callable[[Client, RoomStory], str], Mapping[str, Cells]]]] = [
+    (seen_by_event, EVENTS),
+    (seen_by_messages, EVENTS),
+    (seen_by_lazy_members, NEWEST),
+    (seen_by_context, EVENTS),
+    (seen_by_context_state, EVENTS),
+    (seen_by_sync, SYNCED),
+    (seen_by_sync_state, SYNCED_STATE),
+    (seen_by_state, SETTINGS_SEEN),
+    (seen_by_state_key, SETTINGS_SEEN),
+    (seen_by_members, SETTINGS_SEEN),
+    (seen_by_members_at, AT),
+    (seen_by_joined_members, MEMBERS_ONLY),
+]
+
+
+@pytest.mark.parametrize("visibility", VISIBILITIES)
 def test_sec_19_history_visibility_on_every_door(server: Server, visibility: str) -> None:
-    names = ("stranger", "invited", "joined", "left", "rejoined", "banned")
-    people = {name: register(server) for name in names}
-    room_id, sent = story_of_visibility(register(server), people, visibility)
-    for name, expected in zip(names, VISIBLE[visibility], strict=True):
-        reader = people[name]
-        assert seen_by_event(reader, room_id, sent) == expected, name
-        assert seen_by_messages(reader, room_id, sent) == expected, name
-        assert seen_by_context(reader, room_id, sent) == expected, name
-        in_sync = {"stranger": "", "invited": ""}.get(name, expected)
-        if visibility == "world_readable" and name in ("left", "banned"):
-            in_sync = "012"  # a sync ends where the user left
-        if name == "rejoined" and visibility in ("invited", "joined"):
-            in_sync = "4"  # what lies before the gap is for /messages
-        assert seen_by_sync(reader, room_id, sent) == in_sync, name
+    story = story_of_visibility(server, visibility)
+    expected = {
+        (door.__name__, role): cell
+        for door, table in DOORS
+        for role, cell in zip(ROLES, table[visibility], strict=True)
+    }
+    found = {
+        (door.__name__, role): door(story.people[role], story)
+        for door, _ in DOORS
+        for role in ROLES
+    }
+    assert found == expected
+
+
+def visible_by_the_specification(events: list[Json], user_id: str) -> list[str]:
+    """The ids of those events that the user may see, as the specification puts it.
+
+    Spec: CS-API "Room history visibility", "Server behaviour", rule by rule.
+    """
+    setting, membership = "shared", "leave"
+    around = []  # what each event saw before and after it
+    for event in events:
+        before = setting, membership
+        if event["type"] == "m.room.history_visibility":
+            value = event["content"].get("history_visibility")
+            setting = value if value in VISIBILITIES else "shared"
+        if event["type"] == "m.room.member" and event["state_key"] == user_id:
+            membership = event["content"]["membership"]
+        around.append({before, (setting, membership)})
+    visible = []
+    for number, event in enumerate(events):
+        joins_later = any(
+            after["type"] == "m.room.member"
+            and after["state_key"] == user_id
+            and after["content"]["membership"] == "join"
+            for after in events[number + 1 :]
+        )
+        if any(
+            value == "world_readable"
+            or member == "join"
+            or (value == "shared" and joins_later)
+            or (value == "invited" and member == "invite")
+            for value, member in around[number]
+        ):
+            visible.append(event["event_id"])
+    return visible
+
+
+def random_visibility_story(host: Client, watcher: Client, room_id: str, seed: int) -> None:
+    """Settings and memberships that come and go, with a message between any two of them."""
+    rng = random.Random(seed)  # noqa: S311  a story, no secret
+    room, about = ("rooms", room_id), {"user_id": watcher.user_id}
+    for number in range(25):
+        step = rng.choice(["setting", "invite", "join", "join", "leave", "ban", "unban", "name"])
+        if step == "setting":
+            value = rng.choice([*VISIBILITIES, "nonsense"])
+            host.set_state(room_id, "m.room.history_visibility", {"history_visibility": value})
+        elif step in ("join", "leave"):
+            watcher.post((*room, step))  # which may be refused: then nothing happens
+        elif step == "name":
+            content = {"membership": "join", "displayname": str(number)}
+            watcher.put((*room, "state", "m.room.member", watcher.user_id), content)
+        else:
+            host.post((*room, step), about)
+        host.send_text(room_id, str(number))
+
+
+@pytest.mark.parametrize("seed", range(40 if os.environ.get("DEEP") else 3))
+def test_sec_19_visibility_against_the_specification(alice: Client, bob: Client, seed: int) -> None:
+    room_id = alice.create_room(preset="public_chat")
+    random_visibility_story(alice, bob, room_id, seed)
+    events = alice.messages(room_id, "f", limit=1000)["chunk"]
+    allowed = visible_by_the_specification(events, bob.user_id)
+    ids = [event["event_id"] for event in events]
+    answers = {i: answer_or_none(bob.get(("rooms", room_id, "event", i)), 404) for i in ids}
+    assert [event_id for event_id in ids if answers[event_id]] == allowed
+    page = answer_or_none(bob.get(("rooms", room_id, "messages"), dir="f", limit=1000), 403)
+    if page is not None:
+        assert [event["event_id"] for event in page["chunk"]] == allowed
 
 
 def test_own_leave_is_seen_whatever_the_visibility(
@@ -7966,6 +8159,464 @@ def test_invite_of_nobody_is_refused(server: Server, alice: Client) -> None:
     fails(alice.post(("rooms", room_id, "invite"), {}), 400, "M_MISSING_PARAM")
 
 
+@pytest.mark.parametrize(("version", "rule"), [
+    ("7", "restricted"), ("8", "restricted"), ("9", "knock_restricted"),
+    ("10", "knock_restricted"), ("12", "restricted"),
+])  # fmt: skip
+def test_restricted_rooms_of_each_version(
+    server: Server, alice: Client, bob: Client, version: str, rule: str
+) -> None:
+    """The rule works from its version on; before, it lets nobody in."""
+    space = bob.create_room(preset="public_chat")
+    allow = [{"type": "unknown", "room_id": space}, 5, {"type": "m.room_membership"},
+             {"type": "m.room_membership", "room_id": space}]  # fmt: skip
+    room_id = alice.create_room(
+        room_version=version,
+        initial_state=[{"type": "m.room.join_rules",
+                        "content": {"join_rule": rule, "allow": allow}}],
+    )  # fmt: skip
+    known = rule in conduit.known_join_rules(conduit.ROOM_VERSIONS[version])
+    response = bob.post(("join", room_id))
+    if not known:
+        fails(response, 403, "M_FORBIDDEN")
+        return
+    ok(response)
+    joined = alice.state(room_id, "m.room.member", bob.user_id)
+    assert joined["join_authorised_via_users_server"] == alice.user_id
+    # A new name is no new join: nobody has to vouch for it, and nobody does.
+    ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": "Bob"}))
+    eventually(lambda: alice.state(room_id, "m.room.member", bob.user_id).get("displayname"))
+    member = alice.state(room_id, "m.room.member", bob.user_id)
+    assert "join_authorised_via_users_server" not in member
+    ok(alice.post(("rooms", room_id, "ban"), {"user_id": bob.user_id}))
+    fails(bob.post(("join", room_id)), 403, "M_FORBIDDEN")
+    stranger = register(server)
+    fails(stranger.post(("join", room_id)), 403, "M_FORBIDDEN")
+    knocked = stranger.post(("knock", room_id))
+    assert knocked.status_code == (200 if rule == "knock_restricted" else 403)
+    alice.invite(room_id, stranger)
+    stranger.join(room_id)
+    member = alice.state(room_id, "m.room.member", stranger.user_id)
+    assert "join_authorised_via_users_server" not in member
+
+
+def test_who_vouches_may_invite(server: Server, alice: Client, bob: Client) -> None:
+    space = alice.create_room(preset="public_chat")
+    allow = [{"type": "m.room_membership", "room_id": space}]
+    rules = {"type": "m.room.join_rules", "content": {"join_rule": "restricted", "allow": allow}}
+    room_id = alice.room_with(
+        bob, room_version="11", initial_state=[rules], power_level_content_override={"invite": 60}
+    )
+    first, second = register(server), register(server)
+    first.join(space)
+    second.join(space)
+    first.join(room_id)
+    joined = alice.state(room_id, "m.room.member", first.user_id)
+    assert joined["join_authorised_via_users_server"] == alice.user_id
+    alice.leave(room_id)
+    fails(second.post(("join", room_id)), 403, "M_UNABLE_TO_GRANT_JOIN")
+
+
+@pytest.mark.parametrize("rule", ["private", "nonsense"])
+def test_a_private_room_lets_nobody_in(alice: Client, bob: Client, rule: str) -> None:
+    state = {"type": "m.room.join_rules", "content": {"join_rule": rule}}
+    room_id = alice.create_room(initial_state=[state])
+    fails(bob.post(("join", room_id)), 403, "M_FORBIDDEN")
+    fails(bob.post(("knock", room_id)), 403, "M_FORBIDDEN")
+    alice.invite(room_id, bob)
+    fails(bob.post(("join", room_id)), 403, "M_FORBIDDEN")
+
+
+def signed_for(client: Client, sender: Client, key: conduit.SigningKey, **changes: Any) -> Json:
+    fields = {"mxid": client.user_id, "sender": sender.user_id, "token": "token", **changes}
+    return conduit.sign_json(fields, "id.example", key)
+
+
+def test_third_party_invites_are_taken_up(server: Server, alice: Client, bob: Client) -> None:
+    room_id = alice.create_room()
+    pending = {"display_name": "b...@e...", "public_key": TOKEN_KEY.public}
+    alice.set_state(room_id, "m.room.third_party_invite", pending, "token")
+    wrong = [
+        signed_for(bob, alice, OTHER_KEY),
+        signed_for(alice, alice, TOKEN_KEY),
+        signed_for(bob, bob, TOKEN_KEY),
+        signed_for(bob, alice, TOKEN_KEY, token="other"),
+        {**signed_for(bob, alice, TOKEN_KEY), "more": 1},
+        {**signed_for(bob, alice, TOKEN_KEY), "signatures": {}},
+    ]
+    for signed in wrong:
+        fails(bob.post(("join", room_id), {"third_party_signed": signed}), 403, "M_FORBIDDEN")
+    shapes: list[Any] = [5, {}, {**signed_for(bob, alice, TOKEN_KEY), "token": []}]
+    for signed in shapes:
+        assert bob.post(("join", room_id), {"third_party_signed": signed}).status_code == 400
+    assert not [e for e in alice.state(room_id) if e.get("state_key") == bob.user_id]
+    signed = signed_for(bob, alice, TOKEN_KEY)
+    bob.join(room_id, third_party_signed=signed, reason="thanks")
+    events = [e for e in alice.messages(room_id, "f")["chunk"] if e.get("state_key") == bob.user_id]
+    invite, joined = (event["content"] for event in events)
+    assert events[0]["sender"] == alice.user_id
+    assert invite["membership"] == "invite"
+    assert invite["third_party_invite"] == {"display_name": "b...@e...", "signed": signed}
+    assert (joined["membership"], joined["reason"]) == ("join", "thanks")
+    assert "third_party_invite" not in joined
+    # A ban holds against it, and an invite that was withdrawn is none.
+    ok(alice.post(("rooms", room_id, "ban"), {"user_id": bob.user_id}))
+    fails(bob.post(("join", room_id), {"third_party_signed": signed}), 403, "M_FORBIDDEN")
+    alice.set_state(room_id, "m.room.third_party_invite", {}, "token")
+    third = register(server)
+    body = {"third_party_signed": signed_for(third, alice, TOKEN_KEY)}
+    fails(third.post(("join", room_id), body), 403, "M_FORBIDDEN")
+
+
+def test_a_third_party_invite_that_would_have_to_be_asked_after_is_refused(
+    alice: Client, bob: Client
+) -> None:
+    room_id = alice.create_room()
+    key = {"public_key": TOKEN_KEY.public, "key_validity_url": "https://id.example/"}
+    for where in (key, {"public_keys": [5, key]}):
+        alice.set_state(room_id, "m.room.third_party_invite", where, "token")
+        body = {"third_party_signed": signed_for(bob, alice, TOKEN_KEY)}
+        fails(bob.post(("join", room_id), body), 403, "M_FORBIDDEN")
+
+
+def test_guests_come_and_go_as_the_room_says(new_server: Callable[..., Server]) -> None:
+    one = new_server(allow_open_registration=True)
+    host = register(one)
+    guest = client_from(one, ok(Client(one).post("register", {}, kind="guest")))
+    public = {"preset": "public_chat"}
+    room_id = host.create_room(**public)
+    fails(guest.post(("join", room_id)), 403, "M_GUEST_ACCESS_FORBIDDEN")
+    path = ("rooms", room_id, "state", "m.room.member", guest.user_id)
+    fails(guest.put(path, {"membership": "join"}), 403, "M_GUEST_ACCESS_FORBIDDEN")
+    host.set_state(room_id, "m.room.guest_access", {"guest_access": "can_join"})
+    guest.join(room_id)
+    assert host.state(room_id, "m.room.member", guest.user_id)["kind"] == "guest"
+    guest.send_text(room_id, "hello")
+    host.set_state(room_id, "m.room.guest_access", {"guest_access": "can_join", "x": 1})
+    time.sleep(0.2)
+    assert host.state(room_id, "m.room.member", guest.user_id)["membership"] == "join"
+    other = register(one)
+    other.join(room_id)
+    host.set_state(room_id, "m.room.guest_access", {"guest_access": "forbidden"})
+    eventually(lambda: host.state(room_id, "m.room.member", guest.user_id)["membership"] == "leave")
+    assert host.state(room_id, "m.room.member", other.user_id)["membership"] == "join"
+
+
+def test_bans_hold_on_every_way_in(server: Server, alice: Client, bob: Client) -> None:
+    knock = {"type": "m.room.join_rules", "content": {"join_rule": "knock"}}
+    for room_id in (
+        alice.create_room(preset="public_chat"),
+        alice.create_room(initial_state=[knock]),
+    ):
+        ok(alice.post(("rooms", room_id, "ban"), {"user_id": bob.user_id}))
+        own = ("rooms", room_id, "state", "m.room.member", bob.user_id)
+        tries = [
+            bob.post(("join", room_id)),
+            bob.post(("rooms", room_id, "join")),
+            bob.post(("knock", room_id)),
+            bob.post(("rooms", room_id, "leave")),
+            *(bob.put(own, {"membership": value}) for value in ("join", "knock", "leave")),
+            alice.post(("rooms", room_id, "invite"), {"user_id": bob.user_id}),
+            alice.post(("rooms", room_id, "kick"), {"user_id": bob.user_id}),
+        ]
+        for response in tries:
+            fails(response, 403, "M_FORBIDDEN")
+        assert alice.state(room_id, "m.room.member", bob.user_id)["membership"] == "ban"
+
+
+def test_blocked_rooms_let_nobody_in(new_server: Callable[..., Server]) -> None:
+    one = new_server()
+    host, guest = register(one), register(one)
+    room_id = host.create_room(preset="public_chat")
+    other = host.create_room(guest)
+    one.stop()
+    blocked = [room_id, other, "!elsewhere:x"]
+
+    async def block() -> None:
+        hs: Any = SimpleNamespace(db=conduit.Database(one.data, one.name, 64))
+        for each in blocked:
+            conduit.block_room(hs, each, host.user_id)
+            conduit.block_room(hs, each, guest.user_id)
+        with pytest.raises(conduit.MatrixError):
+            conduit.block_room(hs, "nonsense", host.user_id)
+        found = conduit.blocked_rooms(hs)
+        assert {row[0] for row in found} == set(blocked)
+        assert {row[1] for row in found} == {host.user_id}
+        assert conduit.unblock_room(hs, blocked[2])
+        assert not conduit.unblock_room(hs, blocked[2])
+        await hs.db.close()
+
+    asyncio.run(block())
+    one.start()
+    own = ("rooms", room_id, "state", "m.room.member", guest.user_id)
+    tries = [
+        guest.post(("join", room_id)),
+        guest.post(("join", other)),
+        guest.post(("knock", room_id)),
+        guest.put(own, {"membership": "join"}),
+        host.post(("rooms", room_id, "invite"), {"user_id": guest.user_id}),
+        host.post(("rooms", room_id, "upgrade"), {"new_version": "12"}),
+    ]
+    for response in tries:
+        assert "blocked" in fails(response, 403, "M_FORBIDDEN")["error"]
+    host.send_text(room_id, "who is in stays in")
+    guest.leave(other)
+
+
+# ── Replacing a room ─────────────────────────────────────────────────────────
+
+
+def upgrade(client: Client, room_id: str, version: str = "12", **fields: Any) -> str:
+    answer = ok(client.post(("rooms", room_id, "upgrade"), {"new_version": version, **fields}))
+    return str(answer["replacement_room"])
+
+
+@pytest.mark.parametrize(
+    ("old_version", "new_version"),
+    [("1", "12"), ("5", "6"), ("9", "11"), ("11", "12"), ("12", "12"), ("12", "10"), ("10", "1")],
+)
+def test_an_upgrade_takes_everything_along(
+    server: Server, alice: Client, bob: Client, old_version: str, new_version: str
+) -> None:
+    banned = register(server)
+    names = [f"#{unique('alias')}:{server.name}" for _ in range(2)]
+    settings_of_old: dict[str, Json] = {
+        "m.room.server_acl": {"allow": ["*"], "deny": ["evil.example"]},
+        "m.room.encryption": {"algorithm": "m.megolm.v1.aes-sha2"},
+        "m.room.avatar": {"url": "mxc://a/b"},
+        "m.room.guest_access": {"guest_access": "forbidden"},
+        "m.room.history_visibility": {"history_visibility": "joined"},
+        "m.room.join_rules": {"join_rule": "public"},
+    }
+    old = alice.room_with(
+        bob,
+        room_version=old_version,
+        name="Hall",
+        topic="Talk",
+        visibility="public",
+        room_alias_name=names[0][1:].partition(":")[0],
+        creation_content={"type": "org.example.kind", "m.federate": False},
+        power_level_content_override={"events": {"m.room.name": 30}, "kick": 40},
+        initial_state=[{"type": kind, "content": one} for kind, one in settings_of_old.items()],
+    )
+    ok(alice.put(("directory", "room", names[1]), {"room_id": old}))
+    alice.set_state(old, "m.room.canonical_alias", {"alias": names[0], "alt_aliases": [names[1]]})
+    ok(alice.post(("rooms", old, "ban"), {"user_id": banned.user_id, "reason": "spam"}))
+    last = alice.send_text(old, "the last word")
+    levels = alice.state(old, "m.room.power_levels")
+
+    new = upgrade(alice, old, new_version)
+    created = alice.state(new, "m.room.create")
+    predecessor = {"room_id": old} | ({} if new_version == "12" else {"event_id": last})
+    assert created["predecessor"] == predecessor
+    assert (created["room_version"], created["type"]) == (new_version, "org.example.kind")
+    assert created["m.federate"] is False
+    wanted = {**settings_of_old, "m.room.name": {"name": "Hall"}}
+    wanted["m.room.canonical_alias"] = {"alias": names[0], "alt_aliases": [names[1]]}
+    for kind, content in wanted.items():
+        assert alice.state(new, kind) == content, kind
+    assert alice.state(new, "m.room.topic")["topic"] == "Talk"
+    kept = alice.state(new, "m.room.member", banned.user_id)
+    assert (kept["membership"], kept["reason"]) == ("ban", "spam")
+    raised = alice.state(new, "m.room.power_levels")
+    assert raised["users"] == ({} if new_version == "12" else {alice.user_id: 100})
+    assert (raised["kick"], raised["events"]["m.room.name"]) == (40, 30)
+    if new_version == "12":
+        assert raised["events"]["m.room.tombstone"] > raised["state_default"]
+
+    tombstone = alice.state(old, "m.room.tombstone")
+    assert tombstone["replacement_room"] == new
+    assert tombstone["body"]
+    closed = alice.state(old, "m.room.power_levels")
+    assert closed == {**levels, "events_default": 50, "invite": 50}
+    assert alice.state(old, "m.room.canonical_alias") == {}
+    for name in names:
+        assert ok(alice.get(("directory", "room", name)))["room_id"] == new
+    for room_id, visibility in ((old, "private"), (new, "public")):
+        listed = ok(alice.get(("directory", "list", "room", room_id)))
+        assert listed["visibility"] == visibility
+    fails(bob.put(("rooms", old, "send", "m.room.message", unique("t")), {}), 403, "M_FORBIDDEN")
+    fails(banned.post(("join", new)), 403, "M_FORBIDDEN")
+    bob.join(names[0])
+    bob.send_text(new, "here we are")
+
+
+def test_personal_settings_follow_an_upgrade(alice: Client, bob: Client) -> None:
+    old = alice.room_with(bob, preset="public_chat")
+    people = {alice: bob, bob: alice}
+    for client, other in people.items():
+        mine = ("user", client.user_id)
+        ok(client.put((*mine, "rooms", old, "tags", "m.favourite"), {"order": 0.5}))
+        ok(client.put(("pushrules", "global", "room", old), {"actions": []}))
+        direct = {other.user_id: [old], "@else:where": ["!x"]}
+        ok(client.put((*mine, "account_data", "m.direct"), direct))
+        client.poll()
+    new = upgrade(alice, old)
+    fails(bob.get(("pushrules", "global", "room", new)), 404)
+    bob.join(new)
+    for client, other in people.items():
+        mine = ("user", client.user_id)
+        tags = {"tags": {"m.favourite": {"order": 0.5}}}
+        assert ok(client.get((*mine, "rooms", new, "tags"))) == tags
+        assert ok(client.get(("pushrules", "global", "room", new)))["actions"] == []
+        direct = ok(client.get((*mine, "account_data", "m.direct")))
+        assert direct == {other.user_id: [old, new], "@else:where": ["!x"]}
+        synced = client.poll()
+        assert {e["type"] for e in synced["account_data"]["events"]} >= {"m.push_rules", "m.direct"}
+        data = synced["rooms"]["join"][new]["account_data"]["events"]
+        assert {"type": "m.tag", "content": tags} in data
+    # What is changed afterwards stays changed.
+    ok(bob.delete(("user", bob.user_id, "rooms", new, "tags", "m.favourite")))
+    bob.leave(new)
+    bob.join(new)
+    assert ok(bob.get(("user", bob.user_id, "rooms", new, "tags"))) == {"tags": {}}
+
+
+def test_a_room_that_only_says_it_is_the_successor_gets_nothing(alice: Client, bob: Client) -> None:
+    old = alice.room_with(bob)
+    ok(bob.put(("user", bob.user_id, "rooms", old, "tags", "m.favourite"), {}))
+    claim = {"predecessor": {"room_id": old, "event_id": "$x"}}
+    for content in (claim, {"predecessor": 5}, {"predecessor": {"room_id": [old]}}):
+        new = alice.room_with(bob, creation_content=content)
+        assert ok(bob.get(("user", bob.user_id, "rooms", new, "tags"))) == {"tags": {}}
+    alice.set_state(old, "m.room.tombstone", {"body": "", "replacement_room": "!other:x"})
+    alice.set_state(old, "m.room.tombstone", {"body": "", "replacement_room": [new]})
+    alice.set_state(old, "m.room.tombstone", {"body": "", "replacement_room": new})
+    assert ok(bob.get(("user", bob.user_id, "rooms", new, "tags"))) == {"tags": {}}
+
+
+def test_who_may_upgrade_and_to_what(server: Server, alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, room_version="11", preset="public_chat")
+    path = ("rooms", room_id, "upgrade")
+    fails(alice.post(path, {"new_version": "99"}), 400, "M_UNSUPPORTED_ROOM_VERSION")
+    fails(alice.post(path, {}), 400, "M_MISSING_PARAM")
+    fails(alice.post(path, {"new_version": 12}), 400, "M_BAD_JSON")
+    bad = {"new_version": "12", "additional_creators": ["bob"]}
+    fails(alice.post(path, bad), 400, "M_INVALID_PARAM")
+    for client in (bob, register(server)):
+        fails(client.post(path, {"new_version": "12"}), 403, "M_FORBIDDEN")
+    fails(alice.post(("rooms", "!no:x", "upgrade"), {"new_version": "12"}), 403, "M_FORBIDDEN")
+    rooms = ok(alice.get("joined_rooms"))
+    assert rooms == {"joined_rooms": [room_id]}
+    new = upgrade(alice, room_id, "11", additional_creators=["ignored before version 12"])
+    assert "additional_creators" not in alice.state(new, "m.room.create")
+
+
+def test_creators_of_an_upgraded_room(alice: Client, bob: Client) -> None:
+    levels = {"users": {alice.user_id: 100, bob.user_id: 100, "@carol:x": 50}}
+    first = alice.create_room(room_version="11", power_level_content_override=levels)
+    creators = [bob.user_id, alice.user_id, bob.user_id]
+    second = upgrade(alice, first, additional_creators=creators)
+    assert alice.state(second, "m.room.create")["additional_creators"] == [bob.user_id]
+    assert alice.state(second, "m.room.power_levels")["users"] == {"@carol:x": 50}
+    third = upgrade(alice, second)  # where they are not taken over
+    assert "additional_creators" not in alice.state(third, "m.room.create")
+    fourth = upgrade(alice, second, "11")  # where they have levels instead
+    users = {alice.user_id: 100, bob.user_id: 100, "@carol:x": 50}
+    assert alice.state(fourth, "m.room.power_levels")["users"] == users
+
+
+def test_a_moderator_who_may_upgrades_without_gaining_power(alice: Client, bob: Client) -> None:
+    levels = {
+        "users": {alice.user_id: 100, bob.user_id: 60},
+        "events": {"m.room.tombstone": 55, "m.room.encryption": 100, "m.room.name": 90},
+        "notifications": {"room": "20"},
+        "ban": "50",
+        "users_default": 5,
+    }
+    old = alice.room_with(
+        bob, room_version="9", name="Hall", power_level_content_override=levels,
+        initial_state=[{"type": "m.room.encryption", "content": {"algorithm": "m.megolm"}}],
+    )  # fmt: skip
+    new = upgrade(bob, old, "11")
+    assert bob.state(new, "m.room.name") == {"name": "Hall"}
+    assert bob.state(new, "m.room.encryption") == {"algorithm": "m.megolm"}
+    after = bob.state(new, "m.room.power_levels")
+    assert after["users"] == levels["users"]
+    assert after["events"] == levels["events"]
+    assert (after["notifications"], after["ban"], after["users_default"]) == ({"room": 20}, 50, 5)
+    fails(bob.put(("rooms", new, "state", "m.room.name"), {"name": "Mine"}), 403, "M_FORBIDDEN")
+    # The old room's levels were not theirs to set.
+    assert bob.state(old, "m.room.power_levels")["ban"] == "50"
+    assert "m.room.tombstone" in [event["type"] for event in bob.state(old)]
+
+
+def test_spaces_keep_track_of_upgrades(alice: Client, bob: Client) -> None:
+    via = {"via": ["x"], "order": "a"}
+    space = alice.create_room(creation_content={"type": "m.space"})
+    foreign = bob.room_with(alice, creation_content={"type": "m.space"})
+    child = alice.create_room(
+        initial_state=[{"type": "m.space.parent", "state_key": space, "content": {"via": ["x"]}}]
+    )
+    for keeper, room_id in ((alice, space), (bob, foreign)):
+        keeper.set_state(room_id, "m.space.child", via, child)
+    alice.set_state(space, "m.space.child", {}, "!gone:x")
+    new = upgrade(alice, child)
+    assert alice.state(space, "m.space.child", new) == via
+    assert alice.state(space, "m.space.child", child) == {}
+    assert alice.state(foreign, "m.space.child", child) == via  # where alice may not
+    assert alice.state(new, "m.space.parent", space) == {"via": ["x"]}
+    other = upgrade(alice, space)
+    assert alice.state(other, "m.space.child", new) == via
+    assert alice.state(other, "m.room.create")["type"] == "m.space"
+    children = [e["state_key"] for e in alice.state(other) if e["type"] == "m.space.child"]
+    assert children == [new]
+
+
+def test_many_bans_and_children_do_not_hold_up_the_others(server: Server, alice: Client) -> None:
+    children = [
+        {"type": "m.space.child", "state_key": f"!{number}:x", "content": {"via": ["x"]}}
+        for number in range(150)
+    ]
+    old = alice.create_room(creation_content={"type": "m.space"}, initial_state=children)
+    for number in range(60):
+        ok(alice.post(("rooms", old, "ban"), {"user_id": f"@spam{number}:x"}))
+    since = time.monotonic()
+    new = upgrade(alice, old)
+    print(f"upgrade with 210 inherited events: {time.monotonic() - since:.3f} s")
+    state = alice.state(new)
+    assert sum(event["type"] == "m.space.child" for event in state) == 150
+    assert sum(event["content"].get("membership") == "ban" for event in state) == 60
+
+
+def test_two_upgrades_at_once_leave_one_successor(alice: Client) -> None:
+    children = [
+        {"type": "m.space.child", "state_key": f"!{number}:x", "content": {"via": ["x"]}}
+        for number in range(100)
+    ]
+    old = alice.create_room(initial_state=children)
+    devices = [alice.login() for _ in range(3)]
+    path, body = ("rooms", old, "upgrade"), {"new_version": "12"}
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda device: device.post(path, body), devices))
+    made = [ok(answer)["replacement_room"] for answer in answers if answer.status_code == 200]
+    assert alice.state(old, "m.room.tombstone")["replacement_room"] in made
+    assert sorted(ok(alice.get("joined_rooms"))["joined_rooms"]) == sorted([old, *made])
+
+
+def test_unstable_versions_can_be_switched_off(new_server: Callable[..., Server]) -> None:
+    one = new_server(allow_unstable_room_versions=False, default_room_version="11")
+    user = register(one)
+    versions = ok(user.get("capabilities"))["capabilities"]["m.room_versions"]
+    stable = sorted(conduit.STABLE_VERSIONS, key=int)
+    assert versions == {"default": "11", "available": dict.fromkeys(stable, "stable")}
+    room_id = user.create_room()
+    assert user.state(room_id, "m.room.create")["room_version"] == "11"
+    for version in set(conduit.ROOM_VERSIONS) - set(stable):
+        refused = 400, "M_UNSUPPORTED_ROOM_VERSION"
+        fails(user.post("createRoom", {"room_version": version}), *refused)
+        fails(user.post(("rooms", room_id, "upgrade"), {"new_version": version}), *refused)
+
+
+def test_versions_that_this_server_offers(alice: Client) -> None:
+    versions = ok(alice.get("capabilities"))["capabilities"]["m.room_versions"]
+    stable = {version.id: version.stable for version in conduit.ROOM_VERSIONS.values()}
+    assert versions["default"] == "12"
+    assert versions["available"] == {
+        name: "stable" if is_stable else "unstable" for name, is_stable in stable.items()
+    }
+
+
 # ── Sending and state ────────────────────────────────────────────────────────
 
 
@@ -8082,6 +8733,8 @@ def test_members_now_and_then(alice: Client, bob: Client) -> None:
 
     assert members() == {alice.user_id, bob.user_id}
     assert members(at=before) == {alice.user_id}
+    fails(alice.get(("rooms", room_id, "members"), at="s0"), 404, "M_NOT_FOUND")
+    fails(alice.get(("rooms", room_id, "members"), at="x"), 400, "M_INVALID_PARAM")
     bob.leave(room_id)
     assert members(membership="join") == {alice.user_id}
     assert members(not_membership="join") == {bob.user_id}
