@@ -4556,10 +4556,11 @@ class Viewer:
     def __init__(self, rooms: RoomReader, room: Room, user_nid: UserNid | None) -> None:
         self.rooms = rooms
         self.room = room
-        self.member = rooms.memberships(user_nid).get(room.nid) if user_nid is not None else None
+        member = rooms.memberships(user_nid).get(room.nid) if user_nid is not None else None
+        self.member = None if member is not None and member.forgotten else member
         user_id = rooms.database.user_id(user_nid) if user_nid is not None else ""
         self.key = (MEMBER, user_id)
-        self.is_joined = self.member is not None and self.member.membership == "join"
+        self.is_joined = member is not None and member.membership == "join"
         self._seen: dict[tuple[int | None, StateKey], Event | None] = {}
         self._until: int | None = None
 
@@ -8351,6 +8352,7 @@ async def post_invite(hs: Homeserver, request: Request, room_id: str) -> Json:
         raise MatrixError(403, "M_THREEPID_DENIED", "This server knows no identity server")
     if "user_id" not in body:
         raise missing_param("user_id is missing")
+    refuse_suspended(hs, request.user)
     room = hs.rooms.get(room_id)
     require_joined(room, request.user.nid)
     require_invitable(hs, body["user_id"])
@@ -8440,6 +8442,7 @@ def join(hs: Homeserver, request: Request, room: Room) -> None:
     user, signed = request.user, request.json.get("third_party_signed")
     if room.membership_of(user.nid) == "join":
         return
+    refuse_suspended(hs, user)
     refuse_blocked(hs, room.room_id)
     require_guest_access(room, user)
     if signed is not None and room.membership_of(user.nid) != "invite":
@@ -8477,6 +8480,7 @@ def auto_join(hs: Homeserver, user_nid: UserNid) -> None:
 @route("POST", KNOCK_PATH, auth=USER, limit="join", body=REASON)
 async def post_knock(hs: Homeserver, request: Request, room: str) -> Json:
     """Ask to be let into a room.  Spec: CS-API "Knocking on rooms"."""
+    refuse_suspended(hs, request.user)
     found = room_by_name(hs, room)
     refuse_blocked(hs, found.room_id)
     if found.membership_of(request.user.nid) != "knock":
@@ -8521,6 +8525,7 @@ async def post_action(hs: Homeserver, request: Request, room_id: str) -> Json:
 
     Spec: CS-API "Leaving rooms", "Banning users in a room".  403 where there is nothing to do.
     """
+    refuse_suspended(hs, request.user)
     before, after, refusal = ACTIONS[request.segments[-1]]
     room, target = hs.rooms.get(room_id), request.json["user_id"]
     if not is_user_id(target):
@@ -8726,7 +8731,8 @@ def requested_version(hs: Homeserver, body: Json, name: str) -> RoomVersion:
 
 
 def refuse_creation(hs: Homeserver, user: Requester) -> None:
-    """403 for making rooms where the configuration leaves that to admins."""
+    """403 for the suspended, and where the configuration leaves the making of rooms to admins."""
+    refuse_suspended(hs, user)
     if not hs.config.allow_room_creation and not user.is_admin:
         raise forbidden("Room creation is switched off on this server")
 
@@ -9016,8 +9022,10 @@ def send_redaction(
         raise not_found("There is no such event in this room")
     levels, sender = room.power_levels(), user.user_id
     # Trap: the room's rules let a whole server redact what it sent; a user may redact their own.
-    if target.sender != sender and levels.user(sender) < levels.redact:
-        raise forbidden("You may not redact the events of others in this room")
+    if target.sender != sender:
+        refuse_suspended(hs, user)
+        if levels.user(sender) < levels.redact:
+            raise forbidden("You may not redact the events of others in this room")
     return hs.rooms.send(
         room, sender, REDACTION, content, redacts=target_id, transaction=transaction
     )
@@ -9046,6 +9054,7 @@ async def put_send(
         if not isinstance(target, str):
             raise bad_json("A redaction names the event that it redacts")
         return redact_once(hs, request, room_id, target, txn_id, content)
+    refuse_suspended(hs, request.user)
     room = hs.rooms.get(room_id)
     send = functools.partial(hs.rooms.send, room, sender, event_type, content)
     return send_once(hs, request, f"{room_id} {event_type}", txn_id, send)
@@ -9083,7 +9092,8 @@ def require_own_aliases(hs: Homeserver, room: Room, content: Json) -> None:
 def checked_member_content(hs: Homeserver, request: Request, room: Room, target: str) -> Json:
     """A member event set as state must pass what the membership endpoints check as well."""
     user = request.user
-    content: Json = request.json
+    content: Json = {**request.json}
+    content.pop("join_authorised_via_users_server", None)  # no other server would have signed it
     before, after = room.membership(target), content.get("membership")
     if after in ("join", "invite", "knock") and before != after:
         refuse_blocked(hs, room.room_id)
@@ -9111,6 +9121,8 @@ async def put_state(
         require_own_aliases(hs, room, content)
     if event_type == MEMBER:
         content = checked_member_content(hs, request, room, state_key)
+    if (event_type, state_key, content.get("membership")) != (MEMBER, user_id, "leave"):
+        refuse_suspended(hs, request.user)
     event = room.state_event(event_type, state_key)
     if event is None or event.content != content or event.sender != user_id:
         event = hs.rooms.send(room, user_id, event_type, content, state_key=state_key)
@@ -9146,35 +9158,36 @@ async def get_state(
     return event.content
 
 
-def state_limit_at(
+def state_at(
     hs: Homeserver, request: Request, room: Room, limit: Event | None, position: int
-) -> Event:
-    """The event after which a reader with that limit sees the state at a position.
+) -> Mapping[StateKey, EventNid]:
+    """The state at a position in the timeline, as a reader with that limit sees it.
 
-    403 where the reader may not see that event, and so not what the room was like then.
+    403 where the reader may not see the event there, and so not what the room was like then.
     """
     event = hs.rooms.event_at(room, position)
     if event is None:
-        raise not_found("The room was not there yet")
-    if limit is not None and limit.nid <= event.nid:
-        return limit
-    if not hs.rooms.visible(request.user.nid, room, [event]):
-        raise forbidden("You may not see what the room was like then")
-    return event
+        return {}
+    if limit is None or event.nid < limit.nid:
+        if not hs.rooms.visible(request.user.nid, room, [event]):
+            raise forbidden("You may not see what the room was like then")
+        limit = event
+    return state_for(hs, room, limit)
 
 
 @route("GET", ROOM_PATH + "/members", auth=GUEST)
 async def get_members(hs: Homeserver, request: Request, room_id: str) -> Json:
-    """The member events of a room, now or at a point in the past.
+    """The member events of a room, now or at a point in the past; 403 for a point one cannot see.
 
     Spec: CS-API "Getting events for a room".
     """
     room, limit = readable_room(hs, request, room_id)
     at = request.arg("at")
-    if at is not None:
-        limit = state_limit_at(hs, request, room, limit, parse_token(at))
+    if at is None:
+        state = state_for(hs, room, limit)
+    else:
+        state = state_at(hs, request, room, limit, parse_token(at))
     wanted, unwanted = request.arg("membership"), request.arg("not_membership")
-    state = state_for(hs, room, limit)
     events = hs.rooms.events_by_nids(nid for key, nid in state.items() if key[0] == MEMBER)
     chosen = [
         event
