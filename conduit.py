@@ -9024,7 +9024,8 @@ def send_redaction(
     # Trap: the room's rules let a whole server redact what it sent; a user may redact their own.
     if target.sender != sender:
         refuse_suspended(hs, user)
-        if levels.user(sender) < levels.redact:
+        is_admins = user.is_admin and hs.is_local(target.sender)
+        if levels.user(sender) < levels.redact and not is_admins:
             raise forbidden("You may not redact the events of others in this room")
     return hs.rooms.send(
         room, sender, REDACTION, content, redacts=target_id, transaction=transaction
@@ -9066,7 +9067,8 @@ async def put_redact(
 ) -> Json:
     """Take the content of an event away: one's own, or any with the power to redact.
 
-    Spec: CS-API "Redactions".  403 without that power, 404 for an event that is not in the room.
+    Spec: CS-API "Redactions".  403 without that power, which admins have over the users of this
+    server; 404 for an event that is not in the room.
     """
     content = with_reason({}, request.json.get("reason"))
     return redact_once(hs, request, room_id, event_id, txn_id, content)

@@ -8777,6 +8777,22 @@ def test_sec_17_who_may_redact(server: Server, alice: Client, bob: Client, versi
     assert alice.bodies(room_id)[-1] == "stays"
 
 
+def test_admins_may_redact_what_users_of_this_server_sent(
+    new_server: Callable[..., Server],
+) -> None:
+    one = new_server()
+    admin, host, other = register(one), register(one), register(one)
+    room_id = host.create_room(preset="public_chat")
+    target = host.send_text(room_id, "spam")
+    path = ("rooms", room_id, "redact", target)
+    fails(admin.put((*path, "1")), 403, "M_FORBIDDEN")
+    for client in (admin, other):
+        client.join(room_id)
+    fails(other.put((*path, "1")), 403, "M_FORBIDDEN")
+    admin.redact(room_id, target)
+    assert host.bodies(room_id) == []
+
+
 def ids_of_redactions(client: Client, room_id: str) -> set[str]:
     chunk = client.messages(room_id)["chunk"]
     return {event["event_id"] for event in chunk if event["type"] == "m.room.redaction"}
@@ -12840,6 +12856,7 @@ def test_sec_09_admins_cannot_open_the_room(admin: Client) -> None:
     ):
         path = ("rooms", room_id, "state", event_type, "")
         fails(admin.put(path, content), 403, "M_FORBIDDEN")
+    fails(admin.post(("rooms", room_id, "upgrade"), {"new_version": "12"}), 403, "M_FORBIDDEN")
 
 
 def test_sec_09_moving_the_alias_moves_nothing(new_server: Callable[..., Server]) -> None:
