@@ -8845,7 +8845,7 @@ def start_replacement(
         content["m.federate"] = False
     if version.privileged_creators and creators[1:]:
         content["additional_creators"] = creators[1:]
-    if not version.privileged_creators:  # which have it since clients look for the tombstone
+    if not version.privileged_creators:  # from version 12 clients look for the tombstone instead
         newest = cast(Event, hs.rooms.event_at(old, old.last_pos))
         content["predecessor"]["event_id"] = newest.event_id
     content = create_content(version, maker, {"creation_content": content}, [])
@@ -8872,12 +8872,23 @@ def send_if_allowed(
     return True
 
 
-def inheritance(old: Room) -> Iterator[tuple[str, str, Json]]:
-    """The (type, state key, content) that a replacement takes over: settings first, then bans."""
+def inheritance(old: Room, after: int) -> Iterator[tuple[str, str, Json]]:
+    """The (type, state key, content) of settings and bans, as far as set after a position."""
     keys = [key for key in old.state if key[0] in INHERITED]
     for key in keys + [(MEMBER, user_id) for user_id in old.members("ban")]:
-        if content := old.content(*key):
+        if old.state.get(key, after) > after and (content := old.content(*key)):
             yield *key, content
+
+
+async def hand_down(hs: Homeserver, old: Room, new: Room, maker: str) -> None:
+    """Set in the new room what it inherits, also what is changed while this goes on."""
+    done = MIN_POSITION
+    while done < old.last_pos:
+        after, done = done, old.last_pos
+        for number, (event_type, state_key, content) in enumerate(inheritance(old, after)):
+            if number % INHERITED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            send_if_allowed(hs, new, maker, event_type, content, state_key)
 
 
 def move_aliases(hs: Homeserver, old: Room, new: Room, maker: str) -> None:
@@ -8951,11 +8962,8 @@ async def replace_room(
     require_power_to_replace(old, maker)
     before = old.state.get(TOMBSTONE_KEY)
     new, levels = start_replacement(hs, old, maker, version, creators)
-    for number, (event_type, state_key, content) in enumerate(inheritance(old)):
-        if number % INHERITED_AT_ONCE == 0:
-            await asyncio.sleep(0)
-        send_if_allowed(hs, new, maker, event_type, content, state_key)
     try:
+        await hand_down(hs, old, new, maker)
         require_power_to_replace(old, maker)  # things may have changed meanwhile
         if old.state.get(TOMBSTONE_KEY) != before:
             raise forbidden("Somebody else has just upgraded this room")
@@ -8971,7 +8979,7 @@ async def post_upgrade(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Replace a room by one of another version, with its settings, bans, aliases and places.
 
     Spec: CS-API "Room Upgrades".  400 M_UNSUPPORTED_ROOM_VERSION; 403 for those who may not send
-    m.room.tombstone. Members come by themselves; their tags and push rules follow them (18.6).
+    m.room.tombstone. Members come by themselves; their tags and push rules follow.
     """
     body, user = request.json, request.user
     version, room = requested_version(hs, body, "new_version"), known_room(hs, room_id)

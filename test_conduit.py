@@ -8629,6 +8629,29 @@ def test_many_bans_and_children_do_not_hold_up_the_others(server: Server, alice:
     assert sum(event["content"].get("membership") == "ban" for event in state) == 60
 
 
+def test_bans_during_an_upgrade_are_not_lost(alice: Client) -> None:
+    children = [
+        {"type": "m.space.child", "state_key": f"!{number}:x", "content": {"via": ["x"]}}
+        for number in range(400)
+    ]
+    old = alice.create_room(initial_state=children)
+    moderator = alice.login()
+    with ThreadPoolExecutor(1) as pool:
+        upgraded = pool.submit(upgrade, alice, old)
+        for number in itertools.count():
+            body = {"user_id": f"@spam{number}:x"}
+            ok(moderator.post(("rooms", old, "ban"), body))
+            if upgraded.done():
+                break
+    events = alice.messages(old, "f", limit=1000)["chunk"]
+    types = [event["type"] for event in events]
+    early = events[: types.index("m.room.tombstone")]
+    banned = {e["state_key"] for e in early if e["content"].get("membership") == "ban"}
+    print(f"{len(banned)} bans came during the upgrade")
+    kept = ok(alice.get(("rooms", upgraded.result(), "members"), membership="ban"))["chunk"]
+    assert {event["state_key"] for event in kept} == banned
+
+
 def test_two_upgrades_at_once_leave_one_successor(alice: Client) -> None:
     children = [
         {"type": "m.space.child", "state_key": f"!{number}:x", "content": {"via": ["x"]}}
