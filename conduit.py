@@ -1900,6 +1900,7 @@ TO_DEVICE = "to-device"  # user: a message for one of their devices
 DEVICE_LIST = "device list"  # user whose devices or keys changed
 KEY_COUNTS = "key counts"  # user: one-time or fallback keys of a device were used up
 PRESENCE = "presence"  # user whose presence changed
+THREAD_SUBSCRIPTION = "thread subscription"  # user: what they follow changed
 
 
 class Stream:
@@ -3873,8 +3874,10 @@ CREATE TABLE events (
     soft_failed INTEGER NOT NULL DEFAULT 0,
     txn_device INTEGER,             -- which device sent it, and under what transaction id
     txn_id TEXT,
+    ts INTEGER NOT NULL,            -- origin_server_ts, to find the event of a day
     pdu BLOB NOT NULL               -- canonical JSON
 );
+CREATE INDEX events_ts ON events (room_nid, ts, pos) WHERE pos IS NOT NULL;
 CREATE UNIQUE INDEX events_timeline ON events (room_nid, pos) WHERE pos IS NOT NULL;
 CREATE INDEX events_state ON events (room_nid, state_nid, pos) WHERE state_nid IS NOT NULL;
 CREATE TABLE memberships (
@@ -3888,12 +3891,15 @@ CREATE TABLE memberships (
 ) WITHOUT ROWID;
 CREATE INDEX memberships_room ON memberships (room_nid, membership);
 CREATE TABLE relations (
+    room_nid INTEGER NOT NULL,
     parent_id TEXT NOT NULL,
+    pos INTEGER NOT NULL,           -- of the child
     nid INTEGER NOT NULL,
     rel_type TEXT NOT NULL,
-    room_nid INTEGER NOT NULL,
-    PRIMARY KEY (parent_id, nid)
+    sender_nid INTEGER NOT NULL,
+    PRIMARY KEY (room_nid, parent_id, pos)
 ) WITHOUT ROWID;
+CREATE INDEX relations_type ON relations (room_nid, parent_id, rel_type, pos, sender_nid, nid);
 CREATE TABLE pending_redactions (
     event_id TEXT NOT NULL,         -- not seen yet
     redaction INTEGER NOT NULL,
@@ -3907,6 +3913,10 @@ invariant(
 invariant(
     "events with state groups that are not there",
     "SELECT nid FROM events WHERE state_group NOT IN (SELECT state_group FROM state_groups)",
+)
+invariant(
+    "relations of events that are not there",
+    "SELECT nid FROM relations WHERE nid NOT IN (SELECT nid FROM events)",
 )
 invariant(
     "memberships from events that are not there",
@@ -4084,6 +4094,8 @@ class RoomReader:
             min(cache_bytes // 8, events * EVENT_OVERHEAD_BYTES)
         )
         self._memberships: LruCache[UserNid, dict[RoomNid, Member]] = LruCache(100_000)
+        # Whom a user ignores is known to a later chapter: the composition root sets this.
+        self.ignored: Callable[[UserNid], frozenset[str]] = lambda _: frozenset()
         database.on_reset(self._reset)
 
     def caches(self) -> dict[str, LruCache[Any, Any]]:
@@ -4286,15 +4298,20 @@ RoomListener = Callable[["Room", Event], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
 
 
-def relation_of(event: Event) -> tuple[str, str] | None:
-    """The (rel_type, parent event id) of an event that relates to another."""
-    relates_to = event.content.get("m.relates_to")
+def relation_in(content: Json) -> tuple[str, str] | None:
+    """The (rel_type, parent event id) in the content of an event that relates to another."""
+    relates_to = content.get("m.relates_to")
     if not isinstance(relates_to, dict):
         return None
     rel_type, parent = relates_to.get("rel_type"), relates_to.get("event_id")
     if not isinstance(rel_type, str) or not isinstance(parent, str):
         return None
     return rel_type, parent
+
+
+def relation_of(event: Event) -> tuple[str, str] | None:
+    """The (rel_type, parent event id) of an event that relates to another."""
+    return relation_in(event.content)
 
 
 class RoomWriter(RoomReader):
@@ -4305,6 +4322,7 @@ class RoomWriter(RoomReader):
         self.signing_key = signing_key
         self._listeners: list[RoomListener] = []
         self._membership_listeners: list[MembershipListener] = []
+        self._redaction_listeners: list[RoomListener] = []
 
     def subscribe(self, listener: RoomListener) -> None:
         """Call back for each new timeline event, inside the transaction that stores it."""
@@ -4313,6 +4331,10 @@ class RoomWriter(RoomReader):
     def subscribe_membership(self, listener: MembershipListener) -> None:
         """Call back with room, user, old and new membership, inside the transaction."""
         self._membership_listeners.append(listener)
+
+    def subscribe_redaction(self, listener: RoomListener) -> None:
+        """Call back with each event that loses its content, as it was, inside the transaction."""
+        self._redaction_listeners.append(listener)
 
     def create(self, version_id: str, creator: str, content: Json) -> Room:
         """Make a room: its create event, and the row that everything else hangs on."""
@@ -4410,10 +4432,10 @@ class RoomWriter(RoomReader):
         self.database.execute(
             """
             INSERT INTO events (nid, event_id, room_nid, pos, state_nid, state_group,
-                replaces, rejected, soft_failed, txn_device, txn_id, pdu)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                replaces, rejected, soft_failed, txn_device, txn_id, ts, pdu)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
             """,
-            (*place, *fate, raw),
+            (*place, *fate, event.origin_server_ts, raw),
         )
         self._events.put(event.nid, event, EVENT_OVERHEAD_BYTES + 2 * len(raw))
 
@@ -4470,13 +4492,14 @@ class RoomWriter(RoomReader):
 
     def _index_relation(self, room: Room, event: Event) -> None:
         relation = relation_of(event)
-        if relation is not None:
+        if relation is not None and event.pos is not None and not event.is_state:
+            sender = self.database.user_nid(event.sender)
             self.database.execute(
                 """
-                INSERT OR IGNORE INTO relations (parent_id, nid, rel_type, room_nid)
-                VALUES (?, ?, ?, ?)
+                INSERT INTO relations (room_nid, parent_id, pos, nid, rel_type, sender_nid)
+                VALUES (?, ?, ?, ?, ?, ?)
                 """,
-                (relation[1], event.nid, relation[0], room.nid),
+                (room.nid, relation[1], event.pos, event.nid, relation[0], sender),
             )
 
     def _redact_target(self, room: Room, redaction: Event) -> None:
@@ -4522,10 +4545,14 @@ class RoomWriter(RoomReader):
         relation = relation_of(target)
         if relation is not None:
             self.database.execute(
-                "DELETE FROM relations WHERE parent_id = ? AND nid = ?", (relation[1], target.nid)
+                "DELETE FROM relations WHERE room_nid = ? AND parent_id = ? AND pos = ?",
+                (room.nid, relation[1], target.pos),
             )
+        target.redacted_by = redaction.nid
         self._events.pop(target.nid)
         room.power = None
+        for listener in self._redaction_listeners:
+            listener(room, target)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -4561,11 +4588,20 @@ class Viewer:
         user_id = rooms.database.user_id(user_nid) if user_nid is not None else ""
         self.key = (MEMBER, user_id)
         self.is_joined = member is not None and member.membership == "join"
+        self.ignored = frozenset[str]() if user_nid is None else rooms.ignored(user_nid)
         self._seen: dict[tuple[int | None, StateKey], Event | None] = {}
         self._until: int | None = None
 
     def may_see(self, event: Event) -> bool:
-        """Whether the user may see the event."""
+        """Whether the user may see the event, and does not ignore its sender.
+
+        Spec: CS-API "Ignoring Users": state is shown all the same, or rooms would look wrong.
+        """
+        is_ignored = event.sender in self.ignored and not event.is_state
+        return not is_ignored and self.has_access(event)
+
+    def has_access(self, event: Event) -> bool:
+        """Whether history visibility lets the user see the event."""
         if event.rejected or event.soft_failed:
             return False
         member = self.member
@@ -7604,12 +7640,15 @@ EVENT_FILTER: Final[Json] = {
     "limit?": int,
     **{"senders?": [str], "not_senders?": [str], "types?": [str], "not_types?": [str]},
 }
+MSC3874: Final = "org.matrix.msc3874."  # filters by relation: the names that clients still send
 ROOM_EVENT_FILTER: Final[Json] = {
     **EVENT_FILTER,
     **{"rooms?": [str], "not_rooms?": [str], "contains_url?": bool},
     **{"lazy_load_members?": bool, "include_redundant_members?": bool},
     **{"related_by_senders?": [str], "related_by_rel_types?": [str]},
     "unread_thread_notifications?": bool,
+    **{"rel_types?": [str], "not_rel_types?": [str]},
+    **{f"{MSC3874}rel_types?": [str], f"{MSC3874}not_rel_types?": [str]},
 }
 ROOM_FILTER: Final[Json] = {
     **{"rooms?": [str], "not_rooms?": [str], "include_leave?": bool},
@@ -8074,6 +8113,425 @@ async def search_users(hs: Homeserver, request: Request) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  41. RELATIONS
+#
+#  Events that relate to others: edits, replies in threads, references. What relates
+#  to an event is summed up and bundled with it wherever a client gets it; and each
+#  user has threads that they follow.
+#     spec: CS-API "Forming relationships between events", "Threading"; MSC4306
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE threads (
+    room_nid INTEGER NOT NULL,
+    root_id TEXT NOT NULL,
+    sender_nid INTEGER NOT NULL,  -- a row for each who wrote: ignored ones do not count
+    count INTEGER NOT NULL,
+    latest INTEGER NOT NULL,      -- position of the newest reply
+    PRIMARY KEY (room_nid, root_id, sender_nid)
+) WITHOUT ROWID;
+CREATE INDEX threads_latest ON threads (room_nid, latest);
+CREATE TABLE thread_subscriptions (
+    user_nid INTEGER NOT NULL,
+    room_nid INTEGER NOT NULL,
+    root_id TEXT NOT NULL,
+    pos INTEGER NOT NULL,
+    state TEXT NOT NULL,          -- automatic, manual, or none: unsubscribed
+    PRIMARY KEY (user_nid, room_nid, root_id)
+) WITHOUT ROWID;
+CREATE INDEX thread_subscriptions_pos ON thread_subscriptions (user_nid, pos);
+""")
+invariant(
+    "threads of rooms that are not there",
+    "SELECT root_id FROM threads WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
+)
+invariant(
+    "subscriptions to threads of rooms that are not there",
+    """
+    SELECT root_id
+    FROM thread_subscriptions
+    WHERE room_nid NOT IN (SELECT room_nid FROM rooms)
+    """,
+)
+
+REPLACE, THREAD, REFERENCE = "m.replace", "m.thread", "m.reference"
+MAX_EDITS = 50  # of one event, the newest, among which the valid ones are looked for
+MAX_REFERENCES = 500  # of one event, in its aggregation
+MAX_COUNTED = 500  # replies, where some of them may be hidden from the reader
+MAX_SUBSCRIPTIONS = 10_000  # of one user
+
+# ── 41.1  Threads ────────────────────────────────────────────────────────────
+
+MAIN_THREAD = "main"
+MAX_THREAD_HOPS = 3
+
+
+def relation_chain(rooms: RoomReader, event: Event) -> Iterator[tuple[str, str]]:
+    """The relation of the event, that of its target, and so on, three at most."""
+    for _ in range(MAX_THREAD_HOPS):
+        relation = relation_of(event)
+        if relation is None or not is_event_id(relation[1]):
+            return
+        yield relation
+        target = rooms.event(relation[1])
+        if target is None or target.room_id != event.room_id:
+            return
+        event = target
+
+
+def thread_root(rooms: RoomReader, event: Event) -> str | None:
+    """The id of the root of the thread that an event is part of, or None.
+
+    Reactions and edits go with what they relate to.  Spec: "Threaded read receipts".
+    """
+    return next((target for kind, target in relation_chain(rooms, event) if kind == THREAD), None)
+
+
+def thread_of(hs: Homeserver, event: Event) -> str:
+    """The id of the root of the thread that an event is part of, or "main"."""
+    return thread_root(hs.rooms, event) or MAIN_THREAD
+
+
+def require_thread_root(hs: Homeserver, room: Room, content: Json) -> None:
+    """400 M_UNKNOWN for what would start a thread off an event that itself relates to another.
+
+    Spec: CS-API "Validation of `m.thread` relationships".
+    """
+    kind, root_id = relation_in(content) or ("", "")
+    root = hs.rooms.event(root_id) if kind == THREAD else None
+    if root is not None and root.room_nid == room.nid and relation_of(root) is not None:
+        raise MatrixError(400, "M_UNKNOWN", "No thread can start from an event that has a relation")
+
+
+def started_by(event: Event) -> str | None:
+    """The id of the event that a reply in a thread names as its root; None for what is none."""
+    kind, root_id = relation_of(event) or ("", "")
+    return root_id if kind == THREAD and not event.is_state and event.pos is not None else None
+
+
+class SubscriptionChange(NamedTuple):
+    """How things stand with one thread for one user, since the stream position `bump_stamp`."""
+
+    room_id: str
+    root_id: str
+    bump_stamp: int
+    state: str  # automatic, manual, or none
+
+
+class Threads:
+    """The sums of all threads, kept as events come and go; and who follows which thread."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        hs.rooms.subscribe(self._on_event)
+        hs.rooms.subscribe_redaction(self._on_redaction)
+
+    def senders(self, room_nid: RoomNid, root_id: str) -> list[tuple[UserNid, int, int]]:
+        """Who wrote in a thread, how many replies, and the position of the newest."""
+        return self.db.all(
+            """
+            SELECT sender_nid, count, latest
+            FROM threads
+            WHERE room_nid = ?
+              AND root_id = ?
+            """,
+            (room_nid, root_id),
+        )
+
+    def _on_event(self, room: Room, event: Event) -> None:
+        root_id = started_by(event)
+        if root_id is not None and event.redacted_by is None:
+            sender = self.db.user_nid(event.sender)
+            self.db.execute(
+                """
+                INSERT INTO threads (room_nid, root_id, sender_nid, count, latest)
+                VALUES (?, ?, ?, 1, ?)
+                ON CONFLICT DO UPDATE
+                SET count = count + 1, latest = MAX(latest, excluded.latest)
+                """,
+                (room.nid, root_id, sender, event.pos),
+            )
+
+    def _on_redaction(self, room: Room, event: Event) -> None:
+        """Count the sender's replies anew: the relation is gone from the table already."""
+        root_id = started_by(event)
+        if root_id is None:
+            return
+        key = (room.nid, root_id, self.db.user_nid(event.sender))
+        count, latest = self.db.one(
+            """
+            SELECT COUNT(*), MAX(pos)
+            FROM relations
+            WHERE room_nid = ?
+              AND parent_id = ?
+              AND sender_nid = ?
+              AND rel_type = 'm.thread'
+            """,
+            key,
+        )
+        self.db.execute(
+            "DELETE FROM threads WHERE room_nid = ? AND root_id = ? AND sender_nid = ?", key
+        )
+        if count:
+            self.db.execute("INSERT INTO threads VALUES (?, ?, ?, ?, ?)", (*key, count, latest))
+
+    # Subscriptions
+
+    def subscription(self, user_nid: UserNid, room_nid: RoomNid, root_id: str) -> tuple[str, int]:
+        """What a user has to do with a thread (automatic, manual or none), and since when."""
+        key = (user_nid, room_nid, root_id)
+        return self.db.one(SUBSCRIPTION, key) or ("none", 0)
+
+    def subscribe(self, user_nid: UserNid, room_nid: RoomNid, root_id: str, state: str) -> None:
+        """Begin ("automatic", "manual") or end ("none") to follow a thread; a user has so many."""
+        with self.db.write():
+            pos = self.hs.stream.stamp(THREAD_SUBSCRIPTION, user_nid)
+            row = (user_nid, room_nid, root_id, pos, state)
+            self.db.execute(
+                "INSERT OR REPLACE INTO thread_subscriptions VALUES (?, ?, ?, ?, ?)", row
+            )
+            self.db.execute(
+                """
+                DELETE FROM thread_subscriptions
+                WHERE user_nid = :user
+                  AND pos <= (
+                    SELECT pos
+                    FROM thread_subscriptions
+                    WHERE user_nid = :user
+                    ORDER BY pos DESC
+                    LIMIT 1 OFFSET :most)
+                """,
+                {"user": user_nid, "most": MAX_SUBSCRIPTIONS},
+            )
+
+    def changed(
+        self, user_nid: UserNid, since: int, upto: int, limit: int
+    ) -> list[SubscriptionChange]:
+        """What changed with since < pos <= upto, the newest first, each thread once.  MSC4308."""
+        rows = self.db.all(
+            """
+            SELECT room_nid, root_id, pos, state
+            FROM thread_subscriptions
+            WHERE user_nid = ?
+              AND pos > ?
+              AND pos <= ?
+            ORDER BY pos DESC
+            LIMIT ?
+            """,
+            (user_nid, since, upto, limit),
+        )
+        room = self.hs.rooms.by_nid
+        return [SubscriptionChange(room(row[0]).room_id, *row[1:]) for row in rows]
+
+
+SUBSCRIPTION = """
+    SELECT state, pos
+    FROM thread_subscriptions
+    WHERE user_nid = ?
+      AND room_nid = ?
+      AND root_id = ?
+"""
+
+
+def follows_thread(rooms: RoomReader, event: Event, user_id: str) -> bool | None:
+    """Whether a user follows the event's thread; None outside of threads, and for who follows none.
+
+    Spec: MSC4306, the push condition "thread_subscription".
+    """
+    root_id = thread_root(rooms, event)
+    if root_id is None:
+        return None
+    user_nid = rooms.database.user_nid(user_id)
+    row = rooms.database.one(SUBSCRIPTION, (user_nid, event.room_nid, root_id))
+    if row is None:
+        sql = "SELECT 1 FROM thread_subscriptions WHERE user_nid = ? LIMIT 1"
+        return None if rooms.database.one(sql, (user_nid,)) is None else False
+    return row[0] != "none"
+
+
+# ── 41.2  Children ───────────────────────────────────────────────────────────
+
+CHILDREN_NEWEST = """
+    SELECT nid
+    FROM relations
+    WHERE room_nid = ?
+      AND parent_id = ?
+      AND rel_type = ?
+    ORDER BY pos DESC
+    LIMIT ?
+"""
+
+
+def children(hs: Homeserver, parent: Event, rel_type: str, limit: int) -> list[Event]:
+    """What relates to an event in one way, the newest first."""
+    key = (parent.room_nid, parent.event_id, rel_type, limit)
+    return hs.rooms.events_by_nids(row[0] for row in hs.db.all(CHILDREN_NEWEST, key))
+
+
+def latest_edit(hs: Homeserver, event: Event) -> Event | None:
+    """The newest valid replacement of an event, or None.
+
+    Spec: CS-API "Validity of replacement events". The new content of an encrypted one is inside.
+    """
+    kind = (relation_of(event) or ("",))[0]
+    if event.is_state or event.redacted_by is not None or kind == REPLACE:
+        return None
+    valid = (
+        edit
+        for edit in children(hs, event, REPLACE, MAX_EDITS)
+        if (edit.sender, edit.type, edit.is_state) == (event.sender, event.type, False)
+        and (edit.type == "m.room.encrypted" or isinstance(edit.content.get("m.new_content"), dict))
+    )
+    return max(valid, key=lambda edit: (edit.origin_server_ts, edit.event_id), default=None)
+
+
+def related_to(
+    hs: Homeserver,
+    room: Room,
+    events: Sequence[Event],
+    rel_types: list[str] | None,
+    senders: list[str] | None,
+) -> list[Event]:
+    """The events that something of these types, sent by one of these, relates to.
+
+    Spec: CS-API "Filtering", `related_by_rel_types` and `related_by_senders`.
+    """
+    nids = None if senders is None else [hs.db.find_user_nid(sender) for sender in senders]
+    rows = hs.db.all(
+        """
+        SELECT value
+        FROM json_each(:parents)
+        WHERE EXISTS (
+            SELECT 1
+            FROM relations
+            WHERE room_nid = :room
+              AND parent_id = json_each.value
+              AND (:types IS NULL OR rel_type IN (SELECT value FROM json_each(:types)))
+              AND (:senders IS NULL OR sender_nid IN (SELECT value FROM json_each(:senders))))
+        """,
+        {
+            "room": room.nid,
+            "parents": json.dumps([event.event_id for event in events]),
+            "types": None if rel_types is None else json.dumps(rel_types),
+            "senders": None if nids is None else json.dumps(nids),
+        },
+    )
+    found = {row[0] for row in rows}
+    return [event for event in events if event.event_id in found]
+
+
+# ── 41.3  Aggregations ───────────────────────────────────────────────────────
+
+
+class Reader(NamedTuple):
+    """Who gets the aggregations, and what they may see of the room."""
+
+    hs: Homeserver
+    user: Requester
+    viewer: Viewer
+
+
+def sum_up_edits(reader: Reader, event: Event) -> Json | None:
+    """The newest edit.  Spec: "Server-side aggregation of `m.replace` relationships"."""
+    edit = latest_edit(reader.hs, event)
+    if edit is None or not reader.viewer.may_see(edit):
+        return None
+    return client_event(reader.hs.rooms, edit, reader.user.device_nid)
+
+
+def sum_up_references(reader: Reader, event: Event) -> Json | None:
+    """The ids of what refers to it.  Spec: "Server-side aggregation of `m.reference`"."""
+    found = children(reader.hs, event, REFERENCE, MAX_REFERENCES)
+    chunk = [{"event_id": one.event_id} for one in reversed(found) if reader.viewer.may_see(one)]
+    return {"chunk": chunk} if chunk else None
+
+
+def sum_up_thread(reader: Reader, event: Event) -> Json | None:
+    """A thread in short.  Spec: "Server-side aggregation of `m.thread` relationships".
+
+    Who may not see the newest reply gets a count of those that they see, of the newest hundreds.
+    """
+    hs, user, viewer = reader
+    if relation_of(event) is not None:
+        return None  # no thread starts here, and so there can be no loop
+    rows = hs.threads.senders(event.room_nid, event.event_id)
+    shown = [row for row in rows if hs.db.user_id(row[0]) not in viewer.ignored]
+    if not shown:
+        return None
+    count = sum(row[1] for row in shown)
+    newest = hs.rooms.event_at(viewer.room, max(row[2] for row in shown))
+    if newest is None or not (viewer.is_joined and viewer.may_see(newest)):
+        seen = [*filter(viewer.may_see, children(hs, event, THREAD, MAX_COUNTED))]
+        if not seen:
+            return None
+        newest, count = seen[0], len(seen)
+    return {
+        "latest_event": client_events(hs, user, [newest])[0],
+        "count": count,
+        "current_user_participated": event.sender == user.user_id
+        or any(row[0] == user.nid for row in rows),
+    }
+
+
+AGGREGATIONS: Final[dict[str, Callable[[Reader, Event], Json | None]]] = {
+    REPLACE: sum_up_edits,
+    REFERENCE: sum_up_references,
+    THREAD: sum_up_thread,
+}
+AGGREGATED: Final = json.dumps([*AGGREGATIONS])
+
+
+def aggregations(hs: Homeserver, user: Requester, events: Sequence[Event]) -> dict[EventNid, Json]:
+    """The `m.relations` of those events that have any; one query tells which these are.
+
+    Spec: CS-API "Aggregations of child events": none for state events.
+    """
+    parents = {event.event_id: event for event in events if not event.is_state}
+    if not parents:
+        return {}
+    rows = hs.db.all(
+        """
+        SELECT parent.key, kind.value
+        FROM json_each(:parents) AS parent
+        JOIN json_each(:kinds) AS kind
+        WHERE EXISTS (
+            SELECT 1
+            FROM relations
+            WHERE room_nid = parent.value
+              AND parent_id = parent.key
+              AND rel_type = kind.value)
+        """,
+        {
+            "parents": json.dumps({key: event.room_nid for key, event in parents.items()}),
+            "kinds": AGGREGATED,
+        },
+    )
+    found: dict[EventNid, Json] = {}
+    readers: dict[RoomNid, Reader] = {}
+    for event_id, kind in rows:
+        event = parents[event_id]
+        if event.room_nid not in readers:
+            viewer = Viewer(hs.rooms, hs.rooms.by_nid(event.room_nid), user.nid)
+            readers[event.room_nid] = Reader(hs, user, viewer)
+        summed = AGGREGATIONS[kind](readers[event.room_nid], event)
+        if summed is not None:
+            found.setdefault(event.nid, {})[kind] = summed
+    return found
+
+
+def client_events(hs: Homeserver, user: Requester, events: Iterable[Event]) -> list[Json]:
+    """Events in the client format for one user, with their aggregations."""
+    events = list(events)
+    sums = aggregations(hs, user, events)
+    shown = [client_event(hs.rooms, event, user.device_nid) for event in events]
+    for event, one in zip(events, shown, strict=True):
+        if event.nid in sums:
+            one["unsigned"]["m.relations"] = sums[event.nid]
+    return shown
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  17. ROOMS AND MESSAGES
 #
 #  What a client does with rooms: make them, enter and leave them, set their
@@ -8136,7 +8594,7 @@ class EventFilter:
     """A RoomEventFilter or EventFilter, ready to be asked of events.  Spec: CS-API "Filtering"."""
 
     def __init__(self, definition: Json) -> None:
-        get = definition.get
+        get = {key.removeprefix(MSC3874): value for key, value in definition.items()}.get
         self.limit: int = min(MAX_PAGE, max(0, get("limit", DEFAULT_PAGE)))
         self.types: list[str] | None = get("types")
         self.not_types: list[str] = get("not_types") or []
@@ -8148,8 +8606,14 @@ class EventFilter:
         self.lazy_load_members = get("lazy_load_members") is True
         self.redundant_members = get("include_redundant_members") is True
         self.thread_counts = get("unread_thread_notifications") is True
-        only = self.types, self.senders, self.contains_url
-        self.passes_all = only == (None, None, None) and not (self.not_types or self.not_senders)
+        self.related_senders: list[str] | None = get("related_by_senders")
+        self.related_types: list[str] | None = get("related_by_rel_types")
+        self.rel_types: list[str] | None = get("rel_types")
+        self.not_rel_types: list[str] = get("not_rel_types") or []
+        self.wants_related = (self.related_senders, self.related_types) != (None, None)
+        only = self.types, self.senders, self.contains_url, self.rel_types
+        unwanted = self.not_types or self.not_senders or self.not_rel_types or self.wants_related
+        self.passes_all = only == (None, None, None, None) and not unwanted
 
     def wants_room(self, room_id: str) -> bool:
         """Whether the filter lets a room through."""
@@ -8168,7 +8632,12 @@ class EventFilter:
         if sender in self.not_senders or (self.senders is not None and sender not in self.senders):
             return False
         has_url = isinstance(content.get("url"), str)
-        return self.contains_url in (None, has_url) and self.wants_type(event_type)
+        if self.contains_url not in (None, has_url) or not self.wants_type(event_type):
+            return False
+        kind = (relation_in(content) or ("",))[0]
+        if kind in self.not_rel_types:
+            return False
+        return self.rel_types is None or kind in self.rel_types
 
     def pick(self, events: Iterable[Event]) -> list[Event]:
         """The events that pass."""
@@ -8251,9 +8720,8 @@ def state_for(hs: Homeserver, room: Room, limit: Event | None) -> Mapping[StateK
 
 
 def as_clients(hs: Homeserver, request: Request, events: Iterable[Event]) -> list[Json]:
-    """Events in the client format for the one who asks."""
-    device = request.user.device_nid
-    return [client_event(hs.rooms, event, device) for event in events]
+    """Events in the client format for the one who asks, with what relates to them."""
+    return client_events(hs, request.user, events)
 
 
 # ── 17.3  Membership ─────────────────────────────────────────────────────────
@@ -9065,6 +9533,7 @@ async def put_send(
         return redact_once(hs, request, room_id, target, txn_id, content)
     refuse_suspended(hs, request.user)
     room = hs.rooms.get(room_id)
+    require_thread_root(hs, room, content)
     send = functools.partial(hs.rooms.send, room, sender, event_type, content)
     return send_once(hs, request, f"{room_id} {event_type}", txn_id, send)
 
@@ -9231,13 +9700,17 @@ async def get_joined_members(hs: Homeserver, request: Request, room_id: str) -> 
 
 
 def visible_event(
-    hs: Homeserver, request: Request, room_id: str, event_id: str
+    hs: Homeserver, request: Request, room_id: str, event_id: str, *, of_ignored: bool = False
 ) -> tuple[Room, Event]:
-    """A room and an event of it that the user may see; 404 whatever the reason why not."""
+    """A room and an event of it that the user may see; 404 whatever the reason why not.
+
+    With `of_ignored` it may also be of somebody whom the user ignores.
+    """
     room, event = hs.rooms.find(room_id), hs.rooms.event(event_id)
     if room is None or event is None or event.room_nid != room.nid:
         raise not_found("There is no such event in this room")
-    if not hs.rooms.visible(request.user.nid, room, [event]):
+    viewer = Viewer(hs.rooms, room, request.user.nid)
+    if not (viewer.has_access if of_ignored else viewer.may_see)(event):
         raise not_found("There is no such event in this room")
     return room, event
 
@@ -9259,6 +9732,39 @@ class Page(NamedTuple):
     more: bool
 
 
+Reading = Callable[[int, int, int], list[Event]]  # at most so many events with low < pos <= high
+
+
+def collect(
+    read: Reading,
+    keep: Callable[[list[Event]], list[Event]],
+    span: tuple[int, int],
+    limit: int,
+    *,
+    backwards: bool,
+) -> Page:
+    """Up to `limit` events with span[0] < pos <= span[1] that are to be kept.
+
+    Trap: a page may come out empty while `more` is true, when nothing on the way could be shown.
+    """
+    found: list[Event] = []
+    low, high = span
+    size = min(MAX_PAGE, max(50, limit))
+    for _ in range(MAX_SCAN // MAX_PAGE):
+        batch = read(low, high, size)
+        kept = {event.nid for event in keep(batch)}
+        for event in reversed(batch) if backwards else batch:
+            if len(found) >= limit:
+                return Page(found, high if backwards else low, True)
+            if event.nid in kept:
+                found.append(event)
+            at = cast(int, event.pos)
+            low, high = (low, at - 1) if backwards else (at, high)
+        if len(batch) < size:
+            return Page(found, high if backwards else low, False)
+    return Page(found, high if backwards else low, True)
+
+
 def read_page(
     hs: Homeserver,
     user_nid: UserNid,
@@ -9269,31 +9775,26 @@ def read_page(
     *,
     backwards: bool,
 ) -> Page:
-    """Up to `limit` events with span[0] < pos <= span[1] that pass filter and visibility.
+    """Up to `limit` events of a room's timeline that pass filter and visibility."""
 
-    Trap: a page may come out empty while `more` is true, when nothing on the way could be shown.
-    """
-    found: list[Event] = []
-    low, high = span
-    size = min(MAX_PAGE, max(50, limit))
-    for _ in range(MAX_SCAN // MAX_PAGE):
-        batch = hs.rooms.events_between(room, low, high, size, newest=backwards)
-        seen = {event.nid for event in hs.rooms.visible(user_nid, room, wanted.pick(batch))}
-        for event in reversed(batch) if backwards else batch:
-            if len(found) >= limit:
-                return Page(found, high if backwards else low, True)
-            if event.nid in seen:
-                found.append(event)
-            at = cast(int, event.pos)
-            low, high = (low, at - 1) if backwards else (at, high)
-        if len(batch) < size:
-            return Page(found, high if backwards else low, False)
-    return Page(found, high if backwards else low, True)
+    def keep(events: list[Event]) -> list[Event]:
+        events = wanted.pick(events)
+        if wanted.wants_related:
+            events = related_to(hs, room, events, wanted.related_types, wanted.related_senders)
+        return hs.rooms.visible(user_nid, room, events)
+
+    if not wanted.wants_room(room.room_id):
+        return Page([], span[0] if backwards else span[1], False)
+    read = functools.partial(hs.rooms.events_between, room, newest=backwards)
+    return collect(read, keep, span, limit, backwards=backwards)
 
 
-def page_span(request: Request, room: Room) -> tuple[int, tuple[int, int], bool]:
+def page_span(
+    request: Request, room: Room, direction: str | None = None
+) -> tuple[int, tuple[int, int], bool]:
     """Where a page begins, its positions as (low, high), and whether it is read backwards."""
-    direction, start, to = (request.arg(name) for name in ("dir", "from", "to"))
+    direction = request.arg("dir", direction)
+    start, to = request.arg("from"), request.arg("to")
     if direction is None:
         raise missing_param("dir is missing")
     if direction not in {"b", "f"}:
@@ -9426,6 +9927,7 @@ NOTIFY = "notify"
 SOUND: Final = {"set_tweak": "sound", "value": "default"}
 RING: Final = {"set_tweak": "sound", "value": "ring"}
 HIGHLIGHT: Final = {"set_tweak": "highlight"}
+FOLLOWS_THREAD: Final = "io.element.msc4306.thread_subscription"
 
 
 def event_match(key: str, pattern: str) -> Json:
@@ -9462,6 +9964,14 @@ TOMBSTONE: Final = {"type": "m.room.tombstone", "state_key": ""}
 MESSAGE: Final = {"type": "m.room.message"}
 ENCRYPTED: Final = {"type": "m.room.encrypted"}
 
+
+def thread_rule(name: str, actions: list[Any]) -> Json:
+    """A predefined rule for what is in a thread that the user follows, or does not."""
+    condition = {"kind": FOLLOWS_THREAD, "subscribed": name == "subscribed"}
+    rule = predefined(name, {}, actions, condition)
+    return {**rule, "rule_id": f".io.element.msc4306.rule.{name}_thread"}
+
+
 # The kinds in order of weight. The first rule outweighs the user's own.  Spec: "Predefined Rules".
 DEFAULT_RULES: Final[dict[str, list[Json]]] = {
     "override": [
@@ -9477,6 +9987,7 @@ DEFAULT_RULES: Final[dict[str, list[Json]]] = {
         predefined("suppress_edits", {}, [], IS_EDIT),
     ],
     "content": [],
+    "postcontent": [thread_rule("unsubscribed", []), thread_rule("subscribed", LOUD)],  # MSC4306
     "room": [],
     "sender": [],
     "underride": [
@@ -9590,6 +10101,16 @@ def prepare_sender_permission(condition: Json) -> PushCondition:
     )
 
 
+def prepare_thread_subscription(condition: Json) -> PushCondition:
+    """Whether the event is in a thread that the owner has, or has not, subscribed to.
+
+    Trap: it never holds for who never subscribed to anything. They use clients that know nothing of
+    subscriptions, and would hear of no thread any more.
+    """
+    wanted = condition.get("subscribed")
+    return lambda event, room, user_id: follows_thread(room.store, event, user_id) is wanted
+
+
 PUSH_CONDITIONS: Final[dict[str, Callable[[Json], PushCondition]]] = {
     "event_match": prepare_event_match,
     "event_property_is": prepare_property,
@@ -9597,6 +10118,7 @@ PUSH_CONDITIONS: Final[dict[str, Callable[[Json], PushCondition]]] = {
     "contains_display_name": prepare_display_name,
     "room_member_count": prepare_member_count,
     "sender_notification_permission": prepare_sender_permission,
+    FOLLOWS_THREAD: prepare_thread_subscription,
 }
 
 
@@ -9884,6 +10406,8 @@ def parse_push_rule(kind: str, rule_id: str, body: Json) -> Json:
         raise invalid_param("A rule id has no dot in front, no slash, and at most 255 bytes")
     if not rule_id.startswith({"room": "!", "sender": "@"}.get(kind, "")):
         raise invalid_param("The id of a room or sender rule is the id of that room or user")
+    if kind == "postcontent":
+        raise invalid_param("Nobody can add rules of this kind")
     rule: Json = {"rule_id": rule_id, "enabled": True, "actions": parse_actions(body["actions"])}
     if kind == "content" and "pattern" not in body:
         raise missing_param("A content rule needs a pattern")
@@ -9954,35 +10478,7 @@ async def put_push_rule_member(hs: Homeserver, request: Request, kind: str, rule
     return {}
 
 
-# ── 18.8  Threads ────────────────────────────────────────────────────────────
-
-MAIN_THREAD = "main"
-MAX_THREAD_HOPS = 3
-
-
-def relation_chain(hs: Homeserver, event: Event) -> Iterator[tuple[str, str]]:
-    """The relation of the event, that of its target, and so on, three at most."""
-    for _ in range(MAX_THREAD_HOPS):
-        relation = relation_of(event)
-        if relation is None or not is_event_id(relation[1]):
-            return
-        yield relation
-        target = hs.rooms.event(relation[1])
-        if target is None or target.room_id != event.room_id:
-            return
-        event = target
-
-
-def thread_of(hs: Homeserver, event: Event) -> str:
-    """The id of the root of the thread that an event is part of, or "main".
-
-    Reactions and edits go with what they relate to.  Spec: "Threaded read receipts".
-    """
-    roots = (target for kind, target in relation_chain(hs, event) if kind == "m.thread")
-    return next(roots, MAIN_THREAD)
-
-
-# ── 18.9  Unread counts ──────────────────────────────────────────────────────
+# ── 18.8  Unread counts ──────────────────────────────────────────────────────
 
 MAX_CONSIDERED = 500  # events looked at in one go, and marks kept: a badge need not count further
 SAVE_AFTER = 50  # events considered before a row is worth writing
@@ -10152,6 +10648,1030 @@ def unread_counts(hs: Homeserver, user_nid: UserNid, room: Room) -> UnreadCounts
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  42. THREADS AND SEARCH
+#
+#  Ways to find events other than by scrolling: what relates to another, the
+#  threads of a room, a day, a word.
+#       spec: CS-API "Relationships API", "Threading", "Server Side Search"; MSC4306
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE search_texts (
+    nid INTEGER PRIMARY KEY,      -- of the event
+    room_nid INTEGER NOT NULL,
+    pos INTEGER NOT NULL,
+    key TEXT NOT NULL,
+    source INTEGER NOT NULL,      -- the event whose text it is: itself, or its newest edit
+    text TEXT NOT NULL
+);
+CREATE INDEX search_room ON search_texts (room_nid, pos);
+CREATE INDEX search_source ON search_texts (source);
+""")
+invariant(
+    "search texts of events that are not there",
+    "SELECT nid FROM search_texts WHERE nid NOT IN (SELECT nid FROM events)",
+)
+
+ROOM_V1 = "/_matrix/client/v1/rooms/{room_id}"
+
+# ── 42.1  What relates to an event ───────────────────────────────────────────
+
+MAX_RECURSION = 3  # how far what relates to it indirectly may be away
+MAX_RELATED = 5_000  # events found that way
+RELATED_NEWEST = """
+    SELECT nid
+    FROM relations
+    WHERE room_nid = :room
+      AND parent_id = :parent
+      AND pos > :low
+      AND pos <= :high
+      AND (:kind IS NULL OR rel_type = :kind)
+    ORDER BY pos DESC
+    LIMIT :size
+"""
+RELATED_OLDEST = """
+    SELECT nid
+    FROM relations
+    WHERE room_nid = :room
+      AND parent_id = :parent
+      AND pos > :low
+      AND pos <= :high
+      AND (:kind IS NULL OR rel_type = :kind)
+    ORDER BY pos ASC
+    LIMIT :size
+"""
+
+
+def read_related(hs: Homeserver, parent: Event, kind: str | None, backwards: bool) -> Reading:
+    """A way to read what relates to an event, by position."""
+    sql = RELATED_NEWEST if backwards else RELATED_OLDEST
+    place = {"room": parent.room_nid, "parent": parent.event_id, "kind": kind}
+
+    def read(low: int, high: int, size: int) -> list[Event]:
+        rows = hs.db.all(sql, {**place, "low": low, "high": high, "size": size})
+        nids = [row[0] for row in rows]
+        return hs.rooms.events_by_nids(reversed(nids) if backwards else nids)
+
+    return read
+
+
+def descendants(hs: Homeserver, parent: Event, kind: str | None) -> list[tuple[int, EventNid]]:
+    """Position and nid of what relates to an event directly or indirectly, in order.
+
+    Of a thread of many thousands only the newest part is found; every level costs one query.
+    """
+    found: list[tuple[int, EventNid]] = []
+    level, room_left = [parent.event_id], MAX_RELATED
+    for _ in range(MAX_RECURSION):
+        rows = hs.db.all(
+            """
+            SELECT relations.pos, relations.nid, rel_type, event_id
+            FROM json_each(:parents)
+            JOIN relations ON relations.room_nid = :room AND parent_id = value
+            JOIN events ON events.nid = relations.nid
+            ORDER BY relations.pos DESC
+            LIMIT :limit
+            """,
+            {"parents": json.dumps(level), "room": parent.room_nid, "limit": room_left},
+        )
+        level, room_left = [row[3] for row in rows], room_left - len(rows)
+        found += [(pos, nid) for pos, nid, rel_type, _ in rows if kind in (None, rel_type)]
+    return sorted(set(found))
+
+
+def read_descendants(hs: Homeserver, parent: Event, kind: str | None, backwards: bool) -> Reading:
+    """A way to read what relates to an event directly or indirectly."""
+    found = descendants(hs, parent, kind)
+
+    def read(low: int, high: int, size: int) -> list[Event]:
+        first, last = (bisect.bisect_right(found, (end, MAX_POSITION)) for end in (low, high))
+        part = found[max(first, last - size) : last] if backwards else found[first:last][:size]
+        return hs.rooms.events_by_nids(nid for _, nid in part)
+
+    return read
+
+
+RELATIONS_PATH = ROOM_V1 + "/relations/{event_id}"
+
+
+@route("GET", RELATIONS_PATH, auth=GUEST)
+@route("GET", RELATIONS_PATH + "/{rel_type}", auth=GUEST)
+@route("GET", RELATIONS_PATH + "/{rel_type}/{event_type}", auth=GUEST)
+async def get_relations(
+    hs: Homeserver,
+    request: Request,
+    room_id: str,
+    event_id: str,
+    rel_type: str | None = None,
+    event_type: str | None = None,
+) -> Json:
+    """What relates to an event, the newest first unless `dir` is f; with `recurse` indirectly too.
+
+    Spec: CS-API "Relationships API".  404 for an event that is not there or not to be seen.
+    """
+    room, parent = visible_event(hs, request, room_id, event_id, of_ignored=True)
+    start, span, backwards = page_span(request, room, "b")
+    recurse = request.bool_arg("recurse", False)
+    limit = request.int_arg("limit", DEFAULT_PAGE, 1, MAX_PAGE)
+
+    def keep(events: list[Event]) -> list[Event]:
+        events = [event for event in events if event_type in (None, event.type)]
+        return hs.rooms.visible(request.user.nid, room, events)
+
+    reading = (read_descendants if recurse else read_related)(hs, parent, rel_type, backwards)
+    page = collect(reading, keep, span, limit, backwards=backwards)
+    answer: Json = {"chunk": as_clients(hs, request, page.events)}
+    if page.more:
+        answer["next_batch"] = stream_token(page.end)
+    if request.arg("from"):
+        answer["prev_batch"] = stream_token(start)
+    if request.arg("recurse") is not None:
+        answer["recursion_depth"] = MAX_RECURSION if recurse else 1
+    return answer
+
+
+# ── 42.2  The threads of a room ──────────────────────────────────────────────
+
+MAX_THREAD_SCANS = 20  # pages of threads looked at for one answer
+
+
+def thread_page(hs: Homeserver, viewer: Viewer, before: int, limit: int) -> list[tuple[str, int]]:
+    """Thread roots and positions of their newest replies, but for those of ignored users."""
+    find = hs.db.find_user_nid
+    ignored = [nid for nid in map(find, viewer.ignored) if nid is not None]
+    return hs.db.all(
+        """
+        SELECT root_id, latest
+        FROM threads AS newest
+        WHERE room_nid = :room
+          AND latest < :before
+          AND sender_nid NOT IN (SELECT value FROM json_each(:ignored))
+          AND NOT EXISTS (
+            SELECT 1
+            FROM threads AS other
+            WHERE other.room_nid = :room
+              AND other.root_id = newest.root_id
+              AND other.latest > newest.latest
+              AND other.sender_nid NOT IN (SELECT value FROM json_each(:ignored)))
+        ORDER BY latest DESC
+        LIMIT :limit
+        """,
+        {
+            "room": viewer.room.nid,
+            "before": before,
+            "ignored": json.dumps(ignored),
+            "limit": limit,
+        },
+    )
+
+
+def thread_roots(
+    hs: Homeserver, request: Request, room: Room, roots: Sequence[str], participated: bool
+) -> list[Json]:
+    """Those of the roots that the user may see, in the client format; of ignored users, redacted.
+
+    Spec: CS-API "Querying threads in a room".
+    """
+    viewer = Viewer(hs.rooms, room, request.user.nid)
+    found = (hs.rooms.event(root_id) for root_id in roots)
+    events = [one for one in found if one and one.room_nid == room.nid and viewer.has_access(one)]
+    shown = []
+    for event, one in zip(events, as_clients(hs, request, events), strict=True):
+        thread = one["unsigned"].get("m.relations", {}).get(THREAD)
+        if thread is None or (participated and not thread["current_user_participated"]):
+            continue
+        if event.sender in viewer.ignored:
+            one["content"] = redact(room.version, event.pdu)["content"]
+        shown.append(one)
+    return shown
+
+
+@route("GET", ROOM_V1 + "/threads", auth=GUEST)
+async def get_threads(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """The threads of a room, the one with the newest reply first.
+
+    Spec: CS-API "Querying threads in a room".
+    """
+    room = viewable_room(hs, request, room_id)
+    include = request.arg("include", "all")
+    if include not in {"all", "participated"}:
+        raise invalid_param("include is all or participated")
+    limit = request.int_arg("limit", DEFAULT_PAGE, 1, 100)
+    token = request.arg("from")
+    before = parse_token(token) if token else MAX_POSITION
+    viewer = Viewer(hs.rooms, room, request.user.nid)
+    chunk: list[Json] = []
+    for _ in range(MAX_THREAD_SCANS):
+        wanted = limit - len(chunk)
+        rows = thread_page(hs, viewer, before, wanted)
+        roots = [row[0] for row in rows]
+        chunk += thread_roots(hs, request, room, roots, include == "participated")
+        before = rows[-1][1] if rows else before
+        if len(rows) < wanted:
+            return {"chunk": chunk}
+        if len(chunk) == limit:
+            break
+        await asyncio.sleep(0)
+    return {"chunk": chunk, "next_batch": stream_token(before)}
+
+
+# ── 42.3  Subscriptions to threads ───────────────────────────────────────────
+
+MSC4306 = "/_matrix/client/unstable/io.element.msc4306"
+SUBSCRIPTION_PATH = MSC4306 + "/rooms/{room_id}/thread/{root_id}/subscription"
+
+
+def check_cause(hs: Homeserver, room: Room, root: Event, cause_id: str, ended: int) -> None:
+    """Refuse a subscription caused by what is not in the thread, or was known when one ended it.
+
+    Spec: MSC4306 "Server-side automatic subscription ordering".
+    """
+    cause = hs.rooms.event(cause_id)
+    is_there = cause is not None and cause.room_nid == room.nid
+    if cause is None or not is_there or thread_root(hs.rooms, cause) != root.event_id:
+        raise MatrixError(400, "IO.ELEMENT.MSC4306.M_NOT_IN_THREAD", "That is not in the thread")
+    if (cause.pos or 0) < ended:
+        raise MatrixError(
+            409, "IO.ELEMENT.MSC4306.M_CONFLICTING_UNSUBSCRIPTION", "Unsubscribed after that"
+        )
+
+
+@route("PUT", SUBSCRIPTION_PATH, auth=USER, body={"automatic?": str})
+async def put_subscription(hs: Homeserver, request: Request, room_id: str, root_id: str) -> Json:
+    """Follow a thread; what is done by hand goes before what a client does by itself.  MSC4306."""
+    room, root = visible_event(hs, request, room_id, root_id, of_ignored=True)
+    state, since = hs.threads.subscription(request.user.nid, room.nid, root_id)
+    cause_id = request.json.get("automatic")
+    if cause_id is not None:
+        check_cause(hs, room, root, cause_id, since if state == "none" else 0)
+    wanted = "manual" if cause_id is None else "automatic"
+    if state == "none" or (state, wanted) == ("automatic", "manual"):
+        hs.threads.subscribe(request.user.nid, room.nid, root_id, wanted)
+    return {}
+
+
+@route("GET", SUBSCRIPTION_PATH, auth=USER)
+async def get_subscription(hs: Homeserver, request: Request, room_id: str, root_id: str) -> Json:
+    """Whether the subscription to a thread is automatic; 404 if there is none.  MSC4306."""
+    room, _ = visible_event(hs, request, room_id, root_id, of_ignored=True)
+    state, _ = hs.threads.subscription(request.user.nid, room.nid, root_id)
+    if state == "none":
+        raise not_found("You have not subscribed to this thread")
+    return {"automatic": state == "automatic"}
+
+
+@route("DELETE", SUBSCRIPTION_PATH, auth=USER)
+async def delete_subscription(hs: Homeserver, request: Request, room_id: str, root_id: str) -> Json:
+    """Follow a thread no more.  MSC4306."""
+    room, _ = visible_event(hs, request, room_id, root_id, of_ignored=True)
+    if hs.threads.subscription(request.user.nid, room.nid, root_id)[0] != "none":
+        hs.threads.subscribe(request.user.nid, room.nid, root_id, "none")
+    return {}
+
+
+# ── 42.4  The event of a day ─────────────────────────────────────────────────
+
+MSC3030_PATH = "/_matrix/client/unstable/org.matrix.msc3030/rooms/{room_id}/timestamp_to_event"
+DAY_PAGE = 500
+BY_TIME_LATER = """
+    SELECT ts, pos, nid
+    FROM events
+    WHERE room_nid = ?
+      AND pos IS NOT NULL
+      AND (ts, pos) > (?, ?)
+    ORDER BY ts ASC, pos ASC
+    LIMIT ?
+"""
+BY_TIME_EARLIER = """
+    SELECT ts, pos, nid
+    FROM events
+    WHERE room_nid = ?
+      AND pos IS NOT NULL
+      AND (ts, pos) < (?, ?)
+    ORDER BY ts DESC, pos DESC
+    LIMIT ?
+"""
+
+
+async def event_by_time(
+    hs: Homeserver, room: Room, user_nid: UserNid | None, ts: int, *, backwards: bool
+) -> Event | None:
+    """The event nearest to a time, at or before it or at or after it, that the user may see.
+
+    Trap: a long past that is hidden from the user must not end the search; others get their turn.
+    """
+    sql = BY_TIME_EARLIER if backwards else BY_TIME_LATER
+    at = (ts, MAX_POSITION if backwards else MIN_POSITION)
+    viewer = Viewer(hs.rooms, room, user_nid)
+    size = 1
+    while rows := hs.db.all(sql, (room.nid, *at, size)):
+        events = hs.rooms.events_by_nids(row[2] for row in rows)
+        found = next(filter(viewer.may_see, events), None)
+        if found is not None:
+            return found
+        at, size = rows[-1][:2], DAY_PAGE
+        await asyncio.sleep(0)
+    return None
+
+
+@route("GET", ROOM_V1 + "/timestamp_to_event", auth=GUEST, limit="search", also=(MSC3030_PATH,))
+async def get_event_by_time(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """The event nearest to a time (`ts`, milliseconds) in a direction (`dir`).
+
+    Spec: CS-API "Jumping to a point in a room's history".  404 when there is none.
+    """
+    room = viewable_room(hs, request, room_id)
+    if request.arg("ts") is None or request.arg("dir") is None:
+        raise missing_param("ts and dir are needed")
+    if request.arg("dir") not in {"f", "b"}:
+        raise invalid_param("dir is b or f")
+    ts, backwards = request.int_arg("ts", 0, 0, MAX_POSITION), request.arg("dir") == "b"
+    event = await event_by_time(hs, room, request.user.nid, ts, backwards=backwards)
+    if event is None:
+        raise not_found("There is no event in that direction")
+    return {"event_id": event.event_id, "origin_server_ts": event.origin_server_ts}
+
+
+# ── 42.5  The search index ───────────────────────────────────────────────────
+#
+# The index is written behind the events, when somebody searches and once a minute,
+# so that it costs a sender nothing; a redaction, an edit or a message is one more
+# event on its way. Where SQLite has no FTS5, the texts are read one by one.
+
+SEARCH_BATCH = 200  # events taken into the index in one go
+MAX_SEARCHED_TEXT = 20_000  # characters of one event
+MAX_HITS = 2_000  # of one search
+SEARCHED: Final = {
+    "m.room.message": ("content.body", "body"),
+    "m.room.name": ("content.name", "name"),
+    "m.room.topic": ("content.topic", "topic"),
+}  # by event type, the key of the API and the member of the content
+
+
+def plain_topic(content: Json) -> str | None:
+    """The plain text of an m.room.topic event: that in m.topic, or the old member."""
+    rich = content.get("m.topic")
+    texts = rich.get("m.text") if isinstance(rich, dict) else None
+    for text in texts if isinstance(texts, list) else ():
+        if isinstance(text, dict) and text.get("mimetype", "text/plain") == "text/plain":
+            body = text.get("body")
+            return body if isinstance(body, str) else None
+    topic = content.get("topic")
+    return topic if isinstance(topic, str) else None
+
+
+def searched_text(hs: Homeserver, event: Event) -> tuple[str, EventNid, str] | None:
+    """The key under which an event is found, the event that has its present text, and the text."""
+    key, member = SEARCHED.get(event.type, ("", ""))
+    if not key or event.pos is None or event.is_state != (event.type != "m.room.message"):
+        return None
+    edit = latest_edit(hs, event)
+    content = event.content if edit is None else edit.content["m.new_content"]
+    text = plain_topic(content) if member == "topic" else content.get(member)
+    source = (edit or event).nid
+    return (key, source, text[:MAX_SEARCHED_TEXT]) if isinstance(text, str) else None
+
+
+class Search:
+    """The index of what can be searched for."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        modules = self.db.all("SELECT name FROM pragma_module_list WHERE name = 'fts5'")
+        self.has_index = bool(modules)
+        if self.has_index and self.db.meta("search_indexed") != self._upto():
+            self._make_index()
+
+    def _upto(self) -> int:
+        """The nid up to which all events are in the table of texts."""
+        return cast(int, self.db.meta("search_upto") or 0)
+
+    def _make_index(self) -> None:
+        """Make the full-text index from the texts: at the first start with a library that can."""
+        with self.db.write():
+            self.db.execute("DROP TABLE IF EXISTS search_index")
+            self.db.execute(
+                """
+                CREATE VIRTUAL TABLE search_index USING fts5 (
+                    text,
+                    content = 'search_texts',
+                    content_rowid = 'nid',
+                    tokenize = 'unicode61 remove_diacritics 2'
+                )
+                """
+            )
+            self.db.execute("INSERT INTO search_index (search_index) VALUES ('rebuild')")
+            self.db.set_meta("search_indexed", self._upto())
+
+    async def catch_up(self) -> None:
+        """Take in what has happened since the last time; others get a turn in between."""
+        for _ in iter(self._take_in, False):
+            await asyncio.sleep(0)
+
+    def _take_in(self) -> bool:
+        """Take in some events; whether there were any."""
+        sql = "SELECT nid FROM events WHERE nid > ? ORDER BY nid LIMIT ?"
+        nids = [row[0] for row in self.db.all(sql, (self._upto(), SEARCH_BATCH))]
+        if not nids:
+            return False
+        with self.db.write():
+            for event in self.hs.rooms.events_by_nids(nids):
+                for changed in self._changed_by(event):
+                    self._refresh(changed)
+            self.db.set_meta("search_upto", nids[-1])
+            if self.has_index:
+                self.db.set_meta("search_indexed", nids[-1])
+        return True
+
+    def _changed_by(self, event: Event) -> list[Event]:
+        """The events whose text is another since an event came: itself, or what it changes."""
+        kind, parent_id = relation_of(event) or ("", "")
+        if event.type != REDACTION and kind != REPLACE:
+            return [event]
+        target = self.hs.rooms.event(event.redacts or parent_id)
+        if target is None or target.room_nid != event.room_nid:
+            return []
+        sql = "SELECT nid FROM search_texts WHERE source = ?"  # the text may have been an edit's
+        edited = self.db.all(sql, (target.nid,))
+        return [target, *self.hs.rooms.events_by_nids(row[0] for row in edited)]
+
+    def _refresh(self, event: Event) -> None:
+        """Make the index say of an event what is true now."""
+        old = self.db.value("SELECT text FROM search_texts WHERE nid = ?", (event.nid,))
+        if old is not None and self.has_index:
+            self.db.execute(
+                "INSERT INTO search_index (search_index, rowid, text) VALUES ('delete', ?, ?)",
+                (event.nid, old),
+            )
+        self.db.execute("DELETE FROM search_texts WHERE nid = ?", (event.nid,))
+        found = searched_text(self.hs, event)
+        if found is None or self.hs.rooms.by_nid(event.room_nid).encrypted:
+            return
+        row = (event.nid, event.room_nid, event.pos, *found)
+        self.db.execute("INSERT INTO search_texts VALUES (?, ?, ?, ?, ?, ?)", row)
+        if self.has_index:
+            self.db.execute(
+                "INSERT INTO search_index (rowid, text) VALUES (?, ?)", (event.nid, found[2])
+            )
+
+
+# ── 42.6  Searching ──────────────────────────────────────────────────────────
+
+SEARCH_BODY: Final[Json] = {
+    "search_categories": {
+        "room_events?": {
+            "search_term": str,
+            "keys?": [str],
+            "filter?": ROOM_EVENT_FILTER,
+            "order_by?": str,
+            "event_context?": {
+                **{"before_limit?": int, "after_limit?": int, "include_profile?": bool}
+            },
+            "include_state?": bool,
+            "groupings?": {"group_by?": [{"key": str}]},
+        }
+    }
+}
+SEARCH_KEYS: Final = [key for key, _ in SEARCHED.values()]
+GROUPS: Final[dict[str, Callable[[Event], str]]] = {
+    "room_id": operator.attrgetter("room_id"),
+    "sender": operator.attrgetter("sender"),
+}
+MAX_SEARCH_PAGE = 100
+MAX_SEARCH_WORDS = 30
+MAX_CONTEXT = 50
+HITS_BY_RANK = """
+    SELECT search_texts.nid, -bm25(search_index)
+    FROM search_index
+    JOIN search_texts ON search_texts.nid = search_index.rowid
+    WHERE search_index MATCH :match
+      AND room_nid IN (SELECT value FROM json_each(:rooms))
+      AND key IN (SELECT value FROM json_each(:keys))
+      AND pos <= :upto
+    ORDER BY bm25(search_index), pos DESC
+    LIMIT :limit
+"""
+HITS_BY_TIME = """
+    SELECT search_texts.nid, -bm25(search_index)
+    FROM search_index
+    JOIN search_texts ON search_texts.nid = search_index.rowid
+    WHERE search_index MATCH :match
+      AND room_nid IN (SELECT value FROM json_each(:rooms))
+      AND key IN (SELECT value FROM json_each(:keys))
+      AND pos <= :upto
+    ORDER BY pos DESC
+    LIMIT :limit
+"""
+TEXTS = """
+    SELECT nid, text
+    FROM json_each(:rooms)
+    JOIN search_texts ON room_nid = value AND pos <= :upto
+    WHERE key IN (SELECT value FROM json_each(:keys))
+    ORDER BY pos DESC
+"""
+
+
+class SearchPlace(NamedTuple):
+    """Where a search goes on: what a next_batch token says."""
+
+    at: int  # how many hits were looked at
+    upto: int  # what came later does not count, or the hits would move
+    group: str = ""  # only hits of this group go on:
+    value: str = ""
+
+    def token(self) -> str:
+        """The place as a token."""
+        return b64url_encode(json.dumps(self).encode())
+
+
+def search_place(hs: Homeserver, token: str | None) -> SearchPlace:
+    """The place that a token stands for.  400 M_INVALID_PARAM for what is none."""
+    if token is None:
+        return SearchPlace(0, hs.stream.position)
+    try:
+        at, upto, group, value = json.loads(b64decode(token))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise invalid_param("next_batch is not a token of this server") from error
+    place = SearchPlace(at, upto, group, value)
+    kinds = tuple(map(type, place))
+    if kinds != (int, int, str, str) or at < 0 or abs(upto) > MAX_POSITION:
+        raise invalid_param("next_batch is not a token of this server")
+    return place
+
+
+Hit = tuple[EventNid, float]
+
+
+def hits_in_texts(rows: Iterable[tuple[EventNid, str]], words: list[str]) -> Iterator[Hit]:
+    """The fallback without an index: the texts that have all words in them."""
+    for nid, text in rows:
+        folded = text.casefold()
+        counts = [folded.count(word) for word in words]
+        if all(counts):
+            yield nid, float(sum(counts))
+
+
+def find_hits(
+    connection: sqlite3.Connection, words: list[str], sql: str, params: Json
+) -> list[Hit]:
+    """In a thread: the hits for words, each of which may be the beginning of a longer one."""
+    if sql == TEXTS:
+        hits = hits_in_texts(connection.execute(sql, params), words)
+        return [*itertools.islice(hits, MAX_HITS)]
+    match = " ".join(f'"{word}"*' for word in words)
+    return connection.execute(sql, {**params, "match": match, "limit": MAX_HITS}).fetchall()
+
+
+async def search_hits(
+    hs: Homeserver, request: Request, wanted: Json, place: SearchPlace, words: list[str]
+) -> list[Hit]:
+    """All hits in rooms that the user is or was in, in the order asked for."""
+    order, keys = wanted.get("order_by", "rank"), wanted.get("keys", SEARCH_KEYS)
+    if order not in {"rank", "recent"}:
+        raise invalid_param("order_by is rank or recent")
+    if not set(keys) <= set(SEARCH_KEYS):
+        raise invalid_param(f"The keys are {', '.join(SEARCH_KEYS)}")
+    if not words:
+        return []
+    await hs.search.catch_up()
+    await hs.db.synced()  # the thread sees what is committed
+    mine = hs.rooms.memberships(request.user.nid).items()
+    rooms = [nid for nid, one in mine if not one.forgotten and one.membership != "invite"]
+    params = {"rooms": json.dumps(rooms), "keys": json.dumps(keys), "upto": place.upto}
+    sql = HITS_BY_RANK if order == "rank" else HITS_BY_TIME
+    sql = sql if hs.search.has_index else TEXTS
+    hits = await hs.db.read_in_thread(lambda db: find_hits(db, words, sql, params))
+    if sql == TEXTS and order == "rank":
+        hits.sort(key=lambda hit: -hit[1])
+    return hits
+
+
+def chosen_events(
+    hs: Homeserver, request: Request, events: list[Event], wanted: EventFilter, place: SearchPlace
+) -> Iterator[Event]:
+    """Those of the events that pass the filter and group, and that the user may see."""
+    viewers: dict[RoomNid, Viewer] = {}
+    for event in wanted.pick(events):
+        room = hs.rooms.by_nid(event.room_nid)
+        if room.encrypted or not wanted.wants_room(room.room_id):
+            continue
+        if place.group and GROUPS[place.group](event) != place.value:
+            continue
+        if wanted.wants_related and not related_to(
+            hs, room, [event], wanted.related_types, wanted.related_senders
+        ):
+            continue
+        if room.nid not in viewers:
+            viewers[room.nid] = Viewer(hs.rooms, room, request.user.nid)
+        if viewers[room.nid].may_see(event):
+            yield event
+
+
+def search_context(hs: Homeserver, request: Request, event: Event, wanted: Json) -> Json:
+    """What stands around a hit."""
+    room, pos, nid = hs.rooms.by_nid(event.room_nid), cast(int, event.pos), request.user.nid
+    before_limit, after_limit = (
+        min(MAX_CONTEXT, max(0, wanted.get(name, 5))) for name in ("before_limit", "after_limit")
+    )
+    past, future, every = (MIN_POSITION, pos - 1), (pos, room.last_pos), EventFilter({})
+    before = read_page(hs, nid, room, past, every, before_limit, backwards=True)
+    after = read_page(hs, nid, room, future, every, after_limit, backwards=False)
+    context = {
+        "start": stream_token(before.end),
+        "end": stream_token(after.end),
+        "events_before": as_clients(hs, request, before.events),
+        "events_after": as_clients(hs, request, after.events),
+    }
+    if wanted.get("include_profile"):
+        members = senders_of(hs, [*before.events, event, *after.events])
+        context["profile_info"] = {
+            cast(str, member.state_key): {
+                key: value
+                for key in ("displayname", "avatar_url")
+                if isinstance(value := member.content.get(key), str)
+            }
+            for member in members
+        }
+    return context
+
+
+def search_groups(
+    wanted: Json, events: Sequence[Event], rest: SearchPlace | None
+) -> dict[str, dict[str, Json]]:
+    """The results by room or by sender, as asked for."""
+    groups: dict[str, dict[str, Json]] = {}
+    for name in {one["key"] for one in wanted.get("groupings", {}).get("group_by", ())}:
+        if name not in GROUPS:
+            raise invalid_param("Results can be grouped by room_id and by sender")
+        found = groups[name] = {}
+        for event in events:
+            value = GROUPS[name](event)
+            group = found.setdefault(value, {"order": len(found), "results": []})
+            group["results"].append(event.event_id)
+            if rest is not None:
+                group["next_batch"] = rest._replace(group=name, value=value).token()
+    return groups
+
+
+def result_states(
+    hs: Homeserver, request: Request, room_ids: Iterable[str]
+) -> dict[str, list[Json]]:
+    """The state of the rooms that results are in, where the user may read it."""
+    states: dict[str, list[Json]] = {}
+    for room_id in room_ids:
+        with contextlib.suppress(MatrixError):
+            nids = state_for(hs, *readable_room(hs, request, room_id)).values()
+            states[room_id] = as_clients(hs, request, hs.rooms.events_by_nids(nids))
+    return states
+
+
+async def search_page(
+    hs: Homeserver, request: Request, hits: list[Hit], wanted: EventFilter, place: SearchPlace
+) -> tuple[list[Event], SearchPlace | None]:
+    """The next results, and the place behind them unless there is nothing more."""
+    limit = min(wanted.limit, MAX_SEARCH_PAGE)
+    found: list[Event] = []
+    for at in range(place.at, len(hits)):
+        events = hs.rooms.events_by_nids([hits[at][0]])
+        chosen = [*chosen_events(hs, request, events, wanted, place)]
+        if chosen and len(found) == limit:
+            return found, place._replace(at=at)
+        found += chosen
+        if at % MAX_SEARCH_PAGE == 0:
+            await asyncio.sleep(0)
+    return found, None
+
+
+@route("POST", V3 + "/search", auth=USER, limit="search", body=SEARCH_BODY)
+async def post_search(hs: Homeserver, request: Request) -> Json:
+    """Find events by words, in the rooms that the user is or was in.
+
+    Spec: CS-API "Server Side Search".
+    """
+    wanted = request.json["search_categories"].get("room_events")
+    if wanted is None:
+        return {"search_categories": {}}
+    definition = wanted.get("filter", {})
+    check_filter_values(definition, ROOM_EVENT_FILTER)
+    if definition.get("limit", 1) < 1:
+        raise invalid_param("limit must be at least 1")
+    place = search_place(hs, request.arg("next_batch"))
+    if place.group and place.group not in GROUPS:
+        raise invalid_param("next_batch is not a token of this server")
+    words = re.findall(r"\w+", wanted["search_term"].casefold())[:MAX_SEARCH_WORDS]
+    search_groups(wanted, [], None)  # refuses what is no group before anything is done
+    hits = await search_hits(hs, request, wanted, place, words)
+    events, rest = await search_page(hs, request, hits, EventFilter(definition), place)
+    ranks = dict(hits)
+    results: list[Json] = [
+        {"rank": ranks[event.nid], "result": shown}
+        for event, shown in zip(events, as_clients(hs, request, events), strict=True)
+    ]
+    if wanted.get("event_context") is not None:
+        for event, result in zip(events, results, strict=True):
+            result["context"] = search_context(hs, request, event, wanted["event_context"])
+    answer = {
+        "count": len(hits),
+        "highlights": words,
+        "results": results,
+        "groups": search_groups(wanted, events, rest),
+    }
+    if rest is not None:
+        answer["next_batch"] = rest.token()
+    if wanted.get("include_state"):
+        answer["state"] = result_states(hs, request, {event.room_id for event in events})
+    return {"search_categories": {"room_events": answer}}
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  59. SPACES, SUMMARIES, REPORTS
+#
+#  Ways to find rooms, from outside of them: a room in short, the rooms of a space,
+#  those in common with somebody; and to tell the admins of what is wrong in one.
+#          spec: CS-API "Spaces", "Room summary", "Mutual Rooms", "Reporting Content"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE reports (
+    report_nid INTEGER PRIMARY KEY,
+    ts INTEGER NOT NULL,
+    reporter_nid INTEGER NOT NULL,
+    room_id TEXT,
+    event_id TEXT,
+    user_id TEXT,
+    reason TEXT NOT NULL
+);
+""")
+
+# ── 59.1  Summaries of rooms ─────────────────────────────────────────────────
+
+OPEN_RULES = frozenset({"public", "knock", "knock_restricted"})
+
+
+def allow_conditions(room: Room) -> list[Any]:
+    """The conditions of a restricted join rule."""
+    allow = room.content(JOIN_RULES).get("allow")
+    restricted = room.join_rule in {"restricted", "knock_restricted"}
+    return allow if restricted and isinstance(allow, list) else []
+
+
+def may_preview(hs: Homeserver, room: Room, user_nid: UserNid | None) -> bool:
+    """Whether a user (None: anyone) may know of a room: is in it, may join, or may look into it.
+
+    Spec: CS-API `GET /hierarchy` and `GET /room_summary`.
+    """
+    if room.history_visibility == "world_readable":
+        return True
+    membership = None if user_nid is None else room.membership_of(user_nid)
+    if membership in {"join", "invite"}:
+        return True
+    if membership == "ban":
+        return False
+    if room.join_rule in OPEN_RULES:
+        return True
+    conditions = () if user_nid is None else allow_conditions(room)
+    return any(in_allowed_room(hs, condition, cast(UserNid, user_nid)) for condition in conditions)
+
+
+def room_summary(room: Room) -> Json:
+    """A room in short, as clients and other servers are shown it.  Spec: "RoomSummary"."""
+    summary = {**listing_of(room), "room_version": room.version.id}
+    topic = plain_topic(room.content("m.room.topic"))
+    algorithm = room.content("m.room.encryption").get("algorithm")
+    ids = [one.get("room_id") for one in allow_conditions(room) if isinstance(one, dict)]
+    more = {
+        "topic": topic,
+        "encryption": algorithm if isinstance(algorithm, str) else None,
+        "allowed_room_ids": [room_id for room_id in ids if is_room_id(room_id)],
+    }
+    return {**summary, **{key: value for key, value in more.items() if value}}
+
+
+SUMMARY_PATH = "/_matrix/client/v1/room_summary/{room}"
+NHEKO_PATH = "/_matrix/client/unstable/im.nheko.summary"
+NHEKO_PATHS = (NHEKO_PATH + "/summary/{room}", NHEKO_PATH + "/rooms/{room}/summary")
+
+
+@route("GET", SUMMARY_PATH, auth=OPTIONAL, also=NHEKO_PATHS)
+async def get_room_summary(hs: Homeserver, request: Request, room: str) -> Json:
+    """What a room is, for who may know of it.  Spec: CS-API "Room summary".  404 for others."""
+    found = room_by_name(hs, room)
+    user_nid = request.requester.nid if request.requester is not None else None
+    if not may_preview(hs, found, user_nid):
+        raise not_found("There is no such room")
+    if user_nid is None:
+        return room_summary(found)
+    return {**room_summary(found), "membership": found.membership_of(user_nid) or "leave"}
+
+
+# ── 59.2  Spaces ─────────────────────────────────────────────────────────────
+
+MAX_SPACE_DEPTH = 50
+MAX_SPACE_PAGE = 100
+MAX_SPACE_ROOMS = 10_000  # that wait for their turn in one walk
+SPACE_MEMORY = 200_000  # room ids kept for walks that may go on
+SPACE_ORDER = re.compile(r"[\x20-\x7E]{1,50}")
+
+
+class SpaceWalk(NamedTuple):
+    """How far a walk through a space has come; each token stands for one."""
+
+    wanted: tuple[UserNid, str, int, bool]
+    waiting: tuple[tuple[str, int], ...]  # room ids and depths, the next one last
+    seen: frozenset[str]
+
+
+def child_rank(child: Event) -> tuple[bool, str, int, str]:
+    """The place of a child in its space.  Spec: "Ordering of children within a space"."""
+    order = child.content.get("order")
+    is_valid = isinstance(order, str) and SPACE_ORDER.fullmatch(order) is not None
+    key = cast(str, child.state_key)
+    return not is_valid, order if is_valid else "", child.origin_server_ts, key
+
+
+def children_state(room: Room, *, suggested_only: bool) -> list[Json]:
+    """The valid children of a space in their order, stripped but with their time."""
+    if room.content(CREATE).get("type") != "m.space":
+        return []
+    nids = [nid for key, nid in room.state.items() if key[0] == "m.space.child"]
+    valid = [
+        event
+        for event in room.store.events_by_nids(nids)
+        if is_room_id(event.state_key)
+        and isinstance(via := event.content.get("via"), list)
+        and any(map(is_server_name, via))
+        and (event.content.get("suggested") is True or not suggested_only)
+    ]
+    return [
+        {**stripped_event(event), "origin_server_ts": event.origin_server_ts}
+        for event in sorted(valid, key=child_rank)
+    ]
+
+
+def hierarchy_room(hs: Homeserver, user_nid: UserNid, room_id: str, suggested: bool) -> Json | None:
+    """One room of a hierarchy, or None if the user may not know of it or nobody here does."""
+    room = hs.rooms.find(room_id)
+    if room is None or not may_preview(hs, room, user_nid):
+        return None
+    return {**room_summary(room), "children_state": children_state(room, suggested_only=suggested)}
+
+
+def begin_walk(hs: Homeserver, request: Request, room_id: str) -> SpaceWalk:
+    """The walk that a request begins or goes on with.  400 for a token that does not fit."""
+    depth = request.int_arg("max_depth", MAX_SPACE_DEPTH, 0, MAX_SPACE_DEPTH)
+    wanted = (request.user.nid, room_id, depth, request.bool_arg("suggested_only", False))
+    token = request.arg("from")
+    if not token:
+        if hierarchy_room(hs, request.user.nid, room_id, wanted[3]) is None:
+            raise forbidden("You may not view this room, or there is no such room")
+        return SpaceWalk(wanted, ((room_id, 0),), frozenset())
+    found = hs.space_walks.get(token)
+    if found is None or found.wanted != wanted:
+        raise invalid_param("from is no token of this request")
+    return found
+
+
+@route("GET", ROOM_V1 + "/hierarchy", auth=GUEST)
+async def get_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """The rooms of a space and of the spaces in it, each once, depth first.
+
+    Spec: CS-API "Discovering rooms within spaces".  400 when parameters change from page to page.
+    """
+    limit = request.int_arg("limit", MAX_SPACE_PAGE // 2, 1, MAX_SPACE_PAGE)
+    walk = begin_walk(hs, request, room_id)
+    user_nid, _, max_depth, suggested = walk.wanted
+    waiting, seen, rooms = list(walk.waiting), set(walk.seen), list[Json]()
+    while waiting and len(rooms) < limit:
+        child_id, depth = waiting.pop()
+        if child_id in seen:
+            continue
+        seen.add(child_id)
+        if len(seen) % MAX_SPACE_PAGE == 0:
+            await asyncio.sleep(0)
+        found = hierarchy_room(hs, user_nid, child_id, suggested)
+        if found is None:
+            continue
+        rooms.append(found)
+        if depth < max_depth:
+            below = [(one["state_key"], depth + 1) for one in reversed(found["children_state"])]
+            waiting = (waiting + below)[-MAX_SPACE_ROOMS:]
+    if not waiting:
+        return {"rooms": rooms}
+    token = random_token(20)
+    hs.space_walks.put(
+        token, SpaceWalk(walk.wanted, tuple(waiting), frozenset(seen)), len(waiting) + len(seen)
+    )
+    return {"rooms": rooms, "next_batch": token}
+
+
+# ── 59.3  Rooms in common ────────────────────────────────────────────────────
+
+MAX_MUTUAL = 100
+MSC2666_PATH = "/_matrix/client/unstable/uk.half-shot.msc2666/user/mutual_rooms"
+
+
+@route("GET", "/_matrix/client/v1/mutual_rooms", auth=USER, limit="search", also=(MSC2666_PATH,))
+async def get_mutual_rooms(hs: Homeserver, request: Request) -> Json:
+    """The rooms in which the user is together with another.  Spec: CS-API "Mutual Rooms"."""
+    other = request.arg("user_id")
+    if other is None:
+        raise missing_param("user_id is missing")
+    parts = split_id("@", other)
+    if parts is None or not LOCALPART.fullmatch(parts[0]) or other == request.user.user_id:
+        raise invalid_param("user_id must be the id of another user")
+    token = request.arg("from")
+    after = parse_token(token) if token else 0
+    nid = hs.db.find_user_nid(other)
+    theirs = set() if nid is None else set(hs.rooms.joined_rooms(nid))
+    common = sorted(theirs.intersection(hs.rooms.joined_rooms(request.user.nid)))
+    rest = [room_nid for room_nid in common if room_nid > after]
+    page = rest[:MAX_MUTUAL]
+    joined = [hs.rooms.by_nid(room_nid).room_id for room_nid in page]
+    answer: Json = {"joined": joined, "count": len(common)}
+    return answer if len(rest) == len(page) else {**answer, "next_batch": stream_token(page[-1])}
+
+
+# ── 59.4  Reports ────────────────────────────────────────────────────────────
+#
+# Of rooms and users, whatever is reported is accepted, whether it exists or not: an
+# answer must not tell (MSC4277), and things on other servers can be reported too.
+
+MAX_REPORTS = 10_000  # kept, the newest
+MAX_REASON = 1_000  # characters
+REPORTED: Final = {"event_id": "the event", "room_id": "the room", "user_id": "the user"}
+
+
+class Reports:
+    """What users have reported, for the admins."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.db = hs.db
+        self._listeners: list[Callable[[str], None]] = []
+
+    def subscribe(self, listener: Callable[[str], None]) -> None:
+        """Call back with a text for people at each report."""
+        self._listeners.append(listener)
+
+    def add(self, reporter: Requester, reason: str | None, **what: str) -> None:
+        """Keep a report of what the names say, and tell of it."""
+        why = (reason or "")[:MAX_REASON]
+        with self.db.write():
+            ids = tuple(what.get(name) for name in ("room_id", "event_id", "user_id"))
+            cursor = self.db.execute(
+                """
+                INSERT INTO reports (ts, reporter_nid, room_id, event_id, user_id, reason)
+                VALUES (?, ?, ?, ?, ?, ?)
+                """,
+                (now_ms(), reporter.nid, *ids, why),
+            )
+            oldest = cast(int, cursor.lastrowid) - MAX_REPORTS
+            self.db.execute("DELETE FROM reports WHERE report_nid <= ?", (oldest,))
+        named = " in ".join(f"{text} {what[key]}" for key, text in REPORTED.items() if key in what)
+        for listener in self._listeners:
+            listener(f"{reporter.user_id} reports {named}: {why or 'no reason given'}")
+
+
+REPORT_ROOM = V3 + "/rooms/{room_id}/report"
+REASON_NEEDED: Final[Json] = {"reason": str}
+
+
+@route("POST", REPORT_ROOM + "/{event_id}", auth=USER, limit="report", body=REASON)
+async def report_event(hs: Homeserver, request: Request, room_id: str, event_id: str) -> Json:
+    """Report an event to the admins.  Spec: CS-API "Reporting Content".
+
+    404 for who is not in the room, and for an event that is not there, not to be seen, or redacted.
+    """
+    room = hs.rooms.find(room_id)
+    if room is None or room.membership_of(request.user.nid) != "join":
+        raise not_found("There is no such event, or you are not in its room")
+    _, event = visible_event(hs, request, room_id, event_id, of_ignored=True)
+    if event.redacted_by is not None:
+        raise not_found("The event is redacted")
+    reason, sender = request.json.get("reason"), event.sender
+    hs.reports.add(request.user, reason, room_id=room_id, event_id=event_id, user_id=sender)
+    return {}
+
+
+@route("POST", REPORT_ROOM, auth=USER, limit="report", body=REASON_NEEDED)
+async def report_room(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Report a room to the admins.  Spec: CS-API "Reporting Content"."""
+    if not is_room_id(room_id):
+        raise invalid_param("That is no room id")
+    hs.reports.add(request.user, request.json["reason"], room_id=room_id)
+    return {}
+
+
+@route("POST", V3 + "/users/{user_id}/report", auth=USER, limit="report", body=REASON_NEEDED)
+async def report_user(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Report a user to the admins.  Spec: CS-API "Reporting Content"."""
+    if not is_user_id(user_id):
+        raise invalid_param("That is no user id")
+    hs.reports.add(request.user, request.json["reason"], user_id=user_id)
+    return {}
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  19. RECEIPTS, TYPING, PRESENCE
 #
 #  What a room shows beside its events: how far each member has read, who writes
@@ -10291,7 +11811,7 @@ def receipt_thread(hs: Homeserver, receipt_type: str, event: Event, body: Json) 
         raise invalid_param("thread_id field must be a non-empty string")
     if receipt_type == FULLY_READ:
         raise invalid_param(f"{FULLY_READ} is for the room as a whole and takes no thread_id")
-    related = {event.event_id, *(target for _, target in relation_chain(hs, event))}
+    related = {event.event_id, *(target for _, target in relation_chain(hs.rooms, event))}
     if thread not in related and thread != thread_of(hs, event):
         raise invalid_param("The event is not related to that thread")
     return thread
@@ -11696,12 +13216,14 @@ class SyncRequest:
         self.upto = hs.stream.position
         self.ignored = ignored_users(hs, self.nid)
 
-    def format(self, event: Event) -> Json:
+    def format(self, event: Event, relations: Json | None = None) -> Json:
         """An event of a room's section, in the form that the filter asks for."""
         if self.wanted.federation_format:
             whole = {**event.pdu, "event_id": event.event_id}
         else:
             whole = client_event(self.hs.rooms, event, self.user.device_nid, room_id=False)
+            if relations is not None:
+                whole["unsigned"]["m.relations"] = relations
         if self.wanted.fields is None:
             return whole
         result: Json = {}
@@ -11774,10 +13296,7 @@ class Timeline(NamedTuple):
 
 
 def timeline_of(ask: SyncRequest, room: Room, since: int | None, upto: int) -> Timeline:
-    """The newest events after `since`, as many as the filter allows.
-
-    Messages of ignored users are left out; their state is not, or rooms would look wrong.
-    """
+    """The newest events after `since`, as many as the filter allows."""
     rooms, wanted, limit = ask.hs.rooms, ask.wanted.timeline, ask.wanted.limit
     low = MIN_POSITION if since is None else since
     if not wanted.wants_room(room.room_id):
@@ -11785,7 +13304,7 @@ def timeline_of(ask: SyncRequest, room: Room, since: int | None, upto: int) -> T
     page = read_page(ask.hs, ask.nid, room, (low, upto), wanted, limit, backwards=True)
     limited = page.more and bool(rooms.events_between(room, low, page.end, 1))
     first = page.events[-1].pos if page.events else upto + 1
-    events = [one for one in reversed(page.events) if one.is_state or one.sender not in ask.ignored]
+    events = page.events[::-1]
     prev_batch = stream_token(cast(int, first) - 1)
     return Timeline(events, limited, prev_batch, wanted.passes_all and not limited)
 
@@ -11963,10 +13482,14 @@ def ephemeral_events(
 def events_section(
     ask: SyncRequest, timeline: Timeline, state: list[Json], data: list[Json]
 ) -> Json:
-    """The members that joined and left rooms have alike."""
+    """The members that joined and left rooms have alike.
+
+    Spec: "Aggregations of child events": without a gap the client has seen all of them itself.
+    """
+    sums = aggregations(ask.hs, ask.user, timeline.events) if timeline.limited else {}
     return {
         "timeline": {
-            "events": [ask.format(event) for event in timeline.events],
+            "events": [ask.format(event, sums.get(event.nid)) for event in timeline.events],
             "limited": timeline.limited,
             "prev_batch": timeline.prev_batch,
         },
@@ -13230,6 +14753,14 @@ class AdminRoom:
 
     # What they say
 
+    def announce(self, text: str) -> None:
+        """Say something that nobody asked for, such as that there was a report."""
+
+        async def say() -> None:
+            self._say(reply_text(text))
+
+        self._later(say())
+
     def _may_command(self, user_id: str) -> bool:
         """Whether this is a user of this server, in the room, and an admin by the database."""
         is_here = self.hs.is_local(user_id) and self._room().membership(user_id) == "join"
@@ -13549,10 +15080,15 @@ class Homeserver:
         self.accounts = Accounts(self)
         self.profiles = Profiles(self)
         self.account_data = AccountData(self)
+        self.rooms.ignored = functools.partial(ignored_users, self)
         self.filters = Filters(self)
         self.directory = Directory(self)
+        self.threads = Threads(self)
         self.push_rules = PushRules(self)
         self.unread = Unread(self)
+        self.search = Search(self)
+        self.space_walks: LruCache[str, SpaceWalk] = LruCache(SPACE_MEMORY)
+        self.reports = Reports(self)
         self.receipts = Receipts(self)
         self.typing = Typing(self)
         self.presence = Presence(self)
@@ -13577,7 +15113,8 @@ class Homeserver:
     def _wire(self) -> None:
         """Who hears of what; the order here is the order in which they hear it.
 
-        A new event: presence (the sender is active), the admin room (it may be a command).
+        A new event: threads, presence (the sender is active), the admin room (it may be a command).
+        A report: the admin room.
         A changed membership: unread counts, typing, device lists, the syncs that wait.
         """
         self.accounts.on_account_created(functools.partial(auto_join, self))
@@ -13588,6 +15125,7 @@ class Homeserver:
         self.rooms.subscribe_membership(functools.partial(follow_into_replacement, self))
         self.rooms.subscribe(functools.partial(follow_tombstone, self))
         self.rooms.subscribe(functools.partial(guests_may_stay, self))
+        self.reports.subscribe(self.admin_room.announce)
 
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
@@ -13670,6 +15208,7 @@ class Homeserver:
             try:
                 self._save()
                 await self.accounts.expire()
+                await self.search.catch_up()
                 with self.db.write():
                     self.db.execute("PRAGMA incremental_vacuum(200)").fetchall()
             except MatrixError as error:
@@ -13692,8 +15231,14 @@ class Homeserver:
 SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 12)]
 UNSTABLE_FEATURES = {
     "org.matrix.e2e_cross_signing": True,
+    "org.matrix.msc3030": True,
+    "org.matrix.msc3440.stable": True,
+    "org.matrix.msc3874": True,
     "org.matrix.msc3916.stable": True,
+    "org.matrix.msc3981": True,
     "org.matrix.msc4222": True,
+    "org.matrix.msc4306": True,
+    "uk.half-shot.msc2666.query_mutual_rooms.stable": True,
 }
 
 
