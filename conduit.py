@@ -8347,7 +8347,7 @@ def follows_thread(rooms: RoomReader, event: Event, user_id: str) -> bool | None
     if row is None:
         sql = "SELECT 1 FROM thread_subscriptions WHERE user_nid = ? LIMIT 1"
         return None if rooms.database.one(sql, (user_nid,)) is None else False
-    return row[0] != "none"
+    return bool(row[0] != "none")
 
 
 # ── 41.2  Children ───────────────────────────────────────────────────────────
@@ -11167,7 +11167,7 @@ TEXTS = """
     SELECT nid, text
     FROM json_each(:rooms)
     JOIN search_texts ON room_nid = value AND pos <= :upto
-    WHERE key IN (SELECT value FROM json_each(:keys))
+    WHERE search_texts.key IN (SELECT value FROM json_each(:keys))
     ORDER BY pos DESC
 """
 
@@ -11277,7 +11277,7 @@ def search_context(hs: Homeserver, request: Request, event: Event, wanted: Json)
     past, future, every = (MIN_POSITION, pos - 1), (pos, room.last_pos), EventFilter({})
     before = read_page(hs, nid, room, past, every, before_limit, backwards=True)
     after = read_page(hs, nid, room, future, every, after_limit, backwards=False)
-    context = {
+    context: Json = {
         "start": stream_token(before.end),
         "end": stream_token(after.end),
         "events_before": as_clients(hs, request, before.events),
@@ -11485,9 +11485,9 @@ class SpaceWalk(NamedTuple):
 def child_rank(child: Event) -> tuple[bool, str, int, str]:
     """The place of a child in its space.  Spec: "Ordering of children within a space"."""
     order = child.content.get("order")
-    is_valid = isinstance(order, str) and SPACE_ORDER.fullmatch(order) is not None
-    key = cast(str, child.state_key)
-    return not is_valid, order if is_valid else "", child.origin_server_ts, key
+    if not isinstance(order, str) or not SPACE_ORDER.fullmatch(order):
+        order = ""
+    return not order, order, child.origin_server_ts, cast(str, child.state_key)
 
 
 def children_state(room: Room, *, suggested_only: bool) -> list[Json]:

@@ -8036,6 +8036,242 @@ def test_deactivated_users_are_not_found(server: Server, alice: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  41. RELATIONS
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+def related(kind: str, parent: str, text: str = "child", **more: Any) -> Json:
+    """The content of a text message that relates to another event."""
+    relation = {"rel_type": kind, "event_id": parent}
+    return {"msgtype": "m.text", "body": text, "m.relates_to": relation, **more}
+
+
+def edit_of(parent: str, text: str) -> Json:
+    """The content of an edit."""
+    return related("m.replace", parent, f"* {text}", **{"m.new_content": message(text)})
+
+
+def message(text: str) -> Json:
+    """The content of a text message."""
+    return {"msgtype": "m.text", "body": text}
+
+
+def say(client: Client, room_id: str, content: Json) -> str:
+    """Send a message with any content; its event id."""
+    return client.send(room_id, "m.room.message", content)
+
+
+def ignore(client: Client, *others: Client) -> None:
+    """Make these the users whom a client ignores."""
+    content = {"ignored_users": {other.user_id: {} for other in others}}
+    ok(client.put(("user", client.user_id, "account_data", "m.ignored_user_list"), content))
+
+
+def sums(client: Client, room_id: str, event_id: str) -> Json:
+    """The aggregations that come with an event."""
+    event = ok(client.get(("rooms", room_id, "event", event_id)))
+    return cast("Json", event["unsigned"].get("m.relations", {}))
+
+
+def v1(*parts: str) -> str:
+    """A path below /_matrix/client/v1/."""
+    return "/_matrix/client/v1/" + "/".join(quote(part, safe="") for part in parts)
+
+
+def related_ids(client: Client, room_id: str, *parts: str, **query: Any) -> list[str]:
+    """The ids in one page of /relations."""
+    page = ok(client.get(v1("rooms", room_id, "relations", *parts), **query))
+    return [event["event_id"] for event in page["chunk"]]
+
+
+def test_the_latest_valid_edit_is_bundled(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    event_id = alice.send_text(room_id, "first")
+    say(alice, room_id, edit_of(event_id, "second"))
+    newest = say(alice, room_id, edit_of(event_id, "third"))
+    say(bob, room_id, edit_of(event_id, "not the sender"))
+    say(alice, room_id, related("m.replace", event_id, "without new content"))
+    alice.send(room_id, "org.example.other", edit_of(event_id, "of another type"))
+    edit = sums(bob, room_id, event_id)["m.replace"]
+    assert (edit["event_id"], edit["content"]["m.new_content"]["body"]) == (newest, "third")
+    say(alice, room_id, edit_of(newest, "an edit of an edit"))
+    assert sums(bob, room_id, newest) == {}
+
+
+def test_edits_are_bundled_at_every_door(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    event_id = alice.send_text(room_id, "zebra")
+    edit = say(alice, room_id, edit_of(event_id, "zebra too"))
+    for _ in range(3):
+        alice.send_text(room_id, "later")
+    context = ok(alice.get(("rooms", room_id, "context", event_id)))
+    room_events = {"search_term": "zebra"}
+    found = ok(bob.post("search", {"search_categories": {"room_events": room_events}}))
+    limited = bob.sync(filter={"room": {"timeline": {"limit": 5}}})
+    seen = [
+        *alice.messages(room_id)["chunk"],
+        context["event"],
+        found["search_categories"]["room_events"]["results"][0]["result"],
+        *bob.timeline(room_id, limited),
+    ]
+    originals = [event for event in seen if event["event_id"] == event_id]
+    assert len(originals) == 4
+    for event in originals:
+        assert event["content"]["body"] == "zebra"
+        assert event["unsigned"]["m.relations"]["m.replace"]["event_id"] == edit
+
+
+def test_redacting_edits_goes_back_one_by_one(alice: Client) -> None:
+    room_id = alice.create_room()
+    event_id = alice.send_text(room_id, "first")
+    edits = [say(alice, room_id, edit_of(event_id, text)) for text in ("second", "third")]
+    alice.redact(room_id, edits[1])
+    assert sums(alice, room_id, event_id)["m.replace"]["event_id"] == edits[0]
+    alice.redact(room_id, event_id)
+    assert sums(alice, room_id, event_id) == {}
+
+
+def test_encrypted_edits_are_valid_without_new_content(alice: Client) -> None:
+    room_id = alice.create_room()
+    cipher = {"algorithm": "m.megolm.v1.aes-sha2", "ciphertext": "x"}
+    event_id = alice.send(room_id, "m.room.encrypted", cipher)
+    relation = {"m.relates_to": {"rel_type": "m.replace", "event_id": event_id}}
+    edit = alice.send(room_id, "m.room.encrypted", {**cipher, **relation})
+    assert sums(alice, room_id, event_id)["m.replace"]["event_id"] == edit
+
+
+def test_a_thread_is_summed_up(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    root = alice.send_text(room_id, "root")
+    replies = [say(bob, room_id, related("m.thread", root, f"{n}")) for n in range(3)]
+    edit = say(bob, room_id, edit_of(replies[2], "better"))
+    for client in (alice, bob):
+        thread = sums(client, room_id, root)["m.thread"]
+        assert (thread["count"], thread["current_user_participated"]) == (3, True)
+        latest = thread["latest_event"]
+        assert latest["event_id"] == replies[2]
+        assert latest["unsigned"]["m.relations"]["m.replace"]["event_id"] == edit
+    bob.redact(room_id, replies[2])
+    thread = sums(alice, room_id, root)["m.thread"]
+    assert (thread["count"], thread["latest_event"]["event_id"]) == (2, replies[1])
+    bob.redact(room_id, replies[0])
+    bob.redact(room_id, replies[1])
+    assert sums(alice, room_id, root) == {}
+
+
+def test_who_only_reads_a_thread_has_no_part_in_it(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    root = alice.send_text(room_id, "root")
+    say(alice, room_id, related("m.thread", root))
+    assert sums(bob, room_id, root)["m.thread"]["current_user_participated"] is False
+    say(bob, room_id, related("m.thread", root))
+    assert sums(bob, room_id, root)["m.thread"]["current_user_participated"] is True
+
+
+def test_references_are_listed_and_reactions_are_not(alice: Client) -> None:
+    room_id = alice.create_room()
+    event_id = alice.send_text(room_id, "poll")
+    votes = [say(alice, room_id, related("m.reference", event_id)) for _ in range(3)]
+    relation = {"rel_type": "m.annotation", "event_id": event_id, "key": "x"}
+    alice.send(room_id, "m.reaction", {"m.relates_to": relation})
+    found = sums(alice, room_id, event_id)
+    assert found == {"m.reference": {"chunk": [{"event_id": vote} for vote in votes]}}
+
+
+def test_state_events_have_no_aggregations(alice: Client) -> None:
+    room_id = alice.create_room()
+    topic = alice.set_state(room_id, "m.room.topic", {"topic": "x"})
+    say(alice, room_id, related("m.reference", topic))
+    assert sums(alice, room_id, topic) == {}
+
+
+def test_no_thread_starts_from_what_has_a_relation(alice: Client) -> None:
+    room_id = alice.create_room()
+    root = alice.send_text(room_id, "root")
+    reply = say(alice, room_id, related("m.thread", root))
+    path = ("rooms", room_id, "send", "m.room.message", unique())
+    fails(alice.put(path, related("m.thread", reply)), 400, "M_UNKNOWN")
+    rich = {**message("reply"), "m.relates_to": {"m.in_reply_to": {"event_id": root}}}
+    say(alice, room_id, related("m.thread", say(alice, room_id, rich)))
+
+
+def test_relations_of_other_rooms_do_not_count(alice: Client) -> None:
+    here, there = alice.create_room(), alice.create_room()
+    event_id = alice.send_text(here, "here")
+    for kind in ("m.thread", "m.reference", "m.replace"):
+        say(alice, there, related(kind, event_id, **{"m.new_content": message("x")}))
+    assert sums(alice, here, event_id) == {}
+    assert related_ids(alice, here, event_id) == []
+
+
+def test_sec_24_ignored_users_are_left_out_everywhere(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    root = alice.send_text(room_id, "root quokka")
+    mine = say(alice, room_id, related("m.thread", root, "mine"))
+    theirs = say(bob, room_id, related("m.thread", root, "theirs quokka"))
+    reference = say(bob, room_id, related("m.reference", root))
+    other_root = bob.send_text(room_id, "a thread of bob's")
+    answer = say(alice, room_id, related("m.thread", other_root, "answer"))
+    ignore(alice, bob)
+    thread = sums(alice, room_id, root)
+    assert "m.reference" not in thread
+    assert thread["m.thread"]["count"] == 1
+    assert thread["m.thread"]["latest_event"]["event_id"] == mine
+    assert related_ids(alice, room_id, root) == [mine]
+    assert related_ids(alice, room_id, other_root) == [answer]
+    shown = {event["event_id"] for event in alice.messages(room_id)["chunk"]}
+    shown |= {event["event_id"] for event in alice.timeline(room_id, alice.sync())}
+    assert not shown & {theirs, reference, other_root}
+    fails(alice.get(("rooms", room_id, "event", theirs)), 404, "M_NOT_FOUND")
+    fails(alice.get(("rooms", room_id, "context", theirs)), 404, "M_NOT_FOUND")
+    assert found_bodies(alice, "quokka") == ["root quokka"]
+    threads = ok(alice.get(v1("rooms", room_id, "threads")))["chunk"]
+    assert [event["event_id"] for event in threads] == [other_root, root]
+    assert threads[0]["content"] == {}
+    ignore(alice)
+    assert sums(alice, room_id, root)["m.thread"]["count"] == 2
+
+
+# ── 41.4  Threads and push rules ─────────────────────────────────────────────
+
+
+def subscription(room_id: str, root: str) -> str:
+    """The path of the subscription to a thread."""
+    parts = "/".join(quote(part, safe="") for part in (room_id, "thread", root))
+    return f"/_matrix/client/unstable/io.element.msc4306/rooms/{parts}/subscription"
+
+
+def test_subscriptions_decide_what_notifies(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    roots = [alice.send_text(room_id, f"root {n}") for n in range(2)]
+    say(alice, room_id, related("m.thread", roots[0]))
+    assert thread_counts(bob, room_id)[roots[0]] == (1, 0)  # bob never subscribed to anything
+    ok(bob.put(subscription(room_id, roots[1])))
+    ok(bob.put(rule_path("room", room_id), {"actions": []}))  # the room is muted
+    for root in roots:
+        say(alice, room_id, related("m.thread", root))
+    counts = thread_counts(bob, room_id)
+    assert (counts[roots[0]], counts[roots[1]]) == ((1, 0), (1, 0))
+    mention = {"m.mentions": {"user_ids": [bob.user_id]}}
+    say(alice, room_id, related("m.thread", roots[0], **mention))
+    assert thread_counts(bob, room_id)[roots[0]] == (2, 1)
+    ok(bob.delete(subscription(room_id, roots[1])))
+    say(alice, room_id, related("m.thread", roots[1]))
+    assert thread_counts(bob, room_id)[roots[1]] == (1, 0)
+
+
+def test_rules_of_the_kind_postcontent_are_the_servers(alice: Client) -> None:
+    rules = ok(alice.get("pushrules/"))["global"]["postcontent"]
+    names = [rule["rule_id"] for rule in rules]
+    prefix = ".io.element.msc4306.rule."
+    assert names == [f"{prefix}unsubscribed_thread", f"{prefix}subscribed_thread"]
+    body = {"actions": ["notify"], "conditions": []}
+    fails(alice.put("pushrules/global/postcontent/mine", body), 400, "M_INVALID_PARAM")
+    ok(alice.put(("pushrules", "global", "postcontent", names[0], "enabled"), {"enabled": False}))
+    assert ok(alice.get("pushrules/"))["global"]["postcontent"][0]["enabled"] is False
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  17. ROOMS AND MESSAGES
 # ═════════════════════════════════════════════════════════════════════════════
 
@@ -9926,6 +10162,619 @@ def family(server: Server) -> tuple[Client, Client]:
     if server.url not in FAMILY:
         FAMILY[server.url] = register(server, unique("ma")), register(server, unique("pa"))
     return FAMILY[server.url]
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  42. THREADS AND SEARCH
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+def test_relations_by_type_direction_and_page(alice: Client) -> None:
+    room_id = alice.create_room()
+    root = alice.send_text(room_id, "root")
+    replies = [say(alice, room_id, related("m.thread", root, f"{n}")) for n in range(7)]
+    reaction = {"m.relates_to": {"rel_type": "m.annotation", "event_id": root, "key": "x"}}
+    liked = alice.send(room_id, "m.reaction", reaction)
+    assert related_ids(alice, room_id, root) == [liked, *reversed(replies)]
+    assert related_ids(alice, room_id, root, "m.thread") == replies[::-1]
+    assert related_ids(alice, room_id, root, "m.annotation", "m.reaction") == [liked]
+    assert related_ids(alice, room_id, root, "m.thread", "m.reaction") == []
+    assert related_ids(alice, room_id, root, dir="f", limit=3) == replies[:3]
+    seen, token = list[str](), ""
+    path = v1("rooms", room_id, "relations", root, "m.thread")
+    while True:
+        page = ok(alice.get(path, limit=3, **({"from": token} if token else {})))
+        assert ("prev_batch" in page) == bool(token)
+        seen += [event["event_id"] for event in page["chunk"]]
+        if "next_batch" not in page:
+            break
+        token = page["next_batch"]
+    assert seen == replies[::-1]
+    fails(alice.get(path, **{"from": "nonsense"}), 400, "M_INVALID_PARAM")
+    fails(alice.get(path, dir="x"), 400, "M_INVALID_PARAM")
+    fails(alice.get(path, limit=0), 400, "M_INVALID_PARAM")
+    fails(alice.get(v1("rooms", room_id, "relations", "$nothing")), 404, "M_NOT_FOUND")
+
+
+def test_sec_47_relations_recurse_three_levels_and_end(alice: Client) -> None:
+    room_id = alice.create_room()
+    chain = [alice.send_text(room_id, "root")]
+    for _ in range(6):
+        chain.append(say(alice, room_id, related("m.reference", chain[-1])))
+    path = v1("rooms", room_id, "relations", chain[0])
+    page = ok(alice.get(path, recurse="true"))
+    assert [event["event_id"] for event in page["chunk"]] == chain[3:0:-1]
+    assert page["recursion_depth"] == 3
+    assert "recursion_depth" not in ok(alice.get(path))
+    edit = say(alice, room_id, edit_of(chain[1], "edited"))
+    found = related_ids(alice, room_id, chain[0], "m.replace", recurse="true")
+    assert found == [edit]
+    assert related_ids(alice, room_id, chain[0], recurse="true", limit=2, dir="f") == chain[1:3]
+
+
+def test_redacted_children_are_no_relations(alice: Client) -> None:
+    room_id = alice.create_room()
+    root = alice.send_text(room_id, "root")
+    replies = [say(alice, room_id, related("m.thread", root)) for _ in range(2)]
+    alice.redact(room_id, replies[0])
+    assert related_ids(alice, room_id, root) == replies[1:]
+
+
+def test_messages_can_be_filtered_by_relation(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    root = alice.send_text(room_id, "root")
+    plain = alice.send_text(room_id, "plain")
+    reply = say(bob, room_id, related("m.thread", root))
+    edit = say(alice, room_id, edit_of(plain, "edited"))
+
+    def shown(**wanted: Any) -> list[str]:
+        wanted["types"] = ["m.room.message"]
+        page = alice.messages(room_id, filter=json.dumps(wanted))
+        return [event["event_id"] for event in page["chunk"]]
+
+    assert shown(related_by_rel_types=["m.thread"]) == [root]
+    assert shown(related_by_senders=[bob.user_id]) == [root]
+    assert shown(related_by_senders=["@nobody:test.example"]) == []
+    assert shown(related_by_senders=[alice.user_id], related_by_rel_types=["m.thread"]) == []
+    for prefix in ("", "org.matrix.msc3874."):
+        assert shown(**{f"{prefix}rel_types": ["m.thread"]}) == [reply]
+        assert shown(**{f"{prefix}not_rel_types": ["m.thread"]}) == [edit, plain, root]
+        both = {f"{prefix}rel_types": ["m.thread", "m.replace"]}
+        assert shown(**both, **{f"{prefix}not_rel_types": ["m.thread"]}) == [edit]
+    assert shown(not_rooms=[room_id]) == []
+    assert shown(not_senders=[alice.user_id]) == [reply]
+    assert shown(contains_url=True) == []
+
+
+def thread_ids(client: Client, room_id: str, **query: Any) -> list[str]:
+    """The ids of all thread roots of a room, page by page."""
+    found: list[str] = []
+    while True:
+        page = ok(client.get(v1("rooms", room_id, "threads"), **query))
+        found += [event["event_id"] for event in page["chunk"]]
+        if "next_batch" not in page:
+            return found
+        query["from"] = page["next_batch"]
+
+
+def test_threads_come_by_their_newest_reply(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    roots = [alice.send_text(room_id, f"root {n}") for n in range(5)]
+    for root in (*roots, roots[1], roots[0]):
+        say(bob, room_id, related("m.thread", root))
+        say(alice, room_id, related("m.thread", root))
+    order = [roots[0], roots[1], *roots[:1:-1]]
+    for limit in (1, 2, 3, 10):
+        assert thread_ids(bob, room_id, limit=limit) == order
+    theirs = bob.send_text(room_id, "of bob's")
+    say(bob, room_id, related("m.thread", theirs))
+    assert thread_ids(alice, room_id, include="participated", limit=2) == order
+    assert thread_ids(alice, room_id) == [theirs, *order]
+    path = v1("rooms", room_id, "threads")
+    fails(alice.get(path, include="some"), 400, "M_INVALID_PARAM")
+    fails(alice.get(path, **{"from": "nonsense"}), 400, "M_INVALID_PARAM")
+    stranger = register(alice.server)
+    fails(stranger.get(path), 403, "M_FORBIDDEN")
+
+
+def test_thread_subscriptions_by_hand_and_by_themselves(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    root = alice.send_text(room_id, "root")
+    path = subscription(room_id, root)
+    fails(bob.get(path), 404, "M_NOT_FOUND")
+    ok(bob.delete(path))
+    causes = [say(alice, room_id, related("m.thread", root)) for _ in range(2)]
+    outside = alice.send_text(room_id, "outside")
+    for event_id in (outside, root, "$nothing"):
+        answer = bob.put(path, {"automatic": event_id})
+        fails(answer, 400, "IO.ELEMENT.MSC4306.M_NOT_IN_THREAD")
+    ok(bob.put(path, {"automatic": causes[0]}))
+    assert ok(bob.get(path)) == {"automatic": True}
+    ok(bob.put(path))
+    ok(bob.put(path, {"automatic": causes[1]}))
+    assert ok(bob.get(path)) == {"automatic": False}  # by hand goes first
+    ok(bob.delete(path))
+    answer = bob.put(path, {"automatic": causes[1]})
+    fails(answer, 409, "IO.ELEMENT.MSC4306.M_CONFLICTING_UNSUBSCRIPTION")
+    ok(bob.put(path, {"automatic": say(alice, room_id, related("m.thread", root))}))
+    assert ok(bob.get(path)) == {"automatic": True}
+    stranger = register(alice.server)
+    for method in ("GET", "PUT", "DELETE"):
+        fails(stranger.request(method, path, {}), 404, "M_NOT_FOUND")
+    fails(bob.put(path, {"automatic": 1}), 400, "M_BAD_JSON")
+
+
+def test_a_day_finds_its_event(alice: Client) -> None:
+    room_id = alice.create_room()
+    events = []
+    for n in range(3):
+        events.append(alice.send_text(room_id, f"{n}"))
+        time.sleep(0.02)
+    times = [ok(alice.get(("rooms", room_id, "event", e)))["origin_server_ts"] for e in events]
+    path = v1("rooms", room_id, "timestamp_to_event")
+    for n in range(3):
+        for direction in ("b", "f"):
+            found = ok(alice.get(path, ts=times[n], dir=direction))
+            assert found == {"event_id": events[n], "origin_server_ts": times[n]}
+    assert ok(alice.get(path, ts=times[1] + 1, dir="b"))["event_id"] == events[1]
+    assert ok(alice.get(path, ts=times[1] + 1, dir="f"))["event_id"] == events[2]
+    fails(alice.get(path, ts=times[2] + 1, dir="f"), 404, "M_NOT_FOUND")
+    fails(alice.get(path, ts=1, dir="b"), 404, "M_NOT_FOUND")
+    fails(alice.get(path, dir="b"), 400, "M_MISSING_PARAM")
+    fails(alice.get(path, ts="x", dir="b"), 400, "M_INVALID_PARAM")
+    fails(alice.get(path, ts=1, dir="x"), 400, "M_INVALID_PARAM")
+
+
+# ── 42.6  Searching ──────────────────────────────────────────────────────────
+
+
+def search(client: Client, term: str, token: str | None = None, **wanted: Any) -> Json:
+    """The room_events of a search's answer."""
+    body = {"search_categories": {"room_events": {"search_term": term, **wanted}}}
+    query = {} if token is None else {"next_batch": token}
+    found = ok(client.post("search", body, **query))
+    return cast("Json", found["search_categories"]["room_events"])
+
+
+def found_bodies(client: Client, term: str, **wanted: Any) -> list[str]:
+    """The texts of the results of a search."""
+    results = search(client, term, **wanted)["results"]
+    return [result["result"]["content"].get("body") for result in results]
+
+
+def test_search_finds_words_in_messages_names_and_topics(alice: Client) -> None:
+    room_id = alice.create_room(name="Wombat Café", topic="where a Wombat lives")
+    alice.send_text(room_id, "a wombat")
+    alice.send_text(room_id, "two wombats, and again wombats")
+    alice.send_text(room_id, "a kangaroo")
+    found = search(alice, "WOMBAT")
+    assert (found["count"], found["highlights"]) == (4, ["wombat"])
+    ranks = [result["rank"] for result in found["results"]]
+    assert ranks == sorted(ranks, reverse=True)
+    assert found_bodies(alice, "again wombats") == ["two wombats, and again wombats"]
+    assert len(search(alice, "cafe")["results"]) == 1
+    for key, count in {"content.body": 2, "content.name": 1, "content.topic": 1}.items():
+        assert len(search(alice, "wombat", keys=[key])["results"]) == count
+    assert search(alice, "!!!")["results"] == search(alice, "")["results"] == []
+    assert found_bodies(alice, 'wombat" OR kangaroo') == []
+    recent = found_bodies(alice, "wombat", order_by="recent", keys=["content.body"])
+    assert recent == ["two wombats, and again wombats", "a wombat"]
+
+
+def test_search_refuses_what_it_does_not_know(alice: Client) -> None:
+    for wanted in (
+        {"order_by": "size"},
+        {"keys": ["content.url"]},
+        {"filter": {"limit": 0}},
+        {"groupings": {"group_by": [{"key": "day"}]}},
+    ):
+        body = {"search_categories": {"room_events": {"search_term": "x", **wanted}}}
+        fails(alice.post("search", body), 400, "M_INVALID_PARAM")
+    assert ok(alice.post("search", {"search_categories": {}})) == {"search_categories": {}}
+    fails(alice.post("search", {}), 400, "M_MISSING_PARAM")
+    body = {"search_categories": {"room_events": {"search_term": "x"}}}
+    deep = base64.b64encode(b"[" * 5000).decode()
+    for token in ("?", "x", "W10", base64.b64encode(b"[1,2,3,4]").decode(), deep, "MQ"):
+        fails(alice.post("search", body, next_batch=token), 400, "M_INVALID_PARAM")
+
+
+def test_search_pages_groups_context_and_state(alice: Client, bob: Client) -> None:
+    rooms = [alice.room_with(bob) for _ in range(2)]
+    for n in range(6):
+        (alice, bob)[n % 2].send_text(rooms[n % 2], f"numbat {n}")
+    wanted: Json = {
+        "order_by": "recent",
+        "filter": {"limit": 4},
+        "groupings": {"group_by": [{"key": "room_id"}, {"key": "sender"}]},
+        "event_context": {"before_limit": 1, "after_limit": 1, "include_profile": True},
+        "include_state": True,
+    }
+    page = search(alice, "numbat", **wanted)
+    texts = [one["result"]["content"]["body"] for one in page["results"]]
+    assert texts == [f"numbat {n}" for n in (5, 4, 3, 2)]
+    alice.send_text(rooms[0], "numbat too late")  # pages do not move
+    rest = search(alice, "numbat", page["next_batch"], **wanted)
+    assert [one["result"]["content"]["body"] for one in rest["results"]] == ["numbat 1", "numbat 0"]
+    assert "next_batch" not in rest
+    by_room = page["groups"]["room_id"]
+    assert {room: len(group["results"]) for room, group in by_room.items()} == {
+        rooms[0]: 2,
+        rooms[1]: 2,
+    }
+    group = search(alice, "numbat", by_room[rooms[1]]["next_batch"], **wanted)
+    assert [one["result"]["content"]["body"] for one in group["results"]] == ["numbat 1"]
+    assert set(page["groups"]["sender"]) == {alice.user_id, bob.user_id}
+    context = page["results"][2]["context"]
+    assert [e["content"]["body"] for e in context["events_before"]] == ["numbat 1"]
+    assert [e["content"]["body"] for e in context["events_after"]] == ["numbat 5"]
+    assert set(context["profile_info"]) == {bob.user_id}
+    assert {event["type"] for event in page["state"][rooms[0]]} >= {"m.room.create"}
+    only = found_bodies(alice, "numbat", filter={"senders": [bob.user_id]}, order_by="recent")
+    assert only == [f"numbat {n}" for n in (5, 3, 1)]
+    assert found_bodies(alice, "numbat", filter={"rooms": [rooms[1]], "not_rooms": rooms}) == []
+
+
+def test_edits_change_what_is_found(alice: Client) -> None:
+    room_id = alice.create_room()
+    event_id = alice.send_text(room_id, "a quoll")
+    assert found_bodies(alice, "quoll") == ["a quoll"]
+    edit = say(alice, room_id, edit_of(event_id, "a bilby"))
+    assert found_bodies(alice, "quoll") == []
+    found = search(alice, "bilby")["results"]
+    assert [one["result"]["event_id"] for one in found] == [event_id]
+    alice.redact(room_id, edit)
+    assert found_bodies(alice, "quoll") == ["a quoll"]
+    assert found_bodies(alice, "bilby") == []
+
+
+def test_sec_17_redacted_content_is_nowhere(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice = register(server)
+    room_id = alice.create_room()
+    secret = f"secret{secrets.token_hex(8)}"
+    root = alice.send_text(room_id, "root")
+    gone = say(alice, room_id, related("m.thread", root, secret))
+    assert found_bodies(alice, secret) == [secret]
+    stranger = register(server)
+    path = ("rooms", room_id, "redact", gone, unique())
+    fails(stranger.put(path, {}), 403, "M_FORBIDDEN")
+    alice.redact(room_id, gone)
+    assert found_bodies(alice, secret) == []
+    assert sums(alice, room_id, root) == {}
+    assert related_ids(alice, room_id, root) == []
+    assert thread_ids(alice, room_id) == []
+    server.stop()
+    with contextlib.closing(sqlite3.connect(server.database)) as database:
+        database.execute("VACUUM")
+        dump = "\n".join(database.iterdump())
+    assert secret not in dump
+
+
+def test_encrypted_rooms_have_nothing_to_search(alice: Client) -> None:
+    room_id = alice.create_room()
+    alice.send_text(room_id, "a potoroo")
+    assert found_bodies(alice, "potoroo") == ["a potoroo"]
+    alice.set_state(room_id, "m.room.encryption", {"algorithm": "m.megolm.v1.aes-sha2"})
+    alice.send_text(room_id, "a second potoroo")
+    assert found_bodies(alice, "potoroo") == []
+
+
+def test_search_survives_a_kill_and_does_without_its_index(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    alice = register(server)
+    room_id = alice.create_room()
+    alice.send_text(room_id, "one bandicoot")
+    assert found_bodies(alice, "bandicoot") == ["one bandicoot"]
+    alice.send_text(room_id, "two bandicoots bandicoots")
+    server.kill9()
+    server.start()
+    both = ["two bandicoots bandicoots", "one bandicoot"]
+    assert found_bodies(alice, "bandicoot") == both
+    server.stop()
+    server.check()
+    with contextlib.closing(sqlite3.connect(server.database)) as database:
+        database.execute("DELETE FROM meta WHERE key = 'search_indexed'")  # as without FTS5
+        database.execute("DROP TABLE search_index")
+        database.commit()
+    server.start()
+    assert found_bodies(alice, "bandicoot") == both
+
+
+def test_the_fallback_reads_the_texts_one_by_one() -> None:
+    rows = ((3, "content.body", "Ein Beuteldachs"), (2, "content.body", "two, BEUTELDACHSE"))
+    params = {"rooms": "[1]", "keys": '["content.body"]', "upto": 9}
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.execute("CREATE TABLE search_texts (nid, room_nid, pos, key, text)")
+        for nid, key, text in (*rows, (1, "content.name", "beuteldachs")):
+            row = (nid, 1, nid, key, text)
+            database.execute("INSERT INTO search_texts VALUES (?, ?, ?, ?, ?)", row)
+        for words, nids in ((["beuteldachs"], [3, 2]), (["ein", "beuteldachs"], [3]), (["x"], [])):
+            hits = conduit.find_hits(database, words, conduit.TEXTS, params)
+            assert [nid for nid, _ in hits] == nids
+
+
+def test_topics_have_a_plain_text() -> None:
+    rich = {"m.text": [{"mimetype": "text/html", "body": "<b>x</b>"}, {"body": "x"}]}
+    assert conduit.plain_topic({"topic": "old", "m.topic": rich}) == "x"
+    for odd in ({}, {"m.text": 1}, {"m.text": [1, {"body": 2}]}, 3):
+        assert conduit.plain_topic({"topic": "old", "m.topic": odd}) in ("old", None)
+
+
+# ── 42.7  History visibility at these doors ──────────────────────────────────
+
+
+@pytest.mark.parametrize("visibility", ["world_readable", "shared", "invited", "joined"])
+def test_sec_19_history_visibility_at_the_doors_of_relations(
+    server: Server, visibility: str
+) -> None:
+    owner, late, left, never = (register(server) for _ in range(4))
+    setting = {"type": "m.room.history_visibility", "content": {"history_visibility": visibility}}
+    room_id = owner.create_room(preset="public_chat", initial_state=[setting])
+    left.join(room_id)
+    word = f"thylacine{secrets.token_hex(4)}"
+    root = owner.send_text(room_id, f"{word} root")
+    before = say(owner, room_id, related("m.thread", root, f"{word} before"))
+    left.leave(room_id)
+    hidden = say(owner, room_id, related("m.thread", root, f"{word} hidden"))
+    day = ok(owner.get(("rooms", room_id, "event", hidden)))["origin_server_ts"]
+    late.join(room_id)
+    after = say(owner, room_id, related("m.thread", root, f"{word} after"))
+    open_to = {"world_readable": "all", "shared": "late"}.get(visibility, "")
+    expected = {
+        owner: [after, hidden, before],
+        late: [after, hidden, before] if open_to else [after],
+        left: [after, hidden, before] if open_to == "all" else [before],
+        never: [after, hidden, before] if open_to == "all" else [],
+    }
+    for client, seen in expected.items():
+        sees_root = before in seen
+        path = v1("rooms", room_id, "relations", root)
+        answer = client.get(path)
+        if sees_root:
+            assert [event["event_id"] for event in ok(answer)["chunk"]] == seen
+            thread = sums(client, room_id, root)["m.thread"]
+            assert thread["latest_event"]["event_id"] == seen[0]
+            assert thread["count"] == len(seen)
+            assert thread_ids(client, room_id) == [root]
+            ok(client.put(subscription(room_id, root)))
+        else:
+            fails(answer, 404, "M_NOT_FOUND")
+            fails(client.put(subscription(room_id, root)), 404, "M_NOT_FOUND")
+            fails(client.get(("rooms", room_id, "event", root)), 404)
+        found = {one["result"]["event_id"] for one in search(client, word)["results"]}
+        assert found == ({root, *seen} if sees_root else set(seen)) - (
+            {root, *seen} if client is never else set()
+        )
+        near = client.get(v1("rooms", room_id, "timestamp_to_event"), ts=day, dir="f")
+        if hidden not in seen:
+            assert near.status_code != 200 or near.json()["event_id"] != hidden
+
+
+def test_sec_45_a_long_hidden_past_does_not_end_the_way(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    owner, reader = register(server), register(server)
+    setting = {"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}
+    room_id = owner.create_room(preset="public_chat", initial_state=[setting])
+    root = owner.send_text(room_id, "root")
+    reader.join(room_id)
+    first = say(owner, room_id, related("m.thread", root, "seen dunnart"))
+    reader.leave(room_id)
+    for n in range(150):
+        say(owner, room_id, related("m.thread", root, f"hidden dunnart {n}"))
+    reader.join(room_id)
+    last = say(owner, room_id, related("m.thread", root, "last dunnart"))
+    path = v1("rooms", room_id, "timestamp_to_event")
+    start = ok(owner.get(path, ts=1, dir="f"))
+    assert ok(reader.get(path, ts=start["origin_server_ts"], dir="f"))["event_id"] != root
+    found = set(found_bodies(reader, "dunnart"))
+    assert found == {"seen dunnart", "last dunnart"}
+    visible = reader.send_text(room_id, "root of the reader's")
+    say(owner, room_id, related("m.thread", visible))
+    assert thread_ids(reader, room_id, limit=1) == [visible]
+    assert {first, last} <= {event["event_id"] for event in reader.messages(room_id)["chunk"]}
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  59. SPACES, SUMMARIES, REPORTS
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+def space(client: Client, **fields: Any) -> str:
+    """A new space."""
+    return client.create_room(creation_content={"type": "m.space"}, **fields)
+
+
+def add_child(client: Client, parent: str, child: str, **content: Any) -> None:
+    """Put a room into a space."""
+    via = {"via": [client.server.name], **content}
+    client.set_state(parent, "m.space.child", via, child)
+
+
+def hierarchy(client: Client, space_id: str, **query: Any) -> list[Json]:
+    """All rooms of a hierarchy, page by page."""
+    rooms: list[Json] = []
+    while True:
+        page = ok(client.get(v1("rooms", space_id, "hierarchy"), **query))
+        rooms += page["rooms"]
+        if "next_batch" not in page:
+            return rooms
+        query["from"] = page["next_batch"]
+
+
+def hierarchy_ids(client: Client, space_id: str, **query: Any) -> list[str]:
+    """The ids of the rooms of a hierarchy."""
+    return [room["room_id"] for room in hierarchy(client, space_id, **query)]
+
+
+def test_a_hierarchy_is_walked_in_order(alice: Client) -> None:
+    top, inner = space(alice), space(alice)
+    rooms = [alice.create_room(preset="public_chat") for _ in range(4)]
+    add_child(alice, top, rooms[0])
+    add_child(alice, top, rooms[1], order="b", suggested=True)
+    add_child(alice, top, inner, order="a")
+    add_child(alice, top, rooms[3], order="\t")  # not valid: as if there were none
+    add_child(alice, inner, rooms[2], suggested=True)
+    alice.set_state(top, "m.space.child", {}, alice.create_room())  # taken out again
+    whole = [top, inner, rooms[2], rooms[1], rooms[0], rooms[3]]
+    for limit in (1, 2, 100):
+        assert hierarchy_ids(alice, top, limit=limit) == whole
+    assert hierarchy_ids(alice, top, max_depth=0) == [top]
+    assert hierarchy_ids(alice, top, max_depth=1) == [top, inner, rooms[1], rooms[0], rooms[3]]
+    assert hierarchy_ids(alice, top, suggested_only="true") == [top, rooms[1]]
+    first = hierarchy(alice, top)[0]
+    assert first["room_type"] == "m.space"
+    children = [child["state_key"] for child in first["children_state"]]
+    assert children == [inner, rooms[1], rooms[0], rooms[3]]
+    path = v1("rooms", top, "hierarchy")
+    token = ok(alice.get(path, limit=1))["next_batch"]
+    again = {"limit": 2, "from": token}
+    assert ok(alice.get(path, **again))["rooms"] == ok(alice.get(path, **again))["rooms"]
+    fails(alice.get(path, max_depth=1, **again), 400, "M_INVALID_PARAM")
+    fails(alice.get(path, **{"from": "nonsense"}), 400, "M_INVALID_PARAM")
+    fails(alice.get(path, limit=0), 400, "M_INVALID_PARAM")
+    fails(register(alice.server).get(path, **again), 400, "M_INVALID_PARAM")
+
+
+def test_sec_47_spaces_in_a_circle_end(alice: Client) -> None:
+    one, two = space(alice), space(alice)
+    add_child(alice, one, two)
+    add_child(alice, two, one)
+    add_child(alice, one, one)
+    assert hierarchy_ids(alice, one) == [one, two]
+    below = space(alice)
+    deep = [below]
+    for _ in range(55):
+        deep.append(space(alice))
+        add_child(alice, deep[-2], deep[-1])
+    assert hierarchy_ids(alice, below, max_depth=10_000) == deep[:51]
+
+
+def test_sec_22_a_hierarchy_shows_only_what_one_may_know(alice: Client, bob: Client) -> None:
+    top = space(alice, preset="public_chat")
+    public = alice.create_room(preset="public_chat")
+    private = alice.create_room(name="private name")
+    invited = alice.create_room(bob)
+    knock = alice.create_room(
+        initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}]
+    )
+    condition = {"type": "m.room_membership", "room_id": top}
+    rule = {"join_rule": "restricted", "allow": [condition]}
+    restricted = alice.create_room(initial_state=[{"type": "m.room.join_rules", "content": rule}])
+    readable = {"history_visibility": "world_readable"}
+    world = alice.create_room(
+        initial_state=[{"type": "m.room.history_visibility", "content": readable}]
+    )
+    banned = alice.create_room(preset="public_chat")
+    ok(alice.post(("rooms", banned, "ban"), {"user_id": bob.user_id}))
+    every = [public, private, invited, knock, restricted, world, banned, "!nowhere:test.example"]
+    for room_id in every:
+        add_child(alice, top, room_id)
+    assert hierarchy_ids(alice, top) == [top, *every[:-1]]
+    assert hierarchy_ids(bob, top) == [top, public, invited, knock, world]
+    fails(bob.get(v1("room_summary", restricted)), 404, "M_NOT_FOUND")
+    bob.join(top)
+    rooms = hierarchy(bob, top)
+    assert [room["room_id"] for room in rooms] == [top, public, invited, knock, restricted, world]
+    assert rooms[4]["allowed_room_ids"] == [top]
+    assert "private name" not in json.dumps(rooms)
+    for room_id in (private, banned, "!nowhere:test.example"):
+        fails(bob.get(v1("room_summary", room_id)), 404, "M_NOT_FOUND")
+        fails(bob.get(v1("rooms", room_id, "hierarchy")), 403, "M_FORBIDDEN")
+    anyone = Client(alice.server)
+    for room_id in (private, invited, restricted):
+        fails(anyone.get(v1("room_summary", room_id)), 404, "M_NOT_FOUND")
+    for room_id in (public, knock, world):
+        assert ok(anyone.get(v1("room_summary", room_id)))["room_id"] == room_id
+
+
+def test_a_room_in_short(alice: Client, bob: Client) -> None:
+    alias = unique("short")
+    cipher = {"algorithm": "m.megolm.v1.aes-sha2"}
+    room_id = alice.room_with(
+        bob,
+        name="Short",
+        topic="plain",
+        preset="public_chat",
+        room_alias_name=alias,
+        initial_state=[{"type": "m.room.encryption", "content": cipher}],
+    )
+    full = f"#{alias}:test.example"
+    for path in (
+        v1("room_summary", full),
+        v1("room_summary", room_id),
+        f"/_matrix/client/unstable/im.nheko.summary/summary/{quote(room_id, safe='')}",
+        f"/_matrix/client/unstable/im.nheko.summary/rooms/{quote(room_id, safe='')}/summary",
+    ):
+        found = ok(bob.get(path))
+        wanted = {
+            "room_id": room_id,
+            "name": "Short",
+            "topic": "plain",
+            "canonical_alias": full,
+            "num_joined_members": 2,
+            "membership": "join",
+            "encryption": cipher["algorithm"],
+            "room_version": "12",
+            "join_rule": "public",
+        }
+        assert found | wanted == found
+    assert "membership" not in ok(Client(alice.server).get(v1("room_summary", room_id)))
+    assert ok(register(alice.server).get(v1("room_summary", room_id)))["membership"] == "leave"
+    fails(bob.get(v1("room_summary", "nonsense")), 400, "M_INVALID_PARAM")
+
+
+def test_mutual_rooms(alice: Client, bob: Client) -> None:
+    rooms = [alice.room_with(bob) for _ in range(3)]
+    alice.create_room(bob)
+    bob.leave(rooms[0])
+    answer = ok(alice.get(v1("mutual_rooms"), user_id=bob.user_id))
+    assert answer == {"joined": rooms[1:], "count": 2}
+    old = "/_matrix/client/unstable/uk.half-shot.msc2666/user/mutual_rooms"
+    assert ok(alice.get(old, user_id=bob.user_id)) == answer
+    nobody = ok(alice.get(v1("mutual_rooms"), user_id="@nobody:elsewhere.example"))
+    assert nobody == {"joined": [], "count": 0}
+    for wrong in (alice.user_id, "bob", "@Bob!:test.example"):
+        fails(alice.get(v1("mutual_rooms"), user_id=wrong), 400, "M_INVALID_PARAM")
+    fails(alice.get(v1("mutual_rooms")), 400, "M_MISSING_PARAM")
+    token = {"from": "nonsense"}
+    fails(alice.get(v1("mutual_rooms"), user_id=bob.user_id, **token), 400, "M_INVALID_PARAM")
+
+
+def test_reports_reach_the_admins(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    admin, alice, bob = (register(server) for _ in range(3))
+    room_id = alice.room_with(bob)
+    bad = bob.send_text(room_id, "bad")
+    ignore(alice, bob)
+    ok(alice.post(("rooms", room_id, "report", bad), {"reason": "<b>rude</b>"}))
+    ok(alice.post(("rooms", room_id, "report"), {"reason": ""}))
+    ok(alice.post(("users", bob.user_id, "report"), {"reason": "x" * 5000}))
+
+    def told(result: Json) -> bool:
+        events = json.dumps(result)
+        return all(text in events for text in (bad, "rude", f"the user {bob.user_id}", "x" * 1000))
+
+    assert admin.wait_for(lambda _: told(admin.sync()))
+    fails(alice.post(("rooms", room_id, "report")), 400, "M_MISSING_PARAM")
+    fails(alice.post(("users", bob.user_id, "report")), 400, "M_MISSING_PARAM")
+    fails(alice.post(("users", "bob", "report"), {"reason": ""}), 400, "M_INVALID_PARAM")
+
+
+def test_sec_23_reports_do_not_tell_what_exists(alice: Client, bob: Client) -> None:
+    room_id = alice.create_room()
+    event_id = alice.send_text(room_id, "x")
+    for room in (room_id, "!nowhere:test.example"):
+        assert ok(bob.post(("rooms", room, "report"), {"reason": ""})) == {}
+        answer = bob.post(("rooms", room, "report", event_id), {})
+        body = fails(answer, 404, "M_NOT_FOUND")
+        assert room not in body["error"]
+    for user_id in (alice.user_id, "@nobody:test.example", "@nobody:elsewhere.example"):
+        assert ok(bob.post(("users", user_id, "report"), {"reason": ""})) == {}
+    fails(alice.post(("rooms", room_id, "report", "$nothing"), {}), 404, "M_NOT_FOUND")
+    alice.redact(room_id, event_id)
+    fails(alice.post(("rooms", room_id, "report", event_id), {}), 404, "M_NOT_FOUND")
 
 
 # ═════════════════════════════════════════════════════════════════════════════
