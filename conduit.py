@@ -4306,7 +4306,7 @@ def relation_in(content: Json) -> tuple[str, str] | None:
     rel_type, parent = relates_to.get("rel_type"), relates_to.get("event_id")
     if not isinstance(rel_type, str) or not isinstance(parent, str):
         return None
-    return rel_type, parent
+    return (rel_type, parent) if max(len(rel_type), len(parent)) <= MAX_ID_BYTES else None
 
 
 def relation_of(event: Event) -> tuple[str, str] | None:
@@ -7549,7 +7549,7 @@ def ignored_users(hs: Homeserver, user_nid: UserNid) -> frozenset[str]:
     if found is None:
         content = hs.account_data.get(user_nid, NO_ROOM, "m.ignored_user_list") or {}
         listed = content.get("ignored_users")
-        found = frozenset(listed) if isinstance(listed, dict) else frozenset()
+        found = frozenset(listed if isinstance(listed, dict) else ()) - {hs.db.user_id(user_nid)}
         hs.account_data.ignored.put(user_nid, found)
     return found
 
@@ -8206,7 +8206,8 @@ def require_thread_root(hs: Homeserver, room: Room, content: Json) -> None:
 def started_by(event: Event) -> str | None:
     """The id of the event that a reply in a thread names as its root; None for what is none."""
     kind, root_id = relation_of(event) or ("", "")
-    return root_id if kind == THREAD and not event.is_state and event.pos is not None else None
+    counts = kind == THREAD and not event.is_state and not event.soft_failed
+    return root_id if counts and event.pos is not None else None
 
 
 class SubscriptionChange(NamedTuple):
@@ -8226,6 +8227,7 @@ class Threads:
         self.db = hs.db
         hs.rooms.subscribe(self._on_event)
         hs.rooms.subscribe_redaction(self._on_redaction)
+        hs.accounts.on_deactivated(self._forget_user)
 
     def senders(self, room_nid: RoomNid, root_id: str) -> list[tuple[UserNid, int, int]]:
         """Who wrote in a thread, how many replies, and the position of the newest."""
@@ -8305,6 +8307,9 @@ class Threads:
                 {"user": user_nid, "most": MAX_SUBSCRIPTIONS},
             )
 
+    def _forget_user(self, user_nid: UserNid) -> None:
+        self.db.execute("DELETE FROM thread_subscriptions WHERE user_nid = ?", (user_nid,))
+
     def changed(
         self, user_nid: UserNid, since: int, upto: int, limit: int
     ) -> list[SubscriptionChange]:
@@ -8369,8 +8374,15 @@ def children(hs: Homeserver, parent: Event, rel_type: str, limit: int) -> list[E
     return hs.rooms.events_by_nids(row[0] for row in hs.db.all(CHILDREN_NEWEST, key))
 
 
-def latest_edit(hs: Homeserver, event: Event) -> Event | None:
-    """The newest valid replacement of an event, or None.
+def is_accepted(event: Event) -> bool:
+    """Whether an event counts in its room."""
+    return event.rejected is None and not event.soft_failed
+
+
+def latest_edit(
+    hs: Homeserver, event: Event, may_see: Callable[[Event], bool] = is_accepted
+) -> Event | None:
+    """The newest valid replacement of an event that may be seen, or None.
 
     Spec: CS-API "Validity of replacement events". The new content of an encrypted one is inside.
     """
@@ -8382,6 +8394,7 @@ def latest_edit(hs: Homeserver, event: Event) -> Event | None:
         for edit in children(hs, event, REPLACE, MAX_EDITS)
         if (edit.sender, edit.type, edit.is_state) == (event.sender, event.type, False)
         and (edit.type == "m.room.encrypted" or isinstance(edit.content.get("m.new_content"), dict))
+        and may_see(edit)
     )
     return max(valid, key=lambda edit: (edit.origin_server_ts, edit.event_id), default=None)
 
@@ -8434,10 +8447,8 @@ class Reader(NamedTuple):
 
 def sum_up_edits(reader: Reader, event: Event) -> Json | None:
     """The newest edit.  Spec: "Server-side aggregation of `m.replace` relationships"."""
-    edit = latest_edit(reader.hs, event)
-    if edit is None or not reader.viewer.may_see(edit):
-        return None
-    return client_event(reader.hs.rooms, edit, reader.user.device_nid)
+    edit = latest_edit(reader.hs, event, reader.viewer.may_see)
+    return None if edit is None else client_event(reader.hs.rooms, edit, reader.user.device_nid)
 
 
 def sum_up_references(reader: Reader, event: Event) -> Json | None:
@@ -11024,6 +11035,8 @@ def searched_text(hs: Homeserver, event: Event) -> tuple[str, EventNid, str] | N
     """The key under which an event is found, the event that has its present text, and the text."""
     key, member = SEARCHED.get(event.type, ("", ""))
     if not key or event.pos is None or event.is_state != (event.type != "m.room.message"):
+        return None
+    if not is_accepted(event) or (relation_of(event) or ("",))[0] == REPLACE:
         return None
     edit = latest_edit(hs, event)
     content = event.content if edit is None else edit.content["m.new_content"]

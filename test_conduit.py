@@ -8232,6 +8232,59 @@ def test_sec_24_ignored_users_are_left_out_everywhere(alice: Client, bob: Client
     assert sums(alice, room_id, root)["m.thread"]["count"] == 2
 
 
+def test_an_id_beyond_all_bounds_is_no_relation(alice: Client) -> None:
+    room_id = alice.create_room()
+    say(alice, room_id, related("m.thread", "$" + "x" * 60_000))
+    say(alice, room_id, related("x" * 60_000, alice.send_text(room_id, "x")))
+    assert thread_ids(alice, room_id) == []
+
+
+@slow
+@settings(max_examples=4)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.booleans()), max_size=30))
+def test_sums_are_those_of_a_recount(server: Server, actions: list[tuple[int, int, bool]]) -> None:
+    """Whatever comes and goes in a thread, its sums are what is left of it."""
+    alice, bob = register(server), register(server)
+    room_id = alice.room_with(bob)
+    root = alice.send_text(room_id, "root")
+    replies: list[tuple[str, Client]] = []
+    edits: dict[str, list[str]] = defaultdict(list)
+    for kind, which, by_bob in actions:
+        client = bob if by_bob else alice
+        if kind < 2 or not replies:
+            replies.append((say(client, room_id, related("m.thread", root)), client))
+            continue
+        event_id, sender = replies[which % len(replies)]
+        if kind == 2:
+            edits[event_id].append(say(sender, room_id, edit_of(event_id, "edited")))
+            continue
+        replies.pop(which % len(replies))
+        sender.redact(room_id, event_id)
+    thread = sums(bob, room_id, root).get("m.thread")
+    assert (thread is None) == (not replies)
+    if thread is not None:
+        assert thread["count"] == len(replies)
+        assert thread["current_user_participated"] == any(one is bob for _, one in replies)
+        latest, bundle = thread["latest_event"], replies[-1][0]
+        assert latest["event_id"] == bundle
+        edit = latest["unsigned"].get("m.relations", {}).get("m.replace")
+        assert (edit or {"event_id": None})["event_id"] == (edits[bundle] or [None])[-1]
+    found = related_ids(alice, room_id, root, "m.thread", limit=100)
+    assert found == [event_id for event_id, _ in reversed(replies)]
+
+
+def test_changes_of_subscriptions_are_listed_from_the_newest() -> None:
+    rows = [(1, "$a", 9, "manual"), (2, "$b", 7, "none")]
+    room = types.SimpleNamespace(room_id="!room")
+    threads = object.__new__(conduit.Threads)
+    threads.hs = cast(Any, types.SimpleNamespace(rooms=SimpleNamespace(by_nid=lambda _: room)))
+    threads.db = cast(Any, types.SimpleNamespace(all=lambda sql, params: rows[: params[3]]))
+    assert threads.changed(conduit.UserNid(1), 0, 10, 5) == [
+        ("!room", "$a", 9, "manual"),
+        ("!room", "$b", 7, "none"),
+    ]
+
+
 # ── 41.4  Threads and push rules ─────────────────────────────────────────────
 
 
@@ -9301,6 +9354,7 @@ def push_room(members: int = 3, sender_level: int = 0, displayname: str = "Me My
     levels = types.SimpleNamespace(user=lambda user_id: sender_level, notification=lambda key: 50)
     member = types.SimpleNamespace(content={"displayname": displayname})
     return types.SimpleNamespace(
+        store=None,
         joined_count=members,
         power_levels=lambda: levels,
         state_event=lambda event_type, state_key="": member if state_key == PUSH_USER else None,
@@ -10420,6 +10474,7 @@ def test_edits_change_what_is_found(alice: Client) -> None:
     assert found_bodies(alice, "quoll") == ["a quoll"]
     edit = say(alice, room_id, edit_of(event_id, "a bilby"))
     assert found_bodies(alice, "quoll") == []
+    say(alice, room_id, edit_of(edit, "an edit of a bilby edit"))
     found = search(alice, "bilby")["results"]
     assert [one["result"]["event_id"] for one in found] == [event_id]
     alice.redact(room_id, edit)
@@ -10635,6 +10690,25 @@ def test_a_hierarchy_is_walked_in_order(alice: Client) -> None:
     fails(alice.get(path, **{"from": "nonsense"}), 400, "M_INVALID_PARAM")
     fails(alice.get(path, limit=0), 400, "M_INVALID_PARAM")
     fails(register(alice.server).get(path, **again), 400, "M_INVALID_PARAM")
+
+
+def test_children_are_ordered_as_in_the_specification() -> None:
+    """The example of "Ordering of children within a space"."""
+    rows = [
+        ("!d", 1640741000000, None),
+        ("!a", 1640141000000, "aaaa"),
+        ("!e", 1640641000000, None),
+        ("!c", 1640841000000, "first"),
+        ("!b", 1640341000000, " "),
+    ]
+    events = [
+        types.SimpleNamespace(
+            content={} if order is None else {"order": order}, origin_server_ts=ts, state_key=key
+        )
+        for key, ts, order in rows
+    ]
+    ranked = sorted(cast(Any, events), key=conduit.child_rank)
+    assert [event.state_key for event in ranked] == ["!b", "!a", "!c", "!e", "!d"]
 
 
 def test_sec_47_spaces_in_a_circle_end(alice: Client) -> None:
