@@ -4296,6 +4296,7 @@ class RoomReader:
 
 RoomListener = Callable[["Room", Event], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
+RelationListener = Callable[["Room", Event, int], None]
 
 
 def relation_in(content: Json) -> tuple[str, str] | None:
@@ -4322,7 +4323,7 @@ class RoomWriter(RoomReader):
         self.signing_key = signing_key
         self._listeners: list[RoomListener] = []
         self._membership_listeners: list[MembershipListener] = []
-        self._redaction_listeners: list[RoomListener] = []
+        self._relation_listeners: list[RelationListener] = []
 
     def subscribe(self, listener: RoomListener) -> None:
         """Call back for each new timeline event, inside the transaction that stores it."""
@@ -4332,9 +4333,9 @@ class RoomWriter(RoomReader):
         """Call back with room, user, old and new membership, inside the transaction."""
         self._membership_listeners.append(listener)
 
-    def subscribe_redaction(self, listener: RoomListener) -> None:
-        """Call back with each event that loses its content, as it was, inside the transaction."""
-        self._redaction_listeners.append(listener)
+    def subscribe_relation(self, listener: RelationListener) -> None:
+        """Call back with each event that relates to another (1), and when it is redacted (-1)."""
+        self._relation_listeners.append(listener)
 
     def create(self, version_id: str, creator: str, content: Json) -> Room:
         """Make a room: its create event, and the row that everything else hangs on."""
@@ -4501,6 +4502,11 @@ class RoomWriter(RoomReader):
                 """,
                 (room.nid, relation[1], event.pos, event.nid, relation[0], sender),
             )
+            self._tell_relation(room, event, 1)
+
+    def _tell_relation(self, room: Room, event: Event, change: int) -> None:
+        for listener in self._relation_listeners:
+            listener(room, event, change)
 
     def _redact_target(self, room: Room, redaction: Event) -> None:
         """Apply a redaction, or keep it until its target comes."""
@@ -4548,11 +4554,9 @@ class RoomWriter(RoomReader):
                 "DELETE FROM relations WHERE room_nid = ? AND parent_id = ? AND pos = ?",
                 (room.nid, relation[1], target.pos),
             )
-        target.redacted_by = redaction.nid
+            self._tell_relation(room, target, -1)
         self._events.pop(target.nid)
         room.power = None
-        for listener in self._redaction_listeners:
-            listener(room, target)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -8140,6 +8144,7 @@ CREATE TABLE thread_subscriptions (
     PRIMARY KEY (user_nid, room_nid, root_id)
 ) WITHOUT ROWID;
 CREATE INDEX thread_subscriptions_pos ON thread_subscriptions (user_nid, pos);
+CREATE INDEX thread_subscriptions_room ON thread_subscriptions (room_nid);
 """)
 invariant(
     "threads of rooms that are not there",
@@ -8203,13 +8208,6 @@ def require_thread_root(hs: Homeserver, room: Room, content: Json) -> None:
         raise MatrixError(400, "M_UNKNOWN", "No thread can start from an event that has a relation")
 
 
-def started_by(event: Event) -> str | None:
-    """The id of the event that a reply in a thread names as its root; None for what is none."""
-    kind, root_id = relation_of(event) or ("", "")
-    counts = kind == THREAD and not event.is_state and not event.soft_failed
-    return root_id if counts and event.pos is not None else None
-
-
 class SubscriptionChange(NamedTuple):
     """How things stand with one thread for one user, since the stream position `bump_stamp`."""
 
@@ -8225,8 +8223,7 @@ class Threads:
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self.db = hs.db
-        hs.rooms.subscribe(self._on_event)
-        hs.rooms.subscribe_redaction(self._on_redaction)
+        hs.rooms.subscribe_relation(self._on_relation)
         hs.accounts.on_deactivated(self._forget_user)
 
     def senders(self, room_nid: RoomNid, root_id: str) -> list[tuple[UserNid, int, int]]:
@@ -8241,26 +8238,26 @@ class Threads:
             (room_nid, root_id),
         )
 
-    def _on_event(self, room: Room, event: Event) -> None:
-        root_id = started_by(event)
-        if root_id is not None and event.redacted_by is None:
-            sender = self.db.user_nid(event.sender)
-            self.db.execute(
-                """
-                INSERT INTO threads (room_nid, root_id, sender_nid, count, latest)
-                VALUES (?, ?, ?, 1, ?)
-                ON CONFLICT DO UPDATE
-                SET count = count + 1, latest = MAX(latest, excluded.latest)
-                """,
-                (room.nid, root_id, sender, event.pos),
-            )
-
-    def _on_redaction(self, room: Room, event: Event) -> None:
-        """Count the sender's replies anew: the relation is gone from the table already."""
-        root_id = started_by(event)
-        if root_id is None:
+    def _on_relation(self, room: Room, event: Event, change: int) -> None:
+        kind, root_id = relation_of(event) or ("", "")
+        if kind != THREAD:
             return
         key = (room.nid, root_id, self.db.user_nid(event.sender))
+        if change < 0:
+            self._recount(key)
+            return
+        self.db.execute(
+            """
+            INSERT INTO threads (room_nid, root_id, sender_nid, count, latest)
+            VALUES (?, ?, ?, 1, ?)
+            ON CONFLICT DO UPDATE
+            SET count = count + 1, latest = MAX(latest, excluded.latest)
+            """,
+            (*key, event.pos),
+        )
+
+    def _recount(self, key: tuple[RoomNid, str, UserNid]) -> None:
+        """Count the replies of a sender anew: one of them is gone."""
         count, latest = self.db.one(
             """
             SELECT COUNT(*), MAX(pos)
@@ -8277,6 +8274,11 @@ class Threads:
         )
         if count:
             self.db.execute("INSERT INTO threads VALUES (?, ?, ?, ?, ?)", (*key, count, latest))
+
+    def forget_room(self, room: Room) -> None:
+        """Delete all there is of a room that goes."""
+        self.db.execute("DELETE FROM threads WHERE room_nid = ?", (room.nid,))
+        self.db.execute("DELETE FROM thread_subscriptions WHERE room_nid = ?", (room.nid,))
 
     # Subscriptions
 
@@ -8471,8 +8473,10 @@ def sum_up_thread(reader: Reader, event: Event) -> Json | None:
     if not shown:
         return None
     count = sum(row[1] for row in shown)
-    newest = hs.rooms.event_at(viewer.room, max(row[2] for row in shown))
-    if newest is None or not (viewer.is_joined and viewer.may_see(newest)):
+    at = max(row[2] for row in shown)
+    newest = hs.rooms.event_at(viewer.room, at)
+    is_there = newest is not None and newest.pos == at  # or old history was deleted
+    if newest is None or not (is_there and viewer.is_joined and viewer.may_see(newest)):
         seen = [*filter(viewer.may_see, children(hs, event, THREAD, MAX_COUNTED))]
         if not seen:
             return None
@@ -10659,29 +10663,12 @@ def unread_counts(hs: Homeserver, user_nid: UserNid, room: Room) -> UnreadCounts
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  42. THREADS AND SEARCH
+#  42. THREADS AND DAYS
 #
-#  Ways to find events other than by scrolling: what relates to another, the
-#  threads of a room, a day, a word.
-#       spec: CS-API "Relationships API", "Threading", "Server Side Search"; MSC4306
+#  Ways to find events other than by scrolling: by what they relate to, by the
+#  threads of a room, by the day.   spec: CS-API "Relationships API", "Threading",
+#  "Jumping to a point in a room's history"; MSC4306
 # ═════════════════════════════════════════════════════════════════════════════
-
-schema("""
-CREATE TABLE search_texts (
-    nid INTEGER PRIMARY KEY,      -- of the event
-    room_nid INTEGER NOT NULL,
-    pos INTEGER NOT NULL,
-    key TEXT NOT NULL,
-    source INTEGER NOT NULL,      -- the event whose text it is: itself, or its newest edit
-    text TEXT NOT NULL
-);
-CREATE INDEX search_room ON search_texts (room_nid, pos);
-CREATE INDEX search_source ON search_texts (source);
-""")
-invariant(
-    "search texts of events that are not there",
-    "SELECT nid FROM search_texts WHERE nid NOT IN (SELECT nid FROM events)",
-)
 
 ROOM_V1 = "/_matrix/client/v1/rooms/{room_id}"
 
@@ -11003,11 +10990,33 @@ async def get_event_by_time(hs: Homeserver, request: Request, room_id: str) -> J
     return {"event_id": event.event_id, "origin_server_ts": event.origin_server_ts}
 
 
-# ── 42.5  The search index ───────────────────────────────────────────────────
+# ═════════════════════════════════════════════════════════════════════════════
+#  58. SEARCH
 #
-# The index is written behind the events, when somebody searches and once a minute,
-# so that it costs a sender nothing; a redaction, an edit or a message is one more
-# event on its way. Where SQLite has no FTS5, the texts are read one by one.
+#  Full-text search in what a user may see. The index is written behind the events,
+#  when somebody searches and once a minute, so that it costs a sender nothing; a
+#  redaction or an edit is one more event on its way. Where SQLite has no FTS5, the
+#  texts are read one by one.                    spec: CS-API "Server Side Search"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE search_texts (
+    nid INTEGER PRIMARY KEY,      -- of the event
+    room_nid INTEGER NOT NULL,
+    pos INTEGER NOT NULL,
+    key TEXT NOT NULL,
+    source INTEGER NOT NULL,      -- the event whose text it is: itself, or its newest edit
+    text TEXT NOT NULL
+);
+CREATE INDEX search_room ON search_texts (room_nid, pos);
+CREATE INDEX search_source ON search_texts (source);
+""")
+invariant(
+    "search texts of events that are not there",
+    "SELECT nid FROM search_texts WHERE nid NOT IN (SELECT nid FROM events)",
+)
+
+# ── 58.1  The search index ───────────────────────────────────────────────────
 
 SEARCH_BATCH = 200  # events taken into the index in one go
 MAX_SEARCHED_TEXT = 20_000  # characters of one event
@@ -11111,25 +11120,31 @@ class Search:
 
     def _refresh(self, event: Event) -> None:
         """Make the index say of an event what is true now."""
-        old = self.db.value("SELECT text FROM search_texts WHERE nid = ?", (event.nid,))
-        if old is not None and self.has_index:
-            self.db.execute(
-                "INSERT INTO search_index (search_index, rowid, text) VALUES ('delete', ?, ?)",
-                (event.nid, old),
-            )
-        self.db.execute("DELETE FROM search_texts WHERE nid = ?", (event.nid,))
+        self._remove(event.nid)
         found = searched_text(self.hs, event)
         if found is None or self.hs.rooms.by_nid(event.room_nid).encrypted:
             return
         row = (event.nid, event.room_nid, event.pos, *found)
         self.db.execute("INSERT INTO search_texts VALUES (?, ?, ?, ?, ?, ?)", row)
         if self.has_index:
-            self.db.execute(
-                "INSERT INTO search_index (rowid, text) VALUES (?, ?)", (event.nid, found[2])
-            )
+            sql = "INSERT INTO search_index (rowid, text) VALUES (?, ?)"
+            self.db.execute(sql, (event.nid, found[2]))
+
+    def _remove(self, nid: EventNid) -> None:
+        """Take an event out. Trap: the index forgets a text only if it is told the text."""
+        text = self.db.value("SELECT text FROM search_texts WHERE nid = ?", (nid,))
+        if text is not None and self.has_index:
+            sql = "INSERT INTO search_index (search_index, rowid, text) VALUES ('delete', ?, ?)"
+            self.db.execute(sql, (nid, text))
+        self.db.execute("DELETE FROM search_texts WHERE nid = ?", (nid,))
+
+    def forget_events(self, _room: Room, nids: Iterable[EventNid]) -> None:
+        """Take out events that are deleted; inside a write block."""
+        for nid in nids:
+            self._remove(nid)
 
 
-# ── 42.6  Searching ──────────────────────────────────────────────────────────
+# ── 58.2  Searching ──────────────────────────────────────────────────────────
 
 SEARCH_BODY: Final[Json] = {
     "search_categories": {
@@ -11154,7 +11169,7 @@ GROUPS: Final[dict[str, Callable[[Event], str]]] = {
 MAX_SEARCH_PAGE = 100
 MAX_SEARCH_WORDS = 30
 MAX_CONTEXT = 50
-HITS_BY_RANK = """
+HITS = """
     SELECT search_texts.nid, -bm25(search_index)
     FROM search_index
     JOIN search_texts ON search_texts.nid = search_index.rowid
@@ -11162,18 +11177,7 @@ HITS_BY_RANK = """
       AND room_nid IN (SELECT value FROM json_each(:rooms))
       AND key IN (SELECT value FROM json_each(:keys))
       AND pos <= :upto
-    ORDER BY bm25(search_index), pos DESC
-    LIMIT :limit
-"""
-HITS_BY_TIME = """
-    SELECT search_texts.nid, -bm25(search_index)
-    FROM search_index
-    JOIN search_texts ON search_texts.nid = search_index.rowid
-    WHERE search_index MATCH :match
-      AND room_nid IN (SELECT value FROM json_each(:rooms))
-      AND key IN (SELECT value FROM json_each(:keys))
-      AND pos <= :upto
-    ORDER BY pos DESC
+    ORDER BY iif(:recent, -pos, bm25(search_index)), pos DESC
     LIMIT :limit
 """
 TEXTS = """
@@ -11251,9 +11255,9 @@ async def search_hits(
     await hs.db.synced()  # the thread sees what is committed
     mine = hs.rooms.memberships(request.user.nid).items()
     rooms = [nid for nid, one in mine if not one.forgotten and one.membership != "invite"]
-    params = {"rooms": json.dumps(rooms), "keys": json.dumps(keys), "upto": place.upto}
-    sql = HITS_BY_RANK if order == "rank" else HITS_BY_TIME
-    sql = sql if hs.search.has_index else TEXTS
+    params: Json = {"rooms": json.dumps(rooms), "keys": json.dumps(keys), "upto": place.upto}
+    params["recent"] = order == "recent"
+    sql = HITS if hs.search.has_index else TEXTS
     hits = await hs.db.read_in_thread(lambda db: find_hits(db, words, sql, params))
     if sql == TEXTS and order == "rank":
         hits.sort(key=lambda hit: -hit[1])
