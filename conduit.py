@@ -3872,8 +3872,8 @@ CREATE TABLE events (
     redacted_by INTEGER,            -- the redaction that took its content away
     rejected TEXT,                  -- the rule that refused it
     soft_failed INTEGER NOT NULL DEFAULT 0,
-    txn_device INTEGER,             -- which device sent it, and under what transaction id
-    txn_id TEXT,
+    txn_device INTEGER,             -- which device sent it, NULL if it was delayed,
+    txn_id TEXT,                    -- and the transaction id, or the delay_id
     ts INTEGER NOT NULL,            -- origin_server_ts, to find the event of a day
     pdu BLOB NOT NULL               -- canonical JSON
 );
@@ -4294,6 +4294,8 @@ class RoomReader:
 
 # ── 10.3  Writing ────────────────────────────────────────────────────────────
 
+# The device and its transaction id, or None and the delay_id of what was sent for the user later.
+SentAs = tuple[int | None, str] | None
 RoomListener = Callable[["Room", Event], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
 RelationListener = Callable[["Room", Event, int], None]
@@ -4371,11 +4373,11 @@ class RoomWriter(RoomReader):
         state_key: str | None = None,
         redacts: str | None = None,
         timestamp: int | None = None,
-        transaction: tuple[int, str] | None = None,
+        transaction: SentAs = None,
     ) -> Event:
         """Build, authorise, sign and store an event of a local user: the only way we make events.
 
-        `transaction` is (device nid, transaction id). Raises MatrixError when the rules refuse it.
+        Raises MatrixError when the rules refuse it.
         """
         version = room.version
         if redacts is not None and version.redacts_in_content:
@@ -4669,6 +4671,15 @@ class Rooms(RoomWriter):
 # ── 11.2  The client format ──────────────────────────────────────────────────
 
 
+def sent_as(rooms: RoomReader, event: Event, device_nid: int) -> Json:
+    """The transaction_id for the device that sent the event, the delay_id for all of its user."""
+    if event.txn_device is not None:
+        return {"transaction_id": event.txn_id} if event.txn_device == device_nid else {}
+    query = "SELECT user_id FROM devices JOIN users USING (user_nid) WHERE device_nid = ?"
+    is_own = rooms.database.value(query, (device_nid,)) == event.sender
+    return {"org.matrix.msc4140.delay_id": event.txn_id} if is_own else {}
+
+
 def client_event(
     rooms: RoomReader,
     event: Event,
@@ -4698,8 +4709,8 @@ def client_event(
         result["redacts"] = event.redacts
         result["content"] = {**event.content, "redacts": event.redacts}
     unsigned = result["unsigned"] = {"age": max(0, now_ms() - event.origin_server_ts)}
-    if device_nid is not None and event.txn_device == device_nid:
-        unsigned["transaction_id"] = event.txn_id
+    if device_nid is not None and event.txn_id is not None:
+        unsigned |= sent_as(rooms, event, device_nid)
     if event.replaces is not None:
         replaced = rooms.event_by_nid(event.replaces)
         if replaced is not None:
@@ -8544,6 +8555,347 @@ def client_events(hs: Homeserver, user: Requester, events: Iterable[Event]) -> l
         if event.nid in sums:
             one["unsigned"]["m.relations"] = sums[event.nid]
     return shown
+# ═════════════════════════════════════════════════════════════════════════════
+#  51. DELAYED EVENTS
+#
+#  Events that a client hands over now and the server sends later, unless it is told
+#  otherwise: a phone that loses its network in a call has left its "I hung up" here.
+#  One timer waits for the next of them; the rows are what survives a restart.
+#                                                               spec: MSC4140
+# ═════════════════════════════════════════════════════════════════════════════
+
+MAX_DELAY_MS = 7 * 24 * 3600 * 1000
+MAX_SCHEDULED = 100  # of one user at a time
+KEPT_DELAYED_MS = 7 * 24 * 3600 * 1000  # how long it is told what became of them,
+KEPT_DELAYED = 1000  # and of how many of one user
+DELAYED_AT_ONCE = 50  # overdue ones sent before others get their turn
+DELAYED_RETRY_MS = 10_000  # when the disk did not take one
+DELAY = "org.matrix.msc4140.delay"
+
+schema("""
+CREATE TABLE delayed_events (
+    delayed_nid INTEGER PRIMARY KEY,
+    delay_id TEXT NOT NULL UNIQUE,
+    user_nid INTEGER NOT NULL,
+    room_id TEXT NOT NULL,
+    type TEXT NOT NULL,
+    state_key TEXT,              -- NULL for what is to be no state event
+    content BLOB NOT NULL,
+    delay_ms INTEGER NOT NULL,
+    since_ts INTEGER NOT NULL,   -- when it was scheduled, or restarted
+    due_ts INTEGER,              -- NULL once it is sent, cancelled or refused
+    finalised_ts INTEGER,
+    event_id TEXT,               -- if it was sent
+    error TEXT                   -- if it was refused, as JSON
+);
+CREATE INDEX delayed_events_due ON delayed_events (due_ts) WHERE due_ts IS NOT NULL;
+CREATE INDEX delayed_events_of_user ON delayed_events (user_nid, due_ts);
+CREATE INDEX delayed_events_state ON delayed_events (room_id, type, state_key)
+    WHERE due_ts IS NOT NULL;
+CREATE INDEX delayed_events_done ON delayed_events (finalised_ts) WHERE finalised_ts IS NOT NULL;
+""")
+invariant(
+    "delayed events that are neither waiting nor done",
+    "SELECT delay_id FROM delayed_events WHERE (due_ts IS NULL) = (finalised_ts IS NULL)",
+)
+
+
+class DelayedEvent(NamedTuple):
+    """A row of delayed_events."""
+
+    nid: int
+    delay_id: str
+    user_nid: UserNid
+    room_id: str
+    type: str
+    state_key: str | None
+    content: bytes
+    delay_ms: int
+    since_ts: int
+    due_ts: int | None
+    finalised_ts: int | None
+    event_id: str | None
+    error: str | None
+
+    def to_json(self) -> Json:
+        """As clients get it; what was one name in the proposal is another in some client."""
+        shown = {
+            **{"delay_id": self.delay_id, "room_id": self.room_id, "type": self.type},
+            **{"state_key": self.state_key, "delay_ms": self.delay_ms, "delay": self.delay_ms},
+            **dict.fromkeys(("scheduled_at", "delayed_since_ts", "running_since"), self.since_ts),
+            **{"finalised_ts": self.finalised_ts, "event_id": self.event_id},
+            "error": None if self.error is None else json.loads(self.error),
+            "content": json.loads(self.content),
+        }
+        return {name: value for name, value in shown.items() if value is not None}
+
+
+class DelayedEvents:
+    """The events that wait for their time.
+
+    `send` is set by the composition root: how an event is sent, with all checks that the sender's
+    own request would meet then, is a later chapter's.
+    """
+
+    send: Callable[[DelayedEvent], Event]
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._timer: asyncio.TimerHandle | None = None
+        hs.db.on_reset(self.arm)
+        hs.rooms.subscribe(self._state_set)
+
+    def schedule(
+        self, request: Request, room_id: str, event_type: str, state_key: str | None, delay: int
+    ) -> str:
+        """Keep the event whose content is the request's JSON for `delay` milliseconds; its id."""
+        nid, content = request.user.nid, request.json
+        self.hs.rooms.get(room_id)
+        if delay <= 0:
+            raise invalid_param("The delay must be more than 0 milliseconds")
+        if delay > MAX_DELAY_MS:
+            raise forbidden(f"The delay can be {MAX_DELAY_MS} milliseconds at most")
+        waiting, first = self.hs.db.one(
+            "SELECT COUNT(*), MIN(due_ts) FROM delayed_events WHERE user_nid = ? AND due_ts > 0",
+            (nid,),
+        )
+        if waiting >= MAX_SCHEDULED:
+            text = f"You have {MAX_SCHEDULED} delayed events already"
+            raise limit_exceeded(max(1, first - now_ms()), text)
+        check_canonical(content)
+        raw, now, delay_id = canonical_json(content), now_ms(), random_token()
+        if len(raw) > MAX_EVENT_BYTES:
+            raise too_large(f"An event has at most {MAX_EVENT_BYTES} bytes")
+        with self.hs.db.write():
+            self.hs.db.execute(
+                """
+                INSERT INTO delayed_events (delay_id, user_nid, room_id, type, state_key, content,
+                    delay_ms, since_ts, due_ts)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+                """,
+                (delay_id, nid, room_id, event_type, state_key, raw, delay, now, now + delay),
+            )
+        self.arm()
+        return delay_id
+
+    def find(self, delay_id: str, user: Requester | None) -> DelayedEvent:
+        """A delayed event, if it is this user's or nobody's name is known; else 404."""
+        row = self.hs.db.one("SELECT * FROM delayed_events WHERE delay_id = ?", (delay_id,))
+        if row is None or (user is not None and row[2] != user.nid):
+            raise not_found("There is no such delayed event")
+        return DelayedEvent(*row)
+
+    def waiting(self, user_nid: UserNid) -> list[DelayedEvent]:
+        """What a user has scheduled, the soonest first."""
+        query = """
+            SELECT *
+            FROM delayed_events
+            WHERE user_nid = ? AND due_ts > 0
+            ORDER BY due_ts
+        """
+        return list(itertools.starmap(DelayedEvent, self.hs.db.all(query, (user_nid,))))
+
+    def restart(self, delayed: DelayedEvent) -> None:
+        """Let the whole delay begin anew."""
+        now = now_ms()
+        update = "UPDATE delayed_events SET since_ts = ?, due_ts = ? WHERE delayed_nid = ?"
+        with self.hs.db.write():
+            self.hs.db.execute(update, (now, now + delayed.delay_ms, delayed.nid))
+        self.arm()
+
+    def send_now(self, delayed: DelayedEvent) -> None:
+        """Send it; if that is refused it stays scheduled, for the cause may go away until then."""
+        with self.hs.db.write():
+            self._finish(delayed, event_id=self.send(delayed).event_id)
+
+    def cancel(self, delayed: DelayedEvent) -> None:
+        """Never send it."""
+        with self.hs.db.write():
+            self._finish(delayed)
+
+    def arm(self) -> None:
+        """Wait for the next one that is due."""
+        self._arm(self.hs.db.value("SELECT MIN(due_ts) FROM delayed_events WHERE due_ts > 0"))
+
+    def maintain(self) -> None:
+        """Forget what became of those that are long done."""
+        old = (now_ms() - KEPT_DELAYED_MS,)
+        if self.hs.db.value("SELECT 1 FROM delayed_events WHERE finalised_ts < ?", old):
+            with self.hs.db.write():
+                self.hs.db.execute("DELETE FROM delayed_events WHERE finalised_ts < ?", old)
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        self._arm(None)
+
+    def _arm(self, due: int | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if due is not None:  # a millisecond later rather than earlier
+            wait = max(0, due + 1 - now_ms()) / 1000
+            self._timer = asyncio.get_running_loop().call_later(wait, self._send_due)
+
+    def _send_due(self) -> None:
+        query = """
+            SELECT *
+            FROM delayed_events
+            WHERE due_ts <= ?
+            ORDER BY due_ts, delayed_nid
+            LIMIT ?
+        """
+        try:
+            for row in self.hs.db.all(query, (now_ms(), DELAYED_AT_ONCE)):
+                self._send_one(DelayedEvent(*row))
+        except MatrixError:  # the disk is full, say
+            self._arm(now_ms() + DELAYED_RETRY_MS)
+        else:
+            self.arm()
+
+    def _send_one(self, delayed: DelayedEvent) -> None:
+        """Send one that is due, or keep the error with which it was refused for ever."""
+        try:
+            if self.hs.config.rate_limit:
+                self.hs.router.limiter.check("message", delayed.user_nid)
+            self.send_now(delayed)
+        except MatrixError as error:
+            if error.status >= 500:
+                raise
+            with self.hs.db.write():
+                self._finish(delayed, error=json.dumps(error.to_json()))
+
+    def _finish(
+        self, delayed: DelayedEvent, event_id: str | None = None, error: str | None = None
+    ) -> None:
+        self.hs.db.execute(
+            """
+            UPDATE delayed_events
+            SET due_ts = NULL, finalised_ts = ?, event_id = ?, error = ?
+            WHERE delayed_nid = ?
+            """,
+            (now_ms(), event_id, error, delayed.nid),
+        )
+        self.hs.db.execute(
+            """
+            DELETE FROM delayed_events
+            WHERE user_nid = :user AND due_ts IS NULL AND delayed_nid <= (
+                SELECT delayed_nid
+                FROM delayed_events
+                WHERE user_nid = :user AND due_ts IS NULL
+                ORDER BY delayed_nid DESC
+                LIMIT 1 OFFSET :kept
+            )
+            """,
+            {"user": delayed.user_nid, "kept": KEPT_DELAYED},
+        )
+
+    def _state_set(self, room: Room, event: Event) -> None:
+        """State that somebody else sets meanwhile stands: what would overwrite it is cancelled.
+
+        This is not in the proposal, but what servers do and Element Call is written for.
+        """
+        if not event.is_state:
+            return
+        query = """
+            SELECT *
+            FROM delayed_events
+            WHERE room_id = ? AND type = ? AND state_key = ? AND due_ts IS NOT NULL
+        """
+        for row in self.hs.db.all(query, (room.room_id, *event.key)):
+            delayed = DelayedEvent(*row)
+            if self.hs.db.user_id(delayed.user_nid) != event.sender:
+                self._finish(delayed)
+
+
+DELAYED_PATH: Final = "/_matrix/client/unstable/org.matrix.msc4140/delayed_events"
+DELAYED_EVENT: Final = {
+    **{"delay_ms?": int, "delay?": int, "state_key?": str},
+    "content": dict,
+}
+
+
+def schedule_once(
+    hs: Homeserver,
+    request: Request,
+    room_id: str,
+    event_type: str,
+    *,
+    delay: int,
+    state_key: str | None = None,
+    txn_id: str | None = None,
+) -> Json:
+    """Schedule the request's JSON as an event, unless this device did so under that txn_id."""
+    scope = f"{room_id} delayed {event_type}"
+    known = repeated_transaction(hs, request.user, scope, txn_id) if txn_id else None
+    if known is None:
+        with hs.db.write():
+            known = hs.delayed_events.schedule(request, room_id, event_type, state_key, delay)
+            if txn_id:
+                record_transaction(hs, request.user, scope, txn_id, known)
+    return {"delay_id": known}
+
+
+def delay_of(request: Request) -> int | None:
+    """The delay in the query of a request that sends an event, in milliseconds."""
+    return None if request.arg(DELAY) is None else request.int_arg(DELAY, 0, 1, 2**53)
+
+
+@route(
+    "PUT",
+    "/_matrix/client/unstable/org.matrix.msc4140/rooms/{room_id}/delayed_event/{event_type}/{txn_id}",
+    auth=GUEST,
+    limit="message",
+    body=DELAYED_EVENT,
+)
+async def put_delayed_event(
+    hs: Homeserver, request: Request, room_id: str, event_type: str, txn_id: str
+) -> Json:
+    """Schedule an event.  403 over the longest delay, 429 with too many scheduled."""
+    body = request.json
+    delay, request.json = body.get("delay_ms", body.get("delay")), body["content"]
+    if delay is None:
+        raise missing_param("delay_ms is missing")
+    place = {"state_key": body.get("state_key"), "txn_id": txn_id}
+    return schedule_once(hs, request, room_id, event_type, delay=delay, **place)
+
+
+@route("GET", DELAYED_PATH, auth=GUEST)
+async def list_delayed_events(hs: Homeserver, request: Request) -> Json:
+    """What the user has scheduled, the soonest first."""
+    waiting = hs.delayed_events.waiting(request.user.nid)
+    return {"delayed_events": [delayed.to_json() for delayed in waiting]}
+
+
+@route("GET", DELAYED_PATH + "/{delay_id}", auth=GUEST)
+async def get_delayed_event(hs: Homeserver, request: Request, delay_id: str) -> Json:
+    """One delayed event of the user, or what became of it."""
+    return hs.delayed_events.find(delay_id, request.user).to_json()
+
+
+@route("POST", DELAYED_PATH + "/{delay_id}", auth=OPTIONAL, body={"action": str})
+@route("POST", DELAYED_PATH + "/{delay_id}/{action}", auth=OPTIONAL)
+async def act_on_delayed_event(
+    hs: Homeserver, request: Request, delay_id: str, action: str | None = None
+) -> Json:
+    """Send a delayed event now, cancel it, or let its delay begin anew.
+
+    Without a token the id is the secret: whoever carries the call's media may know it. Once it is
+    done, the same again is no error, and anything else 409.
+    """
+    acts = {
+        "send": hs.delayed_events.send_now,
+        "cancel": hs.delayed_events.cancel,
+        "restart": hs.delayed_events.restart,
+    }
+    wanted = action or request.json["action"]
+    if wanted not in acts:
+        raise invalid_param("The action is send, cancel or restart")
+    delayed = hs.delayed_events.find(delay_id, request.requester)
+    if delayed.due_ts is not None:
+        acts[wanted](delayed)
+    elif wanted != ("cancel" if delayed.event_id is None else "send"):
+        raise MatrixError(409, "M_UNKNOWN", "This delayed event is done already")
+    return {}
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -9499,14 +9851,14 @@ def send_once(
 
 def send_redaction(
     hs: Homeserver,
-    request: Request,
+    user: Requester,
     room_id: str,
     target_id: str,
     content: Json,
-    transaction: tuple[int, str] | None,
+    transaction: SentAs,
 ) -> Event:
     """Redact an event, if the requester may."""
-    room, user = hs.rooms.get(room_id), request.user
+    room = hs.rooms.get(room_id)
     require_joined(room, user.nid)
     target = hs.rooms.event(target_id)
     if target is None or target.room_nid != room.nid:
@@ -9523,12 +9875,24 @@ def send_redaction(
     )
 
 
-def redact_once(
-    hs: Homeserver, request: Request, room_id: str, target_id: str, txn_id: str, content: Json
-) -> Json:
-    """Send a redaction once for each transaction id."""
-    send = functools.partial(send_redaction, hs, request, room_id, target_id, content)
-    return send_once(hs, request, f"{room_id} redact {target_id}", txn_id, send)
+def send_message(
+    hs: Homeserver,
+    user: Requester,
+    room_id: str,
+    event_type: str,
+    content: Json,
+    transaction: SentAs,
+) -> Event:
+    """Send an event that is no state; a redaction names its target in the content."""
+    if event_type != REDACTION:
+        refuse_suspended(hs, user)
+        room = hs.rooms.get(room_id)
+        require_thread_root(hs, room, content)
+        return hs.rooms.send(room, user.user_id, event_type, content, transaction=transaction)
+    target = content.get("redacts")
+    if not isinstance(target, str):
+        raise bad_json("A redaction names the event that it redacts")
+    return send_redaction(hs, user, room_id, target, content, transaction)
 
 
 @route("PUT", SEND_PATH, auth=GUEST, limit="message", body=ANY_OBJECT)
@@ -9540,16 +9904,10 @@ async def put_send(
     Spec: CS-API "Sending events to a room".  403 when the room's rules refuse it, 413 M_TOO_LARGE
     over 65,536 bytes.
     """
-    content, sender = request.json, request.user.user_id
-    if event_type == REDACTION:
-        target = content.get("redacts")
-        if not isinstance(target, str):
-            raise bad_json("A redaction names the event that it redacts")
-        return redact_once(hs, request, room_id, target, txn_id, content)
-    refuse_suspended(hs, request.user)
-    room = hs.rooms.get(room_id)
-    require_thread_root(hs, room, content)
-    send = functools.partial(hs.rooms.send, room, sender, event_type, content)
+    delay = delay_of(request)
+    if delay is not None:
+        return schedule_once(hs, request, room_id, event_type, delay=delay, txn_id=txn_id)
+    send = functools.partial(send_message, hs, request.user, room_id, event_type, request.json)
     return send_once(hs, request, f"{room_id} {event_type}", txn_id, send)
 
 
@@ -9563,7 +9921,8 @@ async def put_redact(
     server; 404 for an event that is not in the room.
     """
     content = with_reason({}, request.json.get("reason"))
-    return redact_once(hs, request, room_id, event_id, txn_id, content)
+    send = functools.partial(send_redaction, hs, request.user, room_id, event_id, content)
+    return send_once(hs, request, f"{room_id} redact {event_id}", txn_id, send)
 
 
 def require_own_aliases(hs: Homeserver, room: Room, content: Json) -> None:
@@ -9583,10 +9942,11 @@ def require_own_aliases(hs: Homeserver, room: Room, content: Json) -> None:
             raise MatrixError(400, "M_BAD_ALIAS", f"{alias} does not lead to this room")
 
 
-def checked_member_content(hs: Homeserver, request: Request, room: Room, target: str) -> Json:
+def checked_member_content(
+    hs: Homeserver, user: Requester, room: Room, target: str, content: Json
+) -> Json:
     """A member event set as state must pass what the membership endpoints check as well."""
-    user = request.user
-    content: Json = {**request.json}
+    content = {**content}
     content.pop("join_authorised_via_users_server", None)  # no other server would have signed it
     before, after = room.membership(target), content.get("membership")
     if after in ("join", "invite", "knock") and before != after:
@@ -9599,6 +9959,34 @@ def checked_member_content(hs: Homeserver, request: Request, room: Room, target:
     return content
 
 
+def set_state(
+    hs: Homeserver,
+    user: Requester,
+    room_id: str,
+    event_type: str,
+    state_key: str,
+    content: Json,
+    transaction: SentAs = None,
+) -> Event:
+    """Set a piece of state; what is so already is left to the event that did it."""
+    room, user_id = hs.rooms.get(room_id), user.user_id
+    require_encryption_allowed(hs, event_type)
+    if event_type == REDACTION:  # it would get past the checks of `send_redaction`
+        raise invalid_param("A redaction is no state; PUT .../redact/{event_id}/{txn_id} sends one")
+    if event_type == "m.room.canonical_alias":
+        require_own_aliases(hs, room, content)
+    if event_type == MEMBER:
+        content = checked_member_content(hs, user, room, state_key, content)
+    if (event_type, state_key, content.get("membership")) != (MEMBER, user_id, "leave"):
+        refuse_suspended(hs, user)
+    event = room.state_event(event_type, state_key)
+    if event is not None and event.content == content and event.sender == user_id:
+        return event
+    return hs.rooms.send(
+        room, user_id, event_type, content, state_key=state_key, transaction=transaction
+    )
+
+
 @route("PUT", STATE_PATH, auth=GUEST, limit="message", body=ANY_OBJECT)
 async def put_state(
     hs: Homeserver, request: Request, room_id: str, event_type: str, state_key: str
@@ -9607,20 +9995,26 @@ async def put_state(
 
     Spec: CS-API "Sending events to a room".  400 M_BAD_ALIAS for a canonical alias of another room.
     """
-    room, user_id, content = hs.rooms.get(room_id), request.user.user_id, request.json
-    require_encryption_allowed(hs, event_type)
-    if event_type == REDACTION:  # it would get past the checks of `send_redaction`
-        raise invalid_param("A redaction is no state; PUT .../redact/{event_id}/{txn_id} sends one")
-    if event_type == "m.room.canonical_alias":
-        require_own_aliases(hs, room, content)
-    if event_type == MEMBER:
-        content = checked_member_content(hs, request, room, state_key)
-    if (event_type, state_key, content.get("membership")) != (MEMBER, user_id, "leave"):
-        refuse_suspended(hs, request.user)
-    event = room.state_event(event_type, state_key)
-    if event is None or event.content != content or event.sender != user_id:
-        event = hs.rooms.send(room, user_id, event_type, content, state_key=state_key)
+    delay = delay_of(request)
+    if delay is not None:
+        return schedule_once(hs, request, room_id, event_type, delay=delay, state_key=state_key)
+    event = set_state(hs, request.user, room_id, event_type, state_key, request.json)
     return {"event_id": event.event_id}
+
+
+def send_delayed(hs: Homeserver, delayed: DelayedEvent) -> Event:
+    """Send a delayed event as its user would now; the event remembers which one it was."""
+    account = hs.accounts.get(delayed.user_nid)
+    if account is None or account.deactivated or account.locked:
+        raise forbidden("This account is not in use any more")
+    user_id = hs.db.user_id(delayed.user_nid)
+    rights = account.is_guest, account.is_admin
+    user = Requester(user_id, delayed.user_nid, None, None, None, *rights)
+    content, sent_as = json.loads(delayed.content), (None, delayed.delay_id)
+    if delayed.state_key is None:
+        return send_message(hs, user, delayed.room_id, delayed.type, content, sent_as)
+    place = (delayed.room_id, delayed.type, delayed.state_key)
+    return set_state(hs, user, *place, content, sent_as)
 
 
 # ── 17.7  Reading state and members ──────────────────────────────────────────
@@ -15101,6 +15495,7 @@ class Homeserver:
         self.filters = Filters(self)
         self.directory = Directory(self)
         self.threads = Threads(self)
+        self.delayed_events = DelayedEvents(self)
         self.push_rules = PushRules(self)
         self.unread = Unread(self)
         self.search = Search(self)
@@ -15143,6 +15538,7 @@ class Homeserver:
         self.rooms.subscribe(functools.partial(follow_tombstone, self))
         self.rooms.subscribe(functools.partial(guests_may_stay, self))
         self.reports.subscribe(self.admin_room.announce)
+        self.delayed_events.send = functools.partial(send_delayed, self)
 
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
@@ -15171,6 +15567,7 @@ class Homeserver:
         """Begin to serve; when this returns, the server answers."""
         self.accounts.start()
         self.admin_room.start()
+        self.delayed_events.arm()
         await self.db.synced()
         tls = self.config.tls
         context = None if tls is None else tls_context(Path(tls.certs), Path(tls.key))
@@ -15189,6 +15586,7 @@ class Homeserver:
     async def stop(self) -> None:
         """Answer what is under way, write down what is only in memory, and close the database."""
         await self.http.stop(HARD_STOP_SECONDS)
+        self.delayed_events.stop()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -15217,6 +15615,7 @@ class Homeserver:
         self.unread.save()
         self.presence.save()
         self.media.maintain()
+        self.delayed_events.maintain()
 
     async def _maintain(self) -> None:
         """Every cleanup_second_interval: save, expire, and give free pages back to the disk."""
