@@ -142,8 +142,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, Generic, NamedTuple, NewType, TypeVar, cast
-from urllib.parse import quote, unquote
+from typing import Any, Final, Generic, NamedTuple, NewType, Protocol, TypeVar, cast
+from urllib.parse import quote, unquote, urlsplit
 
 try:
     import nacl.bindings
@@ -6407,20 +6407,27 @@ class Sessions:
         device_id = fields.get("device_id") or random_token(10).upper()
         name = fields.get("initial_device_display_name")
         with self.db.write():
-            self.db.execute(
-                """
-                INSERT OR IGNORE INTO devices
-                    (user_nid, device_id, display_name, last_seen_ip, last_seen_ts)
-                VALUES (?, ?, ?, ?, ?)
-                """,
-                (nid, device_id, name, address, now_ms()),
-            )
-            device_nid = cast(DeviceNid, self.find_device(nid, device_id))
+            device_nid = self.add_device(nid, device_id, name, address)
             self._end_tokens(nid, device_nid)
             tokens = self._issue_tokens(nid, device_nid, fields.get("refresh_token") is True)
         self._seen[device_nid] = (address, now_ms())
         answer = {"user_id": self.db.user_id(nid), "device_id": device_id, **tokens}
         return {**answer, "home_server": self.hs.config.server_name}
+
+    def add_device(
+        self, nid: UserNid, device_id: str, name: str | None, address: str | None = None
+    ) -> DeviceNid:
+        """A device, made if it is not there; inside a write block."""
+        seen_ts = None if address is None else now_ms()
+        self.db.execute(
+            """
+            INSERT OR IGNORE INTO devices
+                (user_nid, device_id, display_name, last_seen_ip, last_seen_ts)
+            VALUES (?, ?, ?, ?, ?)
+            """,
+            (nid, device_id, name, address, seen_ts),
+        )
+        return cast(DeviceNid, self.find_device(nid, device_id))
 
     def find_device(self, nid: UserNid, device_id: str) -> DeviceNid | None:
         """The integer of a user's device, or None."""
@@ -7162,6 +7169,9 @@ async def who_am_i(_hs: Homeserver, request: Request) -> Json:
     return {key: value for key, value in answer.items() if value is not None}
 
 
+CAPABILITIES: Json = {}  # those that later chapters add, by name
+
+
 @route("GET", V3 + "/capabilities", auth=GUEST)
 async def capabilities(hs: Homeserver, request: Request) -> Json:
     """What this server lets the user do.  Spec: "Capabilities negotiation"."""
@@ -7169,9 +7179,13 @@ async def capabilities(hs: Homeserver, request: Request) -> Json:
     has_password = account is not None and account.password_hash is not None
     switches = {
         "m.change_password": has_password,
+        "m.set_displayname": True,
+        "m.set_avatar_url": True,
         "m.3pid_changes": False,
         "m.get_login_token": has_password,
         "m.profile_fields": True,
+        "uk.tcpip.msc4133.profile_fields": True,
+        "io.element.msc4452.preview_url": bool(hs.config.url_preview_allowlist),
     }
     available = {
         version.id: "stable" if version.stable else "unstable"
@@ -7180,7 +7194,7 @@ async def capabilities(hs: Homeserver, request: Request) -> Json:
     }
     versions = {"default": hs.config.default_room_version, "available": available}
     answer: Json = {name: {"enabled": enabled} for name, enabled in switches.items()}
-    return {"capabilities": {**answer, "m.room_versions": versions}}
+    return {"capabilities": {**answer, **CAPABILITIES, "m.room_versions": versions}}
 
 
 def check_own_user(request: Request, user_id: str) -> None:
@@ -7451,6 +7465,7 @@ SERVER_MANAGED = ("m.fully_read", "m.push_rules")
 USER_DATA = V3 + "/user/{user_id}/account_data/{data_type}"
 USER_ROOM = V3 + "/user/{user_id}/rooms/{room_id}"
 ROOM_DATA_PATH = USER_ROOM + "/account_data/{data_type}"
+MSC3391 = "/_matrix/client/unstable/org.matrix.msc3391"
 
 
 class AccountData:
@@ -7465,6 +7480,7 @@ class AccountData:
         hs.db.on_reset(self.latest.clear)
         hs.db.on_reset(self.ignored.clear)
         hs.accounts.on_deactivated(self._erase)
+        hs.accounts.on_device_deleted(self._device_deleted)
 
     def add_source(self, data_type: str, content_of: Callable[[UserNid], Json]) -> None:
         """Let a later chapter answer for a global type that it keeps itself."""
@@ -7493,7 +7509,10 @@ class AccountData:
         self.ignored.pop(nid)
 
     def changes(self, nid: UserNid, since: int) -> list[tuple[RoomNid, Json]]:
-        """What changed after a position, with its room; if nothing did, memory knows."""
+        """What changed after a position, with its room; if nothing did, memory knows.
+
+        What was deleted is empty, and a client that knows nothing yet does not hear of it.
+        """
         latest = self.latest.get(nid)
         if latest is None:
             sql = "SELECT MAX(pos) FROM account_data WHERE user_nid = ?"
@@ -7505,12 +7524,18 @@ class AccountData:
             """
             SELECT room_nid, type, content
             FROM account_data
-            WHERE user_nid = ? AND pos > ?
+            WHERE user_nid = :user AND pos > :since AND (:since OR content <> '{}')
             ORDER BY pos
             """,
-            (nid, since),
+            {"user": nid, "since": since},
         )
         return [(room, {"type": kind, "content": json.loads(text)}) for room, kind, text in rows]
+
+    def _device_deleted(self, nid: UserNid, _: DeviceNid, device_id: str) -> None:
+        """What a client keeps for one device ends with it.  Spec: MSC3890."""
+        data_type = f"org.matrix.msc3890.local_notification_settings.{device_id}"
+        if self.get(nid, NO_ROOM, data_type):
+            self.put(nid, NO_ROOM, data_type, {})
 
     def _erase(self, nid: UserNid) -> None:
         """Of an account that is to be erased, nothing of this stays."""
@@ -7539,8 +7564,12 @@ def room_account_data(hs: Homeserver, user_nid: UserNid, since: int) -> dict[Roo
 
 def room_account_data_of(hs: Homeserver, user_nid: UserNid, room_nid: RoomNid) -> list[Json]:
     """All of the user's data of one room."""
-    sql = "SELECT type, content FROM account_data WHERE user_nid = ? AND room_nid = ?"
-    rows = hs.db.all(sql, (user_nid, room_nid))
+    query = """
+        SELECT type, content
+        FROM account_data
+        WHERE user_nid = ? AND room_nid = ? AND content <> '{}'
+    """
+    rows = hs.db.all(query, (user_nid, room_nid))
     return [{"type": kind, "content": json.loads(text)} for kind, text in rows]
 
 
@@ -7601,9 +7630,23 @@ async def get_account_data(
     """Data that the user's clients keep. 404 M_NOT_FOUND when there is none."""
     room_nid = own_room(hs, request, user_id, room_id)
     content = hs.account_data.get(request.user.nid, room_nid, data_type)
-    if content is None:
+    if not content:
         raise not_found("There is no account data of this type")
     return content
+
+
+@route("DELETE", USER_DATA.replace(V3, MSC3391), auth=USER)
+@route("DELETE", ROOM_DATA_PATH.replace(V3, MSC3391), auth=USER)
+async def delete_account_data(
+    hs: Homeserver, request: Request, user_id: str, data_type: str, room_id: str | None = None
+) -> Json:
+    """Delete what is kept under a type; storing {} is the same.  Spec: MSC3391."""
+    room_nid = own_room(hs, request, user_id, room_id)
+    if data_type in SERVER_MANAGED:
+        raise MatrixError(405, "M_BAD_JSON", f"Cannot delete {data_type} through this API")
+    if hs.account_data.get(request.user.nid, room_nid, data_type):
+        hs.account_data.put(request.user.nid, room_nid, data_type, {})
+    return {}
 
 
 # ── 15.3  Tags ───────────────────────────────────────────────────────────────
@@ -8127,6 +8170,39 @@ async def search_users(hs: Homeserver, request: Request) -> Json:
     return {"results": users[:limit], "limited": len(users) > limit}
 
 
+# ── 16.5  Other networks ─────────────────────────────────────────────────────
+
+NETWORKS: Final = V3 + "/thirdparty"
+
+
+@route("GET", NETWORKS + "/protocols", auth=USER)
+async def list_protocols(_hs: Homeserver, _request: Request) -> Json:
+    """The networks that can be reached by bridges: none.  Spec: "Third-party Networks"."""
+    return {}
+
+
+@route("GET", NETWORKS + "/protocol/{protocol}", auth=USER)
+@route("GET", NETWORKS + "/location/{protocol}", auth=USER)
+@route("GET", NETWORKS + "/user/{protocol}", auth=USER)
+async def ask_protocol(_hs: Homeserver, _request: Request, protocol: str) -> Json:
+    """What a network is, whom and which rooms it has; 404 for one that nothing leads to."""
+    raise not_found("This server has no bridge to that network")
+
+
+@route("GET", NETWORKS + "/location", auth=USER)
+@route("GET", NETWORKS + "/user", auth=USER)
+async def find_on_networks(hs: Homeserver, request: Request) -> Response:
+    """Where a room or a user of this server is on other networks: nowhere, if there is such."""
+    name = "alias" if "location" in request.segments else "userid"
+    asked = request.arg(name)
+    if not asked:
+        raise missing_param(f"The query parameter {name} is missing")
+    found = find_alias(hs, asked) if name == "alias" else hs.accounts.find(asked)
+    if found is None:
+        raise not_found("There is no such room or user here")
+    return Response(body=b"[]")
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  41. RELATIONS
 #
@@ -8571,6 +8647,9 @@ KEPT_DELAYED = 1000  # and of how many of one user
 DELAYED_AT_ONCE = 50  # overdue ones sent before others get their turn
 DELAYED_RETRY_MS = 10_000  # when the disk did not take one
 DELAY = "org.matrix.msc4140.delay"
+CAPABILITIES["org.matrix.msc4140.delayed_events"] = {
+    **{"max_delay_ms": MAX_DELAY_MS, "max_scheduled": MAX_SCHEDULED}
+}
 
 schema("""
 CREATE TABLE delayed_events (
@@ -10952,6 +11031,8 @@ class Unread:
         capacity = int(CACHED_MARKS * hs.config.conduit_cache_capacity_modifier)
         self._rooms: LruCache[tuple[int, int], UnreadRoom] = LruCache(capacity)
         self._last: tuple[tuple[int, ...], list[Event]] = ((), [])
+        self._readers: list[Callable[[UserNid], None]] = []
+        self.on_read = self._readers.append  # called when a receipt took marks away
         hs.db.on_reset(self._reset)
         hs.rooms.subscribe_membership(self._membership_changed)
 
@@ -10969,8 +11050,11 @@ class Unread:
         """A receipt of a joined user: all up to a position is read.  Inside a write block."""
         unread = self.room(user_nid, room)
         # Trap: without a row, a restart would judge what was read by the rules of that later day.
-        if unread.read(pos, thread) or unread.unsaved:
+        was_unread = unread.read(pos, thread)
+        if was_unread or unread.unsaved:
             self._write(unread)
+        for callback in self._readers if was_unread else ():
+            callback(user_nid)
 
     def save(self) -> None:
         """Write the rows that lag far behind: maintenance does it each minute and at the end."""
@@ -12340,12 +12424,14 @@ async def put_typing(hs: Homeserver, request: Request, room_id: str, user_id: st
 #     PUT .../status                            what it says
 #     the user sends, types or reads something  online, if it was unavailable
 #     nothing of that for five minutes          unavailable, if it was online
+#     it syncs while it is busy                 busy still: only PUT .../status ends that
 #     it has not synced for a while             offline
 #
 # Others are told when the state or the status message changes, and when `currently_active`
 # does: true for a minute after the user did something. While it is true they hear no more.
 
-PRESENCE_STATES: Final = ("offline", "unavailable", "online")  # the later outweighs the earlier
+BUSY: Final = "org.matrix.msc3026.busy"
+PRESENCE_STATES: Final = ("offline", "unavailable", "online", BUSY)  # the later outweighs the other
 PRESENCE_IDLE_SECONDS = 300
 ACTIVE_SECONDS = 60
 SYNC_GRACE_SECONDS = 30  # how long a device may take between two syncs
@@ -12420,7 +12506,8 @@ class Presence:
         user, device, now = self._device(requester)
         device.until = now + timeout + SYNC_GRACE_SECONDS
         if device.asked != asked:
-            device.asked = device.state = asked
+            device.asked = asked
+            device.state = BUSY if device.state == BUSY else asked
             if asked == "online":
                 user.last_active = now
         self._show(requester.nid, user, now)
@@ -12601,6 +12688,569 @@ async def put_presence(hs: Homeserver, request: Request, user_id: str) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  49. PUSHERS
+#
+#  How a phone hears of what its apps sleep through: a pusher names a gateway, which
+#  wakes the phone. What is to be pushed is decided with the event, in the transaction
+#  that stores it, and waits in a queue until the gateway has taken it.
+#         spec: CS-API "Push Notifications", "Receiving notifications"; Push Gateway API
+# ═════════════════════════════════════════════════════════════════════════════
+
+MAX_PUSHERS = 100  # of one user
+MAX_PUSHER_BYTES = 16_384  # of what a client says about one
+MAX_PUSHES_WAITING = 100  # for one pusher; the oldest go, as the newest say what is to be read
+MAX_PUSHES_AT_ONCE = 20  # requests to gateways under way
+PUSH_TIMEOUT = 20.0  # seconds
+PUSH_ANSWER_BYTES = 65_536
+PUSH_KEPT_MS = 24 * 3600 * 1000  # older ones are not news any more
+PUSH_RETRY_MS = (1_000, 3_600_000)  # after the first failure, and at most
+PUSHER_LIFE_MS = 30 * 24 * 3600 * 1000  # of one whose gateway never answers
+PUSH_PATH: Final = "/_matrix/push/v1/notify"
+BADGE = EventNid(0)  # in the queue: only the count of what is unread changed
+
+schema("""
+CREATE TABLE pushers (
+    pusher_nid INTEGER PRIMARY KEY AUTOINCREMENT,
+    user_nid INTEGER NOT NULL,
+    device_nid INTEGER,           -- with which it goes
+    app_id TEXT NOT NULL,
+    pushkey TEXT NOT NULL,
+    body TEXT NOT NULL,           -- JSON, as the client gave it
+    enabled INTEGER NOT NULL,
+    created_ts INTEGER NOT NULL,
+    badge INTEGER NOT NULL,       -- the count that the gateway was told last
+    pushed_ts INTEGER,            -- when it last took something
+    failures INTEGER NOT NULL DEFAULT 0, -- since then
+    failing_ts INTEGER,           -- when they began
+    retry_ts INTEGER NOT NULL DEFAULT 0,
+    error TEXT,                   -- and what the last one was
+    UNIQUE (user_nid, app_id, pushkey)
+);
+CREATE INDEX pushers_by_key ON pushers (app_id, pushkey);
+CREATE TABLE push_queue (
+    pusher_nid INTEGER NOT NULL,
+    event_nid INTEGER NOT NULL,
+    ts INTEGER NOT NULL,
+    tweaks TEXT NOT NULL,         -- JSON
+    PRIMARY KEY (pusher_nid, event_nid)
+) WITHOUT ROWID;
+""")
+invariant(
+    "what is to be pushed to pushers that are gone",
+    "SELECT pusher_nid FROM push_queue WHERE pusher_nid NOT IN (SELECT pusher_nid FROM pushers)",
+)
+log_push = logging.getLogger("conduit.push")
+
+# ── 49.1  What is pushed ─────────────────────────────────────────────────────
+
+
+@dataclass(slots=True)
+class Pusher:
+    """A row of pushers; all of them are in memory."""
+
+    nid: int
+    user_nid: UserNid
+    device_nid: DeviceNid | None
+    app_id: str
+    pushkey: str
+    body: Json
+    enabled: int
+    created_ts: int
+    badge: int
+    failures: int
+    failing_ts: int | None
+    retry_ts: int
+
+    @property
+    def data(self) -> Json:
+        """What the client wants its gateway to know, and the gateway's URL."""
+        return cast(Json, self.body["data"])
+
+
+def tweaks_of(actions: list[Any]) -> Json:
+    """How a notification is to be made, by the actions of its rule."""
+    tweaks = [action for action in actions if isinstance(action, dict)]
+    return {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
+
+
+def push_about(pusher: Pusher, tweaks: Json, badge: int) -> Json:
+    """What every notification says: for which device, and how much is unread.
+
+    Trap: counts of zero should be left out, but then gateways leave the badge as it is.
+    """
+    data = {name: value for name, value in pusher.data.items() if name != "url"}
+    device = {
+        **{"app_id": pusher.app_id, "pushkey": pusher.pushkey, "data": data, "tweaks": tweaks},
+        "pushkey_ts": pusher.created_ts // 1000,
+    }
+    hidden = data.get("org.matrix.msc4076.disable_badge_count") is True
+    return {"devices": [device], **({} if hidden else {"counts": {"unread": badge}})}
+
+
+def push_of_event(room: Room, event: Event, user_id: str) -> Json:
+    """What a gateway is told of an event; Spec: POST /_matrix/push/v1/notify."""
+    member = room.state_event(MEMBER, event.sender)
+    shown = {
+        **{"type": event.type, "sender": event.sender, "content": event.content},
+        "sender_display_name": member.content.get("displayname") if member else None,
+        "room_name": room.content("m.room.name").get("name"),
+        "room_alias": room.content("m.room.canonical_alias").get("alias"),
+        "user_is_target": True if event.type == MEMBER and event.state_key == user_id else None,
+    }
+    return {name: value for name, value in shown.items() if value not in (None, "")}
+
+
+def unread_in_all(hs: Homeserver, user_nid: UserNid) -> int:
+    """The number for the badge: what notified and was not read, in all rooms and threads."""
+    rooms = map(hs.rooms.by_nid, hs.rooms.joined_rooms(user_nid))
+    counts = [unread_counts(hs, user_nid, room) for room in rooms]
+    threads = (count for each in counts for count, _ in each.threads.values())
+    return sum(each.notification_count for each in counts) + sum(threads)
+
+
+def is_unread(hs: Homeserver, user_nid: UserNid, room: Room, event: Event) -> bool:
+    """Whether an event that notified was not read since; an invitation, until it is answered."""
+    if event.redacted_by is not None:
+        return False
+    if user_nid not in room.local_joined:
+        return hs.rooms.memberships(user_nid)[room.nid].event_nid == event.nid
+    return event.pos in hs.unread.room(user_nid, room).positions()
+
+
+# ── 49.2  The queue ──────────────────────────────────────────────────────────
+
+
+class PushAnswer(Protocol):
+    """What comes back from a gateway, or from a page that is to be previewed."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class PushClient(Protocol):
+    """The way out to hosts that others name; refused addresses and all limits are its matter."""
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        timeout: float,
+        max_bytes: int,
+    ) -> PushAnswer:
+        """One request and its answer; MatrixError for whatever goes wrong."""
+
+
+class Pushers:
+    """All pushers, what waits for them, and the tasks that send it: one for each at a time."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        self._pushers: dict[int, Pusher] = {}
+        self._by_user: dict[UserNid, list[Pusher]] = {}
+        self._users: set[UserNid] = set()
+        self._waiting: set[int] = set()  # pushers with something in the queue
+        self._sending: set[int] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._load()
+        hs.db.on_reset(self._load)
+        hs.rooms.subscribe(self._event_sent)
+        hs.unread.on_read(self._badge_may_change)
+        hs.accounts.on_device_deleted(self._device_deleted)
+
+    def of(self, user_nid: UserNid) -> list[Pusher]:
+        """The pushers of a user."""
+        return self._by_user.get(user_nid, [])
+
+    def put(self, user: Requester, body: Json, enabled: bool, append: bool) -> None:
+        """Make a pusher, or change it; that of others with this key goes unless told to append."""
+        key, now = (body["app_id"], body["pushkey"]), now_ms()
+        if len(self.of(user.nid)) >= MAX_PUSHERS and not self._find(user.nid, *key):
+            raise invalid_param(f"You have {MAX_PUSHERS} pushers already")
+        others = "SELECT user_nid FROM pushers WHERE app_id = ? AND pushkey = ? AND user_nid <> ?"
+        with self.db.write():
+            for (other_nid,) in [] if append else self.db.all(others, (*key, user.nid)):
+                self.remove(other_nid, *key)
+            self.db.execute(
+                """
+                INSERT INTO pushers (user_nid, device_nid, app_id, pushkey, body, enabled,
+                    created_ts, badge)
+                VALUES (?, ?, ?, ?, ?, ?, ?, 0)
+                ON CONFLICT (user_nid, app_id, pushkey) DO UPDATE
+                SET device_nid = excluded.device_nid, body = excluded.body,
+                    enabled = excluded.enabled, created_ts = excluded.created_ts,
+                    failures = 0, failing_ts = NULL, retry_ts = 0, error = NULL
+                """,
+                (user.nid, user.device_nid, *key, json.dumps(body), enabled, now),
+            )
+            self._load()
+        self.start()
+
+    def remove(self, user_nid: UserNid, app_id: str, pushkey: str) -> None:
+        """Delete a pusher, if there is such."""
+        for pusher in self._find(user_nid, app_id, pushkey):
+            self._drop(pusher)
+
+    def start(self) -> None:
+        """Begin with those pushers whose time has come, and wake up for the next."""
+        if self.hs.http_client is None:
+            return
+        now = now_ms()
+        idle = [self._pushers[nid] for nid in self._waiting - self._sending]
+        idle.sort(key=operator.attrgetter("retry_ts"))
+        free = MAX_PUSHES_AT_ONCE - len(self._sending)
+        for pusher in [each for each in idle if each.retry_ts <= now][: max(0, free)]:
+            self._sending.add(pusher.nid)
+            self.hs.background(self._deliver(pusher.nid))
+        later = [pusher.retry_ts for pusher in idle if pusher.retry_ts > now]
+        self._arm(min(later) - now if later else None)
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        self._arm(None)
+
+    def _arm(self, wait_ms: int | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if wait_ms is not None:
+            self._timer = asyncio.get_running_loop().call_later(wait_ms / 1000, self.start)
+
+    def _load(self) -> None:
+        self._by_user, self._pushers = {}, {}
+        rows = self.db.all(
+            """
+            SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts,
+                badge, failures, failing_ts, retry_ts
+            FROM pushers
+            """
+        )
+        for row in rows:
+            pusher = Pusher(*row)
+            pusher.body = json.loads(row[5])
+            self._by_user.setdefault(pusher.user_nid, []).append(pusher)
+            self._pushers[pusher.nid] = pusher
+        self._users = set(self._by_user)
+        self._waiting = {
+            nid for (nid,) in self.db.all("SELECT DISTINCT pusher_nid FROM push_queue")
+        }
+
+    def _find(self, user_nid: UserNid, app_id: str, pushkey: str) -> list[Pusher]:
+        key = (app_id, pushkey)
+        return [each for each in self.of(user_nid) if (each.app_id, each.pushkey) == key]
+
+    def _drop(self, pusher: Pusher) -> None:
+        with self.db.write():
+            self.db.execute("DELETE FROM push_queue WHERE pusher_nid = ?", (pusher.nid,))
+            self.db.execute("DELETE FROM pushers WHERE pusher_nid = ?", (pusher.nid,))
+            self._load()
+
+    def _device_deleted(self, user_nid: UserNid, device_nid: DeviceNid, _: str) -> None:
+        for pusher in [each for each in self.of(user_nid) if each.device_nid == device_nid]:
+            self._drop(pusher)
+
+    # What comes in
+
+    def _event_sent(self, room: Room, event: Event) -> None:
+        """Decide for each member with a pusher; this is in the transaction of the event."""
+        concerned = room.local_joined & self._users
+        if event.type == MEMBER and event.membership == "invite":
+            invited = self.db.find_user_nid(str(event.state_key))
+            if invited in self._users:
+                concerned.add(invited)
+        for user_nid in concerned:
+            user_id = self.db.user_id(user_nid)
+            if event.sender == user_id:
+                self._badge_may_change(user_nid)
+            elif not event.soft_failed and event.sender not in ignored_users(self.hs, user_nid):
+                rule = self.hs.push_rules.of(user_nid).match(event, room, user_id)
+                if rule is not None and rule.notify:
+                    self._put(user_nid, event.nid, tweaks_of(rule.actions))
+        if concerned:
+            self.start()
+
+    def _badge_may_change(self, user_nid: UserNid) -> None:
+        """The user read, or wrote where something was unread: a badge may have to go down."""
+        if any(pusher.badge for pusher in self.of(user_nid)):
+            self._put(user_nid, BADGE, {})
+            self.start()
+
+    def _put(self, user_nid: UserNid, event_nid: EventNid, tweaks: Json) -> None:
+        text = json.dumps(tweaks)
+        for pusher in self.of(user_nid):
+            if not pusher.enabled:
+                continue
+            row = (pusher.nid, event_nid, now_ms(), text)
+            self.db.execute("INSERT OR REPLACE INTO push_queue VALUES (?, ?, ?, ?)", row)
+            self.db.execute(
+                """
+                DELETE FROM push_queue
+                WHERE pusher_nid = :pusher AND event_nid <= (
+                    SELECT event_nid
+                    FROM push_queue
+                    WHERE pusher_nid = :pusher
+                    ORDER BY event_nid DESC
+                    LIMIT 1 OFFSET :kept
+                )
+                """,
+                {"pusher": pusher.nid, "kept": MAX_PUSHES_WAITING},
+            )
+            self._waiting.add(pusher.nid)
+
+    # What goes out
+
+    async def _deliver(self, nid: int) -> None:
+        """Send what waits for one pusher, the oldest first, until the queue or a try ends."""
+        try:
+            while nid in self._pushers and (entry := self._next(nid)) is not None:
+                await self.hs.db.synced()
+                event_nid, tweaks = entry
+                pusher = self._pushers[nid]
+                badge = unread_in_all(self.hs, pusher.user_nid)
+                notification = self._notification(pusher, event_nid, json.loads(tweaks), badge)
+                error = notification and await self._push(pusher, notification)
+                now = self._pushers.get(nid)  # the pusher may have been changed, or removed
+                if error or now is None:
+                    self._failed(now, error or "")
+                    break
+                self._sent(now, event_nid, None if notification is None else badge)
+        finally:
+            self._sending.discard(nid)
+        self.start()
+
+    def _next(self, nid: int) -> tuple[EventNid, str] | None:
+        query = """
+            SELECT event_nid, tweaks
+            FROM push_queue
+            WHERE pusher_nid = ?
+            ORDER BY event_nid
+            LIMIT 1
+        """
+        row = self.db.one(query, (nid,))
+        if row is None:
+            self._waiting.discard(nid)
+        return cast("tuple[EventNid, str] | None", row)
+
+    def _notification(
+        self, pusher: Pusher, event_nid: EventNid, tweaks: Json, badge: int
+    ) -> Json | None:
+        """What the gateway is to be told, or None if it has become nothing."""
+        about = push_about(pusher, tweaks, badge)
+        if event_nid == BADGE:
+            return about if badge != pusher.badge and "counts" in about else None
+        event = self.hs.rooms.event_by_nid(event_nid)
+        if event is None:
+            return None
+        room = self.hs.rooms.by_nid(event.room_nid)
+        if not is_unread(self.hs, pusher.user_nid, room, event):
+            return None
+        urgent = event.type == "m.room.encrypted" or tweaks.keys() & {"sound", "highlight"}
+        about["prio"] = "high" if urgent else "low"
+        about |= {"event_id": event.event_id, "room_id": event.room_id}
+        if pusher.data.get("format") == "event_id_only":
+            return about
+        return about | push_of_event(room, event, self.db.user_id(pusher.user_nid))
+
+    async def _push(self, pusher: Pusher, notification: Json) -> str | None:
+        """One request to the gateway; None if it took the notification, else what went wrong."""
+        body = encode_json({"notification": notification})
+        headers = {"Content-Type": "application/json"}
+        limits = (PUSH_TIMEOUT, PUSH_ANSWER_BYTES)
+        client = cast(PushClient, self.hs.http_client)
+        try:
+            answer = await client.request("POST", pusher.data["url"], headers, body, *limits)
+            value = parse_json(answer.body) if answer.status == 200 else None
+        except MatrixError as error:
+            return error.error
+        if answer.status != 200:
+            return f"The gateway answered with status {answer.status}"
+        rejected = value.get("rejected") if isinstance(value, dict) else None
+        if isinstance(rejected, list) and pusher.pushkey in rejected:
+            log_push.info("a gateway rejected a pusher of %s", self.db.user_id(pusher.user_nid))
+            self.remove(pusher.user_nid, pusher.app_id, pusher.pushkey)
+        return None
+
+    def _sent(self, pusher: Pusher, event_nid: EventNid, badge: int | None) -> None:
+        """Take out of the queue what is done, and remember the badge if one was told.
+
+        Trap: what was read while the gateway was told of it would stay on the badge.
+        """
+        with self.db.write():
+            entry = (pusher.nid, event_nid)
+            self.db.execute("DELETE FROM push_queue WHERE pusher_nid = ? AND event_nid = ?", entry)
+            if badge is None:
+                return
+            pusher.badge, pusher.failures, pusher.failing_ts = badge, 0, None
+            self.db.execute(
+                """
+                UPDATE pushers
+                SET badge = ?, pushed_ts = ?, failures = 0, failing_ts = NULL, error = NULL
+                WHERE pusher_nid = ?
+                """,
+                (badge, now_ms(), pusher.nid),
+            )
+            if unread_in_all(self.hs, pusher.user_nid) < badge:
+                self._put(pusher.user_nid, BADGE, {})
+
+    def _failed(self, pusher: Pusher | None, error: str) -> None:
+        """Wait longer each time; forget what is no news any more, or a gateway that is gone."""
+        if pusher is None:
+            return
+        now = now_ms()
+        pusher.failures += 1
+        pusher.failing_ts = pusher.failing_ts or now
+        first, most = PUSH_RETRY_MS
+        pusher.retry_ts = now + min(first << min(pusher.failures - 1, 20), most)
+        if now - pusher.failing_ts > PUSHER_LIFE_MS:
+            self._drop(pusher)
+            return
+        with self.db.write():
+            old = (pusher.nid, now - PUSH_KEPT_MS)
+            self.db.execute("DELETE FROM push_queue WHERE pusher_nid = ? AND ts < ?", old)
+            self.db.execute(
+                """
+                UPDATE pushers
+                SET failures = ?, failing_ts = ?, retry_ts = ?, error = ?
+                WHERE pusher_nid = ?
+                """,
+                (pusher.failures, pusher.failing_ts, pusher.retry_ts, error, pusher.nid),
+            )
+
+
+# ── 49.3  The pusher endpoints ───────────────────────────────────────────────
+
+PUSHERS_PATH: Final = "/_matrix/client/v3/pushers"
+PUSHER_TEXTS: Final = ("app_display_name", "device_display_name", "lang")
+ENABLED, DEVICE_ID = "org.matrix.msc3881.enabled", "org.matrix.msc3881.device_id"
+PUSHER: Final = {
+    **dict.fromkeys(PUSHER_TEXTS, str),
+    **{"profile_tag?": str, "data": {"url": str, "format?": str}},
+    **{"append?": bool, f"{ENABLED}?": bool},
+}
+
+
+def check_pusher(body: Json) -> None:
+    """400 for a pusher that cannot be: too long, of another kind, or with another kind of URL."""
+    if body["kind"] != "http":
+        raise invalid_param("The only kind of pusher here is http")
+    check_shape(body, PUSHER)
+    if byte_length(body["pushkey"]) > 512 or len(body["app_id"]) > 64:
+        raise invalid_param("pushkey has at most 512 bytes, app_id 64 characters")
+    if len(encode_json(body)) > MAX_PUSHER_BYTES:
+        raise invalid_param(f"A pusher has at most {MAX_PUSHER_BYTES} bytes")
+    try:
+        url = urlsplit(body["data"]["url"])
+        good = url.scheme == "https" and url.path == PUSH_PATH and bool(url.hostname)
+        good = good and url.username is None and (url.port or 443) > 0 and not url.fragment
+    except ValueError:
+        good = False
+    if not good:
+        raise invalid_param(f"The URL of a gateway is https://host{PUSH_PATH}")
+
+
+@route("POST", PUSHERS_PATH + "/set", auth=USER, body={"app_id": str, "pushkey": str})
+async def set_pusher(hs: Homeserver, request: Request) -> Json:
+    """Make, change or (kind: null) delete a pusher of the user.
+
+    Spec: POST /_matrix/client/v3/pushers/set.
+    """
+    body, user = request.json, request.user
+    if "kind" not in body:
+        raise missing_param("kind is missing")
+    if body["kind"] is None:
+        hs.pushers.remove(user.nid, body["app_id"], body["pushkey"])
+        return {}
+    check_pusher(body)
+    append, enabled = body.pop("append", False), body.pop(ENABLED, True)
+    kept = {
+        name: body[name] for name in ("kind", *PUSHER_TEXTS, "data", "profile_tag") if name in body
+    }
+    hs.pushers.put(
+        user, {"app_id": body["app_id"], "pushkey": body["pushkey"], **kept}, enabled, append
+    )
+    return {}
+
+
+@route("GET", PUSHERS_PATH, auth=USER)
+async def get_pushers(hs: Homeserver, request: Request) -> Json:
+    """The pushers of the user."""
+    devices = "SELECT device_nid, device_id FROM devices WHERE user_nid = ?"
+    ids = dict(hs.db.all(devices, (request.user.nid,)))
+    return {
+        "pushers": [
+            {**pusher.body, ENABLED: bool(pusher.enabled), DEVICE_ID: ids.get(pusher.device_nid)}
+            for pusher in hs.pushers.of(request.user.nid)
+        ]
+    }
+
+
+# ── 49.4  The list of notifications ──────────────────────────────────────────
+#
+# Nobody keeps a list: it is made by asking the rules again, back through the stream. That
+# costs only those who look, and never more than a bounded part of the way at a time.
+
+NOTIFICATIONS_SCAN = 5_000  # events looked at for one answer
+NOTIFICATIONS_STEP = 250  # before others get their turn
+
+
+def notified_events(
+    hs: Homeserver, user: Requester, before: int
+) -> tuple[list[tuple[Event, Room, PushRule]], int | None]:
+    """What notified a user among the events before a position, the newest first; where it ends."""
+    query = "SELECT nid, room_nid, pos FROM events WHERE nid < ? ORDER BY nid DESC LIMIT ?"
+    rows = hs.db.all(query, (before, NOTIFICATIONS_STEP))
+    members, rules = hs.rooms.memberships(user.nid), hs.push_rules.of(user.nid)
+    ignored, found = ignored_users(hs, user.nid), []
+    for nid, room_nid, pos in rows:
+        member = members.get(room_nid)
+        joined = member is not None and member.membership == "join" and nid >= member.join_pos
+        invited = member is not None and member.membership == "invite" and nid == member.event_nid
+        event = hs.rooms.event_by_nid(nid) if pos == nid and (joined or invited) else None
+        if event is None or event.redacted_by or event.sender in (user.user_id, *ignored):
+            continue
+        room = hs.rooms.by_nid(room_nid)
+        rule = rules.match(event, room, user.user_id)
+        if rule is not None and rule.notify:
+            found.append((event, room, rule))
+    return found, rows[-1][0] if len(rows) == NOTIFICATIONS_STEP else None
+
+
+@route("GET", "/_matrix/client/v3/notifications", auth=USER)
+async def get_notifications(hs: Homeserver, request: Request) -> Json:
+    """What the user was or would have been notified of, the newest first.
+
+    Spec: GET /_matrix/client/v3/notifications. A page can be short or empty and not be the last.
+    """
+    start, limit = request.arg("from"), request.int_arg("limit", 20, 1, 100)
+    before: int | None = parse_token(start) if start else hs.stream.position + 1
+    loud, scanned = request.arg("only") == "highlight", 0
+    chosen: list[tuple[Event, Room, PushRule]] = []
+    while before is not None and len(chosen) < limit and scanned < NOTIFICATIONS_SCAN:
+        found, before = notified_events(hs, request.user, before)
+        chosen += [each for each in found if each[2].highlight or not loud]
+        scanned += NOTIFICATIONS_STEP
+        await asyncio.sleep(0)
+    if len(chosen) > limit:
+        before = chosen[limit - 1][0].nid
+    events = as_clients(hs, request, (event for event, _, _ in chosen[:limit]))
+    notifications = [
+        {
+            **{"actions": rule.actions, "room_id": event.room_id, "ts": event.origin_server_ts},
+            "read": not is_unread(hs, request.user.nid, room, event),
+            "event": shown,
+        }
+        for (event, room, rule), shown in zip(chosen, events, strict=False)
+    ]
+    return {
+        "notifications": notifications,
+        **({"next_token": stream_token(before)} if before else {}),
+    }
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  20. ENCRYPTION KEYS AND TO-DEVICE
 #
 #  The server sees no plain text; it is the post office of the keys. It keeps
@@ -12666,6 +13316,9 @@ CREATE TABLE backup_sessions (
 CREATE TABLE to_device (
     device_nid INTEGER, pos INTEGER, sender_nid INTEGER NOT NULL,
     type TEXT NOT NULL, content BLOB NOT NULL, PRIMARY KEY (device_nid, pos)
+);
+CREATE TABLE dehydrated_devices (
+    user_nid INTEGER PRIMARY KEY, device_nid INTEGER NOT NULL, data BLOB NOT NULL
 );
 """)
 
@@ -13042,12 +13695,8 @@ def store_key(
     hs.db.execute(insert, (*key, digest, body))
 
 
-@route("POST", KEYS + "/upload", auth=GUEST, also=OLD, body=KEY_UPLOAD)
-async def upload_keys(hs: Homeserver, request: Request) -> Json:
-    """Publish a device's identity, one-time and fallback keys, all of them or none."""
-    user, device_nid, body = request.user, request.user.device_nid, request.json
-    if device_nid is None or hs.accounts.find_device(user.nid, str(user.device_id)) != device_nid:
-        raise invalid_param("This access token belongs to no device")
+def store_uploaded(hs: Homeserver, user: Requester, device_nid: DeviceNid, body: Json) -> None:
+    """Store all keys of an upload, or none of them."""
     added = len(body.get("one_time_keys", ()))
     if sum(one_time_key_counts(hs, device_nid).values()) + added > MAX_ONE_TIME_KEYS:
         raise too_large(f"A device has at most {MAX_ONE_TIME_KEYS} one-time keys")
@@ -13058,6 +13707,15 @@ async def upload_keys(hs: Homeserver, request: Request) -> Json:
             for full_id, value in body.get(section, {}).items():
                 store_key(hs, device_nid, full_id, value, fallback)
         hs.keys.counts.pop(device_nid)
+
+
+@route("POST", KEYS + "/upload", auth=GUEST, also=OLD, body=KEY_UPLOAD)
+async def upload_keys(hs: Homeserver, request: Request) -> Json:
+    """Publish a device's identity, one-time and fallback keys, all of them or none."""
+    user, device_nid = request.user, request.user.device_nid
+    if device_nid is None or hs.accounts.find_device(user.nid, str(user.device_id)) != device_nid:
+        raise invalid_param("This access token belongs to no device")
+    store_uploaded(hs, user, device_nid, request.json)
     return {"one_time_key_counts": one_time_key_counts(hs, device_nid)}
 
 
@@ -13451,7 +14109,100 @@ async def send_to_device(hs: Homeserver, request: Request, event_type: str, txn_
     return {}
 
 
-# ── 20.8  Devices and accounts that go away ──────────────────────────────────
+# ── 20.8  Dehydrated devices ─────────────────────────────────────────────────
+#
+# A device that nobody holds in the hand: while all phones are off it collects keys
+# for the next one, which can decrypt its private half (`device_data`) with the
+# recovery key. It has no access token; to everybody else it is like any other.
+#                                                                  spec: MSC3814
+
+DEHYDRATED: Final = "/_matrix/client/unstable/org.matrix.msc3814.v1/dehydrated_device"
+DEHYDRATED_EVENTS: Final = DEHYDRATED + "/{device_id}/events"
+DEHYDRATED_UPLOAD: Final = {
+    **{"device_id": str, "device_data": {"algorithm": str}, "initial_device_display_name?": str},
+    **KEY_UPLOAD,
+    "device_keys": KEY_UPLOAD["device_keys?"],
+}
+
+
+def find_dehydrated(hs: Homeserver, user_nid: UserNid) -> tuple[DeviceNid, str, Json] | None:
+    """The dehydrated device of a user: its integer, its id, its data."""
+    query = """
+        SELECT device_nid, device_id, data
+        FROM dehydrated_devices JOIN devices USING (device_nid)
+        WHERE dehydrated_devices.user_nid = ?
+    """
+    row = hs.db.one(query, (user_nid,))
+    return None if row is None else (row[0], row[1], json.loads(row[2]))
+
+
+def get_dehydrated(hs: Homeserver, request: Request) -> tuple[DeviceNid, str, Json]:
+    """The dehydrated device of the user who asks, or 404."""
+    found = find_dehydrated(hs, request.user.nid)
+    if found is None:
+        raise not_found("You have no dehydrated device")
+    return found
+
+
+@route("PUT", DEHYDRATED, auth=USER, body=DEHYDRATED_UPLOAD)
+async def put_dehydrated_device(hs: Homeserver, request: Request) -> Json:
+    """Make the user's dehydrated device with its keys, in the place of an earlier one."""
+    user, body, device_id = request.user, request.json, request.json["device_id"]
+    check_device_texts(body)
+    before = find_dehydrated(hs, user.nid)
+    taken = hs.accounts.find_device(user.nid, device_id)
+    if not device_id or (taken is not None and (before is None or taken != before[0])):
+        raise invalid_param("A dehydrated device needs an id that no other device has")
+    data = bounded_json(body["device_data"], "device_data")
+    name = body.get("initial_device_display_name")
+    with hs.db.write():
+        if before is not None:
+            hs.accounts.delete_devices(user.nid, [before[1]])
+        device_nid = hs.accounts.add_device(user.nid, device_id, name)
+        device = dataclasses.replace(user, device_id=device_id, device_nid=device_nid)
+        store_uploaded(hs, device, device_nid, body)
+        row = (user.nid, device_nid, data)
+        hs.db.execute("INSERT INTO dehydrated_devices VALUES (?, ?, ?)", row)
+    return {"device_id": device_id}
+
+
+@route("GET", DEHYDRATED, auth=USER)
+async def get_dehydrated_device(hs: Homeserver, request: Request) -> Json:
+    """The dehydrated device, for a new device to wake it up."""
+    _, device_id, data = get_dehydrated(hs, request)
+    return {"device_id": device_id, "device_data": data}
+
+
+@route("DELETE", DEHYDRATED, auth=USER)
+async def delete_dehydrated_device(hs: Homeserver, request: Request) -> Json:
+    """Delete the dehydrated device; no password is needed for one that nobody holds."""
+    _, device_id, _ = get_dehydrated(hs, request)
+    hs.accounts.delete_devices(request.user.nid, [device_id])
+    return {"device_id": device_id}
+
+
+@route("GET", DEHYDRATED_EVENTS, auth=USER)
+@route("POST", DEHYDRATED_EVENTS, auth=USER, body={"next_batch?": str})
+async def get_dehydrated_events(hs: Homeserver, request: Request, device_id: str) -> Json:
+    """What was sent to the dehydrated device, a batch at a time; all of it stays until it goes.
+
+    POST names an end always, GET only if there is more.  403 for any other device.
+    """
+    found, is_post = find_dehydrated(hs, request.user.nid), request.method == "POST"
+    if found is None or found[1] != device_id:
+        raise forbidden("This is not your dehydrated device")
+    token = request.json.get("next_batch") if is_post else request.arg("from")
+    since = parse_token(token) if token else 0
+    limit, upto = request.int_arg("limit", 100, 1, 1000), hs.stream.position
+    device = dataclasses.replace(request.user, device_id=device_id, device_nid=found[0])
+    events, end = to_device_messages(hs, device, since, upto, limit)
+    return {
+        "events": events,
+        **({"next_batch": stream_token(end)} if is_post or end < upto else {}),
+    }
+
+
+# ── 20.9  Devices and accounts that go away ──────────────────────────────────
 
 
 def device_removed(
@@ -13462,6 +14213,8 @@ def device_removed(
     with hs.db.write():
         forget_device(hs, user_nid, device_nid, device_id)
         hs.db.execute("DELETE FROM to_device WHERE device_nid = ?", (device_nid,))
+        delete = "DELETE FROM dehydrated_devices WHERE user_nid = ? AND device_nid = ?"
+        hs.db.execute(delete, (user_nid, device_nid))
         hs.keys.queues.pop(device_nid)
         if had_keys:
             device_list_changed(hs, user_nid)
@@ -13495,6 +14248,7 @@ invariant(
     SELECT device_nid FROM device_keys
     UNION SELECT device_nid FROM one_time_keys
     UNION SELECT device_nid FROM to_device
+    UNION SELECT device_nid FROM dehydrated_devices
     EXCEPT SELECT device_nid FROM devices
     """,
 )
@@ -15244,6 +15998,12 @@ async def turn_server(hs: Homeserver, request: Request) -> Json:
     return {"username": username, "password": password, "uris": uris, "ttl": hs.config.turn_ttl}
 
 
+@route("GET", "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports", auth=GUEST)
+async def rtc_transports(hs: Homeserver, _request: Request) -> Json:
+    """Tell a client what carries its group calls.  Spec: MSC4143."""
+    return {"rtc_transports": list(hs.config.rtc_foci)}
+
+
 # ── 24.2  The signs at the door ──────────────────────────────────────────────
 
 
@@ -15504,6 +16264,8 @@ class Homeserver:
         self.receipts = Receipts(self)
         self.typing = Typing(self)
         self.presence = Presence(self)
+        self.http_client: PushClient | None = None
+        self.pushers = Pushers(self)
         self.keys = KeyCache(self.db, self.stream.position, scale)
         self.notifier = Notifier(self.rooms, self.stream)
         self.lazy_members: LruCache[tuple[int | None, RoomNid], dict[str, tuple[EventNid, int]]] = (
@@ -15568,6 +16330,7 @@ class Homeserver:
         self.accounts.start()
         self.admin_room.start()
         self.delayed_events.arm()
+        self.pushers.start()
         await self.db.synced()
         tls = self.config.tls
         context = None if tls is None else tls_context(Path(tls.certs), Path(tls.key))
@@ -15587,6 +16350,7 @@ class Homeserver:
         """Answer what is under way, write down what is only in memory, and close the database."""
         await self.http.stop(HARD_STOP_SECONDS)
         self.delayed_events.stop()
+        self.pushers.stop()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -15647,14 +16411,24 @@ class Homeserver:
 SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 12)]
 UNSTABLE_FEATURES = {
     "org.matrix.e2e_cross_signing": True,
+    "org.matrix.msc2285.stable": True,
+    "org.matrix.msc3026.busy_presence": True,
     "org.matrix.msc3030": True,
+    "org.matrix.msc3391": True,
     "org.matrix.msc3440.stable": True,
+    "org.matrix.msc3771": True,
+    "org.matrix.msc3773": True,
     "org.matrix.msc3874": True,
+    "org.matrix.msc3881": True,
     "org.matrix.msc3916.stable": True,
     "org.matrix.msc3981": True,
+    "org.matrix.msc4140": True,
+    "org.matrix.msc4143": True,
     "org.matrix.msc4222": True,
     "org.matrix.msc4306": True,
     "uk.half-shot.msc2666.query_mutual_rooms.stable": True,
+    "uk.tcpip.msc4133": True,
+    "uk.tcpip.msc4133.stable": True,
 }
 
 
