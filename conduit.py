@@ -140,10 +140,11 @@ from collections.abc import (
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import Enum
+from html.parser import HTMLParser
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, NewType, Protocol, TypeVar, cast
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urldefrag, urljoin, urlsplit
 
 try:
     import nacl.bindings
@@ -14899,9 +14900,11 @@ WITH_NAME = ONE_FILE + "/{name...}"
 
 schema("""
 CREATE TABLE media (
-    media_nid INTEGER PRIMARY KEY,
+    media_nid INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice
     media_id TEXT NOT NULL UNIQUE,
     user_nid INTEGER NOT NULL,
+    origin TEXT,            -- where it was fetched: a server, or a page; NULL if uploaded here
+    quarantined INTEGER NOT NULL DEFAULT 0, -- an admin wants nobody to have it
     sha256 TEXT,            -- hexadecimal, the name of the file; NULL until uploaded
     size INTEGER,           -- bytes
     content_type TEXT,
@@ -14911,6 +14914,9 @@ CREATE TABLE media (
     expires_ts INTEGER      -- when an id without a file is forgotten; NULL once uploaded
 );
 CREATE INDEX media_by_hash ON media (sha256);
+CREATE INDEX media_by_user ON media (user_nid, origin, last_access_ts);
+CREATE INDEX media_by_origin ON media (origin, last_access_ts);
+CREATE INDEX media_fetched ON media (last_access_ts, size) WHERE origin IS NOT NULL;
 CREATE INDEX media_pending ON media (expires_ts) WHERE expires_ts IS NOT NULL;
 """)
 
@@ -14992,6 +14998,7 @@ async def receive_file(hs: Homeserver, chunks: AsyncIterator[bytes]) -> tuple[st
     with storing():
         incoming = IncomingFile(hs.media.folder / "incoming" / random_token(24))
         buffer = bytearray()
+        hs.media.receiving += 1
         try:
             async for chunk in chunks:
                 buffer += chunk
@@ -15000,6 +15007,7 @@ async def receive_file(hs: Homeserver, chunks: AsyncIterator[bytes]) -> tuple[st
                     buffer = bytearray()
             return await hs.db.in_thread(incoming.finish, buffer, hs.media.folder)
         finally:
+            hs.media.receiving -= 1
             hs.db.pool.submit(incoming.discard)
 
 
@@ -15164,6 +15172,11 @@ def render_thumbnail(
         return shrink(pillow, image, min(scale, 1.0), box if method == "crop" else None)
 
 
+def thumbnail_file(folder: Path, sha256: str, size: ThumbnailSize) -> Path:
+    """Where a thumbnail is kept."""
+    return media_file(folder / "thumbnails", sha256 + "-{}x{}-{}".format(*size))
+
+
 def keep_thumbnail(target: Path, data: bytes) -> None:
     """Write a thumbnail so that it is there as a whole or not at all."""
     partial = target.with_name(f"{target.name}.partial")
@@ -15222,6 +15235,8 @@ class Media:
         self.rendering = asyncio.Lock()  # one picture is decoded at a time, for the memory's sake
         self.touched: dict[int, int] = {}  # when files were asked for; reading must not write
         self._waiting: list[tuple[int, asyncio.Future[Any]]] = []
+        self.receiving = 0  # files that are being stored
+        self._unused: set[str] = set()  # hashes of files that may have lost their last row
         try:
             self._prepare()
         except OSError as error:
@@ -15242,17 +15257,23 @@ class Media:
         for left in (self.folder / "incoming").iterdir():
             left.unlink()
 
-    def add(self, user_nid: UserNid, upload: StoredUpload | None, expires: int | None) -> str:
+    def add(
+        self,
+        user_nid: UserNid,
+        upload: StoredUpload | None,
+        expires: int | None,
+        origin: str | None = None,
+    ) -> str:
         """A new media id, for a stored file or for an upload that comes before it expires."""
         media_id, now = random_token(24), now_ms()
         with self.db.write():
             self.db.execute(
                 """
                 INSERT INTO media (sha256, size, content_type, filename, media_id, user_nid,
-                    created_ts, last_access_ts, expires_ts)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+                    origin, created_ts, last_access_ts, expires_ts)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
                 """,
-                (*(upload or (None,) * 4), media_id, user_nid, now, now, expires),
+                (*(upload or (None,) * 4), media_id, user_nid, origin, now, now, expires),
             )
         return media_id
 
@@ -15283,6 +15304,78 @@ class Media:
         finally:
             self._waiting.remove(waiting)
 
+    # Deleting
+
+    def delete(self, nids: Iterable[int]) -> int:
+        """Delete media, and soon the files that no other media id has; how many there were."""
+        count = 0
+        with self.db.write():
+            for nid in nids:
+                query = "SELECT sha256 FROM media WHERE media_nid = ?"
+                self._unused.add(self.db.value(query, (nid,)) or "")
+                delete = "DELETE FROM media WHERE media_nid = ?"
+                count += self.db.execute(delete, (nid,)).rowcount
+        return count
+
+    def select(self, *, user_nid: UserNid | None, origin: str | None, before: int) -> list[int]:
+        """Media by who uploaded them, else by where they are from (None: here), last used before.
+
+        `before` is in milliseconds since the epoch.
+        """
+        if user_nid is not None:
+            query = "SELECT media_nid FROM media WHERE user_nid = ? AND last_access_ts < ?"
+            return [nid for (nid,) in self.db.all(query, (user_nid, before))]
+        query = "SELECT media_nid FROM media WHERE origin IS ? AND last_access_ts < ?"
+        return [nid for (nid,) in self.db.all(query, (origin, before))]
+
+    def quarantine(self, nids: Iterable[int], quarantined: bool = True) -> None:
+        """Let nobody have these media any more, or again; their files stay."""
+        with self.db.write():
+            for nid in nids:
+                update = "UPDATE media SET quarantined = ? WHERE media_nid = ?"
+                self.db.execute(update, (quarantined, nid))
+
+    async def sweep(self) -> None:
+        """Remove files whose last row was deleted, once that is on the disk.
+
+        Trap: a file that is being stored may be one of these and has no row yet.
+        """
+        unused, self._unused = self._unused - {""}, set()
+        await self.db.synced()
+        for sha256 in unused:
+            await asyncio.sleep(0)
+            if self.receiving:
+                self._unused.add(sha256)
+            elif not self.db.value("SELECT 1 FROM media WHERE sha256 = ?", (sha256,)):
+                kept = [thumbnail_file(self.folder, sha256, size) for size in THUMBNAIL_SIZES]
+                for path in (media_file(self.folder, sha256), *kept):
+                    path.unlink(missing_ok=True)
+
+    def expire(self, days: int | None, budget_mb: int | None) -> None:
+        """Delete what was fetched from elsewhere and not used for days, or is over the budget."""
+        if days is not None:
+            query = """
+                SELECT media_nid
+                FROM media
+                WHERE origin IS NOT NULL AND last_access_ts < ?
+                LIMIT 1000
+            """
+            self.delete(nid for (nid,) in self.db.all(query, (now_ms() - days * 86_400_000,)))
+        if budget_mb is not None:
+            query = "SELECT SUM(size) FROM media WHERE origin IS NOT NULL"
+            excess = (self.db.value(query) or 0) - budget_mb * 1_000_000
+            oldest = """
+                SELECT media_nid, size
+                FROM media
+                WHERE origin IS NOT NULL AND last_access_ts > 0
+                ORDER BY last_access_ts
+                LIMIT 1000
+            """
+            rows = iter(self.db.all(oldest) if excess > 0 else [])
+            while excess > 0 and (row := next(rows, None)) is not None:
+                self.delete([row[0]])
+                excess -= row[1] or 0
+
     def maintain(self) -> None:
         """Write the times of last access, and forget the ids that nothing was uploaded to."""
         touched, self.touched = self.touched, {}
@@ -15299,6 +15392,20 @@ class Media:
 # ── 22.5  Uploading ──────────────────────────────────────────────────────────
 
 
+MXC_URI = re.compile(r"mxc://([^/]{1,255})/([0-9A-Za-z_-]{1,255})")
+
+
+def media_in(value: Any) -> Iterator[tuple[str, str]]:
+    """The media that an event's content names, as (server, media id): for an admin to delete."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and (match := MXC_URI.fullmatch(value)):
+            yield match[1], match[2]
+
+
 def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
     """The row of an mxc:// URI; 404 for what is malformed, unknown, expired, or another server's.
 
@@ -15312,6 +15419,7 @@ def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
             FROM media
             WHERE media_id = ?
               AND (expires_ts IS NULL OR expires_ts > ?)
+              AND NOT quarantined
             """,
             (media_id, now_ms()),
         )
@@ -15421,7 +15529,7 @@ async def get_thumbnail(hs: Homeserver, request: Request, server: str, media_id:
     animated = None if request.arg("animated") is None else request.bool_arg("animated", False)
     row = await uploaded(hs, request, server, media_id)
     source = media_file(hs.media.folder, row.sha256)
-    path = media_file(hs.media.folder / "thumbnails", row.sha256 + "-{}x{}-{}".format(*size))
+    path = thumbnail_file(hs.media.folder, row.sha256, size)
     kind, _ = ("", b"") if animated else await hs.db.in_thread(image_head, path)
     if not kind:
         async with hs.media.rendering:
@@ -15434,6 +15542,275 @@ async def get_thumbnail(hs: Homeserver, request: Request, server: str, media_id:
 async def media_config(hs: Homeserver, _request: Request) -> Json:
     """How large an upload may be, in bytes.  Spec: GET /_matrix/client/v1/media/config."""
     return {"m.upload.size": hs.config.max_request_size}
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  50. PREVIEWS
+#
+#  What a link in a message leads to, for clients to show: title, a few words, a picture.
+#  The server looks so that no member of the room has to, and only at hosts that its
+#  owner named. Pages are other people's: little is read of them, and nothing believed.
+#                                   spec: CS-API "Content repository", preview_url
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE previews (
+    url TEXT PRIMARY KEY,
+    body TEXT NOT NULL,         -- JSON, as the endpoint answers
+    media_nid INTEGER,          -- the picture, which goes with it
+    expires_ts INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX previews_by_age ON previews (expires_ts);
+""")
+
+PREVIEWED = ""  # the origin of pictures that no server of Matrix has
+PREVIEW_KEPT_MS = 24 * 3600 * 1000
+FAILURE_KEPT_MS = 300_000  # how long a page that could not be read is not asked for again
+PREVIEW_SECONDS = 30.0  # for a page and its picture, all redirects included
+REQUEST_SECONDS = 10.0
+MAX_REDIRECTS = 5
+MAX_PAGE_BYTES = 4_194_304
+MAX_HTML = 1_048_576  # bytes of it that are read; what a preview shows stands near the top
+MAX_PICTURE = 10_485_760  # bytes
+MAX_URL = 2_048
+MAX_PROPERTIES = 50  # of one page
+MAX_PROPERTY = 1_000  # characters
+PREVIEWS_AT_ONCE = 10
+PREVIEW_HEADERS: Final = {
+    "User-Agent": f"conduit.py/{VERSION} (bot; URL previews)",
+    "Accept": "text/html,application/xhtml+xml,image/*;q=0.9",
+}
+# The encodings that pages have; some others of Python's take quadratic time, or are none of text.
+CHARSET = re.compile(
+    r"(?i)utf-?8|utf-?16(?:le|be)?|us-ascii|iso-8859-\d{1,2}|(?:windows-|cp)125\d"
+    r"|shift[_-]jis|euc-(?:jp|kr)|gbk|gb2312|gb18030|big5|koi8-[ru]"
+)
+PIXELS = re.compile(r"[0-9]{1,6}")
+CHARSET_IN_PAGE = re.compile(rb"""(?i)<meta[^>]{0,200}?charset=["']?([0-9A-Za-z_-]{1,40})""")
+
+# ── 50.1  Reading a page ─────────────────────────────────────────────────────
+
+META_NAMES: Final = {  # what stands in for an OpenGraph property that a page does not have
+    **{"description": "og:description", "twitter:title": "og:title"},
+    **{"twitter:description": "og:description", "twitter:image": "og:image"},
+}
+TEXT_TAGS: Final = {"title": "og:title", "h1": "og:title", "p": "og:description"}
+UNREAD_TAGS: Final = ("script", "style", "noscript", "nav", "header", "footer", "aside", "template")
+
+
+class PageReader(HTMLParser):
+    """Collects what a page says about itself.
+
+    Trap: a tree of the page would be as deep as its author likes (CVE-2022-31052). Here is none:
+    tags come one after the other, and all that is kept is one counter and one place for text.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.properties: dict[str, str] = {}  # OpenGraph's own
+        self.others: dict[str, str] = {}  # what is used where those are missing
+        self._unread = 0  # how many elements are open whose text is not for reading
+        self._target: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note what a tag says, or where the text after it belongs."""
+        if tag in UNREAD_TAGS:
+            self._unread += 1
+        elif tag == "meta":
+            self._meta(dict(attrs))
+        elif tag in TEXT_TAGS and not self._unread:
+            target = TEXT_TAGS[tag]
+            self._target = None if self.others.get(target, "").strip() else target
+
+    def handle_endtag(self, tag: str) -> None:
+        """The text of an element ends."""
+        if tag in UNREAD_TAGS:
+            self._unread = max(0, self._unread - 1)
+        elif tag in TEXT_TAGS:
+            self._target = None
+
+    def handle_data(self, data: str) -> None:
+        """Text, kept if it is a title or the first paragraph."""
+        if self._target is not None and not self._unread:
+            before = self.others.get(self._target, "")
+            self.others[self._target] = before + data[: MAX_PROPERTY - len(before)]
+
+    def _meta(self, attributes: dict[str, str | None]) -> None:
+        name = (attributes.get("property") or attributes.get("name") or "").lower()
+        content = (attributes.get("content") or "").strip()[:MAX_PROPERTY]
+        if not content or len(self.properties) >= MAX_PROPERTIES:
+            return
+        if re.fullmatch(r"og:[a-z0-9_:.-]{1,60}", name):
+            self.properties.setdefault(name, content)
+        elif name in META_NAMES:
+            self.others[META_NAMES[name]] = content
+
+    def result(self) -> Json:
+        """The properties, those of OpenGraph first, with the white space that people see."""
+        found = {**self.others, **self.properties}
+        clean = {name: " ".join(value.split()) for name, value in found.items()}
+        return {name: value for name, value in clean.items() if value}
+
+
+def read_html(raw: bytes, content_type: str) -> Json:
+    """The OpenGraph properties of an HTML page; for a thread."""
+    raw = raw[:MAX_HTML]
+    named = re.search(r"(?i)charset=[\"']?([^\s;\"']+)", content_type)
+    in_page = CHARSET_IN_PAGE.search(raw[:4096])
+    charset = named[1] if named else in_page[1].decode() if in_page else "utf-8"
+    if not CHARSET.fullmatch(charset):
+        charset = "utf-8"
+    reader = PageReader()
+    try:
+        # Trap: close() would look at each unfinished tag of a broken page to its end, and again.
+        reader.feed(raw.decode(charset, "replace"))
+    except Exception as error:  # a parser fed with hostile text may raise anything
+        log_media.info("a page could not be read: %s", type(error).__name__)
+    return reader.result()
+
+
+# ── 50.2  Looking ────────────────────────────────────────────────────────────
+
+
+def is_previewed(hs: Homeserver, url: str) -> bool:
+    """Whether the owner of this server lets it look at a URL."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        good = parts.scheme in {"http", "https"} and parts.username is None and len(url) <= MAX_URL
+    except ValueError:
+        return False
+    return good and any(glob(pattern)(host) for pattern in hs.config.url_preview_allowlist)
+
+
+async def bytes_as_chunks(data: bytes) -> AsyncIterator[bytes]:
+    """A body that is in memory, for what takes one that streams."""
+    yield data
+
+
+class Previews:
+    """Previews that were made before, and those being made: each page is fetched once."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._running: dict[str, asyncio.Future[Json]] = {}
+
+    async def of(self, user_nid: UserNid, url: str) -> Json:
+        """The preview of a URL that may be looked at; {} for a page that says nothing."""
+        query = "SELECT body FROM previews WHERE url = ? AND expires_ts > ?"
+        body = self.hs.db.value(query, (url, now_ms()))
+        if body is not None:
+            return cast(Json, json.loads(body))
+        future = self._running.get(url)
+        if future is None:
+            if len(self._running) >= PREVIEWS_AT_ONCE:
+                raise limit_exceeded(1000, "Too many pages are being looked at")
+            future = self._running[url] = asyncio.get_running_loop().create_future()
+            self.hs.background(self._make(user_nid, url, future))
+        return await asyncio.shield(future)
+
+    def maintain(self) -> None:
+        """Forget previews that are too old, with their pictures."""
+        query = "SELECT url, media_nid FROM previews WHERE expires_ts <= ? LIMIT 500"
+        expired = self.hs.db.all(query, (now_ms(),))
+        with self.hs.db.write() if expired else contextlib.nullcontext():
+            for url, _ in expired:
+                self.hs.db.execute("DELETE FROM previews WHERE url = ?", (url,))
+            self.hs.media.delete([nid for _, nid in expired if nid is not None])
+
+    async def _make(self, user_nid: UserNid, url: str, future: asyncio.Future[Json]) -> None:
+        found: Json = {}
+        media_nid = None
+        kept_ms = FAILURE_KEPT_MS
+        try:
+            made = self._look(user_nid, url)
+            found, media_nid = await asyncio.wait_for(made, PREVIEW_SECONDS)
+            kept_ms = PREVIEW_KEPT_MS
+        except (MatrixError, asyncio.TimeoutError) as error:
+            log_media.info("no preview of %s: %s", urlsplit(url).hostname, error)
+        finally:
+            del self._running[url]
+            future.set_result(found)
+        row = (url, json.dumps(found), media_nid, now_ms() + kept_ms)
+        with self.hs.db.write():
+            old = self.hs.db.value("SELECT media_nid FROM previews WHERE url = ?", (url,))
+            self.hs.media.delete([] if old is None else [old])
+            self.hs.db.execute("INSERT OR REPLACE INTO previews VALUES (?, ?, ?, ?)", row)
+
+    async def _look(self, user_nid: UserNid, url: str) -> tuple[Json, int | None]:
+        """Fetch a page and its picture: the preview, and the picture's row."""
+        url, answer = await self._get(url, MAX_PAGE_BYTES, listed=True)
+        content_type = answer.headers.get("content-type", "")
+        kind = content_type.partition(";")[0].strip().lower()
+        if kind.startswith("image/"):
+            return await self._keep_picture(user_nid, answer.body)
+        if kind not in {"text/html", "application/xhtml+xml"}:
+            return {}, None
+        found = await self.hs.db.in_thread(read_html, answer.body, content_type)
+        picture, media_nid = await self._picture(user_nid, urljoin(url, found.pop("og:image", "")))
+        sizes = ("og:image:width", "og:image:height")
+        numbers = {
+            name: int(found[name]) for name in sizes if PIXELS.fullmatch(found.get(name, ""))
+        }
+        said = {name: value for name, value in found.items() if not name.startswith("og:image")}
+        return {**said, **({**numbers, **picture} if picture else {})}, media_nid
+
+    async def _picture(self, user_nid: UserNid, url: str) -> tuple[Json, int | None]:
+        """Fetch the picture of a page; a preview does without one that cannot be had."""
+        if not url.startswith(("http://", "https://")) or len(url) > MAX_URL:
+            return {}, None
+        limit = min(MAX_PICTURE, self.hs.config.max_request_size)
+        try:
+            _, answer = await self._get(url, limit, listed=False)
+        except MatrixError:
+            return {}, None
+        return await self._keep_picture(user_nid, answer.body)
+
+    async def _keep_picture(self, user_nid: UserNid, raw: bytes) -> tuple[Json, int | None]:
+        """Store a picture among the media, whatever its server says it is."""
+        found = IMAGE_MAGIC.match(raw)
+        if found is None:
+            return {}, None
+        kind = f"image/{found.lastgroup}"
+        upload = (*await receive_file(self.hs, bytes_as_chunks(raw)), kind, None)
+        media_id = self.hs.media.add(user_nid, upload, None, origin=PREVIEWED)
+        nid = find_media(self.hs, self.hs.config.server_name, media_id).nid
+        uri = f"mxc://{self.hs.config.server_name}/{media_id}"
+        return {"og:image": uri, "og:image:type": kind, "matrix:image:size": len(raw)}, nid
+
+    async def _get(self, url: str, limit: int, *, listed: bool) -> tuple[str, PushAnswer]:
+        """What a URL leads to in the end, and its own URL; each step must be allowed."""
+        client = self.hs.http_client
+        for _ in range(MAX_REDIRECTS + 1):
+            if client is None or (listed and not is_previewed(self.hs, url)):
+                break
+            answer = await client.request("GET", url, PREVIEW_HEADERS, None, REQUEST_SECONDS, limit)
+            target = answer.headers.get("location")
+            if answer.status not in {301, 302, 303, 307, 308} or not target:
+                if answer.status != 200:
+                    raise not_found(f"The page answered with status {answer.status}")
+                return url, answer
+            url = urljoin(url, target)
+        raise forbidden("This page may not be looked at, or leads nowhere")
+
+
+# ── 50.3  The endpoint ───────────────────────────────────────────────────────
+
+
+@route("GET", f"{NEW_MEDIA}preview_url", auth=USER, limit="media")
+@route("GET", f"{OLD_MEDIA}preview_url", auth=USER, limit="media", also=OLD_VERSIONS)
+async def preview_url(hs: Homeserver, request: Request) -> Json:
+    """What a page is about, as far as it says so; {} if it does not, or cannot be had.
+
+    Spec: GET /_matrix/client/v1/media/preview_url. 403 M_FORBIDDEN for hosts that are not listed.
+    """
+    url = request.arg("url")
+    if not url:
+        raise missing_param("The query parameter url is missing")
+    request.int_arg("ts", 0, 0, 2**53)
+    if hs.http_client is None or not is_previewed(hs, url):
+        raise forbidden("This server makes no previews of that page")
+    return await hs.previews.of(request.user.nid, urldefrag(url).url)
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
@@ -16273,6 +16650,7 @@ class Homeserver:
         )
         self.sync_filters: LruCache[tuple[UserNid, str], SyncFilter] = LruCache(SYNC_FILTERS)
         self.media = Media(self)
+        self.previews = Previews(self)
         self.admin_room = AdminRoom(self)
         self.router = Router(self)
         self.router.authenticate = self.accounts.authenticate
@@ -16389,6 +16767,11 @@ class Homeserver:
                 self._save()
                 await self.accounts.expire()
                 await self.search.catch_up()
+                self.previews.maintain()
+                self.media.expire(
+                    self.config.media_retention_remote_days, self.config.media_budget_mb
+                )
+                await self.media.sweep()
                 with self.db.write():
                     self.db.execute("PRAGMA incremental_vacuum(200)").fetchall()
             except MatrixError as error:
