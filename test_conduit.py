@@ -7703,6 +7703,34 @@ def test_filter_check_raises_nothing_but_matrix_errors(value: Any) -> None:
         conduit.check_filter(value)
 
 
+def test_deleted_account_data_is_told_once(alice: Client) -> None:
+    room_id = alice.create_room()
+    own, in_room = ("user", alice.user_id), ("user", alice.user_id, "rooms", room_id)
+    base = "/_matrix/client/unstable/org.matrix.msc3391/"
+    for place, deleted in ((own, "a"), (in_room, "b")):
+        path = (*place, "account_data", deleted)
+        ok(alice.put(path, {"x": 1}))
+        alice.poll()
+        ok(alice.delete(base + path_of(path).removeprefix(CLIENT)))
+        fails(alice.get(path), 404, "M_NOT_FOUND")
+        news = account_data_in(alice.poll(), room_id if place is in_room else None)
+        assert news[deleted] == {}
+        fresh = account_data_in(alice.sync(), room_id if place is in_room else None)
+        assert deleted not in fresh
+        ok(alice.delete(base + path_of(path).removeprefix(CLIENT)))
+    assert "account_data" not in alice.poll() or not account_data_in(alice.poll())
+    rules = base + path_of((*own, "account_data", "m.push_rules")).removeprefix(CLIENT)
+    fails(alice.delete(rules), 405, "M_BAD_JSON")
+
+
+def test_what_is_kept_for_a_device_goes_with_it(alice: Client) -> None:
+    phone = alice.login()
+    kind = f"org.matrix.msc3890.local_notification_settings.{phone.device_id}"
+    ok(alice.put(("user", alice.user_id, "account_data", kind), {"is_silenced": True}))
+    ok(phone.post("logout"))
+    fails(alice.get(("user", alice.user_id, "account_data", kind)), 404, "M_NOT_FOUND")
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  16. DIRECTORY
 # ═════════════════════════════════════════════════════════════════════════════
@@ -8033,6 +8061,199 @@ def test_deactivated_users_are_not_found(server: Server, alice: Client) -> None:
     assert find_users(alice, gone.user_id) == [gone.user_id]
     ok(gone.uia("POST", "account/deactivate", {}))
     eventually(lambda: find_users(alice, gone.user_id) == [])
+
+
+def test_no_other_network_is_reached(alice: Client) -> None:
+    assert ok(alice.get("thirdparty/protocols")) == {}
+    for kind in ("protocol", "location", "user"):
+        fails(alice.get(("thirdparty", kind, "irc")), 404, "M_NOT_FOUND")
+    assert alice.get("thirdparty/user", userid=alice.user_id).json() == []
+    fails(alice.get("thirdparty/user", userid="@nobody:test.example"), 404, "M_NOT_FOUND")
+    fails(alice.get("thirdparty/user"), 400, "M_MISSING_PARAM")
+    name = unique()
+    alice.create_room(room_alias_name=name)
+    assert alice.get("thirdparty/location", alias=f"#{name}:test.example").json() == []
+    fails(alice.get("thirdparty/location", alias="#none:test.example"), 404, "M_NOT_FOUND")
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  51. DELAYED EVENTS
+# ═════════════════════════════════════════════════════════════════════════════
+
+DELAYED: Final = "/_matrix/client/unstable/org.matrix.msc4140/"
+
+
+def delayed_send(client: Client, room_id: str, delay: int, body: str, txn_id: str = "") -> str:
+    """Schedule a text message; the delay_id."""
+    path = ("rooms", room_id, "send", "m.room.message", txn_id or unique())
+    query = {"org.matrix.msc4140.delay": delay}
+    answer = client.put(path, {"msgtype": "m.text", "body": body}, params=query)
+    client.checked = True
+    return str(ok(answer)["delay_id"])
+
+
+@pytest.fixture
+def caller(server: Server) -> Client:
+    """A user whose answers to delayed requests are beyond the specification's schema."""
+    client = register(server)
+    client.checked = False
+    return client
+
+
+def delayed_set(client: Client, room_id: str, delay: int, key: str, content: Json) -> str:
+    """Schedule a piece of state; the delay_id."""
+    path = ("rooms", room_id, "state", "org.example.call", key)
+    query = {"org.matrix.msc4140.delay": delay}
+    return str(ok(client.put(path, content, params=query))["delay_id"])
+
+
+def act(client: Client, delay_id: str, action: str) -> httpx.Response:
+    return client.post(f"{DELAYED}delayed_events/{delay_id}/{action}")
+
+
+def look(client: Client, delay_id: str) -> Json:
+    return ok(client.get(f"{DELAYED}delayed_events/{delay_id}"))
+
+
+def waiting_for(client: Client) -> list[str]:
+    found = ok(client.get(f"{DELAYED}delayed_events"))["delayed_events"]
+    return [each["delay_id"] for each in found]
+
+
+def test_a_delayed_event_comes_in_its_time(server: Server, caller: Client, bob: Client) -> None:
+    room_id = caller.room_with(bob)
+    path = ("rooms", room_id, "send", "m.room.message", "txn")
+    query = {"org.matrix.msc4140.delay": 400}
+    content = {"msgtype": "m.text", "body": "later"}
+    began = time.time() * 1000
+    delay_id = ok(caller.put(path, content, params=query))["delay_id"]
+    assert ok(caller.put(path, content, params=query))["delay_id"] == delay_id
+    (shown,) = ok(caller.get(f"{DELAYED}delayed_events"))["delayed_events"]
+    assert shown["content"] == content
+    assert shown["delay_ms"] == shown["delay"] == 400
+    assert began - 1 <= shown["scheduled_at"] == shown["running_since"] <= time.time() * 1000
+    assert "state_key" not in shown
+    assert caller.bodies(room_id) == []
+    eventually(lambda: caller.bodies(room_id) == ["later"])
+    done = look(caller, delay_id)
+    assert done["finalised_ts"] >= done["scheduled_at"] + 400
+    assert waiting_for(caller) == []
+    event = caller.messages(room_id)["chunk"][0]
+    assert event["event_id"] == done["event_id"]
+    assert event["unsigned"]["org.matrix.msc4140.delay_id"] == delay_id
+    assert "transaction_id" not in event["unsigned"]
+    others = bob.messages(room_id)["chunk"][0]
+    assert "org.matrix.msc4140.delay_id" not in others["unsigned"]
+
+
+def test_send_cancel_restart_and_what_follows(server: Server, caller: Client) -> None:
+    room_id = caller.create_room()
+    sent, cancelled, again = (
+        delayed_set(caller, room_id, 60_000, key, {"left": True}) for key in ("a", "b", "c")
+    )
+    ok(act(caller, sent, "send"))
+    ok(act(caller, cancelled, "cancel"))
+    first = look(caller, again)["scheduled_at"]
+    ok(caller.post(f"{DELAYED}delayed_events/{again}", {"action": "restart"}))
+    assert look(caller, again)["scheduled_at"] > first
+    assert caller.state(room_id, "org.example.call", "a") == {"left": True}
+    fails(caller.get(("rooms", room_id, "state", "org.example.call", "b")), 404)
+    assert look(caller, sent)["event_id"].startswith("$")
+    assert look(caller, cancelled).keys().isdisjoint({"event_id", "error"})
+    for delay_id, right in ((sent, "send"), (cancelled, "cancel")):
+        for action in ("send", "cancel", "restart"):
+            answer = act(caller, delay_id, action)
+            if action == right:
+                ok(answer)
+            else:
+                fails(answer, 409, "M_UNKNOWN")
+    fails(act(caller, again, "explode"), 400, "M_INVALID_PARAM")
+    fails(act(caller, "unknown", "send"), 404, "M_NOT_FOUND")
+    assert waiting_for(caller) == [again]
+
+
+def test_delayed_events_are_their_users(server: Server, caller: Client, bob: Client) -> None:
+    room_id = caller.create_room()
+    delay_id = delayed_set(caller, room_id, 60_000, "", {})
+    fails(bob.get(f"{DELAYED}delayed_events/{delay_id}"), 404, "M_NOT_FOUND")
+    fails(act(bob, delay_id, "cancel"), 404, "M_NOT_FOUND")
+    assert waiting_for(bob) == []
+    ok(act(Client(server), delay_id, "restart"))  # who carries the call knows the secret
+    fails(Client(server).get(f"{DELAYED}delayed_events/{delay_id}"), 401)
+
+
+def test_delayed_events_survive_and_come_in_order(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    caller = register(server)
+    caller.checked = False
+    room_id = caller.create_room()
+    for body, delay in (("second", 700), ("first", 600), ("third", 800)):
+        delayed_send(caller, room_id, delay, body)
+    late = delayed_set(caller, room_id, 3_600_000, "", {})
+    server.kill9()
+    server.check()
+    time.sleep(1)
+    server.start()
+    eventually(lambda: caller.bodies(room_id) == ["first", "second", "third"])
+    assert waiting_for(caller) == [late]
+
+
+def test_rules_are_asked_when_the_event_is_sent(caller: Client, bob: Client) -> None:
+    bob.checked = False
+    room_id = caller.room_with(bob)
+    levels = caller.state(room_id, "m.room.power_levels")
+    refused, early = (
+        delayed_set(bob, room_id, delay, key, {}) for delay, key in ((300, "a"), (60_000, "b"))
+    )
+    fails(act(bob, early, "send"), 403, "M_FORBIDDEN")
+    assert waiting_for(bob)[-1] == early
+    error = eventually(lambda: look(bob, refused).get("error"))
+    assert error["errcode"] == "M_FORBIDDEN"
+    caller.set_state(room_id, "m.room.power_levels", {**levels, "events": {"org.example.call": 0}})
+    ok(act(bob, early, "send"))
+
+
+def test_state_of_somebody_else_cancels_what_would_overwrite_it(
+    caller: Client, bob: Client
+) -> None:
+    room_id = caller.room_with(bob, power_level_content_override={"state_default": 0})
+    delay_id = delayed_set(caller, room_id, 60_000, "x", {"left": True})
+    caller.set_state(room_id, "org.example.call", {"here": 1}, "x")
+    assert waiting_for(caller) == [delay_id]
+    bob.set_state(room_id, "org.example.call", {"here": 2}, "other")
+    assert waiting_for(caller) == [delay_id]
+    bob.set_state(room_id, "org.example.call", {"here": 2}, "x")
+    assert waiting_for(caller) == []
+    fails(act(caller, delay_id, "send"), 409, "M_UNKNOWN")
+
+
+def test_delays_that_cannot_be(caller: Client) -> None:
+    room_id = caller.create_room()
+    path = ("rooms", room_id, "send", "m.room.message", unique())
+    for delay, status, errcode in (
+        ("0", 400, "M_INVALID_PARAM"),
+        ("-5", 400, "M_INVALID_PARAM"),
+        ("soon", 400, "M_INVALID_PARAM"),
+        (f"{conduit.MAX_DELAY_MS + 1}", 403, "M_FORBIDDEN"),
+        ("9" * 300, 403, "M_FORBIDDEN"),
+    ):
+        fails(caller.put(path, {}, params={"org.matrix.msc4140.delay": delay}), status, errcode)
+    own = f"{DELAYED}rooms/{quote(room_id)}/delayed_event/m.room.message/{unique()}"
+    fails(caller.put(own, {"content": {}}), 400, "M_MISSING_PARAM")
+    fails(caller.put(own, {"delay_ms": 5}), 400, "M_MISSING_PARAM")
+    fails(caller.put(own, {"delay_ms": 0, "content": {}}), 400, "M_INVALID_PARAM")
+    huge = {"delay_ms": 5, "content": {"body": "x" * 70_000}}
+    fails(caller.put(own, huge), 413, "M_TOO_LARGE")
+    fails(caller.put(own, {"delay_ms": 5, "content": {"x": 1.5}}), 400, "M_BAD_JSON")
+    delay_id = ok(caller.put(own, {"delay": 60_000, "content": {}, "state_key": ""}))["delay_id"]
+    assert look(caller, delay_id)["state_key"] == ""
+    limits = ok(caller.get("capabilities"))["capabilities"]["org.matrix.msc4140.delayed_events"]
+    assert limits == {"max_delay_ms": conduit.MAX_DELAY_MS, "max_scheduled": conduit.MAX_SCHEDULED}
+    for n in range(conduit.MAX_SCHEDULED - 1):
+        delayed_set(caller, room_id, 60_000, f"{n}", {})
+    answer = caller.put(own + "x", {"delay_ms": 50, "content": {}})
+    fails(answer, 429, "M_LIMIT_EXCEEDED")
+    assert 0 < int(answer.headers["retry-after"]) <= 60
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -11347,6 +11568,435 @@ def test_status_message_survives_a_restart(new_server: Callable[..., Server]) ->
     assert ok(alice.get(path))["status_msg"] == "gone fishing"
 
 
+def test_who_is_busy_stays_so_while_syncing(alice: Client) -> None:
+    path, busy = ("presence", alice.user_id, "status"), "org.matrix.msc3026.busy"
+    alice.checked = False  # a state that the specification does not have
+    ok(alice.put(path, {"presence": busy}))
+    alice.sync(set_presence="online")
+    assert ok(alice.get(path))["presence"] == busy
+    alice.login().sync(set_presence="unavailable")
+    assert ok(alice.get(path))["presence"] == busy
+    ok(alice.put(path, {"presence": "online"}))
+    assert ok(alice.get(path))["presence"] == "online"
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  49. PUSHERS
+# ═════════════════════════════════════════════════════════════════════════════
+
+GATEWAY: Final = "https://push.example/_matrix/push/v1/notify"
+
+
+class Outcome(SimpleNamespace):
+    """What the outside world answers."""
+
+    status: int = 200
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class World:
+    """The way out of a server under test: each request is answered by a function."""
+
+    def __init__(self, answer: Callable[[str, Json | None], Any]) -> None:
+        self.answer = answer
+        self.requests: list[tuple[str, str, Json | None]] = []
+
+    async def request(
+        self, method: str, url: str, _headers: Any, body: bytes | None, *_limits: Any
+    ) -> Outcome:
+        sent = None if body is None else json.loads(body)
+        self.requests.append((method, url, sent))
+        await asyncio.sleep(0.001)
+        found = self.answer(url, sent)
+        if isinstance(found, Exception):
+            raise found
+        if isinstance(found, Outcome):
+            return found
+        return Outcome(status=200, headers={}, body=json.dumps(found).encode())
+
+    @property
+    def pushes(self) -> list[Json]:
+        """The notifications that gateways were sent."""
+        return [sent["notification"] for _, _, sent in self.requests if sent]
+
+
+class InnerServer(Server):
+    """A server in this process, whose way out is a World."""
+
+    def __init__(self, folder: Path, world: World, **config: Any) -> None:
+        super().__init__(folder, **config)
+        self.world = world
+
+    def start(self, timeout: float = 60) -> InnerServer:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.call(self._start())
+        return self
+
+    async def _start(self) -> None:
+        environ = {"CONDUIT_CONFIG": str(self.config_path)}
+        self.hs = conduit.Homeserver(conduit.load_config(environ)[0])
+        self.hs.http_client = self.world
+        await self.hs.start()
+
+    def call(self, coroutine: Any) -> Any:
+        """Run something on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def do(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call something on the server's loop."""
+
+        async def call() -> Any:
+            return function(*args, **kwargs)
+
+        return self.call(call())
+
+    def stop(self, timeout: float = 15) -> int:
+        if self.thread.is_alive():
+            self.call(self.hs.stop())
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self.thread.join()
+            self.loop.close()
+        return 0
+
+
+@pytest.fixture
+def inner(tmp_path: Path) -> Iterator[Callable[..., InnerServer]]:
+    """A factory of servers in this process."""
+    started: list[InnerServer] = []
+
+    def make(answer: Callable[[str, Json | None], Any], **config: Any) -> InnerServer:
+        config = {"allow_open_registration": True, **config}
+        server = InnerServer(tmp_path / f"inner{len(started)}", World(answer), **config)
+        started.append(server.start())
+        return started[-1]
+
+    yield make
+    for server in started:
+        server.stop()
+
+
+def pusher(key: str = "key", **fields: Any) -> Json:
+    data = {"url": GATEWAY, "custom": [1], **fields.pop("data", {})}
+    texts = {"app_display_name": "App", "device_display_name": "Phone", "lang": "en"}
+    return {"app_id": "org.app", "pushkey": key, "kind": "http", "data": data, **texts, **fields}
+
+
+def pushkeys_of(client: Client) -> list[str]:
+    return [each["pushkey"] for each in ok(client.get("pushers"))["pushers"]]
+
+
+def accept(_url: str, _sent: Json | None) -> Json:
+    return {"rejected": []}
+
+
+def test_pushers_are_set_changed_listed_and_deleted(alice: Client) -> None:
+    ok(alice.post("pushers/set", pusher(profile_tag="tag", append=True)))
+    (shown,) = ok(alice.get("pushers"))["pushers"]
+    assert {"profile_tag": "tag", "lang": "en", "kind": "http"}.items() <= shown.items()
+    assert shown["data"] == {"url": GATEWAY, "custom": [1]}
+    assert "append" not in shown
+    assert shown["org.matrix.msc3881.enabled"] is True
+    assert shown["org.matrix.msc3881.device_id"] == alice.device_id
+    ok(alice.post("pushers/set", pusher(lang="de")))
+    assert [each["lang"] for each in ok(alice.get("pushers"))["pushers"]] == ["de"]
+    ok(alice.post("pushers/set", {"app_id": "org.app", "pushkey": "key", "kind": None}))
+    ok(alice.post("pushers/set", {"app_id": "org.app", "pushkey": "never", "kind": None}))
+    assert pushkeys_of(alice) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://push.example/_matrix/push/v1/notify",
+        "https://push.example/notify",
+        "https://push.example/_matrix/push/v1/notify/",
+        "https://user@push.example/_matrix/push/v1/notify",
+        "https:///_matrix/push/v1/notify",
+        "https://push.example:99999/_matrix/push/v1/notify",
+        "https://[::1/_matrix/push/v1/notify",
+        "file:///_matrix/push/v1/notify",
+        "",
+    ],
+)
+def test_sec_41_a_gateway_has_one_kind_of_address(alice: Client, url: str) -> None:
+    refused = alice.post("pushers/set", pusher(data={"url": url}))
+    fails(refused, 400, "M_INVALID_PARAM")
+    assert pushkeys_of(alice) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "errcode"),
+    [
+        ({"pushkey": "é" * 257}, "M_INVALID_PARAM"),
+        ({"app_id": "a" * 65}, "M_INVALID_PARAM"),
+        ({"kind": "email"}, "M_INVALID_PARAM"),
+        ({"kind": 5}, "M_INVALID_PARAM"),
+        ({"data": {"url": GATEWAY, "x": "y" * 20_000}}, "M_INVALID_PARAM"),
+        ({"data": None}, "M_BAD_JSON"),
+        ({"lang": None}, "M_BAD_JSON"),
+        ({"append": "yes"}, "M_BAD_JSON"),
+    ],
+)
+def test_pushers_that_cannot_be(alice: Client, change: Json, errcode: str) -> None:
+    fails(alice.post("pushers/set", {**pusher(), **change}), 400, errcode)
+    for name in change:
+        body = {key: value for key, value in pusher().items() if key != name}
+        if name not in ("append",):
+            fails(alice.post("pushers/set", body), 400, "M_MISSING_PARAM")
+
+
+def test_one_key_is_one_users_unless_told_to_append(alice: Client, bob: Client) -> None:
+    key = unique()
+    ok(alice.post("pushers/set", pusher(key)))
+    ok(bob.post("pushers/set", pusher(key, append=True)))
+    assert pushkeys_of(alice) == pushkeys_of(bob) == [key]
+    ok(bob.post("pushers/set", pusher(key)))
+    assert (pushkeys_of(alice), pushkeys_of(bob)) == ([], [key])
+
+
+def test_pushers_go_with_their_device(server: Server, alice: Client) -> None:
+    phone, tablet = alice.login(), alice.login()
+    ok(phone.post("pushers/set", pusher("phone")))
+    ok(tablet.post("pushers/set", pusher("tablet")))
+    ok(alice.post("pushers/set", pusher("own")))
+    ok(phone.post("logout"))
+    assert sorted(pushkeys_of(alice)) == ["own", "tablet"]
+    ok(alice.uia("POST", "account/password", {"new_password": "another password"}))
+    assert pushkeys_of(alice) == ["own"]
+
+
+def test_a_message_is_pushed_with_all_that_a_gateway_may_know(
+    inner: Callable[..., InnerServer],
+) -> None:
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": "Bob"}))
+    room_id = bob.room_with(alice, name="Kitchen")
+    ok(alice.post("pushers/set", pusher("full")))
+    ok(alice.post("pushers/set", pusher("short", data={"format": "event_id_only"})))
+    event_id = bob.send_text(room_id, "supper")
+    eventually(lambda: len(server.world.pushes) == 2)
+    pushes = {push["devices"][0]["pushkey"]: push for push in server.world.pushes}
+    assert [url for _, url, _ in server.world.requests] == [GATEWAY] * 2
+    full, short = pushes["full"], pushes["short"]
+    device = full.pop("devices")[0]
+    assert device["data"] == {"custom": [1]}
+    assert device["tweaks"] == {"sound": "default"}
+    assert isinstance(device["pushkey_ts"], int)
+    assert full == {
+        **{"event_id": event_id, "room_id": room_id, "type": "m.room.message"},
+        **{"sender": bob.user_id, "sender_display_name": "Bob", "room_name": "Kitchen"},
+        **{"content": {"msgtype": "m.text", "body": "supper"}, "counts": {"unread": 1}},
+        "prio": "high",
+    }
+    assert short.keys() == {"event_id", "room_id", "counts", "devices", "prio"}
+    assert short["devices"][0]["data"] == {"custom": [1], "format": "event_id_only"}
+
+
+def test_badges_go_down_after_reading_elsewhere(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    room_id = bob.room_with(alice)
+    ok(alice.post("pushers/set", pusher()))
+
+    def badges() -> list[int]:
+        return [push["counts"]["unread"] for push in server.world.pushes]
+
+    first, second = bob.send_text(room_id, "1"), bob.send_text(room_id, "2")
+    eventually(lambda: badges()[-1:] == [2])
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", first)))
+    eventually(lambda: badges()[-1:] == [1])
+    assert "event_id" not in server.world.pushes[-1]
+    ok(alice.post(("rooms", room_id, "receipt", "m.read.private", second)))
+    eventually(lambda: badges()[-1:] == [0])
+    bob.send_text(room_id, "3")
+    eventually(lambda: badges()[-1:] == [1])
+    alice.send_text(room_id, "read, as I write")
+    eventually(lambda: badges()[-1:] == [0])
+    count = len(badges())
+    alice.send_text(room_id, "nothing new to tell")
+    time.sleep(0.1)
+    assert len(badges()) == count
+
+
+def test_what_is_read_while_the_gateway_sleeps_is_not_pushed(
+    inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conduit, "PUSH_RETRY_MS", (300, 300))
+    down = [True]
+    error = conduit.MatrixError(502, "M_UNKNOWN", "unreachable")
+    server = inner(lambda url, sent: error if down else {"rejected": []})
+    alice, bob = register(server), register(server)
+    room_id = bob.room_with(alice)
+    ok(alice.post("pushers/set", pusher()))
+    read, unread = bob.send_text(room_id, "read"), bob.send_text(room_id, "unread")
+    eventually(lambda: server.world.pushes)
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", read)))
+    server.world.requests.clear()
+    down.clear()
+    eventually(lambda: server.world.pushes)
+    time.sleep(0.1)
+    assert [push.get("event_id") for push in server.world.pushes] == [unread]
+
+
+def test_the_queue_survives_and_every_event_is_pushed_once(new_server: Any, tmp_path: Path) -> None:
+    server = new_server()
+    alice, bob = register(server), register(server)
+    room_id = bob.room_with(alice)
+    ok(alice.post("pushers/set", pusher()))
+    ids = [bob.send_text(room_id, f"{n}") for n in range(5)]
+    server.kill9()
+    server.check()
+    world = World(accept)
+    inside = InnerServer(server.folder, world, **server.config)
+    inside.start()
+    try:
+        eventually(lambda: len(world.pushes) == 5)
+        time.sleep(0.1)
+        assert [push["event_id"] for push in world.pushes] == ids
+        assert [push["counts"] for push in world.pushes] == [{"unread": 5}] * 5
+        inside.stop()
+        inside.start()
+        time.sleep(0.1)
+        assert len(world.pushes) == 5
+    finally:
+        inside.stop()
+
+
+def test_rejected_keys_are_removed(inner: Callable[..., InnerServer]) -> None:
+    server = inner(lambda url, sent: {"rejected": ["dead", "somebody else's"]})
+    alice, bob = register(server), register(server)
+    room_id = bob.room_with(alice)
+    for key in ("dead", "alive"):
+        ok(alice.post("pushers/set", pusher(key)))
+    bob.send_text(room_id, "hello")
+    eventually(lambda: pushkeys_of(alice) == ["alive"])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Outcome(status=500, headers={}, body=b""),
+        Outcome(status=200, headers={}, body=b"<html>"),
+        Outcome(status=302, headers={"location": "https://127.0.0.1/"}, body=b""),
+        conduit.MatrixError(403, "M_FORBIDDEN", "refused address"),
+    ],
+)
+def test_failures_are_tried_again_later_and_later(
+    inner: Callable[..., InnerServer], answer: Any
+) -> None:
+    server = inner(lambda url, sent: answer)
+    alice, bob = register(server), register(server)
+    room_id = bob.room_with(alice)
+    ok(alice.post("pushers/set", pusher()))
+    bob.send_text(room_id, "hello")
+    query = "SELECT failures, retry_ts, error FROM pushers"
+    failures, retry_ts, error = eventually(
+        lambda: (row := server.do(server.hs.db.one, query))[0] and row
+    )
+    assert failures >= 1
+    assert retry_ts > time.time() * 1000
+    assert error
+    assert pushkeys_of(alice) == ["key"]
+
+
+@pytest.mark.parametrize("value", [None, [], {"rejected": "key"}, {"rejected": [5, None, {}]}])
+def test_odd_answers_of_gateways_do_no_harm(inner: Callable[..., InnerServer], value: Any) -> None:
+    server = inner(lambda url, sent: value)
+    alice, bob = register(server), register(server)
+    room_id = bob.room_with(alice)
+    ok(alice.post("pushers/set", pusher()))
+    bob.send_text(room_id, "hello")
+    eventually(lambda: server.world.pushes)
+    eventually(lambda: not server.do(server.hs.db.all, "SELECT * FROM push_queue"))
+    assert pushkeys_of(alice) == ["key"]
+
+
+def test_what_is_not_pushed(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    room_id = bob.room_with(alice)
+    ok(alice.post("pushers/set", pusher()))
+    bob.send(room_id, "m.room.message", {"msgtype": "m.notice", "body": "a notice"})
+    bob.send(room_id, "m.reaction", {"m.relates_to": {"rel_type": "m.annotation"}})
+    alice.send_text(room_id, "my own")
+    path = ("user", alice.user_id, "account_data", "m.ignored_user_list")
+    ok(alice.put(path, {"ignored_users": {bob.user_id: {}}}))
+    bob.send_text(room_id, "ignored")
+    ok(alice.put(path, {"ignored_users": {"@nobody:here": {}}}))
+    ok(alice.post("pushers/set", pusher(**{"org.matrix.msc3881.enabled": False})))
+    bob.send_text(room_id, "switched off")
+    ok(alice.post("pushers/set", pusher()))
+    expected = bob.send_text(room_id, "this")
+    eventually(lambda: server.world.pushes)
+    time.sleep(0.1)
+    assert [push.get("event_id") for push in server.world.pushes] == [expected]
+
+
+def test_invitations_are_pushed_until_they_are_answered(
+    inner: Callable[..., InnerServer],
+) -> None:
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    ok(alice.post("pushers/set", pusher()))
+    room_id = bob.create_room(alice)
+    eventually(lambda: server.world.pushes)
+    (push,) = server.world.pushes
+    assert push["user_is_target"] is True
+    assert push["room_id"] == room_id
+    assert push["content"]["membership"] == "invite"
+
+
+def test_a_full_queue_keeps_the_newest(new_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = new_server()
+    alice, bob = register(server), register(server)
+    room_id = bob.room_with(alice)
+    ok(alice.post("pushers/set", pusher()))
+    for n in range(conduit.MAX_PUSHES_WAITING + 5):
+        bob.send_text(room_id, f"{n}")
+    server.stop()
+    with contextlib.closing(sqlite3.connect(server.database)) as database:
+        rows = database.execute("SELECT event_nid FROM push_queue ORDER BY 1").fetchall()
+        newest = database.execute("SELECT MAX(nid) FROM events").fetchone()
+    assert len(rows) == conduit.MAX_PUSHES_WAITING
+    assert rows[-1] == newest
+
+
+def test_the_list_of_notifications(alice: Client, bob: Client) -> None:
+    room_id = bob.room_with(alice)
+    ids = [bob.send_text(room_id, f"{n}") for n in range(6)]
+    mention = {"msgtype": "m.text", "body": "you", "m.mentions": {"user_ids": [alice.user_id]}}
+    loud = bob.send(room_id, "m.room.message", mention)
+    alice.messages(room_id)
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", ids[2])))
+    found: list[Json] = []
+    query: Json = {"limit": 3}
+    while True:
+        page = ok(alice.get("notifications", params=query))
+        assert len(page["notifications"]) <= 3
+        found += page["notifications"]
+        if "next_token" not in page:
+            break
+        query["from"] = page["next_token"]
+    shown = [each for each in found if each["event"]["type"] == "m.room.message"]
+    assert [each["event"]["event_id"] for each in shown] == [loud, *reversed(ids)]
+    assert [each["read"] for each in shown] == [False] * 4 + [True] * 3
+    assert shown[0]["actions"][0] == "notify"
+    assert {each["room_id"] for each in shown} == {room_id}
+    only = ok(alice.get("notifications", only="highlight"))["notifications"]
+    assert [each["event"]["event_id"] for each in only] == [loud]
+    bob.redact(room_id, loud)
+    assert ok(alice.get("notifications", only="highlight"))["notifications"] == []
+    alice.leave(room_id)
+    rooms = {each["room_id"] for each in ok(alice.get("notifications"))["notifications"]}
+    assert room_id not in rooms
+    fails(alice.get("notifications", **{"from": "nonsense"}), 400, "M_INVALID_PARAM")
+    fails(alice.get("notifications", limit="x"), 400, "M_INVALID_PARAM")
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  20. ENCRYPTION KEYS AND TO-DEVICE
 #
@@ -12416,6 +13066,74 @@ def test_to_device_is_delivered_exactly_once_over_restarts(
     assert received == sent
     server.stop()
     server.check()
+
+
+DEHYDRATED: Final = "/_matrix/client/unstable/org.matrix.msc3814.v1/dehydrated_device"
+
+
+def dehydrated_keys(client: Client, device_id: str) -> Json:
+    """The upload of a dehydrated device."""
+    keys = {f"ed25519:{device_id}": "x" * 43, f"curve25519:{device_id}": "y" * 43}
+    device = {"user_id": client.user_id, "device_id": device_id, "algorithms": [], "keys": keys}
+    return {
+        "device_id": device_id,
+        "device_data": {"algorithm": "org.matrix.msc3814.v2", "device_pickle": "secret"},
+        "device_keys": {**device, "signatures": {}, "dehydrated": True},
+        "one_time_keys": {"signed_curve25519:a": {"key": "k"}},
+        "fallback_keys": {"signed_curve25519:f": {"key": "f", "fallback": True}},
+        "initial_device_display_name": "Asleep",
+    }
+
+
+def test_a_dehydrated_device_collects_keys(alice: Client, bob: Client) -> None:
+    alice.room_with(bob)
+    fails(alice.get(DEHYDRATED), 404, "M_NOT_FOUND")
+    fails(alice.delete(DEHYDRATED), 404, "M_NOT_FOUND")
+    bob.poll()
+    upload = dehydrated_keys(alice, "ASLEEP")
+    assert ok(alice.put(DEHYDRATED, upload)) == {"device_id": "ASLEEP"}
+    found = ok(alice.get(DEHYDRATED))
+    assert found == {"device_id": "ASLEEP", "device_data": upload["device_data"]}
+    assert alice.user_id in bob.poll()["device_lists"]["changed"]
+    query = ok(bob.post("keys/query", {"device_keys": {alice.user_id: []}}))["device_keys"]
+    assert query[alice.user_id]["ASLEEP"]["dehydrated"] is True
+    assert {"ASLEEP"} < {d["device_id"] for d in ok(alice.get("devices"))["devices"]}
+    claim = {"one_time_keys": {alice.user_id: {"ASLEEP": "signed_curve25519"}}}
+    keys = ok(bob.post("keys/claim", claim))["one_time_keys"][alice.user_id]["ASLEEP"]
+    assert keys == {"signed_curve25519:a": {"key": "k"}}
+    for n in range(5):
+        messages = {alice.user_id: {"ASLEEP": {"n": n}}}
+        ok(bob.put(("sendToDevice", "m.test", unique()), {"messages": messages}))
+    events = DEHYDRATED + "/ASLEEP/events"
+    batch = ok(alice.post(events, {}))
+    assert [event["content"]["n"] for event in batch["events"]] == list(range(5))
+    assert batch["events"][0]["sender"] == bob.user_id
+    assert ok(alice.post(events, {"next_batch": batch["next_batch"]}))["events"] == []
+    first = ok(alice.get(events, limit=3))
+    rest = ok(alice.get(events, params={"limit": 3, "from": first["next_batch"]}))
+    assert [e["content"]["n"] for e in first["events"] + rest["events"]] == list(range(5))
+    assert "next_batch" not in rest
+    assert ok(alice.delete(DEHYDRATED)) == {"device_id": "ASLEEP"}
+    fails(alice.get(events), 403, "M_FORBIDDEN")
+    assert alice.user_id in bob.poll()["device_lists"]["changed"]
+
+
+def test_there_is_one_dehydrated_device(server: Server, alice: Client, bob: Client) -> None:
+    for device_id in ("FIRST", "SECOND", "SECOND"):
+        ok(alice.put(DEHYDRATED, dehydrated_keys(alice, device_id)))
+    names = {device["device_id"] for device in ok(alice.get("devices"))["devices"]}
+    assert names == {"SECOND", alice.device_id}
+    fails(alice.put(DEHYDRATED, dehydrated_keys(alice, alice.device_id)), 400, "M_INVALID_PARAM")
+    fails(bob.get(DEHYDRATED + "/SECOND/events"), 403, "M_FORBIDDEN")
+    fails(alice.get(f"{DEHYDRATED}/{alice.device_id}/events"), 403, "M_FORBIDDEN")
+    wrong = dehydrated_keys(alice, "THIRD")
+    wrong["device_keys"]["device_id"] = "OTHER"
+    fails(alice.put(DEHYDRATED, wrong), 400, "M_INVALID_PARAM")
+    del wrong["device_keys"]
+    fails(alice.put(DEHYDRATED, wrong), 400, "M_MISSING_PARAM")
+    assert ok(alice.get(DEHYDRATED))["device_id"] == "SECOND"  # nothing of it was done
+    ok(alice.uia("DELETE", ("devices", "SECOND")))
+    fails(alice.get(DEHYDRATED), 404, "M_NOT_FOUND")
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -13525,6 +14243,285 @@ def test_the_old_paths_want_a_token_too(alice: Client, nobody: Client, version: 
     assert alice.get(f"{old}download/{mxc[6:]}", params=allowed).status_code == 200
 
 
+def fetched(server: InnerServer, data: bytes, origin: str | None, age_days: float = 0) -> str:
+    """Put a file among the media as if it came from elsewhere so long ago; its media id."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield data
+
+    async def put() -> str:
+        upload = (*await conduit.receive_file(server.hs, chunks()), "text/plain", None)
+        media_id = server.hs.media.add(conduit.UserNid(1), upload, None, origin)
+        used = time.time() * 1000 - age_days * 86_400_000
+        with server.hs.db.write():
+            sql = "UPDATE media SET last_access_ts = ? WHERE media_id = ?"
+            server.hs.db.execute(sql, (int(used), media_id))
+        return str(media_id)
+
+    return cast(str, server.call(put()))
+
+
+def media_left(server: InnerServer) -> list[str]:
+    server.call(server.hs.media.sweep())
+    rows = server.do(server.hs.db.all, "SELECT media_id FROM media ORDER BY media_nid")
+    return [media_id for (media_id,) in rows]
+
+
+def nid_of(server: InnerServer, media_id: str) -> int:
+    sql = "SELECT media_nid FROM media WHERE media_id = ?"
+    return cast(int, server.do(server.hs.db.value, sql, (media_id,)))
+
+
+def test_fetched_media_goes_by_its_last_use(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept)
+    own = fetched(server, b"own", None, 400)
+    old = fetched(server, b"old", "far.example", 31)
+    fresh = fetched(server, b"fresh", "far.example", 29)
+    server.do(server.hs.media.expire, None, None)
+    assert media_left(server) == [own, old, fresh]
+    server.do(server.hs.media.expire, 30, None)
+    assert media_left(server) == [own, fresh]
+    assert len(stored(server)) == 2
+
+
+def test_fetched_media_stays_within_its_budget(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept)
+    own = fetched(server, bytes(900_000), None, 99)
+    ids = [fetched(server, bytes([n]) * 400_000, "far.example", 10 - n) for n in range(4)]
+    server.do(server.hs.media.expire, None, 1)
+    assert media_left(server) == [own, *ids[2:]]
+    server.do(server.hs.media.expire, None, 1)
+    assert media_left(server) == [own, *ids[2:]]
+
+
+def test_a_file_goes_with_its_last_media_id(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept)
+    alice = register(server)
+    mxc = alice.upload(picture("PNG", 200, 200), "image/png")
+    thumbnail(alice, mxc, 32, 32, method="crop")
+    again = alice.upload(picture("PNG", 200, 200), "image/png")
+    first, second = (nid_of(server, uri.rpartition("/")[2]) for uri in (mxc, again))
+    assert server.do(server.hs.media.delete, [first]) == 1
+    media_left(server)
+    fails(alice.download(mxc), 404, "M_NOT_FOUND")
+    assert alice.download(again).status_code == 200
+    assert server.do(server.hs.media.delete, [first, second]) == 1
+    assert media_left(server) == []
+    assert stored(server) == []
+    assert not list((server.data / "media" / "thumbnails").glob("*/*"))
+
+
+def test_media_for_admins_to_delete(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept)
+    alice = register(server)
+    mxc = alice.upload(b"mine")
+    there = fetched(server, b"theirs", "far.example", 5)
+    select, later = server.hs.media.select, int(time.time() * 1000) + 1000
+    nid = server.do(server.hs.db.find_user_nid, alice.user_id)
+    own = nid_of(server, mxc.rpartition("/")[2])
+    assert server.do(select, user_nid=nid, origin=None, before=later) == [own]
+    theirs = [nid_of(server, there)]
+    assert server.do(select, user_nid=None, origin="far.example", before=later) == theirs
+    assert server.do(select, user_nid=None, origin=None, before=later) == [own]
+    assert server.do(select, user_nid=None, origin=None, before=5) == []
+    content = {"url": mxc, "info": {"thumbnail_url": "mxc://a/b", "x": ["mxc://c/d/e", 5]}}
+    assert sorted(conduit.media_in(content)) == sorted([("a", "b"), tuple(mxc[6:].split("/"))])
+
+
+def test_media_in_quarantine(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept)
+    alice = register(server)
+    mxc = alice.upload(picture("PNG", 99, 99), "image/png")
+    nids = [nid_of(server, mxc.rpartition("/")[2])]
+    server.do(server.hs.media.quarantine, nids)
+    fails(alice.download(mxc), 404, "M_NOT_FOUND")
+    fails(thumbnail(alice, mxc, 32, 32), 404, "M_NOT_FOUND")
+    server.do(server.hs.media.quarantine, nids, False)
+    assert alice.download(mxc).status_code == 200
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  50. PREVIEWS
+# ═════════════════════════════════════════════════════════════════════════════
+
+PAGE: Final = """<!doctype html><html><head><meta charset="utf-8"><title>The  title
+of it</title><meta property="og:image" content="/cat.png"><meta name="description" content="Words">
+<meta property="og:site_name" content="Site"><meta property="og:image:width" content="7"></head>
+<body><nav><p>Menu</p></nav><h1>Heading</h1><p>First</p><p>Second</p></body></html>"""
+
+
+def page(text: str, kind: str = "text/html", **headers: str) -> Outcome:
+    return Outcome(status=200, headers={"content-type": kind, **headers}, body=text.encode())
+
+
+def preview(client: Client, url: str) -> httpx.Response:
+    return client.get(MEDIA + "preview_url", params={"url": url})
+
+
+@pytest.mark.parametrize(
+    ("html", "expected"),
+    [
+        (PAGE, {"og:title": "The title of it", "og:description": "Words"}),
+        ("<h1>Only <b>this</b></h1><p>and that", {"og:title": "Only this"}),
+        ("<header><h1>No</h1></header><p>Yes &amp; so</p>", {"og:description": "Yes & so"}),
+        ('<meta property="OG:Title" content=" a ">', {"og:title": "a"}),
+        ('<meta name="twitter:title" content="t"><title>x</title>', {"og:title": "t"}),
+        ("<script>var x = '<title>no</title>'</script>", {}),
+        ("no page at all", {}),
+        ("<![foo[ broken", {}),
+    ],
+)
+def test_what_a_page_says(html: str, expected: Json) -> None:
+    found = conduit.read_html(html.encode(), "text/html")
+    shown = {k: v for k, v in found.items() if k in ("og:title", "og:description")}
+    assert shown.items() >= expected.items()
+    assert expected or not shown
+
+
+@pytest.mark.parametrize(
+    ("raw", "content_type"),
+    [
+        ("Grüße".encode("latin-1"), "text/html; charset=ISO-8859-1"),
+        ("Grüße".encode(), 'text/html; charset="utf-8"'),
+        ("Grüße".encode(), "text/html"),
+        ("Grüße".encode(), "text/html; charset=punycode"),
+        (b'<meta charset="windows-1252">' + "Grüße".encode("cp1252"), "text/html"),
+    ],
+)
+def test_encodings_of_pages(raw: bytes, content_type: str) -> None:
+    found = conduit.read_html(b"<title>" + raw + b"</title>", content_type)
+    assert found["og:title"] == "Grüße"
+
+
+@given(st.binary(max_size=300) | st.text("<>/!-[]&;=\"' apmetitlscr", max_size=300).map(str.encode))
+def test_no_bytes_break_the_reader_of_pages(raw: bytes) -> None:
+    found = conduit.read_html(raw, "text/html")
+    assert all(isinstance(value, str) and value for value in found.values())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            part * 200_000
+            for part in ("<div>", "<", "<a ", "<!--", "</", "<![", "&#", "<?", "<a b=")
+        ),
+        "<meta " + "a=b " * 200_000,
+        "<a" + '"' * 500_000,
+    ],
+    ids=lambda text: text[:8],
+)
+def test_sec_39_hostile_pages_take_no_time(text: str) -> None:
+    began = time.process_time()
+    conduit.read_html(text.encode(), "text/html")
+    assert time.process_time() - began < 5
+
+
+def test_a_preview_is_made_once_with_its_picture(inner: Callable[..., InnerServer]) -> None:
+    answers = {
+        "http://news.example/a": Outcome(
+            status=301, headers={"location": "https://www.news.example/b"}, body=b""
+        ),
+        "https://www.news.example/b": page(PAGE),
+        "https://www.news.example/cat.png": Outcome(status=200, headers={}, body=png(3, 2)),
+    }
+    server = inner(
+        lambda url, sent: answers[url], url_preview_allowlist=["news.example", "*.news.example"]
+    )
+    alice = register(server)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: ok(preview(alice, "http://news.example/a")), range(4)))
+    assert len(server.world.requests) == 3
+    assert all(each == found[0] for each in found)
+    picture = found[0].pop("og:image")
+    assert found[0] == {
+        **{"og:title": "The title of it", "og:description": "Words", "og:site_name": "Site"},
+        **{"og:image:type": "image/png", "matrix:image:size": len(png(3, 2))},
+        "og:image:width": 7,
+    }
+    assert alice.download(picture).content == png(3, 2)
+    ok(alice.get("/_matrix/media/v3/preview_url", url="http://news.example/a#part"))
+    assert len(server.world.requests) == 3
+    server.do(server.hs.db.set_meta, "x", 1)
+    age_previews(server)
+    server.do(server.hs.previews.maintain)
+    server.call(server.hs.media.sweep())
+    fails(alice.download(picture), 404)
+    assert stored(server) == []
+
+
+def age_previews(server: InnerServer) -> None:
+    """Let all previews be too old."""
+
+    def age() -> None:
+        with server.hs.db.write():
+            server.hs.db.execute("UPDATE previews SET expires_ts = 1")
+
+    server.do(age)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://other.example/",
+        "https://news.example.evil.example/",
+        "https://news.example@evil.example/",
+        "https://user@news.example/",
+        "ftp://news.example/",
+        "file:///etc/passwd",
+        "javascript:alert(1)",
+        "news.example",
+        "https://[::1",
+        "https://news.example/" + "x" * 3000,
+    ],
+)
+def test_sec_34_only_listed_pages_are_looked_at(
+    inner: Callable[..., InnerServer], url: str
+) -> None:
+    server = inner(lambda url, sent: page(PAGE), url_preview_allowlist=["news.example"])
+    alice = register(server)
+    fails(preview(alice, url), 403, "M_FORBIDDEN")
+    assert server.world.requests == []
+
+
+def test_sec_34_redirects_are_held_against_the_list(inner: Callable[..., InnerServer]) -> None:
+    moved = Outcome(status=302, headers={"location": "http://169.254.169.254/"}, body=b"")
+    loop = Outcome(status=302, headers={"location": "/round"}, body=b"")
+    server = inner(
+        lambda url, sent: loop if "round" in url else moved, url_preview_allowlist=["news.example"]
+    )
+    alice = register(server)
+    assert ok(preview(alice, "http://news.example/")) == {}
+    assert len(server.world.requests) == 1
+    assert ok(preview(alice, "http://news.example/round")) == {}
+    assert len(server.world.requests) <= 2 + conduit.MAX_REDIRECTS
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        page("<p>gone", "text/html"),
+        page("%PDF", "application/pdf"),
+        Outcome(status=404, headers={}, body=b""),
+        conduit.MatrixError(502, "M_UNKNOWN", "no answer"),
+        page('<meta property="og:image" content="http://[">'),
+        page('<meta property="og:image" content="javascript:x">'),
+        page('<meta property="og:image" content="/loop">'),
+    ],
+)
+def test_pages_of_which_little_can_be_said(inner: Callable[..., InnerServer], answer: Any) -> None:
+    server = inner(lambda url, sent: answer, url_preview_allowlist=["*"])
+    alice = register(server)
+    assert ok(preview(alice, "https://a.example/")).keys() <= {"og:description"}
+    fails(alice.get(MEDIA + "preview_url"), 400, "M_MISSING_PARAM")
+
+
+def test_previews_are_off_by_default(alice: Client) -> None:
+    fails(preview(alice, "https://example.org/"), 403, "M_FORBIDDEN")
+    shown = ok(alice.get("capabilities"))["capabilities"]
+    assert shown["io.element.msc4452.preview_url"] == {"enabled": False}
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  23. THE ADMIN ROOM
 # ═════════════════════════════════════════════════════════════════════════════
@@ -14222,6 +15219,15 @@ def test_make_helps() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603  fixed
     for target in ("run", "test", "lint", "bench", "clean"):
         assert f"make {target}" in result.stdout
+
+
+def test_what_carries_group_calls(new_server: Callable[..., Server], alice: Client) -> None:
+    path = "/_matrix/client/unstable/org.matrix.msc4143/rtc/transports"
+    assert ok(alice.get(path)) == {"rtc_transports": []}
+    focus = {"type": "livekit", "livekit_service_url": "https://rtc.example"}
+    caller = register(new_server(rtc_foci=[focus]))
+    assert ok(caller.get(path)) == {"rtc_transports": [focus]}
+    fails(Client(caller.server).get(path), 401, "M_MISSING_TOKEN")
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -16690,6 +17696,9 @@ SCANS: Final = {
     "SELECT users.user_id FROM accounts JOIN users USING (user_nid) WHERE deactivated = 0"
     " AND is_guest = 0 ORDER BY users.user_id": "an admin asks for the list",
     "SELECT room_id, blocker_nid, since FROM blocked_rooms": "an admin asks for the list",
+    "SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts, badge,"
+    " failures, failing_ts, retry_ts FROM pushers": "at the start and when one changes; in memory",
+    "SELECT DISTINCT pusher_nid FROM push_queue": "then as well; the table is a queue",
     "SELECT room_nid FROM published_rooms": "once; the list is kept in memory",
     "SELECT room_nid FROM public_rooms": "once; the list is kept in memory",
     "SELECT user_nid, room_nid, display_name, avatar_url, folded, user_id FROM user_names"
