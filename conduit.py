@@ -7303,7 +7303,7 @@ CREATE TABLE account_data (
     room_nid INTEGER NOT NULL,  -- 0: not of a room
     type TEXT NOT NULL,         -- tags are of type m.tag
     pos INTEGER NOT NULL,
-    content TEXT NOT NULL,      -- JSON
+    content TEXT NOT NULL,      -- JSON; null once it is deleted
     PRIMARY KEY (user_nid, room_nid, type)
 ) WITHOUT ROWID;
 CREATE INDEX account_data_changes ON account_data (user_nid, pos);
@@ -7495,8 +7495,8 @@ class AccountData:
         text = self.hs.db.value(sql, (nid, room_nid, data_type))
         return None if text is None else cast(Json, json.loads(text))
 
-    def put(self, nid: UserNid, room_nid: RoomNid, data_type: str, content: Json) -> None:
-        """Store content and tell the user's clients."""
+    def put(self, nid: UserNid, room_nid: RoomNid, data_type: str, content: Json | None) -> None:
+        """Store content, or that it was deleted (None), and tell the user's clients."""
         text = encode_json(content).decode()
         if byte_length(data_type) > MAX_ID_BYTES:
             raise invalid_param(f"A type has at most {MAX_ID_BYTES} bytes")
@@ -7512,7 +7512,7 @@ class AccountData:
     def changes(self, nid: UserNid, since: int) -> list[tuple[RoomNid, Json]]:
         """What changed after a position, with its room; if nothing did, memory knows.
 
-        What was deleted is empty, and a client that knows nothing yet does not hear of it.
+        What was deleted is empty, and clients that know nothing yet do not hear of it.
         """
         latest = self.latest.get(nid)
         if latest is None:
@@ -7525,18 +7525,20 @@ class AccountData:
             """
             SELECT room_nid, type, content
             FROM account_data
-            WHERE user_nid = :user AND pos > :since AND (:since OR content <> '{}')
+            WHERE user_nid = :user AND pos > :since AND (:since OR content <> 'null')
             ORDER BY pos
             """,
             {"user": nid, "since": since},
         )
-        return [(room, {"type": kind, "content": json.loads(text)}) for room, kind, text in rows]
+        return [
+            (room, {"type": kind, "content": json.loads(text) or {}}) for room, kind, text in rows
+        ]
 
     def _device_deleted(self, nid: UserNid, _: DeviceNid, device_id: str) -> None:
         """What a client keeps for one device ends with it.  Spec: MSC3890."""
         data_type = f"org.matrix.msc3890.local_notification_settings.{device_id}"
-        if self.get(nid, NO_ROOM, data_type):
-            self.put(nid, NO_ROOM, data_type, {})
+        if self.get(nid, NO_ROOM, data_type) is not None:
+            self.put(nid, NO_ROOM, data_type, None)
 
     def _erase(self, nid: UserNid) -> None:
         """Of an account that is to be erased, nothing of this stays."""
@@ -7568,7 +7570,7 @@ def room_account_data_of(hs: Homeserver, user_nid: UserNid, room_nid: RoomNid) -
     query = """
         SELECT type, content
         FROM account_data
-        WHERE user_nid = ? AND room_nid = ? AND content <> '{}'
+        WHERE user_nid = ? AND room_nid = ? AND content <> 'null'
     """
     rows = hs.db.all(query, (user_nid, room_nid))
     return [{"type": kind, "content": json.loads(text)} for kind, text in rows]
@@ -7631,7 +7633,7 @@ async def get_account_data(
     """Data that the user's clients keep. 404 M_NOT_FOUND when there is none."""
     room_nid = own_room(hs, request, user_id, room_id)
     content = hs.account_data.get(request.user.nid, room_nid, data_type)
-    if not content:
+    if content is None:
         raise not_found("There is no account data of this type")
     return content
 
@@ -7641,12 +7643,12 @@ async def get_account_data(
 async def delete_account_data(
     hs: Homeserver, request: Request, user_id: str, data_type: str, room_id: str | None = None
 ) -> Json:
-    """Delete what is kept under a type; storing {} is the same.  Spec: MSC3391."""
+    """Delete what is kept under a type, if anything is.  Spec: MSC3391."""
     room_nid = own_room(hs, request, user_id, room_id)
     if data_type in SERVER_MANAGED:
         raise MatrixError(405, "M_BAD_JSON", f"Cannot delete {data_type} through this API")
-    if hs.account_data.get(request.user.nid, room_nid, data_type):
-        hs.account_data.put(request.user.nid, room_nid, data_type, {})
+    if hs.account_data.get(request.user.nid, room_nid, data_type) is not None:
+        hs.account_data.put(request.user.nid, room_nid, data_type, None)
     return {}
 
 
@@ -12861,6 +12863,7 @@ class Pushers:
         hs.rooms.subscribe(self._event_sent)
         hs.unread.on_read(self._badge_may_change)
         hs.accounts.on_device_deleted(self._device_deleted)
+        hs.accounts.on_deactivated(self._deactivated)
 
     def of(self, user_nid: UserNid) -> list[Pusher]:
         """The pushers of a user."""
@@ -12953,6 +12956,10 @@ class Pushers:
         for pusher in [each for each in self.of(user_nid) if each.device_nid == device_nid]:
             self._drop(pusher)
 
+    def _deactivated(self, user_nid: UserNid) -> None:
+        for pusher in list(self.of(user_nid)):  # those that no device had
+            self._drop(pusher)
+
     # What comes in
 
     def _event_sent(self, room: Room, event: Event) -> None:
@@ -13040,6 +13047,8 @@ class Pushers:
     ) -> Json | None:
         """What the gateway is to be told, or None if it has become nothing."""
         about = push_about(pusher, tweaks, badge)
+        if not pusher.enabled:
+            return None
         if event_nid == BADGE:
             return about if badge != pusher.badge and "counts" in about else None
         event = self.hs.rooms.event_by_nid(event_nid)
@@ -15226,12 +15235,27 @@ def media_problems(folder: Path, connection: sqlite3.Connection) -> Iterator[str
             yield f"media {media_id}: its file is missing or has another size"
 
 
+MXC_URI = re.compile(r"mxc://([^/]{1,255})/([0-9A-Za-z_-]{1,255})")
+
+
+def media_in(value: Any) -> Iterator[tuple[str, str]]:
+    """The media that an event's content names, as (server, media id): such as an admin deletes."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict | list):
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and (match := MXC_URI.fullmatch(value)):
+            yield match[1], match[2]
+
+
 class Media:
     """The folder of files, their rows, and who waits for an upload that was announced."""
 
     def __init__(self, hs: Homeserver) -> None:
         self.db = hs.db
         self.folder = hs.db.folder / MEDIA_FOLDER
+        self.server_name = hs.config.server_name
         self.rendering = asyncio.Lock()  # one picture is decoded at a time, for the memory's sake
         self.touched: dict[int, int] = {}  # when files were asked for; reading must not write
         self._waiting: list[tuple[int, asyncio.Future[Any]]] = []
@@ -15328,6 +15352,17 @@ class Media:
         query = "SELECT media_nid FROM media WHERE origin IS ? AND last_access_ts < ?"
         return [nid for (nid,) in self.db.all(query, (origin, before))]
 
+    def of_event(self, event: Event) -> list[int]:
+        """The media that an event names."""
+        query = """
+            SELECT media_nid
+            FROM media
+            WHERE media_id = ? AND IFNULL(NULLIF(origin, ''), ?) = ?
+        """
+        named = set(media_in(event.content))
+        nids = (self.db.value(query, (name, self.server_name, server)) for server, name in named)
+        return [nid for nid in nids if nid is not None]
+
     def quarantine(self, nids: Iterable[int], quarantined: bool = True) -> None:
         """Let nobody have these media any more, or again; their files stay."""
         with self.db.write():
@@ -15392,20 +15427,6 @@ class Media:
 # ── 22.5  Uploading ──────────────────────────────────────────────────────────
 
 
-MXC_URI = re.compile(r"mxc://([^/]{1,255})/([0-9A-Za-z_-]{1,255})")
-
-
-def media_in(value: Any) -> Iterator[tuple[str, str]]:
-    """The media that an event's content names, as (server, media id): for an admin to delete."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict | list):
-            waiting += value.values() if isinstance(value, dict) else value
-        elif isinstance(value, str) and (match := MXC_URI.fullmatch(value)):
-            yield match[1], match[2]
-
-
 def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
     """The row of an mxc:// URI; 404 for what is malformed, unknown, expired, or another server's.
 
@@ -15419,6 +15440,7 @@ def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
             FROM media
             WHERE media_id = ?
               AND (expires_ts IS NULL OR expires_ts > ?)
+              AND (origin IS NULL OR origin = '')
               AND NOT quarantined
             """,
             (media_id, now_ms()),
@@ -16667,6 +16689,8 @@ class Homeserver:
 
         A new event: threads, presence (the sender is active), the admin room (it may be a command).
         A report: the admin room.
+        A new event: delayed events (others' state goes before theirs), presence (the sender is
+        active), pushers (whom to wake up), the admin room (it may be a command).
         A changed membership: unread counts, typing, device lists, the syncs that wait.
         """
         self.accounts.on_account_created(functools.partial(auto_join, self))
