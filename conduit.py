@@ -8173,39 +8173,6 @@ async def search_users(hs: Homeserver, request: Request) -> Json:
     return {"results": users[:limit], "limited": len(users) > limit}
 
 
-# ── 16.5  Other networks ─────────────────────────────────────────────────────
-
-NETWORKS: Final = V3 + "/thirdparty"
-
-
-@route("GET", NETWORKS + "/protocols", auth=USER)
-async def list_protocols(_hs: Homeserver, _request: Request) -> Json:
-    """The networks that can be reached by bridges: none.  Spec: "Third-party Networks"."""
-    return {}
-
-
-@route("GET", NETWORKS + "/protocol/{protocol}", auth=USER)
-@route("GET", NETWORKS + "/location/{protocol}", auth=USER)
-@route("GET", NETWORKS + "/user/{protocol}", auth=USER)
-async def ask_protocol(_hs: Homeserver, _request: Request, protocol: str) -> Json:
-    """What a network is, whom and which rooms it has; 404 for one that nothing leads to."""
-    raise not_found("This server has no bridge to that network")
-
-
-@route("GET", NETWORKS + "/location", auth=USER)
-@route("GET", NETWORKS + "/user", auth=USER)
-async def find_on_networks(hs: Homeserver, request: Request) -> Response:
-    """Where a room or a user of this server is on other networks: nowhere, if there is such."""
-    name = "alias" if "location" in request.segments else "userid"
-    asked = request.arg(name)
-    if not asked:
-        raise missing_param(f"The query parameter {name} is missing")
-    found = find_alias(hs, asked) if name == "alias" else hs.accounts.find(asked)
-    if found is None:
-        raise not_found("There is no such room or user here")
-    return Response(body=b"[]")
-
-
 # ═════════════════════════════════════════════════════════════════════════════
 #  41. RELATIONS
 #
@@ -12834,15 +12801,7 @@ class PushAnswer(Protocol):
 class PushClient(Protocol):
     """The way out to hosts that others name; refused addresses and all limits are its matter."""
 
-    async def request(
-        self,
-        method: str,
-        url: str,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        timeout: float,
-        max_bytes: int,
-    ) -> PushAnswer:
+    async def request(self, method: str, url: str, **options: Any) -> PushAnswer:
         """One request and its answer; MatrixError for whatever goes wrong."""
 
 
@@ -13068,10 +13027,10 @@ class Pushers:
         """One request to the gateway; None if it took the notification, else what went wrong."""
         body = encode_json({"notification": notification})
         headers = {"Content-Type": "application/json"}
-        limits = (PUSH_TIMEOUT, PUSH_ANSWER_BYTES)
-        client = cast(PushClient, self.hs.http_client)
+        limits = {"timeout": PUSH_TIMEOUT, "max_bytes": PUSH_ANSWER_BYTES}
+        client, url = cast(PushClient, self.hs.http_client), pusher.data["url"]
         try:
-            answer = await client.request("POST", pusher.data["url"], headers, body, *limits)
+            answer = await client.request("POST", url, headers=headers, body=body, **limits)
             value = parse_json(answer.body) if answer.status == 200 else None
         except MatrixError as error:
             return error.error
@@ -14910,9 +14869,11 @@ WITH_NAME = ONE_FILE + "/{name...}"
 schema("""
 CREATE TABLE media (
     media_nid INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice
-    media_id TEXT NOT NULL UNIQUE,
+    server TEXT NOT NULL,   -- empty: this one
+    media_id TEXT NOT NULL,
     user_nid INTEGER NOT NULL,
-    origin TEXT,            -- where it was fetched: a server, or a page; NULL if uploaded here
+    preview INTEGER NOT NULL DEFAULT 0,     -- a picture of a page, see chapter 50
+    fetched INTEGER GENERATED ALWAYS AS (preview OR server <> ''), -- and not uploaded here
     quarantined INTEGER NOT NULL DEFAULT 0, -- an admin wants nobody to have it
     sha256 TEXT,            -- hexadecimal, the name of the file; NULL until uploaded
     size INTEGER,           -- bytes
@@ -14920,12 +14881,13 @@ CREATE TABLE media (
     filename TEXT,
     created_ts INTEGER NOT NULL,
     last_access_ts INTEGER NOT NULL,
-    expires_ts INTEGER      -- when an id without a file is forgotten; NULL once uploaded
+    expires_ts INTEGER,     -- when an id without a file is forgotten; NULL once uploaded
+    UNIQUE (server, media_id)
 );
 CREATE INDEX media_by_hash ON media (sha256);
-CREATE INDEX media_by_user ON media (user_nid, origin, last_access_ts);
-CREATE INDEX media_by_origin ON media (origin, last_access_ts);
-CREATE INDEX media_fetched ON media (last_access_ts, size) WHERE origin IS NOT NULL;
+CREATE INDEX media_by_user ON media (user_nid, last_access_ts);
+CREATE INDEX media_by_server ON media (server, last_access_ts);
+CREATE INDEX media_fetched ON media (fetched, last_access_ts, size);
 CREATE INDEX media_pending ON media (expires_ts) WHERE expires_ts IS NOT NULL;
 """)
 
@@ -15286,20 +15248,36 @@ class Media:
         user_nid: UserNid,
         upload: StoredUpload | None,
         expires: int | None,
-        origin: str | None = None,
+        *,
+        preview: bool = False,
     ) -> str:
         """A new media id, for a stored file or for an upload that comes before it expires."""
         media_id, now = random_token(24), now_ms()
         with self.db.write():
             self.db.execute(
                 """
-                INSERT INTO media (sha256, size, content_type, filename, media_id, user_nid,
-                    origin, created_ts, last_access_ts, expires_ts)
-                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                INSERT INTO media (sha256, size, content_type, filename, server, media_id,
+                    user_nid, preview, created_ts, last_access_ts, expires_ts)
+                VALUES (?, ?, ?, ?, '', ?, ?, ?, ?, ?, ?)
                 """,
-                (*(upload or (None,) * 4), media_id, user_nid, origin, now, now, expires),
+                (*(upload or (None,) * 4), media_id, user_nid, preview, now, now, expires),
             )
         return media_id
+
+    def find(self, server: str, media_id: str) -> MediaRow | None:
+        """The row of a media id, unless it has expired; of this server when `server` is empty."""
+        row = self.db.one(
+            """
+            SELECT media_nid, user_nid, IFNULL(sha256, ''), IFNULL(content_type, ''), filename
+            FROM media
+            WHERE server = ?
+              AND media_id = ?
+              AND (expires_ts IS NULL OR expires_ts > ?)
+              AND NOT quarantined
+            """,
+            (server, media_id, now_ms()),
+        )
+        return None if row is None else MediaRow(*row)
 
     def complete(self, row: MediaRow, upload: StoredUpload) -> bool:
         """Give an announced media id its file; False when another upload was faster."""
@@ -15341,27 +15319,31 @@ class Media:
                 count += self.db.execute(delete, (nid,)).rowcount
         return count
 
-    def select(self, *, user_nid: UserNid | None, origin: str | None, before: int) -> list[int]:
-        """Media by who uploaded them, else by where they are from (None: here), last used before.
+    def select(
+        self, *, user_nid: UserNid | None = None, server: str = "", before: int
+    ) -> list[int]:
+        """Media by who uploaded them, else by their server (empty: this one), last used before.
 
         `before` is in milliseconds since the epoch.
         """
+        query, of = "SELECT media_nid FROM media WHERE server = ? AND last_access_ts < ?", server
         if user_nid is not None:
             query = "SELECT media_nid FROM media WHERE user_nid = ? AND last_access_ts < ?"
-            return [nid for (nid,) in self.db.all(query, (user_nid, before))]
-        query = "SELECT media_nid FROM media WHERE origin IS ? AND last_access_ts < ?"
-        return [nid for (nid,) in self.db.all(query, (origin, before))]
+        return [nid for (nid,) in self.db.all(query, (user_nid or of, before))]
 
     def of_event(self, event: Event) -> list[int]:
-        """The media that an event names."""
+        """The media that an event names, with the thumbnails that their servers made of them."""
         query = """
             SELECT media_nid
             FROM media
-            WHERE media_id = ? AND IFNULL(NULLIF(origin, ''), ?) = ?
+            WHERE server = :server
+              AND (media_id = :id OR (media_id > :id || '/' AND media_id < :id || '0'))
         """
-        named = set(media_in(event.content))
-        nids = (self.db.value(query, (name, self.server_name, server)) for server, name in named)
-        return [nid for nid in nids if nid is not None]
+        found: set[int] = set()
+        for server, media_id in media_in(event.content):
+            of = "" if server == self.server_name else server
+            found.update(nid for (nid,) in self.db.all(query, {"server": of, "id": media_id}))
+        return sorted(found)
 
     def quarantine(self, nids: Iterable[int], quarantined: bool = True) -> None:
         """Let nobody have these media any more, or again; their files stay."""
@@ -15392,17 +15374,17 @@ class Media:
             query = """
                 SELECT media_nid
                 FROM media
-                WHERE origin IS NOT NULL AND last_access_ts < ?
+                WHERE fetched = 1 AND last_access_ts < ?
                 LIMIT 1000
             """
             self.delete(nid for (nid,) in self.db.all(query, (now_ms() - days * 86_400_000,)))
         if budget_mb is not None:
-            query = "SELECT SUM(size) FROM media WHERE origin IS NOT NULL"
+            query = "SELECT SUM(size) FROM media WHERE fetched = 1"
             excess = (self.db.value(query) or 0) - budget_mb * 1_000_000
             oldest = """
                 SELECT media_nid, size
                 FROM media
-                WHERE origin IS NOT NULL AND last_access_ts > 0
+                WHERE fetched = 1
                 ORDER BY last_access_ts
                 LIMIT 1000
             """
@@ -15432,22 +15414,11 @@ def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
 
     Spec: "Security considerations" of the content repository.
     """
-    row = None
-    if server == hs.config.server_name and MEDIA_ID.fullmatch(media_id):
-        row = hs.db.one(
-            """
-            SELECT media_nid, user_nid, IFNULL(sha256, ''), IFNULL(content_type, ''), filename
-            FROM media
-            WHERE media_id = ?
-              AND (expires_ts IS NULL OR expires_ts > ?)
-              AND (origin IS NULL OR origin = '')
-              AND NOT quarantined
-            """,
-            (media_id, now_ms()),
-        )
+    is_ours = server == hs.config.server_name and MEDIA_ID.fullmatch(media_id)
+    row = hs.media.find("", media_id) if is_ours else None
     if row is None:
         raise not_found("Media not found")
-    return MediaRow(*row)
+    return row
 
 
 async def receive_upload(hs: Homeserver, request: Request) -> StoredUpload:
@@ -15585,7 +15556,6 @@ CREATE TABLE previews (
 CREATE INDEX previews_by_age ON previews (expires_ts);
 """)
 
-PREVIEWED = ""  # the origin of pictures that no server of Matrix has
 PREVIEW_KEPT_MS = 24 * 3600 * 1000
 FAILURE_KEPT_MS = 300_000  # how long a page that could not be read is not asked for again
 PREVIEW_SECONDS = 30.0  # for a page and its picture, all redirects included
@@ -15795,7 +15765,7 @@ class Previews:
             return {}, None
         kind = f"image/{found.lastgroup}"
         upload = (*await receive_file(self.hs, bytes_as_chunks(raw)), kind, None)
-        media_id = self.hs.media.add(user_nid, upload, None, origin=PREVIEWED)
+        media_id = self.hs.media.add(user_nid, upload, None, preview=True)
         nid = find_media(self.hs, self.hs.config.server_name, media_id).nid
         uri = f"mxc://{self.hs.config.server_name}/{media_id}"
         return {"og:image": uri, "og:image:type": kind, "matrix:image:size": len(raw)}, nid
@@ -15803,10 +15773,11 @@ class Previews:
     async def _get(self, url: str, limit: int, *, listed: bool) -> tuple[str, PushAnswer]:
         """What a URL leads to in the end, and its own URL; each step must be allowed."""
         client = self.hs.http_client
+        limits = {"timeout": REQUEST_SECONDS, "max_bytes": limit}
         for _ in range(MAX_REDIRECTS + 1):
             if client is None or (listed and not is_previewed(self.hs, url)):
                 break
-            answer = await client.request("GET", url, PREVIEW_HEADERS, None, REQUEST_SECONDS, limit)
+            answer = await client.request("GET", url, headers=PREVIEW_HEADERS, **limits)
             target = answer.headers.get("location")
             if answer.status not in {301, 302, 303, 307, 308} or not target:
                 if answer.status != 200:

@@ -8063,19 +8063,6 @@ def test_deactivated_users_are_not_found(server: Server, alice: Client) -> None:
     eventually(lambda: find_users(alice, gone.user_id) == [])
 
 
-def test_no_other_network_is_reached(alice: Client) -> None:
-    assert ok(alice.get("thirdparty/protocols")) == {}
-    for kind in ("protocol", "location", "user"):
-        fails(alice.get(("thirdparty", kind, "irc")), 404, "M_NOT_FOUND")
-    assert alice.get("thirdparty/user", userid=alice.user_id).json() == []
-    fails(alice.get("thirdparty/user", userid="@nobody:test.example"), 404, "M_NOT_FOUND")
-    fails(alice.get("thirdparty/user"), 400, "M_MISSING_PARAM")
-    name = unique()
-    alice.create_room(room_alias_name=name)
-    assert alice.get("thirdparty/location", alias=f"#{name}:test.example").json() == []
-    fails(alice.get("thirdparty/location", alias="#none:test.example"), 404, "M_NOT_FOUND")
-
-
 # ═════════════════════════════════════════════════════════════════════════════
 #  51. DELAYED EVENTS
 # ═════════════════════════════════════════════════════════════════════════════
@@ -11603,9 +11590,17 @@ class World:
         self.requests: list[tuple[str, str, Json | None]] = []
 
     async def request(
-        self, method: str, url: str, _headers: Any, body: bytes | None, *_limits: Any
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Any,
+        body: bytes = b"",
+        timeout: float,
+        max_bytes: int,
     ) -> Outcome:
-        sent = None if body is None else json.loads(body)
+        assert timeout > 0 < max_bytes
+        sent = json.loads(body) if body else None
         self.requests.append((method, url, sent))
         await asyncio.sleep(0.001)
         found = self.answer(url, sent)
@@ -14263,7 +14258,7 @@ def test_the_old_paths_want_a_token_too(alice: Client, nobody: Client, version: 
     assert alice.get(f"{old}download/{mxc[6:]}", params=allowed).status_code == 200
 
 
-def fetched(server: InnerServer, data: bytes, origin: str | None, age_days: float = 0) -> str:
+def fetched(server: InnerServer, data: bytes, name: str = "", age_days: float = 0) -> str:
     """Put a file among the media as if it came from elsewhere so long ago; its media id."""
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -14271,11 +14266,11 @@ def fetched(server: InnerServer, data: bytes, origin: str | None, age_days: floa
 
     async def put() -> str:
         upload = (*await conduit.receive_file(server.hs, chunks()), "text/plain", None)
-        media_id = server.hs.media.add(conduit.UserNid(1), upload, None, origin)
+        media_id = server.hs.media.add(conduit.UserNid(1), upload, None)
         used = time.time() * 1000 - age_days * 86_400_000
         with server.hs.db.write():
-            sql = "UPDATE media SET last_access_ts = ? WHERE media_id = ?"
-            server.hs.db.execute(sql, (int(used), media_id))
+            sql = "UPDATE media SET server = ?, last_access_ts = ? WHERE media_id = ?"
+            server.hs.db.execute(sql, (name, int(used), media_id))
         return str(media_id)
 
     return cast(str, server.call(put()))
@@ -14294,7 +14289,7 @@ def nid_of(server: InnerServer, media_id: str) -> int:
 
 def test_fetched_media_goes_by_its_last_use(inner: Callable[..., InnerServer]) -> None:
     server = inner(accept)
-    own = fetched(server, b"own", None, 400)
+    own = fetched(server, b"own", "", 400)
     old = fetched(server, b"old", "far.example", 31)
     fresh = fetched(server, b"fresh", "far.example", 29)
     server.do(server.hs.media.expire, None, None)
@@ -14306,7 +14301,7 @@ def test_fetched_media_goes_by_its_last_use(inner: Callable[..., InnerServer]) -
 
 def test_fetched_media_stays_within_its_budget(inner: Callable[..., InnerServer]) -> None:
     server = inner(accept)
-    own = fetched(server, bytes(900_000), None, 99)
+    own = fetched(server, bytes(900_000), "", 99)
     ids = [fetched(server, bytes([n]) * 400_000, "far.example", 10 - n) for n in range(4)]
     server.do(server.hs.media.expire, None, 1)
     assert media_left(server) == [own, *ids[2:]]
@@ -14339,11 +14334,11 @@ def test_media_for_admins_to_delete(inner: Callable[..., InnerServer]) -> None:
     select, later = server.hs.media.select, int(time.time() * 1000) + 1000
     nid = server.do(server.hs.db.find_user_nid, alice.user_id)
     own = nid_of(server, mxc.rpartition("/")[2])
-    assert server.do(select, user_nid=nid, origin=None, before=later) == [own]
+    assert server.do(select, user_nid=nid, before=later) == [own]
     theirs = [nid_of(server, there)]
-    assert server.do(select, user_nid=None, origin="far.example", before=later) == theirs
-    assert server.do(select, user_nid=None, origin=None, before=later) == [own]
-    assert server.do(select, user_nid=None, origin=None, before=5) == []
+    assert server.do(select, server="far.example", before=later) == theirs
+    assert server.do(select, before=later) == [own]
+    assert server.do(select, before=5) == []
     room_id = alice.create_room()
     contents = {"url": mxc, "x": [mxc, f"mxc://far.example/{there}", "mxc://test.example/none"]}
     event = server.do(server.hs.rooms.event, alice.send(room_id, "m.room.message", contents))
