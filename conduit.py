@@ -12760,14 +12760,16 @@ def push_about(pusher: Pusher, tweaks: Json, badge: int) -> Json:
 def push_of_event(room: Room, event: Event, user_id: str) -> Json:
     """What a gateway is told of an event; Spec: POST /_matrix/push/v1/notify."""
     member = room.state_event(MEMBER, event.sender)
-    shown = {
-        **{"type": event.type, "sender": event.sender, "content": event.content},
+    names = {
         "sender_display_name": member.content.get("displayname") if member else None,
         "room_name": room.content("m.room.name").get("name"),
         "room_alias": room.content("m.room.canonical_alias").get("alias"),
-        "user_is_target": True if event.type == MEMBER and event.state_key == user_id else None,
     }
-    return {name: value for name, value in shown.items() if value not in (None, "")}
+    return {
+        **{"type": event.type, "sender": event.sender, "content": event.content},
+        **{name: text for name, text in names.items() if isinstance(text, str) and text},
+        **({"user_is_target": True} if event.type == MEMBER and event.state_key == user_id else {}),
+    }
 
 
 def unread_in_all(hs: Homeserver, user_nid: UserNid) -> int:
@@ -12924,23 +12926,25 @@ class Pushers:
     def _event_sent(self, room: Room, event: Event) -> None:
         """Decide for each member with a pusher; this is in the transaction of the event."""
         concerned = room.local_joined & self._users
-        if event.type == MEMBER and event.membership == "invite":
-            invited = self.db.find_user_nid(str(event.state_key))
-            if invited in self._users:
-                concerned.add(invited)
+        sender = self.db.find_user_nid(event.sender)
+        target = self.db.find_user_nid(str(event.state_key)) if event.type == MEMBER else None
+        if target in self._users:
+            concerned.add(target)
         for user_nid in concerned:
+            if user_nid in (sender, target) or event.type == REDACTION:
+                self._badge_may_change(user_nid)  # read, left, or nothing to read any more
+            ignored = event.soft_failed or event.sender in ignored_users(self.hs, user_nid)
+            if user_nid == sender or ignored:
+                continue
             user_id = self.db.user_id(user_nid)
-            if event.sender == user_id:
-                self._badge_may_change(user_nid)
-            elif not event.soft_failed and event.sender not in ignored_users(self.hs, user_nid):
-                rule = self.hs.push_rules.of(user_nid).match(event, room, user_id)
-                if rule is not None and rule.notify:
-                    self._put(user_nid, event.nid, tweaks_of(rule.actions))
+            rule = self.hs.push_rules.of(user_nid).match(event, room, user_id)
+            if rule is not None and rule.notify:
+                self._put(user_nid, event.nid, tweaks_of(rule.actions))
         if concerned:
             self.start()
 
     def _badge_may_change(self, user_nid: UserNid) -> None:
-        """The user read, or wrote where something was unread: a badge may have to go down."""
+        """Less may be unread than the gateways were told."""
         if any(pusher.badge for pusher in self.of(user_nid)):
             self._put(user_nid, BADGE, {})
             self.start()
@@ -12974,10 +12978,12 @@ class Pushers:
         try:
             while nid in self._pushers and (entry := self._next(nid)) is not None:
                 await self.hs.db.synced()
-                event_nid, tweaks = entry
+                event_nid, ts, tweaks = entry
                 pusher = self._pushers[nid]
                 badge = unread_in_all(self.hs, pusher.user_nid)
-                notification = self._notification(pusher, event_nid, json.loads(tweaks), badge)
+                notification = None
+                if pusher.enabled and ts > now_ms() - PUSH_KEPT_MS:
+                    notification = self._notification(pusher, event_nid, json.loads(tweaks), badge)
                 error = notification and await self._push(pusher, notification)
                 now = self._pushers.get(nid)  # the pusher may have been changed, or removed
                 if error or now is None:
@@ -12988,9 +12994,9 @@ class Pushers:
             self._sending.discard(nid)
         self.start()
 
-    def _next(self, nid: int) -> tuple[EventNid, str] | None:
+    def _next(self, nid: int) -> tuple[EventNid, int, str] | None:
         query = """
-            SELECT event_nid, tweaks
+            SELECT event_nid, ts, tweaks
             FROM push_queue
             WHERE pusher_nid = ?
             ORDER BY event_nid
@@ -12999,15 +13005,13 @@ class Pushers:
         row = self.db.one(query, (nid,))
         if row is None:
             self._waiting.discard(nid)
-        return cast("tuple[EventNid, str] | None", row)
+        return cast("tuple[EventNid, int, str] | None", row)
 
     def _notification(
         self, pusher: Pusher, event_nid: EventNid, tweaks: Json, badge: int
     ) -> Json | None:
         """What the gateway is to be told, or None if it has become nothing."""
         about = push_about(pusher, tweaks, badge)
-        if not pusher.enabled:
-            return None
         if event_nid == BADGE:
             return about if badge != pusher.badge and "counts" in about else None
         event = self.hs.rooms.event_by_nid(event_nid)
@@ -13065,7 +13069,7 @@ class Pushers:
                 self._put(pusher.user_nid, BADGE, {})
 
     def _failed(self, pusher: Pusher | None, error: str) -> None:
-        """Wait longer each time; forget what is no news any more, or a gateway that is gone."""
+        """Wait longer each time; forget a gateway that is gone for good."""
         if pusher is None:
             return
         now = now_ms()
@@ -13077,8 +13081,6 @@ class Pushers:
             self._drop(pusher)
             return
         with self.db.write():
-            old = (pusher.nid, now - PUSH_KEPT_MS)
-            self.db.execute("DELETE FROM push_queue WHERE pusher_nid = ? AND ts < ?", old)
             self.db.execute(
                 """
                 UPDATE pushers
@@ -13093,6 +13095,7 @@ class Pushers:
 
 PUSHERS_PATH: Final = "/_matrix/client/v3/pushers"
 PUSHER_TEXTS: Final = ("app_display_name", "device_display_name", "lang")
+PUSHER_FIELDS: Final = ("app_id", "pushkey", "kind", *PUSHER_TEXTS, "profile_tag", "data")
 ENABLED, DEVICE_ID = "org.matrix.msc3881.enabled", "org.matrix.msc3881.device_id"
 PUSHER: Final = {
     **dict.fromkeys(PUSHER_TEXTS, str),
@@ -13133,13 +13136,8 @@ async def set_pusher(hs: Homeserver, request: Request) -> Json:
         hs.pushers.remove(user.nid, body["app_id"], body["pushkey"])
         return {}
     check_pusher(body)
-    append, enabled = body.pop("append", False), body.pop(ENABLED, True)
-    kept = {
-        name: body[name] for name in ("kind", *PUSHER_TEXTS, "data", "profile_tag") if name in body
-    }
-    hs.pushers.put(
-        user, {"app_id": body["app_id"], "pushkey": body["pushkey"], **kept}, enabled, append
-    )
+    kept = {name: body[name] for name in PUSHER_FIELDS if name in body}
+    hs.pushers.put(user, kept, body.get(ENABLED, True), body.get("append", False))
     return {}
 
 

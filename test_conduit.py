@@ -11811,6 +11811,15 @@ def test_badges_go_down_after_reading_elsewhere(inner: Callable[..., InnerServer
     eventually(lambda: badges()[-1:] == [1])
     alice.send_text(room_id, "read, as I write")
     eventually(lambda: badges()[-1:] == [0])
+    gone = bob.send_text(room_id, "4")
+    eventually(lambda: badges()[-1:] == [1])
+    bob.redact(room_id, gone)
+    eventually(lambda: badges()[-1:] == [0])
+    other = bob.room_with(alice)
+    bob.send_text(other, "5")
+    eventually(lambda: badges()[-1:] == [1])
+    ok(bob.post(("rooms", other, "kick"), {"user_id": alice.user_id}))
+    eventually(lambda: badges()[-1:] == [0])
     count = len(badges())
     alice.send_text(room_id, "nothing new to tell")
     time.sleep(0.1)
@@ -11949,6 +11958,31 @@ def test_sec_24_what_is_not_pushed(inner: Callable[..., InnerServer]) -> None:
     eventually(lambda: server.world.pushes)
     time.sleep(0.1)
     assert [push.get("event_id") for push in server.world.pushes] == [expected]
+
+
+def test_old_news_is_not_pushed(
+    inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    room_id = bob.room_with(alice)
+    ok(alice.post("pushers/set", pusher()))
+    monkeypatch.setattr(conduit, "PUSH_KEPT_MS", -1)
+    bob.send_text(room_id, "old")
+    eventually(lambda: not server.do(server.hs.db.all, "SELECT * FROM push_queue"))
+    assert server.world.pushes == []
+
+
+def test_names_that_are_no_texts_stay_here(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    room_id = bob.room_with(alice)
+    bob.set_state(room_id, "m.room.name", {"name": {"a": 1}})
+    bob.set_state(room_id, "m.room.member", {"membership": "join", "displayname": 5}, bob.user_id)
+    ok(alice.post("pushers/set", pusher()))
+    bob.send_text(room_id, "hello")
+    eventually(lambda: server.world.pushes)
+    assert server.world.pushes[-1].keys().isdisjoint({"room_name", "sender_display_name"})
 
 
 def test_invitations_are_pushed_until_they_are_answered(
