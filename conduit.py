@@ -14861,6 +14861,8 @@ PENDING_UPLOADS = 50  # media ids that one user may hold without having uploaded
 NEW_MEDIA = "/_matrix/client/v1/media/"
 OLD_MEDIA = "/_matrix/media/v3/"
 OLD_VERSIONS = ("v1",)
+MSC3916 = ("unstable/org.matrix.msc3916",)  # what is stable since, at the places of old clients
+MSC2246 = ("unstable/fi.mau.msc2246",)
 ONE_FILE = "{server}/{media_id}"
 WITH_NAME = ONE_FILE + "/{name...}"
 
@@ -15434,7 +15436,7 @@ async def upload_media(hs: Homeserver, request: Request) -> Json:
     return {"content_uri": f"mxc://{hs.config.server_name}/{media_id}"}
 
 
-@route("POST", "/_matrix/media/v1/create", auth=USER, limit="upload")
+@route("POST", "/_matrix/media/v1/create", auth=USER, limit="upload", also=MSC2246)
 async def create_media(hs: Homeserver, request: Request) -> Json:
     """Hand out a media id now, for content that follows.  Spec: POST /_matrix/media/v1/create."""
     now = now_ms()
@@ -15449,7 +15451,7 @@ async def create_media(hs: Homeserver, request: Request) -> Json:
     return {"content_uri": content_uri, "unused_expires_at": now + UPLOAD_LIFETIME}
 
 
-@route("PUT", f"{OLD_MEDIA}upload/{ONE_FILE}", auth=USER, limit="upload", body=STREAM)
+@route("PUT", f"{OLD_MEDIA}upload/{ONE_FILE}", auth=USER, limit="upload", body=STREAM, also=MSC2246)
 async def upload_later(hs: Homeserver, request: Request, server: str, media_id: str) -> Json:
     """Store the content of a media id that this user created; once.
 
@@ -15483,7 +15485,7 @@ async def uploaded(hs: Homeserver, request: Request, server: str, media_id: str)
     return row
 
 
-@route("GET", f"{NEW_MEDIA}download/{WITH_NAME}", auth=GUEST, limit="media")
+@route("GET", f"{NEW_MEDIA}download/{WITH_NAME}", auth=GUEST, limit="media", also=MSC3916)
 @route("GET", f"{OLD_MEDIA}download/{WITH_NAME}", auth=OPTIONAL, limit="media", also=OLD_VERSIONS)
 async def download_media(
     hs: Homeserver, request: Request, server: str, media_id: str, name: str
@@ -15509,7 +15511,7 @@ def wanted_size(request: Request) -> ThumbnailSize:
     return choose_size(width, height, method)
 
 
-@route("GET", f"{NEW_MEDIA}thumbnail/{ONE_FILE}", auth=GUEST, limit="media")
+@route("GET", f"{NEW_MEDIA}thumbnail/{ONE_FILE}", auth=GUEST, limit="media", also=MSC3916)
 @route("GET", f"{OLD_MEDIA}thumbnail/{ONE_FILE}", auth=OPTIONAL, limit="media", also=OLD_VERSIONS)
 async def get_thumbnail(hs: Homeserver, request: Request, server: str, media_id: str) -> Response:
     """A smaller picture of a picture; one that was made before is found without waiting.
@@ -15528,7 +15530,7 @@ async def get_thumbnail(hs: Homeserver, request: Request, server: str, media_id:
     return file_response(request, path, kind, f"thumbnail.{kind.partition('/')[2]}")
 
 
-@route("GET", f"{NEW_MEDIA}config", auth=GUEST)
+@route("GET", f"{NEW_MEDIA}config", auth=GUEST, also=MSC3916)
 @route("GET", f"{OLD_MEDIA}config", auth=GUEST, also=OLD_VERSIONS)
 async def media_config(hs: Homeserver, _request: Request) -> Json:
     """How large an upload may be, in bytes.  Spec: GET /_matrix/client/v1/media/config."""
@@ -15788,7 +15790,7 @@ class Previews:
 # ── 50.3  The endpoint ───────────────────────────────────────────────────────
 
 
-@route("GET", f"{NEW_MEDIA}preview_url", auth=USER, limit="media")
+@route("GET", f"{NEW_MEDIA}preview_url", auth=USER, limit="media", also=MSC3916)
 @route("GET", f"{OLD_MEDIA}preview_url", auth=USER, limit="media", also=OLD_VERSIONS)
 async def preview_url(hs: Homeserver, request: Request) -> Json:
     """What a page is about, as far as it says so; {} if it does not, or cannot be had.

@@ -14292,6 +14292,20 @@ def test_the_old_paths_want_a_token_too(alice: Client, nobody: Client, version: 
     assert alice.get(f"{old}download/{mxc[6:]}", params=allowed).status_code == 200
 
 
+def test_media_is_where_old_clients_look_too(alice: Client) -> None:
+    base = "/_matrix/client/unstable/org.matrix.msc3916/media/"
+    old = "/_matrix/media/unstable/fi.mau.msc2246/"
+    mxc = ok(alice.post(old + "create"))["content_uri"]
+    place = mxc.removeprefix("mxc://")
+    data = picture("PNG", 50, 50)
+    ok(alice.put(f"{old}upload/{place}", content=data, headers={"Content-Type": "image/png"}))
+    assert alice.get(f"{base}download/{place}").content == data
+    assert alice.get(f"{base}download/{place}/cat.png").content == data
+    assert opened(alice.get(f"{base}thumbnail/{place}", width=32, height=32, method="crop"))
+    assert ok(alice.get(base + "config"))["m.upload.size"] > 0
+    fails(alice.get(base + "preview_url", url="https://example.org"), 403, "M_FORBIDDEN")
+
+
 def fetched(server: InnerServer, data: bytes, name: str = "", age_days: float = 0) -> str:
     """Put a file among the media as if it came from elsewhere so long ago; its media id."""
 
