@@ -12796,7 +12796,7 @@ class PushAnswer(Protocol):
     """What comes back from a gateway, or from a page that is to be previewed."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: dict[str, str]
     body: bytes
 
 

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import hashlib
 import hmac
+import http.server
 import importlib
 import inspect
 import io
@@ -63,7 +64,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 from urllib.parse import quote, unquote
 
 import httpx
@@ -14586,6 +14587,86 @@ def test_previews_are_off_by_default(alice: Client) -> None:
     fails(preview(alice, "https://example.org/"), 403, "M_FORBIDDEN")
     shown = ok(alice.get("capabilities"))["capabilities"]
     assert shown["io.element.msc4452.preview_url"] == {"enabled": False}
+
+
+class Outside(http.server.BaseHTTPRequestHandler):
+    """A push gateway and a web site over TLS."""
+
+    pushes: ClassVar[list[Json]] = []
+
+    def answer(self, data: bytes, kind: str = "text/html", status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in (("Type", kind), ("Length", f"{len(data)}")):
+            self.send_header(f"Content-{name}", value)
+        self.send_header("Location", "/page")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self) -> None:
+        sent = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.pushes.append(sent["notification"])
+        self.answer(b'{"rejected": []}', "application/json")
+
+    def do_GET(self) -> None:
+        if self.path == "/moved":
+            self.answer(b"", status=302)
+        elif self.path == "/page":
+            self.answer(PAGE.encode())
+        else:
+            self.answer(png(3, 2), "image/png")
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def outside(authority: Authority) -> Iterator[str]:
+    """Where the gateway and the web site are."""
+    certs, key = authority.certify("localhost", "127.0.0.1")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certs, key)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Outside) as made:
+        made.socket = context.wrap_socket(made.socket, server_side=True)
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield f"https://localhost:{made.server_port}"
+        made.shutdown()
+
+
+@pytest.mark.skipif(not hasattr(conduit, "HttpClient"), reason="there is no HTTP client yet")
+def test_sec_34_pushes_and_previews_go_out_but_not_to_refused_addresses(
+    authority: Authority, outside: str, tmp_path: Path
+) -> None:
+    server = Server(
+        tmp_path / "server",
+        ip_range_denylist=[],
+        url_preview_allowlist=["localhost"],
+        allow_open_registration=True,
+    )
+    server.environment["SSL_CERT_FILE"] = str(authority.file)
+    server.start()
+    try:
+        alice, bob = register(server), register(server)
+        room_id = bob.room_with(alice)
+        ok(alice.post("pushers/set", pusher(data={"url": f"{outside}/_matrix/push/v1/notify"})))
+        ids = [bob.send_text(room_id, f"{n}") for n in range(3)]
+        eventually(lambda: [push.get("event_id") for push in Outside.pushes] == ids)
+        server.kill9()
+        server.start()
+        ok(alice.post(("rooms", room_id, "receipt", "m.read", ids[-1])))
+        eventually(lambda: Outside.pushes[-1]["counts"] == {"unread": 0})
+        found = ok(preview(alice, f"{outside}/moved"))
+        assert found["og:title"] == "The title of it"
+        assert alice.download(found["og:image"]).content == png(3, 2)
+        server.write_config(ip_range_denylist=["127.0.0.0/8", "::1/128"])
+        server.restart()
+        pushed = len(Outside.pushes)
+        bob.send_text(room_id, "to a refused address")
+        assert ok(preview(alice, f"{outside}/page")) == {}
+        time.sleep(1)
+        assert len(Outside.pushes) == pushed
+        server.assert_clean_log()
+    finally:
+        server.stop()
 
 
 # ═════════════════════════════════════════════════════════════════════════════
