@@ -8601,6 +8601,8 @@ def client_events(hs: Homeserver, user: Requester, events: Iterable[Event]) -> l
         if event.nid in sums:
             one["unsigned"]["m.relations"] = sums[event.nid]
     return shown
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  51. DELAYED EVENTS
 #
@@ -16658,10 +16660,9 @@ class Homeserver:
     def _wire(self) -> None:
         """Who hears of what; the order here is the order in which they hear it.
 
-        A new event: threads, presence (the sender is active), the admin room (it may be a command).
+        A new event: delayed events (others' state goes before theirs), threads, presence (the
+        sender is active), pushers (whom to wake up), the admin room (it may be a command).
         A report: the admin room.
-        A new event: delayed events (others' state goes before theirs), presence (the sender is
-        active), pushers (whom to wake up), the admin room (it may be a command).
         A changed membership: unread counts, typing, device lists, the syncs that wait.
         """
         self.accounts.on_account_created(functools.partial(auto_join, self))
