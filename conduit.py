@@ -115,6 +115,7 @@ import resource
 import secrets
 import shlex
 import signal
+import smtplib
 import socket
 import sqlite3
 import ssl
@@ -139,11 +140,14 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from email.message import EmailMessage
+from email.utils import format_datetime, make_msgid
 from enum import Enum
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, NewType, TypeVar, cast
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 try:
     import nacl.bindings
@@ -580,7 +584,7 @@ class TermsDocument:
     """[[global.terms]]: a document that new users must accept."""
 
     id: str = setting("short name, such as privacy_policy", check=A_SHORT_NAME)
-    version: str = setting("version of the text; a new one is asked for again", "1.0")
+    version: str = setting("version of the text, kept with each consent", "1.0")
     name: str = setting("title that users see")
     url: str = setting("where the text is", check=A_URL)
     lang: str = setting("language of the text", "en")
@@ -4076,6 +4080,7 @@ class RoomReader:
         self.stream = stream
         self.server_name = server_name
         self.groups = StateGroups(database, stream, cache_bytes // 8)
+        self.erased: Mapping[str, int] = {}  # users whose events newcomers get redacted; since when
         self._suffix = ":" + server_name
         self._rooms: LruCache[RoomNid, Room] = LruCache(cache_bytes // 4)
         self._alive: weakref.WeakValueDictionary[RoomNid, Room] = weakref.WeakValueDictionary()
@@ -4284,6 +4289,7 @@ class RoomReader:
 
 RoomListener = Callable[["Room", Event], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
+SenderCheck = Callable[[str, str, Json, "str | None", "str | None"], None]  # as for `send`
 
 
 def relation_of(event: Event) -> tuple[str, str] | None:
@@ -4305,6 +4311,7 @@ class RoomWriter(RoomReader):
         self.signing_key = signing_key
         self._listeners: list[RoomListener] = []
         self._membership_listeners: list[MembershipListener] = []
+        self.check_sender: SenderCheck = lambda *_: None
 
     def subscribe(self, listener: RoomListener) -> None:
         """Call back for each new timeline event, inside the transaction that stores it."""
@@ -4355,6 +4362,7 @@ class RoomWriter(RoomReader):
         `transaction` is (device nid, transaction id). Raises MatrixError when the rules refuse it.
         """
         version = room.version
+        self.check_sender(sender, event_type, content, state_key, redacts)
         if redacts is not None and version.redacts_in_content:
             content = {**content, "redacts": redacts}
         before = [cast(Event, self.event_by_nid(nid)) for nid in room.extremities[:MAX_PREV_EVENTS]]
@@ -4579,6 +4587,23 @@ class Viewer:
             return True
         return "shared" in settings and (event.pos or 0) < self._joined_until()
 
+    def without_erased(self, event: Event) -> Event:
+        """The event, or its redacted copy: for who came after its sender asked to be erased.
+
+        Spec: CS-API "Account deactivation", `erase`. State goes on to be what the room needs.
+        """
+        position = self.rooms.erased.get(event.sender)
+        if position is None or event.is_state:
+            return event
+        if self.is_joined and cast(Member, self.member).join_pos <= position:
+            return event
+        if any(found.membership == "join" for found in self._around(event, self.key) if found):
+            return event
+        shown = Event(event.version, redact(event.version, event.pdu), event.event_id)
+        for name in ("nid", "room_nid", "pos", "state_group", "redacted_by"):
+            setattr(shown, name, getattr(event, name))
+        return shown
+
     def _around(self, event: Event, key: StateKey) -> tuple[Event | None, ...]:
         """An entry of the state after the event; where it is the event itself, also before it."""
         at = (event.state_group, key)
@@ -4622,8 +4647,9 @@ class Rooms(RoomWriter):
 
         Spec: CS-API "Room history visibility", "Server behaviour". All doors lead through here.
         """
-        may_see = Viewer(self, room, user_nid).may_see
-        return [event for event in events if may_see(event)]
+        viewer = Viewer(self, room, user_nid)
+        seen = [event for event in events if viewer.may_see(event)]
+        return [viewer.without_erased(event) for event in seen] if self.erased else seen
 
 
 # ── 11.2  The client format ──────────────────────────────────────────────────
@@ -5082,7 +5108,8 @@ def error_response(error: MatrixError) -> Response:
 
 
 SECRET_MEMBERS = frozenset(
-    {"access_token", "mac", "new_password", "password", "pin", "refresh_token", "secret", "token"}
+    {"access_token", "client_secret", "mac", "new_password", "password"}
+    | {"pin", "refresh_token", "secret", "token"}
 )
 SECRET_ARGUMENT = re.compile(r"(?:access_token|token|loginToken)=([^&]+)")
 
@@ -5995,10 +6022,12 @@ CREATE TABLE accounts (
     deactivated INTEGER NOT NULL DEFAULT 0,
     locked INTEGER NOT NULL DEFAULT 0,
     suspended INTEGER NOT NULL DEFAULT 0,
-    erased INTEGER NOT NULL DEFAULT 0,
+    erased INTEGER NOT NULL DEFAULT 0,  -- the position at which erasure was asked for
     behind INTEGER NOT NULL DEFAULT 0  -- changes that the member events still have to follow
 );
 CREATE INDEX accounts_behind ON accounts (behind) WHERE behind > 0;
+CREATE INDEX accounts_suspended ON accounts (suspended) WHERE suspended > 0;
+CREATE INDEX accounts_erased ON accounts (erased) WHERE erased > 0;
 CREATE TABLE devices (
     device_nid INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice
     user_nid INTEGER NOT NULL,
@@ -6026,6 +6055,8 @@ CREATE TABLE txns (
     created_ts INTEGER NOT NULL,
     PRIMARY KEY (device_nid, txn_key)
 ) WITHOUT ROWID;
+CREATE TABLE openid_tokens (token_hash BLOB PRIMARY KEY, user_nid INTEGER, expires_ts INTEGER);
+CREATE INDEX openid_tokens_expiry ON openid_tokens (expires_ts);
 """)
 invariant(
     "tokens of devices that are gone",
@@ -6040,6 +6071,7 @@ V3 = "/_matrix/client/v3"
 
 ACCESS_TOKEN_LIFETIME_MS = 3_600_000  # of tokens that can be refreshed; others live until logout
 TXN_LIFETIME_MS = 3 * 86_400_000
+OPENID_SECONDS = 3600
 MAX_PASSWORD_BYTES = 512
 BOT_LOCALPART = "conduit"
 
@@ -6084,6 +6116,7 @@ BUDGETS: Final = {  # how many wrong tries are free, and after how many seconds 
     "address": (50, 10.0),  # one address at all accounts
     "account": (100, 6.0),  # all addresses that the account does not know
     "token": (10, 30.0),  # one address at registration tokens
+    "mail": (5, 900.0),  # messages to one e-mail address, whoever asks for them
 }
 FREE_TRIES = 3  # an address new to an account has these, however much others guess
 
@@ -6151,6 +6184,10 @@ class ShortLived(Generic[CacheValue]):
         """The value, or None if the name is unknown or its time is over."""
         found = self._values.get(name or "")
         return found[0] if found is not None and found[1] > self._clock() else None
+
+    def live(self) -> list[CacheValue]:
+        """All values whose time is not over."""
+        return [value for value, until in self._values.values() if until > self._clock()]
 
     def pop(self, name: str) -> CacheValue | None:
         """The value, for the last time."""
@@ -6377,8 +6414,11 @@ class Sessions:
         return cast("DeviceNid | None", self.db.value(sql, (nid, device_id)))
 
     def check_logged_in(self, requester: Requester) -> None:
-        """401 for a device that was logged out while its request waited."""
+        """401 for a device that was logged out, or a user locked, while the request waited."""
         nid, device_nid = requester.nid, requester.device_nid
+        account = self.get(nid)
+        if account is not None and account.locked:
+            raise user_locked()
         if device_nid is not None and self.find_device(nid, str(requester.device_id)) != device_nid:
             raise unknown_token()
 
@@ -6453,6 +6493,8 @@ class Sessions:
         if now_ms() - self._expired_ts < 3_600_000:
             return
         self._expired_ts = now_ms()
+        with self.db.write():
+            self.db.execute("DELETE FROM openid_tokens WHERE expires_ts < ?", (now_ms(),))
         for (device_nid,) in self.db.all("SELECT device_nid FROM devices"):
             old = (device_nid, now_ms() - TXN_LIFETIME_MS)
             with self.db.write():
@@ -6462,15 +6504,21 @@ class Sessions:
 
 # ── 14.4  Making, changing and ending accounts ───────────────────────────────
 
+SET_MARK = {
+    "locked": "UPDATE accounts SET locked = ? WHERE user_nid = ?",
+    "suspended": "UPDATE accounts SET suspended = ? WHERE user_nid = ?",
+}
+
 
 class Accounts(Sessions):
     """How accounts are made, changed and ended; callbacks come inside the write block of that.
 
-    The next chapter sets how a new account is named, and what a member event repeats of a profile.
+    Chapters below set how a new account is named, and what a member event repeats of a profile.
     """
 
     name_account: Callable[[UserNid, str], None]
     member_content: Callable[[UserNid, Json], Json]
+    has_tokens: Callable[[], bool]  # whether there are registration tokens beside the configured
 
     def __init__(self, hs: Homeserver) -> None:
         super().__init__(hs)
@@ -6480,18 +6528,32 @@ class Accounts(Sessions):
         self.uia_key = secrets.token_bytes(32)
         self.nonces: ShortLived[bool] = ShortLived(60)
         self.login_tokens: ShortLived[tuple[UserNid, str | None]] = ShortLived(120)
-        self.openid_tokens: ShortLived[UserNid] = ShortLived(3600)
+        self.suspended: set[str] = set()
+        self.erased: dict[str, int] = {}  # user id → the position of the erasure
         self._hashing = asyncio.Semaphore(2)  # since each takes 19 MiB
         self._admin_token = random_token()
         self._created: list[Callable[[UserNid], None]] = []
+        self._registered: list[Callable[[UserNid, UiaSession], None]] = []
         self._deactivated: list[Callable[[UserNid], None]] = []
         self.on_account_created = self._created.append
+        self.on_registered = self._registered.append  # with what was proved for the account
         self.on_deactivated = self._deactivated.append
+        self._read_marks()
+        hs.db.on_reset(self._read_marks)
 
     def start(self) -> None:
         """Go on with what the last stop interrupted."""
         for (nid,) in self.db.all("SELECT user_nid FROM accounts WHERE behind > 0"):
             self.hs.background(self._update_rooms(nid))
+
+    def _read_marks(self) -> None:
+        """Read who is suspended or erased, which is asked for with each event."""
+        suspended = self.db.all("SELECT user_nid FROM accounts WHERE suspended > 0")
+        erased = self.db.all("SELECT user_nid, erased FROM accounts WHERE erased > 0")
+        self.suspended.clear()
+        self.suspended.update(self.db.user_id(nid) for (nid,) in suspended)
+        self.erased.clear()
+        self.erased.update((self.db.user_id(nid), position) for nid, position in erased)
 
     # Questions
 
@@ -6591,11 +6653,24 @@ class Accounts(Sessions):
             for callback in self._created:
                 callback(nid)
 
+    def registered(self, nid: UserNid, proved: UiaSession) -> None:
+        """Tell what somebody proved for their new account; whoever hears of it may still object."""
+        for callback in self._registered:
+            callback(nid, proved)
+
     def set_admin(self, nid: UserNid, is_admin: bool) -> None:
         """Make a user an administrator, or no longer."""
         with self.db.write():
             self.db.execute("UPDATE accounts SET is_admin = ? WHERE user_nid = ?", (is_admin, nid))
         self._forget_sessions(nid)
+
+    def set_mark(self, nid: UserNid, mark: str, value: bool) -> None:
+        """Lock or suspend an account, or take that back."""
+        with self.db.write():
+            self.db.execute(SET_MARK[mark], (value, nid))
+            self._forget_sessions(nid)
+            self._read_marks()
+        log_accounts.info("%s: %s is now %s", self.db.user_id(nid), mark, value)
 
     async def set_password(
         self, nid: UserNid, password: str, *, keep: DeviceNid | None = None, log_out: bool = True
@@ -6619,8 +6694,9 @@ class Accounts(Sessions):
                 SET password_hash = NULL, deactivated = 1, is_admin = 0, erased = ?
                 WHERE user_nid = ?
                 """,
-                (erase, nid),
+                (max(1, self.hs.stream.position) if erase else 0, nid),
             )
+            self._read_marks()
             for callback in self._deactivated:
                 callback(nid)
             self.update_rooms(nid)
@@ -6695,10 +6771,27 @@ class Accounts(Sessions):
 
 def refuse_suspended(hs: Homeserver, requester: Requester) -> None:
     """403 M_USER_SUSPENDED for what a suspended user may not do.  Spec: "Account suspension"."""
-    account = hs.accounts.get(requester.nid)
-    if account is not None and account.suspended:
-        text = "You cannot perform this action while suspended"
-        raise MatrixError(403, "M_USER_SUSPENDED", text)
+    if requester.user_id in hs.accounts.suspended:
+        raise MatrixError(403, "M_USER_SUSPENDED", "You may only read while you are suspended")
+
+
+def check_sender(
+    hs: Homeserver,
+    sender: str,
+    event_type: str,
+    content: Json,
+    state_key: str | None,
+    redacts: str | None,
+) -> None:
+    """The same for each event: all a suspended user may send is that they leave, and redactions
+    of what they sent themselves.
+    """
+    if sender not in hs.accounts.suspended:
+        return
+    target = hs.rooms.event(redacts) if redacts else None
+    leaves = (event_type, state_key) == (MEMBER, sender) and content.get("membership") == "leave"
+    if not leaves and (target is None or target.sender != sender):
+        raise MatrixError(403, "M_USER_SUSPENDED", "You may only read while you are suspended")
 
 
 # ── 14.5  User-interactive authentication ────────────────────────────────────
@@ -6707,7 +6800,12 @@ DUMMY = "m.login.dummy"
 PASSWORD = "m.login.password"  # noqa: S105  the name of a stage
 REGISTRATION_TOKEN = "m.login.registration_token"  # noqa: S105  the name of a stage
 Flows = tuple[tuple[str, ...], ...]
-AUTH_DATA = {"type?": str, "session?": str, "password?": str, "token?": str}
+TERMS = "m.login.terms"
+EMAIL = "m.login.email.identity"
+AUTH_DATA = {
+    **{"type?": str, "session?": str, "password?": str, "token?": str},
+    **{"threepid_creds?": dict, "threepidCreds?": dict},
+}
 
 
 @dataclass
@@ -6715,31 +6813,49 @@ class UiaSession:
     """How far a client has come in proving that it may do one thing."""
 
     operation: tuple[str, str, UserNid | None]  # method, path, user
+    flows: Flows
     body: bytes = b""  # a digest; the first stage fixes it, before that some clients send more
     completed: tuple[str, ...] = ()
+    results: dict[str, Any] = field(default_factory=dict)  # what a stage brought to light
+
+
+StageCheck = Callable[["Homeserver", Request, Json, UiaSession], Awaitable[bool]]
+STAGES: Final[dict[str, StageCheck]] = {}  # each answers whether the client has proved it
+STAGE_PARAMS: Final[dict[str, Callable[[Config], Json]]] = {}
+
+
+def stage(name: str) -> Callable[[StageCheck], StageCheck]:
+    """Make a function the check of a stage."""
+
+    def register(check: StageCheck) -> StageCheck:
+        STAGES[name] = check
+        return check
+
+    return register
 
 
 class AuthenticationNeeded(MatrixError):
     """401 with the flows to choose from; with an error only when a stage was tried and failed."""
 
-    def __init__(self, flows: Flows, name: str, done: Sequence[str], error: Json) -> None:
+    def __init__(self, config: Config, name: str, session: UiaSession, error: Json) -> None:
         super().__init__(401, "M_FORBIDDEN", "Further authentication is needed")
-        self.body: Json = {"flows": [{"stages": flow} for flow in flows], "params": {}, **error}
-        self.body |= {"session": name} | ({"completed": done} if done else {})
+        offered = {stage for flow in session.flows for stage in flow}
+        params = {stage: STAGE_PARAMS[stage](config) for stage in offered & STAGE_PARAMS.keys()}
+        self.body: Json = {"flows": [{"stages": flow} for flow in session.flows], **error}
+        self.body |= {"session": name, "params": params}
+        self.body |= {"completed": session.completed} if session.completed else {}
 
     def to_json(self) -> Json:
         """The body of the response."""
         return self.body
 
 
-def named_user(hs: Homeserver, fields: Json) -> str | None:
-    """The user id that a login or a stage names, by identifier or the old way; None if by neither.
+IdentifierReader = Callable[["Homeserver", Json], "str | None"]
+IDENTIFIERS: Final[dict[object, IdentifierReader]] = {}  # how each type leads to a user id
 
-    Spec: "Identifier types". 403 for third-party identifiers, since none is known here.
-    """
-    identifier = fields.get("identifier", {"type": "m.id.user", "user": fields.get("user")})
-    if not isinstance(identifier, dict) or identifier.get("type") != "m.id.user":
-        raise forbidden("Only user names are known here, no addresses or phone numbers")
+
+def user_of_name(hs: Homeserver, identifier: Json) -> str | None:
+    """m.id.user: a localpart or a whole user id."""
     name = identifier.get("user")
     if name is None:
         return None
@@ -6750,25 +6866,30 @@ def named_user(hs: Homeserver, fields: Json) -> str | None:
     return f"@{localpart}:{server or hs.config.server_name}"
 
 
-def is_registration_token(hs: Homeserver, token: str, address: str) -> bool:
-    """Whether the token lets somebody register now; wrong ones count against the address."""
-    keys = [("token", address_group(address))]
-    hs.accounts.guesses.take(keys)
-    configured = hs.config.registration_token if hs.config.allow_registration else None
-    known = filter(None, (configured, hs.accounts.first_admin_token()))
-    good = any([hmac.compare_digest(right.encode(), token.encode()) for right in known])
-    if good:
-        hs.accounts.guesses.refund(keys)
-    return good
+IDENTIFIERS["m.id.user"] = user_of_name
 
 
-async def is_proved(hs: Homeserver, request: Request, auth: Json) -> bool:
-    """Whether the stage that the client sent succeeds; another user's password is no proof."""
-    if auth["type"] == DUMMY:
-        return True
-    if auth["type"] == REGISTRATION_TOKEN:
-        check_shape(auth, {"token": str}, "auth")
-        return is_registration_token(hs, auth["token"], request.address)
+def named_user(hs: Homeserver, fields: Json) -> str | None:
+    """The user id that a login or a stage names, by identifier or the old way; None if by neither.
+
+    Spec: "Identifier types". 403 for what identifies nobody here, such as a phone number.
+    """
+    identifier = fields.get("identifier", {"type": "m.id.user", "user": fields.get("user")})
+    kind = identifier.get("type") if isinstance(identifier, dict) else None
+    if not isinstance(kind, str) or kind not in IDENTIFIERS:
+        raise forbidden("Nobody is known here by this type of identifier")
+    return IDENTIFIERS[kind](hs, identifier)
+
+
+@stage(DUMMY)
+async def is_anybody(_hs: Homeserver, _request: Request, _auth: Json, _session: UiaSession) -> bool:
+    """Nothing is to be proved."""
+    return True
+
+
+@stage(PASSWORD)
+async def is_password(hs: Homeserver, request: Request, auth: Json, _session: UiaSession) -> bool:
+    """Whether it is the own password; another user's is no proof."""
     check_shape(auth, {"password": str}, "auth")
     user_id = request.user.user_id
     if named_user(hs, auth) not in (None, user_id):
@@ -6776,22 +6897,35 @@ async def is_proved(hs: Homeserver, request: Request, auth: Json) -> bool:
     return await hs.accounts.verify_password(user_id, auth["password"], request.address) is not None
 
 
-def uia_session(hs: Homeserver, request: Request, name: str | None) -> tuple[str, UiaSession]:
+def uia_session(
+    hs: Homeserver, request: Request, name: str | None, flows: Flows
+) -> tuple[str, UiaSession]:
     """The session that the client names, or a new one; 403 for a session of something else."""
     user_nid = request.requester.nid if request.requester else None
     operation = (request.method, request.path, user_nid)
     session = hs.accounts.uia.get(name)
     if name is None or session is None:
-        session = UiaSession(operation)
+        session = UiaSession(operation, flows)
         return hs.accounts.uia.add(session), session
     if session.operation != operation:
         raise forbidden("This session was begun for another operation")
+    session.flows = flows
     return name, session
+
+
+async def try_stage(hs: Homeserver, request: Request, auth: Json, session: UiaSession) -> bool:
+    """Let the session go on by one stage, if it is the next of a flow and is proved."""
+    done = (*session.completed, auth["type"])
+    is_next = any(flow[: len(done)] == done for flow in session.flows)
+    if not is_next or not await STAGES[auth["type"]](hs, request, auth, session):
+        return False
+    session.completed = done
+    return True
 
 
 async def user_interactive_auth(
     hs: Homeserver, request: Request, flows: Flows = ((PASSWORD,),)
-) -> None:
+) -> UiaSession:
     """Let the request pass once all stages of one flow are done; until then 401 with what is left.
 
     Spec: "User-interactive authentication API". A session is good for one success, for one body.
@@ -6801,22 +6935,20 @@ async def user_interactive_auth(
     rest = {key: value for key, value in request.json.items() if key != "auth"}
     raw = json.dumps(rest, sort_keys=True).encode()  # there may be a password in it, so hashed
     body = hashlib.blake2b(raw, key=hs.accounts.uia_key).digest()
-    name, session = uia_session(hs, request, auth.get("session"))
+    name, session = uia_session(hs, request, auth.get("session"), flows)
     failure: Json = {}
-    if "type" in auth and auth["type"] not in session.completed:
-        done = (*session.completed, auth["type"])
-        is_next = any(flow[: len(done)] == done for flow in flows)
-        if is_next and await is_proved(hs, request, auth):
-            session.body = session.body or body
-            session.completed = done
-        else:  # it can be tried again
-            failure = forbidden("Wrong password or token, or not what was asked for").to_json()
+    is_new = "type" in auth and auth["type"] not in session.completed
+    if is_new and not await try_stage(hs, request, auth, session):  # it can be tried again
+        failure = forbidden("Wrong password or token, or not what was asked for").to_json()
+    if session.completed:
+        session.body = session.body or body
     if session.completed and session.body != body:
         raise forbidden("The request has changed during authentication")
     if failure or session.completed not in flows:
-        raise AuthenticationNeeded(flows, name, session.completed, failure)
+        raise AuthenticationNeeded(hs.config, name, session, failure)
     if hs.accounts.uia.pop(name) is None:
         raise forbidden("This session was used already")
+    return session
 
 
 # ── 14.6  Registration ───────────────────────────────────────────────────────
@@ -6838,11 +6970,15 @@ def registration_flows(hs: Homeserver, request: Request) -> Flows:
     config = hs.config
     is_first = not hs.accounts.has_users()
     is_open = request.is_local() or (config.allow_open_registration and not is_first)
+    wants_token = config.registration_token or hs.accounts.has_tokens()
+    stages: tuple[str, ...] = (TERMS,) if config.terms else ()
     if config.allow_registration and not config.registration_token and is_open:
-        return ((DUMMY,),)
-    if is_first or (config.allow_registration and config.registration_token):
-        return ((REGISTRATION_TOKEN,),)
-    raise forbidden("Registration is disabled")
+        stages = stages or (DUMMY,)
+    elif is_first or (config.allow_registration and wants_token):
+        stages = (REGISTRATION_TOKEN, *stages)
+    else:
+        raise forbidden("Registration is disabled")
+    return (stages, (EMAIL, *stages)) if config.smtp else (stages,)
 
 
 def wanted_account(hs: Homeserver, request: Request) -> tuple[str, UserNid | None]:
@@ -6889,7 +7025,7 @@ async def register(hs: Homeserver, request: Request) -> Json:
     user_id, guest_nid = wanted_account(hs, request)
     check_new_password(body.get("password", "later"))
     is_first = not accounts.has_users()
-    await user_interactive_auth(hs, request, flows)
+    proved = await user_interactive_auth(hs, request, flows)
     if "password" not in body:
         raise missing_param("password is missing")
     hashed = await accounts.hash(body["password"])
@@ -6900,6 +7036,7 @@ async def register(hs: Homeserver, request: Request) -> Json:
         nid = guest_nid or accounts.make_account(user_id, hashed, role=role)
         if guest_nid is not None:
             accounts.upgrade_guest(guest_nid, hashed, is_admin=is_first)
+        accounts.registered(nid, proved)
         if body.get("inhibit_login"):
             return {"user_id": user_id, "home_server": hs.config.server_name}
         return accounts.log_in(nid, request.address, body)
@@ -6911,18 +7048,6 @@ async def username_available(hs: Homeserver, request: Request) -> Json:
     check_shape(request.query, {"username": [str]}, "The query")
     hs.accounts.check_available(local_user_id(hs, request.query["username"][0]))
     return {"available": True}
-
-
-VALIDITY = "/_matrix/client/v1/register/m.login.registration_token/validity"
-
-
-@route("GET", VALIDITY, auth=NONE, limit="register")
-async def registration_token_validity(hs: Homeserver, request: Request) -> Json:
-    """Whether a registration token would be accepted now; wrong ones count as guesses."""
-    check_shape(request.query, {"token": [str]}, "The query")
-    if not hs.config.allow_registration and hs.accounts.has_users():
-        raise forbidden("Registration is disabled")
-    return {"valid": is_registration_token(hs, request.query["token"][0], request.address)}
 
 
 @route("GET", "/_synapse/admin/v1/register", auth=NONE, limit="register")
@@ -6969,16 +7094,33 @@ LOGIN = {
 }
 
 
-async def proved_user(hs: Homeserver, request: Request) -> UserNid | None:
-    """Who logs in; a wrong password and an unknown user look the same."""
+class LoginType(NamedTuple):
+    """A way to log in: who it is that does (None: nobody, as it seems), and when it is offered."""
+
+    proved_user: Callable[[Homeserver, Request], Awaitable[UserNid | None]]
+    offered: Callable[[Config], object]
+    flow: Json
+
+
+LOGIN_TYPES: Final[dict[str, LoginType]] = {}
+
+
+def login_type(
+    name: str, offered: Callable[[Config], object] = bool, **flow: Any
+) -> Callable[[Handler], Handler]:
+    """Make a function a way to log in, offered where the configuration says so."""
+
+    def register(proved_user: Handler) -> Handler:
+        LOGIN_TYPES[name] = LoginType(proved_user, offered, {"type": name, **flow})
+        return proved_user
+
+    return register
+
+
+@login_type(PASSWORD)
+async def user_by_password(hs: Homeserver, request: Request) -> UserNid | None:
+    """m.login.password; a wrong password and an unknown user look the same."""
     body = request.json
-    if body["type"] == "m.login.token":
-        check_shape(body, {"token": str})
-        nid, stored = hs.accounts.login_tokens.pop(body["token"]) or (None, None)
-        account = None if nid is None else hs.accounts.get(nid)
-        return nid if account is not None and account.password_hash == stored else None
-    if body["type"] != PASSWORD:
-        raise MatrixError(400, "M_UNKNOWN", "Unknown login type")
     check_shape(body, {"password": str})
     user_id = named_user(hs, body)
     if user_id is None:
@@ -6986,17 +7128,29 @@ async def proved_user(hs: Homeserver, request: Request) -> UserNid | None:
     return await hs.accounts.verify_password(user_id, body["password"], request.address)
 
 
+@login_type("m.login.token", get_login_token=True)
+async def user_by_login_token(hs: Homeserver, request: Request) -> UserNid | None:
+    """m.login.token: good once, and not after a change of the password."""
+    check_shape(request.json, {"token": str})
+    nid, stored = hs.accounts.login_tokens.pop(request.json["token"]) or (None, None)
+    account = None if nid is None else hs.accounts.get(nid)
+    return nid if account is not None and account.password_hash == stored else None
+
+
 @route("GET", V3 + "/login", auth=NONE, limit="login")
-async def login_flows(_hs: Homeserver, _request: Request) -> Json:
+async def login_flows(hs: Homeserver, _request: Request) -> Json:
     """The ways to log in.  Spec: "Login"."""
-    return {"flows": [{"type": PASSWORD}, {"type": "m.login.token", "get_login_token": True}]}
+    return {"flows": [kind.flow for kind in LOGIN_TYPES.values() if kind.offered(hs.config)]}
 
 
 @route("POST", V3 + "/login", auth=NONE, limit="login", body=LOGIN)
 async def login(hs: Homeserver, request: Request) -> Json:
     """Log in: a device with an access token.  Spec: "Login"."""
     check_device_texts(request.json)
-    nid = await proved_user(hs, request)
+    kind = LOGIN_TYPES.get(request.json["type"])
+    if kind is None or not kind.offered(hs.config):
+        raise MatrixError(400, "M_UNKNOWN", "Unknown login type")
+    nid = await kind.proved_user(hs, request)
     account = None if nid is None else hs.accounts.get(nid)
     if account is None or account.deactivated:
         raise forbidden("Invalid user name, password or login token")
@@ -7082,14 +7236,25 @@ PASSWORD_CHANGE = {"new_password": str, "logout_devices?": bool, "auth?": dict}
 DEACTIVATION = {"auth?": dict, "id_server?": str, "erase?": bool}
 
 
-@route("POST", V3 + "/account/password", auth=USER, limit="login", body=PASSWORD_CHANGE)
+@route("POST", V3 + "/account/password", auth=OPTIONAL, limit="login", body=PASSWORD_CHANGE)
 async def change_password(hs: Homeserver, request: Request) -> Json:
-    """Change the password; other devices are logged out unless logout_devices is false."""
+    """Change the password; other devices are logged out unless logout_devices is false.
+
+    Without a token it is a forgotten password: the e-mail address tells whose (chapter 47).
+    """
     password, log_out = request.json["new_password"], request.json.get("logout_devices", True)
+    by_mail: Flows = ((EMAIL,),) if hs.config.smtp else ()
+    if request.requester is not None or not by_mail:
+        check_caller(USER, request.requester)
     check_new_password(password)
-    await user_interactive_auth(hs, request)
-    keep = request.user.device_nid
-    await hs.accounts.set_password(request.user.nid, password, keep=keep, log_out=log_out)
+    flows = by_mail if request.requester is None else ((PASSWORD,), *by_mail)
+    proved = await user_interactive_auth(hs, request, flows)
+    keep = None
+    if request.requester is None:
+        nid = cast(UserNid, proved.results[EMAIL].user_nid)
+    else:
+        nid, keep = request.user.nid, request.user.device_nid
+    await hs.accounts.set_password(nid, password, keep=keep, log_out=log_out)
     return {}
 
 
@@ -7118,7 +7283,7 @@ async def capabilities(hs: Homeserver, request: Request) -> Json:
     has_password = account is not None and account.password_hash is not None
     switches = {
         "m.change_password": has_password,
-        "m.3pid_changes": False,
+        "m.3pid_changes": hs.config.smtp is not None,
         "m.get_login_token": has_password,
         "m.profile_fields": True,
     }
@@ -7142,49 +7307,35 @@ def check_own_user(request: Request, user_id: str) -> None:
 async def request_openid_token(hs: Homeserver, request: Request, user_id: str) -> Json:
     """A token by which a third service can ask this server who the user is, and nothing else."""
     check_own_user(request, user_id)
+    token, expires_ts = random_token(), now_ms() + OPENID_SECONDS * 1000
+    with hs.db.write():
+        row = (token_hash(token), request.user.nid, expires_ts)
+        hs.db.execute("INSERT INTO openid_tokens VALUES (?, ?, ?)", row)
     return {
-        "access_token": hs.accounts.openid_tokens.add(request.user.nid),
+        "access_token": token,
         "token_type": "Bearer",
         "matrix_server_name": hs.config.server_name,
-        "expires_in": hs.accounts.openid_tokens.seconds,
+        "expires_in": OPENID_SECONDS,
     }
+
+
+def openid_user(hs: Homeserver, token: str) -> str | None:
+    """Whose OpenID token this is; None when it is unknown, too old, or its user may not act."""
+    sql = "SELECT user_nid FROM openid_tokens WHERE token_hash = ? AND expires_ts > ?"
+    nid = hs.db.value(sql, (token_hash(token), now_ms()))
+    account = None if nid is None else hs.accounts.get(nid)
+    if account is None or account.deactivated or account.locked:
+        return None
+    return hs.db.user_id(account.nid)
 
 
 @route("GET", "/_matrix/federation/v1/openid/userinfo", auth=NONE)
 async def openid_userinfo(hs: Homeserver, request: Request) -> Json:
     """Whose OpenID token this is.  Spec: SS-API "OpenID"."""
-    nid = hs.accounts.openid_tokens.get(request.arg("access_token"))
-    account = None if nid is None else hs.accounts.get(nid)
-    if account is None or account.deactivated:
+    user_id = openid_user(hs, request.arg("access_token") or "")
+    if user_id is None:
         raise unknown_token()
-    return {"sub": hs.db.user_id(account.nid)}
-
-
-# Third-party identifiers: there are none here. No mail is sent and no text message.
-
-
-@route("GET", V3 + "/account/3pid", auth=USER)
-async def list_third_party_ids(_hs: Homeserver, _request: Request) -> Json:
-    """The e-mail addresses and phone numbers of the account: none."""
-    return {"threepids": []}
-
-
-@route("POST", V3 + "/account/3pid/delete", auth=USER)
-@route("POST", V3 + "/account/3pid/unbind", auth=USER)
-async def remove_third_party_id(_hs: Homeserver, _request: Request) -> Json:
-    """Nothing was ever bound through this server."""
-    return {"id_server_unbind_result": "no-support"}
-
-
-@route("POST", V3 + "/account/3pid", auth=NONE)
-@route("POST", V3 + "/account/3pid/add", auth=NONE)
-@route("POST", V3 + "/account/3pid/bind", auth=NONE)
-@route("POST", V3 + "/account/3pid/{medium}/requestToken", auth=NONE)
-@route("POST", V3 + "/account/password/{medium}/requestToken", auth=NONE)
-@route("POST", V3 + "/register/{medium}/requestToken", auth=NONE)
-async def deny_third_party_id(_hs: Homeserver, _request: Request, medium: str = "") -> Json:
-    """None can be validated, so none can be added, or used.  Spec: "m.3pid_changes"."""
-    raise MatrixError(403, "M_THREEPID_DENIED", "This server keeps no addresses")
+    return {"sub": user_id}
 
 
 # ── 14.10  Transaction ids ───────────────────────────────────────────────────
@@ -7214,6 +7365,694 @@ def record_transaction(
     """Remember the result of a request, in the write block of what it did."""
     row = (*txn_row_key(requester, scope, txn_id), result, now_ms())
     hs.db.execute("INSERT OR REPLACE INTO txns VALUES (?, ?, ?, ?)", row)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  47. SIGN-IN BY OTHER MEANS, E-MAIL, TERMS
+#
+#  What stands beside the password: e-mail addresses whose owner has shown that
+#  they read them, tokens that let strangers register, documents that they have
+#  to accept, and tokens signed by a friendly service. Each is a stage, a login
+#  type or an identifier of the chapter before.
+#       spec: CS-API "Account registration", "Password management", "Adding Account
+#       Administrative Contact Information", "Terms of service at registration"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE emails (
+    address TEXT PRIMARY KEY,        -- in lower case
+    user_nid INTEGER NOT NULL,
+    validated_ts INTEGER NOT NULL,
+    added_ts INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX emails_of_user ON emails (user_nid);
+CREATE TABLE email_validations (     -- messages sent, and which of them were answered
+    sid TEXT PRIMARY KEY,
+    purpose TEXT NOT NULL,           -- register, password or 3pid: good for nothing else
+    address TEXT NOT NULL,
+    secret_hash BLOB NOT NULL,       -- of client_secret
+    user_nid INTEGER,                -- whose account it is about; NULL: who has none yet
+    send_attempt INTEGER NOT NULL,
+    token_hash BLOB NOT NULL UNIQUE, -- of what stands in the link
+    next_link TEXT,
+    sent_ts INTEGER NOT NULL,
+    validated_ts INTEGER,
+    UNIQUE (address, secret_hash, purpose)
+) WITHOUT ROWID;
+CREATE INDEX email_validations_age ON email_validations (sent_ts);
+CREATE TABLE consents (
+    user_nid INTEGER NOT NULL,
+    document TEXT NOT NULL,
+    version TEXT NOT NULL,
+    accepted_ts INTEGER NOT NULL,
+    PRIMARY KEY (user_nid, document)
+) WITHOUT ROWID;
+CREATE TABLE registration_tokens (   -- as they are, since admins want to read them again
+    token TEXT PRIMARY KEY,
+    uses_allowed INTEGER,            -- NULL: any number
+    completed INTEGER NOT NULL DEFAULT 0,
+    expires_ts INTEGER
+) WITHOUT ROWID;
+""")
+invariant(
+    "e-mail addresses of accounts that are not there",
+    """
+    SELECT address
+    FROM emails
+    WHERE user_nid NOT IN (SELECT user_nid FROM accounts WHERE deactivated = 0)
+    """,
+)
+
+VALIDATION_MS = 3_600_000  # to follow the link, and then again to go on in the app
+MAIL_SECONDS = 10  # for each step of a delivery
+MAILS_AT_ONCE = 4
+MAILS_WAITING = 50
+PLAIN_EMAIL = re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[A-Za-z0-9.-]{1,190}", re.ASCII)
+CLIENT_SECRET = re.compile(r"[0-9a-zA-Z.=_-]{1,255}")
+VALIDATE_PATH = "/_conduit/email/validate"
+
+log_mail = logging.getLogger("conduit.mail")
+
+# ── 47.1  Sending e-mail ─────────────────────────────────────────────────────
+
+GREETING = "This message comes from the Matrix server {server}.\n\n"
+PARDON = "\n\nIf this was not you, do nothing: without you nothing happens.\n"
+THE_LINK = " open this page within an hour:\n\n{link}"
+MESSAGES = {  # by purpose, and whether the address belongs to an account
+    ("register", False): "Somebody registers there with this address. If it is you,"
+    f"{THE_LINK}\n\nand go on in your app.{PARDON}",
+    ("register", True): "Somebody wanted to register there with this address, but {user} has it"
+    " already. If it is you, sign in as that, with a new password if you have forgotten it."
+    f"{PARDON}",
+    ("password", True): "Somebody wants a new password for your account {user}. If it is you,"
+    f"{THE_LINK}\n\nOpen it only if you have asked for it yourself: whoever asked can then choose"
+    f" the password.{PARDON}",
+    ("password", False): "Somebody wanted a new password for an account with this address, but"
+    f" there is none.{PARDON}",
+    ("3pid", False): "Somebody adds this address to an account there. If it is you,"
+    f"{THE_LINK}\n\nand go on in your app.{PARDON}",
+}
+SUBJECTS = {
+    "register": "Your new account on {server}",
+    "password": "Your password on {server}",
+    "3pid": "Your e-mail address on {server}",
+}
+
+
+def deliver(smtp: SmtpConfig, message: EmailMessage) -> None:
+    """Hand a message to the mail server; for threads. A password never goes unencrypted."""
+    context = ssl.create_default_context()
+    if smtp.host in ("localhost", "127.0.0.1"):  # nobody is in between, nor has a certificate
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    options: Any = {"host": smtp.host, "port": smtp.port, "timeout": MAIL_SECONDS}
+    tls_first = smtp.port == 465
+    with (
+        smtplib.SMTP_SSL(**options, context=context)
+        if tls_first
+        else smtplib.SMTP(**options) as connection
+    ):
+        connection.ehlo()
+        must = bool(smtp.user) or smtp.port == 587
+        if not tls_first and (must or connection.has_extn("starttls")):
+            connection.starttls(context=context)
+        if smtp.user:
+            connection.login(smtp.user, smtp.password or "")
+        connection.send_message(message)
+
+
+class Mailer:
+    """Sends messages, a few at a time; who would have to wait for long is sent away."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._waiting = 0
+        self._turn = asyncio.Semaphore(MAILS_AT_ONCE)
+
+    async def send(self, address: str, subject: str, text: str) -> None:
+        """Send a message, or say with a 500 that it could not be sent; the log has the reason."""
+        smtp = cast(SmtpConfig, self.hs.config.smtp)
+        message = EmailMessage()
+        message["From"], message["To"], message["Subject"] = smtp.from_, address, subject
+        message["Date"] = format_datetime(datetime.now(timezone.utc))
+        message["Message-ID"] = make_msgid(domain=smtp.from_.rpartition("@")[2])
+        message["Auto-Submitted"] = "auto-generated"
+        message.set_content(text)
+        if self._waiting >= MAILS_WAITING:
+            raise limit_exceeded(60_000, "Too many messages are waiting to be sent")
+        self._waiting += 1
+        try:
+            await self.hs.db.synced()
+            async with self._turn:
+                await asyncio.to_thread(deliver, smtp, message)
+        except (OSError, smtplib.SMTPException, ValueError) as error:
+            log_mail.error("no mail could be sent through %s: %s", smtp.host, error)
+            raise MatrixError(500, "M_UNKNOWN", "The e-mail could not be sent") from error
+        finally:
+            self._waiting -= 1
+
+
+# ── 47.2  Addresses and who reads them ───────────────────────────────────────
+
+
+class Validation(NamedTuple):
+    """A row of email_validations, as far as others want to know."""
+
+    sid: str
+    purpose: str
+    address: str
+    user_nid: UserNid | None
+    next_link: str | None
+
+
+def checked_email(text: str) -> str:
+    """An address in the form in which it is compared. 400 M_INVALID_PARAM."""
+    if not PLAIN_EMAIL.fullmatch(text):
+        raise invalid_param("This is no e-mail address to which this server could write")
+    return text.lower()
+
+
+def threepid_in_use() -> MatrixError:
+    """400 M_THREEPID_IN_USE."""
+    return MatrixError(400, "M_THREEPID_IN_USE", "Another account has this address")
+
+
+class Emails:
+    """The e-mail addresses of accounts, and proofs that somebody reads one."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        self.mailer = Mailer(hs)
+        hs.accounts.on_registered(self._registered)
+        hs.accounts.on_deactivated(self._forget)
+
+    def owner(self, address: str) -> UserNid | None:
+        """Whose address this is."""
+        sql = "SELECT user_nid FROM emails WHERE address = ?"
+        return cast("UserNid | None", self.db.value(sql, (address.lower(),)))
+
+    def of(self, nid: UserNid) -> list[Json]:
+        """The addresses of a user, as /account/3pid shows them."""
+        sql = "SELECT address, validated_ts, added_ts FROM emails WHERE user_nid = ?"
+        names = ("address", "validated_at", "added_at")
+        rows = self.db.all(sql, (nid,))
+        return [{"medium": "email", **dict(zip(names, row, strict=True))} for row in rows]
+
+    def add(self, nid: UserNid, address: str) -> None:
+        """Give a user an address. 400 M_THREEPID_IN_USE for that of another."""
+        if self.owner(address) not in (None, nid):
+            raise threepid_in_use()
+        with self.db.write():
+            row = (address.lower(), nid, now_ms(), now_ms())
+            self.db.execute("INSERT OR IGNORE INTO emails VALUES (?, ?, ?, ?)", row)
+
+    def remove(self, nid: UserNid, address: str) -> None:
+        """Take an address from a user."""
+        with self.db.write():
+            sql = "DELETE FROM emails WHERE address = ? AND user_nid = ?"
+            self.db.execute(sql, (address.lower(), nid))
+
+    async def ask(self, purpose: str, user_nid: UserNid | None, body: Json) -> str:
+        """Write to an address, unless this attempt was made already; the sid.
+
+        Whoever asks learns nothing from it: the message alone says whether there is an account.
+        """
+        address, secret_hash = checked_email(body["email"]), token_hash(body["client_secret"])
+        row = self.db.one(
+            """
+            SELECT sid, send_attempt
+            FROM email_validations
+            WHERE address = ? AND secret_hash = ? AND purpose = ? AND sent_ts > ?
+            """,
+            (address, secret_hash, purpose, now_ms() - VALIDATION_MS),
+        )
+        if row is not None and row[1] >= body["send_attempt"]:
+            return cast(str, row[0])
+        self.hs.accounts.guesses.take([("mail", address)])
+        owner, sid, token = self.owner(address), random_token(), random_token()
+        about = owner if purpose == "password" else user_nid
+        proof = (token_hash(token), self._own_link(body.get("next_link")), now_ms())
+        with self.db.write():
+            self.db.execute(
+                """
+                INSERT OR REPLACE INTO email_validations (sid, purpose, address, secret_hash,
+                    user_nid, send_attempt, token_hash, next_link, sent_ts)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+                """,
+                (sid, purpose, address, secret_hash, about, body["send_attempt"], *proof),
+            )
+        config = self.hs.config  # the link never follows the Host header, which anybody can choose
+        names = {"server": config.server_name, "user": owner and self.db.user_id(owner)}
+        names["link"] = f"{config.well_known.client}{VALIDATE_PATH}?token={token}"
+        text = (GREETING + MESSAGES[purpose, owner is not None]).format(**names)
+        await self.mailer.send(address, SUBJECTS[purpose].format(**names), text)
+        return sid
+
+    def _own_link(self, link: str | None) -> str | None:
+        """A next_link within this server's own site; apps elsewhere send theirs, to no effect."""
+        with contextlib.suppress(ValueError):
+            ours, theirs = urlsplit(self.hs.config.well_known.client), urlsplit(link or "")
+            if (ours.scheme, ours.netloc) == (theirs.scheme, theirs.netloc) and link:
+                return link if link.isascii() and link.isprintable() else None
+        return None
+
+    def asked(self, token: str, *, answer: bool = False) -> Validation | None:
+        """What the token in a link is about, and if it is the answer, the proof; None when over."""
+        row = self.db.one(
+            """
+            SELECT sid, purpose, address, user_nid, next_link
+            FROM email_validations
+            WHERE token_hash = ? AND validated_ts IS NULL AND sent_ts > ?
+            """,
+            (token_hash(token), now_ms() - VALIDATION_MS),
+        )
+        if row is not None and answer:
+            with self.db.write():
+                sql = "UPDATE email_validations SET validated_ts = ? WHERE sid = ?"
+                self.db.execute(sql, (now_ms(), row[0]))
+        return None if row is None else Validation(*row)
+
+    def proved(self, creds: Json, purpose: str) -> Validation | None:
+        """What the owner of an address has proved, for the last time; None if they have not."""
+        check_shape(creds, {"sid": str, "client_secret": str}, "threepid_creds")
+        row = self.db.one(
+            """
+            SELECT sid, purpose, address, user_nid, next_link
+            FROM email_validations
+            WHERE sid = ? AND secret_hash = ? AND purpose = ? AND validated_ts > ?
+            """,
+            (creds["sid"], token_hash(creds["client_secret"]), purpose, now_ms() - VALIDATION_MS),
+        )
+        if row is None:
+            return None
+        with self.db.write():
+            self.db.execute("DELETE FROM email_validations WHERE sid = ?", (row[0],))
+        return Validation(*row)
+
+    def _registered(self, nid: UserNid, session: UiaSession) -> None:
+        if EMAIL in session.results:
+            self.add(nid, session.results[EMAIL].address)
+
+    def _forget(self, nid: UserNid) -> None:
+        self.db.execute("DELETE FROM emails WHERE user_nid = ?", (nid,))
+        self.db.execute("DELETE FROM consents WHERE user_nid = ?", (nid,))
+
+    def expire(self) -> None:
+        """Delete validations that have had their time."""
+        with self.db.write():
+            before = now_ms() - 2 * VALIDATION_MS
+            self.db.execute("DELETE FROM email_validations WHERE sent_ts < ?", (before,))
+
+
+@stage(EMAIL)
+async def is_reader(hs: Homeserver, request: Request, auth: Json, session: UiaSession) -> bool:
+    """Whether the client's user reads the address: a new one to register, else the account's."""
+    creds = auth.get("threepid_creds") or auth.get("threepidCreds") or {}
+    purpose = "register" if session.operation[1].endswith("/register") else "password"
+    proved = hs.emails.proved(creds, purpose)
+    if proved is None:
+        return False
+    if purpose == "password":
+        is_owner = (
+            proved.user_nid is not None and hs.emails.owner(proved.address) == proved.user_nid
+        )
+        if not is_owner or session.operation[2] not in (None, proved.user_nid):
+            return False
+    session.results[EMAIL] = proved
+    return True
+
+
+def user_of_email(hs: Homeserver, identifier: Json) -> str | None:
+    """m.id.thirdparty: the account with an address; an unknown one looks like a wrong password."""
+    check_shape(identifier, {"medium": str, "address": str}, "identifier")
+    nid = hs.emails.owner(identifier["address"]) if identifier["medium"] == "email" else None
+    return f"@{identifier['address']}" if nid is None else hs.db.user_id(nid)
+
+
+IDENTIFIERS["m.id.thirdparty"] = user_of_email
+
+# ── 47.3  The addresses of an account ────────────────────────────────────────
+
+EMAIL_REQUEST = {
+    **{"client_secret": str, "email": str, "send_attempt": int, "next_link?": str},
+    **{"id_server?": str, "id_access_token?": str},  # ignored where the homeserver writes itself
+}
+ADDRESS_OF_ACCOUNT = {"medium": str, "address": str, "id_server?": str}
+BY_SERVER = {"three_pid_creds?": dict, "client_secret?": str, "sid?": str, "id_server?": str}
+WRITE_PATH = "/{medium}/requestToken"
+
+
+@route("POST", V3 + "/account/3pid" + WRITE_PATH, auth=OPTIONAL, limit="register", body=ANY_OBJECT)
+@route(
+    "POST", V3 + "/account/password" + WRITE_PATH, auth=OPTIONAL, limit="register", body=ANY_OBJECT
+)
+@route("POST", V3 + "/register" + WRITE_PATH, auth=OPTIONAL, limit="register", body=ANY_OBJECT)
+async def request_email_token(hs: Homeserver, request: Request, medium: str) -> Json:
+    """Write to an e-mail address, to see whether somebody reads it.
+
+    403 M_THREEPID_DENIED without [global.smtp]; phone numbers cannot be reached.
+    """
+    purpose, body = request.segments[-3], request.json
+    if medium != "email":
+        text = "This server sends no text messages"
+        raise MatrixError(400, "M_THREEPID_MEDIUM_NOT_SUPPORTED", text)
+    check_shape(body, EMAIL_REQUEST)
+    if not CLIENT_SECRET.fullmatch(body["client_secret"]):
+        raise invalid_param("client_secret consists of up to 255 of 0-9 a-z A-Z . = _ -")
+    if abs(body["send_attempt"]) > MAX_CANONICAL_INT:
+        raise invalid_param("send_attempt is too large")
+    if hs.config.smtp is None:
+        raise MatrixError(403, "M_THREEPID_DENIED", "This server sends no e-mail")
+    if purpose == "3pid" and hs.emails.owner(checked_email(body["email"])) is not None:
+        raise threepid_in_use()
+    user_nid = request.requester.nid if request.requester else None
+    return {"sid": await hs.emails.ask(purpose, user_nid, body)}
+
+
+@route("GET", V3 + "/account/3pid", auth=USER)
+async def list_third_party_ids(hs: Homeserver, request: Request) -> Json:
+    """The e-mail addresses of the account."""
+    return {"threepids": hs.emails.of(request.user.nid)}
+
+
+ADD = {"client_secret": str, "sid": str, "auth?": dict}
+
+
+@route("POST", V3 + "/account/3pid/add", auth=USER, limit="login", body=ADD)
+async def add_third_party_id(hs: Homeserver, request: Request) -> Json:
+    """Add an address that was validated. 403 M_THREEPID_AUTH_FAILED if it was not."""
+    await user_interactive_auth(hs, request)
+    proved = hs.emails.proved(request.json, "3pid")
+    if proved is None or proved.user_nid not in (None, request.user.nid):
+        raise MatrixError(403, "M_THREEPID_AUTH_FAILED", "This address has not been validated")
+    hs.emails.add(request.user.nid, proved.address)
+    return {}
+
+
+@route("POST", V3 + "/account/3pid", auth=USER, limit="login", body=BY_SERVER)
+@route("POST", V3 + "/account/3pid/bind", auth=USER, limit="login", body=BY_SERVER)
+async def bind_third_party_id(_hs: Homeserver, _request: Request) -> Json:
+    """There is no identity server that this server would trust."""
+    raise MatrixError(400, "M_SERVER_NOT_TRUSTED", "This server trusts no identity server")
+
+
+@route("POST", V3 + "/account/3pid/delete", auth=USER, body=ADDRESS_OF_ACCOUNT)
+async def delete_third_party_id(hs: Homeserver, request: Request) -> Json:
+    """Take an address from the account; a suspended user could hide by that."""
+    refuse_suspended(hs, request.user)
+    if request.json["medium"] == "email":
+        hs.emails.remove(request.user.nid, request.json["address"])
+    return {"id_server_unbind_result": "no-support"}
+
+
+@route("POST", V3 + "/account/3pid/unbind", auth=USER, body=ADDRESS_OF_ACCOUNT)
+async def unbind_third_party_id(_hs: Homeserver, _request: Request) -> Json:
+    """Nothing was ever bound through this server."""
+    return {"id_server_unbind_result": "no-support"}
+
+
+# ── 47.4  Terms of service ───────────────────────────────────────────────────
+
+
+def terms_params(config: Config) -> Json:
+    """The documents as m.login.terms presents them."""
+    policies: Json = {}
+    for document in config.terms:
+        policy = policies.setdefault(document.id, {"version": document.version})
+        policy[document.lang] = {"name": document.name, "url": document.url}
+    return {"policies": policies}
+
+
+STAGE_PARAMS[TERMS] = terms_params
+
+
+@stage(TERMS)
+async def is_accepted(hs: Homeserver, _request: Request, _auth: Json, session: UiaSession) -> bool:
+    """By sending this stage the client says that its user has accepted what was presented."""
+    session.results[TERMS] = terms_params(hs.config)["policies"]
+    return True
+
+
+def store_consent(hs: Homeserver, nid: UserNid, session: UiaSession) -> None:
+    """Remember which versions a new user has accepted."""
+    for document, policy in session.results.get(TERMS, {}).items():
+        row = (nid, document, policy["version"], now_ms())
+        hs.db.execute("INSERT OR REPLACE INTO consents VALUES (?, ?, ?, ?)", row)
+
+
+# ── 47.5  Registration tokens ────────────────────────────────────────────────
+
+
+class RegistrationToken(NamedTuple):
+    """A row of registration_tokens."""
+
+    token: str
+    uses_allowed: int | None
+    completed: int
+    expires_ts: int | None
+
+
+class RegistrationTokens:
+    """Tokens that admins have made beside the configured one."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        hs.accounts.has_tokens = self.exist
+        hs.accounts.on_registered(self._use)
+
+    def exist(self) -> bool:
+        """Whether there is any; one that has expired still says that registration wants one."""
+        return self.db.one("SELECT 1 FROM registration_tokens LIMIT 1") is not None
+
+    def find(self, token: str) -> RegistrationToken | None:
+        """The token, whether it is still good or not."""
+        row = self.db.one(
+            """
+            SELECT token, uses_allowed, completed, expires_ts
+            FROM registration_tokens
+            WHERE token = ?
+            """,
+            (token,),
+        )
+        return None if row is None else RegistrationToken(*row)
+
+    def all(self) -> list[RegistrationToken]:
+        """All tokens, in alphabetical order."""
+        rows = self.db.all(
+            """
+            SELECT token, uses_allowed, completed, expires_ts
+            FROM registration_tokens
+            ORDER BY token
+            """
+        )
+        return [RegistrationToken(*row) for row in rows]
+
+    def pending(self, token: str) -> int:
+        """How many registrations have shown it and are not finished."""
+        sessions = self.hs.accounts.uia.live()
+        return sum(session.results.get(REGISTRATION_TOKEN) == token for session in sessions)
+
+    def is_good(self, row: RegistrationToken) -> bool:
+        """Whether somebody could register with it now."""
+        used = row.completed + self.pending(row.token)
+        is_left = row.uses_allowed is None or used < row.uses_allowed
+        return is_left and (row.expires_ts is None or row.expires_ts > now_ms())
+
+    def put(self, row: RegistrationToken) -> None:
+        """Make a token, or change one. 400 when it cannot be one."""
+        if not RELIABLE_TOKEN.fullmatch(row.token):
+            raise invalid_param("A token consists of up to 64 of 0-9 a-z A-Z . _ ~ -")
+        if row.uses_allowed is not None and not 0 <= row.uses_allowed <= MAX_CANONICAL_INT:
+            raise invalid_param("uses_allowed is a number from 0 on, or null")
+        if row.expires_ts is not None and not now_ms() <= row.expires_ts <= MAX_CANONICAL_INT:
+            raise invalid_param("expiry_time lies in the past")
+        with self.db.write():
+            sql = "INSERT OR REPLACE INTO registration_tokens VALUES (?, ?, ?, ?)"
+            self.db.execute(sql, row)
+
+    def delete(self, token: str) -> bool:
+        """Delete a token; whether there was one."""
+        with self.db.write():
+            sql = "DELETE FROM registration_tokens WHERE token = ?"
+            return self.db.execute(sql, (token,)).rowcount > 0
+
+    def _use(self, _nid: UserNid, session: UiaSession) -> None:
+        """Count a registration. 403 when the token was used up, or deleted, in the meantime."""
+        token = session.results.get(REGISTRATION_TOKEN)
+        if token is None or is_fixed_token(self.hs, token):
+            return
+        cursor = self.db.execute(
+            """
+            UPDATE registration_tokens
+            SET completed = completed + 1
+            WHERE token = ? AND (uses_allowed IS NULL OR completed < uses_allowed)
+            """,
+            (token,),
+        )
+        if not cursor.rowcount:
+            raise forbidden("This registration token is not good any more")
+
+
+def is_fixed_token(hs: Homeserver, token: str) -> bool:
+    """Whether this is the configured token, or the one printed for the first account."""
+    configured = hs.config.registration_token if hs.config.allow_registration else None
+    known = filter(None, (configured, hs.accounts.first_admin_token()))
+    return any([hmac.compare_digest(right.encode(), token.encode()) for right in known])
+
+
+def is_registration_token(hs: Homeserver, token: str, address: str) -> bool:
+    """Whether the token lets somebody register now; wrong ones count against the address."""
+    keys = [("token", address_group(address))]
+    hs.accounts.guesses.take(keys)
+    row = hs.registration_tokens.find(token) if hs.config.allow_registration else None
+    good = is_fixed_token(hs, token) or (row is not None and hs.registration_tokens.is_good(row))
+    if good:
+        hs.accounts.guesses.refund(keys)
+    return good
+
+
+@stage(REGISTRATION_TOKEN)
+async def has_token(hs: Homeserver, request: Request, auth: Json, session: UiaSession) -> bool:
+    """Whether the token is good."""
+    check_shape(auth, {"token": str}, "auth")
+    if not is_registration_token(hs, auth["token"], request.address):
+        return False
+    session.results[REGISTRATION_TOKEN] = auth["token"]
+    return True
+
+
+VALIDITY = "/_matrix/client/v1/register/m.login.registration_token/validity"
+
+
+@route("GET", VALIDITY, auth=NONE, limit="register")
+async def registration_token_validity(hs: Homeserver, request: Request) -> Json:
+    """Whether a registration token would be accepted now; wrong ones count as guesses."""
+    check_shape(request.query, {"token": [str]}, "The query")
+    if not hs.config.allow_registration and hs.accounts.has_users():
+        raise forbidden("Registration is disabled")
+    return {"valid": is_registration_token(hs, request.query["token"][0], request.address)}
+
+
+# ── 47.6  JSON web tokens ────────────────────────────────────────────────────
+
+JWT_CLAIMS = {"sub": str, "exp": float, "nbf?": float, "iat?": float}
+
+
+def jwt_claims(token: str, secret: str) -> Json:
+    """The claims of a token that this secret signed; ValueError or MatrixError for any other.
+
+    Spec: RFC 7519, RFC 7515. Trap: which algorithm it was is not for the token to say.
+    """
+    if len(token) > MAX_ID_BYTES * 16:
+        raise ValueError("too long")
+    signed, _, signature = token.rpartition(".")
+    head, _, body = signed.partition(".")
+    right = hmac.new(secret.encode(), signed.encode(), hashlib.sha256).digest()
+    padded = [
+        base64.b64decode(p + "=" * (-len(p) % 4), b"-_", True) for p in (signature, head, body)
+    ]
+    if not hmac.compare_digest(padded[0], right):
+        raise ValueError("the signature is not right")
+    header, claims = parse_json(padded[1]), parse_json(padded[2])
+    check_shape(header, {"alg": str})
+    check_shape(claims, JWT_CLAIMS)
+    if header["alg"] != "HS256" or "crit" in header:
+        raise ValueError("only HS256, and nothing beyond it")
+    now = now_ms() / 1000
+    if not claims.get("nbf", 0) <= now < claims["exp"]:
+        raise ValueError("not now")
+    return cast(Json, claims)
+
+
+@login_type("org.matrix.login.jwt", operator.attrgetter("jwt_secret"))
+async def user_by_jwt(hs: Homeserver, request: Request) -> UserNid | None:
+    """org.matrix.login.jwt: a token in which a service with jwt_secret names the user as `sub`."""
+    check_shape(request.json, {"token": str})
+    keys = [("token", address_group(request.address))]
+    hs.accounts.guesses.take(keys)
+    try:
+        claims = jwt_claims(request.json["token"], hs.config.jwt_secret or "")
+    except (ValueError, MatrixError) as error:
+        raise forbidden("This JSON web token is not valid") from error
+    hs.accounts.guesses.refund(keys)
+    account = hs.accounts.find(user_of_name(hs, {"user": claims["sub"]}) or "")
+    return None if account is None else account.nid
+
+
+# ── 47.7  Moderating accounts ────────────────────────────────────────────────
+
+MARKS = {"lock": "locked", "suspend": "suspended"}
+MARK_PATHS = (
+    "/_matrix/client/v1/admin/lock/{user_id}",
+    "/_matrix/client/v1/admin/suspend/{user_id}",
+)
+
+
+def moderated_account(hs: Homeserver, request: Request, user_id: str) -> tuple[str, Account]:
+    """Which mark a path is about, and the account of the user in it; 400, 403 or 404."""
+    if not is_user_id(user_id) or not hs.is_local(user_id):
+        raise invalid_param("This is no user of this server")
+    account = hs.accounts.find(user_id)
+    if account is None or account.deactivated:
+        raise not_found("There is no such account")
+    if account.is_admin and account.nid != request.user.nid:
+        raise forbidden("This is an admin")
+    return MARKS[request.segments[-2]], account
+
+
+@route("GET", MARK_PATHS[0], auth=ADMIN, also=MARK_PATHS[1:])
+async def get_mark(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Whether an account is locked or suspended.  Spec: "Server Administration"."""
+    mark, account = moderated_account(hs, request, user_id)
+    return {mark: getattr(account, mark)}
+
+
+@route("PUT", MARK_PATHS[0], auth=ADMIN, also=MARK_PATHS[1:], body=ANY_OBJECT)
+async def put_mark(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Lock or suspend an account, or take that back; never one's own or another admin's."""
+    mark, account = moderated_account(hs, request, user_id)
+    check_shape(request.json, {mark: bool})
+    if account.is_admin:
+        raise forbidden("This is your own account")
+    hs.accounts.set_mark(account.nid, mark, request.json[mark])
+    return {mark: request.json[mark]}
+
+
+def connection_of(device: Json) -> Json:
+    """Where a device was last seen, as whois tells it."""
+    return {"ip": device.get("last_seen_ip", ""), "last_seen": device.get("last_seen_ts", 0)}
+
+
+@route("GET", V3 + "/admin/whois/{user_id}", auth=USER)
+async def who_is(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Where a user's devices were last seen, for themselves and for admins."""
+    if user_id != request.user.user_id:
+        check_caller(ADMIN, request.user)
+    account = hs.accounts.find(user_id)
+    if account is None:
+        raise not_found("There is no such account")
+    devices = {
+        device["device_id"]: {"sessions": [{"connections": [connection_of(device)]}]}
+        for device in hs.accounts.devices(account.nid)
+    }
+    return {"user_id": user_id, "devices": devices}
+
+
+OAUTH_PATH = "/_matrix/client/v1/auth_metadata"
+
+
+@route("GET", OAUTH_PATH, auth=NONE)
+async def auth_metadata(_hs: Homeserver, _request: Request) -> Json:
+    """404 M_UNRECOGNIZED tells clients to sign in by the legacy API.  Spec: "Server metadata"."""
+    raise MatrixError(404, "M_UNRECOGNIZED", "This server does not use OAuth 2.0")
+
+
+@route("GET", V3 + "/login/sso/redirect", auth=NONE)
+@route("GET", V3 + "/login/sso/redirect/{idp_id}", auth=NONE)
+async def sso_redirect(_hs: Homeserver, _request: Request, idp_id: str = "") -> Json:
+    """No identity provider is known, so nobody is sent to one.  Spec: "SSO client login"."""
+    raise not_found("There is no single sign-on on this server")
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -13547,6 +14386,8 @@ class Homeserver:
         sizes = cache_bytes, config.pdu_cache_capacity
         self.rooms = Rooms(self.signing_key, self.db, self.stream, config.server_name, *sizes)
         self.accounts = Accounts(self)
+        self.emails = Emails(self)
+        self.registration_tokens = RegistrationTokens(self)
         self.profiles = Profiles(self)
         self.account_data = AccountData(self)
         self.filters = Filters(self)
@@ -13581,6 +14422,7 @@ class Homeserver:
         A changed membership: unread counts, typing, device lists, the syncs that wait.
         """
         self.accounts.on_account_created(functools.partial(auto_join, self))
+        self.accounts.on_registered(functools.partial(store_consent, self))
         self.accounts.on_device_deleted(functools.partial(device_removed, self))
         self.accounts.on_device_renamed(functools.partial(device_renamed, self))
         self.accounts.on_deactivated(functools.partial(account_deactivated, self))
@@ -13588,6 +14430,8 @@ class Homeserver:
         self.rooms.subscribe_membership(functools.partial(follow_into_replacement, self))
         self.rooms.subscribe(functools.partial(follow_tombstone, self))
         self.rooms.subscribe(functools.partial(guests_may_stay, self))
+        self.rooms.check_sender = functools.partial(check_sender, self)
+        self.rooms.erased = self.accounts.erased
 
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
@@ -13670,6 +14514,7 @@ class Homeserver:
             try:
                 self._save()
                 await self.accounts.expire()
+                self.emails.expire()
                 with self.db.write():
                     self.db.execute("PRAGMA incremental_vacuum(200)").fetchall()
             except MatrixError as error:
