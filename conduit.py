@@ -147,7 +147,7 @@ from enum import Enum
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, NewType, TypeVar, cast
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 try:
     import nacl.bindings
@@ -6713,6 +6713,8 @@ class Accounts(Sessions):
         self.hs.background(self._update_rooms(nid))
 
     async def _update_rooms(self, nid: UserNid) -> None:
+        if self.get(nid) is None:  # its creation was undone
+            return
         user_id = self.db.user_id(nid)
         for room_nid in list(self.hs.rooms.memberships(nid)):
             await asyncio.sleep(0)  # others are served in between
@@ -7294,6 +7296,8 @@ async def capabilities(hs: Homeserver, request: Request) -> Json:
     }
     versions = {"default": hs.config.default_room_version, "available": available}
     answer: Json = {name: {"enabled": enabled} for name, enabled in switches.items()}
+    if request.user.is_admin:
+        answer["m.account_moderation"] = {"suspend": True, "lock": True}
     return {"capabilities": {**answer, "m.room_versions": versions}}
 
 
@@ -7466,11 +7470,9 @@ def deliver(smtp: SmtpConfig, message: EmailMessage) -> None:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     options: Any = {"host": smtp.host, "port": smtp.port, "timeout": MAIL_SECONDS}
     tls_first = smtp.port == 465
-    with (
-        smtplib.SMTP_SSL(**options, context=context)
-        if tls_first
-        else smtplib.SMTP(**options) as connection
-    ):
+    with contextlib.ExitStack() as stack:
+        kind = functools.partial(smtplib.SMTP_SSL, context=context) if tls_first else smtplib.SMTP
+        connection = stack.enter_context(kind(**options))
         connection.ehlo()
         must = bool(smtp.user) or smtp.port == 587
         if not tls_first and (must or connection.has_extn("starttls")):
@@ -7697,9 +7699,16 @@ EMAIL_REQUEST = {
     **{"client_secret": str, "email": str, "send_attempt": int, "next_link?": str},
     **{"id_server?": str, "id_access_token?": str},  # ignored where the homeserver writes itself
 }
+ADDED = {"client_secret": str, "sid": str, "auth?": dict}
 ADDRESS_OF_ACCOUNT = {"medium": str, "address": str, "id_server?": str}
 BY_SERVER = {"three_pid_creds?": dict, "client_secret?": str, "sid?": str, "id_server?": str}
 WRITE_PATH = "/{medium}/requestToken"
+
+
+def require_smtp(hs: Homeserver) -> None:
+    """403 M_THREEPID_DENIED where no address can be validated."""
+    if hs.config.smtp is None:
+        raise MatrixError(403, "M_THREEPID_DENIED", "This server sends no e-mail")
 
 
 @route("POST", V3 + "/account/3pid" + WRITE_PATH, auth=OPTIONAL, limit="register", body=ANY_OBJECT)
@@ -7721,8 +7730,7 @@ async def request_email_token(hs: Homeserver, request: Request, medium: str) -> 
         raise invalid_param("client_secret consists of up to 255 of 0-9 a-z A-Z . = _ -")
     if abs(body["send_attempt"]) > MAX_CANONICAL_INT:
         raise invalid_param("send_attempt is too large")
-    if hs.config.smtp is None:
-        raise MatrixError(403, "M_THREEPID_DENIED", "This server sends no e-mail")
+    require_smtp(hs)
     if purpose == "3pid" and hs.emails.owner(checked_email(body["email"])) is not None:
         raise threepid_in_use()
     user_nid = request.requester.nid if request.requester else None
@@ -7735,12 +7743,10 @@ async def list_third_party_ids(hs: Homeserver, request: Request) -> Json:
     return {"threepids": hs.emails.of(request.user.nid)}
 
 
-ADD = {"client_secret": str, "sid": str, "auth?": dict}
-
-
-@route("POST", V3 + "/account/3pid/add", auth=USER, limit="login", body=ADD)
+@route("POST", V3 + "/account/3pid/add", auth=USER, limit="login", body=ADDED)
 async def add_third_party_id(hs: Homeserver, request: Request) -> Json:
     """Add an address that was validated. 403 M_THREEPID_AUTH_FAILED if it was not."""
+    require_smtp(hs)
     await user_interactive_auth(hs, request)
     proved = hs.emails.proved(request.json, "3pid")
     if proved is None or proved.user_nid not in (None, request.user.nid):
@@ -7880,7 +7886,7 @@ class RegistrationTokens:
     def _use(self, _nid: UserNid, session: UiaSession) -> None:
         """Count a registration. 403 when the token was used up, or deleted, in the meantime."""
         token = session.results.get(REGISTRATION_TOKEN)
-        if token is None or is_fixed_token(self.hs, token):
+        if token is None:
             return
         cursor = self.db.execute(
             """
@@ -7918,7 +7924,8 @@ async def has_token(hs: Homeserver, request: Request, auth: Json, session: UiaSe
     check_shape(auth, {"token": str}, "auth")
     if not is_registration_token(hs, auth["token"], request.address):
         return False
-    session.results[REGISTRATION_TOKEN] = auth["token"]
+    if not is_fixed_token(hs, auth["token"]):  # whose uses nobody counts
+        session.results[REGISTRATION_TOKEN] = auth["token"]
     return True
 
 
@@ -14288,16 +14295,16 @@ SIGN_IN = "Sign in with the name and the password that the admin gave you."
 SIGN_UP = "Enter the <b>registration token</b> when you are asked for it, and choose a password."
 
 
-def way_in(config: Config, has_users: bool) -> tuple[str, str]:
+def way_in(config: Config, has_users: bool, has_tokens: bool) -> tuple[str, str]:
     """How new users get in, and what their third step is; the first one is a case of its own."""
     if not has_users:
         return NOBODY_YET, SIGN_UP
     if not config.allow_registration:
         return CLOSED, SIGN_IN
-    if config.registration_token:
-        return INVITED, SIGN_UP
-    if config.allow_open_registration:
+    if config.allow_open_registration and not config.registration_token:
         return OPEN, "Choose a name and a password."
+    if config.registration_token or has_tokens:
+        return INVITED, SIGN_UP
     return ONLY_HERE, SIGN_IN
 
 
@@ -14313,9 +14320,9 @@ def support_links(config: Config) -> str:
     return "".join(f" &middot; {link}" for link in links)
 
 
-def landing_html(config: Config, has_users: bool) -> str:
+def landing_html(config: Config, has_users: bool, has_tokens: bool = False) -> str:
     """The page for people who come with a browser."""
-    registration, third_step = way_in(config, has_users)
+    registration, third_step = way_in(config, has_users, has_tokens)
     return PAGE.substitute(
         registration=registration,
         or_register="" if third_step is SIGN_IN else " or <b>Create account</b>",
@@ -14331,7 +14338,7 @@ def landing_html(config: Config, has_users: bool) -> str:
 @route("GET", "/", auth=NONE, limit=None, also=("/_matrix/static", "/_matrix/static/"))
 async def landing_page(hs: Homeserver, request: Request) -> Response:
     """Say what this is and what to do next."""
-    body = landing_html(hs.config, hs.accounts.has_users()).encode()
+    body = landing_html(hs.config, hs.accounts.has_users(), hs.registration_tokens.exist()).encode()
     return Response(200, body, PAGE_HEADERS, "text/html; charset=utf-8")
 
 
@@ -14339,6 +14346,205 @@ async def landing_page(hs: Homeserver, request: Request) -> Response:
 async def favicon(hs: Homeserver, request: Request) -> Response:
     """The icon of the page."""
     return Response(200, ICON.encode(), ICON_HEADERS, "image/svg+xml")
+
+
+# ── 24.4  Pages for signing in ───────────────────────────────────────────────
+#
+#  For apps that do not know a stage or a way to log in, and for the links in our
+#  e-mail. No page does anything when it is merely opened: mail scanners do that.
+
+MAX_FORM_BYTES = 4096
+FORM_STYLE = (
+    STYLE
+    + """
+main{max-width:30rem}
+label{display:block;margin:.9rem 0 .25rem;color:var(--soft)}
+label:has([type=checkbox]){color:var(--text);display:flex;gap:.6rem;align-items:baseline}
+input:not([type=checkbox]){width:100%;font:inherit;color:inherit;background:var(--page);
+border:1px solid var(--line);border-radius:8px;padding:.6rem .8rem}
+button{font:inherit;font-weight:600;margin-top:1.2rem;padding:.6rem 1.4rem;border:0;
+border-radius:8px;background:var(--accent);color:var(--card);cursor:pointer}
+.error{border-left:4px solid #dc2626;padding:.2rem 0 .2rem .9rem}
+"""
+)
+FORM_PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="robots" content="noindex">
+<title>$title: $name</title>
+<link rel="icon" href="/favicon.svg" type="image/svg+xml">
+<style>$style</style>
+</head>
+<body><main>
+<header><img src="/favicon.svg" alt="">
+<div><h1>$title</h1><p>on the Matrix server <b>$name</b></p></div>
+</header>
+<section>$body</section>
+</main><script>$script</script></body></html>
+""")
+DONE = (
+    "<p class='status'>Thank you, that is done. You can close this page and go on in your app.</p>"
+)
+OVER = "<p>This page is out of date. Go back to your app and begin again.</p>"
+AUTH_DONE = """
+if (window.onAuthDone) {
+    window.onAuthDone();
+} else if (window.opener && window.opener.postMessage) {
+    window.opener.postMessage("authDone", "*");
+}
+"""
+LOGIN_FORM = """
+<form><label for="user">User name or e-mail address</label>
+<input id="user" autocomplete="username" autocapitalize="none" required autofocus>
+<label for="password">Password</label>
+<input id="password" type="password" autocomplete="current-password" required>
+<p id="problem" role="alert" hidden class="error"></p>
+<button>Sign in</button></form>
+<noscript><p class="error">This page needs JavaScript.</p></noscript>
+"""
+LOGIN_SCRIPT = """
+const form = document.querySelector("form"), problem = document.getElementById("problem");
+form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    problem.hidden = true;
+    const body = {}, user = form.user.value;
+    for (const [name, value] of new URLSearchParams(location.search))
+        if (["device_id", "initial_device_display_name"].includes(name)) body[name] = value;
+    body.refresh_token = new URLSearchParams(location.search).get("refresh_token") === "true";
+    body.type = "m.login.password";
+    body.identifier = /^[^@]+@/.test(user)
+        ? {type: "m.id.thirdparty", medium: "email", address: user} : {type: "m.id.user", user};
+    body.password = form.password.value;
+    let answer = {error: "The server cannot be reached."};
+    try {
+        const response = await fetch("/_matrix/client/v3/login",
+            {method: "POST", headers: {"Content-Type": "application/json"},
+             body: JSON.stringify(body)});
+        answer = await response.json();
+        if (response.ok) {
+            form.replaceWith("You are signed in as " + answer.user_id
+                + ". You can go back to your app.");
+            if (window.matrixLogin) window.matrixLogin.onLogin(answer);
+            return;
+        }
+    } catch (error) { }
+    problem.textContent = answer.error;
+    problem.hidden = false;
+});
+"""
+
+
+def source_hash(text: str) -> str:
+    """What a policy calls an inline style or script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def form_page(
+    hs: Homeserver, title: str, body: str, script: str = "", *, status: int = 200
+) -> Response:
+    """A page whose body, trusted HTML, may be a form to this server; only this script runs."""
+    values = {"title": title, "name": hs.config.server_name, "style": FORM_STYLE}
+    html = FORM_PAGE.substitute(values, body=body, script=script)
+    policy = (
+        f"default-src 'none'; style-src {source_hash(FORM_STYLE)}; script-src"
+        f" {source_hash(script)}; img-src 'self'; connect-src 'self'; form-action 'self';"
+        " base-uri 'none'; frame-ancestors 'none'"
+    )
+    headers = {**PAGE_HEADERS, "Content-Security-Policy": policy, "Cache-Control": "no-store"}
+    return Response(status, html.encode(), headers, "text/html; charset=utf-8")
+
+
+def terms_form(hs: Homeserver) -> str:
+    """The documents to accept."""
+    items = [
+        f'<li><a href="{document.url.translate(HTML_ESCAPES)}" target="_blank" rel="noopener">'
+        f"{document.name.translate(HTML_ESCAPES)}</a></li>"
+        for document in hs.config.terms
+    ]
+    return (
+        f"<p>Before you can register, please read:</p><ul>{''.join(items)}</ul>"
+        '<form method="post"><label><input type="checkbox" required> I accept all of this</label>'
+        "<button>Accept</button></form>"
+    )
+
+
+INVITED_FORM = """<p>Who runs this server gives out tokens, with which one can register.</p>
+<form method="post"><label for="token">Registration token</label>
+<input id="token" name="token" autocomplete="off" autocapitalize="none" required autofocus>
+<button>Continue</button></form>"""
+DUMMY_FORM = "<p>There is nothing to prove.</p><form method='post'><button>Continue</button></form>"
+STAGE_FORMS: Final[dict[str, tuple[str, Callable[[Homeserver], str]]]] = {
+    TERMS: ("Terms", terms_form),
+    REGISTRATION_TOKEN: ("Registration token", lambda hs: INVITED_FORM),
+    DUMMY: ("Registration", lambda hs: DUMMY_FORM),
+}
+STAGE_PAGE = V3 + "/auth/{kind}/fallback/web"
+
+
+@route("GET", STAGE_PAGE, auth=NONE, limit="login")
+@route("POST", STAGE_PAGE, auth=NONE, limit="login", body=STREAM)
+async def stage_page(hs: Homeserver, request: Request, kind: str) -> Response:
+    """A stage of authentication as a page; not all have one.  Spec: "Fallback"."""
+    if kind not in STAGE_FORMS:
+        raise not_found("This stage has no page")
+    (title, form), problem = STAGE_FORMS[kind], ""
+    session = hs.accounts.uia.get(request.arg("session"))
+    if session is None:
+        return form_page(hs, title, OVER, status=404)
+    if request.method == "POST":
+        raw = await request.stream.read(MAX_FORM_BYTES)
+        fields = parse_qs(raw.decode("utf-8", "replace"), max_num_fields=10)
+        auth = {"type": kind, "token": fields.get("token", [""])[0]}
+        try:
+            good = await try_stage(hs, request, auth, session)
+        except MatrixError as error:
+            good, problem = False, f"<p class='error'>{error.error.translate(HTML_ESCAPES)}</p>"
+        problem = problem or "<p class='error'>That was not right. Please try again.</p>"
+        if good:
+            return form_page(hs, title, DONE, AUTH_DONE)
+    if kind in session.completed:
+        return form_page(hs, title, DONE, AUTH_DONE)
+    return form_page(hs, title, problem + form(hs), status=401 if problem else 200)
+
+
+@route("GET", "/_matrix/static/client/login/", auth=NONE, also=("/_matrix/static/client/login",))
+async def login_page(hs: Homeserver, _request: Request) -> Response:
+    """The whole login as a page.  Spec: "Login fallback"."""
+    return form_page(hs, "Sign in", LOGIN_FORM, LOGIN_SCRIPT)
+
+
+MAIL_FORMS = {
+    "register": ("Confirm your address", "Somebody registers with the address <b>{address}</b>."),
+    "3pid": ("Confirm your address", "Somebody adds <b>{address}</b> to their account."),
+    "password": (
+        "New password",
+        "Somebody wants a new password for <b>{user}</b>. Confirm this only if you have asked for"
+        " it yourself just now: whoever asked can then choose the password.",
+    ),
+}
+
+
+@route("GET", VALIDATE_PATH, auth=NONE, limit="login")
+@route("POST", VALIDATE_PATH, auth=NONE, limit="login")
+async def validation_page(hs: Homeserver, request: Request) -> Response:
+    """Where the link in an e-mail leads: its reader confirms what it is about, once."""
+    is_answer = request.method == "POST"
+    found = hs.emails.asked(request.arg("token") or "", answer=is_answer)
+    if found is None:
+        return form_page(hs, "Too late", OVER, status=404)
+    title, text = MAIL_FORMS[found.purpose]
+    if is_answer and found.next_link:
+        return Response(303, headers={**PAGE_HEADERS, "Location": found.next_link})
+    if is_answer:
+        return form_page(hs, title, DONE)
+    user = hs.db.user_id(found.user_nid) if found.user_nid else ""
+    names = {"address": found.address, "user": user}
+    text = text.format(**{key: value.translate(HTML_ESCAPES) for key, value in names.items()})
+    return form_page(
+        hs, title, f'<p>{text}</p><form method="post"><button>That was me</button></form>'
+    )
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
