@@ -615,6 +615,9 @@ class Config:
     registration_shared_secret: str | None = live(
         "for Synapse's /_synapse/admin/v1/register; off when unset", None, A_SECRET, secret=True
     )
+    admin_api_allowlist: tuple[Network, ...] = live(
+        "addresses beside this machine itself that admins may call /_synapse/admin from", ()
+    )
     enable_lightning_bolt: bool = live("new users get ⚡️ behind their display name", True)
     auto_join_rooms: tuple[str, ...] = live("aliases of rooms that new users join", (), A_ALIAS)
     terms: tuple[TermsDocument, ...] = live("documents that new users must accept", ())
@@ -3930,6 +3933,7 @@ STATE_ENTRY_BYTES = 120
 MIN_POSITION = -(2**62)
 MAX_POSITION = 2**62
 MAX_DEPTH = 2**53 - 1
+PURGE_BATCH = 100
 
 # ── 10.1  A room in memory ───────────────────────────────────────────────────
 
@@ -4289,7 +4293,7 @@ class RoomReader:
 
 RoomListener = Callable[["Room", Event], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
-SenderCheck = Callable[[str, str, Json, "str | None", "str | None"], None]  # as for `send`
+SenderCheck = Callable[["Room", str, str, Json, "str | None", "str | None"], None]  # as `send`
 
 
 def relation_of(event: Event) -> tuple[str, str] | None:
@@ -4312,6 +4316,8 @@ class RoomWriter(RoomReader):
         self._listeners: list[RoomListener] = []
         self._membership_listeners: list[MembershipListener] = []
         self.check_sender: SenderCheck = lambda *_: None
+        self._purge_listeners: list[Callable[[Sequence[EventNid]], None]] = []
+        self.subscribe_purge = self._purge_listeners.append  # with events that go for good
 
     def subscribe(self, listener: RoomListener) -> None:
         """Call back for each new timeline event, inside the transaction that stores it."""
@@ -4362,7 +4368,7 @@ class RoomWriter(RoomReader):
         `transaction` is (device nid, transaction id). Raises MatrixError when the rules refuse it.
         """
         version = room.version
-        self.check_sender(sender, event_type, content, state_key, redacts)
+        self.check_sender(room, sender, event_type, content, state_key, redacts)
         if redacts is not None and version.redacts_in_content:
             content = {**content, "redacts": redacts}
         before = [cast(Event, self.event_by_nid(nid)) for nid in room.extremities[:MAX_PREV_EVENTS]]
@@ -4473,6 +4479,39 @@ class RoomWriter(RoomReader):
                 (user_nid, room.nid),
             )
             self._memberships.pop(user_nid)
+
+    def purge(
+        self, room: Room, after: int, upto: int, *, everything: bool
+    ) -> tuple[int, Sequence[EventNid]]:
+        """Delete some of the old events for good; up to which position, and which they were.
+
+        State stays, and so do the newest events, on which the next ones build. `everything` takes
+        what our own users sent as well, which nobody else may have kept.
+        """
+        events = self.events_between(room, after, upto, PURGE_BATCH, newest=False)
+        gone = [
+            event
+            for event in events
+            if not event.is_state
+            and event.nid not in room.extremities
+            and event.pos != room.last_pos
+            and (everything or not event.sender.endswith(self._suffix))
+        ]
+        with self.database.write():
+            for event in gone:
+                self.database.execute(
+                    "DELETE FROM relations WHERE parent_id = ?", (event.event_id,)
+                )
+                if (relation := relation_of(event)) is not None:
+                    row = (relation[1], event.nid)
+                    sql = "DELETE FROM relations WHERE parent_id = ? AND nid = ?"
+                    self.database.execute(sql, row)
+                self.database.execute("DELETE FROM events WHERE nid = ?", (event.nid,))
+                self._events.pop(event.nid)
+            nids = [event.nid for event in gone]
+            for listener in self._purge_listeners:
+                listener(nids)
+        return cast(int, events[-1].pos) if events else upto, nids
 
     # Relations and redactions
 
@@ -6353,10 +6392,15 @@ class Sessions:
         return self._issue_tokens(requester.nid, device_nid, True, requester.token_nid)
 
     def _issue_tokens(
-        self, nid: UserNid, device_nid: DeviceNid, refreshable: bool, replaced: int | None = None
+        self,
+        nid: UserNid,
+        device_nid: DeviceNid,
+        refreshable: bool,
+        replaced: int | None = None,
+        expires_ts: int | None = None,
     ) -> Json:
         answer: Json = {"access_token": random_token()}
-        refresh_hash = expires_ts = None
+        refresh_hash = None
         if refreshable:
             answer["refresh_token"] = random_token()
             answer["expires_in_ms"] = ACCESS_TOKEN_LIFETIME_MS
@@ -6385,7 +6429,9 @@ class Sessions:
 
     # Devices
 
-    def log_in(self, nid: UserNid, address: str, fields: Json) -> Json:
+    def log_in(
+        self, nid: UserNid, address: str, fields: Json, expires_ts: int | None = None
+    ) -> Json:
         """The answer of /login or /register: a session as the fields of their body want it.
 
         The older tokens of a device end.  Spec: "Relationship between access tokens and devices".
@@ -6403,7 +6449,8 @@ class Sessions:
             )
             device_nid = cast(DeviceNid, self.find_device(nid, device_id))
             self._end_tokens(nid, device_nid)
-            tokens = self._issue_tokens(nid, device_nid, fields.get("refresh_token") is True)
+            refreshable = fields.get("refresh_token") is True
+            tokens = self._issue_tokens(nid, device_nid, refreshable, None, expires_ts)
         self._seen[device_nid] = (address, now_ms())
         answer = {"user_id": self.db.user_id(nid), "device_id": device_id, **tokens}
         return {**answer, "home_server": self.hs.config.server_name}
@@ -6779,6 +6826,7 @@ def refuse_suspended(hs: Homeserver, requester: Requester) -> None:
 
 def check_sender(
     hs: Homeserver,
+    _room: Room,
     sender: str,
     event_type: str,
     content: Json,
@@ -7574,6 +7622,13 @@ class Emails:
             sql = "DELETE FROM emails WHERE address = ? AND user_nid = ?"
             self.db.execute(sql, (address.lower(), nid))
 
+    def replace(self, nid: UserNid, addresses: Iterable[str]) -> None:
+        """Let a user have these addresses and no others."""
+        with self.db.write():
+            self.db.execute("DELETE FROM emails WHERE user_nid = ?", (nid,))
+            for address in addresses:
+                self.add(nid, checked_email(address))
+
     async def ask(self, purpose: str, user_nid: UserNid | None, body: Json) -> str:
         """Write to an address, unless this attempt was made already; the sid.
 
@@ -8217,17 +8272,22 @@ def check_may_edit_profile(hs: Homeserver, request: Request, user_id: str, name:
         raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests have a display name only")
 
 
+def checked_field(name: str, value: Any) -> Any:
+    """A value as it is stored; None for an empty name or avatar."""
+    form = FIELD_VALUES.get(name)
+    if value is None or (form is not None and not isinstance(value, str)):
+        raise bad_json(f"{name} is of the wrong type")
+    if form is not None and not form.fullmatch(value):
+        raise invalid_param(f"{name} is too long, or nothing that clients could show")
+    return None if name in MEMBER_FIELDS and not value else value
+
+
 @route("PUT", PROFILE_FIELD, auth=GUEST, also=PROFILE_FIELD_OLD, body=ANY_OBJECT)
 async def put_profile_field(hs: Homeserver, request: Request, user_id: str, name: str) -> Json:
     """Set a field of the own profile; an empty name or avatar takes it away."""
     check_may_edit_profile(hs, request, user_id, name)
     check_shape(request.json, {name: ANY})
-    value, form = request.json[name], FIELD_VALUES.get(name)
-    if value is None or (form is not None and not isinstance(value, str)):
-        raise bad_json(f"{name} is of the wrong type")
-    if form is not None and not form.fullmatch(value):
-        raise invalid_param(f"{name} is too long, or nothing that clients could show")
-    hs.profiles.put(request.user.nid, name, None if name in MEMBER_FIELDS and not value else value)
+    hs.profiles.put(request.user.nid, name, checked_field(name, request.json[name]))
     return {}
 
 
@@ -13968,7 +14028,7 @@ class AdminRoom:
         self.room_id: str = ""
         self._turn = asyncio.Lock()  # answers come in the order of the questions
         hs.rooms.subscribe(self._on_event)
-        hs.accounts.on_account_created(self._bring_in)
+        hs.accounts.on_account_created(self.bring_in)
         hs.db.on_reset(self._read_room_id)
 
     def _read_room_id(self) -> None:
@@ -14006,7 +14066,7 @@ class AdminRoom:
         self.hs.db.set_meta("admin_room", room.room_id)
         self._say(reply_text(WELCOME.format(bot=self.bot)))
         for user_id in self.hs.accounts.list_local_users():
-            self._bring_in(self.hs.db.user_nid(user_id))
+            self.bring_in(self.hs.db.user_nid(user_id))
 
     # Who is in
 
@@ -14016,7 +14076,7 @@ class AdminRoom:
     def _is_admin(self, user_id: str) -> bool:
         return self.hs.accounts.is_admin(self.hs.db.user_nid(user_id))
 
-    def _bring_in(self, user_nid: UserNid) -> None:
+    def bring_in(self, user_nid: UserNid) -> None:
         """Let an admin, such as the first account, find itself in the room as if invited."""
         user_id = self.hs.db.user_id(user_nid)
         if not self.room_id or user_id == self.bot or not self._is_admin(user_id):
@@ -14106,6 +14166,854 @@ class AdminRoom:
         except Exception:
             log_admin.exception("the command of %s failed", sender)
             return reply_text("That went wrong. The server's log has the reason.")
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  48. SYNAPSE ADMIN API
+#
+#  What admin pages and moderation bots call, with the paths and bodies that
+#  Synapse documents. Who proxies /_synapse to the world does not thereby open
+#  it: beside an admin's token it takes an address that the admin has allowed.
+#                            spec: none; Synapse's documentation of its Admin API
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE blocked_rooms (room_id TEXT PRIMARY KEY, user_nid INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE server_notices (user_nid INTEGER PRIMARY KEY, room_nid INTEGER NOT NULL);
+""")
+invariant(
+    "notices in rooms that are not there",
+    "SELECT user_nid FROM server_notices WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
+)
+
+ADMIN_API = "/_synapse/admin"
+MAX_ROWS = 1000  # in one page of an answer
+
+# ── 48.1  Who may call ───────────────────────────────────────────────────────
+
+
+def require_admin_address(hs: Homeserver, request: Request) -> None:
+    """403 unless the request comes from this machine itself or from an allowed address.
+
+    Trap: behind a proxy that is not in trusted_proxies everybody has the proxy's address.
+    """
+    peer, trusts = request.connection.peer, request.connection.server.is_trusted
+    is_known = trusts(peer) or not any(name in request.headers for name in FORWARDING_HEADERS)
+    if request.is_local():
+        return
+    if is_known and request.address:
+        address = parse_address(request.address)
+        if any(address in network for network in hs.config.admin_api_allowlist):
+            return
+    raise forbidden("admin_api_allowlist does not have your address")
+
+
+def admin_route(method: str, path: str, **options: Any) -> Callable[[Handler], Handler]:
+    """A route below /_synapse/admin, for admins at an allowed address."""
+
+    def register(handler: Handler) -> Handler:
+        @functools.wraps(handler)
+        async def guarded(hs: Homeserver, request: Request, **parts: str) -> Any:
+            require_admin_address(hs, request)
+            return await handler(hs, request, **parts)
+
+        route(method, ADMIN_API + path, auth=ADMIN, **options)(guarded)
+        return handler
+
+    return register
+
+
+def rows_page(request: Request, rows: Sequence[Any]) -> tuple[int, Sequence[Any], int | None]:
+    """Where the page that is asked for begins, its rows, and where the next begins, if it does."""
+    start = request.int_arg("from", 0, 0, MAX_CANONICAL_INT)
+    end = start + request.int_arg("limit", 100, 0, MAX_ROWS)
+    return start, rows[start:end], end if end < len(rows) else None
+
+
+def flag_arg(request: Request, name: str) -> bool | None:
+    """A query argument that is true or false, or not there."""
+    return {"true": True, "false": False, None: None}.get(request.arg(name))
+
+
+def admin_target(hs: Homeserver, user_id: str) -> Account:
+    """The account that a path names. 400 for a user of another server, 404 for nobody."""
+    if not is_user_id(user_id) or not hs.is_local(user_id):
+        raise invalid_param("This is no user of this server")
+    account = hs.accounts.find(user_id)
+    if account is None:
+        raise not_found("User not found")
+    return account
+
+
+def changeable(hs: Homeserver, user_id: str) -> Account:
+    """The same, of an account that can still change; the server's own cannot."""
+    account = admin_target(hs, user_id)
+    if user_id == hs.accounts.bot_id:
+        raise forbidden("This is the server's own account")
+    if account.deactivated:
+        raise MatrixError(400, "M_UNKNOWN", "This account is deactivated, for good")
+    return account
+
+
+# ── 48.2  Users ──────────────────────────────────────────────────────────────
+
+USER_ROWS = """
+    SELECT user_id, is_guest, is_admin, deactivated, erased > 0, locked, suspended, created_ts,
+        (SELECT value FROM profiles WHERE profiles.user_nid = accounts.user_nid
+            AND field = 'displayname'),
+        (SELECT value FROM profiles WHERE profiles.user_nid = accounts.user_nid
+            AND field = 'avatar_url'),
+        (SELECT MAX(last_seen_ts) FROM devices WHERE devices.user_nid = accounts.user_nid)
+    FROM accounts
+    JOIN users USING (user_nid)
+"""
+USER_ROW = f"{USER_ROWS} WHERE user_nid = ?"
+USER_FLAGS = ("is_guest", "admin", "deactivated", "erased", "locked", "suspended")
+USER_ORDER = {
+    **{name: name for name in ("name", "displayname", "avatar_url", "creation_ts", "last_seen_ts")},
+    **{name: name for name in ("is_guest", "admin", "deactivated", "locked", "suspended")},
+}
+
+
+def user_json(row: Sequence[Any]) -> Json:
+    """A row of USER_ROWS as Synapse shows it."""
+    texts = (None if text is None else json.loads(text) for text in row[8:10])
+    times = {"creation_ts": row[7], "last_seen_ts": row[10]}
+    user = {"name": row[0], **dict(zip(USER_FLAGS, map(bool, row[1:7]), strict=True))}
+    user |= {**dict(zip(("displayname", "avatar_url"), texts, strict=True)), **times}
+    return {**user, "user_type": None, "shadow_banned": False}
+
+
+def is_wanted_user(request: Request, user: Json) -> bool:
+    """Whether a user passes the filters of the query."""
+    name, user_id = (request.arg("name") or "").lower(), (request.arg("user_id") or "").lower()
+    localpart = user["name"].partition(":")[0]
+    return (
+        (name in localpart or name in (user["displayname"] or "").lower())
+        and (name != "" or user_id in user["name"])
+        and (user["is_guest"] is False or flag_arg(request, "guests") is not False)
+        and (user["deactivated"] is False or flag_arg(request, "deactivated") is True)
+        and (flag_arg(request, "admins") in (None, user["admin"]))
+        and (user["locked"] is False or flag_arg(request, "locked") is True)
+    )
+
+
+def sort_key(name: str) -> Callable[[Json], tuple[bool, Any]]:
+    """Sorts by a member; those without it come first."""
+    return lambda row: (row[name] is not None, row[name])
+
+
+@admin_route("GET", "/v2/users", also=("v3",))
+async def admin_list_users(hs: Homeserver, request: Request) -> Json:
+    """The accounts that pass the filters, sorted, page by page."""
+    order = USER_ORDER.get(request.arg("order_by", "name") or "name")
+    if order is None:
+        raise invalid_param("order_by names no known column")
+    await hs.db.synced()
+    rows = await hs.db.read_in_thread(lambda reader: reader.execute(USER_ROWS).fetchall())
+    users = [user for user in map(user_json, rows) if is_wanted_user(request, user)]
+    users.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
+    _, page, end = rows_page(request, users)
+    answer: Json = {"users": page, "total": len(users)}
+    return answer if end is None else {**answer, "next_token": str(end)}
+
+
+@admin_route("GET", "/v2/users/{user_id}")
+async def admin_get_user(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """All that is known of one account."""
+    nid = admin_target(hs, user_id).nid
+    consent = hs.db.one("SELECT version, accepted_ts FROM consents WHERE user_nid = ?", (nid,))
+    version, accepted_ts = consent or (None, None)
+    return {
+        **user_json(hs.db.one(USER_ROW, (nid,)) or ()),
+        **{"threepids": hs.emails.of(nid), "external_ids": [], "appservice_id": None},
+        **{"consent_version": version, "consent_ts": accepted_ts},
+    }
+
+
+def set_admin(hs: Homeserver, user_id: str, is_admin: bool) -> None:
+    """Make a user an admin, who finds themselves in the admin room, or one no longer."""
+    nid = hs.db.user_nid(user_id)
+    if hs.accounts.is_admin(nid) == is_admin:
+        return
+    with hs.db.write():
+        hs.accounts.set_admin(nid, is_admin)
+        room = hs.rooms.find(hs.admin_room.room_id)
+        if is_admin:
+            hs.admin_room.bring_in(nid)
+        elif room is not None and room.membership_of(nid) in ("join", "invite"):
+            leave(hs, room, user_id)
+
+
+USER_CHANGES = {
+    **{"password?": str, "logout_devices?": bool, "displayname?": str, "avatar_url?": str},
+    **{"admin?": bool, "deactivated?": bool, "locked?": bool, "suspended?": bool},
+    "threepids?": [{"medium": str, "address": str}],
+}
+
+
+async def change_user(hs: Homeserver, user_id: str, nid: UserNid, changes: Json) -> None:
+    """Do what the body of PUT /v2/users says, deactivation last."""
+    for name in ("displayname", "avatar_url"):
+        if name in changes:
+            hs.profiles.put(nid, name, checked_field(name, changes[name]))
+    for mark in ("locked", "suspended"):
+        if mark in changes:
+            hs.accounts.set_mark(nid, mark, changes[mark])
+    if "threepids" in changes:
+        hs.emails.replace(nid, [one["address"] for one in changes["threepids"]])
+    if "admin" in changes:
+        set_admin(hs, user_id, changes["admin"])
+    if "password" in changes:
+        log_out = changes.get("logout_devices", True)
+        await hs.accounts.set_password(nid, changes["password"], log_out=log_out)
+    if changes.get("deactivated"):
+        await hs.accounts.deactivate(nid)
+
+
+@admin_route("PUT", "/v2/users/{user_id}", body=USER_CHANGES)
+async def admin_put_user(hs: Homeserver, request: Request, user_id: str) -> Response:
+    """Make an account, with 201, or change one."""
+    if not is_user_id(user_id) or not hs.is_local(user_id):
+        raise invalid_param("This is no user of this server")
+    changes, is_new = request.json, not hs.accounts.exists_local(user_id)
+    if user_id == request.user.user_id and not changes.get("admin", True):
+        raise MatrixError(400, "M_UNKNOWN", "You may not demote yourself")
+    if is_new:
+        user_id = local_user_id(hs, user_id[1:].partition(":")[0])
+        hs.accounts.check_available(user_id)
+        hashed = None
+        if "password" in changes:
+            check_new_password(changes["password"])
+            hashed = await hs.accounts.hash(changes.pop("password"))
+        nid = hs.accounts.make_account(user_id, hashed)
+    else:
+        nid = changeable(hs, user_id).nid
+    await change_user(hs, user_id, nid, changes)
+    answer = await admin_get_user(hs, request, user_id)
+    return Response(201 if is_new else 200, encode_json(answer))
+
+
+@admin_route("POST", "/v1/deactivate/{user_id}", body={"erase?": bool})
+async def admin_deactivate(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Close an account for good."""
+    account = changeable(hs, user_id)
+    await hs.accounts.deactivate(account.nid, erase=request.json.get("erase", False))
+    return {"id_server_unbind_result": "success"}
+
+
+RESET = {"new_password": str, "logout_devices?": bool}
+
+
+@admin_route("POST", "/v1/reset_password/{user_id}", body=RESET)
+async def admin_reset_password(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Give a user a new password."""
+    password, log_out = request.json["new_password"], request.json.get("logout_devices", True)
+    await hs.accounts.set_password(changeable(hs, user_id).nid, password, log_out=log_out)
+    return {}
+
+
+@admin_route("GET", "/v1/users/{user_id}/admin")
+async def admin_is_admin(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """Whether a user is an admin."""
+    return {"admin": admin_target(hs, user_id).is_admin}
+
+
+@admin_route("PUT", "/v1/users/{user_id}/admin", body={"admin": bool})
+async def admin_set_admin(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Make a user an admin or take that back; not from oneself."""
+    changeable(hs, user_id)
+    if user_id == request.user.user_id and not request.json["admin"]:
+        raise MatrixError(400, "M_UNKNOWN", "You may not demote yourself")
+    set_admin(hs, user_id, request.json["admin"])
+    return {}
+
+
+@admin_route("PUT", "/v1/suspend/{user_id}", body={"suspend": bool})
+async def admin_suspend(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Suspend a user, or take that back."""
+    account = changeable(hs, user_id)
+    if account.is_admin:
+        raise forbidden("This is an admin")
+    hs.accounts.set_mark(account.nid, "suspended", request.json["suspend"])
+    return {f"user_{user_id}_suspended": request.json["suspend"]}
+
+
+@admin_route("POST", "/v1/users/{user_id}/login", limit="login", body={"valid_until_ms?": int})
+async def admin_login_as(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """An access token of a user; they see its device among theirs."""
+    account = changeable(hs, user_id)
+    until = request.json.get("valid_until_ms")
+    if user_id == request.user.user_id or (until is not None and until > MAX_CANONICAL_INT):
+        raise invalid_param("Not for yourself, and not for ever")
+    if account.locked:
+        raise forbidden("This account is locked")
+    fields = {"initial_device_display_name": f"Login by the admin {request.user.user_id}"[:100]}
+    log_admin.warning("%s logs in as %s", request.user.user_id, user_id)
+    answer = hs.accounts.log_in(account.nid, request.address, fields, until)
+    return {"access_token": answer["access_token"]}
+
+
+@admin_route("GET", "/v1/whois/{user_id}")
+async def admin_who_is(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Where a user's devices were last seen."""
+    return await who_is(hs, request, user_id)  # type: ignore[no-any-return]  # a Handler gives Any
+
+
+@admin_route(
+    "GET",
+    "/v1/users/{user_id}/joined_rooms",
+    also=(f"{ADMIN_API}/v1/users/{{user_id}}/memberships",),
+)
+async def admin_joined_rooms(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """The rooms that a user is in, or with /memberships all that they have a membership in."""
+    nid = hs.db.find_user_nid(user_id)
+    if nid is None:
+        raise not_found("User not found")
+    members = hs.rooms.memberships(nid).items()
+    found = {hs.rooms.by_nid(room_nid).room_id: member.membership for room_nid, member in members}
+    if request.segments[-1] == "memberships":
+        return {"memberships": found}
+    rooms = [room_id for room_id, membership in found.items() if membership == "join"]
+    return {"joined_rooms": rooms, "total": len(rooms)}
+
+
+@admin_route("GET", "/v1/username_available")
+async def admin_username_available(hs: Homeserver, request: Request) -> Json:
+    """Whether a user name can be had, also where registration is closed."""
+    check_shape(request.query, {"username": [str]}, "The query")
+    hs.accounts.check_available(local_user_id(hs, request.query["username"][0]))
+    return {"available": True}
+
+
+# ── 48.3  Devices ────────────────────────────────────────────────────────────
+
+DEVICES_OF = "/v2/users/{user_id}/devices"
+DEVICE_OF = DEVICES_OF + "/{device_id}"
+
+
+@admin_route("GET", DEVICES_OF)
+async def admin_devices(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """The devices of a user."""
+    devices = hs.accounts.devices(admin_target(hs, user_id).nid)
+    return {"devices": [{**one, "user_id": user_id} for one in devices], "total": len(devices)}
+
+
+@admin_route("GET", DEVICE_OF)
+async def admin_device(hs: Homeserver, request: Request, user_id: str, device_id: str) -> Json:
+    """One device of a user."""
+    for device in (await admin_devices(hs, request, user_id=user_id))["devices"]:
+        if device["device_id"] == device_id:
+            return cast(Json, device)
+    raise not_found("There is no such device")
+
+
+@admin_route("PUT", DEVICE_OF, body={"display_name?": str})
+async def admin_rename(hs: Homeserver, request: Request, user_id: str, device_id: str) -> Json:
+    """Give a device of a user another name."""
+    check_device_texts(request.json)
+    nid = changeable(hs, user_id).nid
+    hs.accounts.rename_device(nid, device_id, request.json.get("display_name"))
+    return {}
+
+
+@admin_route("DELETE", DEVICE_OF)
+async def admin_log_out(hs: Homeserver, _request: Request, user_id: str, device_id: str) -> Json:
+    """Log out a device of a user."""
+    hs.accounts.delete_devices(admin_target(hs, user_id).nid, [device_id])
+    return {}
+
+
+@admin_route("POST", "/v2/users/{user_id}/delete_devices", body={"devices": [str]})
+async def admin_log_out_some(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Log out some devices of a user."""
+    hs.accounts.delete_devices(admin_target(hs, user_id).nid, request.json["devices"])
+    return {}
+
+
+# ── 48.4  Registration tokens ────────────────────────────────────────────────
+
+TOKENS = "/v1/registration_tokens"
+TOKEN_FIELDS = {"uses_allowed?": int, "expiry_time?": int}
+
+
+def token_json(hs: Homeserver, row: RegistrationToken) -> Json:
+    """A registration token as Synapse shows it."""
+    names = ("token", "uses_allowed", "completed", "expiry_time")
+    token = dict(zip(names, row, strict=True))
+    return {**token, "pending": hs.registration_tokens.pending(row.token)}
+
+
+def wanted_token(hs: Homeserver, token: str) -> RegistrationToken:
+    """A registration token, or 404."""
+    row = hs.registration_tokens.find(token)
+    if row is None:
+        raise not_found(f"No such registration token: {token[:64]}")
+    return row
+
+
+@admin_route("GET", TOKENS)
+async def admin_tokens(hs: Homeserver, request: Request) -> Json:
+    """All registration tokens, or those that are good now, or those that are not."""
+    tokens, valid = hs.registration_tokens, flag_arg(request, "valid")
+    rows = [row for row in tokens.all() if valid in (None, tokens.is_good(row))]
+    return {"registration_tokens": [token_json(hs, row) for row in rows]}
+
+
+@admin_route("GET", TOKENS + "/{token}")
+async def admin_token(hs: Homeserver, _request: Request, token: str) -> Json:
+    """One registration token."""
+    return token_json(hs, wanted_token(hs, token))
+
+
+@admin_route("POST", TOKENS + "/new", body={**TOKEN_FIELDS, "token?": str, "length?": int})
+async def admin_new_token(hs: Homeserver, request: Request) -> Json:
+    """Make a registration token, of one's own choice or at random."""
+    body = request.json
+    length = body.get("length", 16)
+    if not 1 <= length <= 64:
+        raise invalid_param("length is from 1 to 64")
+    token = body.get("token", random_token(length))
+    if hs.registration_tokens.find(token) is not None:
+        raise invalid_param("There is such a token already")
+    row = RegistrationToken(token, body.get("uses_allowed"), 0, body.get("expiry_time"))
+    hs.registration_tokens.put(row)
+    return token_json(hs, row)
+
+
+@admin_route("PUT", TOKENS + "/{token}", body=ANY_OBJECT)
+async def admin_put_token(hs: Homeserver, request: Request, token: str) -> Json:
+    """Change how often and how long a token is good; null takes a limit away."""
+    row, body = wanted_token(hs, token), dict(request.json)
+    check_shape(request.json, TOKEN_FIELDS)
+    uses, expires = body.get("uses_allowed", row[1]), body.get("expiry_time", row[3])
+    row = row._replace(uses_allowed=uses, expires_ts=expires)
+    hs.registration_tokens.put(row)
+    return token_json(hs, row)
+
+
+@admin_route("DELETE", TOKENS + "/{token}")
+async def admin_delete_token(hs: Homeserver, _request: Request, token: str) -> Json:
+    """Delete a registration token."""
+    if not hs.registration_tokens.delete(token):
+        raise not_found("There is no such registration token")
+    return {}
+
+
+# ── 48.5  Rooms ──────────────────────────────────────────────────────────────
+
+ROOM_ORDER = (
+    *("name", "canonical_alias", "joined_members", "joined_local_members", "version", "creator"),
+    *("encryption", "federatable", "public", "join_rules", "guest_access"),
+    *("history_visibility", "state_events"),
+)
+LARGE_FIRST = ("joined_members", "joined_local_members", "version", "state_events")
+
+
+def room_json(hs: Homeserver, room: Room) -> Json:
+    """A room as Synapse's list shows it."""
+    create = cast(Event, room.state_event(*CREATE_KEY))
+    listed = hs.db.one("SELECT 1 FROM published_rooms WHERE room_nid = ?", (room.nid,))
+
+    def text(event_type: str, key: str) -> str | None:
+        return room.setting(event_type, key, "") or None
+
+    return {
+        **{"room_id": room.room_id, "version": room.version.id, "creator": create.sender},
+        **{"name": text("m.room.name", "name"), "public": listed is not None},
+        "canonical_alias": text("m.room.canonical_alias", "alias"),
+        "joined_members": room.joined_count,
+        "joined_local_members": len(room.local_joined),
+        "encryption": text("m.room.encryption", "algorithm"),
+        "federatable": create.content.get("m.federate", True) is not False,
+        "join_rules": room.join_rule,
+        "guest_access": text("m.room.guest_access", "guest_access"),
+        "history_visibility": text("m.room.history_visibility", "history_visibility"),
+        "state_events": len(room.state),
+        "room_type": text(CREATE, "type"),
+    }
+
+
+@admin_route("GET", "/v1/rooms")
+async def admin_rooms(hs: Homeserver, request: Request) -> Json:
+    """The rooms that this server knows, sorted, page by page."""
+    order, term = request.arg("order_by", "name"), (request.arg("search_term") or "").lower()
+    if order not in ROOM_ORDER:
+        raise invalid_param(f"order_by is one of {', '.join(ROOM_ORDER)}")
+    found = []
+    for (nid,) in hs.db.all("SELECT room_nid FROM rooms WHERE state_group > 0"):
+        await asyncio.sleep(0)  # others are served in between
+        one = room_json(hs, hs.rooms.by_nid(nid))
+        names = (one["name"] or "").lower(), (one["canonical_alias"] or "").lower(), one["room_id"]
+        is_listed = flag_arg(request, "public_rooms") in (None, one["public"])
+        is_empty = one["joined_local_members"] == 0
+        has_term = any(term in name for name in names[:2]) or term == names[2].lower()
+        if is_listed and flag_arg(request, "empty_rooms") in (None, is_empty) and has_term:
+            found.append(one)
+    found.sort(key=sort_key(order), reverse=(request.arg("dir") == "b") != (order in LARGE_FIRST))
+    start, page, end = rows_page(request, found)
+    answer: Json = {"rooms": page, "offset": start, "total_rooms": len(found)}
+    answer |= {} if end is None else {"next_batch": end}
+    return answer | ({"prev_batch": max(0, start - len(page))} if start else {})
+
+
+@admin_route("GET", "/v1/rooms/{room_id}")
+async def admin_room_details(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """All that is known of one room."""
+    room = hs.rooms.get(room_id)
+    devices = sum(len(hs.accounts.devices(nid)) for nid in room.local_joined)
+    return {
+        **room_json(hs, room),
+        "avatar": room.setting("m.room.avatar", "url", "") or None,
+        "topic": room.setting("m.room.topic", "topic", "") or None,
+        "joined_local_devices": devices,
+        "forgotten": not room.local_joined,
+    }
+
+
+@admin_route("GET", "/v1/rooms/{room_id}/members")
+async def admin_room_members(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """Who is in a room."""
+    members = hs.rooms.get(room_id).members()
+    return {"members": members, "total": len(members)}
+
+
+@admin_route("GET", "/v1/rooms/{room_id}/state")
+async def admin_room_state(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """The state of a room."""
+    events = hs.rooms.events_by_nids(hs.rooms.get(room_id).state.values())
+    wanted = request.arg("type")
+    return {"state": as_clients(hs, request, [e for e in events if wanted in (None, e.type)])}
+
+
+@admin_route("GET", "/v1/fetch_event/{event_id}")
+async def admin_event(hs: Homeserver, request: Request, event_id: str) -> Json:
+    """One event of any room."""
+    event = hs.rooms.event(event_id)
+    if event is None:
+        raise not_found("Event not found")
+    return {"event": as_clients(hs, request, [event])[0]}
+
+
+@admin_route("GET", "/v1/rooms/{room_id}/forward_extremities")
+async def admin_extremities(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """The events of a room that have no successor."""
+    room = hs.rooms.get(room_id)
+    results = [
+        {
+            **{"event_id": event.event_id, "state_group": event.state_group},
+            **{"depth": event.depth, "received_ts": event.origin_server_ts},
+        }
+        for event in hs.rooms.events_by_nids(room.extremities)
+    ]
+    return {"count": len(results), "results": results}
+
+
+@admin_route("POST", "/v1/join/{room}", limit="join", body={"user_id": str})
+async def admin_join(hs: Homeserver, request: Request, room: str) -> Json:
+    """Let a local user join a room, invited by the admin where it takes an invitation."""
+    found, user_id = room_by_name(hs, room), request.json["user_id"]
+    nid = changeable(hs, user_id).nid
+    if found.membership_of(nid) != "join":
+        with hs.db.write():
+            if found.join_rule != "public" and found.membership_of(nid) != "invite":
+                require_joined(found, request.user.nid)
+                invite(hs, found, request.user.user_id, user_id)
+            content = {"membership": "join", **member_profile(hs, user_id)}
+            hs.rooms.send(found, user_id, MEMBER, content, state_key=user_id)
+    return {"room_id": found.room_id}
+
+
+@admin_route("POST", "/v1/rooms/{room}/make_room_admin", body={"user_id?": str})
+async def admin_make_room_admin(hs: Homeserver, request: Request, room: str) -> Json:
+    """Give a user the highest power that a local member can hand on, and invite them if need be."""
+    found, user_id = room_by_name(hs, room), request.json.get("user_id", request.user.user_id)
+    changeable(hs, user_id)
+    levels = found.power_levels()
+    needed = levels.event(POWER_LEVELS, True)
+    members = sorted(map(hs.db.user_id, found.local_joined), key=levels.user, reverse=True)
+    if not members or levels.user(members[0]) < needed:
+        raise MatrixError(400, "M_UNKNOWN", "No local member of this room has the power for that")
+    content = found.content(POWER_LEVELS)
+    top = int(min(levels.user(members[0]), max(needed, 100)))
+    content = {**content, "users": {**content.get("users", {}), user_id: top}}
+    with hs.db.write():
+        if found.membership(user_id) not in ("join", "invite") and found.join_rule != "public":
+            invite(hs, found, members[0], user_id)
+        hs.rooms.send(found, members[0], POWER_LEVELS, content, state_key="")
+    return {}
+
+
+# ── 48.6  Blocking and deleting rooms ────────────────────────────────────────
+
+
+class AdminJobs:
+    """Rooms that nobody may enter any more, and deletions that take their time."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.jobs: ShortLived[Json] = ShortLived(86_400)
+        self.blocked: set[str] = set()
+        self._read()
+        hs.db.on_reset(self._read)
+
+    def _read(self) -> None:
+        self.blocked = {
+            room_id for (room_id,) in self.hs.db.all("SELECT room_id FROM blocked_rooms")
+        }
+
+    def block(self, room_id: str, user_nid: UserNid, block: bool) -> None:
+        """Let nobody enter a room, or let them again; it need not be known here."""
+        with self.hs.db.write():
+            if block:
+                row = (room_id, user_nid)
+                self.hs.db.execute("INSERT OR IGNORE INTO blocked_rooms VALUES (?, ?)", row)
+            else:
+                self.hs.db.execute("DELETE FROM blocked_rooms WHERE room_id = ?", (room_id,))
+            self._read()
+
+    def begin(self, job: Json, work: Callable[[Json], Coroutine[Any, Any, None]]) -> str:
+        """Do something beside the requests, under a name by which its progress is asked for."""
+
+        async def attempt() -> None:
+            try:
+                await work(job)
+            except MatrixError as error:
+                job.update(status="failed", error=error.error)
+            except BaseException:
+                job.update(status="failed", error="the server's log has the reason")
+                raise
+            else:
+                job["status"] = "complete"
+
+        self.hs.background(attempt())
+        return self.jobs.add(job)
+
+    async def purge(self, room: Room, upto: int, *, everything: bool) -> None:
+        """Delete the history of a room up to a position, a little at a time."""
+        at = MIN_POSITION
+        while at < upto:
+            at, _ = self.hs.rooms.purge(room, at, upto, everything=everything)
+            await asyncio.sleep(0.01)
+
+
+def check_sent(
+    hs: Homeserver, room: Room, sender: str, event_type: str, content: Json, *rest: str | None
+) -> None:
+    """Refuse what suspended users send, and all ways into a blocked room."""
+    check_sender(hs, room, sender, event_type, content, *rest)
+    enters = event_type == MEMBER and content.get("membership") in ("join", "invite", "knock")
+    if enters and room.room_id in hs.admin_jobs.blocked:
+        raise forbidden("This room has been blocked on this server")
+
+
+@admin_route("GET", "/v1/rooms/{room_id}/block")
+async def admin_get_block(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """Whether a room is blocked, and who did it."""
+    nid = hs.db.value("SELECT user_nid FROM blocked_rooms WHERE room_id = ?", (room_id,))
+    return {"block": False} if nid is None else {"block": True, "user_id": hs.db.user_id(nid)}
+
+
+@admin_route("PUT", "/v1/rooms/{room_id}/block", body={"block": bool})
+async def admin_block(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Block a room, or take that back."""
+    if not is_room_id(room_id):
+        raise invalid_param("This is no room id")
+    hs.admin_jobs.block(room_id, request.user.nid, request.json["block"])
+    return {"block": request.json["block"]}
+
+
+DELETION = {
+    **{"new_room_user_id?": str, "room_name?": str, "message?": str},
+    **{"block?": bool, "purge?": bool, "force_purge?": bool},
+}
+
+
+def successor(hs: Homeserver, body: Json) -> Room | None:
+    """The room in which those who were put out are told why, where one is asked for."""
+    user_id = body.get("new_room_user_id")
+    if user_id is None:
+        return None
+    changeable(hs, user_id)
+    name = body.get("room_name", "Content Violation Notification")
+    silent = {"events_default": 50}
+    request = {"preset": "public_chat", "name": name, "power_level_content_override": silent}
+    room = create_room(hs, user_id, request)
+    text = body.get("message", "Sharing illegal content on this server is not permitted.")
+    hs.rooms.send(room, user_id, "m.room.message", {"msgtype": "m.text", "body": text})
+    return room
+
+
+async def shut_down(hs: Homeserver, room: Room, body: Json, result: Json, user: Requester) -> None:
+    """Put all local users out of a room, and delete its messages.
+
+    What stays is its state, without which the members elsewhere could not be understood.
+    """
+    new_room = successor(hs, body)
+    result["new_room_id"] = new_room and new_room.room_id
+    if body.get("block"):
+        hs.admin_jobs.block(room.room_id, user.nid, True)
+    for nid in sorted(nid for nid in room.members_by_nid if hs.rooms.is_local(nid)):
+        user_id = hs.db.user_id(nid)
+        if room.membership_of(nid) not in ("join", "invite", "knock"):
+            continue
+        try:
+            with hs.db.write():
+                leave(hs, room, user_id)
+                if new_room is not None and new_room.membership_of(nid) != "join":
+                    joins = {"membership": "join", **member_profile(hs, user_id)}
+                    hs.rooms.send(new_room, user_id, MEMBER, joins, state_key=user_id)
+            result["kicked_users"].append(user_id)
+        except MatrixError as error:
+            log_admin.warning("%s stays in %s: %s", user_id, room.room_id, error)
+            result["failed_to_kick_users"].append(user_id)
+        await asyncio.sleep(0)
+    rows = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
+    with hs.db.write():
+        for (alias,) in rows:
+            delete_alias(hs, alias)
+        publish_room(hs, room, "private")
+    result["local_aliases"] = [alias for (alias,) in rows]
+    if body.get("purge", True):
+        await hs.admin_jobs.purge(room, room.last_pos, everything=True)
+
+
+def new_shutdown(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, Json]:
+    """The room to delete, and the result as it is before; the admin room is not to be had."""
+    if room_id == hs.admin_room.room_id:
+        raise forbidden("This is the admin room")
+    names = ("kicked_users", "failed_to_kick_users", "local_aliases")
+    return hs.rooms.get(room_id), {**{name: [] for name in names}, "new_room_id": None}
+
+
+@admin_route("DELETE", "/v1/rooms/{room_id}", body=DELETION)
+async def admin_delete_now(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Delete a room, and answer when that is done."""
+    room, result = new_shutdown(hs, request, room_id)
+    await shut_down(hs, room, request.json, result, request.user)
+    return result
+
+
+@admin_route("DELETE", "/v2/rooms/{room_id}", body=DELETION)
+async def admin_delete_room(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Delete a room beside the requests; the answer names the job."""
+    room, result = new_shutdown(hs, request, room_id)
+    job = {"status": "shutting_down", "shutdown_room": result, "room_id": room_id}
+    body, user = request.json, request.user
+    return {
+        "delete_id": hs.admin_jobs.begin(job, lambda _: shut_down(hs, room, body, result, user))
+    }
+
+
+def job_json(job: Json) -> Json:
+    """What is told of a job."""
+    return {key: value for key, value in job.items() if key != "room_id"}
+
+
+@admin_route("GET", "/v2/rooms/delete_status/{job_id}")
+@admin_route("GET", "/v1/purge_history_status/{job_id}")
+async def admin_job_status(hs: Homeserver, _request: Request, job_id: str) -> Json:
+    """How far a deletion has come; for a day, and until the next restart."""
+    job = hs.admin_jobs.jobs.get(job_id)
+    if job is None:
+        raise not_found("There is no such deletion")
+    return job_json(job)
+
+
+@admin_route("GET", "/v2/rooms/{room_id}/delete_status")
+async def admin_room_jobs(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """The deletions of one room."""
+    found = [job_json(job) for job in hs.admin_jobs.jobs.live() if job.get("room_id") == room_id]
+    if not found:
+        raise not_found("There is no deletion of this room")
+    return {"results": found}
+
+
+PURGE = {"delete_local_events?": bool, "purge_up_to_event_id?": str, "purge_up_to_ts?": int}
+PURGE_PATH = "/v1/purge_history/{room_id}"
+
+
+def purge_limit(hs: Homeserver, room: Room, body: Json, event_id: str | None) -> int:
+    """The position up to which a history is to be deleted, that event itself excluded."""
+    event_id = event_id or body.get("purge_up_to_event_id")
+    if event_id is not None:
+        event = hs.rooms.event(event_id)
+        if event is None or event.room_nid != room.nid or event.pos is None:
+            raise not_found("There is no such event in this room")
+        return event.pos - 1
+    if "purge_up_to_ts" not in body:
+        raise bad_json("purge_up_to_event_id or purge_up_to_ts is missing")
+    low, high = MIN_POSITION, room.last_pos
+    while (event := hs.rooms.event_at(room, high)) is not None and high > low:
+        if event.origin_server_ts < body["purge_up_to_ts"]:
+            return high
+        high = cast(int, event.pos) - 1
+    return low
+
+
+@admin_route("POST", PURGE_PATH, body=PURGE)
+@admin_route("POST", PURGE_PATH + "/{event_id}", body=PURGE)
+async def admin_purge(
+    hs: Homeserver, request: Request, room_id: str, event_id: str | None = None
+) -> Json:
+    """Delete the messages of a room up to an event or a time, beside the requests."""
+    room = hs.rooms.get(room_id)
+    upto = purge_limit(hs, room, request.json, event_id)
+    everything = request.json.get("delete_local_events", False)
+    purge = functools.partial(hs.admin_jobs.purge, room, upto, everything=everything)
+    return {"purge_id": hs.admin_jobs.begin({"status": "active"}, lambda _: purge())}
+
+
+# ── 48.7  The server ─────────────────────────────────────────────────────────
+
+
+@route("GET", ADMIN_API + "/v1/server_version", auth=NONE)
+async def admin_version(_hs: Homeserver, _request: Request) -> Json:
+    """What runs here; tools ask for it before they have a token."""
+    return {"server_version": f"conduit.py {VERSION}"}
+
+
+def notice_room(hs: Homeserver, user_id: str, nid: UserNid) -> Room:
+    """The room in which the server speaks to a user, into which it asks them again if they left.
+
+    Spec: CS-API "Server Notices".
+    """
+    known = hs.db.value("SELECT room_nid FROM server_notices WHERE user_nid = ?", (nid,))
+    if known is not None:
+        room = hs.rooms.by_nid(known)
+        if room.membership_of(nid) not in ("join", "invite"):
+            invite(hs, room, hs.accounts.bot_id, user_id)
+        return room
+    levels = {"users_default": -10, "events_default": 0}
+    body: Json = {"preset": "private_chat", "name": "Server Notices", "invite": [user_id]}
+    body |= {"creation_content": {"m.federate": False}, "power_level_content_override": levels}
+    room = create_room(hs, hs.accounts.bot_id, body)
+    hs.db.execute("INSERT INTO server_notices VALUES (?, ?)", (nid, room.nid))
+    hs.account_data.put(nid, room.nid, "m.tag", {"tags": {"m.server_notice": {}}})
+    return room
+
+
+NOTICE = {"user_id": str, "content": dict, "type?": str, "state_key?": str}
+NOTICE_PATH = "/v1/send_server_notice"
+
+
+@admin_route("POST", NOTICE_PATH, body=NOTICE)
+@admin_route("PUT", NOTICE_PATH + "/{txn_id}", body=NOTICE)
+async def admin_notice(hs: Homeserver, request: Request, txn_id: str | None = None) -> Json:
+    """Tell a user something in the server's own name."""
+    body, scope = request.json, "server_notice"
+    nid = changeable(hs, body["user_id"]).nid
+    known = txn_id and repeated_transaction(hs, request.user, scope, txn_id)
+    if known:
+        return {"event_id": known}
+    with hs.db.write():
+        room = notice_room(hs, body["user_id"], nid)
+        event_type, key = body.get("type", "m.room.message"), body.get("state_key")
+        sender = hs.accounts.bot_id
+        event = hs.rooms.send(room, sender, event_type, body["content"], state_key=key)
+        if txn_id:
+            record_transaction(hs, request.user, scope, txn_id, event.event_id)
+    return {"event_id": event.event_id}
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -14611,6 +15519,7 @@ class Homeserver:
         self.sync_filters: LruCache[tuple[UserNid, str], SyncFilter] = LruCache(SYNC_FILTERS)
         self.media = Media(self)
         self.admin_room = AdminRoom(self)
+        self.admin_jobs = AdminJobs(self)
         self.router = Router(self)
         self.router.authenticate = self.accounts.authenticate
         self.http = HttpServer(
@@ -14637,6 +15546,7 @@ class Homeserver:
         self.rooms.subscribe(functools.partial(follow_tombstone, self))
         self.rooms.subscribe(functools.partial(guests_may_stay, self))
         self.rooms.check_sender = functools.partial(check_sender, self)
+        self.rooms.check_sender = functools.partial(check_sent, self)
         self.rooms.erased = self.accounts.erased
 
     def _load_signing_key(self) -> SigningKey:
