@@ -7420,7 +7420,7 @@ def record_transaction(
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  47. SIGN-IN BY OTHER MEANS, E-MAIL, TERMS
+#  47. E-MAIL, TERMS, TOKENS
 #
 #  What stands beside the password: e-mail addresses whose owner has shown that
 #  they read them, tokens that let strangers register, documents that they have
