@@ -4610,6 +4610,7 @@ class Viewer:
         self.is_joined = member is not None and member.membership == "join"
         self._seen: dict[tuple[int | None, StateKey], Event | None] = {}
         self._until: int | None = None
+        self._own: list[Event] | None = None
 
     def may_see(self, event: Event) -> bool:
         """Whether the user may see the event."""
@@ -4636,7 +4637,8 @@ class Viewer:
             return event
         if self.is_joined and cast(Member, self.member).join_pos <= position:
             return event
-        if any(found.membership == "join" for found in self._around(event, self.key) if found):
+        joins = (own for own in self._own_events() if own.membership == "join")
+        if any(own.nid <= position for own in joins):
             return event
         shown = Event(event.version, redact(event.version, event.pdu), event.event_id)
         for name in ("nid", "room_nid", "pos", "state_group", "redacted_by"):
@@ -4659,23 +4661,29 @@ class Viewer:
         return self._until
 
     def _find_last_join(self) -> int:
-        rows = self.rooms.database.all(
-            """
-            SELECT nid
-            FROM events
-            WHERE room_nid = ?
-              AND state_nid = ?
-              AND pos IS NOT NULL
-            ORDER BY pos DESC
-            """,
-            (self.room.nid, self.rooms.groups.names.find(self.key)),
-        )
         until = MAX_POSITION
-        for event in self.rooms.events_by_nids(row[0] for row in rows):
+        for event in self._own_events():
             if event.membership == "join":
                 return until
             until = cast(int, event.pos)
         return MIN_POSITION
+
+    def _own_events(self) -> list[Event]:
+        """The user's own member events, the newest first."""
+        if self._own is None:
+            rows = self.rooms.database.all(
+                """
+                SELECT nid
+                FROM events
+                WHERE room_nid = ?
+                  AND state_nid = ?
+                  AND pos IS NOT NULL
+                ORDER BY pos DESC
+                """,
+                (self.room.nid, self.rooms.groups.names.find(self.key)),
+            )
+            self._own = self.rooms.events_by_nids(row[0] for row in rows)
+        return self._own
 
 
 class Rooms(RoomWriter):
@@ -10143,9 +10151,10 @@ def visible_event(
     room, event = hs.rooms.find(room_id), hs.rooms.event(event_id)
     if room is None or event is None or event.room_nid != room.nid:
         raise not_found("There is no such event in this room")
-    if not hs.rooms.visible(request.user.nid, room, [event]):
+    shown = hs.rooms.visible(request.user.nid, room, [event])
+    if not shown:
         raise not_found("There is no such event in this room")
-    return room, event
+    return room, shown[0]
 
 
 @route("GET", ROOM_PATH + "/event/{event_id}", auth=GUEST)
@@ -10184,12 +10193,13 @@ def read_page(
     size = min(MAX_PAGE, max(50, limit))
     for _ in range(MAX_SCAN // MAX_PAGE):
         batch = hs.rooms.events_between(room, low, high, size, newest=backwards)
-        seen = {event.nid for event in hs.rooms.visible(user_nid, room, wanted.pick(batch))}
+        shown = hs.rooms.visible(user_nid, room, wanted.pick(batch))
+        seen = {event.nid: event for event in shown}
         for event in reversed(batch) if backwards else batch:
             if len(found) >= limit:
                 return Page(found, high if backwards else low, True)
             if event.nid in seen:
-                found.append(event)
+                found.append(seen[event.nid])
             at = cast(int, event.pos)
             low, high = (low, at - 1) if backwards else (at, high)
         if len(batch) < size:
