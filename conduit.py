@@ -15398,6 +15398,16 @@ STAGE_FORMS: Final[dict[str, tuple[str, Callable[[Homeserver], str]]]] = {
     REGISTRATION_TOKEN: ("Registration token", lambda hs: INVITED_FORM),
     DUMMY: ("Registration", lambda hs: DUMMY_FORM),
 }
+
+
+def form_fields(raw: bytes) -> dict[str, list[str]]:
+    """What a form sent; 400 for more fields than any of ours has."""
+    try:
+        return parse_qs(raw.decode("utf-8", "replace"), max_num_fields=10)
+    except ValueError as error:
+        raise bad_json("This is not our form") from error
+
+
 STAGE_PAGE = V3 + "/auth/{kind}/fallback/web"
 
 
@@ -15413,7 +15423,7 @@ async def stage_page(hs: Homeserver, request: Request, kind: str) -> Response:
         return form_page(hs, title, OVER, status=404)
     if request.method == "POST":
         raw = await request.stream.read(MAX_FORM_BYTES)
-        fields = parse_qs(raw.decode("utf-8", "replace"), max_num_fields=10)
+        fields = form_fields(raw)
         auth = {"type": kind, "token": fields.get("token", [""])[0]}
         try:
             good = await try_stage(hs, request, auth, session)
