@@ -16836,6 +16836,11 @@ SCANS: Final = {
     "SELECT users.user_id FROM accounts JOIN users USING (user_nid) WHERE deactivated = 0"
     " AND is_guest = 0 ORDER BY users.user_id": "an admin asks for the list",
     "SELECT room_id, blocker_nid, since FROM blocked_rooms": "an admin asks for the list",
+    " ".join(conduit.USER_ROWS.split()): "an admin asks for the list, in a thread",
+    "SELECT room_nid FROM rooms WHERE state_group > 0": "an admin asks for the list",
+    "SELECT token, uses_allowed, completed, expires_ts FROM registration_tokens ORDER BY token": "an admin asks for the list",
+    "SELECT 1 FROM registration_tokens LIMIT 1": "the first will do",
+    "SELECT room_id FROM blocked_rooms": "at the start, and when the list changes",
     "SELECT room_nid FROM published_rooms": "once; the list is kept in memory",
     "SELECT room_nid FROM public_rooms": "once; the list is kept in memory",
     "SELECT user_nid, room_nid, display_name, avatar_url, folded, user_id FROM user_names"
