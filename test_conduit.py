@@ -13785,20 +13785,14 @@ def test_a_lost_admin_room_is_made_anew(new_server: Callable[..., Server]) -> No
 #  48. SYNAPSE ADMIN API
 # ═════════════════════════════════════════════════════════════════════════════
 
-ADMIN: Final = "/_synapse/admin/"
-
-
-@pytest.fixture
-def admin(server: Server) -> Client:
-    """A device of the shared server's admin."""
-    return server_admin(server)
+ADMIN_API: Final = "/_synapse/admin/"
 
 
 def test_sec_50_the_admin_api_is_not_open_to_the_world(new_server: Callable[..., Server]) -> None:
     """Class 50: behind a proxy only from allowed addresses, whatever the token and the headers."""
     server = new_server()
     admin = register(server, "admin")
-    ok(admin.get(ADMIN + "v2/users"))
+    ok(admin.get(ADMIN_API + "v2/users"))
     refused: list[Json] = [
         from_afar("192.0.2.7"),
         from_afar("10.1.2.3"),
@@ -13808,27 +13802,27 @@ def test_sec_50_the_admin_api_is_not_open_to_the_world(new_server: Callable[...,
         {"Forwarded": "for=127.0.0.1"},
     ]
     for headers in refused:
-        fails(admin.get(ADMIN + "v2/users", headers=headers), 403, "M_FORBIDDEN")
+        fails(admin.get(ADMIN_API + "v2/users", headers=headers), 403, "M_FORBIDDEN")
     server.stop()
     server.write_config(admin_api_allowlist=["10.1.0.0/16"])
     server.start()
-    ok(admin.get(ADMIN + "v2/users", headers=from_afar("10.1.2.3")))
-    fails(admin.get(ADMIN + "v2/users", headers=from_afar("10.2.2.3")), 403)
+    ok(admin.get(ADMIN_API + "v2/users", headers=from_afar("10.1.2.3")))
+    fails(admin.get(ADMIN_API + "v2/users", headers=from_afar("10.2.2.3")), 403)
     spoofed = from_afar("10.1.2.3, 192.0.2.7")
-    fails(admin.get(ADMIN + "v2/users", headers=spoofed), 403)
+    fails(admin.get(ADMIN_API + "v2/users", headers=spoofed), 403)
     server.stop()
     server.write_config(admin_api_allowlist=["127.0.0.0/8"], trusted_proxies=["192.0.2.1/32"])
     server.start()
-    fails(admin.get(ADMIN + "v2/users", headers=from_afar("127.0.0.1")), 403)
+    fails(admin.get(ADMIN_API + "v2/users", headers=from_afar("127.0.0.1")), 403)
 
 
 def test_sec_50_every_admin_path_asks_who_it_is(server: Server, alice: Client) -> None:
     """Class 50: no path below /_synapse/admin answers a user who is no admin, or nobody."""
-    open_paths = {ADMIN + "v1/register", ADMIN + "v1/server_version"}
+    open_paths = {ADMIN_API + "v1/register", ADMIN_API + "v1/server_version"}
     count = 0
     for entry in conduit.ROUTES:
         for path in entry.paths:
-            if not path.startswith(ADMIN) or path in open_paths:
+            if not path.startswith(ADMIN_API) or path in open_paths:
                 continue
             url = re.sub(r"\{[^}]*\}", "@x:test.example", path)
             body = None if entry.method == "GET" else {}
@@ -13845,7 +13839,7 @@ def test_users_are_listed_sorted_and_filtered(server: Server, admin: Client) -> 
     ok(users[1].uia("POST", "account/deactivate"))
 
     def listed(**query: Any) -> list[str]:
-        answer = ok(admin.get(ADMIN + "v2/users", user_id=prefix, **query))
+        answer = ok(admin.get(ADMIN_API + "v2/users", user_id=prefix, **query))
         assert answer["total"] >= len(answer["users"])
         return [user["name"][1:].partition(":")[0] for user in answer["users"]]
 
@@ -13853,18 +13847,18 @@ def test_users_are_listed_sorted_and_filtered(server: Server, admin: Client) -> 
     assert listed(deactivated="true") == names
     assert listed(deactivated="true", dir="b") == names[::-1]
     assert listed(order_by="creation_ts", dir="b") == [names[2], names[0]]
-    first = ok(admin.get(ADMIN + "v2/users", user_id=prefix, limit=1))
+    first = ok(admin.get(ADMIN_API + "v2/users", user_id=prefix, limit=1))
     assert (first["total"], first["next_token"]) == (2, "1")
     assert listed(limit=1, **{"from": first["next_token"]}) == [names[2]]
-    fails(admin.get(ADMIN + "v2/users", order_by="password_hash"), 400, "M_INVALID_PARAM")
-    fails(admin.get(ADMIN + "v2/users", limit="x"), 400)
-    admins = ok(admin.get(ADMIN + "v2/users", admins="true"))["users"]
+    fails(admin.get(ADMIN_API + "v2/users", order_by="password_hash"), 400, "M_INVALID_PARAM")
+    fails(admin.get(ADMIN_API + "v2/users", limit="x"), 400)
+    admins = ok(admin.get(ADMIN_API + "v2/users", admins="true"))["users"]
     assert admin.user_id in [user["name"] for user in admins]
 
 
 def test_an_account_is_made_and_changed(server: Server, admin: Client) -> None:
     user_id = f"@{unique('made')}:test.example"
-    path = f"{ADMIN}v2/users/{user_id}"
+    path = f"{ADMIN_API}v2/users/{user_id}"
     address = f"{unique('made')}@example.org"
     made = admin.put(
         path,
@@ -13889,51 +13883,53 @@ def test_an_account_is_made_and_changed(server: Server, admin: Client) -> None:
     assert ok(admin.put(path, {"deactivated": True}))["deactivated"] is True
     fails(admin.put(path, {"displayname": "x"}), 400)
     for bad in ("@a:other.example", "nobody", "@Ä:test.example"):
-        fails(admin.put(f"{ADMIN}v2/users/{quote(bad)}", {}), 400)
-    fails(admin.put(f"{ADMIN}v2/users/@conduit:test.example", {"password": "x"}), 403)
-    fails(admin.put(f"{ADMIN}v2/users/{admin.user_id}", {"admin": False}), 400)
+        fails(admin.put(f"{ADMIN_API}v2/users/{quote(bad)}", {}), 400)
+    fails(admin.put(f"{ADMIN_API}v2/users/@conduit:test.example", {"password": "x"}), 403)
+    fails(admin.put(f"{ADMIN_API}v2/users/{admin.user_id}", {"admin": False}), 400)
     fails(admin.put(path.replace("made", "other"), {"admin": "yes"}), 400, "M_BAD_JSON")
-    fails(admin.get(f"{ADMIN}v2/users/@none:test.example"), 404, "M_NOT_FOUND")
+    fails(admin.get(f"{ADMIN_API}v2/users/@none:test.example"), 404, "M_NOT_FOUND")
 
 
 def test_passwords_admins_devices_and_sessions(
     server: Server, admin: Client, alice: Client
 ) -> None:
     user = quote(alice.user_id)
-    answer = ok(admin.post(f"{ADMIN}v1/users/{user}/login"))
+    answer = ok(admin.post(f"{ADMIN_API}v1/users/{user}/login"))
     stand_in = Client(server, answer["access_token"])
     assert ok(stand_in.get("account/whoami"))["user_id"] == alice.user_id
     soon = {"valid_until_ms": int(time.time() * 1000) + 700}
-    brief = Client(server, ok(admin.post(f"{ADMIN}v1/users/{user}/login", soon))["access_token"])
+    brief = Client(
+        server, ok(admin.post(f"{ADMIN_API}v1/users/{user}/login", soon))["access_token"]
+    )
     ok(brief.get("account/whoami"))
     eventually(lambda: brief.get("account/whoami").status_code == 401)
-    devices = ok(admin.get(f"{ADMIN}v2/users/{user}/devices"))
+    devices = ok(admin.get(f"{ADMIN_API}v2/users/{user}/devices"))
     assert devices["total"] == 3
-    own = f"{ADMIN}v2/users/{user}/devices/{alice.device_id}"
+    own = f"{ADMIN_API}v2/users/{user}/devices/{alice.device_id}"
     ok(admin.put(own, {"display_name": "kitchen"}))
     assert ok(admin.get(own))["display_name"] == "kitchen"
     others = [d["device_id"] for d in devices["devices"] if d["device_id"] != alice.device_id]
-    ok(admin.post(f"{ADMIN}v2/users/{user}/delete_devices", {"devices": others}))
+    ok(admin.post(f"{ADMIN_API}v2/users/{user}/delete_devices", {"devices": others}))
     fails(stand_in.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
     ok(admin.delete(own))
     fails(admin.get(own), 404, "M_NOT_FOUND")
     fails(alice.get("account/whoami"), 401)
-    ok(admin.post(f"{ADMIN}v1/reset_password/{user}", {"new_password": "other " + PASSWORD}))
+    ok(admin.post(f"{ADMIN_API}v1/reset_password/{user}", {"new_password": "other " + PASSWORD}))
     device = alice.login(password="other " + PASSWORD)
-    assert ok(admin.get(f"{ADMIN}v1/users/{user}/admin")) == {"admin": False}
-    ok(admin.put(f"{ADMIN}v1/users/{user}/admin", {"admin": True}))
-    ok(device.get(ADMIN + "v2/users", limit=1))
-    ok(admin.put(f"{ADMIN}v1/users/{user}/admin", {"admin": False}))
-    fails(device.get(ADMIN + "v2/users"), 403, "M_FORBIDDEN")
-    assert ok(admin.put(f"{ADMIN}v1/suspend/{user}", {"suspend": True}))
+    assert ok(admin.get(f"{ADMIN_API}v1/users/{user}/admin")) == {"admin": False}
+    ok(admin.put(f"{ADMIN_API}v1/users/{user}/admin", {"admin": True}))
+    ok(device.get(ADMIN_API + "v2/users", limit=1))
+    ok(admin.put(f"{ADMIN_API}v1/users/{user}/admin", {"admin": False}))
+    fails(device.get(ADMIN_API + "v2/users"), 403, "M_FORBIDDEN")
+    assert ok(admin.put(f"{ADMIN_API}v1/suspend/{user}", {"suspend": True}))
     fails(device.post("createRoom"), 403, "M_USER_SUSPENDED")
-    assert ok(admin.get(f"{ADMIN}v1/whois/{user}"))["user_id"] == alice.user_id
-    assert ok(admin.get(ADMIN + "v1/username_available", username=unique()))["available"]
-    assert ok(Client(server).get(ADMIN + "v1/server_version"))["server_version"]
+    assert ok(admin.get(f"{ADMIN_API}v1/whois/{user}"))["user_id"] == alice.user_id
+    assert ok(admin.get(ADMIN_API + "v1/username_available", username=unique()))["available"]
+    assert ok(Client(server).get(ADMIN_API + "v1/server_version"))["server_version"]
 
 
 def test_admins_manage_registration_tokens(admin: Client) -> None:
-    path = ADMIN + "v1/registration_tokens"
+    path = ADMIN_API + "v1/registration_tokens"
     token = unique("token")
     made = ok(admin.post(path + "/new", {"token": token, "uses_allowed": 2}))
     assert made == {
@@ -13959,26 +13955,28 @@ def test_admins_manage_registration_tokens(admin: Client) -> None:
 def test_rooms_are_listed_and_shown(admin: Client, alice: Client, bob: Client) -> None:
     name = unique("Zebra")
     room = alice.room_with(bob, name=name, preset="public_chat", topic="stripes")
-    answer = ok(admin.get(ADMIN + "v1/rooms", search_term=name[2:]))
+    answer = ok(admin.get(ADMIN_API + "v1/rooms", search_term=name[2:]))
     [listed] = answer["rooms"]
     assert (answer["total_rooms"], answer["offset"]) == (1, 0)
     expected = {"room_id": room, "name": name, "joined_members": 2, "creator": alice.user_id}
     assert expected.items() <= listed.items()
-    detail = ok(admin.get(f"{ADMIN}v1/rooms/{quote(room)}"))
+    detail = ok(admin.get(f"{ADMIN_API}v1/rooms/{quote(room)}"))
     assert (detail["topic"], detail["joined_local_devices"]) == ("stripes", 2)
-    members = ok(admin.get(f"{ADMIN}v1/rooms/{quote(room)}/members"))
+    members = ok(admin.get(f"{ADMIN_API}v1/rooms/{quote(room)}/members"))
     assert (set(members["members"]), members["total"]) == ({alice.user_id, bob.user_id}, 2)
-    state = ok(admin.get(f"{ADMIN}v1/rooms/{quote(room)}/state", type="m.room.topic"))["state"]
+    state = ok(admin.get(f"{ADMIN_API}v1/rooms/{quote(room)}/state", type="m.room.topic"))["state"]
     assert [event["content"]["topic"] for event in state] == ["stripes"]
     event = alice.send_text(room, "x")
-    assert ok(admin.get(f"{ADMIN}v1/fetch_event/{quote(event)}"))["event"]["event_id"] == event
-    ends = ok(admin.get(f"{ADMIN}v1/rooms/{quote(room)}/forward_extremities"))
+    assert ok(admin.get(f"{ADMIN_API}v1/fetch_event/{quote(event)}"))["event"]["event_id"] == event
+    ends = ok(admin.get(f"{ADMIN_API}v1/rooms/{quote(room)}/forward_extremities"))
     assert [one["event_id"] for one in ends["results"]] == [event]
-    assert ok(admin.get(f"{ADMIN}v1/users/{alice.user_id}/joined_rooms"))["joined_rooms"] == [room]
-    first = ok(admin.get(ADMIN + "v1/rooms", limit=1, order_by="joined_members"))
+    assert ok(admin.get(f"{ADMIN_API}v1/users/{alice.user_id}/joined_rooms"))["joined_rooms"] == [
+        room
+    ]
+    first = ok(admin.get(ADMIN_API + "v1/rooms", limit=1, order_by="joined_members"))
     assert first["next_batch"] == 1
-    fails(admin.get(ADMIN + "v1/rooms", order_by="x"), 400)
-    fails(admin.get(f"{ADMIN}v1/rooms/!none:test.example"), 404)
+    fails(admin.get(ADMIN_API + "v1/rooms", order_by="x"), 400)
+    fails(admin.get(f"{ADMIN_API}v1/rooms/!none:test.example"), 404)
 
 
 def test_admins_bring_users_into_rooms_and_to_power(
@@ -13986,19 +13984,19 @@ def test_admins_bring_users_into_rooms_and_to_power(
 ) -> None:
     public, private = alice.create_room(preset="public_chat"), admin.create_room()
     for room in (public, private):
-        ok(admin.post(f"{ADMIN}v1/join/{quote(room)}", {"user_id": bob.user_id}))
+        ok(admin.post(f"{ADMIN_API}v1/join/{quote(room)}", {"user_id": bob.user_id}))
         assert room in ok(bob.get("joined_rooms"))["joined_rooms"]
     hidden = alice.create_room()
-    fails(admin.post(f"{ADMIN}v1/join/{quote(hidden)}", {"user_id": bob.user_id}), 403)
+    fails(admin.post(f"{ADMIN_API}v1/join/{quote(hidden)}", {"user_id": bob.user_id}), 403)
     old = alice.create_room(room_version="10")
-    ok(admin.post(f"{ADMIN}v1/rooms/{quote(old)}/make_room_admin"))
+    ok(admin.post(f"{ADMIN_API}v1/rooms/{quote(old)}/make_room_admin"))
     admin.join(old)
     assert alice.state(old, "m.room.power_levels")["users"][admin.user_id] == 100
 
 
 def test_a_blocked_room_cannot_be_entered(admin: Client, alice: Client, bob: Client) -> None:
     room = alice.create_room(preset="public_chat")
-    path = f"{ADMIN}v1/rooms/{quote(room)}/block"
+    path = f"{ADMIN_API}v1/rooms/{quote(room)}/block"
     assert ok(admin.get(path)) == {"block": False}
     assert ok(admin.put(path, {"block": True})) == {"block": True}
     assert ok(admin.get(path)) == {"block": True, "user_id": admin.user_id}
@@ -14014,11 +14012,11 @@ def test_a_room_is_deleted(admin: Client, alice: Client, bob: Client, version: s
     room = alice.room_with(bob, preset="public_chat", room_alias_name=alias, visibility="public")
     event = alice.send_text(room, "bad things")
     alice.send_text(room, "the last one")
-    path = f"{ADMIN}{version}/rooms/{quote(room)}"
+    path = f"{ADMIN_API}{version}/rooms/{quote(room)}"
     body = {"new_room_user_id": admin.user_id, "message": "no more", "block": True}
     result = ok(admin.delete(path, body))
     if version == "v2":
-        status = f"{ADMIN}v2/rooms/delete_status/{result['delete_id']}"
+        status = f"{ADMIN_API}v2/rooms/delete_status/{result['delete_id']}"
         job = eventually(lambda: (j := ok(admin.get(status)))["status"] == "complete" and j)
         assert ok(admin.get(f"{path}/delete_status"))["results"] == [job]
         result = job["shutdown_room"]
@@ -14029,9 +14027,9 @@ def test_a_room_is_deleted(admin: Client, alice: Client, bob: Client, version: s
     assert "no more" in bob.bodies(rooms[0])
     message = {"msgtype": "m.text", "body": "x"}
     fails(bob.put(("rooms", rooms[0], "send", "m.room.message", unique()), message), 403)
-    fails(admin.get(f"{ADMIN}v1/fetch_event/{quote(event)}"), 404)
+    fails(admin.get(f"{ADMIN_API}v1/fetch_event/{quote(event)}"), 404)
     fails(bob.post(("join", room)), 403, "M_FORBIDDEN")
-    fails(admin.delete(f"{ADMIN}{version}/rooms/!none:test.example", {}), 404)
+    fails(admin.delete(f"{ADMIN_API}{version}/rooms/!none:test.example", {}), 404)
 
 
 def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Server]) -> None:
@@ -14044,11 +14042,11 @@ def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Serve
         alice.send_text(room, f"message {number}")
     bob.send(room, "m.reaction", reaction)
     last = alice.send_text(room, "kept")
-    path = f"{ADMIN}v1/purge_history/{quote(room)}"
+    path = f"{ADMIN_API}v1/purge_history/{quote(room)}"
 
     def purge(body: Json) -> None:
         name = ok(alice.post(path, body))["purge_id"]
-        status = f"{ADMIN}v1/purge_history_status/{name}"
+        status = f"{ADMIN_API}v1/purge_history_status/{name}"
         eventually(lambda: ok(alice.get(status))["status"] == "complete")
 
     purge({"purge_up_to_event_id": last})
@@ -14062,7 +14060,7 @@ def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Serve
     assert alice.bodies(room) == ["on we go"]
     fails(alice.post(path, {}), 400, "M_BAD_JSON")
     fails(alice.post(path, {"purge_up_to_event_id": "$none"}), 404)
-    fails(alice.get(f"{ADMIN}v1/purge_history_status/none"), 404)
+    fails(alice.get(f"{ADMIN_API}v1/purge_history_status/none"), 404)
     server.restart()
     assert alice.bodies(room) == ["on we go"]
     late = register(server, "late")
@@ -14076,21 +14074,24 @@ def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Serve
 def test_the_server_speaks_to_a_user(admin: Client, alice: Client) -> None:
     content = {"msgtype": "m.text", "body": "tidy up"}
     body = {"user_id": alice.user_id, "content": content}
-    first = ok(admin.put(ADMIN + "v1/send_server_notice/1", body))
-    assert ok(admin.put(ADMIN + "v1/send_server_notice/1", body)) == first
+    first = ok(admin.put(ADMIN_API + "v1/send_server_notice/1", body))
+    assert ok(admin.put(ADMIN_API + "v1/send_server_notice/1", body)) == first
     [room] = alice.sync()["rooms"]["invite"]
     alice.join(room)
     assert alice.bodies(room) == ["tidy up"]
     tags = ok(alice.get(("user", alice.user_id, "rooms", room, "tags")))["tags"]
     assert tags.keys() == {"m.server_notice"}
     fails(alice.put(("rooms", room, "send", "m.room.message", unique()), content), 403)
-    ok(admin.post(ADMIN + "v1/send_server_notice", body))
+    ok(admin.post(ADMIN_API + "v1/send_server_notice", body))
     assert alice.bodies(room) == ["tidy up", "tidy up"]
     alice.leave(room)
-    ok(admin.post(ADMIN + "v1/send_server_notice", body))
+    ok(admin.post(ADMIN_API + "v1/send_server_notice", body))
     assert list(alice.sync()["rooms"]["invite"]) == [room]
-    fails(admin.post(ADMIN + "v1/send_server_notice", {**body, "user_id": "@x:other.example"}), 400)
-    fails(admin.post(ADMIN + "v1/send_server_notice", {**body, "content": "x"}), 400)
+    fails(
+        admin.post(ADMIN_API + "v1/send_server_notice", {**body, "user_id": "@x:other.example"}),
+        400,
+    )
+    fails(admin.post(ADMIN_API + "v1/send_server_notice", {**body, "content": "x"}), 400)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -16838,7 +16839,8 @@ SCANS: Final = {
     "SELECT room_id, blocker_nid, since FROM blocked_rooms": "an admin asks for the list",
     " ".join(conduit.USER_ROWS.split()): "an admin asks for the list, in a thread",
     "SELECT room_nid FROM rooms WHERE state_group > 0": "an admin asks for the list",
-    "SELECT token, uses_allowed, completed, expires_ts FROM registration_tokens ORDER BY token": "an admin asks for the list",
+    "SELECT token, uses_allowed, completed, expires_ts FROM registration_tokens"
+    " ORDER BY token": "an admin asks for the list",
     "SELECT 1 FROM registration_tokens LIMIT 1": "the first will do",
     "SELECT room_id FROM blocked_rooms": "at the start, and when the list changes",
     "SELECT room_nid FROM published_rooms": "once; the list is kept in memory",
