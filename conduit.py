@@ -6936,7 +6936,8 @@ def named_user(hs: Homeserver, fields: Json) -> str | None:
     kind = identifier.get("type") if isinstance(identifier, dict) else None
     if not isinstance(kind, str) or kind not in IDENTIFIERS:
         raise forbidden("Nobody is known here by this type of identifier")
-    return IDENTIFIERS[kind](hs, identifier)
+    user_id = IDENTIFIERS[kind](hs, identifier)
+    return user_id and user_id[:MAX_ID_BYTES]  # it becomes the name of a budget, kept in memory
 
 
 @stage(DUMMY)
@@ -7670,7 +7671,12 @@ class Emails:
         names = {"server": config.server_name, "user": owner and self.db.user_id(owner)}
         names["link"] = f"{config.well_known.client}{VALIDATE_PATH}?token={token}"
         text = (GREETING + MESSAGES[purpose, owner is not None]).format(**names)
-        await self.mailer.send(address, SUBJECTS[purpose].format(**names), text)
+        try:
+            await self.mailer.send(address, SUBJECTS[purpose].format(**names), text)
+        except MatrixError:  # the client may make the same attempt again
+            with self.db.write():
+                self.db.execute("DELETE FROM email_validations WHERE sid = ?", (sid,))
+            raise
         return sid
 
     def _own_link(self, link: str | None) -> str | None:
@@ -8046,7 +8052,8 @@ async def user_by_jwt(hs: Homeserver, request: Request) -> UserNid | None:
     except (ValueError, MatrixError) as error:
         raise forbidden("This JSON web token is not valid") from error
     hs.accounts.guesses.refund(keys)
-    account = hs.accounts.find(user_of_name(hs, {"user": claims["sub"]}) or "")
+    user_id = user_of_name(hs, {"user": claims["sub"]}) or ""
+    account = None if user_id == hs.accounts.bot_id else hs.accounts.find(user_id)
     return None if account is None else account.nid
 
 
@@ -14387,8 +14394,9 @@ async def admin_put_user(hs: Homeserver, request: Request, user_id: str) -> Resp
     if not is_user_id(user_id) or not hs.is_local(user_id):
         raise invalid_param("This is no user of this server")
     changes, is_new = request.json, not hs.accounts.exists_local(user_id)
-    if user_id == request.user.user_id and not changes.get("admin", True):
-        raise MatrixError(400, "M_UNKNOWN", "You may not demote yourself")
+    shuts_out = any(changes.get(name) for name in ("locked", "suspended", "deactivated"))
+    if user_id == request.user.user_id and (shuts_out or not changes.get("admin", True)):
+        raise MatrixError(400, "M_UNKNOWN", "You may not demote yourself, or shut yourself out")
     if is_new:
         user_id = local_user_id(hs, user_id[1:].partition(":")[0])
         hs.accounts.check_available(user_id)
@@ -14782,12 +14790,12 @@ class AdminJobs:
                 self.hs.db.execute("DELETE FROM blocked_rooms WHERE room_id = ?", (room_id,))
             self._read()
 
-    def begin(self, job: Json, work: Callable[[Json], Coroutine[Any, Any, None]]) -> str:
+    def begin(self, job: Json, work: Coroutine[Any, Any, None]) -> str:
         """Do something beside the requests, under a name by which its progress is asked for."""
 
         async def attempt() -> None:
             try:
-                await work(job)
+                await work
             except MatrixError as error:
                 job.update(status="failed", error=error.error)
             except BaseException:
@@ -14909,10 +14917,8 @@ async def admin_delete_room(hs: Homeserver, request: Request, room_id: str) -> J
     """Delete a room beside the requests; the answer names the job."""
     room, result = new_shutdown(hs, request, room_id)
     job = {"status": "shutting_down", "shutdown_room": result, "room_id": room_id}
-    body, user = request.json, request.user
-    return {
-        "delete_id": hs.admin_jobs.begin(job, lambda _: shut_down(hs, room, body, result, user))
-    }
+    work = shut_down(hs, room, request.json, result, request.user)
+    return {"delete_id": hs.admin_jobs.begin(job, work)}
 
 
 def job_json(job: Json) -> Json:
@@ -14970,8 +14976,8 @@ async def admin_purge(
     room = hs.rooms.get(room_id)
     upto = purge_limit(hs, room, request.json, event_id)
     everything = request.json.get("delete_local_events", False)
-    purge = functools.partial(hs.admin_jobs.purge, room, upto, everything=everything)
-    return {"purge_id": hs.admin_jobs.begin({"status": "active"}, lambda _: purge())}
+    purge = hs.admin_jobs.purge(room, upto, everything=everything)
+    return {"purge_id": hs.admin_jobs.begin({"status": "active"}, purge)}
 
 
 # ── 48.7  The server ─────────────────────────────────────────────────────────
