@@ -14195,7 +14195,6 @@ class AdminRoom:
 # ═════════════════════════════════════════════════════════════════════════════
 
 schema("""
-CREATE TABLE blocked_rooms (room_id TEXT PRIMARY KEY, user_nid INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE server_notices (user_nid INTEGER PRIMARY KEY, room_nid INTEGER NOT NULL);
 """)
 invariant(
@@ -14766,29 +14765,11 @@ async def admin_make_room_admin(hs: Homeserver, request: Request, room: str) -> 
 
 
 class AdminJobs:
-    """Rooms that nobody may enter any more, and deletions that take their time."""
+    """Deletions that take their time."""
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self.jobs: ShortLived[Json] = ShortLived(86_400)
-        self.blocked: set[str] = set()
-        self._read()
-        hs.db.on_reset(self._read)
-
-    def _read(self) -> None:
-        self.blocked = {
-            room_id for (room_id,) in self.hs.db.all("SELECT room_id FROM blocked_rooms")
-        }
-
-    def block(self, room_id: str, user_nid: UserNid, block: bool) -> None:
-        """Let nobody enter a room, or let them again; it need not be known here."""
-        with self.hs.db.write():
-            if block:
-                row = (room_id, user_nid)
-                self.hs.db.execute("INSERT OR IGNORE INTO blocked_rooms VALUES (?, ?)", row)
-            else:
-                self.hs.db.execute("DELETE FROM blocked_rooms WHERE room_id = ?", (room_id,))
-            self._read()
 
     def begin(self, job: Json, work: Coroutine[Any, Any, None]) -> str:
         """Do something beside the requests, under a name by which its progress is asked for."""
@@ -14815,29 +14796,20 @@ class AdminJobs:
             await asyncio.sleep(0.01)
 
 
-def check_sent(
-    hs: Homeserver, room: Room, sender: str, event_type: str, content: Json, *rest: str | None
-) -> None:
-    """Refuse what suspended users send, and all ways into a blocked room."""
-    check_sender(hs, room, sender, event_type, content, *rest)
-    enters = event_type == MEMBER and content.get("membership") in ("join", "invite", "knock")
-    if enters and room.room_id in hs.admin_jobs.blocked:
-        raise forbidden("This room has been blocked on this server")
-
-
 @admin_route("GET", "/v1/rooms/{room_id}/block")
 async def admin_get_block(hs: Homeserver, _request: Request, room_id: str) -> Json:
     """Whether a room is blocked, and who did it."""
-    nid = hs.db.value("SELECT user_nid FROM blocked_rooms WHERE room_id = ?", (room_id,))
+    nid = hs.db.value("SELECT blocker_nid FROM blocked_rooms WHERE room_id = ?", (room_id,))
     return {"block": False} if nid is None else {"block": True, "user_id": hs.db.user_id(nid)}
 
 
 @admin_route("PUT", "/v1/rooms/{room_id}/block", body={"block": bool})
 async def admin_block(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Block a room, or take that back."""
-    if not is_room_id(room_id):
-        raise invalid_param("This is no room id")
-    hs.admin_jobs.block(room_id, request.user.nid, request.json["block"])
+    if request.json["block"]:
+        block_room(hs, room_id, request.user.user_id)
+    else:
+        unblock_room(hs, room_id)
     return {"block": request.json["block"]}
 
 
@@ -14870,7 +14842,7 @@ async def shut_down(hs: Homeserver, room: Room, body: Json, result: Json, user: 
     new_room = successor(hs, body)
     result["new_room_id"] = new_room and new_room.room_id
     if body.get("block"):
-        hs.admin_jobs.block(room.room_id, user.nid, True)
+        block_room(hs, room.room_id, user.user_id)
     for nid in sorted(nid for nid in room.members_by_nid if hs.rooms.is_local(nid)):
         user_id = hs.db.user_id(nid)
         if room.membership_of(nid) not in ("join", "invite", "knock"):
@@ -15572,7 +15544,6 @@ class Homeserver:
         self.rooms.subscribe(functools.partial(follow_tombstone, self))
         self.rooms.subscribe(functools.partial(guests_may_stay, self))
         self.rooms.check_sender = functools.partial(check_sender, self)
-        self.rooms.check_sender = functools.partial(check_sent, self)
         self.rooms.erased = self.accounts.erased
 
     def _load_signing_key(self) -> SigningKey:

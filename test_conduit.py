@@ -16884,7 +16884,6 @@ SCANS: Final = {
     "SELECT token, uses_allowed, completed, expires_ts FROM registration_tokens"
     " ORDER BY token": "an admin asks for the list",
     "SELECT 1 FROM registration_tokens LIMIT 1": "the first will do",
-    "SELECT room_id FROM blocked_rooms": "at the start, and when the list changes",
     "SELECT room_nid FROM published_rooms": "once; the list is kept in memory",
     "SELECT room_nid FROM public_rooms": "once; the list is kept in memory",
     "SELECT user_nid, room_nid, display_name, avatar_url, folded, user_id FROM user_names"
