@@ -19,7 +19,7 @@ NO_VENV := Python cannot make virtual environments here. Debian: sudo apt instal
 
 RUN_NEEDS  := pynacl "tomli; python_version < '3.11'"
 LINT_NEEDS := ruff mypy
-TEST_NEEDS := $(RUN_NEEDS) $(LINT_NEEDS) pytest pytest-xdist hypothesis httpx aiohttp \
+TEST_NEEDS := $(RUN_NEEDS) $(LINT_NEEDS) pytest pytest-xdist hypothesis httpx aiohttp aiosmtpd \
               "matrix-nio[e2e]" pillow pyyaml jsonschema matrix-synapse trustme
 
 # What ruff looks for, and what we let pass:

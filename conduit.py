@@ -115,6 +115,7 @@ import resource
 import secrets
 import shlex
 import signal
+import smtplib
 import socket
 import sqlite3
 import ssl
@@ -139,12 +140,15 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from email.message import EmailMessage
+from email.utils import format_datetime, make_msgid
 from enum import Enum
 from html.parser import HTMLParser
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, Generic, NamedTuple, NewType, Protocol, TypeVar, cast
-from urllib.parse import quote, unquote, urldefrag, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urldefrag, urljoin, urlsplit
 
 try:
     import nacl.bindings
@@ -581,7 +585,7 @@ class TermsDocument:
     """[[global.terms]]: a document that new users must accept."""
 
     id: str = setting("short name, such as privacy_policy", check=A_SHORT_NAME)
-    version: str = setting("version of the text; a new one is asked for again", "1.0")
+    version: str = setting("version of the text, kept with each consent", "1.0")
     name: str = setting("title that users see")
     url: str = setting("where the text is", check=A_URL)
     lang: str = setting("language of the text", "en")
@@ -611,6 +615,9 @@ class Config:
     )
     registration_shared_secret: str | None = live(
         "for Synapse's /_synapse/admin/v1/register; off when unset", None, A_SECRET, secret=True
+    )
+    admin_api_allowlist: tuple[Network, ...] = live(
+        "addresses beside this machine itself that admins may call /_synapse/admin from", ()
     )
     enable_lightning_bolt: bool = live("new users get ⚡️ behind their display name", True)
     auto_join_rooms: tuple[str, ...] = live("aliases of rooms that new users join", (), A_ALIAS)
@@ -3937,6 +3944,7 @@ STATE_ENTRY_BYTES = 120
 MIN_POSITION = -(2**62)
 MAX_POSITION = 2**62
 MAX_DEPTH = 2**53 - 1
+PURGE_BATCH = 100
 
 # ── 10.1  A room in memory ───────────────────────────────────────────────────
 
@@ -4087,6 +4095,7 @@ class RoomReader:
         self.stream = stream
         self.server_name = server_name
         self.groups = StateGroups(database, stream, cache_bytes // 8)
+        self.erased: Mapping[str, int] = {}  # users whose events newcomers get redacted; since when
         self._suffix = ":" + server_name
         self._rooms: LruCache[RoomNid, Room] = LruCache(cache_bytes // 4)
         self._alive: weakref.WeakValueDictionary[RoomNid, Room] = weakref.WeakValueDictionary()
@@ -4300,6 +4309,7 @@ SentAs = tuple[int | None, str] | None
 RoomListener = Callable[["Room", Event], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
 RelationListener = Callable[["Room", Event, int], None]
+SenderCheck = Callable[["Room", str, str, Json, "str | None", "str | None"], None]  # as `send`
 
 
 def relation_in(content: Json) -> tuple[str, str] | None:
@@ -4327,6 +4337,9 @@ class RoomWriter(RoomReader):
         self._listeners: list[RoomListener] = []
         self._membership_listeners: list[MembershipListener] = []
         self._relation_listeners: list[RelationListener] = []
+        self.check_sender: SenderCheck = lambda *_: None
+        self._purge_listeners: list[Callable[[Sequence[EventNid]], None]] = []
+        self.subscribe_purge = self._purge_listeners.append  # with events that go for good
 
     def subscribe(self, listener: RoomListener) -> None:
         """Call back for each new timeline event, inside the transaction that stores it."""
@@ -4381,6 +4394,7 @@ class RoomWriter(RoomReader):
         Raises MatrixError when the rules refuse it.
         """
         version = room.version
+        self.check_sender(room, sender, event_type, content, state_key, redacts)
         if redacts is not None and version.redacts_in_content:
             content = {**content, "redacts": redacts}
         before = [cast(Event, self.event_by_nid(nid)) for nid in room.extremities[:MAX_PREV_EVENTS]]
@@ -4492,6 +4506,39 @@ class RoomWriter(RoomReader):
             )
             self._memberships.pop(user_nid)
 
+    def purge(
+        self, room: Room, after: int, upto: int, *, everything: bool
+    ) -> tuple[int, Sequence[EventNid]]:
+        """Delete some of the old events for good; up to which position, and which they were.
+
+        State stays, and so do the newest events, on which the next ones build. `everything` takes
+        what our own users sent as well, which nobody else may have kept.
+        """
+        events = self.events_between(room, after, upto, PURGE_BATCH, newest=False)
+        gone = [
+            event
+            for event in events
+            if not event.is_state
+            and event.nid not in room.extremities
+            and event.pos != room.last_pos
+            and (everything or not event.sender.endswith(self._suffix))
+        ]
+        with self.database.write():
+            for event in gone:
+                self.database.execute(
+                    "DELETE FROM relations WHERE parent_id = ?", (event.event_id,)
+                )
+                if (relation := relation_of(event)) is not None:
+                    row = (relation[1], event.nid)
+                    sql = "DELETE FROM relations WHERE parent_id = ? AND nid = ?"
+                    self.database.execute(sql, row)
+                self.database.execute("DELETE FROM events WHERE nid = ?", (event.nid,))
+                self._events.pop(event.nid)
+            nids = [event.nid for event in gone]
+            for listener in self._purge_listeners:
+                listener(nids)
+        return cast(int, events[-1].pos) if events else upto, nids
+
     # Relations and redactions
 
     def _index_relation(self, room: Room, event: Event) -> None:
@@ -4598,6 +4645,7 @@ class Viewer:
         self.ignored = frozenset[str]() if user_nid is None else rooms.ignored(user_nid)
         self._seen: dict[tuple[int | None, StateKey], Event | None] = {}
         self._until: int | None = None
+        self._own: list[Event] | None = None
 
     def may_see(self, event: Event) -> bool:
         """Whether the user may see the event, and does not ignore its sender.
@@ -4622,6 +4670,28 @@ class Viewer:
             return True
         return "shared" in settings and (event.pos or 0) < self._joined_until()
 
+    def may_read(self, event: Event) -> bool:
+        """Whether the user may see the event as it was sent, not only that there was one."""
+        return self.may_see(event) and self.without_erased(event) is event
+
+    def without_erased(self, event: Event) -> Event:
+        """The event, or its redacted copy: for who came after its sender asked to be erased.
+
+        Spec: CS-API "Account deactivation", `erase`. State goes on to be what the room needs.
+        """
+        position = self.rooms.erased.get(event.sender)
+        if position is None or event.is_state:
+            return event
+        if self.is_joined and cast(Member, self.member).join_pos <= position:
+            return event
+        joins = (own for own in self._own_events() if own.membership == "join")
+        if any(own.nid <= position for own in joins):
+            return event
+        shown = Event(event.version, redact(event.version, event.pdu), event.event_id)
+        for name in ("nid", "room_nid", "pos", "state_group", "redacted_by"):
+            setattr(shown, name, getattr(event, name))
+        return shown
+
     def _around(self, event: Event, key: StateKey) -> tuple[Event | None, ...]:
         """An entry of the state after the event; where it is the event itself, also before it."""
         at = (event.state_group, key)
@@ -4638,23 +4708,29 @@ class Viewer:
         return self._until
 
     def _find_last_join(self) -> int:
-        rows = self.rooms.database.all(
-            """
-            SELECT nid
-            FROM events
-            WHERE room_nid = ?
-              AND state_nid = ?
-              AND pos IS NOT NULL
-            ORDER BY pos DESC
-            """,
-            (self.room.nid, self.rooms.groups.names.find(self.key)),
-        )
         until = MAX_POSITION
-        for event in self.rooms.events_by_nids(row[0] for row in rows):
+        for event in self._own_events():
             if event.membership == "join":
                 return until
             until = cast(int, event.pos)
         return MIN_POSITION
+
+    def _own_events(self) -> list[Event]:
+        """The user's own member events, the newest first."""
+        if self._own is None:
+            rows = self.rooms.database.all(
+                """
+                SELECT nid
+                FROM events
+                WHERE room_nid = ?
+                  AND state_nid = ?
+                  AND pos IS NOT NULL
+                ORDER BY pos DESC
+                """,
+                (self.room.nid, self.rooms.groups.names.find(self.key)),
+            )
+            self._own = self.rooms.events_by_nids(row[0] for row in rows)
+        return self._own
 
 
 class Rooms(RoomWriter):
@@ -4665,8 +4741,9 @@ class Rooms(RoomWriter):
 
         Spec: CS-API "Room history visibility", "Server behaviour". All doors lead through here.
         """
-        may_see = Viewer(self, room, user_nid).may_see
-        return [event for event in events if may_see(event)]
+        viewer = Viewer(self, room, user_nid)
+        seen = [event for event in events if viewer.may_see(event)]
+        return [viewer.without_erased(event) for event in seen] if self.erased else seen
 
 
 # ── 11.2  The client format ──────────────────────────────────────────────────
@@ -5134,7 +5211,8 @@ def error_response(error: MatrixError) -> Response:
 
 
 SECRET_MEMBERS = frozenset(
-    {"access_token", "mac", "new_password", "password", "pin", "refresh_token", "secret", "token"}
+    {"access_token", "client_secret", "mac", "new_password", "password"}
+    | {"pin", "refresh_token", "secret", "token"}
 )
 SECRET_ARGUMENT = re.compile(r"(?:access_token|token|loginToken)=([^&]+)")
 
@@ -6047,10 +6125,12 @@ CREATE TABLE accounts (
     deactivated INTEGER NOT NULL DEFAULT 0,
     locked INTEGER NOT NULL DEFAULT 0,
     suspended INTEGER NOT NULL DEFAULT 0,
-    erased INTEGER NOT NULL DEFAULT 0,
+    erased INTEGER NOT NULL DEFAULT 0,  -- the position at which erasure was asked for
     behind INTEGER NOT NULL DEFAULT 0  -- changes that the member events still have to follow
 );
 CREATE INDEX accounts_behind ON accounts (behind) WHERE behind > 0;
+CREATE INDEX accounts_suspended ON accounts (suspended) WHERE suspended > 0;
+CREATE INDEX accounts_erased ON accounts (erased) WHERE erased > 0;
 CREATE TABLE devices (
     device_nid INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice
     user_nid INTEGER NOT NULL,
@@ -6078,6 +6158,8 @@ CREATE TABLE txns (
     created_ts INTEGER NOT NULL,
     PRIMARY KEY (device_nid, txn_key)
 ) WITHOUT ROWID;
+CREATE TABLE openid_tokens (token_hash BLOB PRIMARY KEY, user_nid INTEGER, expires_ts INTEGER);
+CREATE INDEX openid_tokens_expiry ON openid_tokens (expires_ts);
 """)
 invariant(
     "tokens of devices that are gone",
@@ -6092,6 +6174,7 @@ V3 = "/_matrix/client/v3"
 
 ACCESS_TOKEN_LIFETIME_MS = 3_600_000  # of tokens that can be refreshed; others live until logout
 TXN_LIFETIME_MS = 3 * 86_400_000
+OPENID_SECONDS = 3600
 MAX_PASSWORD_BYTES = 512
 BOT_LOCALPART = "conduit"
 
@@ -6136,6 +6219,7 @@ BUDGETS: Final = {  # how many wrong tries are free, and after how many seconds 
     "address": (50, 10.0),  # one address at all accounts
     "account": (100, 6.0),  # all addresses that the account does not know
     "token": (10, 30.0),  # one address at registration tokens
+    "mail": (5, 900.0),  # messages to one e-mail address, whoever asks for them
 }
 FREE_TRIES = 3  # an address new to an account has these, however much others guess
 
@@ -6203,6 +6287,10 @@ class ShortLived(Generic[CacheValue]):
         """The value, or None if the name is unknown or its time is over."""
         found = self._values.get(name or "")
         return found[0] if found is not None and found[1] > self._clock() else None
+
+    def live(self) -> list[CacheValue]:
+        """All values whose time is not over."""
+        return [value for value, until in self._values.values() if until > self._clock()]
 
     def pop(self, name: str) -> CacheValue | None:
         """The value, for the last time."""
@@ -6368,10 +6456,15 @@ class Sessions:
         return self._issue_tokens(requester.nid, device_nid, True, requester.token_nid)
 
     def _issue_tokens(
-        self, nid: UserNid, device_nid: DeviceNid, refreshable: bool, replaced: int | None = None
+        self,
+        nid: UserNid,
+        device_nid: DeviceNid,
+        refreshable: bool,
+        replaced: int | None = None,
+        expires_ts: int | None = None,
     ) -> Json:
         answer: Json = {"access_token": random_token()}
-        refresh_hash = expires_ts = None
+        refresh_hash = None
         if refreshable:
             answer["refresh_token"] = random_token()
             answer["expires_in_ms"] = ACCESS_TOKEN_LIFETIME_MS
@@ -6400,7 +6493,9 @@ class Sessions:
 
     # Devices
 
-    def log_in(self, nid: UserNid, address: str, fields: Json) -> Json:
+    def log_in(
+        self, nid: UserNid, address: str, fields: Json, expires_ts: int | None = None
+    ) -> Json:
         """The answer of /login or /register: a session as the fields of their body want it.
 
         The older tokens of a device end.  Spec: "Relationship between access tokens and devices".
@@ -6410,7 +6505,8 @@ class Sessions:
         with self.db.write():
             device_nid = self.add_device(nid, device_id, name, address)
             self._end_tokens(nid, device_nid)
-            tokens = self._issue_tokens(nid, device_nid, fields.get("refresh_token") is True)
+            refreshable = fields.get("refresh_token") is True
+            tokens = self._issue_tokens(nid, device_nid, refreshable, None, expires_ts)
         self._seen[device_nid] = (address, now_ms())
         answer = {"user_id": self.db.user_id(nid), "device_id": device_id, **tokens}
         return {**answer, "home_server": self.hs.config.server_name}
@@ -6436,8 +6532,11 @@ class Sessions:
         return cast("DeviceNid | None", self.db.value(sql, (nid, device_id)))
 
     def check_logged_in(self, requester: Requester) -> None:
-        """401 for a device that was logged out while its request waited."""
+        """401 for a device that was logged out, or a user locked, while the request waited."""
         nid, device_nid = requester.nid, requester.device_nid
+        account = self.get(nid)
+        if account is not None and account.locked:
+            raise user_locked()
         if device_nid is not None and self.find_device(nid, str(requester.device_id)) != device_nid:
             raise unknown_token()
 
@@ -6512,6 +6611,8 @@ class Sessions:
         if now_ms() - self._expired_ts < 3_600_000:
             return
         self._expired_ts = now_ms()
+        with self.db.write():
+            self.db.execute("DELETE FROM openid_tokens WHERE expires_ts < ?", (now_ms(),))
         for (device_nid,) in self.db.all("SELECT device_nid FROM devices"):
             old = (device_nid, now_ms() - TXN_LIFETIME_MS)
             with self.db.write():
@@ -6521,15 +6622,21 @@ class Sessions:
 
 # ── 14.4  Making, changing and ending accounts ───────────────────────────────
 
+SET_MARK = {
+    "locked": "UPDATE accounts SET locked = ? WHERE user_nid = ?",
+    "suspended": "UPDATE accounts SET suspended = ? WHERE user_nid = ?",
+}
+
 
 class Accounts(Sessions):
     """How accounts are made, changed and ended; callbacks come inside the write block of that.
 
-    The next chapter sets how a new account is named, and what a member event repeats of a profile.
+    Chapters below set how a new account is named, and what a member event repeats of a profile.
     """
 
     name_account: Callable[[UserNid, str], None]
     member_content: Callable[[UserNid, Json], Json]
+    has_tokens: Callable[[], bool]  # whether there are registration tokens beside the configured
 
     def __init__(self, hs: Homeserver) -> None:
         super().__init__(hs)
@@ -6539,18 +6646,32 @@ class Accounts(Sessions):
         self.uia_key = secrets.token_bytes(32)
         self.nonces: ShortLived[bool] = ShortLived(60)
         self.login_tokens: ShortLived[tuple[UserNid, str | None]] = ShortLived(120)
-        self.openid_tokens: ShortLived[UserNid] = ShortLived(3600)
+        self.suspended: set[str] = set()
+        self.erased: dict[str, int] = {}  # user id → the position of the erasure
         self._hashing = asyncio.Semaphore(2)  # since each takes 19 MiB
         self._admin_token = random_token()
         self._created: list[Callable[[UserNid], None]] = []
+        self._registered: list[Callable[[UserNid, UiaSession], None]] = []
         self._deactivated: list[Callable[[UserNid], None]] = []
         self.on_account_created = self._created.append
+        self.on_registered = self._registered.append  # with what was proved for the account
         self.on_deactivated = self._deactivated.append
+        self._read_marks()
+        hs.db.on_reset(self._read_marks)
 
     def start(self) -> None:
         """Go on with what the last stop interrupted."""
         for (nid,) in self.db.all("SELECT user_nid FROM accounts WHERE behind > 0"):
             self.hs.background(self._update_rooms(nid))
+
+    def _read_marks(self) -> None:
+        """Read who is suspended or erased, which is asked for with each event."""
+        suspended = self.db.all("SELECT user_nid FROM accounts WHERE suspended > 0")
+        erased = self.db.all("SELECT user_nid, erased FROM accounts WHERE erased > 0")
+        self.suspended.clear()
+        self.suspended.update(self.db.user_id(nid) for (nid,) in suspended)
+        self.erased.clear()
+        self.erased.update((self.db.user_id(nid), position) for nid, position in erased)
 
     # Questions
 
@@ -6650,11 +6771,24 @@ class Accounts(Sessions):
             for callback in self._created:
                 callback(nid)
 
+    def registered(self, nid: UserNid, proved: UiaSession) -> None:
+        """Tell what somebody proved for their new account; whoever hears of it may still object."""
+        for callback in self._registered:
+            callback(nid, proved)
+
     def set_admin(self, nid: UserNid, is_admin: bool) -> None:
         """Make a user an administrator, or no longer."""
         with self.db.write():
             self.db.execute("UPDATE accounts SET is_admin = ? WHERE user_nid = ?", (is_admin, nid))
         self._forget_sessions(nid)
+
+    def set_mark(self, nid: UserNid, mark: str, value: bool) -> None:
+        """Lock or suspend an account, or take that back."""
+        with self.db.write():
+            self.db.execute(SET_MARK[mark], (value, nid))
+            self._forget_sessions(nid)
+            self._read_marks()
+        log_accounts.info("%s: %s is now %s", self.db.user_id(nid), mark, value)
 
     async def set_password(
         self, nid: UserNid, password: str, *, keep: DeviceNid | None = None, log_out: bool = True
@@ -6678,8 +6812,9 @@ class Accounts(Sessions):
                 SET password_hash = NULL, deactivated = 1, is_admin = 0, erased = ?
                 WHERE user_nid = ?
                 """,
-                (erase, nid),
+                (max(1, self.hs.stream.position) if erase else 0, nid),
             )
+            self._read_marks()
             for callback in self._deactivated:
                 callback(nid)
             self.update_rooms(nid)
@@ -6696,6 +6831,8 @@ class Accounts(Sessions):
         self.hs.background(self._update_rooms(nid))
 
     async def _update_rooms(self, nid: UserNid) -> None:
+        if self.get(nid) is None:  # its creation was undone
+            return
         user_id = self.db.user_id(nid)
         for room_nid in list(self.hs.rooms.memberships(nid)):
             await asyncio.sleep(0)  # others are served in between
@@ -6754,10 +6891,28 @@ class Accounts(Sessions):
 
 def refuse_suspended(hs: Homeserver, requester: Requester) -> None:
     """403 M_USER_SUSPENDED for what a suspended user may not do.  Spec: "Account suspension"."""
-    account = hs.accounts.get(requester.nid)
-    if account is not None and account.suspended:
-        text = "You cannot perform this action while suspended"
-        raise MatrixError(403, "M_USER_SUSPENDED", text)
+    if requester.user_id in hs.accounts.suspended:
+        raise MatrixError(403, "M_USER_SUSPENDED", "You may only read while you are suspended")
+
+
+def check_sender(
+    hs: Homeserver,
+    _room: Room,
+    sender: str,
+    event_type: str,
+    content: Json,
+    state_key: str | None,
+    redacts: str | None,
+) -> None:
+    """The same for each event: all a suspended user may send is that they leave, and redactions
+    of what they sent themselves.
+    """
+    if sender not in hs.accounts.suspended:
+        return
+    target = hs.rooms.event(redacts) if redacts else None
+    leaves = (event_type, state_key) == (MEMBER, sender) and content.get("membership") == "leave"
+    if not leaves and (target is None or target.sender != sender):
+        raise MatrixError(403, "M_USER_SUSPENDED", "You may only read while you are suspended")
 
 
 # ── 14.5  User-interactive authentication ────────────────────────────────────
@@ -6766,7 +6921,12 @@ DUMMY = "m.login.dummy"
 PASSWORD = "m.login.password"  # noqa: S105  the name of a stage
 REGISTRATION_TOKEN = "m.login.registration_token"  # noqa: S105  the name of a stage
 Flows = tuple[tuple[str, ...], ...]
-AUTH_DATA = {"type?": str, "session?": str, "password?": str, "token?": str}
+TERMS = "m.login.terms"
+EMAIL = "m.login.email.identity"
+AUTH_DATA = {
+    **{"type?": str, "session?": str, "password?": str, "token?": str},
+    **{"threepid_creds?": dict, "threepidCreds?": dict},
+}
 
 
 @dataclass
@@ -6774,31 +6934,49 @@ class UiaSession:
     """How far a client has come in proving that it may do one thing."""
 
     operation: tuple[str, str, UserNid | None]  # method, path, user
+    flows: Flows
     body: bytes = b""  # a digest; the first stage fixes it, before that some clients send more
     completed: tuple[str, ...] = ()
+    results: dict[str, Any] = field(default_factory=dict)  # what a stage brought to light
+
+
+StageCheck = Callable[["Homeserver", Request, Json, UiaSession], Awaitable[bool]]
+STAGES: Final[dict[str, StageCheck]] = {}  # each answers whether the client has proved it
+STAGE_PARAMS: Final[dict[str, Callable[[Config], Json]]] = {}
+
+
+def stage(name: str) -> Callable[[StageCheck], StageCheck]:
+    """Make a function the check of a stage."""
+
+    def register(check: StageCheck) -> StageCheck:
+        STAGES[name] = check
+        return check
+
+    return register
 
 
 class AuthenticationNeeded(MatrixError):
     """401 with the flows to choose from; with an error only when a stage was tried and failed."""
 
-    def __init__(self, flows: Flows, name: str, done: Sequence[str], error: Json) -> None:
+    def __init__(self, config: Config, name: str, session: UiaSession, error: Json) -> None:
         super().__init__(401, "M_FORBIDDEN", "Further authentication is needed")
-        self.body: Json = {"flows": [{"stages": flow} for flow in flows], "params": {}, **error}
-        self.body |= {"session": name} | ({"completed": done} if done else {})
+        offered = {stage for flow in session.flows for stage in flow}
+        params = {stage: STAGE_PARAMS[stage](config) for stage in offered & STAGE_PARAMS.keys()}
+        self.body: Json = {"flows": [{"stages": flow} for flow in session.flows], **error}
+        self.body |= {"session": name, "params": params}
+        self.body |= {"completed": session.completed} if session.completed else {}
 
     def to_json(self) -> Json:
         """The body of the response."""
         return self.body
 
 
-def named_user(hs: Homeserver, fields: Json) -> str | None:
-    """The user id that a login or a stage names, by identifier or the old way; None if by neither.
+IdentifierReader = Callable[["Homeserver", Json], "str | None"]
+IDENTIFIERS: Final[dict[object, IdentifierReader]] = {}  # how each type leads to a user id
 
-    Spec: "Identifier types". 403 for third-party identifiers, since none is known here.
-    """
-    identifier = fields.get("identifier", {"type": "m.id.user", "user": fields.get("user")})
-    if not isinstance(identifier, dict) or identifier.get("type") != "m.id.user":
-        raise forbidden("Only user names are known here, no addresses or phone numbers")
+
+def user_of_name(hs: Homeserver, identifier: Json) -> str | None:
+    """m.id.user: a localpart or a whole user id."""
     name = identifier.get("user")
     if name is None:
         return None
@@ -6809,25 +6987,31 @@ def named_user(hs: Homeserver, fields: Json) -> str | None:
     return f"@{localpart}:{server or hs.config.server_name}"
 
 
-def is_registration_token(hs: Homeserver, token: str, address: str) -> bool:
-    """Whether the token lets somebody register now; wrong ones count against the address."""
-    keys = [("token", address_group(address))]
-    hs.accounts.guesses.take(keys)
-    configured = hs.config.registration_token if hs.config.allow_registration else None
-    known = filter(None, (configured, hs.accounts.first_admin_token()))
-    good = any([hmac.compare_digest(right.encode(), token.encode()) for right in known])
-    if good:
-        hs.accounts.guesses.refund(keys)
-    return good
+IDENTIFIERS["m.id.user"] = user_of_name
 
 
-async def is_proved(hs: Homeserver, request: Request, auth: Json) -> bool:
-    """Whether the stage that the client sent succeeds; another user's password is no proof."""
-    if auth["type"] == DUMMY:
-        return True
-    if auth["type"] == REGISTRATION_TOKEN:
-        check_shape(auth, {"token": str}, "auth")
-        return is_registration_token(hs, auth["token"], request.address)
+def named_user(hs: Homeserver, fields: Json) -> str | None:
+    """The user id that a login or a stage names, by identifier or the old way; None if by neither.
+
+    Spec: "Identifier types". 403 for what identifies nobody here, such as a phone number.
+    """
+    identifier = fields.get("identifier", {"type": "m.id.user", "user": fields.get("user")})
+    kind = identifier.get("type") if isinstance(identifier, dict) else None
+    if not isinstance(kind, str) or kind not in IDENTIFIERS:
+        raise forbidden("Nobody is known here by this type of identifier")
+    user_id = IDENTIFIERS[kind](hs, identifier)
+    return user_id and user_id[:MAX_ID_BYTES]  # it becomes the name of a budget, kept in memory
+
+
+@stage(DUMMY)
+async def is_anybody(_hs: Homeserver, _request: Request, _auth: Json, _session: UiaSession) -> bool:
+    """Nothing is to be proved."""
+    return True
+
+
+@stage(PASSWORD)
+async def is_password(hs: Homeserver, request: Request, auth: Json, _session: UiaSession) -> bool:
+    """Whether it is the own password; another user's is no proof."""
     check_shape(auth, {"password": str}, "auth")
     user_id = request.user.user_id
     if named_user(hs, auth) not in (None, user_id):
@@ -6835,22 +7019,35 @@ async def is_proved(hs: Homeserver, request: Request, auth: Json) -> bool:
     return await hs.accounts.verify_password(user_id, auth["password"], request.address) is not None
 
 
-def uia_session(hs: Homeserver, request: Request, name: str | None) -> tuple[str, UiaSession]:
+def uia_session(
+    hs: Homeserver, request: Request, name: str | None, flows: Flows
+) -> tuple[str, UiaSession]:
     """The session that the client names, or a new one; 403 for a session of something else."""
     user_nid = request.requester.nid if request.requester else None
     operation = (request.method, request.path, user_nid)
     session = hs.accounts.uia.get(name)
     if name is None or session is None:
-        session = UiaSession(operation)
+        session = UiaSession(operation, flows)
         return hs.accounts.uia.add(session), session
     if session.operation != operation:
         raise forbidden("This session was begun for another operation")
+    session.flows = flows
     return name, session
+
+
+async def try_stage(hs: Homeserver, request: Request, auth: Json, session: UiaSession) -> bool:
+    """Let the session go on by one stage, if it is the next of a flow and is proved."""
+    done = (*session.completed, auth["type"])
+    is_next = any(flow[: len(done)] == done for flow in session.flows)
+    if not is_next or not await STAGES[auth["type"]](hs, request, auth, session):
+        return False
+    session.completed = done
+    return True
 
 
 async def user_interactive_auth(
     hs: Homeserver, request: Request, flows: Flows = ((PASSWORD,),)
-) -> None:
+) -> UiaSession:
     """Let the request pass once all stages of one flow are done; until then 401 with what is left.
 
     Spec: "User-interactive authentication API". A session is good for one success, for one body.
@@ -6860,22 +7057,20 @@ async def user_interactive_auth(
     rest = {key: value for key, value in request.json.items() if key != "auth"}
     raw = json.dumps(rest, sort_keys=True).encode()  # there may be a password in it, so hashed
     body = hashlib.blake2b(raw, key=hs.accounts.uia_key).digest()
-    name, session = uia_session(hs, request, auth.get("session"))
+    name, session = uia_session(hs, request, auth.get("session"), flows)
     failure: Json = {}
-    if "type" in auth and auth["type"] not in session.completed:
-        done = (*session.completed, auth["type"])
-        is_next = any(flow[: len(done)] == done for flow in flows)
-        if is_next and await is_proved(hs, request, auth):
-            session.body = session.body or body
-            session.completed = done
-        else:  # it can be tried again
-            failure = forbidden("Wrong password or token, or not what was asked for").to_json()
+    is_new = "type" in auth and auth["type"] not in session.completed
+    if is_new and not await try_stage(hs, request, auth, session):  # it can be tried again
+        failure = forbidden("Wrong password or token, or not what was asked for").to_json()
+    if session.completed:
+        session.body = session.body or body
     if session.completed and session.body != body:
         raise forbidden("The request has changed during authentication")
     if failure or session.completed not in flows:
-        raise AuthenticationNeeded(flows, name, session.completed, failure)
+        raise AuthenticationNeeded(hs.config, name, session, failure)
     if hs.accounts.uia.pop(name) is None:
         raise forbidden("This session was used already")
+    return session
 
 
 # ── 14.6  Registration ───────────────────────────────────────────────────────
@@ -6897,11 +7092,15 @@ def registration_flows(hs: Homeserver, request: Request) -> Flows:
     config = hs.config
     is_first = not hs.accounts.has_users()
     is_open = request.is_local() or (config.allow_open_registration and not is_first)
+    wants_token = config.registration_token or hs.accounts.has_tokens()
+    stages: tuple[str, ...] = (TERMS,) if config.terms else ()
     if config.allow_registration and not config.registration_token and is_open:
-        return ((DUMMY,),)
-    if is_first or (config.allow_registration and config.registration_token):
-        return ((REGISTRATION_TOKEN,),)
-    raise forbidden("Registration is disabled")
+        stages = stages or (DUMMY,)
+    elif is_first or (config.allow_registration and wants_token):
+        stages = (REGISTRATION_TOKEN, *stages)
+    else:
+        raise forbidden("Registration is disabled")
+    return (stages, (EMAIL, *stages)) if config.smtp else (stages,)
 
 
 def wanted_account(hs: Homeserver, request: Request) -> tuple[str, UserNid | None]:
@@ -6948,7 +7147,7 @@ async def register(hs: Homeserver, request: Request) -> Json:
     user_id, guest_nid = wanted_account(hs, request)
     check_new_password(body.get("password", "later"))
     is_first = not accounts.has_users()
-    await user_interactive_auth(hs, request, flows)
+    proved = await user_interactive_auth(hs, request, flows)
     if "password" not in body:
         raise missing_param("password is missing")
     hashed = await accounts.hash(body["password"])
@@ -6959,6 +7158,7 @@ async def register(hs: Homeserver, request: Request) -> Json:
         nid = guest_nid or accounts.make_account(user_id, hashed, role=role)
         if guest_nid is not None:
             accounts.upgrade_guest(guest_nid, hashed, is_admin=is_first)
+        accounts.registered(nid, proved)
         if body.get("inhibit_login"):
             return {"user_id": user_id, "home_server": hs.config.server_name}
         return accounts.log_in(nid, request.address, body)
@@ -6970,18 +7170,6 @@ async def username_available(hs: Homeserver, request: Request) -> Json:
     check_shape(request.query, {"username": [str]}, "The query")
     hs.accounts.check_available(local_user_id(hs, request.query["username"][0]))
     return {"available": True}
-
-
-VALIDITY = "/_matrix/client/v1/register/m.login.registration_token/validity"
-
-
-@route("GET", VALIDITY, auth=NONE, limit="register")
-async def registration_token_validity(hs: Homeserver, request: Request) -> Json:
-    """Whether a registration token would be accepted now; wrong ones count as guesses."""
-    check_shape(request.query, {"token": [str]}, "The query")
-    if not hs.config.allow_registration and hs.accounts.has_users():
-        raise forbidden("Registration is disabled")
-    return {"valid": is_registration_token(hs, request.query["token"][0], request.address)}
 
 
 @route("GET", "/_synapse/admin/v1/register", auth=NONE, limit="register")
@@ -7028,16 +7216,33 @@ LOGIN = {
 }
 
 
-async def proved_user(hs: Homeserver, request: Request) -> UserNid | None:
-    """Who logs in; a wrong password and an unknown user look the same."""
+class LoginType(NamedTuple):
+    """A way to log in: who it is that does (None: nobody, as it seems), and when it is offered."""
+
+    proved_user: Callable[[Homeserver, Request], Awaitable[UserNid | None]]
+    offered: Callable[[Config], object]
+    flow: Json
+
+
+LOGIN_TYPES: Final[dict[str, LoginType]] = {}
+
+
+def login_type(
+    name: str, offered: Callable[[Config], object] = bool, **flow: Any
+) -> Callable[[Handler], Handler]:
+    """Make a function a way to log in, offered where the configuration says so."""
+
+    def register(proved_user: Handler) -> Handler:
+        LOGIN_TYPES[name] = LoginType(proved_user, offered, {"type": name, **flow})
+        return proved_user
+
+    return register
+
+
+@login_type(PASSWORD)
+async def user_by_password(hs: Homeserver, request: Request) -> UserNid | None:
+    """m.login.password; a wrong password and an unknown user look the same."""
     body = request.json
-    if body["type"] == "m.login.token":
-        check_shape(body, {"token": str})
-        nid, stored = hs.accounts.login_tokens.pop(body["token"]) or (None, None)
-        account = None if nid is None else hs.accounts.get(nid)
-        return nid if account is not None and account.password_hash == stored else None
-    if body["type"] != PASSWORD:
-        raise MatrixError(400, "M_UNKNOWN", "Unknown login type")
     check_shape(body, {"password": str})
     user_id = named_user(hs, body)
     if user_id is None:
@@ -7045,17 +7250,29 @@ async def proved_user(hs: Homeserver, request: Request) -> UserNid | None:
     return await hs.accounts.verify_password(user_id, body["password"], request.address)
 
 
+@login_type("m.login.token", get_login_token=True)
+async def user_by_login_token(hs: Homeserver, request: Request) -> UserNid | None:
+    """m.login.token: good once, and not after a change of the password."""
+    check_shape(request.json, {"token": str})
+    nid, stored = hs.accounts.login_tokens.pop(request.json["token"]) or (None, None)
+    account = None if nid is None else hs.accounts.get(nid)
+    return nid if account is not None and account.password_hash == stored else None
+
+
 @route("GET", V3 + "/login", auth=NONE, limit="login")
-async def login_flows(_hs: Homeserver, _request: Request) -> Json:
+async def login_flows(hs: Homeserver, _request: Request) -> Json:
     """The ways to log in.  Spec: "Login"."""
-    return {"flows": [{"type": PASSWORD}, {"type": "m.login.token", "get_login_token": True}]}
+    return {"flows": [kind.flow for kind in LOGIN_TYPES.values() if kind.offered(hs.config)]}
 
 
 @route("POST", V3 + "/login", auth=NONE, limit="login", body=LOGIN)
 async def login(hs: Homeserver, request: Request) -> Json:
     """Log in: a device with an access token.  Spec: "Login"."""
     check_device_texts(request.json)
-    nid = await proved_user(hs, request)
+    kind = LOGIN_TYPES.get(request.json["type"])
+    if kind is None or not kind.offered(hs.config):
+        raise MatrixError(400, "M_UNKNOWN", "Unknown login type")
+    nid = await kind.proved_user(hs, request)
     account = None if nid is None else hs.accounts.get(nid)
     if account is None or account.deactivated:
         raise forbidden("Invalid user name, password or login token")
@@ -7141,14 +7358,25 @@ PASSWORD_CHANGE = {"new_password": str, "logout_devices?": bool, "auth?": dict}
 DEACTIVATION = {"auth?": dict, "id_server?": str, "erase?": bool}
 
 
-@route("POST", V3 + "/account/password", auth=USER, limit="login", body=PASSWORD_CHANGE)
+@route("POST", V3 + "/account/password", auth=OPTIONAL, limit="login", body=PASSWORD_CHANGE)
 async def change_password(hs: Homeserver, request: Request) -> Json:
-    """Change the password; other devices are logged out unless logout_devices is false."""
+    """Change the password; other devices are logged out unless logout_devices is false.
+
+    Without a token it is a forgotten password: the e-mail address tells whose (chapter 47).
+    """
     password, log_out = request.json["new_password"], request.json.get("logout_devices", True)
+    by_mail: Flows = ((EMAIL,),) if hs.config.smtp else ()
+    if request.requester is not None or not by_mail:
+        check_caller(USER, request.requester)
     check_new_password(password)
-    await user_interactive_auth(hs, request)
-    keep = request.user.device_nid
-    await hs.accounts.set_password(request.user.nid, password, keep=keep, log_out=log_out)
+    flows = by_mail if request.requester is None else ((PASSWORD,), *by_mail)
+    proved = await user_interactive_auth(hs, request, flows)
+    keep = None
+    if request.requester is None:
+        nid = cast(UserNid, proved.results[EMAIL].user_nid)
+    else:
+        nid, keep = request.user.nid, request.user.device_nid
+    await hs.accounts.set_password(nid, password, keep=keep, log_out=log_out)
     return {}
 
 
@@ -7182,7 +7410,7 @@ async def capabilities(hs: Homeserver, request: Request) -> Json:
         "m.change_password": has_password,
         "m.set_displayname": True,
         "m.set_avatar_url": True,
-        "m.3pid_changes": False,
+        "m.3pid_changes": hs.config.smtp is not None,
         "m.get_login_token": has_password,
         "m.profile_fields": True,
         "uk.tcpip.msc4133.profile_fields": True,
@@ -7195,6 +7423,8 @@ async def capabilities(hs: Homeserver, request: Request) -> Json:
     }
     versions = {"default": hs.config.default_room_version, "available": available}
     answer: Json = {name: {"enabled": enabled} for name, enabled in switches.items()}
+    if request.user.is_admin:
+        answer["m.account_moderation"] = {"suspend": True, "lock": True}
     return {"capabilities": {**answer, **CAPABILITIES, "m.room_versions": versions}}
 
 
@@ -7208,49 +7438,35 @@ def check_own_user(request: Request, user_id: str) -> None:
 async def request_openid_token(hs: Homeserver, request: Request, user_id: str) -> Json:
     """A token by which a third service can ask this server who the user is, and nothing else."""
     check_own_user(request, user_id)
+    token, expires_ts = random_token(), now_ms() + OPENID_SECONDS * 1000
+    with hs.db.write():
+        row = (token_hash(token), request.user.nid, expires_ts)
+        hs.db.execute("INSERT INTO openid_tokens VALUES (?, ?, ?)", row)
     return {
-        "access_token": hs.accounts.openid_tokens.add(request.user.nid),
+        "access_token": token,
         "token_type": "Bearer",
         "matrix_server_name": hs.config.server_name,
-        "expires_in": hs.accounts.openid_tokens.seconds,
+        "expires_in": OPENID_SECONDS,
     }
+
+
+def openid_user(hs: Homeserver, token: str) -> str | None:
+    """Whose OpenID token this is; None when it is unknown, too old, or its user may not act."""
+    sql = "SELECT user_nid FROM openid_tokens WHERE token_hash = ? AND expires_ts > ?"
+    nid = hs.db.value(sql, (token_hash(token), now_ms()))
+    account = None if nid is None else hs.accounts.get(nid)
+    if account is None or account.deactivated or account.locked:
+        return None
+    return hs.db.user_id(account.nid)
 
 
 @route("GET", "/_matrix/federation/v1/openid/userinfo", auth=NONE)
 async def openid_userinfo(hs: Homeserver, request: Request) -> Json:
     """Whose OpenID token this is.  Spec: SS-API "OpenID"."""
-    nid = hs.accounts.openid_tokens.get(request.arg("access_token"))
-    account = None if nid is None else hs.accounts.get(nid)
-    if account is None or account.deactivated:
+    user_id = openid_user(hs, request.arg("access_token") or "")
+    if user_id is None:
         raise unknown_token()
-    return {"sub": hs.db.user_id(account.nid)}
-
-
-# Third-party identifiers: there are none here. No mail is sent and no text message.
-
-
-@route("GET", V3 + "/account/3pid", auth=USER)
-async def list_third_party_ids(_hs: Homeserver, _request: Request) -> Json:
-    """The e-mail addresses and phone numbers of the account: none."""
-    return {"threepids": []}
-
-
-@route("POST", V3 + "/account/3pid/delete", auth=USER)
-@route("POST", V3 + "/account/3pid/unbind", auth=USER)
-async def remove_third_party_id(_hs: Homeserver, _request: Request) -> Json:
-    """Nothing was ever bound through this server."""
-    return {"id_server_unbind_result": "no-support"}
-
-
-@route("POST", V3 + "/account/3pid", auth=NONE)
-@route("POST", V3 + "/account/3pid/add", auth=NONE)
-@route("POST", V3 + "/account/3pid/bind", auth=NONE)
-@route("POST", V3 + "/account/3pid/{medium}/requestToken", auth=NONE)
-@route("POST", V3 + "/account/password/{medium}/requestToken", auth=NONE)
-@route("POST", V3 + "/register/{medium}/requestToken", auth=NONE)
-async def deny_third_party_id(_hs: Homeserver, _request: Request, medium: str = "") -> Json:
-    """None can be validated, so none can be added, or used.  Spec: "m.3pid_changes"."""
-    raise MatrixError(403, "M_THREEPID_DENIED", "This server keeps no addresses")
+    return {"sub": user_id}
 
 
 # ── 14.10  Transaction ids ───────────────────────────────────────────────────
@@ -7280,6 +7496,710 @@ def record_transaction(
     """Remember the result of a request, in the write block of what it did."""
     row = (*txn_row_key(requester, scope, txn_id), result, now_ms())
     hs.db.execute("INSERT OR REPLACE INTO txns VALUES (?, ?, ?, ?)", row)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  47. E-MAIL, TERMS, TOKENS
+#
+#  What stands beside the password: e-mail addresses whose owner has shown that
+#  they read them, tokens that let strangers register, documents that they have
+#  to accept, and tokens signed by a friendly service. Each is a stage, a login
+#  type or an identifier of the chapter before.
+#       spec: CS-API "Account registration", "Password management", "Adding Account
+#       Administrative Contact Information", "Terms of service at registration"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE emails (
+    address TEXT PRIMARY KEY,        -- in lower case
+    user_nid INTEGER NOT NULL,
+    validated_ts INTEGER NOT NULL,
+    added_ts INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX emails_of_user ON emails (user_nid);
+CREATE TABLE email_validations (     -- messages sent, and which of them were answered
+    sid TEXT PRIMARY KEY,
+    purpose TEXT NOT NULL,           -- register, password or 3pid: good for nothing else
+    address TEXT NOT NULL,
+    secret_hash BLOB NOT NULL,       -- of client_secret
+    user_nid INTEGER,                -- whose account it is about; NULL: who has none yet
+    send_attempt INTEGER NOT NULL,
+    token_hash BLOB NOT NULL UNIQUE, -- of what stands in the link
+    next_link TEXT,
+    sent_ts INTEGER NOT NULL,
+    validated_ts INTEGER,
+    UNIQUE (address, secret_hash, purpose)
+) WITHOUT ROWID;
+CREATE INDEX email_validations_age ON email_validations (sent_ts);
+CREATE TABLE consents (
+    user_nid INTEGER NOT NULL,
+    document TEXT NOT NULL,
+    version TEXT NOT NULL,
+    accepted_ts INTEGER NOT NULL,
+    PRIMARY KEY (user_nid, document)
+) WITHOUT ROWID;
+CREATE TABLE registration_tokens (   -- as they are, since admins want to read them again
+    token TEXT PRIMARY KEY,
+    uses_allowed INTEGER,            -- NULL: any number
+    completed INTEGER NOT NULL DEFAULT 0,
+    expires_ts INTEGER
+) WITHOUT ROWID;
+""")
+invariant(
+    "e-mail addresses of accounts that are not there",
+    """
+    SELECT address
+    FROM emails
+    WHERE user_nid NOT IN (SELECT user_nid FROM accounts WHERE deactivated = 0)
+    """,
+)
+
+VALIDATION_MS = 3_600_000  # to follow the link, and then again to go on in the app
+MAIL_SECONDS = 10  # for each step of a delivery
+MAILS_AT_ONCE = 4
+MAILS_WAITING = 50
+PLAIN_EMAIL = re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[A-Za-z0-9.-]{1,190}", re.ASCII)
+CLIENT_SECRET = re.compile(r"[0-9a-zA-Z.=_-]{1,255}")
+VALIDATE_PATH = "/_conduit/email/validate"
+
+log_mail = logging.getLogger("conduit.mail")
+
+# ── 47.1  Sending e-mail ─────────────────────────────────────────────────────
+
+GREETING = "This message comes from the Matrix server {server}.\n\n"
+PARDON = "\n\nIf this was not you, do nothing: without you nothing happens.\n"
+THE_LINK = " open this page within an hour:\n\n{link}"
+MESSAGES = {  # by purpose, and whether the address belongs to an account
+    ("register", False): "Somebody registers there with this address. If it is you,"
+    f"{THE_LINK}\n\nand go on in your app.{PARDON}",
+    ("register", True): "Somebody wanted to register there with this address, but {user} has it"
+    " already. If it is you, sign in as that, with a new password if you have forgotten it."
+    f"{PARDON}",
+    ("password", True): "Somebody wants a new password for your account {user}. If it is you,"
+    f"{THE_LINK}\n\nOpen it only if you have asked for it yourself: whoever asked can then choose"
+    f" the password.{PARDON}",
+    ("password", False): "Somebody wanted a new password for an account with this address, but"
+    f" there is none.{PARDON}",
+    ("3pid", False): "Somebody adds this address to an account there. If it is you,"
+    f"{THE_LINK}\n\nand go on in your app.{PARDON}",
+}
+SUBJECTS = {
+    "register": "Your new account on {server}",
+    "password": "Your password on {server}",
+    "3pid": "Your e-mail address on {server}",
+}
+
+
+def deliver(smtp: SmtpConfig, message: EmailMessage) -> None:
+    """Hand a message to the mail server; for threads. A password never goes unencrypted."""
+    context = ssl.create_default_context()
+    if smtp.host in ("localhost", "127.0.0.1"):  # nobody is in between, nor has a certificate
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    options: Any = {"host": smtp.host, "port": smtp.port, "timeout": MAIL_SECONDS}
+    tls_first = smtp.port == 465
+    with contextlib.ExitStack() as stack:
+        kind = functools.partial(smtplib.SMTP_SSL, context=context) if tls_first else smtplib.SMTP
+        connection = stack.enter_context(kind(**options))
+        connection.ehlo()
+        must = bool(smtp.user) or smtp.port == 587
+        if not tls_first and (must or connection.has_extn("starttls")):
+            connection.starttls(context=context)
+        if smtp.user:
+            connection.login(smtp.user, smtp.password or "")
+        connection.send_message(message)
+
+
+class Mailer:
+    """Sends messages, a few at a time; who would have to wait for long is sent away."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._waiting = 0
+        self._turn = asyncio.Semaphore(MAILS_AT_ONCE)
+
+    async def send(self, address: str, subject: str, text: str) -> None:
+        """Send a message, or say with a 500 that it could not be sent; the log has the reason."""
+        smtp = cast(SmtpConfig, self.hs.config.smtp)
+        message = EmailMessage()
+        message["From"], message["To"], message["Subject"] = smtp.from_, address, subject
+        message["Date"] = format_datetime(datetime.now(timezone.utc))
+        message["Message-ID"] = make_msgid(domain=smtp.from_.rpartition("@")[2])
+        message["Auto-Submitted"] = "auto-generated"
+        message.set_content(text)
+        if self._waiting >= MAILS_WAITING:
+            raise limit_exceeded(60_000, "Too many messages are waiting to be sent")
+        self._waiting += 1
+        try:
+            await self.hs.db.synced()
+            async with self._turn:
+                await asyncio.to_thread(deliver, smtp, message)
+        except (OSError, smtplib.SMTPException, ValueError) as error:
+            log_mail.error("no mail could be sent through %s: %s", smtp.host, error)
+            raise MatrixError(500, "M_UNKNOWN", "The e-mail could not be sent") from error
+        finally:
+            self._waiting -= 1
+
+
+# ── 47.2  Addresses and who reads them ───────────────────────────────────────
+
+
+class Validation(NamedTuple):
+    """A row of email_validations, as far as others want to know."""
+
+    sid: str
+    purpose: str
+    address: str
+    user_nid: UserNid | None
+    next_link: str | None
+
+
+def checked_email(text: str) -> str:
+    """An address in the form in which it is compared. 400 M_INVALID_PARAM."""
+    if not PLAIN_EMAIL.fullmatch(text):
+        raise invalid_param("This is no e-mail address to which this server could write")
+    return text.lower()
+
+
+def threepid_in_use() -> MatrixError:
+    """400 M_THREEPID_IN_USE."""
+    return MatrixError(400, "M_THREEPID_IN_USE", "Another account has this address")
+
+
+class Emails:
+    """The e-mail addresses of accounts, and proofs that somebody reads one."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        self.mailer = Mailer(hs)
+        hs.accounts.on_registered(self._registered)
+        hs.accounts.on_deactivated(self._forget)
+
+    def owner(self, address: str) -> UserNid | None:
+        """Whose address this is."""
+        sql = "SELECT user_nid FROM emails WHERE address = ?"
+        return cast("UserNid | None", self.db.value(sql, (address.lower(),)))
+
+    def of(self, nid: UserNid) -> list[Json]:
+        """The addresses of a user, as /account/3pid shows them."""
+        sql = "SELECT address, validated_ts, added_ts FROM emails WHERE user_nid = ?"
+        names = ("address", "validated_at", "added_at")
+        rows = self.db.all(sql, (nid,))
+        return [{"medium": "email", **dict(zip(names, row, strict=True))} for row in rows]
+
+    def add(self, nid: UserNid, address: str) -> None:
+        """Give a user an address. 400 M_THREEPID_IN_USE for that of another."""
+        if self.owner(address) not in (None, nid):
+            raise threepid_in_use()
+        with self.db.write():
+            row = (address.lower(), nid, now_ms(), now_ms())
+            self.db.execute("INSERT OR IGNORE INTO emails VALUES (?, ?, ?, ?)", row)
+
+    def remove(self, nid: UserNid, address: str) -> None:
+        """Take an address from a user."""
+        with self.db.write():
+            sql = "DELETE FROM emails WHERE address = ? AND user_nid = ?"
+            self.db.execute(sql, (address.lower(), nid))
+
+    def replace(self, nid: UserNid, addresses: Iterable[str]) -> None:
+        """Let a user have these addresses and no others."""
+        with self.db.write():
+            self.db.execute("DELETE FROM emails WHERE user_nid = ?", (nid,))
+            for address in addresses:
+                self.add(nid, checked_email(address))
+
+    async def ask(self, purpose: str, user_nid: UserNid | None, body: Json) -> str:
+        """Write to an address, unless this attempt was made already; the sid.
+
+        Whoever asks learns nothing from it: the message alone says whether there is an account.
+        """
+        address, secret_hash = checked_email(body["email"]), token_hash(body["client_secret"])
+        row = self.db.one(
+            """
+            SELECT sid, send_attempt
+            FROM email_validations
+            WHERE address = ? AND secret_hash = ? AND purpose = ? AND sent_ts > ?
+            """,
+            (address, secret_hash, purpose, now_ms() - VALIDATION_MS),
+        )
+        if row is not None and row[1] >= body["send_attempt"]:
+            return cast(str, row[0])
+        self.hs.accounts.guesses.take([("mail", address)])
+        owner, sid, token = self.owner(address), random_token(), random_token()
+        about = owner if purpose == "password" else user_nid
+        proof = (token_hash(token), self._own_link(body.get("next_link")), now_ms())
+        with self.db.write():
+            self.db.execute(
+                """
+                INSERT OR REPLACE INTO email_validations (sid, purpose, address, secret_hash,
+                    user_nid, send_attempt, token_hash, next_link, sent_ts)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)
+                """,
+                (sid, purpose, address, secret_hash, about, body["send_attempt"], *proof),
+            )
+        config = self.hs.config  # the link never follows the Host header, which anybody can choose
+        names = {"server": config.server_name, "user": owner and self.db.user_id(owner)}
+        names["link"] = f"{config.well_known.client}{VALIDATE_PATH}?token={token}"
+        text = (GREETING + MESSAGES[purpose, owner is not None]).format(**names)
+        try:
+            await self.mailer.send(address, SUBJECTS[purpose].format(**names), text)
+        except MatrixError:  # the client may make the same attempt again
+            with self.db.write():
+                self.db.execute("DELETE FROM email_validations WHERE sid = ?", (sid,))
+            raise
+        return sid
+
+    def _own_link(self, link: str | None) -> str | None:
+        """A next_link within this server's own site; apps elsewhere send theirs, to no effect."""
+        with contextlib.suppress(ValueError):
+            ours, theirs = urlsplit(self.hs.config.well_known.client), urlsplit(link or "")
+            if (ours.scheme, ours.netloc) == (theirs.scheme, theirs.netloc) and link:
+                return link if link.isascii() and link.isprintable() else None
+        return None
+
+    def asked(self, token: str, *, answer: bool = False) -> Validation | None:
+        """What the token in a link is about, and if it is the answer, the proof; None when over."""
+        row = self.db.one(
+            """
+            SELECT sid, purpose, address, user_nid, next_link
+            FROM email_validations
+            WHERE token_hash = ? AND validated_ts IS NULL AND sent_ts > ?
+            """,
+            (token_hash(token), now_ms() - VALIDATION_MS),
+        )
+        if row is not None and answer:
+            with self.db.write():
+                sql = "UPDATE email_validations SET validated_ts = ? WHERE sid = ?"
+                self.db.execute(sql, (now_ms(), row[0]))
+        return None if row is None else Validation(*row)
+
+    def proved(self, creds: Json, purpose: str) -> Validation | None:
+        """What the owner of an address has proved, for the last time; None if they have not."""
+        check_shape(creds, {"sid": str, "client_secret": str}, "threepid_creds")
+        row = self.db.one(
+            """
+            SELECT sid, purpose, address, user_nid, next_link
+            FROM email_validations
+            WHERE sid = ? AND secret_hash = ? AND purpose = ? AND validated_ts > ?
+            """,
+            (creds["sid"], token_hash(creds["client_secret"]), purpose, now_ms() - VALIDATION_MS),
+        )
+        if row is None:
+            return None
+        with self.db.write():
+            self.db.execute("DELETE FROM email_validations WHERE sid = ?", (row[0],))
+        return Validation(*row)
+
+    def _registered(self, nid: UserNid, session: UiaSession) -> None:
+        if EMAIL in session.results:
+            self.add(nid, session.results[EMAIL].address)
+
+    def _forget(self, nid: UserNid) -> None:
+        self.db.execute("DELETE FROM emails WHERE user_nid = ?", (nid,))
+        self.db.execute("DELETE FROM consents WHERE user_nid = ?", (nid,))
+
+    def expire(self) -> None:
+        """Delete validations that have had their time."""
+        with self.db.write():
+            before = now_ms() - 2 * VALIDATION_MS
+            self.db.execute("DELETE FROM email_validations WHERE sent_ts < ?", (before,))
+
+
+@stage(EMAIL)
+async def is_reader(hs: Homeserver, request: Request, auth: Json, session: UiaSession) -> bool:
+    """Whether the client's user reads the address: a new one to register, else the account's."""
+    creds = auth.get("threepid_creds") or auth.get("threepidCreds") or {}
+    purpose = "register" if session.operation[1].endswith("/register") else "password"
+    proved = hs.emails.proved(creds, purpose)
+    if proved is None:
+        return False
+    if purpose == "password":
+        is_owner = (
+            proved.user_nid is not None and hs.emails.owner(proved.address) == proved.user_nid
+        )
+        if not is_owner or session.operation[2] not in (None, proved.user_nid):
+            return False
+    session.results[EMAIL] = proved
+    return True
+
+
+def user_of_email(hs: Homeserver, identifier: Json) -> str | None:
+    """m.id.thirdparty: the account with an address; an unknown one looks like a wrong password."""
+    check_shape(identifier, {"medium": str, "address": str}, "identifier")
+    nid = hs.emails.owner(identifier["address"]) if identifier["medium"] == "email" else None
+    return f"@{identifier['address']}" if nid is None else hs.db.user_id(nid)
+
+
+IDENTIFIERS["m.id.thirdparty"] = user_of_email
+
+# ── 47.3  The addresses of an account ────────────────────────────────────────
+
+EMAIL_REQUEST = {
+    **{"client_secret": str, "email": str, "send_attempt": int, "next_link?": str},
+    **{"id_server?": str, "id_access_token?": str},  # ignored where the homeserver writes itself
+}
+ADDED = {"client_secret": str, "sid": str, "auth?": dict}
+ADDRESS_OF_ACCOUNT = {"medium": str, "address": str, "id_server?": str}
+BY_SERVER = {"three_pid_creds?": dict, "client_secret?": str, "sid?": str, "id_server?": str}
+WRITE_PATH = "/{medium}/requestToken"
+
+
+def require_smtp(hs: Homeserver) -> None:
+    """403 M_THREEPID_DENIED where no address can be validated."""
+    if hs.config.smtp is None:
+        raise MatrixError(403, "M_THREEPID_DENIED", "This server sends no e-mail")
+
+
+@route("POST", V3 + "/account/3pid" + WRITE_PATH, auth=OPTIONAL, limit="register", body=ANY_OBJECT)
+@route(
+    "POST", V3 + "/account/password" + WRITE_PATH, auth=OPTIONAL, limit="register", body=ANY_OBJECT
+)
+@route("POST", V3 + "/register" + WRITE_PATH, auth=OPTIONAL, limit="register", body=ANY_OBJECT)
+async def request_email_token(hs: Homeserver, request: Request, medium: str) -> Json:
+    """Write to an e-mail address, to see whether somebody reads it.
+
+    403 M_THREEPID_DENIED without [global.smtp]; phone numbers cannot be reached.
+    """
+    purpose, body = request.segments[-3], request.json
+    if medium != "email":
+        text = "This server sends no text messages"
+        raise MatrixError(400, "M_THREEPID_MEDIUM_NOT_SUPPORTED", text)
+    check_shape(body, EMAIL_REQUEST)
+    if not CLIENT_SECRET.fullmatch(body["client_secret"]):
+        raise invalid_param("client_secret consists of up to 255 of 0-9 a-z A-Z . = _ -")
+    if abs(body["send_attempt"]) > MAX_CANONICAL_INT:
+        raise invalid_param("send_attempt is too large")
+    require_smtp(hs)
+    if purpose == "3pid" and hs.emails.owner(checked_email(body["email"])) is not None:
+        raise threepid_in_use()
+    user_nid = request.requester.nid if request.requester else None
+    return {"sid": await hs.emails.ask(purpose, user_nid, body)}
+
+
+@route("GET", V3 + "/account/3pid", auth=USER)
+async def list_third_party_ids(hs: Homeserver, request: Request) -> Json:
+    """The e-mail addresses of the account."""
+    return {"threepids": hs.emails.of(request.user.nid)}
+
+
+@route("POST", V3 + "/account/3pid/add", auth=USER, limit="login", body=ADDED)
+async def add_third_party_id(hs: Homeserver, request: Request) -> Json:
+    """Add an address that was validated. 403 M_THREEPID_AUTH_FAILED if it was not."""
+    require_smtp(hs)
+    await user_interactive_auth(hs, request)
+    proved = hs.emails.proved(request.json, "3pid")
+    if proved is None or proved.user_nid not in (None, request.user.nid):
+        raise MatrixError(403, "M_THREEPID_AUTH_FAILED", "This address has not been validated")
+    hs.emails.add(request.user.nid, proved.address)
+    return {}
+
+
+@route("POST", V3 + "/account/3pid", auth=USER, limit="login", body=BY_SERVER)
+@route("POST", V3 + "/account/3pid/bind", auth=USER, limit="login", body=BY_SERVER)
+async def bind_third_party_id(_hs: Homeserver, _request: Request) -> Json:
+    """There is no identity server that this server would trust."""
+    raise MatrixError(400, "M_SERVER_NOT_TRUSTED", "This server trusts no identity server")
+
+
+@route("POST", V3 + "/account/3pid/delete", auth=USER, body=ADDRESS_OF_ACCOUNT)
+async def delete_third_party_id(hs: Homeserver, request: Request) -> Json:
+    """Take an address from the account; a suspended user could hide by that."""
+    refuse_suspended(hs, request.user)
+    if request.json["medium"] == "email":
+        hs.emails.remove(request.user.nid, request.json["address"])
+    return {"id_server_unbind_result": "no-support"}
+
+
+@route("POST", V3 + "/account/3pid/unbind", auth=USER, body=ADDRESS_OF_ACCOUNT)
+async def unbind_third_party_id(_hs: Homeserver, _request: Request) -> Json:
+    """Nothing was ever bound through this server."""
+    return {"id_server_unbind_result": "no-support"}
+
+
+# ── 47.4  Terms of service ───────────────────────────────────────────────────
+
+
+def terms_params(config: Config) -> Json:
+    """The documents as m.login.terms presents them."""
+    policies: Json = {}
+    for document in config.terms:
+        policy = policies.setdefault(document.id, {"version": document.version})
+        policy[document.lang] = {"name": document.name, "url": document.url}
+    return {"policies": policies}
+
+
+STAGE_PARAMS[TERMS] = terms_params
+
+
+@stage(TERMS)
+async def accept_terms(hs: Homeserver, _request: Request, _auth: Json, session: UiaSession) -> bool:
+    """By sending this stage the client says that its user has accepted what was presented."""
+    session.results[TERMS] = terms_params(hs.config)["policies"]
+    return True
+
+
+def store_consent(hs: Homeserver, nid: UserNid, session: UiaSession) -> None:
+    """Remember which versions a new user has accepted."""
+    for document, policy in session.results.get(TERMS, {}).items():
+        row = (nid, document, policy["version"], now_ms())
+        hs.db.execute("INSERT OR REPLACE INTO consents VALUES (?, ?, ?, ?)", row)
+
+
+# ── 47.5  Registration tokens ────────────────────────────────────────────────
+
+
+class RegistrationToken(NamedTuple):
+    """A row of registration_tokens."""
+
+    token: str
+    uses_allowed: int | None
+    completed: int
+    expires_ts: int | None
+
+
+class RegistrationTokens:
+    """Tokens that admins have made beside the configured one."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        hs.accounts.has_tokens = self.exist
+        hs.accounts.on_registered(self._use)
+
+    def exist(self) -> bool:
+        """Whether there is any; one that has expired still says that registration wants one."""
+        return self.db.one("SELECT 1 FROM registration_tokens LIMIT 1") is not None
+
+    def find(self, token: str) -> RegistrationToken | None:
+        """The token, whether it is still good or not."""
+        row = self.db.one(
+            """
+            SELECT token, uses_allowed, completed, expires_ts
+            FROM registration_tokens
+            WHERE token = ?
+            """,
+            (token,),
+        )
+        return None if row is None else RegistrationToken(*row)
+
+    def all(self) -> list[RegistrationToken]:
+        """All tokens, in alphabetical order."""
+        rows = self.db.all(
+            """
+            SELECT token, uses_allowed, completed, expires_ts
+            FROM registration_tokens
+            ORDER BY token
+            """
+        )
+        return [RegistrationToken(*row) for row in rows]
+
+    def pending(self, token: str) -> int:
+        """How many registrations have shown it and are not finished."""
+        sessions = self.hs.accounts.uia.live()
+        return sum(session.results.get(REGISTRATION_TOKEN) == token for session in sessions)
+
+    def is_good(self, row: RegistrationToken) -> bool:
+        """Whether somebody could register with it now."""
+        used = row.completed + self.pending(row.token)
+        is_left = row.uses_allowed is None or used < row.uses_allowed
+        return is_left and (row.expires_ts is None or row.expires_ts > now_ms())
+
+    def put(self, row: RegistrationToken) -> None:
+        """Make a token, or change one. 400 when it cannot be one."""
+        if not RELIABLE_TOKEN.fullmatch(row.token):
+            raise invalid_param("A token consists of up to 64 of 0-9 a-z A-Z . _ ~ -")
+        if row.uses_allowed is not None and not 0 <= row.uses_allowed <= MAX_CANONICAL_INT:
+            raise invalid_param("uses_allowed is a number from 0 on, or null")
+        if row.expires_ts is not None and not now_ms() <= row.expires_ts <= MAX_CANONICAL_INT:
+            raise invalid_param("expiry_time lies in the past")
+        with self.db.write():
+            sql = "INSERT OR REPLACE INTO registration_tokens VALUES (?, ?, ?, ?)"
+            self.db.execute(sql, row)
+
+    def delete(self, token: str) -> bool:
+        """Delete a token; whether there was one."""
+        with self.db.write():
+            sql = "DELETE FROM registration_tokens WHERE token = ?"
+            return self.db.execute(sql, (token,)).rowcount > 0
+
+    def _use(self, _nid: UserNid, session: UiaSession) -> None:
+        """Count a registration. 403 when the token was used up, or deleted, in the meantime."""
+        token = session.results.get(REGISTRATION_TOKEN)
+        if token is None:
+            return
+        cursor = self.db.execute(
+            """
+            UPDATE registration_tokens
+            SET completed = completed + 1
+            WHERE token = ? AND (uses_allowed IS NULL OR completed < uses_allowed)
+            """,
+            (token,),
+        )
+        if not cursor.rowcount:
+            raise forbidden("This registration token is not good any more")
+
+
+def is_fixed_token(hs: Homeserver, token: str) -> bool:
+    """Whether this is the configured token, or the one printed for the first account."""
+    configured = hs.config.registration_token if hs.config.allow_registration else None
+    known = filter(None, (configured, hs.accounts.first_admin_token()))
+    return any([hmac.compare_digest(right.encode(), token.encode()) for right in known])
+
+
+def is_registration_token(hs: Homeserver, token: str, address: str) -> bool:
+    """Whether the token lets somebody register now; wrong ones count against the address."""
+    keys = [("token", address_group(address))]
+    hs.accounts.guesses.take(keys)
+    row = hs.registration_tokens.find(token) if hs.config.allow_registration else None
+    good = is_fixed_token(hs, token) or (row is not None and hs.registration_tokens.is_good(row))
+    if good:
+        hs.accounts.guesses.refund(keys)
+    return good
+
+
+@stage(REGISTRATION_TOKEN)
+async def has_token(hs: Homeserver, request: Request, auth: Json, session: UiaSession) -> bool:
+    """Whether the token is good."""
+    check_shape(auth, {"token": str}, "auth")
+    if not is_registration_token(hs, auth["token"], request.address):
+        return False
+    if not is_fixed_token(hs, auth["token"]):  # whose uses nobody counts
+        session.results[REGISTRATION_TOKEN] = auth["token"]
+    return True
+
+
+VALIDITY = "/_matrix/client/v1/register/m.login.registration_token/validity"
+
+
+@route("GET", VALIDITY, auth=NONE, limit="register")
+async def registration_token_validity(hs: Homeserver, request: Request) -> Json:
+    """Whether a registration token would be accepted now; wrong ones count as guesses."""
+    check_shape(request.query, {"token": [str]}, "The query")
+    if not hs.config.allow_registration and hs.accounts.has_users():
+        raise forbidden("Registration is disabled")
+    return {"valid": is_registration_token(hs, request.query["token"][0], request.address)}
+
+
+# ── 47.6  JSON web tokens ────────────────────────────────────────────────────
+
+JWT_CLAIMS = {"sub": str, "exp": float, "nbf?": float, "iat?": float}
+
+
+def jwt_claims(token: str, secret: str) -> Json:
+    """The claims of a token that this secret signed; ValueError or MatrixError for any other.
+
+    Spec: RFC 7519, RFC 7515. Trap: which algorithm it was is not for the token to say.
+    """
+    if len(token) > MAX_ID_BYTES * 16:
+        raise ValueError("too long")
+    signed, _, signature = token.rpartition(".")
+    head, _, body = signed.partition(".")
+    right = hmac.new(secret.encode(), signed.encode(), hashlib.sha256).digest()
+    padded = [
+        base64.b64decode(p + "=" * (-len(p) % 4), b"-_", True) for p in (signature, head, body)
+    ]
+    if not hmac.compare_digest(padded[0], right):
+        raise ValueError("the signature is not right")
+    header, claims = parse_json(padded[1]), parse_json(padded[2])
+    check_shape(header, {"alg": str})
+    check_shape(claims, JWT_CLAIMS)
+    if header["alg"] != "HS256" or "crit" in header:
+        raise ValueError("only HS256, and nothing beyond it")
+    now = now_ms() / 1000
+    if not claims.get("nbf", 0) <= now < claims["exp"]:
+        raise ValueError("not now")
+    return cast(Json, claims)
+
+
+@login_type("org.matrix.login.jwt", operator.attrgetter("jwt_secret"))
+async def user_by_jwt(hs: Homeserver, request: Request) -> UserNid | None:
+    """org.matrix.login.jwt: a token in which a service with jwt_secret names the user as `sub`."""
+    check_shape(request.json, {"token": str})
+    keys = [("token", address_group(request.address))]
+    hs.accounts.guesses.take(keys)
+    try:
+        claims = jwt_claims(request.json["token"], hs.config.jwt_secret or "")
+    except (ValueError, MatrixError) as error:
+        raise forbidden("This JSON web token is not valid") from error
+    hs.accounts.guesses.refund(keys)
+    user_id = user_of_name(hs, {"user": claims["sub"]}) or ""
+    account = None if user_id == hs.accounts.bot_id else hs.accounts.find(user_id)
+    return None if account is None else account.nid
+
+
+# ── 47.7  Moderating accounts ────────────────────────────────────────────────
+
+MARKS = {"lock": "locked", "suspend": "suspended"}
+MARK_PATHS = (
+    "/_matrix/client/v1/admin/lock/{user_id}",
+    "/_matrix/client/v1/admin/suspend/{user_id}",
+)
+
+
+def moderated_account(hs: Homeserver, request: Request, user_id: str) -> tuple[str, Account]:
+    """Which mark a path is about, and the account of the user in it; 400, 403 or 404."""
+    if not is_user_id(user_id) or not hs.is_local(user_id):
+        raise invalid_param("This is no user of this server")
+    account = hs.accounts.find(user_id)
+    if account is None or account.deactivated:
+        raise not_found("There is no such account")
+    if account.is_admin and account.nid != request.user.nid:
+        raise forbidden("This is an admin")
+    return MARKS[request.segments[-2]], account
+
+
+@route("GET", MARK_PATHS[0], auth=ADMIN, also=MARK_PATHS[1:])
+async def get_mark(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Whether an account is locked or suspended.  Spec: "Server Administration"."""
+    mark, account = moderated_account(hs, request, user_id)
+    return {mark: getattr(account, mark)}
+
+
+@route("PUT", MARK_PATHS[0], auth=ADMIN, also=MARK_PATHS[1:], body=ANY_OBJECT)
+async def put_mark(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Lock or suspend an account, or take that back; never one's own or another admin's."""
+    mark, account = moderated_account(hs, request, user_id)
+    check_shape(request.json, {mark: bool})
+    if account.is_admin:
+        raise forbidden("This is your own account")
+    hs.accounts.set_mark(account.nid, mark, request.json[mark])
+    return {mark: request.json[mark]}
+
+
+def connection_of(device: Json) -> Json:
+    """Where a device was last seen, as whois tells it."""
+    return {"ip": device.get("last_seen_ip", ""), "last_seen": device.get("last_seen_ts", 0)}
+
+
+@route("GET", V3 + "/admin/whois/{user_id}", auth=USER)
+async def who_is(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Where a user's devices were last seen, for themselves and for admins."""
+    if user_id != request.user.user_id:
+        check_caller(ADMIN, request.user)
+    account = hs.accounts.find(user_id)
+    if account is None:
+        raise not_found("There is no such account")
+    devices = {
+        device["device_id"]: {"sessions": [{"connections": [connection_of(device)]}]}
+        for device in hs.accounts.devices(account.nid)
+    }
+    return {"user_id": user_id, "devices": devices}
+
+
+OAUTH_PATH = "/_matrix/client/v1/auth_metadata"
+
+
+@route("GET", OAUTH_PATH, auth=NONE)
+async def auth_metadata(_hs: Homeserver, _request: Request) -> Json:
+    """404 M_UNRECOGNIZED tells clients to sign in by the legacy API.  Spec: "Server metadata"."""
+    raise MatrixError(404, "M_UNRECOGNIZED", "This server does not use OAuth 2.0")
+
+
+@route("GET", V3 + "/login/sso/redirect", auth=NONE)
+@route("GET", V3 + "/login/sso/redirect/{idp_id}", auth=NONE)
+async def sso_redirect(_hs: Homeserver, _request: Request, idp_id: str = "") -> Json:
+    """No identity provider is known, so nobody is sent to one.  Spec: "SSO client login"."""
+    raise not_found("There is no single sign-on on this server")
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -7437,17 +8357,22 @@ def check_may_edit_profile(hs: Homeserver, request: Request, user_id: str, name:
         raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests have a display name only")
 
 
+def checked_field(name: str, value: Any) -> Any:
+    """A value as it is stored; None for an empty name or avatar."""
+    form = FIELD_VALUES.get(name)
+    if value is None or (form is not None and not isinstance(value, str)):
+        raise bad_json(f"{name} is of the wrong type")
+    if form is not None and not form.fullmatch(value):
+        raise invalid_param(f"{name} is too long, or nothing that clients could show")
+    return None if name in MEMBER_FIELDS and not value else value
+
+
 @route("PUT", PROFILE_FIELD, auth=GUEST, also=PROFILE_FIELD_OLD, body=ANY_OBJECT)
 async def put_profile_field(hs: Homeserver, request: Request, user_id: str, name: str) -> Json:
     """Set a field of the own profile; an empty name or avatar takes it away."""
     check_may_edit_profile(hs, request, user_id, name)
     check_shape(request.json, {name: ANY})
-    value, form = request.json[name], FIELD_VALUES.get(name)
-    if value is None or (form is not None and not isinstance(value, str)):
-        raise bad_json(f"{name} is of the wrong type")
-    if form is not None and not form.fullmatch(value):
-        raise invalid_param(f"{name} is too long, or nothing that clients could show")
-    hs.profiles.put(request.user.nid, name, None if name in MEMBER_FIELDS and not value else value)
+    hs.profiles.put(request.user.nid, name, checked_field(name, request.json[name]))
     return {}
 
 
@@ -8506,7 +9431,7 @@ class Reader(NamedTuple):
 
 def sum_up_edits(reader: Reader, event: Event) -> Json | None:
     """The newest edit.  Spec: "Server-side aggregation of `m.replace` relationships"."""
-    edit = latest_edit(reader.hs, event, reader.viewer.may_see)
+    edit = latest_edit(reader.hs, event, reader.viewer.may_read)
     return None if edit is None else client_event(reader.hs.rooms, edit, reader.user.device_nid)
 
 
@@ -8539,7 +9464,7 @@ def sum_up_thread(reader: Reader, event: Event) -> Json | None:
             return None
         newest, count = seen[0], len(seen)
     return {
-        "latest_event": client_events(hs, user, [newest])[0],
+        "latest_event": client_events(hs, user, [viewer.without_erased(newest)])[0],
         "count": count,
         "current_user_participated": event.sender == user.user_id
         or any(row[0] == user.nid for row in rows),
@@ -10172,7 +11097,7 @@ def visible_event(
     viewer = Viewer(hs.rooms, room, request.user.nid)
     if not (viewer.has_access if of_ignored else viewer.may_see)(event):
         raise not_found("There is no such event in this room")
-    return room, event
+    return room, viewer.without_erased(event)
 
 
 @route("GET", ROOM_PATH + "/event/{event_id}", auth=GUEST)
@@ -10212,12 +11137,12 @@ def collect(
     size = min(MAX_PAGE, max(50, limit))
     for _ in range(MAX_SCAN // MAX_PAGE):
         batch = read(low, high, size)
-        kept = {event.nid for event in keep(batch)}
+        kept = {event.nid: event for event in keep(batch)}
         for event in reversed(batch) if backwards else batch:
             if len(found) >= limit:
                 return Page(found, high if backwards else low, True)
             if event.nid in kept:
-                found.append(event)
+                found.append(kept[event.nid])
             at = cast(int, event.pos)
             low, high = (low, at - 1) if backwards else (at, high)
         if len(batch) < size:
@@ -11283,6 +12208,7 @@ def thread_roots(
     viewer = Viewer(hs.rooms, room, request.user.nid)
     found = (hs.rooms.event(root_id) for root_id in roots)
     events = [one for one in found if one and one.room_nid == room.nid and viewer.has_access(one)]
+    events = [viewer.without_erased(one) for one in events]
     shown = []
     for event, one in zip(events, as_clients(hs, request, events), strict=True):
         thread = one["unsigned"].get("m.relations", {}).get(THREAD)
@@ -11731,7 +12657,7 @@ def chosen_events(
             continue
         if room.nid not in viewers:
             viewers[room.nid] = Viewer(hs.rooms, room, request.user.nid)
-        if viewers[room.nid].may_see(event):
+        if viewers[room.nid].may_read(event):
             yield event
 
 
@@ -16182,7 +17108,7 @@ class AdminRoom:
         self.room_id: str = ""
         self._turn = asyncio.Lock()  # answers come in the order of the questions
         hs.rooms.subscribe(self._on_event)
-        hs.accounts.on_account_created(self._bring_in)
+        hs.accounts.on_account_created(self.bring_in)
         hs.db.on_reset(self._read_room_id)
 
     def _read_room_id(self) -> None:
@@ -16220,7 +17146,7 @@ class AdminRoom:
         self.hs.db.set_meta("admin_room", room.room_id)
         self._say(reply_text(WELCOME.format(bot=self.bot)))
         for user_id in self.hs.accounts.list_local_users():
-            self._bring_in(self.hs.db.user_nid(user_id))
+            self.bring_in(self.hs.db.user_nid(user_id))
 
     # Who is in
 
@@ -16230,7 +17156,7 @@ class AdminRoom:
     def _is_admin(self, user_id: str) -> bool:
         return self.hs.accounts.is_admin(self.hs.db.user_nid(user_id))
 
-    def _bring_in(self, user_nid: UserNid) -> None:
+    def bring_in(self, user_nid: UserNid) -> None:
         """Let an admin, such as the first account, find itself in the room as if invited."""
         user_id = self.hs.db.user_id(user_nid)
         if not self.room_id or user_id == self.bot or not self._is_admin(user_id):
@@ -16328,6 +17254,825 @@ class AdminRoom:
         except Exception:
             log_admin.exception("the command of %s failed", sender)
             return reply_text("That went wrong. The server's log has the reason.")
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  48. SYNAPSE ADMIN API
+#
+#  What admin pages and moderation bots call, with the paths and bodies that
+#  Synapse documents. Who proxies /_synapse to the world does not thereby open
+#  it: beside an admin's token it takes an address that the admin has allowed.
+#                            spec: none; Synapse's documentation of its Admin API
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE server_notices (user_nid INTEGER PRIMARY KEY, room_nid INTEGER NOT NULL);
+""")
+invariant(
+    "notices in rooms that are not there",
+    "SELECT user_nid FROM server_notices WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
+)
+
+ADMIN_API = "/_synapse/admin"
+MAX_ROWS = 1000  # in one page of an answer
+
+# ── 48.1  Who may call ───────────────────────────────────────────────────────
+
+
+def require_admin_address(hs: Homeserver, request: Request) -> None:
+    """403 unless the request comes from this machine itself or from an allowed address.
+
+    Trap: behind a proxy that is not in trusted_proxies everybody has the proxy's address.
+    """
+    peer, trusts = request.connection.peer, request.connection.server.is_trusted
+    is_known = trusts(peer) or not any(name in request.headers for name in FORWARDING_HEADERS)
+    if request.is_local():
+        return
+    if is_known and request.address:
+        address = parse_address(request.address)
+        if any(address in network for network in hs.config.admin_api_allowlist):
+            return
+    raise forbidden("admin_api_allowlist does not have your address")
+
+
+def admin_route(method: str, path: str, **options: Any) -> Callable[[Handler], Handler]:
+    """A route below /_synapse/admin, for admins at an allowed address."""
+
+    def register(handler: Handler) -> Handler:
+        @functools.wraps(handler)
+        async def guarded(hs: Homeserver, request: Request, **parts: str) -> Any:
+            require_admin_address(hs, request)
+            return await handler(hs, request, **parts)
+
+        route(method, ADMIN_API + path, auth=ADMIN, **options)(guarded)
+        return handler
+
+    return register
+
+
+def rows_page(request: Request, rows: Sequence[Any]) -> tuple[int, Sequence[Any], int | None]:
+    """Where the page that is asked for begins, its rows, and where the next begins, if it does."""
+    start = request.int_arg("from", 0, 0, MAX_CANONICAL_INT)
+    end = start + request.int_arg("limit", 100, 0, MAX_ROWS)
+    return start, rows[start:end], end if end < len(rows) else None
+
+
+def flag_arg(request: Request, name: str) -> bool | None:
+    """A query argument that is true or false, or not there."""
+    return {"true": True, "false": False, None: None}.get(request.arg(name))
+
+
+def admin_target(hs: Homeserver, user_id: str) -> Account:
+    """The account that a path names. 400 for a user of another server, 404 for nobody."""
+    if not is_user_id(user_id) or not hs.is_local(user_id):
+        raise invalid_param("This is no user of this server")
+    account = hs.accounts.find(user_id)
+    if account is None:
+        raise not_found("User not found")
+    return account
+
+
+def changeable(hs: Homeserver, user_id: str) -> Account:
+    """The same, of an account that can still change; the server's own cannot."""
+    account = admin_target(hs, user_id)
+    if user_id == hs.accounts.bot_id:
+        raise forbidden("This is the server's own account")
+    if account.deactivated:
+        raise MatrixError(400, "M_UNKNOWN", "This account is deactivated, for good")
+    return account
+
+
+# ── 48.2  Users ──────────────────────────────────────────────────────────────
+
+USER_ROWS = """
+    SELECT user_id, is_guest, is_admin, deactivated, erased > 0, locked, suspended, created_ts,
+        (SELECT value FROM profiles WHERE profiles.user_nid = accounts.user_nid
+            AND field = 'displayname'),
+        (SELECT value FROM profiles WHERE profiles.user_nid = accounts.user_nid
+            AND field = 'avatar_url'),
+        (SELECT MAX(last_seen_ts) FROM devices WHERE devices.user_nid = accounts.user_nid)
+    FROM accounts
+    JOIN users USING (user_nid)
+"""
+USER_ROW = f"{USER_ROWS} WHERE user_nid = ?"
+USER_FLAGS = ("is_guest", "admin", "deactivated", "erased", "locked", "suspended")
+USER_ORDER = {
+    **{name: name for name in ("name", "displayname", "avatar_url", "creation_ts", "last_seen_ts")},
+    **{name: name for name in ("is_guest", "admin", "deactivated", "locked", "suspended")},
+}
+
+
+def user_json(row: Sequence[Any]) -> Json:
+    """A row of USER_ROWS as Synapse shows it."""
+    texts = (None if text is None else json.loads(text) for text in row[8:10])
+    times = {"creation_ts": row[7], "last_seen_ts": row[10]}
+    user = {"name": row[0], **dict(zip(USER_FLAGS, map(bool, row[1:7]), strict=True))}
+    user |= {**dict(zip(("displayname", "avatar_url"), texts, strict=True)), **times}
+    return {**user, "user_type": None, "shadow_banned": False}
+
+
+def is_wanted_user(request: Request, user: Json) -> bool:
+    """Whether a user passes the filters of the query."""
+    name, user_id = (request.arg("name") or "").lower(), (request.arg("user_id") or "").lower()
+    localpart = user["name"].partition(":")[0]
+    return (
+        (name in localpart or name in (user["displayname"] or "").lower())
+        and (name != "" or user_id in user["name"])
+        and (user["is_guest"] is False or flag_arg(request, "guests") is not False)
+        and (user["deactivated"] is False or flag_arg(request, "deactivated") is True)
+        and (flag_arg(request, "admins") in (None, user["admin"]))
+        and (user["locked"] is False or flag_arg(request, "locked") is True)
+    )
+
+
+def sort_key(name: str) -> Callable[[Json], tuple[bool, Any]]:
+    """Sorts by a member; those without it come first."""
+    return lambda row: (row[name] is not None, row[name])
+
+
+@admin_route("GET", "/v2/users", also=("v3",))
+async def admin_list_users(hs: Homeserver, request: Request) -> Json:
+    """The accounts that pass the filters, sorted, page by page."""
+    order = USER_ORDER.get(request.arg("order_by", "name") or "name")
+    if order is None:
+        raise invalid_param("order_by names no known column")
+    await hs.db.synced()
+    rows = await hs.db.read_in_thread(lambda reader: reader.execute(USER_ROWS).fetchall())
+    users = [user for user in map(user_json, rows) if is_wanted_user(request, user)]
+    users.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
+    _, page, end = rows_page(request, users)
+    answer: Json = {"users": page, "total": len(users)}
+    return answer if end is None else {**answer, "next_token": str(end)}
+
+
+@admin_route("GET", "/v2/users/{user_id}")
+async def admin_get_user(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """All that is known of one account."""
+    nid = admin_target(hs, user_id).nid
+    consent = hs.db.one("SELECT version, accepted_ts FROM consents WHERE user_nid = ?", (nid,))
+    version, accepted_ts = consent or (None, None)
+    return {
+        **user_json(hs.db.one(USER_ROW, (nid,)) or ()),
+        **{"threepids": hs.emails.of(nid), "external_ids": [], "appservice_id": None},
+        **{"consent_version": version, "consent_ts": accepted_ts},
+    }
+
+
+def set_admin(hs: Homeserver, user_id: str, is_admin: bool) -> None:
+    """Make a user an admin, who finds themselves in the admin room, or one no longer."""
+    nid = hs.db.user_nid(user_id)
+    if hs.accounts.is_admin(nid) == is_admin:
+        return
+    with hs.db.write():
+        hs.accounts.set_admin(nid, is_admin)
+        room = hs.rooms.find(hs.admin_room.room_id)
+        if is_admin:
+            hs.admin_room.bring_in(nid)
+        elif room is not None and room.membership_of(nid) in ("join", "invite"):
+            leave(hs, room, user_id)
+
+
+USER_CHANGES = {
+    **{"password?": str, "logout_devices?": bool, "displayname?": str, "avatar_url?": str},
+    **{"admin?": bool, "deactivated?": bool, "locked?": bool, "suspended?": bool},
+    "threepids?": [{"medium": str, "address": str}],
+}
+
+
+async def change_user(hs: Homeserver, user_id: str, nid: UserNid, changes: Json) -> None:
+    """Do what the body of PUT /v2/users says, deactivation last."""
+    for name in ("displayname", "avatar_url"):
+        if name in changes:
+            hs.profiles.put(nid, name, checked_field(name, changes[name]))
+    for mark in ("locked", "suspended"):
+        if mark in changes:
+            hs.accounts.set_mark(nid, mark, changes[mark])
+    if "threepids" in changes:
+        hs.emails.replace(nid, [one["address"] for one in changes["threepids"]])
+    if "admin" in changes:
+        set_admin(hs, user_id, changes["admin"])
+    if "password" in changes:
+        log_out = changes.get("logout_devices", True)
+        await hs.accounts.set_password(nid, changes["password"], log_out=log_out)
+    if changes.get("deactivated"):
+        await hs.accounts.deactivate(nid)
+
+
+@admin_route("PUT", "/v2/users/{user_id}", body=USER_CHANGES)
+async def admin_put_user(hs: Homeserver, request: Request, user_id: str) -> Response:
+    """Make an account, with 201, or change one."""
+    if not is_user_id(user_id) or not hs.is_local(user_id):
+        raise invalid_param("This is no user of this server")
+    changes, is_new = request.json, not hs.accounts.exists_local(user_id)
+    shuts_out = any(changes.get(name) for name in ("locked", "suspended", "deactivated"))
+    if user_id == request.user.user_id and (shuts_out or not changes.get("admin", True)):
+        raise MatrixError(400, "M_UNKNOWN", "You may not demote yourself, or shut yourself out")
+    if is_new:
+        user_id = local_user_id(hs, user_id[1:].partition(":")[0])
+        hs.accounts.check_available(user_id)
+        hashed = None
+        if "password" in changes:
+            check_new_password(changes["password"])
+            hashed = await hs.accounts.hash(changes.pop("password"))
+        nid = hs.accounts.make_account(user_id, hashed)
+    else:
+        nid = changeable(hs, user_id).nid
+    await change_user(hs, user_id, nid, changes)
+    answer = await admin_get_user(hs, request, user_id)
+    return Response(201 if is_new else 200, encode_json(answer))
+
+
+@admin_route("POST", "/v1/deactivate/{user_id}", body={"erase?": bool})
+async def admin_deactivate(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Close an account for good."""
+    account = changeable(hs, user_id)
+    await hs.accounts.deactivate(account.nid, erase=request.json.get("erase", False))
+    return {"id_server_unbind_result": "success"}
+
+
+RESET = {"new_password": str, "logout_devices?": bool}
+
+
+@admin_route("POST", "/v1/reset_password/{user_id}", body=RESET)
+async def admin_reset_password(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Give a user a new password."""
+    password, log_out = request.json["new_password"], request.json.get("logout_devices", True)
+    await hs.accounts.set_password(changeable(hs, user_id).nid, password, log_out=log_out)
+    return {}
+
+
+@admin_route("GET", "/v1/users/{user_id}/admin")
+async def admin_is_admin(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """Whether a user is an admin."""
+    return {"admin": admin_target(hs, user_id).is_admin}
+
+
+@admin_route("PUT", "/v1/users/{user_id}/admin", body={"admin": bool})
+async def admin_set_admin(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Make a user an admin or take that back; not from oneself."""
+    changeable(hs, user_id)
+    if user_id == request.user.user_id and not request.json["admin"]:
+        raise MatrixError(400, "M_UNKNOWN", "You may not demote yourself")
+    set_admin(hs, user_id, request.json["admin"])
+    return {}
+
+
+@admin_route("PUT", "/v1/suspend/{user_id}", body={"suspend": bool})
+async def admin_suspend(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Suspend a user, or take that back."""
+    account = changeable(hs, user_id)
+    if account.is_admin:
+        raise forbidden("This is an admin")
+    hs.accounts.set_mark(account.nid, "suspended", request.json["suspend"])
+    return {f"user_{user_id}_suspended": request.json["suspend"]}
+
+
+@admin_route("POST", "/v1/users/{user_id}/login", limit="login", body={"valid_until_ms?": int})
+async def admin_login_as(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """An access token of a user; they see its device among theirs."""
+    account = changeable(hs, user_id)
+    until = request.json.get("valid_until_ms")
+    if user_id == request.user.user_id or (until is not None and until > MAX_CANONICAL_INT):
+        raise invalid_param("Not for yourself, and not for ever")
+    if account.locked:
+        raise forbidden("This account is locked")
+    fields = {"initial_device_display_name": f"Login by the admin {request.user.user_id}"[:100]}
+    log_admin.warning("%s logs in as %s", request.user.user_id, user_id)
+    answer = hs.accounts.log_in(account.nid, request.address, fields, until)
+    return {"access_token": answer["access_token"]}
+
+
+@admin_route("GET", "/v1/whois/{user_id}")
+async def admin_who_is(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Where a user's devices were last seen."""
+    return await who_is(hs, request, user_id)  # type: ignore[no-any-return]  # a Handler gives Any
+
+
+@admin_route(
+    "GET",
+    "/v1/users/{user_id}/joined_rooms",
+    also=(f"{ADMIN_API}/v1/users/{{user_id}}/memberships",),
+)
+async def admin_joined_rooms(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """The rooms that a user is in, or with /memberships all that they have a membership in."""
+    nid = hs.db.find_user_nid(user_id)
+    if nid is None:
+        raise not_found("User not found")
+    members = hs.rooms.memberships(nid).items()
+    found = {hs.rooms.by_nid(room_nid).room_id: member.membership for room_nid, member in members}
+    if request.segments[-1] == "memberships":
+        return {"memberships": found}
+    rooms = [room_id for room_id, membership in found.items() if membership == "join"]
+    return {"joined_rooms": rooms, "total": len(rooms)}
+
+
+@admin_route("GET", "/v1/username_available")
+async def admin_username_available(hs: Homeserver, request: Request) -> Json:
+    """Whether a user name can be had, also where registration is closed."""
+    check_shape(request.query, {"username": [str]}, "The query")
+    hs.accounts.check_available(local_user_id(hs, request.query["username"][0]))
+    return {"available": True}
+
+
+# ── 48.3  Devices ────────────────────────────────────────────────────────────
+
+DEVICES_OF = "/v2/users/{user_id}/devices"
+DEVICE_OF = DEVICES_OF + "/{device_id}"
+
+
+@admin_route("GET", DEVICES_OF)
+async def admin_devices(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """The devices of a user."""
+    devices = hs.accounts.devices(admin_target(hs, user_id).nid)
+    return {"devices": [{**one, "user_id": user_id} for one in devices], "total": len(devices)}
+
+
+@admin_route("GET", DEVICE_OF)
+async def admin_device(hs: Homeserver, request: Request, user_id: str, device_id: str) -> Json:
+    """One device of a user."""
+    for device in (await admin_devices(hs, request, user_id=user_id))["devices"]:
+        if device["device_id"] == device_id:
+            return cast(Json, device)
+    raise not_found("There is no such device")
+
+
+@admin_route("PUT", DEVICE_OF, body={"display_name?": str})
+async def admin_rename(hs: Homeserver, request: Request, user_id: str, device_id: str) -> Json:
+    """Give a device of a user another name."""
+    check_device_texts(request.json)
+    nid = changeable(hs, user_id).nid
+    hs.accounts.rename_device(nid, device_id, request.json.get("display_name"))
+    return {}
+
+
+@admin_route("DELETE", DEVICE_OF)
+async def admin_log_out(hs: Homeserver, _request: Request, user_id: str, device_id: str) -> Json:
+    """Log out a device of a user."""
+    hs.accounts.delete_devices(admin_target(hs, user_id).nid, [device_id])
+    return {}
+
+
+@admin_route("POST", "/v2/users/{user_id}/delete_devices", body={"devices": [str]})
+async def admin_log_out_some(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Log out some devices of a user."""
+    hs.accounts.delete_devices(admin_target(hs, user_id).nid, request.json["devices"])
+    return {}
+
+
+# ── 48.4  Registration tokens ────────────────────────────────────────────────
+
+TOKENS = "/v1/registration_tokens"
+TOKEN_FIELDS = {"uses_allowed?": int, "expiry_time?": int}
+
+
+def token_json(hs: Homeserver, row: RegistrationToken) -> Json:
+    """A registration token as Synapse shows it."""
+    names = ("token", "uses_allowed", "completed", "expiry_time")
+    token = dict(zip(names, row, strict=True))
+    return {**token, "pending": hs.registration_tokens.pending(row.token)}
+
+
+def wanted_token(hs: Homeserver, token: str) -> RegistrationToken:
+    """A registration token, or 404."""
+    row = hs.registration_tokens.find(token)
+    if row is None:
+        raise not_found(f"No such registration token: {token[:64]}")
+    return row
+
+
+@admin_route("GET", TOKENS)
+async def admin_tokens(hs: Homeserver, request: Request) -> Json:
+    """All registration tokens, or those that are good now, or those that are not."""
+    tokens, valid = hs.registration_tokens, flag_arg(request, "valid")
+    rows = [row for row in tokens.all() if valid in (None, tokens.is_good(row))]
+    return {"registration_tokens": [token_json(hs, row) for row in rows]}
+
+
+@admin_route("GET", TOKENS + "/{token}")
+async def admin_token(hs: Homeserver, _request: Request, token: str) -> Json:
+    """One registration token."""
+    return token_json(hs, wanted_token(hs, token))
+
+
+@admin_route("POST", TOKENS + "/new", body={**TOKEN_FIELDS, "token?": str, "length?": int})
+async def admin_new_token(hs: Homeserver, request: Request) -> Json:
+    """Make a registration token, of one's own choice or at random."""
+    body = request.json
+    length = body.get("length", 16)
+    if not 1 <= length <= 64:
+        raise invalid_param("length is from 1 to 64")
+    token = body.get("token", random_token(length))
+    if hs.registration_tokens.find(token) is not None:
+        raise invalid_param("There is such a token already")
+    row = RegistrationToken(token, body.get("uses_allowed"), 0, body.get("expiry_time"))
+    hs.registration_tokens.put(row)
+    return token_json(hs, row)
+
+
+@admin_route("PUT", TOKENS + "/{token}", body=ANY_OBJECT)
+async def admin_put_token(hs: Homeserver, request: Request, token: str) -> Json:
+    """Change how often and how long a token is good; null takes a limit away."""
+    row, body = wanted_token(hs, token), dict(request.json)
+    check_shape(request.json, TOKEN_FIELDS)
+    uses, expires = body.get("uses_allowed", row[1]), body.get("expiry_time", row[3])
+    row = row._replace(uses_allowed=uses, expires_ts=expires)
+    hs.registration_tokens.put(row)
+    return token_json(hs, row)
+
+
+@admin_route("DELETE", TOKENS + "/{token}")
+async def admin_delete_token(hs: Homeserver, _request: Request, token: str) -> Json:
+    """Delete a registration token."""
+    if not hs.registration_tokens.delete(token):
+        raise not_found("There is no such registration token")
+    return {}
+
+
+# ── 48.5  Rooms ──────────────────────────────────────────────────────────────
+
+ROOM_ORDER = (
+    *("name", "canonical_alias", "joined_members", "joined_local_members", "version", "creator"),
+    *("encryption", "federatable", "public", "join_rules", "guest_access"),
+    *("history_visibility", "state_events"),
+)
+LARGE_FIRST = ("joined_members", "joined_local_members", "version", "state_events")
+
+
+def room_json(hs: Homeserver, room: Room) -> Json:
+    """A room as Synapse's list shows it."""
+    create = cast(Event, room.state_event(*CREATE_KEY))
+    listed = hs.db.one("SELECT 1 FROM published_rooms WHERE room_nid = ?", (room.nid,))
+
+    def text(event_type: str, key: str) -> str | None:
+        return room.setting(event_type, key, "") or None
+
+    return {
+        **{"room_id": room.room_id, "version": room.version.id, "creator": create.sender},
+        **{"name": text("m.room.name", "name"), "public": listed is not None},
+        "canonical_alias": text("m.room.canonical_alias", "alias"),
+        "joined_members": room.joined_count,
+        "joined_local_members": len(room.local_joined),
+        "encryption": text("m.room.encryption", "algorithm"),
+        "federatable": create.content.get("m.federate", True) is not False,
+        "join_rules": room.join_rule,
+        "guest_access": text("m.room.guest_access", "guest_access"),
+        "history_visibility": text("m.room.history_visibility", "history_visibility"),
+        "state_events": len(room.state),
+        "room_type": text(CREATE, "type"),
+    }
+
+
+@admin_route("GET", "/v1/rooms")
+async def admin_rooms(hs: Homeserver, request: Request) -> Json:
+    """The rooms that this server knows, sorted, page by page."""
+    order, term = request.arg("order_by", "name"), (request.arg("search_term") or "").lower()
+    if order not in ROOM_ORDER:
+        raise invalid_param(f"order_by is one of {', '.join(ROOM_ORDER)}")
+    found = []
+    for (nid,) in hs.db.all("SELECT room_nid FROM rooms WHERE state_group > 0"):
+        await asyncio.sleep(0)  # others are served in between
+        one = room_json(hs, hs.rooms.by_nid(nid))
+        names = (one["name"] or "").lower(), (one["canonical_alias"] or "").lower(), one["room_id"]
+        is_listed = flag_arg(request, "public_rooms") in (None, one["public"])
+        is_empty = one["joined_local_members"] == 0
+        has_term = any(term in name for name in names[:2]) or term == names[2].lower()
+        if is_listed and flag_arg(request, "empty_rooms") in (None, is_empty) and has_term:
+            found.append(one)
+    found.sort(key=sort_key(order), reverse=(request.arg("dir") == "b") != (order in LARGE_FIRST))
+    start, page, end = rows_page(request, found)
+    answer: Json = {"rooms": page, "offset": start, "total_rooms": len(found)}
+    answer |= {} if end is None else {"next_batch": end}
+    return answer | ({"prev_batch": max(0, start - len(page))} if start else {})
+
+
+@admin_route("GET", "/v1/rooms/{room_id}")
+async def admin_room_details(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """All that is known of one room."""
+    room = hs.rooms.get(room_id)
+    devices = sum(len(hs.accounts.devices(nid)) for nid in room.local_joined)
+    return {
+        **room_json(hs, room),
+        "avatar": room.setting("m.room.avatar", "url", "") or None,
+        "topic": room.setting("m.room.topic", "topic", "") or None,
+        "joined_local_devices": devices,
+        "forgotten": not room.local_joined,
+    }
+
+
+@admin_route("GET", "/v1/rooms/{room_id}/members")
+async def admin_room_members(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """Who is in a room."""
+    members = hs.rooms.get(room_id).members()
+    return {"members": members, "total": len(members)}
+
+
+@admin_route("GET", "/v1/rooms/{room_id}/state")
+async def admin_room_state(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """The state of a room."""
+    events = hs.rooms.events_by_nids(hs.rooms.get(room_id).state.values())
+    wanted = request.arg("type")
+    return {"state": as_clients(hs, request, [e for e in events if wanted in (None, e.type)])}
+
+
+@admin_route("GET", "/v1/fetch_event/{event_id}")
+async def admin_event(hs: Homeserver, request: Request, event_id: str) -> Json:
+    """One event of any room."""
+    event = hs.rooms.event(event_id)
+    if event is None:
+        raise not_found("Event not found")
+    return {"event": as_clients(hs, request, [event])[0]}
+
+
+@admin_route("GET", "/v1/rooms/{room_id}/forward_extremities")
+async def admin_extremities(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """The events of a room that have no successor."""
+    room = hs.rooms.get(room_id)
+    results = [
+        {
+            **{"event_id": event.event_id, "state_group": event.state_group},
+            **{"depth": event.depth, "received_ts": event.origin_server_ts},
+        }
+        for event in hs.rooms.events_by_nids(room.extremities)
+    ]
+    return {"count": len(results), "results": results}
+
+
+@admin_route("POST", "/v1/join/{room}", limit="join", body={"user_id": str})
+async def admin_join(hs: Homeserver, request: Request, room: str) -> Json:
+    """Let a local user join a room, invited by the admin where it takes an invitation."""
+    found, user_id = room_by_name(hs, room), request.json["user_id"]
+    nid = changeable(hs, user_id).nid
+    if found.membership_of(nid) != "join":
+        with hs.db.write():
+            if found.join_rule != "public" and found.membership_of(nid) != "invite":
+                require_joined(found, request.user.nid)
+                invite(hs, found, request.user.user_id, user_id)
+            content = {"membership": "join", **member_profile(hs, user_id)}
+            hs.rooms.send(found, user_id, MEMBER, content, state_key=user_id)
+    return {"room_id": found.room_id}
+
+
+@admin_route("POST", "/v1/rooms/{room}/make_room_admin", body={"user_id?": str})
+async def admin_make_room_admin(hs: Homeserver, request: Request, room: str) -> Json:
+    """Give a user the highest power that a local member can hand on, and invite them if need be."""
+    found, user_id = room_by_name(hs, room), request.json.get("user_id", request.user.user_id)
+    changeable(hs, user_id)
+    levels = found.power_levels()
+    needed = levels.event(POWER_LEVELS, True)
+    members = sorted(map(hs.db.user_id, found.local_joined), key=levels.user, reverse=True)
+    if not members or levels.user(members[0]) < needed:
+        raise MatrixError(400, "M_UNKNOWN", "No local member of this room has the power for that")
+    content = found.content(POWER_LEVELS)
+    top = int(min(levels.user(members[0]), max(needed, 100)))
+    content = {**content, "users": {**content.get("users", {}), user_id: top}}
+    with hs.db.write():
+        if found.membership(user_id) not in ("join", "invite") and found.join_rule != "public":
+            invite(hs, found, members[0], user_id)
+        hs.rooms.send(found, members[0], POWER_LEVELS, content, state_key="")
+    return {}
+
+
+# ── 48.6  Blocking and deleting rooms ────────────────────────────────────────
+
+
+class AdminJobs:
+    """Deletions that take their time."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.jobs: ShortLived[Json] = ShortLived(86_400)
+
+    def begin(self, job: Json, work: Coroutine[Any, Any, None]) -> str:
+        """Do something beside the requests, under a name by which its progress is asked for."""
+
+        async def attempt() -> None:
+            try:
+                await work
+            except MatrixError as error:
+                job.update(status="failed", error=error.error)
+            except BaseException:
+                job.update(status="failed", error="the server's log has the reason")
+                raise
+            else:
+                job["status"] = "complete"
+
+        self.hs.background(attempt())
+        return self.jobs.add(job)
+
+    async def purge(self, room: Room, upto: int, *, everything: bool) -> None:
+        """Delete the history of a room up to a position, a little at a time."""
+        at = MIN_POSITION
+        while at < upto:
+            at, _ = self.hs.rooms.purge(room, at, upto, everything=everything)
+            await asyncio.sleep(0.01)
+
+
+@admin_route("GET", "/v1/rooms/{room_id}/block")
+async def admin_get_block(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """Whether a room is blocked, and who did it."""
+    nid = hs.db.value("SELECT blocker_nid FROM blocked_rooms WHERE room_id = ?", (room_id,))
+    return {"block": False} if nid is None else {"block": True, "user_id": hs.db.user_id(nid)}
+
+
+@admin_route("PUT", "/v1/rooms/{room_id}/block", body={"block": bool})
+async def admin_block(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Block a room, or take that back."""
+    if request.json["block"]:
+        block_room(hs, room_id, request.user.user_id)
+    else:
+        unblock_room(hs, room_id)
+    return {"block": request.json["block"]}
+
+
+DELETION = {
+    **{"new_room_user_id?": str, "room_name?": str, "message?": str},
+    **{"block?": bool, "purge?": bool, "force_purge?": bool},
+}
+
+
+def successor(hs: Homeserver, body: Json) -> Room | None:
+    """The room in which those who were put out are told why, where one is asked for."""
+    user_id = body.get("new_room_user_id")
+    if user_id is None:
+        return None
+    changeable(hs, user_id)
+    name = body.get("room_name", "Content Violation Notification")
+    silent = {"events_default": 50}
+    request = {"preset": "public_chat", "name": name, "power_level_content_override": silent}
+    room = create_room(hs, user_id, request)
+    text = body.get("message", "Sharing illegal content on this server is not permitted.")
+    hs.rooms.send(room, user_id, "m.room.message", {"msgtype": "m.text", "body": text})
+    return room
+
+
+async def shut_down(hs: Homeserver, room: Room, body: Json, result: Json, user: Requester) -> None:
+    """Put all local users out of a room, and delete its messages.
+
+    What stays is its state, without which the members elsewhere could not be understood.
+    """
+    new_room = successor(hs, body)
+    result["new_room_id"] = new_room and new_room.room_id
+    if body.get("block"):
+        block_room(hs, room.room_id, user.user_id)
+    for nid in sorted(nid for nid in room.members_by_nid if hs.rooms.is_local(nid)):
+        user_id = hs.db.user_id(nid)
+        if room.membership_of(nid) not in ("join", "invite", "knock"):
+            continue
+        try:
+            with hs.db.write():
+                leave(hs, room, user_id)
+                if new_room is not None and new_room.membership_of(nid) != "join":
+                    joins = {"membership": "join", **member_profile(hs, user_id)}
+                    hs.rooms.send(new_room, user_id, MEMBER, joins, state_key=user_id)
+            result["kicked_users"].append(user_id)
+        except MatrixError as error:
+            log_admin.warning("%s stays in %s: %s", user_id, room.room_id, error)
+            result["failed_to_kick_users"].append(user_id)
+        await asyncio.sleep(0)
+    rows = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
+    with hs.db.write():
+        for (alias,) in rows:
+            delete_alias(hs, alias)
+        publish_room(hs, room, "private")
+    result["local_aliases"] = [alias for (alias,) in rows]
+    if body.get("purge", True):
+        await hs.admin_jobs.purge(room, room.last_pos, everything=True)
+
+
+def new_shutdown(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, Json]:
+    """The room to delete, and the result as it is before; the admin room is not to be had."""
+    if room_id == hs.admin_room.room_id:
+        raise forbidden("This is the admin room")
+    names = ("kicked_users", "failed_to_kick_users", "local_aliases")
+    return hs.rooms.get(room_id), {**{name: [] for name in names}, "new_room_id": None}
+
+
+@admin_route("DELETE", "/v1/rooms/{room_id}", body=DELETION)
+async def admin_delete_now(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Delete a room, and answer when that is done."""
+    room, result = new_shutdown(hs, request, room_id)
+    await shut_down(hs, room, request.json, result, request.user)
+    return result
+
+
+@admin_route("DELETE", "/v2/rooms/{room_id}", body=DELETION)
+async def admin_delete_room(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Delete a room beside the requests; the answer names the job."""
+    room, result = new_shutdown(hs, request, room_id)
+    job = {"status": "shutting_down", "shutdown_room": result, "room_id": room_id}
+    work = shut_down(hs, room, request.json, result, request.user)
+    return {"delete_id": hs.admin_jobs.begin(job, work)}
+
+
+def job_json(job: Json) -> Json:
+    """What is told of a job."""
+    return {key: value for key, value in job.items() if key != "room_id"}
+
+
+@admin_route("GET", "/v2/rooms/delete_status/{job_id}")
+@admin_route("GET", "/v1/purge_history_status/{job_id}")
+async def admin_job_status(hs: Homeserver, _request: Request, job_id: str) -> Json:
+    """How far a deletion has come; for a day, and until the next restart."""
+    job = hs.admin_jobs.jobs.get(job_id)
+    if job is None:
+        raise not_found("There is no such deletion")
+    return job_json(job)
+
+
+@admin_route("GET", "/v2/rooms/{room_id}/delete_status")
+async def admin_room_jobs(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """The deletions of one room."""
+    found = [job_json(job) for job in hs.admin_jobs.jobs.live() if job.get("room_id") == room_id]
+    if not found:
+        raise not_found("There is no deletion of this room")
+    return {"results": found}
+
+
+PURGE = {"delete_local_events?": bool, "purge_up_to_event_id?": str, "purge_up_to_ts?": int}
+PURGE_PATH = "/v1/purge_history/{room_id}"
+
+
+def purge_limit(hs: Homeserver, room: Room, body: Json, event_id: str | None) -> int:
+    """The position up to which a history is to be deleted, that event itself excluded."""
+    event_id = event_id or body.get("purge_up_to_event_id")
+    if event_id is not None:
+        event = hs.rooms.event(event_id)
+        if event is None or event.room_nid != room.nid or event.pos is None:
+            raise not_found("There is no such event in this room")
+        return event.pos - 1
+    if "purge_up_to_ts" not in body:
+        raise bad_json("purge_up_to_event_id or purge_up_to_ts is missing")
+    low, high = MIN_POSITION, room.last_pos
+    while (event := hs.rooms.event_at(room, high)) is not None and high > low:
+        if event.origin_server_ts < body["purge_up_to_ts"]:
+            return high
+        high = cast(int, event.pos) - 1
+    return low
+
+
+@admin_route("POST", PURGE_PATH, body=PURGE)
+@admin_route("POST", PURGE_PATH + "/{event_id}", body=PURGE)
+async def admin_purge(
+    hs: Homeserver, request: Request, room_id: str, event_id: str | None = None
+) -> Json:
+    """Delete the messages of a room up to an event or a time, beside the requests."""
+    room = hs.rooms.get(room_id)
+    upto = purge_limit(hs, room, request.json, event_id)
+    everything = request.json.get("delete_local_events", False)
+    purge = hs.admin_jobs.purge(room, upto, everything=everything)
+    return {"purge_id": hs.admin_jobs.begin({"status": "active"}, purge)}
+
+
+# ── 48.7  The server ─────────────────────────────────────────────────────────
+
+
+@route("GET", ADMIN_API + "/v1/server_version", auth=NONE)
+async def admin_version(_hs: Homeserver, _request: Request) -> Json:
+    """What runs here; tools ask for it before they have a token."""
+    return {"server_version": f"conduit.py {VERSION}"}
+
+
+def notice_room(hs: Homeserver, user_id: str, nid: UserNid) -> Room:
+    """The room in which the server speaks to a user, into which it asks them again if they left.
+
+    Spec: CS-API "Server Notices".
+    """
+    known = hs.db.value("SELECT room_nid FROM server_notices WHERE user_nid = ?", (nid,))
+    if known is not None:
+        room = hs.rooms.by_nid(known)
+        if room.membership_of(nid) not in ("join", "invite"):
+            invite(hs, room, hs.accounts.bot_id, user_id)
+        return room
+    levels = {"users_default": -10, "events_default": 0}
+    body: Json = {"preset": "private_chat", "name": "Server Notices", "invite": [user_id]}
+    body |= {"creation_content": {"m.federate": False}, "power_level_content_override": levels}
+    room = create_room(hs, hs.accounts.bot_id, body)
+    hs.db.execute("INSERT INTO server_notices VALUES (?, ?)", (nid, room.nid))
+    hs.account_data.put(nid, room.nid, "m.tag", {"tags": {"m.server_notice": {}}})
+    return room
+
+
+NOTICE = {"user_id": str, "content": dict, "type?": str, "state_key?": str}
+NOTICE_PATH = "/v1/send_server_notice"
+
+
+@admin_route("POST", NOTICE_PATH, body=NOTICE)
+@admin_route("PUT", NOTICE_PATH + "/{txn_id}", body=NOTICE)
+async def admin_notice(hs: Homeserver, request: Request, txn_id: str | None = None) -> Json:
+    """Tell a user something in the server's own name."""
+    body, scope = request.json, "server_notice"
+    nid = changeable(hs, body["user_id"]).nid
+    known = txn_id and repeated_transaction(hs, request.user, scope, txn_id)
+    if known:
+        return {"event_id": known}
+    with hs.db.write():
+        room = notice_room(hs, body["user_id"], nid)
+        event_type, key = body.get("type", "m.room.message"), body.get("state_key")
+        sender = hs.accounts.bot_id
+        event = hs.rooms.send(room, sender, event_type, body["content"], state_key=key)
+        if txn_id:
+            record_transaction(hs, request.user, scope, txn_id, event.event_id)
+    return {"event_id": event.event_id}
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -16523,16 +18268,16 @@ SIGN_IN = "Sign in with the name and the password that the admin gave you."
 SIGN_UP = "Enter the <b>registration token</b> when you are asked for it, and choose a password."
 
 
-def way_in(config: Config, has_users: bool) -> tuple[str, str]:
+def way_in(config: Config, has_users: bool, has_tokens: bool) -> tuple[str, str]:
     """How new users get in, and what their third step is; the first one is a case of its own."""
     if not has_users:
         return NOBODY_YET, SIGN_UP
     if not config.allow_registration:
         return CLOSED, SIGN_IN
-    if config.registration_token:
-        return INVITED, SIGN_UP
-    if config.allow_open_registration:
+    if config.allow_open_registration and not config.registration_token:
         return OPEN, "Choose a name and a password."
+    if config.registration_token or has_tokens:
+        return INVITED, SIGN_UP
     return ONLY_HERE, SIGN_IN
 
 
@@ -16548,9 +18293,9 @@ def support_links(config: Config) -> str:
     return "".join(f" &middot; {link}" for link in links)
 
 
-def landing_html(config: Config, has_users: bool) -> str:
+def landing_html(config: Config, has_users: bool, has_tokens: bool = False) -> str:
     """The page for people who come with a browser."""
-    registration, third_step = way_in(config, has_users)
+    registration, third_step = way_in(config, has_users, has_tokens)
     return PAGE.substitute(
         registration=registration,
         or_register="" if third_step is SIGN_IN else " or <b>Create account</b>",
@@ -16566,7 +18311,7 @@ def landing_html(config: Config, has_users: bool) -> str:
 @route("GET", "/", auth=NONE, limit=None, also=("/_matrix/static", "/_matrix/static/"))
 async def landing_page(hs: Homeserver, request: Request) -> Response:
     """Say what this is and what to do next."""
-    body = landing_html(hs.config, hs.accounts.has_users()).encode()
+    body = landing_html(hs.config, hs.accounts.has_users(), hs.registration_tokens.exist()).encode()
     return Response(200, body, PAGE_HEADERS, "text/html; charset=utf-8")
 
 
@@ -16574,6 +18319,215 @@ async def landing_page(hs: Homeserver, request: Request) -> Response:
 async def favicon(hs: Homeserver, request: Request) -> Response:
     """The icon of the page."""
     return Response(200, ICON.encode(), ICON_HEADERS, "image/svg+xml")
+
+
+# ── 24.4  Pages for signing in ───────────────────────────────────────────────
+#
+#  For apps that do not know a stage or a way to log in, and for the links in our
+#  e-mail. No page does anything when it is merely opened: mail scanners do that.
+
+MAX_FORM_BYTES = 4096
+FORM_STYLE = (
+    STYLE
+    + """
+main{max-width:30rem}
+label{display:block;margin:.9rem 0 .25rem;color:var(--soft)}
+label:has([type=checkbox]){color:var(--text);display:flex;gap:.6rem;align-items:baseline}
+input:not([type=checkbox]){width:100%;font:inherit;color:inherit;background:var(--page);
+border:1px solid var(--line);border-radius:8px;padding:.6rem .8rem}
+button{font:inherit;font-weight:600;margin-top:1.2rem;padding:.6rem 1.4rem;border:0;
+border-radius:8px;background:var(--accent);color:var(--card);cursor:pointer}
+.error{border-left:4px solid #dc2626;padding:.2rem 0 .2rem .9rem}
+"""
+)
+FORM_PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta name="robots" content="noindex">
+<title>$title: $name</title>
+<link rel="icon" href="/favicon.svg" type="image/svg+xml">
+<style>$style</style>
+</head>
+<body><main>
+<header><img src="/favicon.svg" alt="">
+<div><h1>$title</h1><p>on the Matrix server <b>$name</b></p></div>
+</header>
+<section>$body</section>
+</main><script>$script</script></body></html>
+""")
+DONE = (
+    "<p class='status'>Thank you, that is done. You can close this page and go on in your app.</p>"
+)
+OVER = "<p>This page is out of date. Go back to your app and begin again.</p>"
+AUTH_DONE = """
+if (window.onAuthDone) {
+    window.onAuthDone();
+} else if (window.opener && window.opener.postMessage) {
+    window.opener.postMessage("authDone", "*");
+}
+"""
+LOGIN_FORM = """
+<form><label for="user">User name or e-mail address</label>
+<input id="user" autocomplete="username" autocapitalize="none" required autofocus>
+<label for="password">Password</label>
+<input id="password" type="password" autocomplete="current-password" required>
+<p id="problem" role="alert" hidden class="error"></p>
+<button>Sign in</button></form>
+<noscript><p class="error">This page needs JavaScript.</p></noscript>
+"""
+LOGIN_SCRIPT = """
+const form = document.querySelector("form"), problem = document.getElementById("problem");
+form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    problem.hidden = true;
+    const body = {}, user = form.user.value;
+    for (const [name, value] of new URLSearchParams(location.search))
+        if (["device_id", "initial_device_display_name"].includes(name)) body[name] = value;
+    body.refresh_token = new URLSearchParams(location.search).get("refresh_token") === "true";
+    body.type = "m.login.password";
+    body.identifier = /^[^@]+@/.test(user)
+        ? {type: "m.id.thirdparty", medium: "email", address: user} : {type: "m.id.user", user};
+    body.password = form.password.value;
+    let answer = {error: "The server cannot be reached."};
+    try {
+        const response = await fetch("/_matrix/client/v3/login",
+            {method: "POST", headers: {"Content-Type": "application/json"},
+             body: JSON.stringify(body)});
+        answer = await response.json();
+        if (response.ok) {
+            form.replaceWith("You are signed in as " + answer.user_id
+                + ". You can go back to your app.");
+            if (window.matrixLogin) window.matrixLogin.onLogin(answer);
+            return;
+        }
+    } catch (error) { }
+    problem.textContent = answer.error;
+    problem.hidden = false;
+});
+"""
+
+
+def source_hash(text: str) -> str:
+    """What a policy calls an inline style or script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def form_page(
+    hs: Homeserver, title: str, body: str, script: str = "", *, status: int = 200
+) -> Response:
+    """A page whose body, trusted HTML, may be a form to this server; only this script runs."""
+    values = {"title": title, "name": hs.config.server_name, "style": FORM_STYLE}
+    html = FORM_PAGE.substitute(values, body=body, script=script)
+    policy = (
+        f"default-src 'none'; style-src {source_hash(FORM_STYLE)}; script-src"
+        f" {source_hash(script)}; img-src 'self'; connect-src 'self'; form-action 'self';"
+        " base-uri 'none'; frame-ancestors 'none'"
+    )
+    headers = {**PAGE_HEADERS, "Content-Security-Policy": policy, "Cache-Control": "no-store"}
+    return Response(status, html.encode(), headers, "text/html; charset=utf-8")
+
+
+def terms_form(hs: Homeserver) -> str:
+    """The documents to accept."""
+    items = [
+        f'<li><a href="{document.url.translate(HTML_ESCAPES)}" target="_blank" rel="noopener">'
+        f"{document.name.translate(HTML_ESCAPES)}</a></li>"
+        for document in hs.config.terms
+    ]
+    return (
+        f"<p>Before you can register, please read:</p><ul>{''.join(items)}</ul>"
+        '<form method="post"><label><input type="checkbox" required> I accept all of this</label>'
+        "<button>Accept</button></form>"
+    )
+
+
+INVITED_FORM = """<p>Who runs this server gives out tokens, with which one can register.</p>
+<form method="post"><label for="token">Registration token</label>
+<input id="token" name="token" autocomplete="off" autocapitalize="none" required autofocus>
+<button>Continue</button></form>"""
+DUMMY_FORM = "<p>There is nothing to prove.</p><form method='post'><button>Continue</button></form>"
+STAGE_FORMS: Final[dict[str, tuple[str, Callable[[Homeserver], str]]]] = {
+    TERMS: ("Terms", terms_form),
+    REGISTRATION_TOKEN: ("Registration token", lambda hs: INVITED_FORM),
+    DUMMY: ("Registration", lambda hs: DUMMY_FORM),
+}
+
+
+def form_fields(raw: bytes) -> dict[str, list[str]]:
+    """What a form sent; 400 for more fields than any of ours has."""
+    try:
+        return parse_qs(raw.decode("utf-8", "replace"), max_num_fields=10)
+    except ValueError as error:
+        raise bad_json("This is not our form") from error
+
+
+STAGE_PAGE = V3 + "/auth/{kind}/fallback/web"
+
+
+@route("GET", STAGE_PAGE, auth=NONE, limit="login")
+@route("POST", STAGE_PAGE, auth=NONE, limit="login", body=STREAM)
+async def stage_page(hs: Homeserver, request: Request, kind: str) -> Response:
+    """A stage of authentication as a page; not all have one.  Spec: "Fallback"."""
+    if kind not in STAGE_FORMS:
+        raise not_found("This stage has no page")
+    (title, form), problem = STAGE_FORMS[kind], ""
+    session = hs.accounts.uia.get(request.arg("session"))
+    if session is None:
+        return form_page(hs, title, OVER, status=404)
+    if request.method == "POST":
+        raw = await request.stream.read(MAX_FORM_BYTES)
+        fields = form_fields(raw)
+        auth = {"type": kind, "token": fields.get("token", [""])[0]}
+        try:
+            good = await try_stage(hs, request, auth, session)
+        except MatrixError as error:
+            good, problem = False, f"<p class='error'>{error.error.translate(HTML_ESCAPES)}</p>"
+        problem = problem or "<p class='error'>That was not right. Please try again.</p>"
+        if good:
+            return form_page(hs, title, DONE, AUTH_DONE)
+    if kind in session.completed:
+        return form_page(hs, title, DONE, AUTH_DONE)
+    return form_page(hs, title, problem + form(hs), status=401 if problem else 200)
+
+
+@route("GET", "/_matrix/static/client/login/", auth=NONE, also=("/_matrix/static/client/login",))
+async def login_page(hs: Homeserver, _request: Request) -> Response:
+    """The whole login as a page.  Spec: "Login fallback"."""
+    return form_page(hs, "Sign in", LOGIN_FORM, LOGIN_SCRIPT)
+
+
+MAIL_FORMS = {
+    "register": ("Confirm your address", "Somebody registers with the address <b>{address}</b>."),
+    "3pid": ("Confirm your address", "Somebody adds <b>{address}</b> to their account."),
+    "password": (
+        "New password",
+        "Somebody wants a new password for <b>{user}</b>. Confirm this only if you have asked for"
+        " it yourself just now: whoever asked can then choose the password.",
+    ),
+}
+
+
+@route("GET", VALIDATE_PATH, auth=NONE, limit="login")
+@route("POST", VALIDATE_PATH, auth=NONE, limit="login")
+async def validation_page(hs: Homeserver, request: Request) -> Response:
+    """Where the link in an e-mail leads: its reader confirms what it is about, once."""
+    is_answer = request.method == "POST"
+    found = hs.emails.asked(request.arg("token") or "", answer=is_answer)
+    if found is None:
+        return form_page(hs, "Too late", OVER, status=404)
+    title, text = MAIL_FORMS[found.purpose]
+    if is_answer and found.next_link:
+        return Response(303, headers={**PAGE_HEADERS, "Location": found.next_link})
+    if is_answer:
+        return form_page(hs, title, DONE)
+    user = hs.db.user_id(found.user_nid) if found.user_nid else ""
+    names = {"address": found.address, "user": user}
+    text = text.format(**{key: value.translate(HTML_ESCAPES) for key, value in names.items()})
+    return form_page(
+        hs, title, f'<p>{text}</p><form method="post"><button>That was me</button></form>'
+    )
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
@@ -16621,6 +18575,8 @@ class Homeserver:
         sizes = cache_bytes, config.pdu_cache_capacity
         self.rooms = Rooms(self.signing_key, self.db, self.stream, config.server_name, *sizes)
         self.accounts = Accounts(self)
+        self.emails = Emails(self)
+        self.registration_tokens = RegistrationTokens(self)
         self.profiles = Profiles(self)
         self.account_data = AccountData(self)
         self.rooms.ignored = functools.partial(ignored_users, self)
@@ -16647,6 +18603,7 @@ class Homeserver:
         self.media = Media(self)
         self.previews = Previews(self)
         self.admin_room = AdminRoom(self)
+        self.admin_jobs = AdminJobs(self)
         self.router = Router(self)
         self.router.authenticate = self.accounts.authenticate
         self.http = HttpServer(
@@ -16666,6 +18623,7 @@ class Homeserver:
         A changed membership: unread counts, typing, device lists, the syncs that wait.
         """
         self.accounts.on_account_created(functools.partial(auto_join, self))
+        self.accounts.on_registered(functools.partial(store_consent, self))
         self.accounts.on_device_deleted(functools.partial(device_removed, self))
         self.accounts.on_device_renamed(functools.partial(device_renamed, self))
         self.accounts.on_deactivated(functools.partial(account_deactivated, self))
@@ -16675,6 +18633,8 @@ class Homeserver:
         self.rooms.subscribe(functools.partial(guests_may_stay, self))
         self.reports.subscribe(self.admin_room.announce)
         self.delayed_events.send = functools.partial(send_delayed, self)
+        self.rooms.check_sender = functools.partial(check_sender, self)
+        self.rooms.erased = self.accounts.erased
 
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
@@ -16768,6 +18728,7 @@ class Homeserver:
                     self.config.media_retention_remote_days, self.config.media_budget_mb
                 )
                 await self.media.sweep()
+                self.emails.expire()
                 with self.db.write():
                     self.db.execute("PRAGMA incremental_vacuum(200)").fetchall()
             except MatrixError as error:

@@ -37,6 +37,7 @@ import secrets
 import select
 import shutil
 import signal
+import smtplib
 import socket
 import sqlite3
 import ssl
@@ -62,9 +63,13 @@ from collections.abc import (
 )
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email import message_from_bytes
+from email.message import EmailMessage
+from email.policy import SMTP
+from email.policy import default as default_policy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, NamedTuple, cast
 from urllib.parse import quote, unquote
 
 import httpx
@@ -76,6 +81,8 @@ import nio.crypto
 import pytest
 import trustme
 import yaml
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import AuthResult
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -686,11 +693,10 @@ def client_from(server: Server, answer: Json) -> Client:
 
 def registration_auth(server: Server, answer: Json) -> Json:
     """The `auth` member that satisfies the first stage that /register asks for."""
-    stages = {stage for flow in answer["flows"] for stage in flow["stages"]}
-    if "m.login.registration_token" in stages:
-        token = server.config["registration_token"]
-        return {"type": "m.login.registration_token", "token": token, "session": answer["session"]}
-    return {"type": "m.login.dummy", "session": answer["session"]}
+    kind = answer["flows"][0]["stages"][len(answer.get("completed", []))]
+    token = server.config["registration_token"] if kind.endswith("registration_token") else None
+    auth = {"type": kind, "token": token, "session": answer["session"]}
+    return {key: value for key, value in auth.items() if value is not None}
 
 
 def register(server: Server, name: str | None = None, **fields: Any) -> Client:
@@ -6720,7 +6726,7 @@ def test_sec_27_uia_body_is_fixed_by_the_first_completed_stage() -> None:
     def answer(**body: Any) -> Json:
         request = SimpleNamespace(method="POST", path="/x", requester=None, json=body)
         with pytest.raises(conduit.MatrixError) as caught:
-            hs = SimpleNamespace(accounts=accounts)
+            hs = SimpleNamespace(accounts=accounts, config=None)
             asyncio.run(conduit.user_interactive_auth(cast(Any, hs), cast(Any, request), flows))
         return caught.value.to_json()
 
@@ -7329,6 +7335,743 @@ def test_transactions_survive_a_restart(new_server: Callable[..., Server]) -> No
     server.restart()
     assert alice.send_text(room, "once", "txn1") == first
     assert alice.bodies(room) == ["once"]
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  47. E-MAIL, TERMS, TOKENS
+# ═════════════════════════════════════════════════════════════════════════════
+
+JWT_SECRET: Final = "a secret between two services"
+HOUSE_RULES: Final = {"id": "rules", "name": "Rules <of> the house", "url": "https://x.example/r"}
+USER_STATES: Final = "/_matrix/client/v1/admin/"
+
+
+class Mailbox:
+    """A mail server that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.received: list[Any] = []
+        self.controller = Controller(self, hostname="127.0.0.1", port=free_port())
+
+    async def handle_DATA(self, _server: Any, _session: Any, envelope: Any) -> str:
+        self.received.append(envelope)
+        return "250 OK"
+
+    def last(self, address: str) -> str:
+        """The newest message to an address, decoded."""
+        mine = [one for one in self.received if one.rcpt_tos == [address]]
+        assert mine, f"nobody wrote to {address}"
+        return str(message_from_bytes(mine[-1].content, policy=default_policy).get_content())
+
+
+class MailServer(NamedTuple):
+    """A server that can send e-mail, and where that goes."""
+
+    server: Server
+    mailbox: Mailbox
+
+
+@pytest.fixture(scope="session")
+def mail(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MailServer]:
+    """A server with e-mail, terms and JSON web tokens; its first user is the admin."""
+    mailbox = Mailbox()
+    mailbox.controller.start()
+    smtp = {"host": "127.0.0.1", "port": mailbox.controller.port, "from": "matrix@test.example"}
+    folder, port = tmp_path_factory.mktemp("mail"), free_port()
+    shared = Server(
+        folder,
+        port=port,
+        smtp=smtp,
+        jwt_secret=JWT_SECRET,
+        terms=[HOUSE_RULES],
+        well_known={"client": f"http://127.0.0.1:{port}"},
+    ).start()
+    register(shared, "admin")
+    yield MailServer(shared, mailbox)
+    shared.stop()
+    mailbox.controller.stop()
+    shared.assert_clean_log()
+
+
+def ask_by_mail(client: Client, purpose: str, address: str, **fields: Any) -> Json:
+    """Have a message sent; what proves that one reads the address."""
+    secret = unique("secret")
+    body = {"client_secret": secret, "email": address, "send_attempt": 1, **fields}
+    sid = ok(client.post(f"{purpose}/email/requestToken", body))["sid"]
+    assert re.fullmatch("[0-9a-zA-Z.=_-]{22,255}", sid)
+    return {"client_secret": body["client_secret"], "sid": sid}
+
+
+def link_in(mail: MailServer, address: str) -> str:
+    """The link in the newest message to an address."""
+    found = re.search(r"http\S+", mail.mailbox.last(address))
+    assert found, mail.mailbox.last(address)
+    return found[0]
+
+
+def follow(mail: MailServer, address: str) -> httpx.Response:
+    """Open the link and confirm; opening it alone does nothing."""
+    link = link_in(mail, address)
+    assert httpx.get(link).status_code == 200
+    assert httpx.get(link).status_code == 200
+    return httpx.post(link)
+
+
+def proof(mail: MailServer, client: Client, purpose: str, address: str, **fields: Any) -> Json:
+    """The proof that one reads an address."""
+    creds = ask_by_mail(client, purpose, address, **fields)
+    assert follow(mail, address).status_code == 200
+    return creds
+
+
+def with_address(mail: MailServer) -> tuple[Client, str]:
+    """A new user who has an e-mail address."""
+    user = register(mail.server, unique("mail"))
+    address = f"{unique('reader')}@example.org"
+    creds = proof(mail, user, "account/3pid", address)
+    ok(user.uia("POST", "account/3pid/add", creds))
+    return user, address
+
+
+def forged(head: Any, claims: Any, secret: str = JWT_SECRET, digest: Any = hashlib.sha256) -> str:
+    """A JSON web token of any head and claims."""
+    parts = [
+        base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in (head, claims)
+    ]
+    signature = hmac.new(secret.encode(), b".".join(parts), digest).digest()
+    return b".".join([*parts, base64.urlsafe_b64encode(signature).rstrip(b"=")]).decode()
+
+
+def jwt_login(server: Server, token: Any) -> httpx.Response:
+    """Log in by a JSON web token."""
+    return Client(server).post("login", {"type": "org.matrix.login.jwt", "token": token})
+
+
+# ── 47.1  Sending e-mail ─────────────────────────────────────────────────────
+
+
+def test_messages_are_well_formed(mail: MailServer) -> None:
+    user, address = with_address(mail)
+    envelope = next(one for one in mail.mailbox.received if one.rcpt_tos == [address])
+    message = message_from_bytes(envelope.content, policy=default_policy)
+    assert message["From"] == "matrix@test.example"
+    assert message["Auto-Submitted"] == "auto-generated"
+    assert message["Date"] and message["Message-ID"].endswith("@test.example>")
+    assert ok(user.get("capabilities"))["capabilities"]["m.3pid_changes"] == {"enabled": True}
+
+
+def test_a_mail_server_that_is_gone_is_said(new_server: Callable[..., Server]) -> None:
+    smtp = {"host": "127.0.0.1", "port": free_port(), "from": "matrix@test.example"}
+    server = new_server(smtp=smtp)
+    alice = register(server)
+    alice.checked = False
+    body = {"client_secret": "x", "email": "a@example.org", "send_attempt": 1}
+    fails(alice.post("account/3pid/email/requestToken", body), 500, "M_UNKNOWN")
+    assert "no mail could be sent" in server.log
+    fails(alice.post("account/3pid/email/requestToken", body), 500, "M_UNKNOWN")  # tries again
+
+
+@pytest.mark.parametrize("user", [None, "matrix"])
+def test_no_password_goes_to_a_mail_server_without_tls(user: str | None) -> None:
+    """A server that does not offer STARTTLS gets mail, but no password."""
+    mailbox = Mailbox()
+    mailbox.controller.start()
+    try:
+        smtp = conduit.SmtpConfig(
+            host="127.0.0.1", port=mailbox.controller.port, user=user, password="x", from_="a@b.org"
+        )
+        message = EmailMessage()
+        message["To"] = "c@d.org"
+        message["From"] = "a@b.org"
+        if user is None:
+            conduit.deliver(smtp, message)
+        else:
+            with pytest.raises(smtplib.SMTPNotSupportedError):
+                conduit.deliver(smtp, message)
+        assert len(mailbox.received) == (user is None)
+    finally:
+        mailbox.controller.stop()
+
+
+def test_mail_goes_through_tls_with_a_password() -> None:
+    """STARTTLS, then the password; a certificate that nobody vouches for is refused elsewhere."""
+    mailbox, seen = Mailbox(), []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("mail.test.example").configure_cert(context)
+
+    def check(_server: Any, _session: Any, _envelope: Any, _kind: Any, login: Any) -> AuthResult:
+        seen.append((login.login, login.password))
+        return AuthResult(success=login.password == b"secret", handled=False)
+
+    port = free_port()
+    options = {"tls_context": context, "authenticator": check, "auth_required": True}
+    mailbox.controller = Controller(mailbox, hostname="0.0.0.0", port=port, **options)
+    mailbox.controller.start()
+    message = EmailMessage()
+    message["From"], message["To"] = "a@b.org", "c@d.org"
+    try:
+        smtp = conduit.SmtpConfig(
+            host="127.0.0.1", port=port, user="matrix", password="secret", from_="a@b.org"
+        )
+        conduit.deliver(smtp, message)
+        assert (seen, len(mailbox.received)) == ([(b"matrix", b"secret")], 1)
+        with pytest.raises(smtplib.SMTPAuthenticationError):
+            conduit.deliver(dataclasses.replace(smtp, password="wrong"), message)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            conduit.deliver(dataclasses.replace(smtp, host="127.0.0.2"), message)
+    finally:
+        mailbox.controller.stop()
+
+
+@given(st.from_regex(conduit.PLAIN_EMAIL, fullmatch=True))
+def test_any_address_makes_one_header(address: str) -> None:
+    message = EmailMessage()
+    message["To"] = conduit.checked_email(address)
+    raw = message.as_bytes(policy=SMTP)
+    assert re.fullmatch(rb"To: ?(?:[^\r\n]|\r\n[ \t])*\r\n\r\n", raw)
+
+
+# ── 47.2  Addresses and who reads them ───────────────────────────────────────
+
+
+def test_an_address_is_added_used_and_deleted(mail: MailServer) -> None:
+    user, address = with_address(mail)
+    [known] = ok(user.get("account/3pid"))["threepids"]
+    assert (known["medium"], known["address"]) == ("email", address)
+    assert known["validated_at"] <= known["added_at"]
+    identifier = {"type": "m.id.thirdparty", "medium": "email", "address": address.upper()}
+    body = {"type": "m.login.password", "identifier": identifier, "password": PASSWORD}
+    anyone = Client(mail.server)
+    assert ok(anyone.post("login", body))["user_id"] == user.user_id
+    fails(anyone.post("login", {**body, "password": "wrong"}), 403, "M_FORBIDDEN")
+    gone = {"medium": "email", "address": address}
+    assert ok(user.post("account/3pid/delete", gone)) == {"id_server_unbind_result": "no-support"}
+    assert ok(user.post("account/3pid/unbind", gone)) == {"id_server_unbind_result": "no-support"}
+    assert ok(user.get("account/3pid")) == {"threepids": []}
+    fails(anyone.post("login", body), 403, "M_FORBIDDEN")
+
+
+def test_an_address_belongs_to_one_account(mail: MailServer) -> None:
+    user, address = with_address(mail)
+    other = register(mail.server)
+    body = {"client_secret": "x", "email": address, "send_attempt": 1}
+    fails(other.post("account/3pid/email/requestToken", body), 400, "M_THREEPID_IN_USE")
+    late = f"{unique('late')}@example.org"
+    mine, theirs = (proof(mail, one, "account/3pid", late) for one in (user, other))
+    ok(other.uia("POST", "account/3pid/add", theirs))
+    fails(user.uia("POST", "account/3pid/add", mine), 400, "M_THREEPID_IN_USE")
+    ok(other.uia("POST", "account/deactivate"))
+    mine = proof(mail, user, "account/3pid", late)
+    ok(user.uia("POST", "account/3pid/add", mine))
+
+
+@pytest.mark.parametrize(
+    ("fields", "errcode"),
+    [
+        ({"email": "nobody"}, "M_INVALID_PARAM"),
+        ({"email": "a@b.org\r\nBcc: c@d.org"}, "M_INVALID_PARAM"),
+        ({"email": "a@b.org,c@d.org"}, "M_INVALID_PARAM"),
+        ({"email": "ä@b.org"}, "M_INVALID_PARAM"),
+        ({"email": 5}, "M_BAD_JSON"),
+        ({"client_secret": "a b"}, "M_INVALID_PARAM"),
+        ({"client_secret": ""}, "M_INVALID_PARAM"),
+        ({"send_attempt": "1"}, "M_BAD_JSON"),
+        ({"send_attempt": 10**30}, None),
+        ({"next_link": 5}, "M_BAD_JSON"),
+    ],
+)
+def test_bad_requests_for_mail(mail: MailServer, fields: Json, errcode: str | None) -> None:
+    before = len(mail.mailbox.received)
+    body = {"client_secret": "x", "email": "a@example.org", "send_attempt": 1, **fields}
+    fails(Client(mail.server).post("register/email/requestToken", body), 400, errcode)
+    assert len(mail.mailbox.received) == before
+
+
+def test_an_attempt_is_written_once(mail: MailServer) -> None:
+    user, address = register(mail.server), f"{unique('twice')}@example.org"
+    first = ask_by_mail(user, "account/3pid", address, client_secret="same")
+    count = len(mail.mailbox.received)
+    again = ask_by_mail(user, "account/3pid", address, client_secret="same")
+    assert again == first
+    assert len(mail.mailbox.received) == count
+    link = link_in(mail, address)
+    ask_by_mail(user, "account/3pid", address, client_secret="same", send_attempt=2)
+    assert len(mail.mailbox.received) == count + 1
+    assert httpx.post(link).status_code == 404  # the newer link counts
+
+
+def test_phone_numbers_and_identity_servers(mail: MailServer) -> None:
+    user = register(mail.server)
+    phone = {
+        "client_secret": "x",
+        "country": "GB",
+        "phone_number": "07700900001",
+        "send_attempt": 1,
+    }
+    for path in ("register", "account/3pid", "account/password"):
+        answer = user.post(f"{path}/msisdn/requestToken", phone)
+        fails(answer, 400, "M_THREEPID_MEDIUM_NOT_SUPPORTED")
+    server = {"id_server": "id.example.org", "id_access_token": "x"}
+    creds = {"client_secret": "x", "sid": "y", **server}
+    fails(user.post("account/3pid/bind", creds), 400, "M_SERVER_NOT_TRUSTED")
+    fails(user.post("account/3pid", {"three_pid_creds": creds}), 400, "M_SERVER_NOT_TRUSTED")
+
+
+def test_registration_with_an_address(mail: MailServer) -> None:
+    anyone, address = Client(mail.server), f"{unique('new')}@example.org"
+    body = {"username": unique(), "password": PASSWORD}
+    flows = anyone.post("register", body).json()
+    assert [flow["stages"] for flow in flows["flows"]] == [
+        ["m.login.terms"],
+        ["m.login.email.identity", "m.login.terms"],
+    ]
+    creds = ask_by_mail(anyone, "register", address)
+    stage = {"type": "m.login.email.identity", "threepid_creds": creds, "session": flows["session"]}
+    early = anyone.post("register", {**body, "auth": stage})
+    fails(early, 401, "M_FORBIDDEN")
+    follow(mail, address)
+    done = anyone.post("register", {**body, "auth": stage}).json()
+    assert done["completed"] == ["m.login.email.identity"]
+    terms = {"type": "m.login.terms", "session": flows["session"]}
+    user = client_from(mail.server, ok(anyone.post("register", {**body, "auth": terms})))
+    assert ok(user.get("account/3pid"))["threepids"][0]["address"] == address
+
+
+def test_registration_with_a_known_address_tells_nobody_but_its_reader(mail: MailServer) -> None:
+    user, address = with_address(mail)
+    ask_by_mail(Client(mail.server), "register", address)
+    text = mail.mailbox.last(address)
+    assert user.user_id in text
+    assert "http" not in text
+
+
+def reset(client: Client, creds: Json, password: str) -> httpx.Response:
+    """Set a new password without being signed in."""
+    body: Json = {"new_password": password}
+    answer = client.post("account/password", body)
+    assert answer.json()["flows"] == [{"stages": ["m.login.email.identity"]}]
+    session = answer.json()["session"]
+    auth = {"type": "m.login.email.identity", "threepid_creds": creds, "session": session}
+    return client.post("account/password", {**body, "auth": auth})
+
+
+def test_a_forgotten_password_is_replaced(mail: MailServer) -> None:
+    user, address = with_address(mail)
+    anyone = Client(mail.server)
+    creds = ask_by_mail(anyone, "account/password", address)
+    fails(reset(anyone, creds, "new " + PASSWORD), 401, "M_FORBIDDEN")
+    follow(mail, address)
+    ok(reset(anyone, creds, "new " + PASSWORD))
+    fails(user.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    ok(try_login(anyone, user.user_id, "new " + PASSWORD))
+
+
+def test_the_reset_of_nobodys_password_looks_like_any_other(mail: MailServer) -> None:
+    address, anyone = f"{unique('nobody')}@example.org", Client(mail.server)
+    ask_by_mail(anyone, "account/password", address)
+    assert "http" not in mail.mailbox.last(address)
+
+
+def test_sec_28_a_proof_is_good_once_for_one_purpose_and_account(mail: MailServer) -> None:
+    """Class 28: reuse, another account, another purpose, another client's secret."""
+    user, address = with_address(mail)
+    anyone, thief = Client(mail.server), register(mail.server)
+    creds = proof(mail, anyone, "account/password", address)
+    fails(reset(anyone, {**creds, "client_secret": "other"}, "x" * 9), 401)
+    fails(reset(anyone, {**creds, "sid": "A" * 43}, "x" * 9), 401)
+    answer = thief.uia("POST", "account/3pid/add", creds)
+    fails(answer, 403, "M_THREEPID_AUTH_FAILED")
+    body: Json = {"new_password": "x" * 9}
+    session = thief.post("account/password", body).json()["session"]
+    auth = {"type": "m.login.email.identity", "threepid_creds": creds, "session": session}
+    fails(thief.post("account/password", {**body, "auth": auth}), 401, "M_FORBIDDEN")
+    creds = proof(mail, anyone, "account/password", address)
+    ok(reset(anyone, creds, "y" * 9))
+    fails(reset(anyone, creds, "z" * 9), 401)
+    new = f"{unique('new')}@example.org"
+    mine = proof(mail, user.login(password="y" * 9), "account/3pid", new)
+    fails(thief.uia("POST", "account/3pid/add", mine), 403, "M_THREEPID_AUTH_FAILED")
+
+
+def test_sec_28_links_are_long_expire_and_never_follow_the_host(mail: MailServer) -> None:
+    """Class 28: >= 128 bits, host header in the link, redirects to other sites, use twice."""
+    user, address = register(mail.server), f"{unique('host')}@example.org"
+    body = {"client_secret": "x", "email": address, "send_attempt": 1}
+    evil = {"Host": "evil.example", "X-Forwarded-Host": "evil.example"}
+    ok(user.post("account/3pid/email/requestToken", body, headers=evil))
+    link = link_in(mail, address)
+    assert link.startswith(mail.server.url + "/")
+    assert re.fullmatch("[0-9A-Za-z]{43}", link.partition("token=")[2])
+    assert httpx.post(link).status_code == 200
+    assert httpx.post(link).status_code == 404
+    assert httpx.get(link).status_code == 404
+    token = link.partition("token=")[2]
+    assert token not in mail.server.log
+    for place in (mail.server.database, mail.server.database.with_name("conduit.db-wal")):
+        assert token.encode() not in place.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("link", "is_followed"),
+    [
+        ("https://evil.example/", False),
+        ("//evil.example/", False),
+        ("javascript:alert(1)", False),
+        ("http://127.0.0.1:{port}@evil.example/", False),
+        ("http://127.0.0.1:{port}.evil.example/", False),
+        ("http://127.0.0.1:{port}/\r\nX: y", False),
+        ("http://[::1", False),
+        ("http://127.0.0.1:{port}/app?x=1", True),
+    ],
+)
+def test_sec_28_next_link_stays_on_this_site(
+    mail: MailServer, link: str, is_followed: bool
+) -> None:
+    user, address = register(mail.server), f"{unique('next')}@example.org"
+    link = link.replace("{port}", str(mail.server.port))
+    ask_by_mail(user, "account/3pid", address, next_link=link)
+    answer = follow(mail, address)
+    assert answer.headers.get("location") == (link if is_followed else None)
+    assert answer.status_code == (303 if is_followed else 200)
+
+
+def test_sec_29_nobody_is_buried_in_mail(mail: MailServer) -> None:
+    """Five messages to one address, whoever asks; then 429."""
+    address, anyone = f"{unique('bury')}@example.org", Client(mail.server)
+    for _ in range(5):
+        ask_by_mail(anyone, "register", address)
+    body = {"client_secret": "z", "email": address.upper(), "send_attempt": 1}
+    fails(anyone.post("register/email/requestToken", body), 429, "M_LIMIT_EXCEEDED")
+
+
+# ── 47.4  Terms of service ───────────────────────────────────────────────────
+
+
+def test_consent_is_asked_for_and_kept(mail: MailServer) -> None:
+    anyone = Client(mail.server)
+    body = {"username": unique(), "password": PASSWORD}
+    answer = anyone.post("register", body).json()
+    rules = {"version": "1.0", "en": {"name": HOUSE_RULES["name"], "url": HOUSE_RULES["url"]}}
+    assert answer["params"] == {"m.login.terms": {"policies": {"rules": rules}}}
+    dummy = {"type": "m.login.dummy", "session": answer["session"]}
+    fails(anyone.post("register", {**body, "auth": dummy}), 401, "M_FORBIDDEN")
+    auth = {"type": "m.login.terms", "session": answer["session"]}
+    user = ok(anyone.post("register", {**body, "auth": auth}))["user_id"]
+    sql = "SELECT document, version FROM consents JOIN users USING (user_nid) WHERE user_id = ?"
+    assert read_database(mail.server, sql, user) == [("rules", "1.0")]
+
+
+# ── 47.5  Registration tokens ────────────────────────────────────────────────
+
+
+def test_registration_tokens_have_uses_and_an_end(new_server: Callable[..., Server]) -> None:
+    server = new_server(registration_token="the-configured-one", allow_registration=True)
+    admin = register(server, "admin")
+    make = "/_synapse/admin/v1/registration_tokens/new"
+    token = ok(admin.post(make, {"uses_allowed": 1}))["token"]
+    validity = "/_matrix/client/v1/register/m.login.registration_token/validity"
+    anyone = Client(server)
+    assert ok(anyone.get(validity, token=token)) == {"valid": True}
+
+    def begin(name: str) -> tuple[Json, httpx.Response]:
+        body = {"username": name, "password": PASSWORD}
+        session = anyone.post("register", body).json()["session"]
+        auth = {"type": "m.login.registration_token", "token": token, "session": session}
+        return body, anyone.post("register", {**body, "auth": auth})
+
+    ok(begin("bob")[1])
+    assert ok(anyone.get(validity, token=token)) == {"valid": False}
+    fails(begin("carol")[1], 401, "M_FORBIDDEN")
+    shown = ok(admin.get(make.replace("new", token)))
+    assert (shown["completed"], shown["pending"], shown["uses_allowed"]) == (1, 0, 1)
+    past = int(time.time() * 1000) - 1000
+    fails(admin.post(make, {"expiry_time": past}), 400, "M_INVALID_PARAM")
+    soon = ok(admin.post(make, {"expiry_time": past + 2500, "token": "soon"}))
+    assert ok(anyone.get(validity, token="soon")) == {"valid": True}
+    eventually(lambda: ok(anyone.get(validity, token="soon")) == {"valid": False})
+    assert soon["expiry_time"] == past + 2500
+
+
+def test_a_token_for_one_makes_one_account_whoever_races() -> None:
+    """While somebody has shown it and is not done, nobody else can."""
+
+    async def check(folder: Path) -> None:
+        config = conduit.Config(server_name="test.example", database_path=folder, port=0)
+        hs = conduit.Homeserver(config)
+        hs.registration_tokens.put(conduit.RegistrationToken("once", 1, 0, None))
+        row = hs.registration_tokens.find("once")
+        assert row is not None
+        assert hs.registration_tokens.is_good(row)
+        session = conduit.UiaSession(("POST", "/register", None), ())
+        session.results[conduit.REGISTRATION_TOKEN] = "once"
+        hs.accounts.uia.add(session)
+        assert not hs.registration_tokens.is_good(row)
+        nid = hs.accounts.make_account("@a:test.example")
+        hs.accounts.registered(nid, session)
+        with pytest.raises(conduit.MatrixError):
+            hs.accounts.registered(nid, session)
+        await hs.stop()
+
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(check(Path(folder)))
+
+
+def test_tokens_open_registration_without_a_configured_one(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    admin = register(server, "admin")
+    token = ok(admin.post("/_synapse/admin/v1/registration_tokens/new"))["token"]
+    body = {"username": "bob", "password": PASSWORD}
+    far = from_afar("192.0.2.9")
+    answer = Client(server).post("register", body, headers=far)
+    assert answer.json()["flows"] == [{"stages": ["m.login.registration_token"]}]
+    auth = {"type": "m.login.registration_token", "token": token}
+    ok(Client(server).post("register", {**body, "auth": auth}, headers=far))
+
+
+# ── 47.6  JSON web tokens ────────────────────────────────────────────────────
+
+
+def test_login_by_json_web_token(mail: MailServer) -> None:
+    user = register(mail.server)
+    flows = [flow["type"] for flow in ok(Client(mail.server).get("login"))["flows"]]
+    assert flows == ["m.login.password", "m.login.token", "org.matrix.login.jwt"]
+    now = time.time()
+    claims = {"sub": user.user_id[1:].partition(":")[0], "exp": now + 60, "nbf": now - 5}
+    token = forged({"alg": "HS256", "typ": "JWT"}, claims)
+    assert ok(jwt_login(mail.server, token))["user_id"] == user.user_id
+    claims["sub"] = unique("nobody")
+    fails(jwt_login(mail.server, forged({"alg": "HS256"}, claims)), 403, "M_FORBIDDEN")
+
+
+def test_sec_33_forged_json_web_tokens(mail: MailServer) -> None:
+    """Class 33: alg none, other algorithms, missing or wrong claims, wrong keys, broken forms."""
+    sub = register(mail.server).user_id
+    soon, past = time.time() + 60, time.time() - 60
+    good: Json = {"sub": sub, "exp": soon}
+    head = {"alg": "HS256"}
+    whole = forged(head, good)
+    bad: list[Any] = [
+        *(forged({"alg": alg}, good) for alg in ("none", "None", "hs256", "RS256", "", None, 5)),
+        forged({"alg": "HS512"}, good, digest=hashlib.sha512),
+        forged(head, good, digest=hashlib.sha512),
+        *(forged(one, good) for one in ({}, [], "HS256", {**head, "crit": ["x"]})),
+        forged(head, good, secret=""),
+        forged(head, good, secret="other"),
+        *(forged(head, {**good, "exp": exp}) for exp in (past, None, "x", str(soon), True, [soon])),
+        *(forged(head, {**good, "nbf": nbf}) for nbf in (soon, "x", True)),
+        *(forged(head, {"sub": who, "exp": soon}) for who in (None, 5, [sub], {"a": 1})),
+        *(forged(head, claims) for claims in ({"sub": sub}, {"exp": soon}, [], "x", None)),
+        *(whole.rsplit(".", 1)[0] + tail for tail in ("", ".", ".AAAA")),
+        *("", ".", "..", "...", "a.b.c", "a.b.c.d", "é.é.é", whole + "A" * 10_000, whole + "."),
+    ]
+    statuses = {token: jwt_login(mail.server, token) for token in bad}
+    for token, answer in statuses.items():
+        assert answer.status_code in (403, 429), token
+        if answer.status_code == 429:
+            break
+    for token in bad:
+        with pytest.raises((ValueError, conduit.MatrixError)):
+            conduit.jwt_claims(token, JWT_SECRET)
+    assert conduit.jwt_claims(whole, JWT_SECRET) == good
+
+
+@given(st.text())
+def test_a_json_web_token_of_anything_is_refused(token: str) -> None:
+    with pytest.raises((ValueError, conduit.MatrixError)):
+        conduit.jwt_claims(token, JWT_SECRET)
+
+
+# ── 47.7  Moderating accounts ────────────────────────────────────────────────
+
+
+def moderate(server: Server, admin: Client, what: str, value: bool, user: Client) -> None:
+    """Lock or suspend a user, or take that back."""
+    field = {"lock": "locked", "suspend": "suspended"}[what]
+    path = f"{USER_STATES}{what}/{quote(user.user_id)}"
+    assert ok(admin.put(path, {field: value})) == {field: value}
+    assert ok(admin.get(path)) == {field: value}
+
+
+def server_admin(server: Server) -> Client:
+    """A device of the shared server's admin."""
+    return Client(server).login("admin")
+
+
+def test_moderation_endpoints_refuse_what_they_must(server: Server, alice: Client) -> None:
+    admin = server_admin(server)
+    other = register(server)
+    ok(other.uia("POST", "account/deactivate"))
+    capabilities = ok(admin.get("capabilities"))["capabilities"]
+    assert capabilities["m.account_moderation"] == {"suspend": True, "lock": True}
+    assert "m.account_moderation" not in ok(alice.get("capabilities"))["capabilities"]
+    for what, field in (("lock", "locked"), ("suspend", "suspended")):
+        body = {field: True}
+        fails(alice.put(f"{USER_STATES}{what}/{admin.user_id}", body), 403, "M_FORBIDDEN")
+        fails(alice.get(f"{USER_STATES}{what}/@none:test.example"), 403, "M_FORBIDDEN")
+        fails(admin.put(f"{USER_STATES}{what}/{admin.user_id}", body), 403, "M_FORBIDDEN")
+        fails(admin.put(f"{USER_STATES}{what}/@a:other.example", body), 400, "M_INVALID_PARAM")
+        fails(admin.put(f"{USER_STATES}{what}/@none:test.example", body), 404, "M_NOT_FOUND")
+        fails(admin.put(f"{USER_STATES}{what}/{other.user_id}", body), 404, "M_NOT_FOUND")
+        fails(admin.put(f"{USER_STATES}{what}/{alice.user_id}", {field: "yes"}), 400, "M_BAD_JSON")
+        fails(admin.put(f"{USER_STATES}{what}/{alice.user_id}"), 400, "M_MISSING_PARAM")
+
+
+def test_suspended_users_read_leave_and_redact_their_own(
+    server: Server, alice: Client, bob: Client
+) -> None:
+    admin = server_admin(server)
+    room, open_room = alice.room_with(bob), bob.create_room(preset="public_chat")
+    own, theirs = alice.send_text(room, "mine"), bob.send_text(room, "theirs")
+    invited = bob.create_room(alice)
+    moderate(server, admin, "suspend", True, alice)
+    message = {"msgtype": "m.text", "body": "x"}
+    knock = bob.create_room(
+        initial_state=[{"type": "m.room.join_rules", "content": {"join_rule": "knock"}}]
+    )
+    for answer in (
+        alice.put(("rooms", room, "send", "m.room.message", unique()), message),
+        alice.put(("rooms", room, "state", "m.room.topic", ""), {"topic": "x"}),
+        alice.put(("rooms", room, "redact", theirs, unique()), {}),
+        alice.post(("join", open_room)),
+        alice.post(("join", invited)),
+        alice.post(("knock", knock)),
+        alice.post(("rooms", room, "invite"), {"user_id": admin.user_id}),
+        alice.post(("rooms", room, "kick"), {"user_id": bob.user_id}),
+        alice.post("createRoom", {}),
+        alice.put(("profile", alice.user_id, "displayname"), {"displayname": "x"}),
+        alice.post("account/3pid/delete", {"medium": "email", "address": "a@b.org"}),
+    ):
+        fails(answer, 403, "M_USER_SUSPENDED")
+    ok(alice.get("sync"))
+    assert "mine" in alice.bodies(room)
+    alice.redact(room, own)
+    alice.leave(invited)
+    alice.leave(room)
+    device = alice.login()
+    fails(device.post(("join", open_room)), 403, "M_USER_SUSPENDED")
+    moderate(server, admin, "suspend", False, alice)
+    alice.join(open_room)
+    alice.send_text(open_room, "again")
+
+
+def test_locked_users_are_out_until_unlocked(server: Server, alice: Client) -> None:
+    admin = server_admin(server)
+    refreshing = alice.login(refresh_token=True)
+    openid = ok(alice.post(("user", alice.user_id, "openid", "request_token")))["access_token"]
+    login_token = ok(alice.uia("POST", "/_matrix/client/v1/login/get_token"))["login_token"]
+    ok(alice.get("sync"))
+    with ThreadPoolExecutor(1) as pool:
+        since = ok(alice.get("sync"))["next_batch"]
+        query = {"since": since, "timeout": 5000}
+        waiting = pool.submit(alice.get, "sync", params=query)
+        time.sleep(0.3)
+        moderate(server, admin, "lock", True, alice)
+        fails(waiting.result(), 401, "M_USER_LOCKED")
+    by_token = {"type": "m.login.token", "token": login_token}
+    for answer in (
+        alice.get("sync"),
+        refreshing.get("account/whoami"),
+        Client(server).post("refresh", {"refresh_token": refreshing.refresh_token}),
+        try_login(Client(server), alice.user_id, PASSWORD),
+        Client(server).post("login", by_token),
+    ):
+        assert fails(answer, 401, "M_USER_LOCKED")["soft_logout"] is True
+    userinfo = "/_matrix/federation/v1/openid/userinfo"
+    fails(Client(server).get(userinfo, access_token=openid), 401, "M_UNKNOWN_TOKEN")
+    moderate(server, admin, "lock", False, alice)
+    ok(alice.get("sync"))
+    fresh = ok(Client(server).post("refresh", {"refresh_token": refreshing.refresh_token}))
+    ok(Client(server, fresh["access_token"]).get("account/whoami"))
+
+
+FAMILIES: Final = [
+    ("GET", "account/whoami"),
+    ("GET", "devices"),
+    ("GET", "sync"),
+    ("GET", "joined_rooms"),
+    ("POST", "keys/query"),
+    ("GET", "pushrules/"),
+    ("GET", "/_matrix/client/v1/media/config"),
+    ("POST", "createRoom"),
+    ("GET", "/_synapse/admin/v2/users"),
+    ("POST", "search"),
+]
+
+
+@pytest.mark.parametrize("state", ["locked", "deactivated", "logged out"])
+def test_sec_25_each_token_in_each_state_opens_nothing(server: Server, state: str) -> None:
+    """Class 25: access and refreshable tokens x locked, deactivated, logged out x families."""
+    admin, user = server_admin(server), register(server)
+    devices = [user, user.login(refresh_token=True), user.login()]
+    if state == "locked":
+        moderate(server, admin, "lock", True, user)
+    elif state == "deactivated":
+        ok(admin.post(f"/_synapse/admin/v1/deactivate/{user.user_id}"))
+    else:
+        ok(user.post("logout/all"))
+    errcode = "M_USER_LOCKED" if state == "locked" else "M_UNKNOWN_TOKEN"
+    for device in devices:
+        for method, path in FAMILIES:
+            answer = device.request(method, path, {} if method == "POST" else None)
+            assert answer.status_code == 404 or fails(answer, 401, errcode), path
+    tokens = {"refresh_token": devices[1].refresh_token}
+    fails(Client(server).post("refresh", tokens), 401, errcode)
+
+
+def test_whois_is_for_oneself_and_admins(server: Server, alice: Client, bob: Client) -> None:
+    path = ("admin", "whois", alice.user_id)
+    for client in (alice, server_admin(server)):
+        answer = ok(client.get(path))
+        [connection] = answer["devices"][alice.device_id]["sessions"][0]["connections"]
+        assert connection["ip"] == "127.0.0.1"
+        assert answer["user_id"] == alice.user_id
+    fails(bob.get(path), 403, "M_FORBIDDEN")
+    fails(server_admin(server).get("admin/whois/@none:test.example"), 404, "M_NOT_FOUND")
+
+
+def test_erased_users_are_blank_to_those_who_join_later(
+    server: Server, alice: Client, bob: Client
+) -> None:
+    room = bob.room_with(alice, preset="public_chat")
+    event = alice.send_text(room, "remember me")
+    gone = register(server)
+    gone.join(room)
+    gone.leave(room)
+    ok(alice.uia("POST", "account/deactivate", {"erase": True}))
+    late = register(server)
+    late.join(room)
+    gone.join(room)
+    assert "remember me" in bob.bodies(room)
+    assert "remember me" in gone.bodies(room)
+    assert "remember me" not in late.bodies(room)
+    shown = ok(late.get(("rooms", room, "event", event)))
+    assert (shown["content"], shown["sender"]) == ({}, alice.user_id)
+    events = late.timeline(room, late.sync())
+    assert all(one["content"] == {} for one in events if one["event_id"] == event)
+    assert ok(bob.get(("rooms", room, "event", event)))["content"]["body"] == "remember me"
+
+
+def test_erasure_survives_a_restart(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice, bob = register(server, "alice"), register(server, "bob")
+    room = alice.room_with(bob, preset="public_chat")
+    bob.send_text(room, "remember me")
+    ok(bob.uia("POST", "account/deactivate", {"erase": True}))
+    server.restart()
+    late = register(server, "late")
+    late.join(room)
+    assert "remember me" not in late.bodies(room)
+    assert "remember me" in alice.bodies(room)
+    server.stop()
+    server.check()
+
+
+def test_there_is_no_oauth_and_no_sso(nobody: Client) -> None:
+    fails(nobody.get("/_matrix/client/v1/auth_metadata"), 404, "M_UNRECOGNIZED")
+    fails(nobody.get("login/sso/redirect", redirectUrl="https://evil.example/"), 404, "M_NOT_FOUND")
+    fails(nobody.get("login/sso/redirect/x", redirectUrl="https://evil.example/"), 404)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -15152,6 +15895,320 @@ def test_a_lost_admin_room_is_made_anew(new_server: Callable[..., Server]) -> No
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  48. SYNAPSE ADMIN API
+# ═════════════════════════════════════════════════════════════════════════════
+
+ADMIN_API: Final = "/_synapse/admin/"
+
+
+def test_sec_50_the_admin_api_is_not_open_to_the_world(new_server: Callable[..., Server]) -> None:
+    """Class 50: behind a proxy only from allowed addresses, whatever the token and the headers."""
+    server = new_server()
+    admin = register(server, "admin")
+    ok(admin.get(ADMIN_API + "v2/users"))
+    refused: list[Json] = [
+        from_afar("192.0.2.7"),
+        from_afar("10.1.2.3"),
+        from_afar("127.0.0.1"),
+        {"Host": "test.example"},
+        {"X-Real-IP": "127.0.0.1"},
+        {"Forwarded": "for=127.0.0.1"},
+    ]
+    for headers in refused:
+        fails(admin.get(ADMIN_API + "v2/users", headers=headers), 403, "M_FORBIDDEN")
+    server.stop()
+    server.write_config(admin_api_allowlist=["10.1.0.0/16"])
+    server.start()
+    ok(admin.get(ADMIN_API + "v2/users", headers=from_afar("10.1.2.3")))
+    fails(admin.get(ADMIN_API + "v2/users", headers=from_afar("10.2.2.3")), 403)
+    spoofed = from_afar("10.1.2.3, 192.0.2.7")
+    fails(admin.get(ADMIN_API + "v2/users", headers=spoofed), 403)
+    server.stop()
+    server.write_config(admin_api_allowlist=["127.0.0.0/8"], trusted_proxies=["192.0.2.1/32"])
+    server.start()
+    fails(admin.get(ADMIN_API + "v2/users", headers=from_afar("127.0.0.1")), 403)
+
+
+def test_sec_50_every_admin_path_asks_who_it_is(server: Server, alice: Client) -> None:
+    """Class 50: no path below /_synapse/admin answers a user who is no admin, or nobody."""
+    open_paths = {ADMIN_API + "v1/register", ADMIN_API + "v1/server_version"}
+    count = 0
+    for entry in conduit.ROUTES:
+        for path in entry.paths:
+            if not path.startswith(ADMIN_API) or path in open_paths:
+                continue
+            url = re.sub(r"\{[^}]*\}", "@x:test.example", path)
+            body = None if entry.method == "GET" else {}
+            fails(alice.request(entry.method, url, body), 403, "M_FORBIDDEN")
+            fails(Client(server).request(entry.method, url, body), 401, "M_MISSING_TOKEN")
+            count += 1
+    assert count > 40
+
+
+def test_users_are_listed_sorted_and_filtered(server: Server, admin: Client) -> None:
+    prefix = unique("list")
+    names = [f"{prefix}_{letter}" for letter in "abc"]
+    users = [register(server, name) for name in names]
+    ok(users[1].uia("POST", "account/deactivate"))
+
+    def listed(**query: Any) -> list[str]:
+        answer = ok(admin.get(ADMIN_API + "v2/users", user_id=prefix, **query))
+        assert answer["total"] >= len(answer["users"])
+        return [user["name"][1:].partition(":")[0] for user in answer["users"]]
+
+    assert listed() == [names[0], names[2]]
+    assert listed(deactivated="true") == names
+    assert listed(deactivated="true", dir="b") == names[::-1]
+    assert listed(order_by="creation_ts", dir="b") == [names[2], names[0]]
+    first = ok(admin.get(ADMIN_API + "v2/users", user_id=prefix, limit=1))
+    assert (first["total"], first["next_token"]) == (2, "1")
+    assert listed(limit=1, **{"from": first["next_token"]}) == [names[2]]
+    fails(admin.get(ADMIN_API + "v2/users", order_by="password_hash"), 400, "M_INVALID_PARAM")
+    fails(admin.get(ADMIN_API + "v2/users", limit="x"), 400)
+    admins = ok(admin.get(ADMIN_API + "v2/users", admins="true"))["users"]
+    assert admin.user_id in [user["name"] for user in admins]
+
+
+def test_an_account_is_made_and_changed(server: Server, admin: Client) -> None:
+    user_id = f"@{unique('made')}:test.example"
+    path = f"{ADMIN_API}v2/users/{user_id}"
+    address = f"{unique('made')}@example.org"
+    made = admin.put(
+        path,
+        {
+            **{"password": PASSWORD, "displayname": "Made", "admin": True},
+            "threepids": [{"medium": "email", "address": address}],
+        },
+    )
+    assert made.status_code == 201
+    shown = made.json()
+    assert (shown["name"], shown["displayname"], shown["admin"]) == (user_id, "Made", True)
+    assert [one["address"] for one in shown["threepids"]] == [address]
+    user = client_from(server, ok(try_login(Client(server), user_id, PASSWORD)))
+    assert ok(user.get("joined_rooms"))["joined_rooms"], "an admin is in the admin room"
+    shown = ok(admin.put(path, {"admin": False, "displayname": "", "threepids": []}))
+    assert (shown["displayname"], shown["admin"], shown["threepids"]) == (None, False, [])
+    eventually(lambda: not ok(user.get("joined_rooms"))["joined_rooms"])
+    ok(admin.put(path, {"locked": True}))
+    fails(user.get("sync"), 401, "M_USER_LOCKED")
+    ok(admin.put(path, {"locked": False, "password": "new " + PASSWORD}))
+    fails(user.get("sync"), 401, "M_UNKNOWN_TOKEN")
+    assert ok(admin.put(path, {"deactivated": True}))["deactivated"] is True
+    fails(admin.put(path, {"displayname": "x"}), 400)
+    for bad in ("@a:other.example", "nobody", "@Ä:test.example"):
+        fails(admin.put(f"{ADMIN_API}v2/users/{quote(bad)}", {}), 400)
+    fails(admin.put(f"{ADMIN_API}v2/users/@conduit:test.example", {"password": "x"}), 403)
+    for change in ({"admin": False}, {"locked": True}, {"deactivated": True}):
+        fails(admin.put(f"{ADMIN_API}v2/users/{admin.user_id}", change), 400)
+    fails(admin.put(path.replace("made", "other"), {"admin": "yes"}), 400, "M_BAD_JSON")
+    fails(admin.get(f"{ADMIN_API}v2/users/@none:test.example"), 404, "M_NOT_FOUND")
+
+
+def test_passwords_admins_devices_and_sessions(
+    server: Server, admin: Client, alice: Client
+) -> None:
+    user = quote(alice.user_id)
+    answer = ok(admin.post(f"{ADMIN_API}v1/users/{user}/login"))
+    stand_in = Client(server, answer["access_token"])
+    assert ok(stand_in.get("account/whoami"))["user_id"] == alice.user_id
+    soon = {"valid_until_ms": int(time.time() * 1000) + 700}
+    brief = Client(
+        server, ok(admin.post(f"{ADMIN_API}v1/users/{user}/login", soon))["access_token"]
+    )
+    ok(brief.get("account/whoami"))
+    eventually(lambda: brief.get("account/whoami").status_code == 401)
+    devices = ok(admin.get(f"{ADMIN_API}v2/users/{user}/devices"))
+    assert devices["total"] == 3
+    own = f"{ADMIN_API}v2/users/{user}/devices/{alice.device_id}"
+    ok(admin.put(own, {"display_name": "kitchen"}))
+    assert ok(admin.get(own))["display_name"] == "kitchen"
+    others = [d["device_id"] for d in devices["devices"] if d["device_id"] != alice.device_id]
+    ok(admin.post(f"{ADMIN_API}v2/users/{user}/delete_devices", {"devices": others}))
+    fails(stand_in.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    ok(admin.delete(own))
+    fails(admin.get(own), 404, "M_NOT_FOUND")
+    fails(alice.get("account/whoami"), 401)
+    ok(admin.post(f"{ADMIN_API}v1/reset_password/{user}", {"new_password": "other " + PASSWORD}))
+    device = alice.login(password="other " + PASSWORD)
+    assert ok(admin.get(f"{ADMIN_API}v1/users/{user}/admin")) == {"admin": False}
+    ok(admin.put(f"{ADMIN_API}v1/users/{user}/admin", {"admin": True}))
+    ok(device.get(ADMIN_API + "v2/users", limit=1))
+    ok(admin.put(f"{ADMIN_API}v1/users/{user}/admin", {"admin": False}))
+    fails(device.get(ADMIN_API + "v2/users"), 403, "M_FORBIDDEN")
+    assert ok(admin.put(f"{ADMIN_API}v1/suspend/{user}", {"suspend": True}))
+    fails(device.post("createRoom"), 403, "M_USER_SUSPENDED")
+    assert ok(admin.get(f"{ADMIN_API}v1/whois/{user}"))["user_id"] == alice.user_id
+    assert ok(admin.get(ADMIN_API + "v1/username_available", username=unique()))["available"]
+    assert ok(Client(server).get(ADMIN_API + "v1/server_version"))["server_version"]
+
+
+def test_admins_manage_registration_tokens(admin: Client) -> None:
+    path = ADMIN_API + "v1/registration_tokens"
+    token = unique("token")
+    made = ok(admin.post(path + "/new", {"token": token, "uses_allowed": 2}))
+    assert made == {
+        **{"token": token, "uses_allowed": 2, "pending": 0, "completed": 0},
+        "expiry_time": None,
+    }
+    fails(admin.post(path + "/new", {"token": token}), 400, "M_INVALID_PARAM")
+    for bad in ({"token": ""}, {"token": "a b"}, {"token": "x" * 65}, {"length": 0}):
+        fails(admin.post(path + "/new", bad), 400, "M_INVALID_PARAM")
+    for bad in ({"uses_allowed": -1}, {"uses_allowed": 10**30}, {"expiry_time": 1}):
+        fails(admin.put(f"{path}/{token}", bad), 400, "M_INVALID_PARAM")
+    assert ok(admin.put(f"{path}/{token}", {"uses_allowed": None}))["uses_allowed"] is None
+    ok(admin.put(f"{path}/{token}", {"uses_allowed": 0}))
+    good = ok(admin.get(path, valid="true"))["registration_tokens"]
+    spent = ok(admin.get(path, valid="false"))["registration_tokens"]
+    assert token not in [one["token"] for one in good]
+    assert token in [one["token"] for one in spent]
+    ok(admin.delete(f"{path}/{token}"))
+    fails(admin.delete(f"{path}/{token}"), 404, "M_NOT_FOUND")
+    fails(admin.get(f"{path}/{token}"), 404, "M_NOT_FOUND")
+
+
+def test_rooms_are_listed_and_shown(admin: Client, alice: Client, bob: Client) -> None:
+    name = unique("Zebra")
+    room = alice.room_with(bob, name=name, preset="public_chat", topic="stripes")
+    answer = ok(admin.get(ADMIN_API + "v1/rooms", search_term=name[2:]))
+    [listed] = answer["rooms"]
+    assert (answer["total_rooms"], answer["offset"]) == (1, 0)
+    expected = {"room_id": room, "name": name, "joined_members": 2, "creator": alice.user_id}
+    assert expected.items() <= listed.items()
+    detail = ok(admin.get(f"{ADMIN_API}v1/rooms/{quote(room)}"))
+    assert (detail["topic"], detail["joined_local_devices"]) == ("stripes", 2)
+    members = ok(admin.get(f"{ADMIN_API}v1/rooms/{quote(room)}/members"))
+    assert (set(members["members"]), members["total"]) == ({alice.user_id, bob.user_id}, 2)
+    state = ok(admin.get(f"{ADMIN_API}v1/rooms/{quote(room)}/state", type="m.room.topic"))["state"]
+    assert [event["content"]["topic"] for event in state] == ["stripes"]
+    event = alice.send_text(room, "x")
+    assert ok(admin.get(f"{ADMIN_API}v1/fetch_event/{quote(event)}"))["event"]["event_id"] == event
+    ends = ok(admin.get(f"{ADMIN_API}v1/rooms/{quote(room)}/forward_extremities"))
+    assert [one["event_id"] for one in ends["results"]] == [event]
+    assert ok(admin.get(f"{ADMIN_API}v1/users/{alice.user_id}/joined_rooms"))["joined_rooms"] == [
+        room
+    ]
+    first = ok(admin.get(ADMIN_API + "v1/rooms", limit=1, order_by="joined_members"))
+    assert first["next_batch"] == 1
+    fails(admin.get(ADMIN_API + "v1/rooms", order_by="x"), 400)
+    fails(admin.get(f"{ADMIN_API}v1/rooms/!none:test.example"), 404)
+
+
+def test_admins_bring_users_into_rooms_and_to_power(
+    admin: Client, alice: Client, bob: Client
+) -> None:
+    public, private = alice.create_room(preset="public_chat"), admin.create_room()
+    for room in (public, private):
+        ok(admin.post(f"{ADMIN_API}v1/join/{quote(room)}", {"user_id": bob.user_id}))
+        assert room in ok(bob.get("joined_rooms"))["joined_rooms"]
+    hidden = alice.create_room()
+    fails(admin.post(f"{ADMIN_API}v1/join/{quote(hidden)}", {"user_id": bob.user_id}), 403)
+    old = alice.create_room(room_version="10")
+    ok(admin.post(f"{ADMIN_API}v1/rooms/{quote(old)}/make_room_admin"))
+    admin.join(old)
+    assert alice.state(old, "m.room.power_levels")["users"][admin.user_id] == 100
+
+
+def test_a_blocked_room_cannot_be_entered(admin: Client, alice: Client, bob: Client) -> None:
+    room = alice.create_room(preset="public_chat")
+    path = f"{ADMIN_API}v1/rooms/{quote(room)}/block"
+    assert ok(admin.get(path)) == {"block": False}
+    assert ok(admin.put(path, {"block": True})) == {"block": True}
+    assert ok(admin.get(path)) == {"block": True, "user_id": admin.user_id}
+    fails(bob.post(("join", room)), 403, "M_FORBIDDEN")
+    fails(alice.post(("rooms", room, "invite"), {"user_id": bob.user_id}), 403, "M_FORBIDDEN")
+    ok(admin.put(path, {"block": False}))
+    bob.join(room)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_a_room_is_deleted(admin: Client, alice: Client, bob: Client, version: str) -> None:
+    alias = unique("gone")
+    room = alice.room_with(bob, preset="public_chat", room_alias_name=alias, visibility="public")
+    event = alice.send_text(room, "bad things")
+    alice.send_text(room, "the last one")
+    path = f"{ADMIN_API}{version}/rooms/{quote(room)}"
+    body = {"new_room_user_id": admin.user_id, "message": "no more", "block": True}
+    result = ok(admin.delete(path, body))
+    if version == "v2":
+        status = f"{ADMIN_API}v2/rooms/delete_status/{result['delete_id']}"
+        job = eventually(lambda: (j := ok(admin.get(status)))["status"] == "complete" and j)
+        assert ok(admin.get(f"{path}/delete_status"))["results"] == [job]
+        result = job["shutdown_room"]
+    assert set(result["kicked_users"]) == {alice.user_id, bob.user_id}
+    assert result["local_aliases"] == [f"#{alias}:test.example"]
+    rooms = ok(bob.get("joined_rooms"))["joined_rooms"]
+    assert rooms == [result["new_room_id"]]
+    assert "no more" in bob.bodies(rooms[0])
+    message = {"msgtype": "m.text", "body": "x"}
+    fails(bob.put(("rooms", rooms[0], "send", "m.room.message", unique()), message), 403)
+    fails(admin.get(f"{ADMIN_API}v1/fetch_event/{quote(event)}"), 404)
+    fails(bob.post(("join", room)), 403, "M_FORBIDDEN")
+    fails(admin.delete(f"{ADMIN_API}{version}/rooms/!none:test.example", {}), 404)
+
+
+def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice, bob = register(server, "admin"), register(server, "bob")
+    room = alice.room_with(bob)
+    parent = alice.send_text(room, "message 0")
+    reaction = {"m.relates_to": {"rel_type": "m.annotation", "event_id": parent, "key": "+"}}
+    for number in range(1, 120):
+        alice.send_text(room, f"message {number}")
+    bob.send(room, "m.reaction", reaction)
+    last = alice.send_text(room, "kept")
+    path = f"{ADMIN_API}v1/purge_history/{quote(room)}"
+
+    def purge(body: Json) -> None:
+        name = ok(alice.post(path, body))["purge_id"]
+        status = f"{ADMIN_API}v1/purge_history_status/{name}"
+        eventually(lambda: ok(alice.get(status))["status"] == "complete")
+
+    purge({"purge_up_to_event_id": last})
+    assert len(alice.bodies(room)) == 121, "events of our own users stay unless asked for"
+    purge({"purge_up_to_event_id": last, "delete_local_events": True})
+    assert alice.bodies(room) == ["kept"]
+    assert bob.state(room, "m.room.create")
+    fails(bob.get(("rooms", room, "event", parent)), 404)
+    bob.send_text(room, "on we go")
+    purge({"purge_up_to_ts": int(time.time() * 1000) + 1000, "delete_local_events": True})
+    assert alice.bodies(room) == ["on we go"]
+    fails(alice.post(path, {}), 400, "M_BAD_JSON")
+    fails(alice.post(path, {"purge_up_to_event_id": "$none"}), 404)
+    fails(alice.get(f"{ADMIN_API}v1/purge_history_status/none"), 404)
+    server.restart()
+    assert alice.bodies(room) == ["on we go"]
+    late = register(server, "late")
+    alice.invite(room, late)
+    late.join(room)
+    assert late.sync()["rooms"]["join"][room]
+    server.stop()
+    server.check()
+
+
+def test_the_server_speaks_to_a_user(admin: Client, alice: Client) -> None:
+    content = {"msgtype": "m.text", "body": "tidy up"}
+    body = {"user_id": alice.user_id, "content": content}
+    first = ok(admin.put(ADMIN_API + "v1/send_server_notice/1", body))
+    assert ok(admin.put(ADMIN_API + "v1/send_server_notice/1", body)) == first
+    [room] = alice.sync()["rooms"]["invite"]
+    alice.join(room)
+    assert alice.bodies(room) == ["tidy up"]
+    tags = ok(alice.get(("user", alice.user_id, "rooms", room, "tags")))["tags"]
+    assert tags.keys() == {"m.server_notice"}
+    fails(alice.put(("rooms", room, "send", "m.room.message", unique()), content), 403)
+    ok(admin.post(ADMIN_API + "v1/send_server_notice", body))
+    assert alice.bodies(room) == ["tidy up", "tidy up"]
+    alice.leave(room)
+    ok(admin.post(ADMIN_API + "v1/send_server_notice", body))
+    assert list(alice.sync()["rooms"]["invite"]) == [room]
+    fails(
+        admin.post(ADMIN_API + "v1/send_server_notice", {**body, "user_id": "@x:other.example"}),
+        400,
+    )
+    fails(admin.post(ADMIN_API + "v1/send_server_notice", {**body, "content": "x"}), 400)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  24. CALLS, WELL-KNOWN, LANDING PAGE
 #
 #  Credentials that a TURN server would accept, the documents of .well-known as
@@ -15375,6 +16432,66 @@ def test_what_carries_group_calls(new_server: Callable[..., Server], alice: Clie
     caller = register(new_server(rtc_foci=[focus]))
     assert ok(caller.get(path)) == {"rtc_transports": [focus]}
     fails(Client(caller.server).get(path), 401, "M_MISSING_TOKEN")
+
+
+# ── 24.4  Pages for signing in ───────────────────────────────────────────────
+
+
+def policy_of(page: httpx.Response) -> str:
+    """The policy of a page, which must not let anything from elsewhere in."""
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    return str(policy)
+
+
+def test_stages_can_be_done_on_a_page(mail: MailServer) -> None:
+    anyone, body = Client(mail.server), {"username": unique(), "password": PASSWORD}
+    session = anyone.post("register", body).json()["session"]
+    path = "auth/m.login.terms/fallback/web"
+    page = anyone.get(path, session=session)
+    assert "Rules &lt;of&gt; the house" in page.text
+    assert policy_of(page)
+    fails(anyone.post("register", {**body, "auth": {"session": session, "type": "x"}}), 401)
+    done = anyone.request("POST", path, params={"session": session}, content=b"x=y")
+    assert "window.onAuthDone" in done.text
+    script = re.findall("<script>(.*?)</script>", done.text, re.DOTALL)[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy_of(done)
+    ok(anyone.post("register", {**body, "auth": {"session": session}}))
+    assert anyone.get(path, session=session).status_code == 404
+    assert anyone.get(path).status_code == 404
+    fails(anyone.get("auth/m.login.password/fallback/web", session=session), 404)
+
+
+def test_the_token_page_takes_the_right_token_only(new_server: Callable[..., Server]) -> None:
+    server = new_server(registration_token="open-sesame")
+    anyone, body = Client(server), {"username": "alice", "password": PASSWORD}
+    session = anyone.post("register", body).json()["session"]
+    path = "auth/m.login.registration_token/fallback/web"
+    hostile = b"token=%3Cscript%3E&token=x&" + b"a=b&" * 7
+    for content in (b"token=wrong", b"", b"\xff\xfe", hostile):
+        answer = anyone.request("POST", path, params={"session": session}, content=content)
+        assert answer.status_code == 401
+        assert "<script>x" not in answer.text
+        assert "not right" in answer.text
+    dummy = anyone.request("POST", "auth/m.login.dummy/fallback/web", params={"session": session})
+    assert dummy.status_code == 401, "it is no stage of this session"
+    fails(anyone.request("POST", path, params={"session": session}, content=b"a" * 5000), 413)
+    fails(anyone.request("POST", path, params={"session": session}, content=b"a=b&" * 20), 400)
+    right = b"token=open-sesame"
+    assert anyone.request("POST", path, params={"session": session}, content=right).is_success
+    ok(anyone.post("register", {**body, "auth": {"session": session}}))
+
+
+def test_the_login_page(nobody: Client) -> None:
+    page = nobody.get("/_matrix/static/client/login/", device_id="<script>")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "matrixLogin.onLogin" in page.text
+    assert "&lt;script" not in page.text
+    assert page.text.count("<script>") == 1
+    assert "connect-src 'self'" in policy_of(page)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -17846,6 +18963,11 @@ SCANS: Final = {
     "SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts, badge,"
     " failures, failing_ts, retry_ts FROM pushers": "at the start and when one changes; in memory",
     "SELECT DISTINCT pusher_nid FROM push_queue": "then as well; the table is a queue",
+    " ".join(conduit.USER_ROWS.split()): "an admin asks for the list, in a thread",
+    "SELECT room_nid FROM rooms WHERE state_group > 0": "an admin asks for the list",
+    "SELECT token, uses_allowed, completed, expires_ts FROM registration_tokens"
+    " ORDER BY token": "an admin asks for the list",
+    "SELECT 1 FROM registration_tokens LIMIT 1": "the first will do",
     "SELECT room_nid FROM published_rooms": "once; the list is kept in memory",
     "SELECT room_nid FROM public_rooms": "once; the list is kept in memory",
     "SELECT user_nid, room_nid, display_name, avatar_url, folded, user_id FROM user_names"
