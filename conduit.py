@@ -96,6 +96,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import graphlib
 import hashlib
 import heapq
 import hmac
@@ -122,20 +123,23 @@ import ssl
 import string
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
 import types
 import weakref
-from collections import Counter, OrderedDict, deque
+from collections import ChainMap, Counter, OrderedDict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Container,
     Coroutine,
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
@@ -1950,6 +1954,10 @@ class Stream:
         self.position += 1
         return self.position
 
+    def skip(self, count: int) -> None:
+        """Leave out positions, for older events that come in later; no token lies among them."""
+        self.position += count
+
     def since(self, position: int) -> list[tuple[str, int]] | None:
         """The (kind, target)s after a position, oldest first; None if the log begins later."""
         if position < self._floor:
@@ -2221,6 +2229,7 @@ class Event:
     __slots__ = (
         "auth_events",
         "content",
+        "current_group",
         "depth",
         "event_id",
         "nid",
@@ -2263,6 +2272,7 @@ class Event:
         self.pos: int | None = None  #: place in the timeline; None for events outside of it
         self.room_nid = RoomNid(0)
         self.state_group: int | None = None  #: the state after the event
+        self.current_group: int | None = None  #: the room's own, where branches made another of it
         self.replaces: EventNid | None = None  #: the state event that was in its place before
         self.rejected: str | None = None  #: the rule that refused it
         self.soft_failed = False
@@ -3357,14 +3367,15 @@ def deepest_allowed(
 
 
 def resolve_v1(
-    version: RoomVersion, state_sets: Sequence[StateIds], lookup: Lookup
+    version: RoomVersion, state_sets: Sequence[StateIds], lookup: Lookup, common: StateIds
 ) -> dict[StateKey, str]:
     """The algorithm of room version 1: power levels, join rules, members, then the rest, by depth.
 
     Spec: rooms/v1 "State resolution". Trap: here a piece of state that some states lack is no
     conflict. Conflicts of one kind (say, of several members) do not see each other's outcome.
     """
-    resolved, conflicted = separate_v1(state_sets, lookup)
+    agreed, conflicted = separate_v1(state_sets, lookup)
+    resolved = ChainMap(agreed, cast(MutableMapping[StateKey, str], common))
     for kind in (POWER_LEVELS, JOIN_RULES, MEMBER):
         keys = [key for key in conflicted if key[0] == kind]
         outcome = {
@@ -3375,7 +3386,7 @@ def resolve_v1(
         key: deepest_allowed(version, events, resolved, lookup)
         for key, events in conflicted.items()
     }
-    return {**resolved, **outcome}
+    return {**agreed, **outcome}
 
 
 # ── 8.2  Auth chains ─────────────────────────────────────────────────────────
@@ -3415,6 +3426,14 @@ class AuthGraph:
             stack.pop()
         return heights[event_id]
 
+    def common(self) -> Iterator[str]:
+        """Further events that are in all sets, by falling height, for who has left them out."""
+        return iter(())
+
+    def is_common(self, _event_id: str) -> bool:
+        """Whether this is one of them."""
+        return False
+
     def difference(self, state_sets: Sequence[set[str]]) -> set[str]:
         """The auth difference: events in the full auth chain of some sets but not of all.
 
@@ -3423,25 +3442,31 @@ class AuthGraph:
         """
         everywhere = (1 << len(state_sets)) - 1
         reached: dict[str, int] = {}
+        heap: list[tuple[int, str]] = []
+        doubtful: set[str] = set()
+
+        def reach(event_id: str, bits: int) -> None:
+            before = reached.get(event_id, 0)
+            reached[event_id] = after = everywhere if self.is_common(event_id) else before | bits
+            if not before:
+                heapq.heappush(heap, (-self.height(event_id), event_id))
+            (doubtful.discard if after == everywhere else doubtful.add)(event_id)
+
         for number, state in enumerate(state_sets):
             for event_id in state:
-                reached[event_id] = reached.get(event_id, 0) | 1 << number
-        doubtful = sum(bits != everywhere for bits in reached.values())
-        heap = [(-self.height(event_id), event_id) for event_id in reached] if doubtful else []
-        heapq.heapify(heap)
-        found = set()
-        while doubtful > 0 and heap:
+                reach(event_id, 1 << number)
+        found, common = set(), self.common()
+        shared = next(common, None) if doubtful else None
+        while doubtful and heap:
+            while shared is not None and self.height(shared) >= -heap[0][0]:
+                reach(shared, everywhere)
+                shared = next(common, None)
             event_id = heapq.heappop(heap)[1]
-            bits = reached[event_id]
-            if bits != everywhere:
+            if event_id in doubtful:
                 found.add(event_id)
-                doubtful -= 1
+                doubtful.discard(event_id)
             for parent in self.parents(event_id):
-                before = reached.get(parent, 0)
-                reached[parent] = before | bits
-                if not before:
-                    heapq.heappush(heap, (-self.height(parent), parent))
-                doubtful += (reached[parent] != everywhere) - (0 < before < everywhere)
+                reach(parent, reached[event_id])
         return found
 
     def subgraph(self, conflicted: set[str]) -> set[str]:
@@ -3643,7 +3668,11 @@ def separate_v2(state_sets: Sequence[StateIds]) -> tuple[dict[StateKey, str], se
 
 
 def resolve_v2(
-    version: RoomVersion, state_sets: Sequence[StateIds], lookup: Lookup, graph: AuthGraph
+    version: RoomVersion,
+    state_sets: Sequence[StateIds],
+    lookup: Lookup,
+    graph: AuthGraph,
+    common: StateIds,
 ) -> dict[StateKey, str]:
     """The algorithm of room versions 2 to 11, and with version 2.1 of room version 12.
 
@@ -3659,7 +3688,8 @@ def resolve_v2(
         full |= graph.subgraph(conflicted)
     known = {event_id: lookup(event_id) for event_id in full}
     events = {key: event for key, event in known.items() if event is not None and event.is_state}
-    replay = Replay(version, {} if is_v2_1 else agreed, lookup)
+    start = ChainMap(agreed, cast(MutableMapping[StateKey, str], common))
+    replay = Replay(version, {} if is_v2_1 else start, lookup)
     first = power_events_with_chains(events)
     for event in power_order(first, replay):
         replay.apply(event)
@@ -3677,16 +3707,19 @@ def resolve_state(
     state_sets: Sequence[StateIds],
     lookup: Lookup,
     graph: AuthGraph | None = None,
+    common: StateIds = types.MappingProxyType({}),
 ) -> dict[StateKey, str]:
     """The one state that several states resolve to, whatever their order.
 
     `graph` may know shorter ways through the auth events than looking at every one of them.
+    `common` is what all the states have beside, and `graph` knows of it too; of the result, what
+    falls on its keys does not count.
     """
     if len(state_sets) < 2:
         return dict(state_sets[0]) if state_sets else {}
     if version.resolution == "v1":
-        return resolve_v1(version, state_sets, lookup)
-    return resolve_v2(version, state_sets, lookup, graph or AuthGraph(lookup))
+        return resolve_v1(version, state_sets, lookup, common)
+    return resolve_v2(version, state_sets, lookup, graph or AuthGraph(lookup), common)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -3711,6 +3744,7 @@ CREATE TABLE state_groups (
     base INTEGER,                   -- the group that the delta starts from
     delta BLOB NOT NULL             -- sorted state nids, then their event nids, 8 bytes each
 );
+CREATE INDEX state_groups_room ON state_groups (room_nid);
 """)
 invariant(
     "state groups on a base that is not there",
@@ -3807,7 +3841,7 @@ class StateGroups:
         """A state with its keys as (type, state_key)."""
         return {self.names.name(key): nid for key, nid in state.items()}
 
-    def lookup(self, group: int, key: StateNid) -> EventNid | None:
+    def lookup(self, group: int | None, key: StateNid) -> EventNid | None:
         """One entry of the state, without reading the whole."""
         for _, row in self.chain(group):
             at = bisect.bisect_left(row.keys, key)
@@ -3837,6 +3871,13 @@ class StateGroups:
             )
         return new
 
+    def changed(self, room_nid: int, base: int, wanted: Mapping[StateNid, EventNid]) -> int:
+        """The group of a state with these entries (0: gone): the base itself if it has them."""
+        is_many = len(wanted) > MANY_LOOKUPS
+        old = self.read(base).get if is_many else functools.partial(self.lookup, base)
+        changes = {key: value for key, value in wanted.items() if (old(key) or 0) != value}
+        return self.extend(room_nid, base, changes) if changes else base
+
     def difference(self, old: int, new: int) -> dict[StateNid, EventNid]:
         """The entries of `new` that `old` lacks or has otherwise; reads what differs, not all."""
         chains = dict(self.chain(old)), dict(self.chain(new))
@@ -3850,6 +3891,12 @@ class StateGroups:
         pairs = ((key, self.lookup(new, key)) for key in touched)
         return {key: nid for key, nid in pairs if nid is not None and nid != self.lookup(old, key)}
 
+    def changes(self, old: int, new: int) -> dict[StateNid, EventNid]:
+        """The difference, and 0 for the entries of `old` that `new` lacks."""
+        if old == new:
+            return {}
+        return dict.fromkeys(self.difference(new, old), EventNid(0)) | self.difference(old, new)
+
 
 # ═════════════════════════════════════════════════════════════════════════════
 #  10. THE ROOM STORE
@@ -3862,7 +3909,7 @@ class StateGroups:
 
 schema("""
 CREATE TABLE rooms (
-    room_nid INTEGER PRIMARY KEY,
+    room_nid INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given twice
     room_id TEXT NOT NULL UNIQUE,
     version TEXT NOT NULL,
     state_group INTEGER NOT NULL,   -- the state now
@@ -3875,7 +3922,8 @@ CREATE TABLE events (
     room_nid INTEGER NOT NULL,
     pos INTEGER,                    -- place in the timeline; NULL for what is outside of it
     state_nid INTEGER,              -- NULL for what is no state event
-    state_group INTEGER,            -- the state after the event
+    state_group INTEGER,            -- the state after the event; NULL where nobody knows it
+    current_group INTEGER,          -- the room's state then, where this event alone did not make it
     replaces INTEGER,               -- the state event that was in its place before
     redacted_by INTEGER,            -- the redaction that took its content away
     rejected TEXT,                  -- the rule that refused it
@@ -3883,11 +3931,13 @@ CREATE TABLE events (
     txn_device INTEGER,             -- which device sent it, NULL if it was delayed,
     txn_id TEXT,                    -- and the transaction id, or the delay_id
     ts INTEGER NOT NULL,            -- origin_server_ts, to find the event of a day
+    auth TEXT NOT NULL,             -- the nids of its auth events, as a JSON list
     pdu BLOB NOT NULL               -- canonical JSON
 );
 CREATE INDEX events_ts ON events (room_nid, ts, pos) WHERE pos IS NOT NULL;
 CREATE UNIQUE INDEX events_timeline ON events (room_nid, pos) WHERE pos IS NOT NULL;
 CREATE INDEX events_state ON events (room_nid, state_nid, pos) WHERE state_nid IS NOT NULL;
+CREATE INDEX events_outside ON events (room_nid) WHERE pos IS NULL;
 CREATE TABLE memberships (
     user_nid INTEGER NOT NULL,
     room_nid INTEGER NOT NULL,
@@ -3908,11 +3958,22 @@ CREATE TABLE relations (
     PRIMARY KEY (room_nid, parent_id, pos)
 ) WITHOUT ROWID;
 CREATE INDEX relations_type ON relations (room_nid, parent_id, rel_type, pos, sender_nid, nid);
+CREATE INDEX relations_by ON relations (nid);
 CREATE TABLE pending_redactions (
     event_id TEXT NOT NULL,         -- not seen yet
     redaction INTEGER NOT NULL,
     PRIMARY KEY (event_id, redaction)
 ) WITHOUT ROWID;
+CREATE INDEX pending_redactions_by ON pending_redactions (redaction);
+CREATE TABLE backward_extremities (
+    event_id TEXT NOT NULL,         -- not here, or without its state
+    nid INTEGER NOT NULL,           -- the event that follows it
+    room_nid INTEGER NOT NULL,
+    floor INTEGER NOT NULL,         -- where it belongs in the timeline: above this position
+    PRIMARY KEY (event_id, nid)
+) WITHOUT ROWID;
+CREATE INDEX backward_extremities_room ON backward_extremities (room_nid);
+CREATE INDEX backward_extremities_by ON backward_extremities (nid);
 """)
 invariant(
     "events of rooms that are not there",
@@ -3920,7 +3981,45 @@ invariant(
 )
 invariant(
     "events with state groups that are not there",
-    "SELECT nid FROM events WHERE state_group NOT IN (SELECT state_group FROM state_groups)",
+    """
+    SELECT nid
+    FROM events
+    WHERE COALESCE(current_group, state_group) NOT IN (SELECT state_group FROM state_groups)
+       OR state_group NOT IN (SELECT state_group FROM state_groups)
+    """,
+)
+invariant(
+    "auth events that are not there, or younger than what stands on them",
+    """
+    SELECT events.nid
+    FROM events
+    JOIN json_each(events.auth)
+    WHERE value >= events.nid
+       OR value NOT IN (SELECT nid FROM events)
+    """,
+)
+invariant(
+    "rooms whose state or extremities are not there",
+    """
+    SELECT room_id
+    FROM rooms
+    WHERE state_group NOT IN (SELECT 0 UNION ALL SELECT state_group FROM state_groups)
+       OR EXISTS (
+           SELECT 1
+           FROM json_each(extremities)
+           LEFT JOIN events ON nid = value AND rejected IS NULL AND state_group IS NOT NULL
+           WHERE nid IS NULL
+       )
+    """,
+)
+invariant(
+    "gaps below events that are not there, or above events that are",
+    """
+    SELECT event_id
+    FROM backward_extremities
+    WHERE nid NOT IN (SELECT nid FROM events)
+       OR event_id IN (SELECT event_id FROM events WHERE state_group IS NOT NULL)
+    """,
 )
 invariant(
     "relations of events that are not there",
@@ -3936,6 +4035,7 @@ invariant(
     SELECT room_id
     FROM rooms
     WHERE last_pos != (SELECT MAX(pos) FROM events WHERE events.room_nid = rooms.room_nid)
+      AND state_group != 0
     """,
 )
 
@@ -3944,7 +4044,14 @@ STATE_ENTRY_BYTES = 120
 MIN_POSITION = -(2**62)
 MAX_POSITION = 2**62
 MAX_DEPTH = 2**53 - 1
-PURGE_BATCH = 100
+GAP_POSITIONS = 2**20  # kept free below an event whose predecessors are missing
+MANY_EXTREMITIES = 10  # from here on, a dummy event ties them together
+MAX_EXTREMITIES = 40  # what would be one more is soft-failed, where nobody of ours may send
+MAX_HIDDEN_STEPS = 1000  # how far back events that nobody sees are followed to those seen
+RESOLUTIONS = 1000  # outcomes of resolutions remembered
+IMPORT_BATCH = 50
+DUMMY_EVENT: Final = "org.matrix.dummy_event"
+AUTH_TYPES = frozenset({CREATE, MEMBER, POWER_LEVELS, JOIN_RULES, THIRD_PARTY_INVITE})
 
 # ── 10.1  A room in memory ───────────────────────────────────────────────────
 
@@ -4083,6 +4190,7 @@ TIMELINE_OLDEST = """
     ORDER BY pos ASC
     LIMIT ?
 """
+LOWEST_ABOVE = "SELECT MIN(pos) FROM events WHERE room_nid = ? AND pos > ?"
 
 
 class RoomReader:
@@ -4106,6 +4214,7 @@ class RoomReader:
         self._memberships: LruCache[UserNid, dict[RoomNid, Member]] = LruCache(100_000)
         # Whom a user ignores is known to a later chapter: the composition root sets this.
         self.ignored: Callable[[UserNid], frozenset[str]] = lambda _: frozenset()
+        self._resolved: LruCache[frozenset[int], int] = LruCache(RESOLUTIONS)
         database.on_reset(self._reset)
 
     def caches(self) -> dict[str, LruCache[Any, Any]]:
@@ -4116,6 +4225,7 @@ class RoomReader:
             "events": self._events,
             "memberships": self._memberships,
             "state groups": self.groups.cache,
+            "resolutions": self._resolved,
         }
 
     def _reset(self) -> None:
@@ -4135,7 +4245,8 @@ class RoomReader:
             if nid is None:
                 return None
             self._room_nids.put(room_id, nid)
-        return self.by_nid(nid)
+        room = self.by_nid(nid)
+        return None if room.group is None else room  # on its way in or out
 
     def get(self, room_id: str) -> Room:
         """The room with that id, or 404."""
@@ -4165,10 +4276,12 @@ class RoomReader:
             """,
             (room.nid,),
         )
-        if row is None or not row[2]:  # undone, or on the way to it: a room without a create event
+        if row is None:
             return
         room.room_id, version, group, room.last_pos, extremities = row
-        room.version, room.group, room.power = ROOM_VERSIONS[version], group, None
+        room.version, room.group, room.power = ROOM_VERSIONS[version], group or None, None
+        if not group:  # there is no create event yet
+            return
         room.extremities = json.loads(extremities)
         room.state = self.groups.named(self.groups.read(group))
         for kept in (room.members_by_nid, room.counts, room.local_joined):
@@ -4190,6 +4303,18 @@ class RoomReader:
         event = self._events.get(nid)
         return event or next(iter(self.events_by_nids((nid,))), None)
 
+    def id_of(self, nid: EventNid) -> str:
+        """The id of a stored event, without reading it."""
+        return cast(str, self.database.value("SELECT event_id FROM events WHERE nid = ?", (nid,)))
+
+    def ids_of(self, nids: Iterable[EventNid]) -> list[str]:
+        """The ids of many events; the ones not there are left out."""
+        rows = self.database.execute(
+            "SELECT event_id FROM json_each(?) JOIN events ON nid = value",
+            (json.dumps(list(nids)),),
+        )
+        return [row[0] for row in rows]
+
     def event(self, event_id: str) -> Event | None:
         """The event with that id, whatever its fate, or None."""
         nid = self.database.value("SELECT nid FROM events WHERE event_id = ?", (event_id,))
@@ -4204,7 +4329,7 @@ class RoomReader:
             rows = self.database.all(
                 """
                 SELECT event_id, pdu, nid, room_nid, pos, state_group, replaces, redacted_by,
-                    rejected, soft_failed, txn_device, txn_id
+                    rejected, current_group, soft_failed, txn_device, txn_id
                 FROM json_each(?)
                 JOIN events ON nid = value
                 """,
@@ -4216,11 +4341,23 @@ class RoomReader:
     def _event_from(self, row: Any) -> Event:
         event = Event(self.by_nid(row[3]).version, json.loads(row[1]), row[0])
         event.nid, event.room_nid, event.pos, event.state_group, event.replaces = row[2:7]
-        event.redacted_by, event.rejected = row[7:9]
-        event.soft_failed = bool(row[9])
-        event.txn_device, event.txn_id = row[10:]
+        event.redacted_by, event.rejected, event.current_group = row[7:10]
+        event.soft_failed = bool(row[10])
+        event.txn_device, event.txn_id = row[11:]
         self._events.put(event.nid, event, EVENT_OVERHEAD_BYTES + 2 * len(row[1]))
         return event
+
+    def nids_of(self, event_ids: Iterable[str]) -> dict[str, EventNid]:
+        """The integers of those events that are stored, by their ids."""
+        rows = self.database.all(
+            "SELECT event_id, nid FROM json_each(?) JOIN events ON event_id = value",
+            (json.dumps(list(event_ids)),),
+        )
+        return dict(rows)
+
+    def events_by_ids(self, event_ids: Iterable[str]) -> list[Event]:
+        """Those of the events that are stored, whatever their fate."""
+        return self.events_by_nids(self.nids_of(event_ids).values())
 
     def events_between(
         self, room: Room, after: int, upto: int, limit: int, *, newest: bool = True
@@ -4241,18 +4378,34 @@ class RoomReader:
         """The room's state just after an event."""
         return self.groups.named(self.groups.read(cast(int, event.state_group)))
 
+    def state_before(self, event: Event) -> dict[StateKey, EventNid]:
+        """The room's state just before an event; none for one whose state nobody knows."""
+        state = {} if event.state_group is None else self.state_after(event)
+        if event.key in state and not event.rejected:
+            del state[event.key]
+            if event.replaces:
+                state[event.key] = event.replaces
+        return state
+
+    def membership_at(self, event: Event, user_id: str) -> str | None:
+        """A user's membership just after an event."""
+        found = self.entry_after(event, (MEMBER, user_id))
+        return None if found is None else found.membership
+
     def entry_before(self, event: Event, key: StateKey) -> Event | None:
         """One entry of the room's state just before an event."""
-        if event.is_state and event.key == key and not event.rejected and not event.soft_failed:
+        if event.is_state and event.key == key and not event.rejected:
             return None if event.replaces is None else self.event_by_nid(event.replaces)
         return self.entry_after(event, key)
 
     def entry_after(self, event: Event, key: StateKey) -> Event | None:
         """One entry of the room's state just after an event."""
+        return None if event.state_group is None else self.entry(event.state_group, key)
+
+    def entry(self, group: int, key: StateKey) -> Event | None:
+        """One entry of the state of a group."""
         nid = self.groups.names.find(key)
-        if nid is None or event.state_group is None:
-            return None
-        event_nid = self.groups.lookup(event.state_group, nid)
+        event_nid = None if nid is None else self.groups.lookup(group, nid)
         return None if event_nid is None else self.event_by_nid(event_nid)
 
     # Members
@@ -4302,11 +4455,245 @@ class RoomReader:
         return {row[0] for row in rows} - {user_nid}
 
 
-# ── 10.3  Writing ────────────────────────────────────────────────────────────
+# ── 10.3  Branches that meet ─────────────────────────────────────────────────
 
+
+class MissingEvents(MatrixError):
+    """404 M_NOT_FOUND: these events have to come first; who can fetch them tries again then."""
+
+    def __init__(self, event_ids: Iterable[str]) -> None:
+        self.event_ids = sorted(event_ids)
+        super().__init__(404, "M_NOT_FOUND", f"Events are missing: {', '.join(self.event_ids)}")
+
+
+class CommonState(Mapping[StateKey, str]):
+    """The state of a group without some keys, read as it is asked for."""
+
+    def __init__(self, rooms: RoomReader, group: int, without: set[StateNid]) -> None:
+        self.rooms, self.group, self.without = rooms, group, without
+        self._read = functools.cache(self._find)
+
+    def __getitem__(self, key: StateKey) -> str:
+        found = self._read(key)
+        if found is None:
+            raise KeyError(key)
+        return found
+
+    def _find(self, key: StateKey) -> str | None:
+        state_nid = self.rooms.groups.names.find(key)
+        nid = None if state_nid is None else self.nid(state_nid)
+        return None if nid is None else self.rooms.id_of(nid)
+
+    def nid(self, key: StateNid) -> EventNid | None:
+        """One entry."""
+        return None if key in self.without else self.rooms.groups.lookup(self.group, key)
+
+    def nids(self) -> dict[StateNid, EventNid]:
+        """The whole of it."""
+        state = self.rooms.groups.read(self.group)
+        return {key: nid for key, nid in state.items() if key not in self.without}
+
+    def __iter__(self) -> Iterator[StateKey]:
+        return map(self.rooms.groups.names.name, self.nids())
+
+    def __len__(self) -> int:
+        return len(self.nids())
+
+
+class StoredAuthGraph(AuthGraph):
+    """The auth events in the tables. Each was stored before what stands on it: its nid is a height.
+
+    What nothing can stand on, a topic say, is higher than all: no search has to go down to it.
+    """
+
+    def __init__(self, rooms: RoomReader, shared: CommonState) -> None:
+        super().__init__(rooms.event)
+        self.rooms = rooms
+        self.shared = shared
+        self._common: set[str] = set()
+
+    def height(self, event_id: str) -> int:
+        """The event's nid, or a number above all nids."""
+        if event_id not in self._heights:
+            row = self.rooms.database.one(
+                "SELECT nid, type FROM events JOIN state_keys USING (state_nid) WHERE event_id = ?",
+                (event_id,),
+            )
+            nid, event_type = row or (0, CREATE)
+            self._heights[event_id] = nid if event_type in AUTH_TYPES else nid + MAX_POSITION
+        return self._heights[event_id]
+
+    def parents(self, event_id: str) -> Iterable[str]:
+        """The auth events of an event, without reading one of them."""
+        rows = self.rooms.database.all(
+            """
+            SELECT parents.event_id, parents.nid, parents.state_nid
+            FROM events
+            JOIN json_each(events.auth)
+            JOIN events AS parents ON parents.nid = value
+            WHERE events.event_id = ?
+            """,
+            (event_id,),
+        )
+        for parent, nid, state_nid in rows:
+            if parent not in self._heights:
+                self._heights[parent] = nid
+                if self.shared.nid(state_nid) == nid:
+                    self._common.add(parent)
+        return [row[0] for row in rows]
+
+    def is_common(self, event_id: str) -> bool:
+        """Whether the event is in the state that the branches share; known for all parents."""
+        return event_id in self._common
+
+    def common(self) -> Iterator[str]:
+        """The state that the branches share, newest first, read only as far as it is needed."""
+        for nid in sorted(self.shared.nids().values(), reverse=True):
+            event_id = self.rooms.id_of(nid)
+            self._heights[event_id] = nid
+            yield event_id
+
+
+class RoomResolver(RoomReader):
+    """States that come from several branches, and what events stand on."""
+
+    def resolve(self, room: Room, groups: Iterable[int | None]) -> int:
+        """The state group that several resolve to.  Spec: rooms/* "State resolution"."""
+        some = frozenset(cast(Iterable[int], groups))
+        if len(some) == 1:
+            return min(some)
+        found = self._resolved.get(some)
+        if found is None:
+            found = self._resolve(room, sorted(some))
+            self._resolved.put(some, found)
+        return found
+
+    def _resolve(self, room: Room, groups: list[int]) -> int:
+        """Only what differs is read; the rest is looked up where a rule asks for it."""
+        base = groups[-1]
+        touched: set[StateNid] = set()
+        for group in groups[:-1]:
+            touched.update(self.groups.changes(base, group))
+        if not touched:
+            return base
+        rows = {(group, key): self.groups.lookup(group, key) for group in groups for key in touched}
+        nids = {nid for nid in rows.values() if nid is not None}
+        ids = {event.nid: event.event_id for event in self.events_by_nids(nids)}
+        name, sets = self.groups.names.name, dict[int, dict[StateKey, str]]()
+        for (group, key), nid in rows.items():
+            state = sets.setdefault(group, {})
+            if nid in ids:
+                state[name(key)] = ids[nid]
+        common = CommonState(self, base, touched)
+        graph = StoredAuthGraph(self, common)
+        lookup = functools.cache(self.event)
+        resolved = resolve_state(room.version, list(sets.values()), lookup, graph, common)
+        known = self.nids_of(resolved.values())
+        wanted = dict.fromkeys(touched, EventNid(0))
+        for place, event_id in resolved.items():
+            if place not in common:
+                wanted[self.groups.names.nid(place)] = known[event_id]
+        return self.groups.changed(room.nid, base, wanted)
+
+    def group_of(self, room: Room, event_ids: Iterable[str]) -> int:
+        """The group of a state that another server told, as event ids; without rejected events.
+
+        Raises MissingEvents for those that are not stored.
+        """
+        wanted = set(event_ids)
+        rows = self.database.all(
+            """
+            SELECT event_id, nid, CASE WHEN rejected IS NULL AND room_nid = ? THEN state_nid END
+            FROM json_each(?)
+            JOIN events ON event_id = value
+            """,
+            (room.nid, json.dumps(list(wanted))),
+        )
+        if len(rows) < len(wanted):
+            raise MissingEvents(wanted - {row[0] for row in rows})
+        state = {StateNid(key): EventNid(nid) for _, nid, key in rows if key is not None}
+        if room.group is None:
+            return self.groups.extend(room.nid, None, state)
+        gone = dict.fromkeys(self.groups.read(room.group), EventNid(0))
+        return self.groups.changed(room.nid, room.group, gone | state)
+
+    def entries(
+        self, room: Room, group: int | None, keys: Iterable[StateKey]
+    ) -> dict[StateKey, Event]:
+        """Those of the entries that a state has; quick where it is the state now."""
+        if group == room.group:
+            pairs = [(key, room.state_event(*key)) for key in keys]
+        else:
+            pairs = [] if group is None else [(key, self.entry(group, key)) for key in keys]
+        return {key: event for key, event in pairs if event is not None}
+
+    def auth_chain(self, event_ids: Iterable[str]) -> list[str]:
+        """The ids of all that these events stand on, by their auth events and theirs in turn."""
+        rows = self.database.execute(
+            """
+            WITH RECURSIVE chain (nid) AS (
+                SELECT auth.value
+                FROM json_each(?) AS given
+                JOIN events ON event_id = given.value
+                JOIN json_each(events.auth) AS auth
+                UNION
+                SELECT auth.value
+                FROM chain
+                JOIN events USING (nid)
+                JOIN json_each(events.auth) AS auth
+            )
+            SELECT event_id
+            FROM chain
+            JOIN events USING (nid)
+            """,
+            (json.dumps(list(event_ids)),),
+        )
+        return [row[0] for row in rows]
+
+    def state_ids(self, event: Event) -> list[str]:
+        """The ids of the room's state just before an event."""
+        return self.ids_of(self.state_before(event).values())
+
+    def missing(self, event_ids: Iterable[str], *, with_state: bool = False) -> set[str]:
+        """Those events that are not stored or, `with_state`, whose place in the room is unknown."""
+        wanted = set(event_ids)
+        rows = self.database.execute(
+            """
+            SELECT event_id
+            FROM json_each(?)
+            JOIN events ON event_id = value
+            WHERE NOT ? OR state_group IS NOT NULL
+            """,
+            (json.dumps(list(wanted)), with_state),
+        )
+        return wanted - {row[0] for row in rows}
+
+    def gaps(self, room: Room, after: int, upto: int) -> dict[int, list[str]]:
+        """The ids that are missing just below timeline events, by the position of these events."""
+        rows = self.database.all(
+            """
+            SELECT pos, backward_extremities.event_id
+            FROM backward_extremities
+            JOIN events USING (nid)
+            WHERE backward_extremities.room_nid = ?
+              AND pos > ?
+              AND pos <= ?
+            """,
+            (room.nid, after, upto),
+        )
+        found: dict[int, list[str]] = {}
+        for pos, event_id in rows:
+            found.setdefault(pos, []).append(event_id)
+        return found
+
+
+# ── 10.4  Writing ────────────────────────────────────────────────────────────
+
+StateChanges = Mapping[StateKey, EventNid]  # 0 stands for what is gone
 # The device and its transaction id, or None and the delay_id of what was sent for the user later.
 SentAs = tuple[int | None, str] | None
 RoomListener = Callable[["Room", Event], None]
+StateListener = Callable[["Room", StateChanges], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
 RelationListener = Callable[["Room", Event, int], None]
 SenderCheck = Callable[["Room", str, str, Json, "str | None", "str | None"], None]  # as `send`
@@ -4328,22 +4715,32 @@ def relation_of(event: Event) -> tuple[str, str] | None:
     return relation_in(event.content)
 
 
-class RoomWriter(RoomReader):
+class RoomWriter(RoomResolver):
     """Puts events into rooms: the only way we make them, and the only way they get in."""
 
     def __init__(self, signing_key: SigningKey, *args: Any) -> None:
         super().__init__(*args)
         self.signing_key = signing_key
         self._listeners: list[RoomListener] = []
+        self._sent_listeners: list[RoomListener] = []
+        self._state_listeners: list[StateListener] = []
         self._membership_listeners: list[MembershipListener] = []
         self._relation_listeners: list[RelationListener] = []
         self.check_sender: SenderCheck = lambda *_: None
-        self._purge_listeners: list[Callable[[Sequence[EventNid]], None]] = []
-        self.subscribe_purge = self._purge_listeners.append  # with events that go for good
+        self.importing: Counter[RoomNid] = Counter()  # rooms on their way in
+        self.purging: set[RoomNid] = set()  # and out
 
     def subscribe(self, listener: RoomListener) -> None:
         """Call back for each new timeline event, inside the transaction that stores it."""
         self._listeners.append(listener)
+
+    def subscribe_sent(self, listener: RoomListener) -> None:
+        """Call back for each event that we made, also those that are not for clients."""
+        self._sent_listeners.append(listener)
+
+    def subscribe_state(self, listener: StateListener) -> None:
+        """Call back with all changes of a room's current state, by whatever they came about."""
+        self._state_listeners.append(listener)
 
     def subscribe_membership(self, listener: MembershipListener) -> None:
         """Call back with room, user, old and new membership, inside the transaction."""
@@ -4352,6 +4749,17 @@ class RoomWriter(RoomReader):
     def subscribe_relation(self, listener: RelationListener) -> None:
         """Call back with each event that relates to another (1), and when it is redacted (-1)."""
         self._relation_listeners.append(listener)
+
+    def new_room(self, room_id: str, version: RoomVersion) -> Room:
+        """A room that has no event yet; if it stays so, maintenance takes it away."""
+        cursor = self.database.execute(
+            """
+            INSERT INTO rooms (room_id, version, state_group, last_pos, extremities)
+            VALUES (?, ?, 0, 0, '[]')
+            """,
+            (room_id, version.id),
+        )
+        return self.by_nid(RoomNid(cast(int, cursor.lastrowid)))
 
     def create(self, version_id: str, creator: str, content: Json) -> Room:
         """Make a room: its create event, and the row that everything else hangs on."""
@@ -4363,19 +4771,15 @@ class RoomWriter(RoomReader):
         event = finish_event(version, fields, self.server_name, self.signing_key)
         check_auth(version, event, {})
         with self.database.write():
-            cursor = self.database.execute(
-                """
-                INSERT INTO rooms (room_id, version, state_group, last_pos, extremities)
-                VALUES (?, ?, 0, 0, '[]')
-                """,
-                (event.room_id, version_id),
-            )
-            room = Room(self, RoomNid(cast(int, cursor.lastrowid)))
-            room.room_id, room.version = event.room_id, version
-            self._alive[room.nid] = room
-            self._rooms.put(room.nid, room, room.weight())
-            self.append(room, event, is_ours=True)
+            room = self.new_room(event.room_id, version)
+            self.append(room, event, None, (), is_ours=True)
         return room
+
+    def tips(self, room: Room) -> list[Event]:
+        """The extremities that a new event follows: all, or the newest and the oldest of many."""
+        nids, half = room.extremities, MAX_PREV_EVENTS // 2
+        chosen = nids if len(nids) <= MAX_PREV_EVENTS else nids[:half] + nids[-half:]
+        return self.events_by_nids(chosen)
 
     def send(
         self,
@@ -4393,13 +4797,14 @@ class RoomWriter(RoomReader):
 
         Raises MatrixError when the rules refuse it.
         """
-        version = room.version
+        version, before, group = room.version, self.tips(room), room.group
         self.check_sender(room, sender, event_type, content, state_key, redacts)
         if redacts is not None and version.redacts_in_content:
             content = {**content, "redacts": redacts}
-        before = [cast(Event, self.event_by_nid(nid)) for nid in room.extremities[:MAX_PREV_EVENTS]]
+        if len(before) < len(room.extremities):
+            group = self.resolve(room, (event.state_group for event in before))
         keys = auth_types_for_event(version, event_type, sender, state_key, content)
-        auth_state = {key: found for key in keys if (found := room.state_event(*key)) is not None}
+        auth_state = self.entries(room, group, keys)
         fields = {
             "type": event_type,
             "sender": sender,
@@ -4420,79 +4825,179 @@ class RoomWriter(RoomReader):
         check_auth(version, event, {CREATE_KEY: created, **auth_state})
         if transaction is not None:
             event.txn_device, event.txn_id = transaction
-        self.append(room, event, is_ours=True)
+        followed = {entry.nid for entry in before}
+        self.append(room, event, group, auth_state.values(), followed, is_ours=True)
         return event
 
-    def append(self, room: Room, event: Event, *, is_ours: bool = False) -> None:
-        """Store an authorised event at the end of the timeline and announce it: the one way in."""
+    def append(
+        self,
+        room: Room,
+        event: Event,
+        before: int | None,
+        auth: Iterable[Event],
+        followed: Container[EventNid] = (),
+        *,
+        is_ours: bool = False,
+    ) -> None:
+        """Let an authorised event into the room and announce it: the one way in.
+
+        `before` is the group of the state before it, `followed` what is no extremity after it.
+        """
         with self.database.write():
-            event.nid = EventNid(self.stream.stamp(ROOM_EVENT, room.nid))
-            event.pos, event.room_nid, event.state_group = event.nid, room.nid, room.group
-            state_nid = None
-            if event.is_state:
-                state_nid = self.groups.names.nid(event.key)
-                event.replaces = room.state.get(event.key)
-                event.state_group = self.groups.extend(room.nid, room.group, {state_nid: event.nid})
-            self._insert(event, state_nid)
-            self._advance(room, event)
-            self._index_relation(room, event)
-            if event.type == REDACTION:
-                self._redact_target(room, event)
-            if not is_ours:  # nobody can have redacted an event that we make just now
-                self._redact_if_pending(room, event)
+            is_shown = event.type != DUMMY_EVENT
+            pos = self.stream.stamp(ROOM_EVENT, room.nid) if is_shown else None
+            self._store(room, event, before, auth, pos)
+            self._follow(room, event, before, followed)
+            self._tell(room, event, is_ours=is_ours)
+
+    def _tell(self, room: Room, event: Event, *, is_ours: bool, is_old: bool = False) -> None:
+        """What follows from an event that clients may see."""
+        self._index_relation(room, event)
+        if event.type == REDACTION:
+            self._redact_target(room, event)
+        if not is_ours:  # nobody can have redacted an event that we make just now
+            self._redact_if_pending(room, event)
+        if event.pos is not None and not is_old:
             for listener in self._listeners:
                 listener(room, event)
+        if is_ours:
+            for listener in self._sent_listeners:
+                listener(room, event)
 
-    def _insert(self, event: Event, state_nid: StateNid | None) -> None:
+    def _store(
+        self, room: Room, event: Event, before: int | None, auth: Iterable[Event], pos: int | None
+    ) -> None:
+        """Store an event with its place in the room, and the state after it."""
+        event.pos, event.room_nid, event.state_group = pos, room.nid, before
+        event.nid = event.nid or EventNid(pos or self.stream.advance())
+        if event.is_state and not event.rejected:
+            key = self.groups.names.nid(event.key)
+            is_now = before == room.group
+            event.replaces = (
+                room.state.get(event.key) if is_now else self.groups.lookup(before, key)
+            )
+            event.state_group = self.groups.extend(room.nid, before, {key: event.nid})
+        self._insert(event, auth)
+
+    def _insert(self, event: Event, auth: Iterable[Event]) -> None:
+        """Write an event's row, or what is new in it when an outlier finds its place."""
         raw = canonical_json(event.pdu)
+        state_nid = self.groups.names.nid(event.key) if event.is_state else None
         place = (event.nid, event.event_id, event.room_nid, event.pos, state_nid, event.state_group)
         fate = (event.replaces, event.rejected, event.soft_failed, event.txn_device, event.txn_id)
+        stands_on = str([entry.nid for entry in auth])  # which is JSON as well, and quicker
         self.database.execute(
             """
             INSERT INTO events (nid, event_id, room_nid, pos, state_nid, state_group,
-                replaces, rejected, soft_failed, txn_device, txn_id, ts, pdu)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                replaces, rejected, soft_failed, txn_device, txn_id, ts, auth, pdu)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            ON CONFLICT (nid) DO UPDATE
+            SET pos = excluded.pos,
+                state_group = excluded.state_group,
+                replaces = excluded.replaces,
+                rejected = excluded.rejected,
+                soft_failed = excluded.soft_failed
             """,
-            (*place, *fate, event.origin_server_ts, raw),
+            (*place, *fate, event.origin_server_ts, stands_on, raw),
         )
         self._events.put(event.nid, event, EVENT_OVERHEAD_BYTES + 2 * len(raw))
 
-    def _advance(self, room: Room, event: Event) -> None:
-        """Move the room on to an event that follows all its extremities."""
+    # The current state
+
+    def _follow(
+        self, room: Room, event: Event, before: int | None, followed: Container[EventNid]
+    ) -> None:
+        """Make the event an extremity in place of those that it follows."""
+        tips = [nid for nid in room.extremities if nid not in followed] + [event.nid]
+        if len(tips) == 1 and before == room.group:
+            changes = {event.key: event.nid} if event.is_state else {}
+            self._move(room, tips, event.state_group, event.pos, changes)
+        else:
+            self._meet(room, tips, event.pos)
+
+    def _meet(self, room: Room, tips: list[EventNid], pos: int | None = None) -> None:
+        """Make the resolution of the tips' states the current state.
+
+        It is noted with the newest event of the timeline, for who asks later how the room was then.
+        """
+        group = self.resolve(room, (event.state_group for event in self.events_by_nids(tips)))
+        name = self.groups.names.name
+        old = room.group
+        changed = self.groups.read(group) if old is None else self.groups.changes(old, group)
+        self._move(room, tips, group, pos, {name(key): nid for key, nid in changed.items()})
+        newest = self.event_at(room, room.last_pos)
+        if newest is not None:
+            newest.current_group = group
+            self.database.execute(
+                "UPDATE events SET current_group = ? WHERE nid = ?", (group, newest.nid)
+            )
+
+    def _move(
+        self,
+        room: Room,
+        tips: list[EventNid],
+        group: int | None,
+        pos: int | None,
+        changes: StateChanges,
+    ) -> None:
+        """Move the room on; what its state says otherwise now goes to all who keep or follow it."""
+        room.group, room.last_pos, room.extremities = group, pos or room.last_pos, tips
         self.database.execute(
             """
             UPDATE rooms
             SET state_group = ?, last_pos = ?, extremities = ?
             WHERE room_nid = ?
             """,
-            (event.state_group, event.pos, f"[{event.nid}]", room.nid),
+            (group, room.last_pos, str(tips), room.nid),
         )
-        room.group = event.state_group
-        room.last_pos = cast(int, event.pos)
-        room.extremities = [event.nid]
-        if event.is_state:
-            room.state[event.key] = event.nid
-            if event.type == MEMBER:
-                self._change_membership(room, event)
+        if not changes:
+            return
+        room.state.update(changes)
+        for key in [key for key, nid in changes.items() if not nid]:
+            del room.state[key]
+        self._change_memberships(room, {k[1]: nid for k, nid in changes.items() if k[0] == MEMBER})
+        self._rooms.put(room.nid, room, room.weight())
+        for listener in self._state_listeners:
+            listener(room, changes)
 
-    def _change_membership(self, room: Room, event: Event) -> None:
-        user_nid = self.database.user_nid(cast(str, event.state_key))
-        membership = sys.intern(cast(str, event.membership))
-        old, known = room.members_by_nid.get(user_nid), self.memberships(user_nid)
-        previous = known.get(room.nid)
+    def _change_memberships(self, room: Room, changes: Mapping[str, EventNid]) -> None:
+        """Read what the new member events say, in one go, and note it."""
+        if not changes:
+            return
+        rows = self.database.all(
+            """
+            SELECT nid, json_extract(CAST(pdu AS TEXT), '$.content.membership')
+            FROM json_each(?)
+            JOIN events ON nid = value
+            """,
+            (json.dumps(list(changes.values())),),
+        )
+        memberships = dict(rows)
+        for user_id, nid in changes.items():
+            user_nid = self.database.user_nid(user_id)
+            self._change_membership(room, user_nid, nid, memberships.get(nid, "leave"))
+
+    def _change_membership(
+        self, room: Room, user_nid: UserNid, event_nid: EventNid, membership: str
+    ) -> None:
+        """Note a membership; without an event it was undone, which is as good as a leave."""
+        membership, old = sys.intern(membership), room.members_by_nid.get(user_nid)
+        known = self._memberships.get(user_nid) if old is None else self.memberships(user_nid)
+        previous = None if old is None or known is None else known.get(room.nid)
         stays = previous is not None and previous.membership == membership == "join"
-        join_pos = previous.join_pos if stays and previous else event.nid
+        join_pos = previous.join_pos if stays and previous else room.last_pos
+        event_nid = event_nid or (previous.event_nid if previous else event_nid)
         self.database.execute(
             """
             INSERT OR REPLACE INTO memberships (user_nid, room_nid, membership, event_nid, join_pos)
             VALUES (?, ?, ?, ?, ?)
             """,
-            (user_nid, room.nid, membership, event.nid, join_pos),
+            (user_nid, room.nid, membership, event_nid, join_pos),
         )
-        known[room.nid] = Member(membership, event.nid, join_pos, False)
-        self._memberships.put(user_nid, known, 1 + len(known))
+        if known is not None:
+            known[room.nid] = Member(membership, event_nid, join_pos, False)
+            self._memberships.put(user_nid, known, 1 + len(known))
         room.set_member(user_nid, membership, is_local=self.is_local(user_nid))
-        self._rooms.put(room.nid, room, room.weight())
         if old != membership or membership == "join":
             for listener in self._membership_listeners:
                 listener(room, user_nid, old, membership)
@@ -4505,39 +5010,6 @@ class RoomWriter(RoomReader):
                 (user_nid, room.nid),
             )
             self._memberships.pop(user_nid)
-
-    def purge(
-        self, room: Room, after: int, upto: int, *, everything: bool
-    ) -> tuple[int, Sequence[EventNid]]:
-        """Delete some of the old events for good; up to which position, and which they were.
-
-        State stays, and so do the newest events, on which the next ones build. `everything` takes
-        what our own users sent as well, which nobody else may have kept.
-        """
-        events = self.events_between(room, after, upto, PURGE_BATCH, newest=False)
-        gone = [
-            event
-            for event in events
-            if not event.is_state
-            and event.nid not in room.extremities
-            and event.pos != room.last_pos
-            and (everything or not event.sender.endswith(self._suffix))
-        ]
-        with self.database.write():
-            for event in gone:
-                self.database.execute(
-                    "DELETE FROM relations WHERE parent_id = ?", (event.event_id,)
-                )
-                if (relation := relation_of(event)) is not None:
-                    row = (relation[1], event.nid)
-                    sql = "DELETE FROM relations WHERE parent_id = ? AND nid = ?"
-                    self.database.execute(sql, row)
-                self.database.execute("DELETE FROM events WHERE nid = ?", (event.nid,))
-                self._events.pop(event.nid)
-            nids = [event.nid for event in gone]
-            for listener in self._purge_listeners:
-                listener(nids)
-        return cast(int, events[-1].pos) if events else upto, nids
 
     # Relations and redactions
 
@@ -4609,6 +5081,667 @@ class RoomWriter(RoomReader):
         room.power = None
 
 
+# ── 10.5  What other servers send ────────────────────────────────────────────
+
+
+def in_order(edges: Mapping[str, Iterable[str]]) -> list[str]:
+    """The ids, each after those among them that it points to."""
+    try:
+        return [key for key in graphlib.TopologicalSorter(edges).static_order() if key in edges]
+    except graphlib.CycleError:
+        raise bad_json("Events that refer to each other in a circle") from None
+
+
+class RoomReceiver(RoomWriter):
+    """Lets in events of other servers, whose format, hashes and signatures have been checked."""
+
+    def receive(
+        self,
+        room: Room,
+        event: Event,
+        states: Iterable[Iterable[str]] = (),
+        *,
+        soft_failed: bool = False,
+    ) -> Event:
+        """Judge an event, store it, and let it take effect as far as it may.
+
+        Spec: SS-API "Checks performed on receipt of a PDU", 4 to 6. The result has `rejected`,
+        `soft_failed` and `pos` set. `states` are the states, as event ids, after those of its
+        prev_events that we do not have; a gap stays there in the timeline. `soft_failed` is the
+        verdict of check 7. Raises MissingEvents, having stored nothing, when auth events, the
+        events of `states`, or without `states` prev events must be fetched first.
+        """
+        event, is_settled = self._known(room, event)
+        if is_settled:
+            return event
+        if self._floor(room, [event.event_id]) is not None:
+            filled = self.backfill(room, [event], {event.event_id: states})
+            if not filled:
+                self._judge(room, event, states)  # says what is missing, unless the gap is full
+            return event
+        with self.database.write():
+            before, auth, missing = self._judge(room, event, states)
+            followed = self._followed(event)
+            # Trap: to drop an old extremity instead would bring back a state from before it.
+            is_crowded = len(set(room.extremities) - followed) >= MAX_EXTREMITIES
+            if not event.rejected:
+                fits = not is_crowded and self._fits_now(room, event, before)
+                event.soft_failed = soft_failed or not fits
+            if event.rejected or event.soft_failed:
+                self._store(room, event, before, auth, None)
+                self._redact_if_pending(room, event)
+                return event
+            floor = self._leave_room(room, missing)
+            self.append(room, event, before, auth, followed)
+            self._note_gap(room, event, missing, floor)
+            if len(room.extremities) > MANY_EXTREMITIES:
+                self._tie_together(room)
+        return event
+
+    def outliers(self, room: Room, events: Iterable[Event]) -> list[Event]:
+        """Store events outside of the timeline, each judged by its own auth events.
+
+        The result has those that are stored now, in order; events whose auth events are neither
+        here nor among them are left out.
+        """
+        given = {event.event_id: event for event in events}
+        found = []
+        with self.database.write():
+            for event_id in in_order({key: event.auth_events for key, event in given.items()}):
+                event, _ = self._known(room, given[event_id])
+                auth, missing = self._auth_of(event)
+                if not event.nid and not missing:
+                    event.rejected = self._refusal(room, event, auth)
+                    event.nid, event.room_nid = EventNid(self.stream.advance()), room.nid
+                    self._insert(event, auth)
+                    self._redact_if_pending(room, event)
+                if event.nid:
+                    found.append(event)
+        return found
+
+    def backfill(
+        self,
+        room: Room,
+        events: Iterable[Event],
+        states: Mapping[str, Iterable[Iterable[str]]] = types.MappingProxyType({}),
+    ) -> list[Event]:
+        """Put older events into the gap that they fill, below those that follow them.
+
+        `states` has for an event, by its id, what `receive` takes as `states`. Returns what is in
+        the room now; what is left out follows events that we do not have, or is missed by nobody.
+        Nothing here changes the current state, or is news to a client.
+        """
+        given = {event.event_id: self._known(room, event) for event in events}
+        floor = self._floor(room, given)
+        if floor is None:
+            return []
+        order = in_order({key: event.prev_events for key, (event, _) in given.items()})
+        needed = self._needed(room, given)
+        for event_id in reversed(order):
+            if event_id in needed:
+                needed.update(given[event_id][0].prev_events)
+        top = cast(int, self.database.value(LOWEST_ABOVE, (room.nid, floor)))
+        chosen = [given[key] for key in order if key in needed][-min(top - floor - 1, 2**31) :]
+        found = []
+        with self.database.write():
+            for pos, (event, is_settled) in enumerate(chosen, top - len(chosen)):
+                if is_settled or self._fill(
+                    room, event, states.get(event.event_id, ()), pos, floor
+                ):
+                    found.append(event)
+        return found
+
+    def _fill(
+        self, room: Room, event: Event, states: Iterable[Iterable[str]], pos: int, floor: int
+    ) -> bool:
+        try:
+            before, auth, missing = self._judge(room, event, states)
+        except MissingEvents:
+            return False
+        self._store(room, event, before, auth, None if event.rejected else pos)
+        self._note_gap(room, event, missing, floor)
+        if not event.rejected:
+            self._tell(room, event, is_ours=False, is_old=True)
+        return True
+
+    # The judgement
+
+    def _known(self, room: Room, event: Event) -> tuple[Event, bool]:
+        """The event as it is stored, if it is, and whether its place in the room is known."""
+        if event.room_id != room.room_id:
+            raise bad_json("The event is of another room")
+        known = self.event(event.event_id) or event
+        return known, known.state_group is not None
+
+    def _auth_of(self, event: Event) -> tuple[list[Event], set[str]]:
+        """The stored ones of an event's auth events, and the ids of the others."""
+        found = {entry.event_id: entry for entry in self.events_by_ids(event.auth_events)}
+        missing = set(event.auth_events) - found.keys()
+        return [found[key] for key in event.auth_events if key in found], missing
+
+    def _judge(
+        self, room: Room, event: Event, states: Iterable[Iterable[str]]
+    ) -> tuple[int | None, list[Event], set[str]]:
+        """Set `rejected`; the state before the event, its auth events, and missing prev events."""
+        auth, missing_auth = self._auth_of(event)
+        prevs = [
+            prev for prev in self.events_by_ids(event.prev_events) if prev.room_nid == room.nid
+        ]
+        placed = {prev.event_id: prev.state_group for prev in prevs if prev.state_group is not None}
+        missing = set(event.prev_events) - placed.keys()
+        groups = {self.group_of(room, state) for state in states} if missing else set()
+        if missing_auth or (missing and not groups):
+            raise MissingEvents(missing_auth | (set() if groups else missing))
+        groups |= set(placed.values())
+        before = self.resolve(room, groups) if groups else None
+        state = self.entries(room, before, (CREATE_KEY, *auth_types_of(event)))
+        event.rejected = event.rejected or self._refusal(room, event, auth, state)
+        return before, auth, missing
+
+    def _refusal(
+        self, room: Room, event: Event, auth: list[Event], *states: AuthState
+    ) -> str | None:
+        """Why an event is rejected: the rule that its auth events, or one of the states, break."""
+        version, room_id = room.version, room.room_id
+        create = self.event("$" + room_id[1:]) if version.room_id_is_hash else None
+        try:
+            if event.type == CREATE:
+                self._check_first(room, event)
+            own = check_auth_events(event, auth, create)
+            check_auth(version, event, own)
+            for state in states:
+                if state.keys() != own.keys() or any(state[k].nid != own[k].nid for k in own):
+                    check_auth(version, event, state)
+        except AuthError as error:
+            return error.error
+        return None
+
+    def _check_first(self, room: Room, event: Event) -> None:
+        """Rule 1, so to say: of create events there is one."""
+        rows = self.database.execute(
+            """
+            SELECT event_id
+            FROM events
+            WHERE room_nid = ?
+              AND state_nid = ?
+              AND rejected IS NULL
+            """,
+            (room.nid, self.groups.names.nid(CREATE_KEY)),
+        )
+        if any(row[0] != event.event_id for row in rows):
+            raise AuthError("1", "The room has another create event")
+
+    def _fits_now(self, room: Room, event: Event, before: int | None) -> bool:
+        """Check 6: whether the current state allows the event as well."""
+        if before == room.group:
+            return True
+        keys = (CREATE_KEY, *auth_types_of(event))
+        return is_allowed(room.version, event, self.entries(room, room.group, keys))
+
+    def _followed(self, event: Event) -> set[EventNid]:
+        """The prev events, and in place of those that nobody sees also theirs."""
+        found: set[EventNid] = set()
+        stack = [event]
+        while stack and len(found) < MAX_HIDDEN_STEPS:
+            for prev in self.events_by_ids(stack.pop().prev_events):
+                if prev.nid not in found and (prev.rejected or prev.soft_failed):
+                    stack.append(prev)
+                found.add(prev.nid)
+        return found
+
+    def _tie_together(self, room: Room) -> None:
+        """Follow all extremities with an event that nobody sees, if a local user may send it."""
+        users = map(self.database.user_id, room.local_joined)
+        sender = max(users, key=room.power_levels().user, default=None)
+        if sender is not None:
+            with contextlib.suppress(AuthError):
+                self.send(room, sender, DUMMY_EVENT, {})
+
+    # Gaps
+
+    def _floor(self, room: Room, event_ids: Iterable[str]) -> int | None:
+        """The position above which events belong that are missed; None if none of them is."""
+        return cast(
+            "int | None",
+            self.database.value(
+                """
+                SELECT MAX(floor)
+                FROM json_each(?)
+                JOIN backward_extremities ON event_id = value
+                WHERE room_nid = ?
+                """,
+                (json.dumps(list(event_ids)), room.nid),
+            ),
+        )
+
+    def _needed(self, room: Room, event_ids: Iterable[str]) -> set[str]:
+        return {key for key in event_ids if self._floor(room, [key]) is not None}
+
+    def _leave_room(self, room: Room, missing: set[str]) -> int:
+        """Keep positions free for what is missing; the floor of the gap."""
+        floor = MIN_POSITION if room.group is None else self.stream.position
+        if missing:
+            self.stream.skip(GAP_POSITIONS)
+        return floor
+
+    def _note_gap(self, room: Room, event: Event, missing: set[str], floor: int) -> None:
+        """Note which events are missing below this one, and that it is not missing itself."""
+        rows = [(event_id, event.nid, room.nid, floor) for event_id in missing]
+        self.database.connection.executemany(
+            "INSERT OR IGNORE INTO backward_extremities VALUES (?, ?, ?, ?)", rows
+        )
+        self.database.execute(
+            "DELETE FROM backward_extremities WHERE event_id = ?", (event.event_id,)
+        )
+
+    # A room that we enter
+
+    def enter(self, room: Room, join: Event, state: Iterable[str]) -> None:
+        """Make a join the newest event of a room, whose state before it others have told us.
+
+        What we knew of the room before stays as it is, below a gap. 403 M_FORBIDDEN when the join
+        does not stand in that state.
+        """
+        join, is_settled = self._known(room, join)
+        if is_settled:
+            return
+        with self.database.write():
+            before = self.group_of(room, self.nids_of(state))
+            auth, missing_auth = self._auth_of(join)
+            keys = (CREATE_KEY, *auth_types_of(join))
+            found = self.entries(room, before, keys)
+            refusal = self._refusal(room, join, auth, found)
+            if missing_auth or refusal:
+                raise forbidden(refusal or "Auth events of the join are missing")
+            missing = self.missing(join.prev_events, with_state=True)
+            floor = self._leave_room(room, missing)
+            pos = self.stream.stamp(ROOM_EVENT, room.nid)
+            self._store(room, join, before, auth, pos)
+            self._meet(room, [join.nid], pos)
+            self._note_gap(room, join, missing, floor)
+            self._tell(room, join, is_ours=False)
+
+
+class RoomImport:
+    """A room as the answer to a join brings it: add() its events as they come, then finish().
+
+    The events wait in a file without a name, and only how they hang together is in memory: they
+    come in any order, and each can be judged only after its auth events.
+    """
+
+    def __init__(self, rooms: RoomReceiver, version_id: str, room_id: str) -> None:
+        self.rooms = rooms
+        self.version = ROOM_VERSIONS[version_id]
+        self.room_id = room_id
+        folder = rooms.database.folder
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  open until finish()
+        self._places: dict[str, tuple[int, int]] = {}
+        self._edges: dict[str, list[str]] = {}
+        self._state: list[str] = []
+
+    def add(self, event: Event, *, is_state: bool) -> None:
+        """Take a checked event, of the state before the join or of its auth chain."""
+        if event.room_id != self.room_id:
+            raise bad_json("The event is of another room")
+        if is_state:
+            self._state.append(event.event_id)
+        if event.event_id in self._edges:
+            return
+        raw = canonical_json(event.pdu)
+        self._places[event.event_id] = (self._file.tell(), len(raw))
+        self._file.write(raw)
+        is_create_unnamed = self.version.room_id_is_hash and event.type != CREATE
+        self._edges[event.event_id] = (
+            event.auth_events + ["$" + self.room_id[1:]] * is_create_unnamed
+        )
+
+    def close(self) -> None:
+        """Let go of the file; finish() does it too."""
+        self._file.close()
+
+    def _event(self, event_id: str) -> Event:
+        start, length = self._places[event_id]
+        self._file.seek(start)
+        return make_event(self.version, json.loads(self._file.read(length)), event_id)
+
+    def _room(self) -> Room:
+        database = self.rooms.database
+        nid = database.value("SELECT room_nid FROM rooms WHERE room_id = ?", (self.room_id,))
+        if nid in self.rooms.purging:
+            raise limit_exceeded(10_000, "The room is being deleted")
+        if nid is not None:
+            return self.rooms.by_nid(nid)
+        with database.write():
+            return self.rooms.new_room(self.room_id, self.version)
+
+    async def finish(self, join: Event) -> Room:
+        """Judge and store all, then enter the room with the join; other work goes on meanwhile.
+
+        403 M_FORBIDDEN or 400 M_BAD_JSON when that does not make a room; the rest of it is taken
+        away by maintenance.
+        """
+        with contextlib.closing(self._file):
+            order = await self.rooms.database.in_thread(in_order, self._edges)
+            room = self._room()
+            self.rooms.importing[room.nid] += 1
+            try:
+                for start in range(0, len(order), IMPORT_BATCH):
+                    batch = order[start : start + IMPORT_BATCH]
+                    self.rooms.outliers(room, map(self._event, batch))
+                    await asyncio.sleep(0)
+                self.rooms.enter(room, join, self._state)
+            finally:
+                self.rooms.importing[room.nid] -= 1
+        return room
+
+
+# ── 10.6  Maintenance ────────────────────────────────────────────────────────
+
+PURGE_BATCH = 200
+EVENT_ROWS = (
+    "DELETE FROM relations WHERE nid IN (SELECT value FROM json_each(?))",
+    "DELETE FROM pending_redactions WHERE redaction IN (SELECT value FROM json_each(?))",
+    "DELETE FROM backward_extremities WHERE nid IN (SELECT value FROM json_each(?))",
+    "DELETE FROM events WHERE nid IN (SELECT value FROM json_each(?))",
+)
+OLD_IN_TIMELINE = """
+    SELECT nid
+    FROM events
+    WHERE room_nid = :room
+      AND pos < :before
+    ORDER BY pos
+    LIMIT :size
+"""
+OLD_OUTSIDE = """
+    SELECT nid
+    FROM events
+    WHERE room_nid = :room
+      AND pos IS NULL
+      AND nid > :after
+      AND nid < :before
+    ORDER BY nid
+    LIMIT :size
+"""
+
+
+def living_groups(
+    room_nid: RoomNid, since: int, connection: sqlite3.Connection
+) -> tuple[set[int], dict[int, int | None]]:
+    """The state groups that a room's events from a position on need, and all of its groups."""
+    bases = dict(
+        connection.execute(
+            "SELECT state_group, base FROM state_groups WHERE room_nid = ?", (room_nid,)
+        ).fetchall()
+    )
+    rows = connection.execute(
+        """
+        SELECT state_group, current_group
+        FROM events
+        WHERE room_nid = :room AND pos >= :since
+        UNION
+        SELECT state_group, current_group
+        FROM events
+        WHERE room_nid = :room AND pos IS NULL AND nid >= :since
+        UNION
+        SELECT state_group, NULL
+        FROM rooms
+        WHERE room_nid = :room
+        """,
+        {"room": room_nid, "since": since},
+    )
+    living: set[int] = set()
+    for step in (group for row in rows for group in row):
+        group = step
+        while group and group not in living:
+            living.add(group)
+            group = bases.get(group)
+    return living, bases
+
+
+def events_needed(room_nid: RoomNid, since: int, connection: sqlite3.Connection) -> set[int]:
+    """The events that must stay when history before a position goes: in states, or below those."""
+    found: set[int] = set()
+    for group in living_groups(room_nid, since, connection)[0]:
+        row = connection.execute("SELECT delta FROM state_groups WHERE state_group = ?", (group,))
+        found.update(unpack_delta(row.fetchone()[0])[1])
+    rows = connection.execute(
+        """
+        WITH RECURSIVE chain (nid) AS (
+            SELECT value
+            FROM json_each(:events)
+            UNION
+            SELECT event_nid
+            FROM memberships
+            WHERE room_nid = :room
+            UNION
+            SELECT auth.value
+            FROM chain
+            JOIN events USING (nid)
+            JOIN json_each(events.auth) AS auth
+        )
+        SELECT nid
+        FROM chain
+        """,
+        {"events": json.dumps(list(found)), "room": room_nid},
+    )
+    return {row[0] for row in rows}
+
+
+class RoomKeeper(RoomReceiver):
+    """What keeps rooms small, in batches between which everything else goes on."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._purge_listeners: list[Callable[[Room], None]] = []
+        self._history_listeners: list[Callable[[Room, list[EventNid]], None]] = []
+
+    def subscribe_purge(self, listener: Callable[[Room], None]) -> None:
+        """Call back when a room is about to go, to delete what else there is of it."""
+        self._purge_listeners.append(listener)
+
+    def subscribe_history(self, listener: Callable[[Room, list[EventNid]], None]) -> None:
+        """Call back with the events that are deleted just now, inside the transaction."""
+        self._history_listeners.append(listener)
+
+    async def _batches(self, step: Callable[[], int]) -> int:
+        """Do one batch after the other, until one finds nothing to do; how many rows in all."""
+        total = 0
+        while True:
+            with self.database.write():
+                done = step()
+            if not done:
+                return total
+            total += done
+            await self.database.synced()
+
+    def _delete_events(self, room: Room, nids: list[EventNid]) -> None:
+        for listener in self._history_listeners:
+            listener(room, nids)
+        for sql in EVENT_ROWS:
+            self.database.execute(sql, (json.dumps(nids),))
+        for nid in nids:
+            self._events.pop(nid)
+
+    async def purge_room(self, room: Room) -> None:
+        """Delete a room with all that is in it. No local user should be in it any more.
+
+        It is gone at once for all who ask; the rows go in batches, after a restart too.
+        """
+        if room.nid in self.purging:
+            return
+        self.purging.add(room.nid)
+        try:
+            await self._purge_room(room)
+        finally:
+            self.purging.discard(room.nid)
+
+    async def _purge_room(self, room: Room) -> None:
+        with self.database.write():
+            for listener in self._purge_listeners:
+                listener(room)
+            self.database.execute(
+                "UPDATE rooms SET state_group = 0, extremities = '[]' WHERE room_nid = ?",
+                (room.nid,),
+            )
+            room.group = None
+        await self._batches(functools.partial(self._purge_memberships, room))
+        for query in (OLD_IN_TIMELINE, OLD_OUTSIDE):
+            await self._batches(functools.partial(self._purge_events, room, query))
+        await self._batches(functools.partial(self._purge_groups, room))
+        with self.database.write():
+            self.database.execute("DELETE FROM rooms WHERE room_nid = ?", (room.nid,))
+        self._forget_room(room)
+
+    def _forget_room(self, room: Room) -> None:
+        self._rooms.pop(room.nid)
+        self._alive.pop(room.nid, None)
+        self._room_nids.pop(room.room_id)
+
+    def _purge_memberships(self, room: Room) -> int:
+        self._memberships.clear()
+        return self.database.execute(
+            """
+            DELETE FROM memberships
+            WHERE (user_nid, room_nid) IN (
+                SELECT user_nid, room_nid
+                FROM memberships
+                WHERE room_nid = ?
+                LIMIT ?
+            )
+            """,
+            (room.nid, PURGE_BATCH),
+        ).rowcount
+
+    def _purge_events(self, room: Room, query: str) -> int:
+        bounds = {"after": 0, "before": MAX_POSITION, "size": PURGE_BATCH}
+        rows = self.database.all(query, {"room": room.nid, **bounds})
+        self._delete_events(room, [row[0] for row in rows])
+        return len(rows)
+
+    def _purge_groups(self, room: Room) -> int:
+        """Newest first: no group goes before those that differ from it."""
+        rows = self.database.all(
+            """
+            SELECT state_group
+            FROM state_groups
+            WHERE room_nid = ?
+            ORDER BY state_group DESC
+            LIMIT ?
+            """,
+            (room.nid, PURGE_BATCH),
+        )
+        return self._delete_groups([row[0] for row in rows])
+
+    def _delete_groups(self, groups: list[int]) -> int:
+        for group in groups:
+            self.groups.cache.pop(group)
+        self._resolved.clear()
+        self.database.execute(
+            "DELETE FROM state_groups WHERE state_group IN (SELECT value FROM json_each(?))",
+            (json.dumps(groups),),
+        )
+        return len(groups)
+
+    def position_at(self, room: Room, timestamp: int) -> int:
+        """The position where a room's events begin to be as young as that, by their own clocks."""
+        low, high = self.database.value(LOWEST_ABOVE, (room.nid, MIN_POSITION)), room.last_pos + 1
+        while low < high:
+            middle = (low + high) // 2
+            event = self.event_at(room, middle)
+            if event is not None and event.origin_server_ts >= timestamp:
+                high = middle
+            else:
+                low = middle + 1
+        return cast(int, low)
+
+    async def purge_history(self, room: Room, before: int) -> int:
+        """Delete a room's events before a position; returns how many are no longer shown.
+
+        State that later events stand on stays, outside of the timeline; so does the newest event.
+        """
+        await self.database.synced()
+        first = self.event_at(room, min(before, room.last_pos))
+        if first is None:
+            return 0
+        if cast(int, first.pos) < before < room.last_pos:
+            first = self.events_between(room, before - 1, room.last_pos, 1, newest=False)[0]
+        since = min(cast(int, first.pos), *room.extremities)
+        needed = functools.partial(events_needed, room.nid, since)
+        keep = await self.database.read_in_thread(needed)
+        drop = functools.partial(self._drop, room, keep)
+        total = await self._batches(functools.partial(self._drop_old, room, since, drop))
+        cursor = [0]
+        await self._batches(functools.partial(self._drop_outside, room, since, drop, cursor))
+        return total
+
+    def _drop_old(self, room: Room, before: int, drop: Callable[[list[EventNid]], int]) -> int:
+        bounds = {"room": room.nid, "before": before, "size": PURGE_BATCH}
+        return drop([row[0] for row in self.database.all(OLD_IN_TIMELINE, bounds)])
+
+    def _drop_outside(
+        self, room: Room, before: int, drop: Callable[[list[EventNid]], int], cursor: list[int]
+    ) -> int:
+        bounds = {"room": room.nid, "before": before, "size": PURGE_BATCH, "after": cursor[0]}
+        nids = [row[0] for row in self.database.all(OLD_OUTSIDE, bounds)]
+        cursor += nids[-1:]
+        del cursor[:-1]
+        return drop(nids)
+
+    def _drop(self, room: Room, keep: set[int], nids: list[EventNid]) -> int:
+        """Delete events, or take them out of the timeline if they must be kept."""
+        kept = [nid for nid in nids if nid in keep]
+        self._delete_events(room, [nid for nid in nids if nid not in keep])
+        self.database.execute(
+            """
+            UPDATE events
+            SET pos = NULL, state_group = NULL, current_group = NULL, replaces = NULL
+            WHERE nid IN (SELECT value FROM json_each(?))
+            """,
+            (json.dumps(kept),),
+        )
+        for nid in kept:
+            self._events.pop(nid)
+        return len(nids)
+
+    async def delete_unused_groups(self, room: Room) -> int:
+        """Delete state groups that no event needs any more; returns how many."""
+        self._resolved.clear()
+        await self.database.synced()
+        newest = self.stream.position
+        scan = functools.partial(living_groups, room.nid, MIN_POSITION)
+        living, bases = await self.database.read_in_thread(scan)
+        dead = sorted(group for group in bases.keys() - living if group <= newest)
+        return await self._batches(
+            lambda: self._delete_groups([dead.pop() for _ in dead[:PURGE_BATCH]])
+        )
+
+    def extremities(self, room: Room) -> list[Event]:
+        """The events without a successor, oldest first."""
+        return self.events_by_nids(room.extremities)
+
+    def shrink_extremities(self, room: Room, keep: int = 1) -> int:
+        """Tie the extremities together or else drop the oldest; returns how many are gone.
+
+        Trap: what only a dropped one said of the state is no longer so.
+        """
+        before = len(room.extremities)
+        with self.database.write():
+            if before > keep:
+                self._tie_together(room)
+            if len(room.extremities) > keep:
+                self._meet(room, room.extremities[-keep:])
+        return before - len(room.extremities)
+
+    async def tidy(self) -> None:
+        """For the night: what is left of rooms that never came to be or are purged, and groups."""
+        for (nid,) in self.database.all("SELECT room_nid FROM rooms"):
+            room = self.by_nid(nid)
+            if room.group is not None:
+                await self.delete_unused_groups(room)
+            elif not self.importing[nid]:
+                await self.purge_room(room)
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  11. HISTORY VISIBILITY AND THE CLIENT FORMAT
 #
@@ -4657,7 +5790,7 @@ class Viewer:
 
     def has_access(self, event: Event) -> bool:
         """Whether history visibility lets the user see the event."""
-        if event.rejected or event.soft_failed:
+        if event.rejected or event.soft_failed or event.type == DUMMY_EVENT:
             return False
         member = self.member
         if member is not None and self.is_joined and event.pos == event.nid >= member.join_pos:
@@ -4733,7 +5866,7 @@ class Viewer:
         return self._own
 
 
-class Rooms(RoomWriter):
+class Rooms(RoomKeeper):
     """The room store as the rest of the server knows it: reading, writing, and who may see."""
 
     def visible(self, user_nid: UserNid | None, room: Room, events: Iterable[Event]) -> list[Event]:
@@ -8913,7 +10046,7 @@ class Directory:
         self.hs = hs
         self._listings: LruCache[RoomNid, Json] = LruCache(5_000)
         hs.db.on_reset(self._listings.clear)
-        hs.rooms.subscribe(self._on_event)
+        hs.rooms.subscribe_state(self._state_changed)
 
     def listings(self) -> list[Json]:
         """The published rooms that have somebody in them, large ones first."""
@@ -8925,11 +10058,9 @@ class Directory:
                 found.append(listing)
         return sorted(found, key=lambda room: (-room["num_joined_members"], room["room_id"]))
 
-    def _on_event(self, room: Room, event: Event) -> None:
-        if not event.is_state:
-            return
+    def _state_changed(self, room: Room, changes: StateChanges) -> None:
         self._listings.pop(room.nid)
-        if event.type in ("m.room.join_rules", "m.room.history_visibility"):
+        if not changes.keys().isdisjoint((JOIN_RULES_KEY, VISIBILITY_KEY)):
             is_public = room.join_rule == "public" or room.history_visibility == "world_readable"
             self.hs.db.execute("DELETE FROM public_rooms WHERE room_nid = ?", (room.nid,))
             if is_public:
@@ -8943,6 +10074,12 @@ def publish_room(hs: Homeserver, room: Room, visibility: str) -> None:
             hs.db.execute("INSERT OR IGNORE INTO published_rooms VALUES (?)", (room.nid,))
         else:
             hs.db.execute("DELETE FROM published_rooms WHERE room_nid = ?", (room.nid,))
+
+
+def forget_names(hs: Homeserver, room: Room) -> None:
+    """Subscriber of the room store: a room that is deleted has no aliases and is in no list."""
+    hs.db.execute("DELETE FROM aliases WHERE room_nid = ?", (room.nid,))
+    publish_room(hs, room, "private")
 
 
 def move_to_replacement(hs: Homeserver, old: Room, new: Room) -> set[str]:
@@ -10363,7 +11500,22 @@ async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
         raise MatrixError(400, "M_UNKNOWN", "Leave the room before you forget it")
     if membership is not None:
         hs.rooms.forget(request.user.nid, room)
+    if membership is not None and not remembered(hs, room):
+        hs.background(hs.rooms.purge_room(room))
     return {}
+
+
+def remembered(hs: Homeserver, room: Room) -> bool:
+    """Whether any user of this server is in the room, or has been and has not forgotten it."""
+    query = """
+        SELECT 1
+        FROM memberships
+        JOIN accounts USING (user_nid)
+        WHERE room_nid = ?
+          AND forgotten = 0
+        LIMIT 1
+    """
+    return hs.db.value(query, (room.nid,)) is not None
 
 
 async def send_guests_away(hs: Homeserver, room: Room) -> None:
@@ -15356,15 +16508,16 @@ class Timeline(NamedTuple):
 
 
 def timeline_of(ask: SyncRequest, room: Room, since: int | None, upto: int) -> Timeline:
-    """The newest events after `since`, as many as the filter allows."""
+    """The newest events after `since`, as many as the filter allows, down to a gap in the room."""
     rooms, wanted, limit = ask.hs.rooms, ask.wanted.timeline, ask.wanted.limit
     low = MIN_POSITION if since is None else since
     if not wanted.wants_room(room.room_id):
         return Timeline([], False, stream_token(upto), False)
     page = read_page(ask.hs, ask.nid, room, (low, upto), wanted, limit, backwards=True)
-    limited = page.more and bool(rooms.events_between(room, low, page.end, 1))
-    first = page.events[-1].pos if page.events else upto + 1
-    events = page.events[::-1]
+    gap = max(rooms.gaps(room, low, upto), default=low)
+    limited = gap > low or (page.more and bool(rooms.events_between(room, low, page.end, 1)))
+    events = [one for one in reversed(page.events) if cast(int, one.pos) >= gap]
+    first = events[0].pos if events else upto + 1
     prev_batch = stream_token(cast(int, first) - 1)
     return Timeline(events, limited, prev_batch, wanted.passes_all and not limited)
 
@@ -15399,7 +16552,7 @@ def group_at(ask: SyncRequest, room: Room, position: int) -> int | None:
     if position >= room.last_pos:
         return room.group
     event = ask.hs.rooms.event_at(room, position)
-    return None if event is None else event.state_group
+    return None if event is None else event.current_group or event.state_group
 
 
 def before_timeline(
@@ -15422,7 +16575,9 @@ def changed_state(
 ) -> dict[StateKey, EventNid]:
     """The entries of the state that are new to the client at the point that counts."""
     has_state = any(event.is_state for event in timeline.events)
-    if since is not None and timeline.complete and not (ask.state_after and has_state):
+    branched = any(event.current_group for event in timeline.events)
+    is_told = timeline.complete and not branched and not (ask.state_after and has_state)
+    if since is not None and is_told:
         return {}
     groups = ask.hs.rooms.groups
     new = group_at(ask, room, upto)
@@ -17842,7 +18997,7 @@ class AdminJobs:
         self.hs = hs
         self.jobs: ShortLived[Json] = ShortLived(86_400)
 
-    def begin(self, job: Json, work: Coroutine[Any, Any, None]) -> str:
+    def begin(self, job: Json, work: Awaitable[object]) -> str:
         """Do something beside the requests, under a name by which its progress is asked for."""
 
         async def attempt() -> None:
@@ -17858,13 +19013,6 @@ class AdminJobs:
 
         self.hs.background(attempt())
         return self.jobs.add(job)
-
-    async def purge(self, room: Room, upto: int, *, everything: bool) -> None:
-        """Delete the history of a room up to a position, a little at a time."""
-        at = MIN_POSITION
-        while at < upto:
-            at, _ = self.hs.rooms.purge(room, at, upto, everything=everything)
-            await asyncio.sleep(0.01)
 
 
 @admin_route("GET", "/v1/rooms/{room_id}/block")
@@ -17908,7 +19056,7 @@ def successor(hs: Homeserver, body: Json) -> Room | None:
 async def shut_down(hs: Homeserver, room: Room, body: Json, result: Json, user: Requester) -> None:
     """Put all local users out of a room, and delete its messages.
 
-    What stays is its state, without which the members elsewhere could not be understood.
+    The room goes with all its events, unless somebody could not be made to leave.
     """
     new_room = successor(hs, body)
     result["new_room_id"] = new_room and new_room.room_id
@@ -17935,8 +19083,8 @@ async def shut_down(hs: Homeserver, room: Room, body: Json, result: Json, user: 
             delete_alias(hs, alias)
         publish_room(hs, room, "private")
     result["local_aliases"] = [alias for (alias,) in rows]
-    if body.get("purge", True):
-        await hs.admin_jobs.purge(room, room.last_pos, everything=True)
+    if body.get("purge", True) and not room.local_joined:
+        await hs.rooms.purge_room(room)
 
 
 def new_shutdown(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, Json]:
@@ -17993,21 +19141,31 @@ PURGE_PATH = "/v1/purge_history/{room_id}"
 
 
 def purge_limit(hs: Homeserver, room: Room, body: Json, event_id: str | None) -> int:
-    """The position up to which a history is to be deleted, that event itself excluded."""
+    """The position before which a history is to be deleted."""
     event_id = event_id or body.get("purge_up_to_event_id")
     if event_id is not None:
         event = hs.rooms.event(event_id)
         if event is None or event.room_nid != room.nid or event.pos is None:
             raise not_found("There is no such event in this room")
-        return event.pos - 1
+        return event.pos
     if "purge_up_to_ts" not in body:
         raise bad_json("purge_up_to_event_id or purge_up_to_ts is missing")
-    low, high = MIN_POSITION, room.last_pos
-    while (event := hs.rooms.event_at(room, high)) is not None and high > low:
-        if event.origin_server_ts < body["purge_up_to_ts"]:
-            return high
-        high = cast(int, event.pos) - 1
-    return low
+    return hs.rooms.position_at(room, body["purge_up_to_ts"])
+
+
+async def has_own(hs: Homeserver, room: Room, before: int) -> bool:
+    """Whether our own users sent any of a room's old events: nobody else may have kept those."""
+    query = """
+        SELECT 1
+        FROM events
+        WHERE room_nid = ?
+          AND pos < ?
+          AND json_extract(CAST(pdu AS TEXT), '$.sender') LIKE '%:' || ?
+        LIMIT 1
+    """
+    values = (room.nid, before, hs.config.server_name)
+    rows = await hs.db.read_in_thread(lambda reader: reader.execute(query, values).fetchall())
+    return bool(rows)
 
 
 @admin_route("POST", PURGE_PATH, body=PURGE)
@@ -18017,9 +19175,10 @@ async def admin_purge(
 ) -> Json:
     """Delete the messages of a room up to an event or a time, beside the requests."""
     room = hs.rooms.get(room_id)
-    upto = purge_limit(hs, room, request.json, event_id)
-    everything = request.json.get("delete_local_events", False)
-    purge = hs.admin_jobs.purge(room, upto, everything=everything)
+    before = purge_limit(hs, room, request.json, event_id)
+    if not request.json.get("delete_local_events", False) and await has_own(hs, room, before):
+        raise invalid_param("There is what users of this server sent: say delete_local_events")
+    purge = hs.rooms.purge_history(room, before)
     return {"purge_id": hs.admin_jobs.begin({"status": "active"}, purge)}
 
 
@@ -18551,6 +19710,7 @@ LAZY_MEMBERS = 50_000  # member events remembered as sent, over all devices
 SYNC_FILTERS = 500
 HARD_STOP_SECONDS = 4.0
 WATCH_SECONDS = 1.0
+DAY_MS = 86_400_000
 LATE_SECONDS = 0.25
 
 log_server = logging.getLogger("conduit.server")
@@ -18634,6 +19794,9 @@ class Homeserver:
         self.reports.subscribe(self.admin_room.announce)
         self.delayed_events.send = functools.partial(send_delayed, self)
         self.rooms.check_sender = functools.partial(check_sender, self)
+        self.rooms.subscribe_purge(functools.partial(forget_names, self))
+        self.rooms.subscribe_purge(self.threads.forget_room)
+        self.rooms.subscribe_history(self.search.forget_events)
         self.rooms.erased = self.accounts.erased
 
     def _load_signing_key(self) -> SigningKey:
@@ -18715,6 +19878,12 @@ class Homeserver:
         self.media.maintain()
         self.delayed_events.maintain()
 
+    async def _tidy_rooms(self) -> None:
+        """Once a day: what rooms no longer need goes, in batches."""
+        if now_ms() - (self.db.meta("rooms_tidied") or 0) > DAY_MS:
+            self.db.set_meta("rooms_tidied", now_ms())
+            await self.rooms.tidy()
+
     async def _maintain(self) -> None:
         """Every cleanup_second_interval: save, expire, and give free pages back to the disk."""
         while True:
@@ -18729,6 +19898,7 @@ class Homeserver:
                 )
                 await self.media.sweep()
                 self.emails.expire()
+                await self._tidy_rooms()
                 with self.db.write():
                     self.db.execute("PRAGMA incremental_vacuum(200)").fetchall()
             except MatrixError as error:

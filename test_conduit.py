@@ -4292,6 +4292,786 @@ def test_room_in_hand_is_read_again_when_writes_are_undone(tmp_path: Path) -> No
     asyncio.run(story())
 
 
+# ── 10.2  Rooms of several servers ───────────────────────────────────────────
+
+
+@contextlib.asynccontextmanager
+async def open_rooms(folder: Path) -> AsyncIterator[conduit.Rooms]:
+    """The room store of a server named here.test; what it leaves behind passes --check."""
+    async with open_store(folder) as database:
+        key, stream = conduit.SigningKey("0", bytes(32)), conduit.Stream(database)
+        yield conduit.Rooms(key, database, stream, "here.test", 2**24, 5000)
+        with contextlib.suppress(conduit.MatrixError):
+            stream.save()
+    assert not conduit.check_database(folder)
+
+
+def with_rooms(story: Callable[[conduit.Rooms], Any]) -> None:
+    """Run a story in a store of its own."""
+
+    async def run() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            async with open_rooms(Path(folder)) as rooms:
+                await story(rooms)
+
+    asyncio.run(run())
+
+
+async def enter_room(
+    rooms: conduit.Rooms,
+    events: Iterable[conduit.Event],
+    join: conduit.Event,
+    chain: Iterable[conduit.Event] = (),
+) -> conduit.Room:
+    """Enter a room by a join with some events as the state before it."""
+    arriving = conduit.RoomImport(rooms, join.version.id, join.room_id)
+    for event in chain:
+        arriving.add(event, is_state=False)
+    for event in events:
+        arriving.add(event, is_state=True)
+    return await arriving.finish(join)
+
+
+def again(event: conduit.Event) -> conduit.Event:
+    """The event as it comes from another server: with nothing that a store knows of it."""
+    return conduit.Event(event.version, json.loads(json.dumps(event.pdu)), event.event_id)
+
+
+def ids_of(rooms: conduit.Rooms, state: Mapping[Any, Any]) -> dict[Any, str]:
+    return {key: rooms.id_of(nid) for key, nid in state.items()}
+
+
+class CalmRoom(RandomRoom):
+    """Without redactions: who gets one late judges by a content that others no longer have."""
+
+    def other_action(self, sender: str, target: str) -> tuple[Any, ...]:
+        action = super().other_action(sender, target)
+        is_redaction = action[0] == "m.room.redaction"
+        return self.other_action(sender, target) if is_redaction else action
+
+
+class Arrival:
+    """A random room as it reaches our store, and a model of what the store should make of it."""
+
+    def __init__(self, rooms: conduit.Rooms, version: str, seed: int, steps: int) -> None:
+        self.rooms = rooms
+        self.origin = CalmRoom(version, seed)
+        self.origin.grow(steps, self.origin.pick(2, 4, 8))
+        self.tips: set[str] = set()
+        self.hidden: set[str] = set()
+
+    async def begin(self) -> None:
+        create, join = list(self.origin.events.values())[:2]
+        self.room = await enter_room(self.rooms, [again(create)], again(join))
+        assert self.rooms.backfill(self.room, [again(create)])
+        assert not self.rooms.gaps(self.room, conduit.MIN_POSITION, conduit.MAX_POSITION)
+        self.tips = {join.event_id}
+
+    def shuffled(self) -> list[str]:
+        """The other events in some order in which each comes after what it refers to."""
+        waiting = dict(list(self.origin.events.items())[2:])
+        order: list[str] = []
+        while waiting:
+            ready = [
+                event_id
+                for event_id, event in waiting.items()
+                if waiting.keys().isdisjoint([*event.prev_events, *event.auth_events])
+            ]
+            order.append(self.origin.pick(*ready))
+            del waiting[order[-1]]
+        return order
+
+    def followed(self, event: conduit.Event) -> set[str]:
+        found, stack = set[str](), list(event.prev_events)
+        while stack:
+            event_id = stack.pop()
+            found.add(event_id)
+            if event_id in self.hidden:
+                stack += self.origin.events[event_id].prev_events
+        return found
+
+    def state_now(self) -> dict[conduit.StateKey, str]:
+        sets = [self.origin.after[event_id] for event_id in self.tips]
+        return conduit.resolve_state(self.origin.version, sets, self.origin.events.get)
+
+    def take(self, event_id: str) -> None:
+        """Hand one event to the store, and see that it judges and moves as the model does."""
+        event, now = self.origin.events[event_id], self.state_now()
+        keys = [*conduit.auth_types_of(event), ("m.room.create", "")]
+        state = {key: self.origin.events[now[key]] for key in keys if key in now}
+        fits = conduit.is_allowed(event.version, event, state)
+        got = self.rooms.receive(self.room, again(event))
+        assert bool(got.rejected) == bool(event.rejected), (got.rejected, event.rejected)
+        assert got.soft_failed == (not event.rejected and not fits)
+        assert (got.pos is None) == bool(got.rejected or got.soft_failed)
+        if got.rejected or got.soft_failed:
+            self.hidden.add(event_id)
+        else:
+            self.tips = (self.tips - self.followed(event)) | {event_id}
+        assert ids_of(self.rooms, self.rooms.state_after(got)) == self.origin.after[event_id]
+        assert ids_of(self.rooms, self.rooms.state_before(got)) == self.origin.before[event_id]
+        self.compare()
+
+    def compare(self) -> None:
+        room = self.room
+        assert set(self.rooms.ids_of(room.extremities)) == self.tips
+        assert ids_of(self.rooms, room.state) == self.state_now()
+        members = {
+            key[1]: self.origin.events[event_id].membership
+            for key, event_id in self.state_now().items()
+            if key[0] == "m.room.member"
+        }
+        known = {self.rooms.database.user_id(n): m for n, m in room.members_by_nid.items()}
+        assert {user: known.pop(user) for user in members} == members
+        assert set(known.values()) <= {"leave"}
+        for user_id, membership in members.items():
+            nid = self.rooms.database.user_nid(user_id)
+            assert self.rooms.memberships(nid)[room.nid].membership == membership
+
+
+def arrival_story(version: str, seed: int, steps: int) -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        arrival = Arrival(rooms, version, seed, steps)
+        await arrival.begin()
+        for event_id in arrival.shuffled():
+            arrival.take(event_id)
+        before = ids_of(rooms, arrival.room.state)
+        rooms.database.forget()
+        arrival.compare()
+        for event in arrival.origin.events.values():  # all of it a second time changes nothing
+            rooms.receive(arrival.room, again(event))
+        assert ids_of(rooms, arrival.room.state) == before
+
+    with_rooms(story)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([*conduit.ROOM_VERSIONS]), st.integers(0, 2**32))
+def test_sec_10_12_store_agrees_with_the_rules_in_any_order(version: str, seed: int) -> None:
+    arrival_story(version, seed, 25)
+
+
+@deep
+@pytest.mark.parametrize("version", conduit.ROOM_VERSIONS)
+def test_store_agrees_with_the_rules_deep(version: str) -> None:
+    for seed in range(100):
+        arrival_story(version, seed, 60)
+
+
+# ── 10.3  A room of another server ───────────────────────────────────────────
+
+FAR = "@far:one.example"
+FAR_KEY = conduit.SigningKey("0", bytes(range(32)))
+ME = "@me:here.test"
+EVE = "@eve:two.example"
+
+
+class FarRoom:
+    """A room on another server; each event follows the last one, unless a test says otherwise."""
+
+    def __init__(self, version: str = "11", members: Iterable[str] = (EVE,)) -> None:
+        self.version = conduit.ROOM_VERSIONS[version]
+        self.room_id = "!far:one.example"
+        self.state: dict[conduit.StateKey, conduit.Event] = {}
+        self.events: list[conduit.Event] = []
+        creator = {"creator": FAR} if self.version.creator_in_content else {}
+        create = self.put("m.room.create", {"room_version": version, **creator}, "")
+        self.room_id = create.room_id
+        self.member(FAR)
+        self.put("m.room.power_levels", {"users": self.powers({FAR: 100})}, "")
+        self.put("m.room.join_rules", {"join_rule": "public"}, "")
+        for user_id in members:
+            self.member(user_id)
+
+    def powers(self, users: dict[str, int]) -> dict[str, int]:
+        return {k: v for k, v in users.items() if k != FAR or not self.version.privileged_creators}
+
+    def put(
+        self,
+        event_type: str,
+        content: Json,
+        state_key: str | None = None,
+        sender: str = FAR,
+        *,
+        prev: Sequence[conduit.Event] | None = None,
+        state: dict[conduit.StateKey, conduit.Event] | None = None,
+        **more: Any,
+    ) -> conduit.Event:
+        """An event; with `prev` it stands on a branch, with `state` before it."""
+        known = self.state if state is None else state
+        keys = conduit.auth_types_for_event(self.version, event_type, sender, state_key, content)
+        after = self.events[-1:] if prev is None else prev
+        auth = [conduit.event_reference(known[key]) for key in keys if key in known]
+        fields = {
+            "type": event_type,
+            "sender": sender,
+            "content": content,
+            "room_id": self.room_id,
+            "origin_server_ts": 1_000_000 + 1000 * len(self.events),
+            "prev_events": [conduit.event_reference(event) for event in after],
+            "auth_events": auth,
+            "depth": 1 + max((event.depth for event in after), default=0),
+            **({} if state_key is None else {"state_key": state_key}),
+            **more,
+        }
+        if self.version.room_id_is_hash and event_type == "m.room.create":
+            del fields["room_id"]
+        event = conduit.finish_event(self.version, fields, "one.example", FAR_KEY)
+        if prev is None:
+            self.events.append(event)
+            if state_key is not None:
+                self.state[event.key] = event
+        return event
+
+    def member(self, user_id: str, membership: str = "join", **more: Any) -> conduit.Event:
+        content = {"membership": membership, **more.pop("content", {})}
+        return self.put("m.room.member", content, user_id, more.pop("sender", user_id), **more)
+
+    def text(self, body: str, sender: str = FAR, **more: Any) -> conduit.Event:
+        return self.put("m.room.message", {"body": body}, None, sender, **more)
+
+    async def enter(self, rooms: conduit.Rooms, user_id: str = ME) -> conduit.Room:
+        """Let a user of ours join, as an answer to send_join brings it about."""
+        state = [again(event) for event in self.state.values()]
+        chain = [again(event) for event in self.events if event.state_key is not None]
+        return await enter_room(rooms, state[::-1], again(self.member(user_id)), chain)
+
+    def deliver(
+        self, rooms: conduit.Rooms, room: conduit.Room, *events: Any
+    ) -> list[conduit.Event]:
+        return [rooms.receive(room, again(event)) for event in events]
+
+
+def timeline(rooms: conduit.Rooms, room: conduit.Room) -> list[str]:
+    low, high = conduit.MIN_POSITION, conduit.MAX_POSITION
+    return [event.event_id for event in rooms.events_between(room, low, high, 1000)]
+
+
+@pytest.mark.parametrize("version", ["1", "6", "11", "12"])
+def test_spec_example_of_soft_failure(version: str) -> None:
+    """SS-API "Soft failure": B bans X, X sets the topic on a branch beside it, D follows both."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom(version)
+        far.put(
+            "m.room.power_levels",
+            {"users": far.powers({FAR: 100, EVE: 50}), "ban": 50, "state_default": 50},
+            "",
+        )
+        room = await far.enter(rooms)
+        heard: list[Any] = []
+        rooms.subscribe_state(lambda _room, changes: heard.append({*changes}))
+        fork, state = far.events[-1], dict(far.state)
+        ban = far.member(EVE, "ban", sender=FAR)
+        topic = far.put("m.room.topic", {"topic": "evil"}, "", EVE, prev=[fork], state=state)
+        got_ban, got_topic = far.deliver(rooms, room, ban, topic)
+        assert (got_ban.soft_failed, got_topic.soft_failed, got_topic.rejected) == (0, 1, None)
+        assert room.extremities == [got_ban.nid]
+        assert ("m.room.topic", "") not in room.state
+        assert timeline(rooms, room) == [far.events[-2].event_id, ban.event_id]
+        assert rooms.visible(rooms.database.user_nid(ME), room, [got_ban, got_topic]) == [got_ban]
+        merge = far.text("D", prev=[ban, topic])
+        (got_merge,) = far.deliver(rooms, room, merge)
+        assert got_merge.pos
+        has_topic = ("m.room.topic", "") in room.state
+        assert has_topic == (version == "1")
+        assert heard == [{("m.room.member", EVE)}] + [{("m.room.topic", "")}] * has_topic
+        assert not has_topic or got_merge.current_group == room.group
+        sent = rooms.send(room, ME, "m.room.message", {"body": "after"})
+        assert sent.prev_events == [merge.event_id]
+
+    with_rooms(story)
+
+
+def test_sec_11_rejected_events_authorise_nothing() -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        room = await far.enter(rooms)
+        grab = far.put("m.room.power_levels", {"users": {EVE: 100}}, "", EVE, prev=far.events[-1:])
+        (got,) = far.deliver(rooms, room, grab)
+        assert got.rejected
+        assert got.pos is None
+        state = {**far.state, grab.key: grab}
+        topic = far.put("m.room.topic", {"topic": "x"}, "", EVE, prev=[grab], state=state)
+        (got_topic,) = far.deliver(rooms, room, topic)
+        assert "3.3" in (got_topic.rejected or "")
+        assert far.deliver(rooms, room, grab, topic)[0].rejected  # delivered again
+        assert rooms.outliers(room, [again(grab)])[0].rejected
+        # a state that others tell, rejected events in it, is taken without them
+        later = far.text("later", prev=[far.text("missing")])
+        told = [event.event_id for event in [*far.state.values(), grab]]
+        got_later = rooms.receive(room, again(later), [told])
+        assert got_later.pos
+        assert (
+            ids_of(rooms, rooms.state_after(got_later))[POWER_KEY] == far.state[POWER_KEY].event_id
+        )
+        follows = far.text("fine", prev=[grab])
+        assert far.deliver(rooms, room, follows)[0].pos  # the graph goes on behind what is rejected
+
+    with_rooms(story)
+
+
+def test_rejected_for_the_state_before_though_its_auth_events_allow_it() -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        room = await far.enter(rooms)
+        old = dict(far.state)
+        far.deliver(rooms, room, far.member(EVE, "ban", sender=FAR))
+        (got,) = far.deliver(rooms, room, far.text("I am back", EVE, state=old))
+        assert "7" in (got.rejected or "") or "6" in (got.rejected or "")
+        assert got.event_id not in timeline(rooms, room)
+        assert rooms.membership_at(got, EVE) == "ban"
+
+    with_rooms(story)
+
+
+def test_missing_events_are_named_and_nothing_is_stored() -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        room = await far.enter(rooms)
+        gone, stray = far.text("not sent"), far.member("@new:two.example")
+        late = far.text("late", "@new:two.example")
+        with pytest.raises(conduit.MissingEvents) as missing:
+            rooms.receive(room, again(late))
+        assert set(missing.value.event_ids) == {stray.event_id}
+        assert rooms.event(late.event_id) is None
+        assert rooms.missing([gone.event_id, far.events[0].event_id]) == {gone.event_id}
+        assert rooms.missing([far.events[0].event_id], with_state=True)
+        assert [bool(event.pos) for event in far.deliver(rooms, room, gone, stray, late)] == [
+            True
+        ] * 3
+        with pytest.raises(conduit.MatrixError, match="another room"):
+            rooms.receive(room, again(FarRoom("12").events[0]))
+
+    with_rooms(story)
+
+
+def test_gaps_are_filled_from_above() -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        room = await far.enter(rooms)
+        join = far.events[-1]
+        lost = [far.text(f"{number}") for number in range(6)]
+        newest = far.text("newest")
+        told = [event.event_id for event in far.state.values()]
+        token = rooms.stream.position
+        got = rooms.receive(room, again(newest), [told])
+        gaps = rooms.gaps(room, token, rooms.stream.position)
+        assert gaps == {got.pos: [lost[-1].event_id]}
+        assert room.extremities[-1] == got.nid
+        before = list(room.extremities)
+        state = {lost[3].event_id: [told]}
+        strangers = [again(far.text("nobody missed me", prev=[newest]))]
+        found = rooms.backfill(room, [again(event) for event in lost[:2:-1]] + strangers, state)
+        assert [event.event_id for event in found] == [event.event_id for event in lost[3:]]
+        assert list(rooms.gaps(room, token, 2**60).values()) == [[lost[2].event_id]]
+        assert rooms.receive(room, again(lost[2]), [told]).pos
+        assert rooms.backfill(room, [again(event) for event in lost[:2]])
+        order = [join, *lost, newest]
+        assert timeline(rooms, room) == [event.event_id for event in order]
+        assert not rooms.gaps(room, token, 2**60)  # the oldest of them follows our join
+        assert all(event.pos > token for event in rooms.events_between(room, token, 2**60, 100))
+        assert room.extremities == before
+        older = [again(event) for event in far.events[: far.events.index(join)]]
+        assert len(rooms.backfill(room, older)) == len(older)
+        assert timeline(rooms, room) == [e.event_id for e in far.events]
+        assert rooms.backfill(room, older) == []
+
+    with_rooms(story)
+
+
+def test_pending_redactions_meet_events_by_every_way_in() -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        room = await far.enter(rooms)
+        secret, newer = far.text("secret"), far.text("newer")
+        redactions = [
+            far.put("m.room.redaction", {"redacts": event.event_id}, redacts=event.event_id)
+            for event in (secret, newer)
+        ]
+        told = [event.event_id for event in far.state.values()]
+        rooms.receive(room, again(redactions[0]), [told])
+        rooms.receive(room, again(redactions[1]))
+        rooms.backfill(room, [again(secret), again(newer)])
+        for event in (secret, newer):
+            stored = rooms.event(event.event_id)
+            assert stored is not None
+            assert stored.content == {}
+            assert "secret" not in str(stored.pdu)
+        evil = far.put("m.room.redaction", {"redacts": "$x"}, None, EVE, redacts="$x")
+        assert far.deliver(rooms, room, evil)[0].pos
+
+    with_rooms(story)
+
+
+def test_sec_14_extremities_are_bounded() -> None:
+    """A thousand forks: a dummy event of ours ties them together, and nobody sees it."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        room = await far.enter(rooms)
+        fork, sent = far.events[-1], list[conduit.Event]()
+        rooms.subscribe_sent(lambda _room, event: sent.append(event))
+        began = time.process_time()
+        forks = [far.text(f"{number}", prev=[fork]) for number in range(300)]
+        for event in forks:
+            far.deliver(rooms, room, event)
+            assert len(room.extremities) <= conduit.MANY_EXTREMITIES
+        assert time.process_time() - began < 10
+        assert 20 < len(sent) < 40
+        assert {event.type for event in sent} == {"org.matrix.dummy_event"}
+        assert not set(timeline(rooms, room)) & {event.event_id for event in sent}
+        assert rooms.visible(rooms.database.user_nid(ME), room, sent) == []
+        assert sum(event.pos is not None for event in sent) == 0
+        # nobody of ours is there to send it: what would be one more is not shown
+        rooms.send(room, ME, "m.room.member", {"membership": "leave"}, state_key=ME)
+        for number in range(100):
+            far.deliver(rooms, room, far.text(f"more {number}", prev=[fork]))
+        assert len(room.extremities) == conduit.MAX_EXTREMITIES
+        assert room.membership(ME) == "leave"
+        assert len(rooms.tips(room)) == conduit.MAX_PREV_EVENTS
+        assert rooms.shrink_extremities(room) == conduit.MAX_EXTREMITIES - 1
+        assert len(rooms.extremities(room)) == 1
+
+    with_rooms(story)
+
+
+def test_sec_16_at_most_twenty_prev_events() -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        far.put(
+            "m.room.power_levels", {"users": {FAR: 100}, "events": {conduit.DUMMY_EVENT: 99}}, ""
+        )
+        room = await far.enter(rooms)
+        fork = far.events[-1]
+        for number in range(30):
+            state = far.put("m.x", {"n": number}, str(number % 3), prev=[fork])
+            far.deliver(rooms, room, state)
+        assert len(room.extremities) == 30
+        event = rooms.send(room, ME, "m.room.message", {"body": "x"})
+        assert len(event.prev_events) == conduit.MAX_PREV_EVENTS
+        assert len(room.extremities) == 11
+        assert ids_of(rooms, room.state).keys() >= {("m.x", str(n)) for n in range(3)}
+        while len(room.extremities) > 1:
+            rooms.send(room, ME, "m.room.message", {"body": "x"})
+
+    with_rooms(story)
+
+
+def test_state_by_resolution_reaches_members() -> None:
+    """A member who was undone is as good as gone."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        room = await far.enter(rooms)
+        fork, state = far.events[-1], dict(far.state)
+        changes: list[Any] = []
+        rooms.subscribe_membership(lambda _room, nid, old, new: changes.append((nid, old, new)))
+        new = "@new:two.example"
+        joined = far.member(new, prev=[fork], state=state)
+        far.deliver(rooms, room, joined)
+        nid = rooms.database.user_nid(new)
+        assert room.membership(new) == "join"
+        rule = far.put("m.room.join_rules", {"join_rule": "invite"}, "", prev=[fork], state=state)
+        far.deliver(rooms, room, rule)  # by the rules of version 2, what has power goes first
+        assert room.membership(new) == "leave"
+        assert ("m.room.member", new) not in room.state
+        assert changes == [(nid, None, "join"), (nid, "join", "leave")]
+        assert rooms.memberships(nid)[room.nid].membership == "leave"
+        assert room.joined_count == 3
+
+    with_rooms(story)
+
+
+def test_state_by_resolution_reaches_syncs(tmp_path: Path) -> None:
+    """A server whose rooms the test holds: a soft-failed topic wins when branches meet (v1)."""
+    server = Server(tmp_path, server_name="here.test")
+
+    async def story() -> None:
+        config, _ = conduit.load_config({"CONDUIT_CONFIG": str(server.config_path)})
+        hs = conduit.Homeserver(config)
+        await hs.start()
+        me = await asyncio.to_thread(register, server, "me")
+        far = FarRoom("1")
+        levels = {FAR: 100, EVE: 50}
+        far.put("m.room.power_levels", {"users": levels, "state_default": 50}, "")
+        room = await far.enter(hs.rooms, me.user_id)
+        shown = (await asyncio.to_thread(me.poll))["rooms"]["join"][far.room_id]
+        types = [event["type"] for event in shown["state"]["events"]]
+        assert shown["timeline"]["limited"]  # there is more on other servers
+        assert sorted(types) == sorted(key[0] for key in far.state if key[1] != me.user_id)
+        fork, state = far.events[-1], dict(far.state)
+        ban = far.member(EVE, "ban", sender=FAR)
+        topic = far.put("m.room.topic", {"topic": "evil"}, "", EVE, prev=[fork], state=state)
+        far.deliver(hs.rooms, room, ban, topic)
+        shown = (await asyncio.to_thread(me.poll))["rooms"]["join"][far.room_id]
+        assert [e["event_id"] for e in shown["timeline"]["events"]] == [ban.event_id]
+        far.deliver(hs.rooms, room, far.text("D", prev=[ban, topic]))
+        shown = (await asyncio.to_thread(me.poll))["rooms"]["join"][far.room_id]
+        assert [event["content"] for event in shown["state"]["events"]] == [{"topic": "evil"}]
+        assert [event["content"] for event in shown["timeline"]["events"]] == [{"body": "D"}]
+        assert not shown["timeline"]["limited"]
+        state = [[event.event_id for event in far.state.values()]]
+        far.text("lost")
+        newest = hs.rooms.receive(room, again(far.text("newest")), state)
+        shown = (await asyncio.to_thread(me.poll))["rooms"]["join"][far.room_id]
+        assert [e["event_id"] for e in shown["timeline"]["events"]] == [newest.event_id]
+        assert shown["timeline"]["limited"]
+        await hs.stop()
+
+    asyncio.run(story())
+    assert not conduit.check_database(server.database.parent)
+
+
+# ── 10.4  Rooms that we enter ────────────────────────────────────────────────
+
+
+def test_sec_02_evil_answers_to_a_join_make_no_room() -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        far, other = FarRoom(), FarRoom("11", [])
+        join = far.member(ME)
+        state = list(far.state.values())[:-1]
+        second = far.put("m.room.create", {"room_version": "11", "x": 1}, "", prev=[])
+        arriving = conduit.RoomImport(rooms, "11", far.room_id)
+        with pytest.raises(conduit.MatrixError, match="another room"):
+            arriving.add(FarRoom("12").events[0], is_state=True)
+        arriving.close()
+        for evil in (state[1:], state[:1], [], other.events[:2]):
+            with pytest.raises(conduit.MatrixError, match="M_FORBIDDEN"):
+                await enter_room(rooms, map(again, evil), again(join))
+            assert rooms.find(far.room_id) is None
+        room = await enter_room(rooms, map(again, [*state, second]), again(join))
+        assert cast(Any, rooms.event(second.event_id)).rejected
+        assert ids_of(rooms, room.state)["m.room.create", ""] == far.events[0].event_id
+
+    with_rooms(story)
+
+
+def test_unfinished_rooms_are_taken_away() -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        with pytest.raises(conduit.MatrixError):
+            await enter_room(rooms, map(again, far.events[1:]), again(far.member(ME)))
+        room = await far.enter(rooms, "@other:here.test")
+        await rooms.tidy()
+        assert rooms.get(far.room_id) is room
+        await rooms.purge_room(room)
+        far = FarRoom("12")
+        with pytest.raises(conduit.MatrixError):
+            await enter_room(rooms, map(again, far.events[:1]), again(far.member(ME)))
+        await rooms.tidy()
+        for table in ("rooms", "events", "state_groups", "memberships", "backward_extremities"):
+            assert rooms.database.value(f"SELECT COUNT(*) FROM {table}") == 0
+
+    with_rooms(story)
+
+
+def test_a_rejoin_goes_on_above_a_gap() -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        room = await far.enter(rooms)
+        heard: list[Any] = []
+        rooms.subscribe_membership(lambda _room, nid, *change: heard.append((nid, *change)))
+        leave = far.member(ME, "leave")
+        far.deliver(rooms, room, leave)
+        before = timeline(rooms, room)
+        far.member(EVE, "leave")
+        far.text("while we were away")
+        far.member("@new:two.example")
+        assert await far.enter(rooms) is room
+        assert timeline(rooms, room) == [*before, far.events[-1].event_id]
+        users = {rooms.database.user_id(nid): change for nid, *change in heard[1:]}
+        assert users == {
+            EVE: ["join", "leave"],
+            "@new:two.example": [None, "join"],
+            ME: ["leave", "join"],
+        }
+        missed = far.events[far.events.index(leave) + 1 : -1]
+        assert len(rooms.backfill(room, map(again, missed))) == 3
+        assert timeline(rooms, room) == [e.event_id for e in far.events[-6:]]
+        assert [event.event_id for event in rooms.extremities(room)] == [far.events[-1].event_id]
+
+    with_rooms(story)
+
+
+# ── 10.5  Maintenance ────────────────────────────────────────────────────────
+
+
+def test_history_is_purged_and_what_is_needed_stays() -> None:
+    async def story(rooms: conduit.Rooms) -> None:
+        room = rooms.create("11", ME, {"room_version": "11"})
+        rooms.send(room, ME, "m.room.member", {"membership": "join"}, state_key=ME)
+        for number in range(500):
+            rooms.send(room, ME, "m.x", {"n": number}, state_key=str(number % 7))
+            rooms.send(room, ME, "m.room.message", {"body": "x"}, timestamp=10 * number)
+        events = rooms.events_between(room, 0, 2**60, 2000)
+        states = {e.event_id: ids_of(rooms, rooms.state_after(e)) for e in events[-300:]}
+        limit = events[-300].pos or 0
+        assert rooms.position_at(room, 5000 - 1) <= room.last_pos
+        groups = rooms.database.value("SELECT COUNT(*) FROM state_groups")
+        assert await rooms.purge_history(room, limit) == len(events) - 300
+        assert await rooms.delete_unused_groups(room) > groups // 2
+        rooms.database.forget()
+        kept = rooms.events_between(room, conduit.MIN_POSITION, 2**60, 2000)
+        assert {e.event_id: ids_of(rooms, rooms.state_after(e)) for e in kept} == states
+        assert rooms.database.value("SELECT COUNT(*) FROM events") < 330
+        assert await rooms.purge_history(room, 2**60) == 299
+        assert timeline(rooms, room) == [events[-1].event_id]
+        assert ids_of(rooms, room.state) == states[events[-1].event_id]
+        rooms.send(room, ME, "m.room.message", {"body": "goes on"})
+        assert await rooms.delete_unused_groups(room) > 0
+        assert await rooms.delete_unused_groups(room) == 0
+
+    with_rooms(story)
+
+
+def test_maintenance_between_random_branches() -> None:
+    """Purged history and deleted groups change nothing of what follows."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        arrival = Arrival(rooms, "11", 7, 60)
+        await arrival.begin()
+        order = arrival.shuffled()
+        for event_id in order[:40]:
+            arrival.take(event_id)
+        await rooms.delete_unused_groups(arrival.room)
+        for event_id in order[40:50]:
+            arrival.take(event_id)
+        await rooms.purge_history(arrival.room, arrival.room.last_pos)
+        await rooms.tidy()
+        rooms.database.forget()
+        arrival.compare()
+        rooms.shrink_extremities(arrival.room)
+        purge = asyncio.ensure_future(rooms.purge_room(arrival.room))
+        await asyncio.sleep(0)
+        await rooms.purge_room(arrival.room)  # it is under way
+        create, join = list(arrival.origin.events.values())[:2]
+        with pytest.raises(conduit.MatrixError, match="being deleted"):
+            await enter_room(rooms, [again(create)], again(join))
+        await purge
+        assert rooms.find(arrival.room.room_id) is None
+        for table in ("rooms", "events", "state_groups", "memberships", "relations"):
+            assert rooms.database.value(f"SELECT COUNT(*) FROM {table}") == 0
+
+    with_rooms(story)
+
+
+# ── 10.6  Size and speed ─────────────────────────────────────────────────────
+
+
+async def big_room(rooms: conduit.Rooms, members: int, others: int) -> tuple[FarRoom, conduit.Room]:
+    """A room of another server with as many members and other state events, entered by us."""
+    far = FarRoom("11", (f"@user{number}:s{number % 99}.example" for number in range(members)))
+    for number in range(others):
+        far.put("m.x", {"filling": "of some length" * 4}, str(number))
+    return far, await far.enter(rooms)
+
+
+@slow
+def test_import_of_a_big_room_takes_seconds() -> None:
+    """20,000 events: 5 s of CPU; here a quarter of it, the making of the room not counted."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom("11", (f"@user{number}:two.example" for number in range(2500)))
+        for number in range(2500):
+            far.put("m.x", {"filling": "of some length" * 4}, str(number))
+        state, join = list(far.state.values())[::-1], far.member(ME)
+        began = time.process_time()
+        room = await enter_room(rooms, map(again, state), again(join))
+        took = time.process_time() - began
+        print(f"import of {len(state)} events: {took:.2f} s of CPU")
+        assert took < 2.5
+        assert room.joined_count == 2502
+        assert len(rooms.auth_chain([join.event_id])) == 4
+        assert len(rooms.state_ids(cast(Any, rooms.event(join.event_id)))) == len(state)
+
+    with_rooms(story)
+
+
+@slow
+def test_figures_of_a_room_of_10_000_members() -> None:
+    """Storage of a further state event, state at an old one, a resolution, memory."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far, room = await big_room(rooms, 10_000, 0)
+        await rooms.database.synced()
+        pages = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+        size = rooms.database.value(pages)
+        events = [
+            rooms.send(room, ME, "m.room.member", {"membership": "join", "n": n}, state_key=ME)
+            for n in range(1000)
+        ]
+        storage = (rooms.database.value(pages) - size) / len(events)
+        rooms.groups.cache.clear()
+        began = time.process_time()
+        assert len(rooms.state_after(events[300])) == 10_005
+        state = time.process_time() - began
+        fork, sides = rooms.event_by_nid(room.extremities[0]), list[conduit.Event]()
+        for side in (0, 1):
+            tip, known = fork, dict(far.state)
+            for number in range(50):
+                user = f"@user{number + 60 * side}:s{(number + 60 * side) % 99}.example"
+                changes = [("m.x", FAR, str(number)), ("m.room.member", user, user)]
+                event_type, sender, key = changes[number % 2]
+                content = {"membership": "join", "side": side}
+                tip = far.put(event_type, content, key, sender, prev=[cast(Any, tip)], state=known)
+                known[tip.key] = tip
+                sides.append(tip)
+        assert not any(e.soft_failed or e.rejected for e in far.deliver(rooms, room, *sides))
+        groups = sorted(cast(int, event.state_group) for event in rooms.extremities(room))
+        began = time.process_time()
+        rooms._resolve(room, groups)
+        resolving = time.process_time() - began
+        print(
+            f"{storage:.0f} bytes a state event, state in {1000 * state:.1f} ms, "
+            f"resolution in {1000 * resolving:.1f} ms, memory {memory_of(room) / 2**20:.1f} MB"
+        )
+        assert len(groups) == 2
+        assert storage <= 1024
+        assert state <= 0.02 * SLACK
+        assert resolving <= 0.1
+        assert memory_of(room) <= 10 * 2**20
+
+    with_rooms(story)
+
+
+SLACK = 2  # processors of other tests are slower than the one that the figures are for
+
+
+def memory_of(room: conduit.Room) -> int:
+    """The bytes of a room's own tables, the keys in them included."""
+    tables = [room.state, room.members_by_nid, room.local_joined]
+    parts = [*tables, *room.state, *(key[1] for key in room.state), *room.state.values()]
+    return sum(map(sys.getsizeof, parts))
+
+
+@slow
+def test_batches_leave_the_loop_free() -> None:
+    """No step of an import but its last, and none of a purge, takes long."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        _, room = await big_room(rooms, 1500, 500)
+        for number in range(1000):
+            rooms.send(room, ME, "m.room.message", {"n": number})
+        steps: list[float] = []
+
+        async def watch() -> None:
+            while True:
+                began = time.process_time()
+                await asyncio.sleep(0.001)
+                steps.append(time.process_time() - began)
+
+        watcher = asyncio.ensure_future(watch())
+        await rooms.purge_history(room, room.last_pos)
+        await rooms.delete_unused_groups(room)
+        await rooms.purge_room(room)
+        watcher.cancel()
+        print(f"longest step {1000 * max(steps):.1f} ms of {len(steps)}")
+        assert sorted(steps)[-3] < 0.04
+
+    with_rooms(story)
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  11. HISTORY VISIBILITY AND THE CLIENT FORMAT
 # ═════════════════════════════════════════════════════════════════════════════
@@ -16163,7 +16943,7 @@ def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Serve
         status = f"{ADMIN_API}v1/purge_history_status/{name}"
         eventually(lambda: ok(alice.get(status))["status"] == "complete")
 
-    purge({"purge_up_to_event_id": last})
+    fails(alice.post(path, {"purge_up_to_event_id": last}), 400, "M_INVALID_PARAM")
     assert len(alice.bodies(room)) == 121, "events of our own users stay unless asked for"
     purge({"purge_up_to_event_id": last, "delete_local_events": True})
     assert alice.bodies(room) == ["kept"]
@@ -18969,6 +19749,7 @@ SCANS: Final = {
     " ORDER BY token": "an admin asks for the list",
     "SELECT 1 FROM registration_tokens LIMIT 1": "the first will do",
     "SELECT room_nid FROM published_rooms": "once; the list is kept in memory",
+    "SELECT room_nid FROM rooms": "once a day",
     "SELECT room_nid FROM public_rooms": "once; the list is kept in memory",
     "SELECT user_nid, room_nid, display_name, avatar_url, folded, user_id FROM user_names"
     " JOIN users USING (user_nid) WHERE folded LIKE ? ESCAPE '\\' LIMIT ?": "search, in a thread",
@@ -19041,7 +19822,7 @@ def query_plan(database: sqlite3.Connection, statement: str) -> list[str]:
 
 def full_scans(plan: list[str]) -> list[str]:
     """The lines of a plan that read a whole table or index of the database."""
-    harmless = r"SCAN (?:CONSTANT ROW|\(?subquery|json_each|\d+ CONSTANT|.* VIRTUAL TABLE)"
+    harmless = r"SCAN (?:CONSTANT ROW|\(?subquery|json_each|chain|\d+ CONSTANT|.* VIRTUAL)"
     return [line for line in plan if line.startswith("SCAN") and not re.match(harmless, line)]
 
 
