@@ -6221,6 +6221,7 @@ async def ask_over_udp(place: tuple[str, int], query: bytes) -> bytes:
         lambda: DnsProtocol(query), remote_addr=place
     )
     try:
+        transport.sendto(query)
         return await protocol.answer
     finally:
         transport.close()
@@ -6260,12 +6261,6 @@ def parse_resolv_conf(text: str) -> ResolverSettings:
     return ResolverSettings(servers[:3] or ["127.0.0.1"], max(1, limits[0]), max(1, limits[1]))
 
 
-def hosts_entries(text: str, host: str) -> list[str]:
-    """The addresses that /etc/hosts has for a name."""
-    rows = [line.partition("#")[0].lower().split() for line in text.splitlines()]
-    return [row[0] for row in rows if host in row[1:] and is_ip(row[0])]
-
-
 def is_ip(text: str) -> bool:
     """Whether the text is an address in the usual form, and nothing that only some programs read.
 
@@ -6274,6 +6269,12 @@ def is_ip(text: str) -> bool:
     with contextlib.suppress(ValueError):
         return bool(parse_address(text)) and "%" not in text
     return False
+
+
+def hosts_entries(text: str, host: str) -> list[str]:
+    """The addresses that /etc/hosts has for a name."""
+    rows = [line.partition("#")[0].lower().split() for line in text.splitlines()]
+    return [row[0] for row in rows if host in row[1:] and is_ip(row[0])]
 
 
 def read_text(path: Path) -> str:
@@ -6604,7 +6605,7 @@ def as_unreachable(place: str) -> Iterator[None]:
         reason = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
         raise unreachable(f"{place} is out of reach: {reason or 'it hung up'}") from error
     except MatrixError as error:
-        if error.status >= 500:
+        if error.errcode in ("M_UNREACHABLE", "M_TOO_LARGE"):
             raise
         raise unreachable(f"{place} gives a malformed answer: {error.error}") from error
 
@@ -7610,6 +7611,17 @@ def peer_error(server: str, response: ClientResponse) -> MatrixError:
     return MatrixError(response.status, errcode[:MAX_ID_BYTES], str(text or errcode)[:1000])
 
 
+def encode_query(query: Mapping[str, Any]) -> str:
+    """A query string with its question mark; None leaves an argument out."""
+    pairs = [
+        (name, str(one).lower() if isinstance(one, bool) else one)
+        for name, value in query.items()
+        for one in (value if isinstance(value, (list, tuple)) else [value])
+        if one is not None
+    ]
+    return f"?{urlencode(pairs, quote_via=quote)}" if pairs else ""
+
+
 class Federation:
     """Signed requests to other servers, and the memory of those that did not answer."""
 
@@ -7728,17 +7740,6 @@ class Federation:
             raise unauthorized(f"The request is not signed by {claim.origin} with a known key")
         self.succeeded(claim.origin)
         return claim.origin
-
-
-def encode_query(query: Mapping[str, Any]) -> str:
-    """A query string with its question mark; None leaves an argument out."""
-    pairs = [
-        (name, str(one).lower() if isinstance(one, bool) else one)
-        for name, value in query.items()
-        for one in (value if isinstance(value, (list, tuple)) else [value])
-        if one is not None
-    ]
-    return f"?{urlencode(pairs, quote_via=quote)}" if pairs else ""
 
 
 # ── 46.3  First answers ──────────────────────────────────────────────────────
