@@ -6356,7 +6356,7 @@ def test_a_compressed_answer_is_read() -> None:
 )
 def test_broken_answers_are_refused(rest: bytes) -> None:
     raw = QUERY[:2] + struct.pack("!5H", 0x8180, 1, 1, 0, 0) + QUERY[12:] + rest
-    with pytest.raises(ValueError):  # noqa: PT011  whatever its text
+    with pytest.raises(ValueError):
         conduit.parse_dns(raw, QUERY)
 
 
@@ -6916,7 +6916,7 @@ def test_certificates_are_checked(
 
 
 def test_connections_are_kept_and_replaced(tmp_path: Path) -> None:
-    """One connection for many requests; one that broke is replaced, but a POST is never repeated."""
+    """One connection for many requests; a broken one is replaced; a POST is never repeated."""
     web = Web()
     outside = Outside(tmp_path, ip_range_denylist=())
     url = f"http://127.0.0.1:{web.place[1]}/x"
@@ -7162,7 +7162,7 @@ def test_signed_requests_are_answered(pair: tuple[Server, Server], peer: Peer) -
 
 
 def test_sec_07_false_requests_are_refused(pair: tuple[Server, Server], peer: Peer) -> None:
-    """Another destination, method, path or content than was signed; an unknown key; no signature."""
+    """Another destination, path or content than was signed; an unknown key; no signature."""
     server = pair[0]
     user = register(server)
     uri = PROFILE_OF + quote(user.user_id)
@@ -7246,9 +7246,533 @@ def test_a_silent_server_is_left_alone_for_a_while(pair: tuple[Server, Server], 
 # ── 46.3  Between servers ────────────────────────────────────────────────────
 
 
-def test_versions(pair: tuple[Server, Server], synapse: Synapse) -> None:
+def test_profiles_aliases_and_lists_of_other_servers(
+    pair: tuple[Server, Server], synapse: Synapse
+) -> None:
+    """What users of one server see of another, in all directions; Synapse's list is closed."""
+    ours, other = pair
+    for mine, theirs in ((ours, other), (ours, synapse), (synapse, ours)):
+        alice, bob = register(mine), register(theirs)
+        alice.checked = mine is not synapse
+        bob.checked = theirs is not synapse
+        ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": "Bobby"}))
+        assert ok(alice.get(("profile", bob.user_id)))["displayname"] == "Bobby"
+        assert ok(alice.get(("profile", bob.user_id, "displayname"))) == {"displayname": "Bobby"}
+        fails(alice.get(("profile", f"@nobody_there:{theirs.name}")), 404)
+        name, title = unique("room"), unique("title")
+        public: Json = {"preset": "public_chat", "room_alias_name": name, "name": title}
+        room_id = bob.create_room(**public, visibility="public")
+        found = ok(alice.get(("directory", "room", f"#{name}:{theirs.name}")))
+        assert (found["room_id"], found["servers"]) == (room_id, [theirs.name])
+        fails(alice.get(("directory", "room", f"#not_{name}:{theirs.name}")), 404, "M_NOT_FOUND")
+        query = {"filter": {"generic_search_term": title}}
+        path = f"publicRooms?server={quote(theirs.name)}"
+        page = ok(alice.post(path, query))
+        listed = [room_id] if theirs is not synapse else []
+        assert [each["room_id"] for each in page["chunk"]] == listed
+        assert ok(alice.get("publicRooms", server=theirs.name, limit=1))["chunk"][:1] or not listed
+    fails(Client(ours).get("publicRooms", server=other.name), 401)
+
+
+def test_media_of_other_servers(pair: tuple[Server, Server], synapse: Synapse) -> None:
+    """Files and thumbnails, with type and name; the second time from here."""
+    ours, other = pair
+    picture = io.BytesIO()
+    Image.new("RGB", (300, 200), "red").save(picture, "PNG")
+    for mine, theirs in ((ours, other), (ours, synapse), (synapse, ours)):
+        alice, bob = register(mine), register(theirs)
+        data = os.urandom(700_000) + b"\r\n--" + os.urandom(10)
+        mxc = bob.upload(data, "text/plain", "bücher.txt")
+        for _ in range(2):
+            answer = alice.download(mxc)
+            assert answer.status_code == 200 and answer.content == data
+            assert answer.headers["content-type"].startswith("text/plain")
+            assert "filename*=utf-8''b%C3%BCcher.txt" in answer.headers["content-disposition"]
+        image = bob.upload(picture.getvalue(), "image/png")
+        path = "/_matrix/client/v1/media/thumbnail/" + image.removeprefix("mxc://")
+        for _ in range(2):
+            small = alice.get(path, width=32, height=32, method="crop")
+            assert small.status_code == 200
+            assert Image.open(io.BytesIO(small.content)).size == (32, 32)
+        fails(alice.download(f"mxc://{theirs.name}/nothing_like_that"), 404)
+        refused = {"allow_remote": "false"}
+        if mine is not synapse:
+            fails(alice.get(f"/_matrix/media/v3/download/{theirs.name}/abc", **refused), 404)
+
+
+def test_media_by_the_old_way_and_by_redirect(
+    pair: tuple[Server, Server], peer: Peer, authority: Authority
+) -> None:
+    """A server without the new endpoint is asked the old way; a Location is followed unsigned."""
+    alice = register(pair[0])
+    old = f"/_matrix/media/v3/download/{peer.name}/old"
+    plain = {"Content-Disposition": "attachment; filename=a.bin"}
+    peer.answers[old] = conduit.Response(200, b"old", plain, "application/x-old")
+    answer = alice.download(f"mxc://{peer.name}/old")
+    assert (answer.content, answer.headers["content-type"]) == (b"old", "application/x-old")
+    assert "allow_remote=false" in peer.asked[-1].raw_query
+    parts = (
+        "--X\r\nContent-Type: application/json\r\n\r\n{}\r\n--X\r\n"
+        f"Location: https://{peer.name}/elsewhere\r\n\r\n\r\n--X--"
+    )
+    new = "/_matrix/federation/v1/media/download/"
+    mixed = 'multipart/mixed; boundary="X"'
+    peer.answers[new + "moved"] = conduit.Response(200, parts.encode(), content_type=mixed)
+    peer.answers["/elsewhere"] = conduit.Response(200, b"moved", content_type="image/png")
+    assert alice.download(f"mxc://{peer.name}/moved").content == b"moved"
+    assert "authorization" not in peer.asked[-1].headers
+    for broken in (b"", b"--X\r\n", b"--X\r\n\r\n{}\r\n--X\r\n\r\nno end", b"x" * 100_000):
+        peer.answers[new + "broken"] = conduit.Response(200, broken, content_type=mixed)
+        fails(alice.download(f"mxc://{peer.name}/broken"), 502)
+    peer.answers[new + "typed"] = conduit.Response(200, b"x", content_type="text/plain")
+    fails(alice.download(f"mxc://{peer.name}/typed"), 502)
+
+
+def device_keys_of(client: Client) -> Json:
+    """Identity keys of a device, in the right shape."""
+    device = client.device_id
+    keys = {
+        f"{kind}:{device}": conduit.b64encode(os.urandom(32)) for kind in ("ed25519", "curve25519")
+    }
+    signatures = {client.user_id: {f"ed25519:{device}": conduit.b64encode(os.urandom(64))}}
+    algorithms = ["m.olm.v1.curve25519-aes-sha2", "m.megolm.v1.aes-sha2"]
+    ids = {"user_id": client.user_id, "device_id": device}
+    return {**ids, "algorithms": algorithms, "keys": keys, "signatures": signatures}
+
+
+def test_keys_of_users_elsewhere(pair: tuple[Server, Server], synapse: Synapse, peer: Peer) -> None:
+    """Devices are asked for and one-time keys claimed, each handed out once."""
+    ours, other = pair
+    for mine, theirs in ((ours, other), (ours, synapse), (synapse, ours)):
+        alice, bob = register(mine), register(theirs)
+        keys = device_keys_of(bob)
+        signed = {"key": conduit.b64encode(os.urandom(32)), "signatures": keys["signatures"]}
+        one_time = {"signed_curve25519:AAAA": signed}
+        ok(bob.post("keys/upload", {"device_keys": keys, "one_time_keys": one_time}))
+        found = ok(alice.post("keys/query", {"device_keys": {bob.user_id: []}}))
+        device = found["device_keys"][bob.user_id][bob.device_id]
+        assert {k: v for k, v in device.items() if k != "unsigned"} == keys
+        wanted = {"one_time_keys": {bob.user_id: {bob.device_id: "signed_curve25519"}}}
+        claimed = ok(alice.post("keys/claim", wanted))
+        assert claimed["one_time_keys"][bob.user_id][bob.device_id] == one_time
+        again = ok(alice.post("keys/claim", wanted))["one_time_keys"]
+        assert bob.device_id not in again.get(bob.user_id, {})
+        if theirs is not synapse:
+            uri = f"/_matrix/federation/v1/user/devices/{quote(bob.user_id)}"
+            listed = ok(peer.ask(theirs, "GET", uri))
+            assert [each["keys"] for each in listed["devices"]] == [keys]
+            assert listed["stream_id"] > 0
+    fails(peer.ask(ours, "GET", f"/_matrix/federation/v1/user/devices/@no:{ours.name}"), 404)
+
+
+def test_sec_15_keys_of_the_wrong_shape_stay_out(pair: tuple[Server, Server], peer: Peer) -> None:
+    """What a peer says of users of others, or in a shape that no client can read, is left out."""
+    alice = register(pair[0])
+    good, bad, other = (f"@{name}:{peer.name}" for name in ("good", "bad", "other"))
+    dave = register(pair[0])
+    keys = device_keys_of(cast("Client", SimpleNamespace(user_id=good, device_id="D")))
+    peer.answers["/_matrix/federation/v1/user/keys/query"] = {
+        "device_keys": {
+            good: {"D": keys},
+            bad: {"D": {**keys, "user_id": bad, "keys": 3}},
+            other: {"E": keys},
+            dave.user_id: {"D": {**keys, "user_id": dave.user_id}},
+        },
+        "master_keys": {good: {"user_id": bad, "usage": [], "keys": {}}, bad: []},
+        "user_signing_keys": {good: {"user_id": good, "usage": [], "keys": {}}},
+    }
+    asked = {name: [] for name in (good, bad, other, dave.user_id)}  # type: ignore[var-annotated]
+    found = ok(alice.post("keys/query", {"device_keys": asked}))
+    assert found["device_keys"] == {good: {"D": keys}, dave.user_id: {}}
+    assert found["master_keys"] == found["user_signing_keys"] == {}
+    assert found["failures"] == {}
+
+
+def test_versions(pair: tuple[Server, Server]) -> None:
     answer = ok(Client(pair[0]).get("/_matrix/federation/v1/version"))
     assert answer["server"] == {"name": "conduit.py", "version": conduit.VERSION}
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  45. DISCOVERY AND SERVER KEYS
+#
+#  Each step of the discovery by itself, with a name server and a web server of
+#  the tests; keys that are good, old, stale and false; notaries.
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 45.1  Discovery ──────────────────────────────────────────────────────────
+
+
+class Finding:
+    """A Discovery whose .well-known answers are given, and whose SRV records too."""
+
+    def __init__(self, well_known: Any = None, **services: list[conduit.SrvTarget]) -> None:
+        self.well_known, self.services_of = well_known, services
+        self.fetched = 0
+        config = SimpleNamespace(allow_federation=True, server_name="own.example")
+        resolver = SimpleNamespace(services=self.services)
+        client = SimpleNamespace(request=self.request, resolver=resolver)
+        self.discovery = conduit.Discovery(
+            cast("Any", SimpleNamespace(config=config, http_client=client))
+        )
+
+    async def services(self, name: str) -> list[conduit.SrvTarget]:
+        """The SRV records of a service."""
+        kind = "fed" if name.startswith("_matrix-fed._tcp.") else "old"
+        host = name.partition("._tcp.")[2]
+        return self.services_of.get(f"{kind}_{host.partition('.')[0]}", [])
+
+    async def request(self, method: str, url: str, **_: Any) -> Any:
+        """The answer of .well-known."""
+        self.fetched += 1
+        assert (method, url) == ("GET", "https://a.example/.well-known/matrix/server")
+        if self.well_known is None:
+            raise conduit.unreachable("nobody there")
+        status, headers, body = self.well_known
+        head = f"HTTP/1.1 {status} X\r\n" + "".join(f"{k}: {v}\r\n" for k, v in headers.items())
+        response = conduit.ClientResponse(cast("Any", None), "GET", head.encode(), 9999)
+        response.body = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return response
+
+    def find(self, server: str) -> list[conduit.Target]:
+        """Where a server is."""
+        self.trace: list[str] = []
+        return asyncio.run(self.discovery.targets(server, self.trace.append))
+
+
+def delegating(server: Any, **headers: str) -> Any:
+    """The answer of a .well-known that names a server."""
+    return 200, headers, {"m.server": server}
+
+
+SRV_1: Final = [conduit.SrvTarget(0, 0, 443, "srv.example")]
+
+
+@pytest.mark.parametrize(
+    ("server", "finding", "expected"),
+    [
+        ("1.2.3.4", Finding(), ("1.2.3.4", 8448, "1.2.3.4", "1.2.3.4")),
+        ("1.2.3.4:1", Finding(), ("1.2.3.4", 1, "1.2.3.4:1", "1.2.3.4")),
+        ("[::1]:1", Finding(), ("::1", 1, "[::1]:1", "::1")),
+        ("a.example:1", Finding(), ("a.example", 1, "a.example:1", "a.example")),
+        ("a.example", Finding(delegating("4.3.2.1")), ("4.3.2.1", 8448, "4.3.2.1", "4.3.2.1")),
+        (
+            "a.example",
+            Finding(delegating("b.example:2")),
+            ("b.example", 2, "b.example:2", "b.example"),
+        ),
+        (
+            "a.example",
+            Finding(delegating("b.example"), fed_b=SRV_1),
+            ("srv.example", 443, "b.example", "b.example"),
+        ),
+        (
+            "a.example",
+            Finding(delegating("b.example"), old_b=SRV_1),
+            ("srv.example", 443, "b.example", "b.example"),
+        ),
+        (
+            "a.example",
+            Finding(delegating("b.example")),
+            ("b.example", 8448, "b.example", "b.example"),
+        ),
+        ("a.example", Finding(fed_a=SRV_1), ("srv.example", 443, "a.example", "a.example")),
+        ("a.example", Finding(old_a=SRV_1), ("srv.example", 443, "a.example", "a.example")),
+        ("a.example", Finding(), ("a.example", 8448, "a.example", "a.example")),
+        ("a.example", Finding((404, {}, {})), ("a.example", 8448, "a.example", "a.example")),
+        ("a.example", Finding((200, {}, b"<html>")), ("a.example", 8448, "a.example", "a.example")),
+        ("a.example", Finding(delegating(3)), ("a.example", 8448, "a.example", "a.example")),
+        ("a.example", Finding(delegating("b/c")), ("a.example", 8448, "a.example", "a.example")),
+    ],
+)
+def test_each_step_of_discovery(
+    server: str, finding: Finding, expected: tuple[str, int, str, str]
+) -> None:
+    """What is connected to, the Host header, the name of the certificate; and the steps in words."""
+    assert finding.find(server) == [expected]
+    assert finding.trace
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, 86_400),
+        ({"Cache-Control": "public, max-age=3600"}, 3600),
+        ({"Cache-Control": "max-age=1"}, 300),
+        ({"Cache-Control": "max-age=999999999"}, 172_800),
+        ({"Cache-Control": "no-store"}, 300),
+        ({"Expires": "Thu, 01 Jan 1970 00:00:00 GMT"}, 300),
+        ({"Expires": "nonsense"}, 86_400),
+    ],
+)
+def test_how_long_a_delegation_is_kept(headers: dict[str, str], seconds: int) -> None:
+    """By its headers within bounds, and only asked for once in that time."""
+    finding = Finding(delegating("b.example:1", **headers))
+    for _ in range(3):
+        finding.find("a.example")
+    assert finding.fetched == 1
+    known = finding.discovery._delegations.get("a.example")
+    assert known is not None
+    assert abs(known.expires - time.monotonic() - seconds) < 5
+
+
+def test_errors_of_well_known_are_kept_for_longer_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    finding = Finding()
+    now = [1000.0]
+    monkeypatch.setattr(conduit.time, "monotonic", lambda: now[0])
+    waits = []
+    for _ in range(6):
+        finding.find("a.example")
+        known = finding.discovery._delegations.get("a.example")
+        assert known is not None
+        waits.append(known.expires - now[0])
+        now[0] = known.expires + 1
+    assert waits == [300, 600, 1200, 2400, 3600, 3600]
+    assert finding.fetched == 6
+
+
+# ── 45.2  Keys ───────────────────────────────────────────────────────────────
+
+
+def test_our_keys_and_their_rotation(tmp_path: Path) -> None:
+    """What we say of our keys is signed; a retired key is listed, and good for old events."""
+
+    async def story() -> None:
+        hs = conduit.Homeserver(
+            conduit.Config(server_name="own.example", database_path=tmp_path / "data")
+        )
+        first = hs.signing_key
+        said = conduit.own_keys(hs)
+        conduit.check_key_answer(said, "own.example")
+        assert said["verify_keys"] == {first.key_id: {"key": first.public}}
+        conduit.rotate_signing_key(hs)
+        said = conduit.own_keys(hs)
+        conduit.check_key_answer(said, "own.example")
+        assert list(said["verify_keys"]) == [hs.signing_key.key_id] != [first.key_id]
+        assert hs.rooms.signing_key is hs.signing_key
+        retired = said["old_verify_keys"][first.key_id]
+        assert retired["key"] == first.public and retired["expired_ts"] <= conduit.now_ms()
+        keys = hs.server_keys
+        assert keys.find("own.example", first.key_id, retired["expired_ts"]) == first.public
+        assert keys.find("own.example", first.key_id, retired["expired_ts"] + 1) is None
+        stored = conduit.SigningKey.parse(hs.db.meta("signing_key"))
+        assert stored.public == hs.signing_key.public
+        await hs.stop()
+
+    asyncio.run(story())
+
+
+class Keys:
+    """The key store of a server in this process, and what another server would publish."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        values: Json = {"server_name": "own.example", "database_path": folder / "data", **config}
+        self.hs = conduit.Homeserver(conduit.Config(**values))
+        self.published: Json = {}
+        self.asked: list[tuple[str, str]] = []
+        self.hs.discovery.request = self.request  # type: ignore[method-assign]
+
+    async def request(self, server: str, method: str, path: str, **options: Any) -> Any:
+        """What other servers answer."""
+        self.asked.append((server, path))
+        await asyncio.sleep(0.01)
+        if server not in self.published:
+            raise conduit.unreachable("nobody there")
+        answer = self.published[server]
+        if callable(answer):
+            answer = answer(json.loads(options["body"]) if "body" in options else None)
+        response = conduit.ClientResponse(cast("Any", None), "GET", GOOD + b"\r\n", 1)
+        response.body = json.dumps(answer).encode()
+        return response
+
+
+DAY: Final = 86_400_000
+
+
+def key_answer(server: str, *signers: conduit.SigningKey, **changes: Any) -> Json:
+    """What a server says of its keys, signed by them."""
+    answer: Json = {
+        "server_name": server,
+        "verify_keys": {key.key_id: {"key": key.public} for key in signers},
+        "old_verify_keys": {},
+        "valid_until_ts": conduit.now_ms() + DAY,
+        **changes,
+    }
+    for key in signers:
+        answer = conduit.sign_json(answer, server, key)
+    return answer
+
+
+KEY_1, KEY_2, NOTARY_KEY = (
+    conduit.SigningKey(name, bytes([n] * 32)) for n, name in enumerate("123")
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        key_answer("other.example", KEY_1),
+        {**key_answer("a.example", KEY_1), "valid_until_ts": 1},
+        {**key_answer("a.example", KEY_1), "signatures": {}},
+        {**key_answer("a.example", KEY_1), "valid_until_ts": "1"},
+        {**key_answer("a.example", KEY_1), "verify_keys": {KEY_1.key_id: KEY_1.public}},
+        {**key_answer("a.example", KEY_1), "old_verify_keys": {"ed25519:x": {"key": "x"}}},
+        {**key_answer("a.example", KEY_1), "verify_keys": {KEY_1.key_id: {"key": KEY_2.public}}},
+        key_answer(
+            "a.example", KEY_1, verify_keys={f"ed25519:{n}": {"key": "a"} for n in range(101)}
+        ),
+        [],
+        None,
+        "x",
+    ],
+)
+def test_false_key_answers_are_refused(answer: Any) -> None:
+    with pytest.raises(conduit.MatrixError):
+        conduit.check_key_answer(answer, "a.example")
+
+
+def test_sec_05_how_long_keys_are_good(tmp_path: Path) -> None:
+    """At most seven days whatever a server claims; old keys up to when they were retired."""
+
+    async def story() -> None:
+        made = Keys(tmp_path)
+        now = conduit.now_ms()
+        old = {KEY_2.key_id: {"key": KEY_2.public, "expired_ts": now - DAY}}
+        far = key_answer("a.example", KEY_1, valid_until_ts=now + 1000 * DAY, old_verify_keys=old)
+        made.published["a.example"] = far
+        keys = made.hs.server_keys
+        calls = (keys.request_key("a.example", KEY_1.key_id) for _ in range(20))
+        assert set(await asyncio.gather(*calls)) == {KEY_1.public}
+        assert len(made.asked) == 1
+        assert await keys.request_key("a.example", KEY_2.key_id) is None
+        good = [keys.find("a.example", KEY_1.key_id, now + days * DAY) for days in (0, 6, 8)]
+        assert good == [KEY_1.public, KEY_1.public, None]
+        good = [keys.find("a.example", KEY_2.key_id, now + days * DAY) for days in (-2, 0)]
+        assert good == [KEY_2.public, None]
+        for _ in range(10):
+            assert await keys.request_key("a.example", "ed25519:made_up") is None
+        assert len(made.asked) == 1
+        await made.hs.stop()
+
+    asyncio.run(story())
+
+
+def test_notaries_count_only_with_both_signatures(tmp_path: Path) -> None:
+    """Servers that are gone are asked about in one query; a notary cannot invent or revive keys."""
+
+    async def story() -> None:
+        made = Keys(tmp_path, trusted_servers=("notary.example",))
+        names = [f"s{n}.example" for n in range(6)]
+        known = {name: key_answer(name, KEY_1) for name in names}
+        queries: list[Json] = []
+
+        def notary(query: Json | None) -> Json:
+            if query is None:
+                return key_answer("notary.example", NOTARY_KEY)
+            queries.append(query)
+            signed = {
+                name: conduit.sign_json(known[name], "notary.example", NOTARY_KEY) for name in names
+            }
+            signed[names[0]] = known[names[0]]  # not signed by the notary
+            signed[names[1]] = conduit.sign_json(  # not signed by the server
+                {**known[names[1]], "signatures": {}}, "notary.example", NOTARY_KEY
+            )
+            return {"server_keys": [*signed.values(), 3, {"server_name": names}]}
+
+        made.published["notary.example"] = notary
+        keys = made.hs.server_keys
+        await keys.fetch(names)
+        found = [name for name in names if keys.known(name)]
+        assert found == names[2:]
+        assert len(queries) == 1 and sorted(queries[0]["server_keys"]) == names
+        retired = {KEY_1.key_id: {"key": KEY_1.public, "expired_ts": 5}}
+        keys.store(key_answer(names[2], KEY_2, old_verify_keys=retired))
+        keys.store(known[names[2]], direct=False)
+        assert keys.known(names[2])[KEY_1.key_id] == (KEY_1.public, 5, True)
+        await made.hs.stop()
+
+    asyncio.run(story())
+
+
+def test_our_notary(pair: tuple[Server, Server], peer: Peer) -> None:
+    """Keys of others carry our signature too; the last answer serves when the server is gone."""
+    server = pair[0]
+    own = ok(Client(server).get("/_matrix/key/v2/server"))
+    ours = own["verify_keys"]
+    conduit.check_key_answer(own, server.name)
+    answer = ok(Client(server).get(f"/_matrix/key/v2/query/{peer.name}"))["server_keys"]
+    assert len(answer) == 1
+    conduit.check_key_answer(answer[0], peer.name)
+    assert all(
+        conduit.verify_json(answer[0], server.name, key_id, key["key"])
+        for key_id, key in ours.items()
+    )
+    del peer.answers["/_matrix/key/v2/server"]
+    later = {"server_keys": {peer.name: {"x": {"minimum_valid_until_ts": 2**52}}, "no.invalid": {}}}
+    again = ok(Client(server).post("/_matrix/key/v2/query", later))["server_keys"]
+    assert [each["server_name"] for each in again] == [peer.name]
+    both = {"server_keys": {peer.name: {}, server.name: {}}}
+    found = ok(Client(server).post("/_matrix/key/v2/query", both))["server_keys"]
+    assert {each["server_name"] for each in found} == {peer.name, server.name}
+    many = {"server_keys": {f"s{n}.invalid": {} for n in range(101)}}
+    fails(Client(server).post("/_matrix/key/v2/query", many), 413)
+
+
+# ── 45.3  Events of others ───────────────────────────────────────────────────
+
+
+def test_sec_04_events_with_false_signatures(tmp_path: Path) -> None:
+    """Verdicts one by one: wrong format, wrong hash (redacted), wrong, missing and stale keys."""
+
+    async def story() -> None:
+        made = Keys(tmp_path)
+        made.published = {name: key_answer(name, KEY_1) for name in ("a.example", "b.example")}
+        version = conduit.ROOM_VERSIONS["11"]
+
+        def pdu(server: str = "a.example", key: conduit.SigningKey = KEY_1, **changes: Any) -> Json:
+            fields = {
+                "type": "m.room.message",
+                "room_id": "!r:a.example",
+                "sender": f"@u:{server}",
+                "content": {"body": "x"},
+                "depth": 1,
+                "origin_server_ts": conduit.now_ms(),
+                "prev_events": [],
+                "auth_events": [],
+                **changes,
+            }
+            return conduit.finish_event(version, fields, server, key).pdu
+
+        late = conduit.now_ms() + 8 * DAY
+        stolen = pdu()
+        cases = [
+            (pdu(), "kept"),
+            (pdu("b.example"), "kept"),
+            ({**pdu(), "content": {"body": "y"}}, "redacted"),
+            (pdu(key=KEY_2), "refused"),
+            (pdu("gone.example"), "refused"),
+            (pdu(origin_server_ts=late), "refused"),
+            ({**stolen, "sender": "@u:b.example"}, "refused"),
+            ({**pdu(), "signatures": {}}, "refused"),
+            ({**pdu(), "depth": "1"}, "refused"),
+            ({}, "refused"),
+            (None, "refused"),
+        ] * 20
+        found = await conduit.check_pdus(made.hs, version, [case for case, _ in cases])
+        for (raw, expected), event in zip(cases, found, strict=True):
+            if expected == "refused":
+                assert isinstance(event, conduit.MatrixError), raw
+            else:
+                assert isinstance(event, conduit.Event)
+                assert event.content == ({} if expected == "redacted" else raw["content"])
+        assert sorted(made.asked) == [
+            (f"{name}.example", "/_matrix/key/v2/server") for name in ("a", "b", "gone")
+        ]
+        await made.hs.stop()
+
+    asyncio.run(story())
 
 
 # ═════════════════════════════════════════════════════════════════════════════
