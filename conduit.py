@@ -6330,12 +6330,12 @@ class Resolver:
         """Ask the name servers in turn, and remember what they say.
 
         Trap: names under .onion mean nothing to them, and tell them who talks to whom (RFC 7686).
-        A name whose last part is a number is an address in disguise.
+        Nothing is under .invalid (RFC 6761), and a number at the end is an address in disguise.
         """
         ttl: int = DNS_FAILURE_SECONDS
         found: list[Any] = []
         last = name.rpartition(".")[2]
-        if last == "onion" or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
+        if last in ("invalid", "onion") or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
             return []
         try:
             ttl, found = await self._follow(name, kind)
