@@ -6509,8 +6509,12 @@ class Link:
         self.abort()
 
     def is_gone(self) -> bool:
-        """Whether the other side has hung up."""
-        return self.reader.at_eof() or self.writer.transport.is_closing()
+        """Whether the other side has hung up, or says something that nobody asked for.
+
+        Trap: what came early would be taken for the next answer; StreamReader hides whether it did.
+        """
+        early = vars(self.reader).get("_buffer")
+        return bool(early) or self.reader.at_eof() or self.writer.transport.is_closing()
 
     def abort(self) -> None:
         """Hang up at once."""
@@ -7222,7 +7226,8 @@ def check_key_answer(answer: Any, server: str) -> None:
     """400 for what is not signed by the server with each of the keys that it claims and we read."""
     check_shape(answer, KEY_ANSWER, "The keys")
     keys = {name: each["key"] for name, each in answer["verify_keys"].items()}
-    known = [name for name in signatures_by(answer, server) if name in keys]
+    marks = signatures_by(answer, server)
+    known = [name for name in marks if name in keys and KEY_ID.fullmatch(name)]
     if answer["server_name"] != server or not known:
         raise invalid_param(f"These are not the keys of {server}")
     if len(keys) + len(answer.get("old_verify_keys", {})) > MAX_KEYS:
@@ -7373,6 +7378,8 @@ class ServerKeys:
         """
         server, known = answer["server_name"], self.known(answer["server_name"])
         fresh = keys_in(answer)
+        if len({*known, *fresh}) > 2 * MAX_KEYS:
+            raise invalid_param(f"{server} has had too many keys")
         with self.hs.db.write():
             for key_id, key in fresh.items():
                 old = known.get(key_id)
@@ -7600,13 +7607,17 @@ def signed_request(method: str, uri: str, origin: str, destination: str, content
 
 
 def peer_error(server: str, response: ClientResponse) -> MatrixError:
-    """The error that a server answered with; what is wrong on its side is a 502 on ours."""
+    """The error that a server answered with; what is wrong between it and us is a 502.
+
+    Trap: a client that is handed on a 401 M_UNKNOWN_TOKEN logs its user out.
+    """
     try:
         body = response.json()
     except MatrixError:
         body = {}
     errcode, text = body.get("errcode"), body.get("error")
-    if response.status >= 500 or not isinstance(errcode, str) or response.status < 400:
+    is_ours_to_tell = 400 <= response.status < 500 and response.status != 401
+    if not is_ours_to_tell or not isinstance(errcode, str):
         return unreachable(f"{server} answers {response.status} {str(text or '')[:200]}".strip())
     return MatrixError(response.status, errcode[:MAX_ID_BYTES], str(text or errcode)[:1000])
 

@@ -6937,13 +6937,25 @@ def test_connections_are_kept_and_replaced(tmp_path: Path) -> None:
     async def posts(client: conduit.HttpClient) -> None:
         await client.request("POST", stale.url)
         link = client._idle[0][2]
-        client._idle[0] = (client._idle[0][0], client._idle[0][1], link)
         link.is_gone = lambda: False  # type: ignore[method-assign]  the news has not come yet
         with pytest.raises(conduit.MatrixError):
             await client.request("POST", stale.url)
 
     outside.run(posts)
     assert len(stale.requests) == 1
+
+
+def test_what_comes_unasked_is_no_answer(open_outside: Outside) -> None:
+    """A server that says "timeout" on an idle connection has not answered the next request."""
+    late = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n"
+    raw = RawServer(GOOD + b"Content-Length: 0\r\n\r\n", late, pause=0.1)
+
+    async def story(client: conduit.HttpClient) -> None:
+        assert (await client.request("GET", raw.url)).status == 200
+        await asyncio.sleep(0.15)
+        assert (await client.request("GET", raw.url)).status == 200
+
+    open_outside.run(story)
 
 
 def test_the_bounds_on_requests_hold(tmp_path: Path) -> None:
@@ -7224,6 +7236,21 @@ def test_federation_that_is_off(new_server: Callable[..., Server], peer: Peer) -
     assert not peer.asked
 
 
+def test_a_peer_logs_nobody_out(pair: tuple[Server, Server], peer: Peer) -> None:
+    """Its 401 is its own; other errors are handed on."""
+    alice = register(pair[0])
+    path, query = ("directory", "room", f"#x:{peer.name}"), "/_matrix/federation/v1/query/directory"
+    for status, errcode, expected in (
+        (401, "M_UNKNOWN_TOKEN", 502),
+        (403, "M_FORBIDDEN", 403),
+        (503, "M_UNKNOWN", 502),
+        (302, "M_UNKNOWN", 502),
+    ):
+        error = conduit.encode_json({"errcode": errcode, "error": "no"})
+        peer.answers[query] = conduit.Response(status, error)
+        fails(alice.get(path), expected, errcode if expected == status else "M_UNREACHABLE")
+
+
 def test_a_silent_server_is_left_alone_for_a_while(pair: tuple[Server, Server], peer: Peer) -> None:
     """After a failure it is not asked again at once; a sign of life from it ends the waiting."""
     server = pair[0]
@@ -7232,12 +7259,10 @@ def test_a_silent_server_is_left_alone_for_a_while(pair: tuple[Server, Server], 
     fails(user.get(path), 404, "M_UNRECOGNIZED")
     peer.answers["/_matrix/federation/v1/query/directory"] = {"room_id": 3}
     fails(user.get(path), 502)
-    listener = next(iter(peer.http._listeners))
     silent = f"localhost:{free_port()}"
     dead = ("directory", "room", f"#x:{silent}")
     assert "out of reach" in fails(user.get(dead), 502)["error"]
     assert "later" in fails(user.get(dead), 502)["error"]
-    assert listener.fileno() >= 0
     with sqlite3.connect(server.database) as database:
         query = "SELECT failures FROM destinations WHERE server = ?"
         assert database.execute(query, (silent,)).fetchone() == (1,)
