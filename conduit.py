@@ -7126,7 +7126,9 @@ class Discovery:
         """Refuse to ask ourselves, what is no server, and anybody while federation is off."""
         if not self.hs.config.allow_federation:
             raise forbidden("Federation is disabled on this server")
-        if not is_server_name(server) or server == self.hs.config.server_name:
+        host, own = split_server_name(server)[0], self.hs.config.server_name
+        possible = is_ip(host) or (HOST_NAME.fullmatch(host) and ".." not in host)
+        if not is_server_name(server) or not possible or server == own:
             raise invalid_param("This is not the name of another server")
 
     @contextlib.asynccontextmanager
