@@ -7214,7 +7214,7 @@ def test_sec_05_retired_and_stale_keys(pair: tuple[Server, Server], peer: Peer) 
     fails(peer.ask(server, "GET", uri), 401)
     other = conduit.SigningKey.generate()
     retired = Peer.keys(
-        SimpleNamespace(name=peer.name, key=other),  # type: ignore[arg-type]
+        SimpleNamespace(name=peer.name, key=other),  # type: ignore[arg-type]  no Peer
         old_verify_keys={
             peer.key.key_id: {"key": peer.key.public, "expired_ts": conduit.now_ms() - 1}
         },
@@ -7407,7 +7407,7 @@ def test_sec_15_keys_of_the_wrong_shape_stay_out(pair: tuple[Server, Server], pe
         "master_keys": {good: {"user_id": bad, "usage": [], "keys": {}}, bad: []},
         "user_signing_keys": {good: {"user_id": good, "usage": [], "keys": {}}},
     }
-    asked = {name: [] for name in (good, bad, other, dave.user_id)}  # type: ignore[var-annotated]
+    asked = {name: [] for name in (good, bad, other, dave.user_id)}  # type: ignore[var-annotated]  no ids
     found = ok(alice.post("keys/query", {"device_keys": asked}))
     assert found["device_keys"] == {good: {"D": keys}, dave.user_id: {}}
     assert found["master_keys"] == found["user_signing_keys"] == {}
@@ -7602,7 +7602,7 @@ class Keys:
         self.hs = conduit.Homeserver(conduit.Config(**values))
         self.published: Json = {}
         self.asked: list[tuple[str, str]] = []
-        self.hs.discovery.request = self.request  # type: ignore[method-assign]
+        self.hs.discovery.request = self.request  # type: ignore[method-assign]  no network
 
     async def request(self, server: str, method: str, path: str, **options: Any) -> Any:
         """What other servers answer."""
@@ -18184,7 +18184,7 @@ def route_decorators() -> Iterator[tuple[str, ast.Call]]:
 
 
 def test_every_route_says_who_may_call_it() -> None:
-    who = {"NONE", "OPTIONAL", "USER", "GUEST", "ADMIN", "SERVER", "APPSERVICE"}
+    who = {"NONE", "OPTIONAL", "USER", "GUEST", "ADMIN", "FEDERATION"}
     routes = list(route_decorators())
     assert len(routes) > 100
     for name, call in routes:
