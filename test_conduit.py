@@ -5971,7 +5971,7 @@ WHO_MAY: Final = {
 
 
 @pytest.mark.parametrize("where", ["header", "query"])
-@pytest.mark.parametrize("auth", list(WHO_MAY))  # of servers chapter 46 has more to say
+@pytest.mark.parametrize("auth", list(WHO_MAY))  # servers sign: see FEDERATION REQUESTS
 def test_who_may_call(auth: conduit.Auth, where: str) -> None:
     """The whole table, with the token in the header and in the query."""
     made = Routes()
