@@ -6475,6 +6475,7 @@ class Link:
         self.reader, self.writer = reader, writer
         self._below: list[asyncio.StreamWriter] = []  # Trap: one that is forgotten closes all
         self._clock: asyncio.TimerHandle | None = None
+        self._expired = False
 
     @classmethod
     async def open(cls, address: str, port: int, place: str) -> Link:
@@ -6505,6 +6506,7 @@ class Link:
             self._clock.cancel()
 
     def _expire(self) -> None:
+        self._expired = True
         self.reader.set_exception(TimeoutError())
         self.abort()
 
@@ -6523,11 +6525,16 @@ class Link:
 
     @contextlib.contextmanager
     def or_abort(self) -> Iterator[None]:
-        """Hang up if what is done next fails."""
+        """Hang up if what is done next fails; at the deadline it fails with a TimeoutError.
+
+        Trap: a reader that had just been woken by bytes sees the end of the stream instead.
+        """
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.abort()
+            if self._expired and isinstance(error, Exception):
+                raise TimeoutError from error
             raise
 
 
@@ -6652,7 +6659,7 @@ class ClientResponse:
         return self
 
     async def __anext__(self) -> bytes:
-        with as_unreachable(self._link.place):
+        with as_unreachable(self._link.place), self._link.or_abort():
             if self._chunked and not self._left and not self.finished:
                 await self._start_chunk()
             block = b"" if self.finished else await self._block()
