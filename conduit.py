@@ -93,8 +93,10 @@ import bisect
 import contextlib
 import dataclasses
 import difflib
+import email.utils
 import errno
 import fcntl
+import fnmatch
 import functools
 import graphlib
 import hashlib
@@ -151,8 +153,8 @@ from enum import Enum
 from html.parser import HTMLParser
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, Generic, NamedTuple, NewType, Protocol, TypeVar, cast
-from urllib.parse import parse_qs, quote, unquote, urldefrag, urljoin, urlsplit
+from typing import Any, Final, Generic, NamedTuple, NewType, TypeVar, cast
+from urllib.parse import parse_qs, quote, unquote, urldefrag, urlencode, urljoin, urlsplit
 
 try:
     import nacl.bindings
@@ -6216,8 +6218,8 @@ class Request:
 
     def __init__(self, connection: Connection, raw: bytes) -> None:
         self.connection = connection
-        self.method, target, self.is_http11, self.headers = parse_head(raw)
-        self.path, _, self.raw_query = target.partition("?")
+        self.method, self.target, self.is_http11, self.headers = parse_head(raw)
+        self.path, _, self.raw_query = self.target.partition("?")
         # Split before decoding: %2F never makes a new segment.
         self.segments = [percent_decode(s) if "%" in s else s for s in self.path[1:].split("/")]
         # No upgrade is ever taken up; but a proxy may believe that one was.
@@ -6228,6 +6230,7 @@ class Request:
         self.started = time.monotonic()
         self.json: Any = None
         self.requester: Requester | None = None
+        self.origin = ""  # the server that asks, on a route for servers
 
     @functools.cached_property
     def query(self) -> dict[str, list[str]]:
@@ -6884,9 +6887,10 @@ class Auth(Enum):
     guest = "users and guests"
     user = "users"
     admin = "admins"
+    federation = "servers, by a signature"
 
 
-NONE, OPTIONAL, GUEST, USER, ADMIN = Auth
+NONE, OPTIONAL, GUEST, USER, ADMIN, FEDERATION = Auth
 
 
 @dataclass(frozen=True, slots=True)
@@ -6913,7 +6917,7 @@ def access_token(request: Request) -> str | None:
 
 def check_caller(auth: Auth, requester: Requester | None) -> None:
     """Refuse who may not call a route: 401 without a token, 403 for guests and non-admins."""
-    if auth in (NONE, OPTIONAL):
+    if auth in (NONE, OPTIONAL, FEDERATION):
         return
     if requester is None:
         raise MatrixError(401, "M_MISSING_TOKEN", "Missing access token")
@@ -7033,6 +7037,7 @@ Handler = Callable[..., Awaitable[Any]]  # (hs, request, **path parameters) -> J
 
 MAX_JSON_BODY = 4_194_304  # of somebody known: a backup of keys, messages to many devices
 MAX_ANONYMOUS_BODY = 262_144
+MAX_FEDERATION_BODY = 10_485_760  # 50 PDUs of full size, and as much again for EDUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -7155,10 +7160,12 @@ PREFLIGHT = Response(204, headers={"Access-Control-Max-Age": "86400"})
 class Router:
     """Finds the handler of a request, and calls it when everything that its route demands is met.
 
-    `authenticate` is set by the composition root: it knows tokens, which are a later chapter's.
+    The composition root sets `authenticate` and `authenticate_server`, which know tokens and
+    signatures: those are of later chapters.
     """
 
     authenticate: Callable[[Request, str], Requester]
+    authenticate_server: Callable[[Request, Any], Awaitable[str]]
 
     def __init__(self, hs: Homeserver, routes: Iterable[Route] = ROUTES) -> None:
         self.hs = hs
@@ -7196,7 +7203,7 @@ class Router:
         if limit is not None:
             share = 1 if anonymous else ADDRESS_SHARE
             self.limiter.check(limit, address_group(request.address), share)
-        if anonymous:
+        if anonymous or entry.auth is FEDERATION:
             return
         token = access_token(request)
         request.requester = self.authenticate(request, token) if token else None
@@ -7205,8 +7212,14 @@ class Router:
             self.limiter.check(limit, request.requester.nid)
 
     async def _read_body(self, request: Request, entry: Route) -> None:
-        """Read and check the body, as the route wants it."""
-        if entry.body is None:
+        """Read and check the body, as the route wants it; servers have signed it."""
+        if entry.auth is FEDERATION:
+            raw = await request.stream.read(MAX_FEDERATION_BODY)
+            request.json = parse_json(raw) if raw else None
+            request.origin = await self.authenticate_server(request, request.json)
+            if entry.body is not None:
+                check_shape(request.json, entry.body)
+        elif entry.body is None:
             await request.stream.read(MAX_DRAIN)
         elif entry.body is not STREAM:
             known = request.requester is not None
@@ -7224,8 +7237,1767 @@ class Router:
         return response
 
 
+# ═════════════════════════════════════════════════════════════════════════════
+#  44. HTTP CLIENT, DNS, PROXIES
+#
+#  How this server asks others: a look-up of names that it can check, connections
+#  that go where they may and nowhere else, HTTP/1.1 read as strictly as it is
+#  served, and proxies. Each request has one deadline from beginning to end, a
+#  limit to what it reads, and fails with a MatrixError or not at all.
+#                          spec: RFC 1035, 2782, 9110, 9112, 1928 (SOCKS), 1929
+# ═════════════════════════════════════════════════════════════════════════════
+
+log_client = logging.getLogger("conduit.client")
+
+DNS_PORT = 53
+DNS_CACHED = 10_000  # answers remembered
+DNS_MIN_TTL, DNS_MAX_TTL = 5, 86_400  # seconds that an answer is remembered
+DNS_MAX_NEGATIVE = 3_600  # the same for "there is none"
+DNS_FAILURE_SECONDS = 10  # and for no answer at all
+MAX_ALIASES = 8  # CNAMEs that lead from one to the next
+MAX_ADDRESSES = 6  # of one host that are tried
+
+CONNECT_SECONDS = 8.0  # for one address, with TLS and what a proxy wants
+REQUEST_SECONDS = 30.0
+MAX_ANSWER_BYTES = 4_194_304
+MAX_PER_HOST = 24  # requests to one host at a time, so that a slow one never has all
+MAX_IDLE_CONNECTIONS = 100
+IDLE_CONNECTION_SECONDS = 50.0  # less than the 60 after which most servers hang up
+FRESH_SECONDS = 3.0  # how long a connection may have been idle for what must not be sent twice
+MAX_INTERIM = 8  # "100 Continue" and its like before an answer
+MAX_TRAILERS = 50
+
+
+def unreachable(error: str) -> MatrixError:
+    """502: another server does not answer as it should."""
+    return MatrixError(502, "M_UNREACHABLE", error)
+
+
+class Flights(Generic[CacheKey, Result]):
+    """One look-up in flight for each key: who asks meanwhile gets the same answer."""
+
+    def __init__(self) -> None:
+        self._running: dict[CacheKey, asyncio.Task[Result]] = {}
+
+    async def join(self, key: CacheKey, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """The result of the work, begun if nobody has begun it; it goes on if a caller gives up."""
+        task = self._running.get(key)
+        if task is None:
+            task = self._running[key] = asyncio.get_running_loop().create_task(work())
+            task.add_done_callback(functools.partial(self._landed, key))
+        return await asyncio.shield(task)
+
+    def _landed(self, key: CacheKey, task: asyncio.Task[Result]) -> None:
+        del self._running[key]
+        if not task.cancelled():
+            task.exception()  # which its callers have seen, if there is one left
+
+
+# ── 44.1  DNS messages ───────────────────────────────────────────────────────
+
+A, CNAME, SOA, AAAA, SRV = 1, 5, 6, 28, 33
+INTERNET = 1
+NO_SUCH_NAME = 3
+MAX_DNS_NAME = 254
+
+
+class DnsRecord(NamedTuple):
+    """A resource record; `data` is an address, a name, or for SRV a SrvTarget."""
+
+    name: str
+    kind: int
+    ttl: int  # seconds
+    data: Any
+
+
+class SrvTarget(NamedTuple):
+    """Where a service is."""
+
+    priority: int
+    weight: int
+    port: int
+    host: str
+
+
+class DnsAnswer(NamedTuple):
+    """What a name server says: its records, or for how many seconds there are none."""
+
+    records: list[DnsRecord]
+    negative_ttl: int
+
+
+def dns_query(ident: int, name: str, kind: int) -> bytes:
+    """The bytes of a question. ValueError for what is no name."""
+    labels = [label.encode("ascii") for label in name.split(".")]
+    if not all(0 < len(label) < 64 for label in labels):
+        raise ValueError("a label is empty or too long")
+    encoded = b"".join(bytes([len(label)]) + label for label in labels)
+    if len(encoded) > MAX_DNS_NAME:
+        raise ValueError("the name is too long")
+    return struct.pack("!6H", ident, 0x0100, 1, 0, 0, 0) + encoded + struct.pack("!BHH", 0, kind, 1)
+
+
+def answers_query(query: bytes, raw: bytes) -> bool:
+    """Whether a message is an answer to this very question; others are noise, or forged."""
+    is_answer = len(raw) >= len(query) and raw[:2] == query[:2] and raw[2] & 0xF8 == 0x80
+    return is_answer and raw[4:6] == b"\0\1" and raw[12 : len(query)].lower() == query[12:].lower()
+
+
+def is_truncated(raw: bytes) -> bool:
+    """Whether the rest of the answer has to be fetched over TCP."""
+    return bool(raw[2] & 0x02)
+
+
+def read_name(raw: bytes, at: int) -> tuple[str, int]:
+    """The name at an offset, and where it ends.
+
+    Trap: names are compressed by pointers; one that does not lead back could go round for ever.
+    """
+    labels: list[str] = []
+    end, limit, size = 0, at, 0
+    while length := raw[at]:
+        if length >= 0xC0:
+            end = end or at + 2
+            at = (length & 0x3F) << 8 | raw[at + 1]
+            if at >= limit:
+                raise ValueError("a pointer that leads forward")
+            limit = at
+            continue
+        label = raw[at + 1 : at + 1 + length]
+        at, size = at + 1 + length, size + 1 + length
+        if length > 63 or len(label) < length or size > MAX_DNS_NAME:
+            raise ValueError("a name that is too long")
+        labels.append(label.decode("latin-1").lower())
+    return ".".join(labels), end or at + 1
+
+
+def read_record_data(raw: bytes, at: int, kind: int, size: int) -> Any:
+    """What a record says; None for kinds that we do not ask for."""
+    if kind == A and size == 4:
+        return str(ipaddress.IPv4Address(raw[at : at + 4]))
+    if kind == AAAA and size == 16:
+        return str(ipaddress.IPv6Address(raw[at : at + 16]))
+    if kind == CNAME:
+        return read_name(raw, at)[0]
+    if kind == SRV:
+        priority, weight, port = struct.unpack_from("!3H", raw, at)
+        return SrvTarget(priority, weight, port, read_name(raw, at + 6)[0])
+    if kind == SOA:
+        _, at = read_name(raw, read_name(raw, at)[1])
+        return struct.unpack_from("!I", raw, at + 16)[0]  # the time for negative answers
+    return None
+
+
+def read_record(raw: bytes, at: int) -> tuple[DnsRecord, int]:
+    """The record at an offset, and where it ends."""
+    name, at = read_name(raw, at)
+    kind, family, ttl, size = struct.unpack_from("!HHIH", raw, at)
+    at += 10
+    if at + size > len(raw):
+        raise ValueError("a record is cut off")
+    data = read_record_data(raw, at, kind, size) if family == INTERNET else None
+    return DnsRecord(name, kind, ttl if ttl < 2**31 else 0, data), at + size
+
+
+def parse_dns(raw: bytes, query: bytes) -> DnsAnswer:
+    """The records of an answer to the query. ValueError when it is malformed or an error."""
+    try:
+        _, flags, _, answers, authorities, _ = struct.unpack_from("!6H", raw)
+        if not answers_query(query, raw) or flags & 0x0F not in (0, NO_SUCH_NAME):
+            raise ValueError(f"the name server answers with error {flags & 0x0F}")
+        at, records = len(query), []
+        for _ in range(answers + authorities):
+            record, at = read_record(raw, at)
+            records.append(record)
+    except (IndexError, struct.error) as error:
+        raise ValueError("an answer that is cut off") from error
+    lifetimes = [min(r.ttl, r.data) for r in records[answers:] if r.kind == SOA and r.data]
+    found = [record for record in records[:answers] if record.data is not None]
+    return DnsAnswer(found, min(lifetimes, default=DNS_FAILURE_SECONDS))
+
+
+# ── 44.2  Looking up names ───────────────────────────────────────────────────
+
+
+class DnsProtocol(asyncio.DatagramProtocol):
+    """One question over UDP, from a port of its own; what does not answer it is not looked at."""
+
+    def __init__(self, query: bytes) -> None:
+        self.query = query
+        self.answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    def datagram_received(self, data: bytes, _: Any) -> None:
+        """Take the first answer to the question."""
+        if not self.answer.done() and answers_query(self.query, data):
+            self.answer.set_result(data)
+
+    def error_received(self, error: Exception) -> None:
+        """Nobody listens there."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+async def ask_over_udp(place: tuple[str, int], query: bytes) -> bytes:
+    """A name server's answer in one packet."""
+    loop = asyncio.get_running_loop()
+    transport, protocol = await loop.create_datagram_endpoint(
+        lambda: DnsProtocol(query), remote_addr=place
+    )
+    try:
+        transport.sendto(query)
+        return await protocol.answer
+    finally:
+        transport.close()
+
+
+async def ask_over_tcp(place: tuple[str, int], query: bytes) -> bytes:
+    """The same over a connection, for what does not fit into a packet."""
+    reader, writer = await asyncio.open_connection(*place)
+    try:
+        writer.write(struct.pack("!H", len(query)) + query)
+        return await reader.readexactly(struct.unpack("!H", await reader.readexactly(2))[0])
+    finally:
+        writer.close()
+
+
+async def ask_name_server(place: tuple[str, int], query: bytes) -> DnsAnswer:
+    """Ask one name server. OSError, EOFError or ValueError when it gives no good answer."""
+    raw = await ask_over_udp(place, query)
+    if is_truncated(raw):
+        raw = await ask_over_tcp(place, query)
+    return parse_dns(raw, query)
+
+
+class ResolverSettings(NamedTuple):
+    """What /etc/resolv.conf says, as far as it matters here."""
+
+    servers: list[str]
+    timeout: int = 5  # seconds
+    attempts: int = 2
+
+
+def parse_resolv_conf(text: str) -> ResolverSettings:
+    """Read name servers and options.  See resolv.conf(5)."""
+    servers = re.findall(r"^\s*nameserver[ \t]+([0-9A-Fa-f:.]+)", text, re.MULTILINE)
+    options = dict(re.findall(r"\b(timeout|attempts):([0-9]{1,2})\b", text))
+    limits = (int(options.get("timeout", 5)), int(options.get("attempts", 2)))
+    return ResolverSettings(servers[:3] or ["127.0.0.1"], max(1, limits[0]), max(1, limits[1]))
+
+
+def is_ip(text: str) -> bool:
+    """Whether the text is an address in the usual form, and nothing that only some programs read.
+
+    Trap: 127.1, 0177.0.0.1 and 2130706433 are addresses to the C library. Here they are names.
+    """
+    with contextlib.suppress(ValueError):
+        return bool(parse_address(text)) and "%" not in text
+    return False
+
+
+def hosts_entries(text: str, host: str) -> list[str]:
+    """The addresses that /etc/hosts has for a name."""
+    rows = [line.partition("#")[0].lower().split() for line in text.splitlines()]
+    return [row[0] for row in rows if host in row[1:] and is_ip(row[0])]
+
+
+def read_text(path: Path) -> str:
+    """A small file of the system's; nothing if it is not there."""
+    try:
+        return path.read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+class Resolver:
+    """Looks up addresses and services, with a cache; /etc/hosts goes before the name servers."""
+
+    def __init__(self, folder: Path = Path("/etc"), port: int = DNS_PORT) -> None:
+        self.folder, self.port = folder, port
+        self._cache: LruCache[tuple[str, int], tuple[float, list[Any]]] = LruCache(DNS_CACHED)
+        self._flights: Flights[tuple[str, int], list[Any]] = Flights()
+
+    async def addresses(self, host: str) -> list[str]:
+        """The addresses of a host, IPv4 first: where there is no IPv4 that fails at once.
+
+        502 M_UNREACHABLE when there is none.
+        """
+        host = host.strip("[]").rstrip(".").lower()
+        if is_ip(host):
+            return [host]
+        found = hosts_entries(read_text(self.folder / "hosts"), host)
+        if not found:
+            both = await asyncio.gather(self.lookup(host, A), self.lookup(host, AAAA))
+            found = [*both[0], *both[1]]
+        if not found:
+            raise unreachable(f"{host[:MAX_ID_BYTES]} has no address")
+        return found
+
+    async def services(self, name: str) -> list[SrvTarget]:
+        """The SRV targets of a name, in the order in which to try them.  Spec: RFC 2782."""
+        found: list[SrvTarget] = await self.lookup(name.lower(), SRV)
+        usable = [target for target in found if HOST_NAME.fullmatch(target.host) and target.port]
+        chance = {
+            target: secrets.randbelow(2**16) ** (1 / (target.weight + 1)) for target in usable
+        }
+        return sorted(usable, key=lambda target: (target.priority, -chance[target]))
+
+    async def lookup(self, name: str, kind: int) -> list[Any]:
+        """The data of the records of one kind, none if there are none or nobody answers."""
+        key = (name, kind)
+        expires, found = self._cache.get(key) or (0.0, [])
+        if expires > time.monotonic():
+            return found
+        return await self._flights.join(key, lambda: self._fetch(name, kind))
+
+    async def _fetch(self, name: str, kind: int) -> list[Any]:
+        """Ask the name servers in turn, and remember what they say.
+
+        Trap: names under .onion mean nothing to them, and tell them who talks to whom (RFC 7686).
+        Nothing is under .invalid (RFC 6761), and a number at the end is an address in disguise.
+        """
+        ttl: int = DNS_FAILURE_SECONDS
+        found: list[Any] = []
+        last = name.rpartition(".")[2]
+        if last in ("invalid", "onion") or re.fullmatch("[0-9]+|0x[0-9a-f]*", last):
+            return []
+        try:
+            ttl, found = await self._follow(name, kind)
+        except (ValueError, OSError, EOFError, asyncio.TimeoutError) as error:
+            log_client.info("no answer for %s: %s", name, error or "timeout")
+        self._cache.put((name, kind), (time.monotonic() + ttl, found))
+        return found
+
+    async def _follow(self, name: str, kind: int) -> tuple[int, list[Any]]:
+        """The records of a name, perhaps behind CNAMEs, and how many seconds they are good for."""
+        ttl = DNS_MAX_TTL
+        answer = await self._ask(name, kind)
+        for _ in range(MAX_ALIASES):
+            own = [record for record in answer.records if record.name == name]
+            found = [record for record in own if record.kind == kind]
+            aliases = [record for record in own if record.kind == CNAME]
+            ttl = min([ttl, *(record.ttl for record in found or aliases)])
+            if found:
+                return max(ttl, DNS_MIN_TTL), [record.data for record in found]
+            if not aliases:
+                return max(DNS_MIN_TTL, min(answer.negative_ttl, ttl, DNS_MAX_NEGATIVE)), []
+            name = aliases[0].data
+            if not any(record.name == name for record in answer.records):
+                answer = await self._ask(name, kind)
+        raise ValueError("too many aliases")
+
+    async def _ask(self, name: str, kind: int) -> DnsAnswer:
+        """The first good answer of a name server."""
+        settings = parse_resolv_conf(read_text(self.folder / "resolv.conf"))
+        failure: Exception = ValueError("there is no name server")
+        for server in settings.servers * settings.attempts:
+            query = dns_query(secrets.randbelow(2**16), name, kind)
+            try:
+                asking = ask_name_server((server, self.port), query)
+                return await asyncio.wait_for(asking, settings.timeout)
+            except (ValueError, OSError, EOFError, asyncio.TimeoutError) as error:
+                failure = error
+        raise failure
+
+
+# ── 44.3  Where a request goes ───────────────────────────────────────────────
+
+
+class Target(NamedTuple):
+    """What to connect to, and as whom to address it."""
+
+    host: str  # a name, or an address without brackets
+    port: int
+    host_header: str
+    tls_name: str  # the name that the certificate must have; empty: no TLS
+
+    @property
+    def place(self) -> str:
+        """Host and port in one text."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+URL = re.compile(
+    r"(https?)://(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z][0-9A-Za-z._-]{0,252})(?::([0-9]{1,5}))?"
+    r"([/?][!-\"$-~]*)?(?:#[!-~]*)?",
+    re.IGNORECASE,
+)
+
+
+def parse_url(url: str) -> tuple[Target, str]:
+    """Where a URL leads, and what to ask for there. 502 for what is no plain http or https URL.
+
+    Trap: a user name, a backslash or a space is read differently by each parser; none gets by.
+    """
+    match = URL.fullmatch(url) if "\\" not in url else None
+    scheme, host, port, path = match.groups() if match else ("", "", None, None)
+    number = int(port or (443 if scheme.lower() == "https" else 80))
+    if match is None or not 0 < number < 65_536:
+        raise unreachable("This is no URL that could be asked")
+    bare, header = host.strip("[]").lower(), host if port is None else f"{host}:{port}"
+    path = path or "/"
+    target = Target(bare, number, header, bare if scheme.lower() == "https" else "")
+    return target, path if path[0] == "/" else f"/{path}"
+
+
+def is_refused(address: str, denylist: Iterable[Network]) -> bool:
+    """Whether an address is in a range that requests must not go to; IPv4 within IPv6 as well."""
+    parsed = parse_address(address)
+    real = getattr(parsed, "ipv4_mapped", None) or parsed
+    return any(real in network for network in denylist)
+
+
+class Proxy(NamedTuple):
+    """A proxy, taken apart."""
+
+    scheme: str  # http, https, socks5 or socks5h
+    user: str
+    password: str
+    host: str
+    port: int
+
+    @property
+    def resolves(self) -> bool:
+        """Whether the proxy gets names, not addresses."""
+        return self.scheme != "socks5"
+
+
+PROXY_URL = re.compile(r"(https?|socks5h?)://(?:([^:@/]*)(?::([^@/]*))?@)?(\S+):([0-9]+)/?")
+
+
+def parse_proxy(url: str) -> Proxy:
+    """A proxy from its URL, which the configuration has checked."""
+    match = PROXY_URL.fullmatch(url)
+    if match is None:
+        raise unreachable("The configured proxy has no usable URL")
+    scheme, user, password, host, port = match.groups()
+    return Proxy(scheme, unquote(user or ""), unquote(password or ""), host.strip("[]"), int(port))
+
+
+def proxy_for(config: ProxyConfig, host: str) -> Proxy | None:
+    """The proxy of requests to a host: of the first table that wants it, else the global one."""
+
+    def fits(patterns: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatchcase(host.lower(), pattern.lower()) for pattern in patterns)
+
+    for rule in config.by_domain:
+        if fits(rule.include) and not fits(rule.exclude):
+            return parse_proxy(rule.url)
+    return parse_proxy(config.global_.url) if config.global_ else None
+
+
+# ── 44.4  Connecting ─────────────────────────────────────────────────────────
+
+
+class Link:
+    """A connection as two streams; TLS may be put on it, and once more on that."""
+
+    def __init__(
+        self, place: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.place = place  # for people
+        self.reader, self.writer = reader, writer
+        self._below: list[asyncio.StreamWriter] = []  # Trap: one that is forgotten closes all
+        self._clock: asyncio.TimerHandle | None = None
+        self._expired = False
+
+    @classmethod
+    async def open(cls, address: str, port: int, place: str) -> Link:
+        """Connect to an address."""
+        return cls(place, *await asyncio.open_connection(address, port, limit=MAX_HEAD_BYTES))
+
+    async def start_tls(self, context: ssl.SSLContext, name: str) -> None:
+        """Speak TLS from here on, with someone whose certificate has the name."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=MAX_HEAD_BYTES, loop=loop)
+        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        old = self.writer.transport
+        transport = await loop.start_tls(old, protocol, context, server_hostname=name)
+        if transport is None:
+            raise ConnectionResetError("hung up during the handshake")
+        protocol.connection_made(transport)
+        self._below.append(self.writer)
+        self.reader = reader
+        self.writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+
+    def start_clock(self, deadline: float) -> None:
+        """Whoever still reads or writes at the deadline gets a TimeoutError."""
+        self._clock = asyncio.get_running_loop().call_at(deadline, self._expire)
+
+    def stop_clock(self) -> None:
+        """The request is over, in time."""
+        if self._clock is not None:
+            self._clock.cancel()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.reader.set_exception(TimeoutError())
+        self.abort()
+
+    def is_gone(self) -> bool:
+        """Whether the other side has hung up, or says something that nobody asked for.
+
+        Trap: what came early would be taken for the next answer; StreamReader hides whether it did.
+        """
+        early = vars(self.reader).get("_buffer")
+        return bool(early) or self.reader.at_eof() or self.writer.transport.is_closing()
+
+    def abort(self) -> None:
+        """Hang up at once."""
+        self.stop_clock()
+        self.writer.transport.abort()
+
+    @contextlib.contextmanager
+    def or_abort(self) -> Iterator[None]:
+        """Hang up if what is done next fails; at the deadline it fails with a TimeoutError.
+
+        Trap: a reader that had just been woken by bytes sees the end of the stream instead.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self.abort()
+            if self._expired and isinstance(error, Exception):
+                raise TimeoutError from error
+            raise
+
+
+def basic_auth(proxy: Proxy) -> str:
+    """The header line that tells an HTTP proxy who asks; nothing if it need not know."""
+    if not proxy.user:
+        return ""
+    login = base64.b64encode(f"{proxy.user}:{proxy.password}".encode()).decode("ascii")
+    return f"Proxy-Authorization: Basic {login}\r\n"
+
+
+async def connect_through_http(link: Link, proxy: Proxy, place: str) -> None:
+    """Have an HTTP proxy connect us to a place.  Spec: RFC 9110, "CONNECT"."""
+    request = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\n{basic_auth(proxy)}\r\n"
+    link.writer.write(request.encode("latin-1"))
+    head = await link.reader.readuntil(b"\r\n\r\n")
+    if not re.match(rb"HTTP/1\.[01] 2\d\d[ \r]", head):
+        raise unreachable("The proxy refuses to connect")
+
+
+async def connect_through_socks(link: Link, proxy: Proxy, host: str, port: int) -> None:
+    """Have a SOCKS proxy connect us to a name or an address.  Spec: RFC 1928, RFC 1929."""
+    read, write = link.reader.readexactly, link.writer.write
+    write(b"\5\2\0\2" if proxy.user else b"\5\1\0")
+    version, method = await read(2)
+    if method == 2 and proxy.user:
+        user, password = proxy.user.encode(), proxy.password.encode()
+        write(b"\1%c%b%c%b" % (len(user), user, len(password), password))
+        method = (await read(2))[1]
+    if version != 5 or method != 0:
+        raise unreachable("The SOCKS proxy does not let us in")
+    if is_ip(host):
+        packed = parse_address(host).packed
+        address = (b"\1" if len(packed) == 4 else b"\4") + packed
+    else:
+        address = b"\3%c%b" % (len(host), host.encode("ascii"))
+    write(b"\5\1\0" + address + struct.pack("!H", port))
+    _, status, _, kind = await read(4)
+    if status != 0:
+        raise unreachable(f"The SOCKS proxy cannot connect (error {status})")
+    size = {1: 4, 4: 16}.get(kind) or (await read(1))[0]
+    await read(size + 2)
+
+
+# ── 44.5  One answer ─────────────────────────────────────────────────────────
+
+STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
+UNTIL_CLOSED = -1
+
+
+def parse_answer_head(raw: bytes) -> tuple[int, bool, Headers]:
+    """Status, whether it is HTTP/1.1, and headers of an answer; as strict as for requests."""
+    if has_control(raw):
+        raise malformed("control character")
+    first, *lines = raw.removesuffix(b"\r\n\r\n").decode("latin-1").split("\r\n")
+    match = STATUS_LINE.fullmatch(first)
+    if match is None or len(lines) > MAX_HEADERS:
+        raise malformed("status line, or too many header fields")
+    return int(match[2]), match[1] == "1", parse_headers(lines)
+
+
+def answer_length(method: str, status: int, is_http11: bool, headers: Headers) -> int | None:
+    """How many bytes of body follow: None when in chunks, UNTIL_CLOSED when nobody says."""
+    if method == "HEAD" or status in NO_BODY:
+        return 0
+    if "transfer-encoding" not in headers and "content-length" not in headers:
+        return UNTIL_CLOSED
+    return body_length(headers, is_http11)
+
+
+@contextlib.contextmanager
+def as_unreachable(place: str) -> Iterator[None]:
+    """502 for whatever goes wrong between us and another server, 504 when its time is over."""
+    try:
+        yield
+    except (TimeoutError, asyncio.TimeoutError) as error:
+        raise MatrixError(504, "M_UNREACHABLE", f"{place} did not answer in time") from error
+    except (OSError, EOFError, ValueError, TypeError, asyncio.LimitOverrunError) as error:
+        reason = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
+        raise unreachable(f"{place} is out of reach: {reason or 'it hung up'}") from error
+    except MatrixError as error:
+        if error.errcode in ("M_UNREACHABLE", "M_TOO_LARGE"):
+            raise
+        raise unreachable(f"{place} gives a malformed answer: {error.error}") from error
+
+
+class ClientResponse:
+    """An answer: `body` after request(), or `async for block in response` within stream()."""
+
+    body = b""
+
+    def __init__(self, link: Link, method: str, head: bytes, limit: int) -> None:
+        self.status, is_http11, self.headers = parse_answer_head(head)
+        self.limit = limit  # of bytes in the body
+        length = answer_length(method, self.status, is_http11, self.headers)
+        self.finished = length == 0
+        keep = is_http11 and "close" not in self.headers.get("connection", "").lower()
+        self._keep = keep and length != UNTIL_CLOSED
+        self._link = link
+        self._chunked = length is None
+        self._left = length or 0  # of the body, or of the chunk at hand
+        self._received = 0
+
+    @property
+    def reusable(self) -> bool:
+        """Whether the connection is good for another request."""
+        return self._keep and self.finished
+
+    def json(self) -> Json:
+        """The body as a JSON object. 502 for anything else."""
+        with as_unreachable("The other server"):
+            value = parse_json(self.body)
+            if isinstance(value, dict):
+                return value
+            raise bad_json("no JSON object")
+
+    async def read(self) -> bytes:
+        """The whole body."""
+        return b"".join([block async for block in self])
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        with as_unreachable(self._link.place), self._link.or_abort():
+            if self._chunked and not self._left and not self.finished:
+                await self._start_chunk()
+            block = b"" if self.finished else await self._block()
+        if not block:
+            raise StopAsyncIteration
+        return block
+
+    async def _block(self) -> bytes:
+        """Some bytes; none at the end of a body whose length nobody said."""
+        expected = max(0, self._left)
+        self._check_size(expected)
+        block = await self._link.reader.read(min(READ_BYTES, expected or READ_BYTES))
+        if not block and expected:
+            raise ConnectionResetError(errno.ECONNRESET, "the answer is cut off")
+        self._received += len(block)
+        self._check_size(0)
+        self._left -= len(block) if expected else 0
+        self.finished = not block or not (self._left or self._chunked)
+        return block
+
+    def _check_size(self, more: int) -> None:
+        if self._received + more > self.limit:
+            raise MatrixError(502, "M_TOO_LARGE", f"The answer has over {self.limit} bytes")
+
+    async def _line(self) -> bytes:
+        line = await self._link.reader.readuntil(b"\r\n")
+        if len(line) > MAX_HEADER_LINE or has_control(line):
+            raise malformed("chunk")
+        return line[:-2]
+
+    async def _start_chunk(self) -> None:
+        """Read the size of the next chunk; after the last one come trailers, which say nothing."""
+        if self._received and await self._line():
+            raise malformed("chunk longer than its size")
+        match = CHUNK_SIZE.fullmatch(await self._line())
+        if match is None:
+            raise malformed("chunk size")
+        self._left = int(match[1], 16)
+        for _ in range(0 if self._left else MAX_TRAILERS):
+            if not await self._line():
+                self.finished = True
+                return
+        if not self._left:
+            raise malformed("trailers")
+
+
+# ── 44.6  The client ─────────────────────────────────────────────────────────
+
+REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE"})  # may be sent again if a connection breaks
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+USER_AGENT = f"conduit.py/{VERSION}"
+REQUEST_PATH = re.compile(r"/[!-~]*")
+
+
+CallRoute = tuple[Target, bool, "Proxy | None"]
+
+
+class Call(NamedTuple):
+    """A request on its way: what is asked, of whom, and within which limits."""
+
+    method: str
+    target: Target
+    path: str
+    headers: Mapping[str, str]
+    body: bytes
+    deadline: float  # in the loop's time
+    max_bytes: int
+    trusted: bool  # the address comes from our own configuration
+    proxy: Proxy | None
+
+    @property
+    def route(self) -> CallRoute:
+        """Calls with the same can share a connection."""
+        return self.target, self.trusted, self.proxy
+
+    @property
+    def left(self) -> float:
+        """Seconds until its time is over."""
+        return self.deadline - asyncio.get_running_loop().time()
+
+    def encode(self) -> bytes:
+        """Its bytes; plain HTTP through a proxy of HTTP names the whole URL (RFC 9112, 3.2.2)."""
+        path, more = self.path, ""
+        if self.proxy and self.proxy.scheme.startswith("http") and not self.target.tls_name:
+            path, more = f"http://{self.target.host_header}{path}", basic_auth(self.proxy)
+        own = {"Host": self.target.host_header, "User-Agent": USER_AGENT}
+        if self.body or self.method in ("POST", "PUT"):
+            own["Content-Length"] = str(len(self.body))
+        fields = {**own, "Accept-Encoding": "identity", **self.headers}
+        lines = "".join(header_line(name, value) for name, value in fields.items())
+        if not REQUEST_PATH.fullmatch(self.path):
+            raise ValueError("unsafe path")
+        head = f"{self.method} {path} HTTP/1.1\r\n{lines}{more}\r\n"
+        return head.encode("latin-1") + self.body
+
+
+class HttpClient:
+    """All requests that leave this server: bounded in number, in time, in size, in where they go.
+
+    A host that others name never leads to an address in ip_range_denylist; the address that was
+    checked is the one that is connected to. `trusted` is for hosts from our own configuration.
+    """
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.resolver = Resolver()
+        self._gate = asyncio.Semaphore(hs.config.max_concurrent_requests)
+        self._host_gates: weakref.WeakValueDictionary[str, asyncio.Semaphore] = (
+            weakref.WeakValueDictionary()
+        )
+        self._idle: list[tuple[float, CallRoute, Link]] = []  # since when, route, connection
+        self._sweep: asyncio.TimerHandle | None = None
+
+    @functools.cached_property
+    def tls(self) -> ssl.SSLContext:
+        """Verifies certificates against the system's list, or the one that SSL_CERT_FILE names."""
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        return context
+
+    async def request(self, method: str, url: str, **options: Any) -> ClientResponse:
+        """The whole answer to a request; the options are those of stream()."""
+        async with self.stream(method, url, **options) as response:
+            response.body = await response.read()
+            return response
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self,
+        method: str,
+        url: str,
+        *,
+        target: Target | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+        timeout: float = REQUEST_SECONDS,
+        max_bytes: int = MAX_ANSWER_BYTES,
+        redirects: int = 0,
+        trusted: bool = False,
+    ) -> AsyncIterator[ClientResponse]:
+        """Ask, and read the answer block by block.
+
+        `url` is a whole one, or with a `target` just the path. `timeout` is for everything, in
+        seconds. Up to so many `redirects` are followed, each to be checked like the first, and
+        never from https to http. 502 and 504 M_UNREACHABLE, 502 M_TOO_LARGE.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout
+        limits = (headers or {}, body, deadline, max_bytes, trusted)
+        for _ in range(redirects + 1):
+            where, path = (target, url) if target else parse_url(url)
+            proxy = None if trusted else proxy_for(self.hs.config.proxy, where.host)
+            call = Call(method, where, path, *limits, proxy)
+            async with self._answered(call) as response:
+                location = response.headers.get("location")
+                if not redirects or location is None or response.status not in REDIRECTS:
+                    yield response
+                    return
+            with as_unreachable(where.place):
+                scheme = "https" if where.tls_name else "http"
+                url = urljoin(f"{scheme}://{where.host_header}{path}", location)
+            if where.tls_name and not url.lower().startswith("https:"):
+                raise unreachable(f"{where.place} redirects to a place that is not secure")
+            target = None
+        raise unreachable("Too many redirects")
+
+    @contextlib.asynccontextmanager
+    async def _answered(self, call: Call) -> AsyncIterator[ClientResponse]:
+        """The beginning of the answer; the connection is kept if the answer is read to its end."""
+        place = call.target.place
+        gate = self._host_gates.setdefault(call.target.host, asyncio.Semaphore(MAX_PER_HOST))
+        async with self._turn(gate, call), self._turn(self._gate, call):
+            with as_unreachable(place):
+                link, response = await self._ask(call)
+            try:
+                yield response
+            finally:
+                link.stop_clock()
+                self._keep(call, link) if response.reusable else link.abort()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, gate: asyncio.Semaphore, call: Call) -> AsyncIterator[None]:
+        """Wait in the queue of a gate, first come, first served."""
+        with as_unreachable(call.target.place):
+            await asyncio.wait_for(gate.acquire(), call.left)
+        try:
+            yield
+        finally:
+            gate.release()
+
+    async def _ask(self, call: Call) -> tuple[Link, ClientResponse]:
+        """Send a request on a kept connection, or on a new one if there is none, or it broke."""
+        request = call.encode()
+        link = self._kept(call)
+        if link is not None:
+            try:
+                return link, await self._exchange(link, call, request)
+            except (ConnectionError, EOFError):
+                if call.method not in REPEATABLE:
+                    raise
+        link = await asyncio.wait_for(self._connect(call), call.left)
+        return link, await self._exchange(link, call, request)
+
+    async def _exchange(self, link: Link, call: Call, request: bytes) -> ClientResponse:
+        """Write the request and read the head of the answer."""
+        link.start_clock(call.deadline)
+        with link.or_abort():
+            link.writer.write(request)
+            await link.writer.drain()
+            for _ in range(MAX_INTERIM):
+                head = await link.reader.readuntil(b"\r\n\r\n")
+                response = ClientResponse(link, call.method, head, call.max_bytes)
+                if response.status >= 200:
+                    return response
+            raise malformed("too many interim answers")
+
+    # Connections
+
+    async def _allowed(self, call: Call) -> list[str]:
+        """The addresses of the target that a request may go to."""
+        found = await self.resolver.addresses(call.target.host)
+        denied = () if call.trusted else self.hs.config.ip_range_denylist
+        allowed = [address for address in found if not is_refused(address, denied)]
+        if not allowed:
+            raise unreachable(f"{call.target.host} has an address that requests must not go to")
+        return allowed[:MAX_ADDRESSES]
+
+    async def _connect(self, call: Call) -> Link:
+        """A connection to the target, or to the proxy that leads there."""
+        if call.proxy is not None:
+            return await self._connect_through(call.proxy, call)
+        failure: Exception = unreachable("no address")
+        for address in await self._allowed(call):
+            try:
+                return await asyncio.wait_for(self._open(address, call.target), CONNECT_SECONDS)
+            except (OSError, asyncio.TimeoutError) as error:
+                failure = error
+        raise failure
+
+    async def _open(self, address: str, target: Target) -> Link:
+        link = await Link.open(address, target.port, target.place)
+        with link.or_abort():
+            if target.tls_name:
+                await link.start_tls(self.tls, target.tls_name)
+        return link
+
+    async def _connect_through(self, proxy: Proxy, call: Call) -> Link:
+        """Trap: what a proxy makes of a name cannot be checked here; an address can."""
+        target, host = call.target, call.target.host
+        if is_ip(host) or not proxy.resolves:
+            host = (await self._allowed(call))[0]
+        at = (await self.resolver.addresses(proxy.host))[0]
+        link = await self._open(
+            at, Target(proxy.host, proxy.port, "", proxy.host if proxy.scheme == "https" else "")
+        )
+        with link.or_abort():
+            if proxy.scheme.startswith("socks"):
+                await connect_through_socks(link, proxy, host, target.port)
+            elif target.tls_name:
+                await connect_through_http(link, proxy, target.place)
+            if target.tls_name:
+                await link.start_tls(self.tls, target.tls_name)
+        return link
+
+    def _kept(self, call: Call) -> Link | None:
+        """The connection to the same place that was used last, if it is still good."""
+        now = asyncio.get_running_loop().time()
+        age = IDLE_CONNECTION_SECONDS if call.method in REPEATABLE else FRESH_SECONDS
+        for entry in reversed(self._idle):
+            since, route, link = entry
+            if route == call.route and since > now - age:
+                self._idle.remove(entry)
+                if not link.is_gone():
+                    return link
+        return None
+
+    def _keep(self, call: Call, link: Link) -> None:
+        """Keep a connection for a while; the oldest goes when there are too many."""
+        loop = asyncio.get_running_loop()
+        self._idle.append((loop.time(), call.route, link))
+        if len(self._idle) > MAX_IDLE_CONNECTIONS:
+            self._idle.pop(0)[2].abort()
+        self._sweep = self._sweep or loop.call_later(IDLE_CONNECTION_SECONDS, self._close_idle)
+
+    def _close_idle(self) -> None:
+        """Hang up where nothing was asked for long; nothing runs when no connection is left."""
+        loop = asyncio.get_running_loop()
+        oldest = loop.time() - IDLE_CONNECTION_SECONDS
+        for since, _, link in self._idle:
+            if since <= oldest:
+                link.abort()
+        self._idle = [entry for entry in self._idle if entry[0] > oldest]
+        again = bool(self._idle)
+        self._sweep = loop.call_later(SWEEP_SECONDS * 5, self._close_idle) if again else None
+
+    def close(self) -> None:
+        """Hang up everywhere; for the end."""
+        for _, _, link in self._idle:
+            link.abort()
+        self._idle.clear()
+        if self._sweep is not None:
+            self._sweep.cancel()
+
+
 # ╔═══════════════════════════════════════════════════════════════════════════╗
-# ║  PART IV   CLIENTS                                                        ║
+# ║  PART IV   FEDERATION                                                     ║
+# ╚═══════════════════════════════════════════════════════════════════════════╝
+#
+# Matrix has no centre: each server keeps its own users, and rooms live on all
+# servers that have somebody in them. So a server has to find others by name,
+# to know their keys, and to talk to them in a way that leaves no doubt who is
+# speaking.
+#
+# Two ideas carry this part. First, nobody is believed, only signatures: a key
+# counts when its server has signed it, a request when it is signed for us, an
+# event when its sender's server has signed it; who passed it on is no matter.
+# Second, another server is a stranger who may be slow, broken, or hostile: each
+# thing asked of it has a time, a size and a number of tries, and one that does
+# not answer is left alone for longer and longer.
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  45. DISCOVERY AND SERVER KEYS
+#
+#  From a server's name to the machine that speaks for it, and to the keys that
+#  prove it; our own keys, and the same service for others (notary).
+#    spec: SS-API "Server discovery", "Retrieving server keys"; appendices "Server
+#  Name", rooms/v5 "Signing key validity period"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE server_keys (
+    server TEXT NOT NULL,
+    key_id TEXT NOT NULL,
+    key TEXT NOT NULL,              -- base64
+    until_ts INTEGER NOT NULL,      -- good for what was signed up to then
+    expired INTEGER NOT NULL,       -- listed in old_verify_keys: not good for requests any more
+    PRIMARY KEY (server, key_id)
+) WITHOUT ROWID;
+CREATE TABLE key_answers (          -- the newest from each server, to be passed on
+    server TEXT PRIMARY KEY,
+    until_ts INTEGER NOT NULL,
+    body BLOB NOT NULL
+) WITHOUT ROWID;
+""")
+
+log_federation = logging.getLogger("conduit.federation")
+
+WELL_KNOWN_SECONDS = 86_400  # that a delegation is remembered if nothing is said
+WELL_KNOWN_BOUNDS = (300, 172_800)
+WELL_KNOWN_ERROR_SECONDS = (300, 3_600)  # that its absence is remembered: at first, at most
+WELL_KNOWN_BYTES = 51_200
+WELL_KNOWN_REDIRECTS = 5
+FEDERATION_PORT = 8448
+KNOWN_DELEGATIONS = 5_000
+
+KEY_LIFETIME_MS = 7 * 86_400_000  # at most; what servers claim beyond is not believed
+OWN_KEY_LIFETIME_MS = 86_400_000
+KEY_RETRY_SECONDS = 10.0  # before a server is asked for keys once more
+KEYS_CACHED = 20_000
+MAX_KEYS = 100  # of one server, in one answer
+MAX_NOTARY_QUERY = 100  # servers in one query
+MANY_SERVERS = 3  # beyond, notaries are asked first: one request instead of many
+
+# ── 45.1  Discovery ──────────────────────────────────────────────────────────
+
+
+def split_server_name(name: str) -> tuple[str, int | None]:
+    """Host, without the brackets of an IPv6 address, and port of a server name."""
+    match = re.fullmatch(r"(.*?)(?::([0-9]{1,5}))?", name)
+    host, port = match.groups() if match else (name, None)
+    return host.strip("[]").lower(), None if port is None else int(port)
+
+
+def cache_seconds(headers: Headers) -> int:
+    """How long an answer may be kept, by its headers, within our bounds."""
+    control = headers.get("cache-control", "").lower()
+    max_age = re.search(r"\bmax-age=\"?([0-9]{1,9})", control)
+    seconds: float = WELL_KNOWN_SECONDS
+    if re.search(r"\bno-(?:store|cache)\b", control):
+        seconds = 0
+    elif max_age:
+        seconds = int(max_age[1])
+    elif "expires" in headers:
+        with contextlib.suppress(ValueError, TypeError, OverflowError):
+            expires = email.utils.parsedate_to_datetime(headers["expires"])
+            seconds = expires.timestamp() - time.time()
+    return int(min(max(seconds, WELL_KNOWN_BOUNDS[0]), WELL_KNOWN_BOUNDS[1]))
+
+
+class Delegation(NamedTuple):
+    """What .well-known says of a host."""
+
+    server: str  # who speaks for it; empty if it does not say
+    expires: float
+    error_seconds: float = 0.0  # how long the last error was remembered
+
+
+def say_nothing(_: str) -> None:
+    """Discovery tells its steps to whoever wants to know; most do not."""
+
+
+class Discovery:
+    """Finds servers, and carries requests to them."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._delegations: LruCache[str, Delegation] = LruCache(KNOWN_DELEGATIONS)
+        self._flights: Flights[str, Delegation] = Flights()
+
+    async def targets(self, server: str, say: Callable[[str], None] = say_nothing) -> list[Target]:
+        """Where a server may be, in the order in which to try. 502 when that cannot be found out.
+
+        `say` hears of each step. Spec: SS-API "Resolving server names", whose numbers stand here.
+        """
+        host, port = split_server_name(server)
+        if is_ip(host) or port is not None:  # 1, 2
+            say(f"{server} is an address" if is_ip(host) else f"{server} names its port")
+            return [Target(host, port or FEDERATION_PORT, server, host)]
+        delegated = (await self._delegation(host)).server
+        if not delegated:  # 4 to 6
+            say(f"https://{host}/.well-known/matrix/server names no other server")
+            return await self._by_services(server, host, say)
+        say(f"https://{host}/.well-known/matrix/server names {delegated}")
+        other, port = split_server_name(delegated)
+        if is_ip(other) or port is not None:  # 3.1, 3.2
+            return [Target(other, port or FEDERATION_PORT, delegated, other)]
+        return await self._by_services(delegated, other, say)  # 3.3 to 3.5
+
+    async def _by_services(
+        self, server: str, host: str, say: Callable[[str], None]
+    ) -> list[Target]:
+        """What SRV records say, first the registered name, then the old one; else port 8448."""
+        for service in ("_matrix-fed._tcp", "_matrix._tcp"):
+            found = await self.hs.http_client.resolver.services(f"{service}.{host}")
+            places = ", ".join(f"{each.host}:{each.port}" for each in found) or "none"
+            say(f"SRV records of {service}.{host}: {places}")
+            if found:
+                return [Target(each.host, each.port, server, host) for each in found[:3]]
+        say(f"so it is {host}:{FEDERATION_PORT}")
+        return [Target(host, FEDERATION_PORT, server, host)]
+
+    async def _delegation(self, host: str) -> Delegation:
+        known = self._delegations.get(host)
+        if known is not None and known.expires > time.monotonic():
+            return known
+        return await self._flights.join(host, lambda: self._fetch_delegation(host))
+
+    async def _fetch_delegation(self, host: str) -> Delegation:
+        """Ask for .well-known; errors are remembered too, twice as long each time."""
+        known = self._delegations.get(host)
+        shortest, longest = WELL_KNOWN_ERROR_SECONDS
+        wait = min(longest, 2 * known.error_seconds if known else 0) or shortest
+        found = Delegation("", time.monotonic() + wait, wait)
+        try:
+            answer = await self.hs.http_client.request(
+                "GET",
+                f"https://{host}/.well-known/matrix/server",
+                max_bytes=WELL_KNOWN_BYTES,
+                redirects=WELL_KNOWN_REDIRECTS,
+            )
+            server = answer.json().get("m.server") if answer.status == 200 else None
+            if is_server_name(server):
+                seconds = cache_seconds(answer.headers)
+                found = Delegation(cast(str, server), time.monotonic() + seconds)
+        except MatrixError as error:
+            log_federation.debug("no delegation of %s: %s", host, error.error)
+        self._delegations.put(host, found)
+        return found
+
+    def check(self, server: str) -> None:
+        """Refuse to ask ourselves, what is no server, and anybody while federation is off."""
+        if not self.hs.config.allow_federation:
+            raise forbidden("Federation is disabled on this server")
+        host, own = split_server_name(server)[0], self.hs.config.server_name
+        possible = is_ip(host) or (HOST_NAME.fullmatch(host) and ".." not in host)
+        if not is_server_name(server) or not possible or server == own:
+            raise invalid_param("This is not the name of another server")
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self, server: str, method: str, path: str, *, timeout: float, **options: Any
+    ) -> AsyncIterator[ClientResponse]:
+        """Ask a server, at the first of its places that can be connected to; see HttpClient."""
+        self.check(server)
+        deadline = time.monotonic() + timeout
+        try:
+            targets = await asyncio.wait_for(self.targets(server), timeout)
+        except asyncio.TimeoutError:
+            raise MatrixError(504, "M_UNREACHABLE", f"{server} was not found in time") from None
+        failure = unreachable(f"{server} is nowhere")
+        async with contextlib.AsyncExitStack() as stack:
+            for target in targets:
+                left = max(0.1, deadline - time.monotonic())
+                call = self.hs.http_client.stream(
+                    method, path, target=target, timeout=left, **options
+                )
+                try:
+                    response = await stack.enter_async_context(call)
+                except MatrixError as error:
+                    failure = error
+                    continue
+                yield response
+                return
+        raise failure
+
+    async def request(self, server: str, method: str, path: str, **options: Any) -> ClientResponse:
+        """The same, with the whole answer."""
+        timeout = options.pop("timeout", REQUEST_SECONDS)
+        async with self.stream(server, method, path, timeout=timeout, **options) as response:
+            response.body = await response.read()
+            return response
+
+
+# ── 45.2  Our own keys ───────────────────────────────────────────────────────
+
+
+def old_own_keys(hs: Homeserver) -> Json:
+    """The keys that this server signed with before, as `old_verify_keys` lists them."""
+    return cast(Json, json.loads(hs.db.meta("old_verify_keys") or "{}"))
+
+
+def own_keys(hs: Homeserver) -> Json:
+    """What this server says of its keys, signed."""
+    key = hs.signing_key
+    fields = {
+        "server_name": hs.config.server_name,
+        "verify_keys": {key.key_id: {"key": key.public}},
+        "old_verify_keys": old_own_keys(hs),
+        "valid_until_ts": now_ms() + OWN_KEY_LIFETIME_MS,
+    }
+    return sign_json(fields, hs.config.server_name, key)
+
+
+def rotate_signing_key(hs: Homeserver) -> None:
+    """Sign with a new key from now on; the old one stays good for what it has signed."""
+    old, new = hs.signing_key, SigningKey.generate()
+    retired = {**old_own_keys(hs), old.key_id: {"key": old.public, "expired_ts": now_ms()}}
+    with hs.db.write():
+        hs.db.set_meta("old_verify_keys", json.dumps(retired))
+        hs.db.set_meta("signing_key", new.text())
+    hs.signing_key = hs.rooms.signing_key = new
+
+
+@route("GET", "/_matrix/key/v2/server", auth=NONE, also=("/_matrix/key/v2/server/{key_id...}",))
+async def get_server_keys(hs: Homeserver, _request: Request, key_id: str = "") -> Json:
+    """The keys of this server.  Spec: SS-API "Publishing Keys"; who names one gets all as well."""
+    return own_keys(hs)
+
+
+# ── 45.3  Keys of others ─────────────────────────────────────────────────────
+
+
+class ServerKey(NamedTuple):
+    """A key of another server, and for what it is good."""
+
+    key: str  # base64
+    until_ts: int  # for what was signed up to then, in milliseconds
+    expired: bool  # and for no new request
+
+
+KEY_SHAPE: Final = {"key": str}
+KEY_ANSWER: Final = {
+    **{"server_name": str, "valid_until_ts": int, "signatures": {str: {str: str}}},
+    **{
+        "verify_keys": {str: KEY_SHAPE},
+        "old_verify_keys?": {str: {**KEY_SHAPE, "expired_ts": int}},
+    },
+}
+KEY_ID = re.compile(r"ed25519:[A-Za-z0-9_]{1,64}")
+
+
+def check_key_answer(answer: Any, server: str) -> None:
+    """400 for what is not signed by the server with each of the keys that it claims and we read."""
+    check_shape(answer, KEY_ANSWER, "The keys")
+    keys = {name: each["key"] for name, each in answer["verify_keys"].items()}
+    marks = signatures_by(answer, server)
+    known = [name for name in marks if name in keys and KEY_ID.fullmatch(name)]
+    if answer["server_name"] != server or not known:
+        raise invalid_param(f"These are not the keys of {server}")
+    if len(keys) + len(answer.get("old_verify_keys", {})) > MAX_KEYS:
+        raise invalid_param(f"{server} has too many keys")
+    if not all(verify_json(answer, server, name, keys[name]) for name in known):
+        raise invalid_param(f"The keys of {server} are wrongly signed")
+
+
+def keys_in(answer: Json) -> dict[str, ServerKey]:
+    """The keys of a checked answer.  Spec: valid_until_ts is believed for at most seven days."""
+    until = min(answer["valid_until_ts"], now_ms() + KEY_LIFETIME_MS)
+    signed = signatures_by(answer, answer["server_name"])
+    old = answer.get("old_verify_keys", {})
+    keys = {
+        name: ServerKey(key["key"], min(key["expired_ts"], now_ms()), True)
+        for name, key in old.items()
+    }
+    current = {name: key["key"] for name, key in answer["verify_keys"].items() if name in signed}
+    keys |= {name: ServerKey(key, until, False) for name, key in current.items()}
+    return {name: key for name, key in keys.items() if KEY_ID.fullmatch(name) and key.until_ts >= 0}
+
+
+class ServerKeys:
+    """The keys of other servers: in the database, fetched when needed, one fetch at a time each."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._cache: LruCache[str, dict[str, ServerKey]] = LruCache(KEYS_CACHED)
+        self._fetching: dict[str, asyncio.Task[None]] = {}
+        self._asked: LruCache[str, float] = LruCache(KEYS_CACHED)  # when a fetch ended
+        hs.db.on_reset(self._cache.clear)
+
+    def known(self, server: str) -> dict[str, ServerKey]:
+        """What is known of a server's keys, by id."""
+        if server == self.hs.config.server_name:
+            own, retired = self.hs.signing_key, old_own_keys(self.hs)
+            old = {i: ServerKey(key["key"], key["expired_ts"], True) for i, key in retired.items()}
+            return {**old, own.key_id: ServerKey(own.public, MAX_SQL_INT, False)}
+        found = self._cache.get(server)
+        if found is None:
+            query = "SELECT key_id, key, until_ts, expired FROM server_keys WHERE server = ?"
+            rows = self.hs.db.all(query, (server,))
+            found = {key_id: ServerKey(key, until, bool(old)) for key_id, key, until, old in rows}
+            self._cache.put(server, found)
+        return found
+
+    def find(self, server: str, key_id: str, signed_ts: int | None) -> str | None:
+        """The key if it is good for what was signed at that time; None as time: at any."""
+        key = self.known(server).get(key_id)
+        return key.key if key and (signed_ts is None or signed_ts <= key.until_ts) else None
+
+    async def request_key(self, server: str, key_id: str) -> str | None:
+        """The key if requests may be signed with it now."""
+        for _ in range(2):
+            key = self.known(server).get(key_id)
+            if key and not key.expired and now_ms() <= key.until_ts:
+                return key.key
+            await self.fetch({server})
+        return None
+
+    async def fetch(self, servers: Iterable[str]) -> None:
+        """Ask for the keys of servers, if that was not done a moment ago; see known() then."""
+        now, own = time.monotonic(), self.hs.config.server_name
+        wanted = {s for s in servers if is_server_name(s) and s != own}
+        wanted = {s for s in wanted if (self._asked.get(s) or -math.inf) + KEY_RETRY_SECONDS < now}
+        fresh = wanted - self._fetching.keys()
+        if fresh:
+            task = asyncio.get_running_loop().create_task(self._fetch(fresh))
+            self._fetching.update(dict.fromkeys(fresh, task))
+            task.add_done_callback(lambda _: [self._fetching.pop(server) for server in fresh])
+        tasks = {self._fetching[server] for server in wanted}
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _fetch(self, servers: set[str]) -> None:
+        """Ask the servers themselves and then notaries, or if they are many the other way round."""
+        left, notaries = set(servers), list(self.hs.config.trusted_servers)
+        ways = [self._ask_all(left), *(self._ask_notary(notary, left) for notary in notaries)]
+        if len(servers) > MANY_SERVERS:
+            ways.append(ways.pop(0))
+        try:
+            for way in ways:
+                await way
+        finally:
+            for way in ways:
+                way.close()
+            for server in servers:
+                self._asked.put(server, time.monotonic())
+
+    async def _ask_all(self, left: set[str]) -> None:
+        await asyncio.gather(*(self._ask(server, left) for server in left))
+
+    async def _ask(self, server: str, left: set[str]) -> None:
+        """Ask a server for its own keys."""
+        try:
+            answer = await self.hs.discovery.request(server, "GET", "/_matrix/key/v2/server")
+            body = answer.json() if answer.status == 200 else None
+            check_key_answer(body, server)
+            self.store(cast(Json, body))
+            left.discard(server)
+        except MatrixError as error:
+            log_federation.info("no keys from %s: %s", server, error.error)
+
+    async def _ask_notary(self, notary: str, left: set[str]) -> None:
+        """Ask a trusted server for the keys of others: an answer counts if both have signed it."""
+        if not left or notary == self.hs.config.server_name:
+            return
+        if not any(not key.expired for key in self.known(notary).values()):
+            await self._ask(notary, set())
+        missing = sorted(left)
+        for start in range(0, len(missing), MAX_NOTARY_QUERY):
+            part = missing[start : start + MAX_NOTARY_QUERY]
+            query: Json = {"server_keys": {server: {} for server in part}}
+            try:
+                answer = await self.hs.discovery.request(
+                    notary,
+                    "POST",
+                    "/_matrix/key/v2/query",
+                    body=encode_json(query),
+                    headers={"Content-Type": "application/json"},
+                )
+                found = answer.json().get("server_keys")
+                for one in found if isinstance(found, list) else ():
+                    self._take_from_notary(notary, one, left)
+            except MatrixError as error:
+                log_federation.info("no keys from notary %s: %s", notary, error.error)
+
+    def _take_from_notary(self, notary: str, answer: Any, left: set[str]) -> None:
+        server = answer.get("server_name") if isinstance(answer, dict) else None
+        if server not in left:
+            return
+        marks = signatures_by(answer, notary)
+        good = (
+            verify_json(answer, notary, name, self.find(notary, name, now_ms())) for name in marks
+        )
+        try:
+            if not any(good):
+                raise invalid_param(f"{notary} has not signed this")
+            check_key_answer(answer, server)
+            self.store(answer, direct=False)
+        except MatrixError as error:
+            log_federation.warning("keys of %s from %s: %s", server, notary, error.error)
+
+    def store(self, answer: Json, *, direct: bool = True) -> None:
+        """Keep the keys of a checked answer.
+
+        Trap: a notary may repeat an old answer, so it cannot make good what the server has retired.
+        """
+        server, known = answer["server_name"], self.known(answer["server_name"])
+        fresh = keys_in(answer)
+        if len({*known, *fresh}) > 2 * MAX_KEYS:
+            raise invalid_param(f"{server} has had too many keys")
+        with self.hs.db.write():
+            for key_id, key in fresh.items():
+                old = known.get(key_id)
+                if old is not None and not direct and (old.expired or old.until_ts > key.until_ts):
+                    continue
+                row = (server, key_id, *key)
+                self.hs.db.execute("INSERT OR REPLACE INTO server_keys VALUES (?, ?, ?, ?, ?)", row)
+            latest = (server, answer["valid_until_ts"], encode_json(answer))
+            self.hs.db.execute("INSERT OR REPLACE INTO key_answers VALUES (?, ?, ?)", latest)
+        self._cache.pop(server)
+
+    async def answer_of(self, server: str, minimum_ts: int) -> Json | None:
+        """What a server says of its keys, good until then if that can be had."""
+        query = "SELECT until_ts, body FROM key_answers WHERE server = ?"
+        row = self.hs.db.one(query, (server,))
+        if row is None or row[0] < minimum_ts:
+            await self.fetch({server})
+            row = self.hs.db.one(query, (server,))
+        return None if row is None else cast(Json, json.loads(row[1]))
+
+
+# ── 45.4  Notary ─────────────────────────────────────────────────────────────
+
+KEY_QUERY: Final = {"server_keys": {str: {str: {"minimum_valid_until_ts?": int}}}}
+KEY_QUERY_PATH: Final = "/_matrix/key/v2/query"
+
+
+async def notarize(hs: Homeserver, wanted: Mapping[str, int]) -> Json:
+    """The keys of servers, each signed by us as well; those that nobody can get are left out."""
+    if len(wanted) > MAX_NOTARY_QUERY:
+        raise too_large(f"A query has at most {MAX_NOTARY_QUERY} servers")
+    own = hs.config.server_name
+    others = {server: ts for server, ts in wanted.items() if server != own}
+    found = [own_keys(hs)] if own in wanted else []
+    if hs.config.allow_federation:
+        answers = (hs.server_keys.answer_of(server, ts) for server, ts in others.items())
+        found += filter(None, await asyncio.gather(*answers))
+    return {"server_keys": [sign_json(answer, own, hs.signing_key) for answer in found]}
+
+
+@route("GET", KEY_QUERY_PATH + "/{server}", auth=NONE, limit="search")
+@route("GET", KEY_QUERY_PATH + "/{server}/{key_id}", auth=NONE, limit="search")
+async def get_notary_keys(
+    hs: Homeserver, request: Request, server: str, key_id: str | None = None
+) -> Json:
+    """The keys of a server, signed by us too.  Spec: SS-API "Querying Keys Through Another"."""
+    minimum = request.int_arg("minimum_valid_until_ts", now_ms(), 0, MAX_CANONICAL_INT)
+    return await notarize(hs, {server: minimum})
+
+
+@route("POST", KEY_QUERY_PATH, auth=NONE, limit="search", body=KEY_QUERY)
+async def query_notary_keys(hs: Homeserver, request: Request) -> Json:
+    """The keys of several servers."""
+    wanted = {
+        server: max((key.get("minimum_valid_until_ts", 0) for key in keys.values()), default=0)
+        for server, keys in request.json["server_keys"].items()
+    }
+    now = now_ms()
+    return await notarize(hs, {server: ts or now for server, ts in wanted.items()})
+
+
+# ── 45.5  Events of others ───────────────────────────────────────────────────
+
+PDU_BATCH = 100  # checked in one go by a thread
+
+
+def key_for(event: Event, key: ServerKey | None) -> str | None:
+    """The key if the event may be signed with it.  Spec: from room version 5 its time counts."""
+    any_time = not event.version.enforce_key_validity
+    good = key is not None and (any_time or event.origin_server_ts <= key.until_ts)
+    return key.key if key is not None and good else None
+
+
+def servers_to_ask(events: Iterable[Event], keys: ServerKeys) -> set[str]:
+    """The servers of whose keys none that is known fits to their signature of an event."""
+    return {
+        server
+        for event in events
+        for server in required_signers(event)
+        if not any(
+            key_for(event, keys.known(server).get(key_id))
+            for key_id in signatures_by(event.pdu, server)
+        )
+    }
+
+
+def signature_problems(
+    events: Sequence[Event], keys: Mapping[str, Mapping[str, ServerKey]]
+) -> list[MatrixError | None]:
+    """For a thread: what is wrong with the signatures of each event."""
+    problems: list[MatrixError | None] = []
+    for event in events:
+        find = functools.partial(
+            lambda event, server, i: key_for(event, keys[server].get(i)), event
+        )
+        try:
+            verify_event_signatures(event, find)
+            problems.append(None)
+        except MatrixError as error:
+            problems.append(error)
+    return problems
+
+
+async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixError | None]:
+    """What is wrong with the signatures of each event; keys are fetched for all of them at once."""
+    await hs.server_keys.fetch(servers_to_ask(events, hs.server_keys))
+    problems: list[MatrixError | None] = []
+    for start in range(0, len(events), PDU_BATCH):
+        part = events[start : start + PDU_BATCH]
+        signers = {server for event in part for server in required_signers(event)}
+        keys = {server: hs.server_keys.known(server) for server in signers}
+        problems += await hs.db.in_thread(signature_problems, part, keys)
+    return problems
+
+
+def read_pdu(version: RoomVersion, pdu: Any) -> Event | MatrixError:
+    """For a thread: the event in a PDU, redacted if its content is not what its sender hashed.
+
+    Spec: SS-API "Checks performed on receipt of a PDU", checks 1 and 3.
+    """
+    try:
+        check_format(version, pdu)
+        return make_event(version, pdu if content_hash_ok(pdu) else redact(version, pdu))
+    except MatrixError as error:
+        return error
+
+
+def read_pdus(version: RoomVersion, pdus: Sequence[Any]) -> list[Event | MatrixError]:
+    """The same for several."""
+    return [read_pdu(version, pdu) for pdu in pdus]
+
+
+async def check_pdus(
+    hs: Homeserver, version: RoomVersion, pdus: Sequence[Any]
+) -> list[Event | MatrixError]:
+    """The events in PDUs of a room version, or for each what is wrong with it: format, signatures.
+
+    Spec: SS-API "Checks performed on receipt of a PDU", checks 1 to 3.
+    """
+    found: list[Event | MatrixError] = []
+    for start in range(0, len(pdus), PDU_BATCH):
+        found += await hs.db.in_thread(read_pdus, version, pdus[start : start + PDU_BATCH])
+    problems = iter(await verify_events(hs, [one for one in found if isinstance(one, Event)]))
+    return [one if isinstance(one, MatrixError) else next(problems) or one for one in found]
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  46. FEDERATION REQUESTS
+#
+#  Requests between servers are signed over method, path, both names and content.
+#  Here is how ours are made and how those of others are checked, who is left alone
+#  for a while because nothing came back, and the first questions that we answer.
+#                              spec: SS-API "Authentication", "Server version"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE destinations (         -- servers that did not answer the last time
+    server TEXT PRIMARY KEY,
+    failures INTEGER NOT NULL,
+    retry_ts INTEGER NOT NULL       -- nothing is asked of it before
+) WITHOUT ROWID;
+""")
+
+FEDERATION_API: Final = "/_matrix/federation/v1"
+BACKOFF_MS = (5_000, 3_600_000)  # after the first failure, doubled with each, and at most
+DESTINATIONS_CACHED = 20_000
+X_MATRIX_PARAM = re.compile(
+    r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)="
+    r'(?:"((?:[\t !#-\[\]-~]|\\[\t -~])*)"'
+    r"|([!#$%&'*+.:^_`|~0-9A-Za-z-]+))"
+)
+X_MATRIX_COMMA = re.compile(r"[ \t]*,[ \t]*")
+
+
+# ── 46.1  The header ─────────────────────────────────────────────────────────
+
+
+class XMatrix(NamedTuple):
+    """Who says to have sent a request, to whom, and the proof."""
+
+    origin: str
+    destination: str | None  # old servers leave it out
+    key: str
+    sig: str
+
+
+def unauthorized(error: str) -> MatrixError:
+    """401 M_UNAUTHORIZED."""
+    return MatrixError(401, "M_UNAUTHORIZED", error)
+
+
+def parse_x_matrix(header: str) -> XMatrix:
+    """Read an Authorization header. 401 for anything that two servers could read differently.
+
+    Spec: SS-API "Request Authentication": names in any case, values quoted or not, colons in both.
+    """
+    scheme, _, rest = header.partition(" ")
+    if scheme.lower() != "x-matrix":
+        raise unauthorized("This request must be signed by a server")
+    values: dict[str, str] = {}
+    rest, at = rest.strip(" \t"), 0
+    while match := X_MATRIX_PARAM.match(rest, at):
+        name, quoted, token = match.groups()
+        if name.lower() in values:
+            raise unauthorized(f"{name} stands twice in the Authorization header")
+        values[name.lower()] = re.sub(r"\\(.)", r"\1", quoted) if token is None else token
+        comma = X_MATRIX_COMMA.match(rest, match.end())
+        at = comma.end() if comma else match.end()
+        if not comma:
+            break
+    if at != len(rest) or X_MATRIX_COMMA.fullmatch(rest[-1:]):
+        raise unauthorized("Malformed Authorization header")
+    if not {"origin", "key", "sig"} <= values.keys() or not is_server_name(values["origin"]):
+        raise unauthorized("origin, key and sig are needed in the Authorization header")
+    return XMatrix(values["origin"], values.get("destination"), values["key"], values["sig"])
+
+
+def signed_request(method: str, uri: str, origin: str, destination: str, content: Any) -> Json:
+    """The object that stands for a request when it is signed."""
+    fields = {"method": method, "uri": uri, "origin": origin, "destination": destination}
+    return fields if content is None else {**fields, "content": content}
+
+
+# ── 46.2  Asking others ──────────────────────────────────────────────────────
+
+
+def peer_error(server: str, response: ClientResponse) -> MatrixError:
+    """The error that a server answered with; what is wrong between it and us is a 502.
+
+    Trap: a client that is handed on a 401 M_UNKNOWN_TOKEN logs its user out.
+    """
+    try:
+        body = response.json()
+    except MatrixError:
+        body = {}
+    errcode, text = body.get("errcode"), body.get("error")
+    is_ours_to_tell = 400 <= response.status < 500 and response.status != 401
+    if not is_ours_to_tell or not isinstance(errcode, str):
+        return unreachable(f"{server} answers {response.status} {str(text or '')[:200]}".strip())
+    return MatrixError(response.status, errcode[:MAX_ID_BYTES], str(text or errcode)[:1000])
+
+
+def encode_query(query: Mapping[str, Any]) -> str:
+    """A query string with its question mark; None leaves an argument out."""
+    pairs = [
+        (name, str(one).lower() if isinstance(one, bool) else one)
+        for name, value in query.items()
+        for one in (value if isinstance(value, (list, tuple)) else [value])
+        if one is not None
+    ]
+    return f"?{urlencode(pairs, quote_via=quote)}" if pairs else ""
+
+
+class Federation:
+    """Signed requests to other servers, and the memory of those that did not answer."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._failing: LruCache[str, tuple[int, int]] = LruCache(DESTINATIONS_CACHED)
+        hs.db.on_reset(self._failing.clear)
+
+    def failing(self, server: str) -> tuple[int, int]:
+        """How often in a row a server did not answer, and when it is asked again (ms)."""
+        found = self._failing.get(server)
+        if found is None:
+            query = "SELECT failures, retry_ts FROM destinations WHERE server = ?"
+            found = self.hs.db.one(query, (server,)) or (0, 0)
+            self._failing.put(server, found)
+        return found
+
+    def succeeded(self, server: str) -> None:
+        """The server gave a sign of life: all waiting ends."""
+        if self.failing(server)[0]:
+            with self.hs.db.write():
+                self.hs.db.execute("DELETE FROM destinations WHERE server = ?", (server,))
+            self._failing.pop(server)
+
+    def failed(self, server: str) -> None:
+        """The server did not answer; leave it alone for twice as long as the last time.
+
+        Trap: many requests may fail together; only one counts.
+        """
+        failures, retry_ts = self.failing(server)
+        now, (first, longest) = now_ms(), BACKOFF_MS
+        if retry_ts > now:
+            return
+        wait = min(longest, first << min(failures, 20))
+        row = (server, failures + 1, now + wait)
+        with self.hs.db.write():
+            self.hs.db.execute("INSERT OR REPLACE INTO destinations VALUES (?, ?, ?)", row)
+        self._failing.pop(server)
+
+    def check_backoff(self, server: str) -> None:
+        """502 while a server is left alone."""
+        if self.failing(server)[1] > now_ms():
+            raise unreachable(f"{server} did not answer a moment ago; it will be asked again later")
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self,
+        server: str,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str | int | bool | Sequence[str] | None] | None = None,
+        content: Json | None = None,
+        timeout: float = REQUEST_SECONDS,
+        impatient: bool = True,
+        **options: Any,
+    ) -> AsyncIterator[ClientResponse]:
+        """Ask a server, signed, and read the answer block by block.
+
+        `path` is percent-encoded. What we wrote before is on the disk before this leaves. Unless
+        `impatient`, a server that is left alone is asked all the same.
+        """
+        self.hs.discovery.check(server)
+        if impatient:
+            self.check_backoff(server)
+        uri = path + encode_query(query or {})
+        await self.hs.db.synced()
+        headers = {"Authorization": self._authorization(server, method, uri, content)}
+        if content is not None:
+            headers["Content-Type"] = "application/json"
+            options["body"] = canonical_json(content)
+        entered = False
+        try:
+            async with self.hs.discovery.stream(
+                server, method, uri, headers=headers, timeout=timeout, **options
+            ) as response:
+                entered = True
+                if response.status < 500:
+                    self.succeeded(server)
+                yield response
+        except MatrixError:
+            if not entered:
+                self.failed(server)
+            raise
+
+    async def request(self, server: str, method: str, path: str, **options: Any) -> Json:
+        """The JSON object that a server answers with; its error is raised as one of ours."""
+        async with self.stream(server, method, path, **options) as response:
+            response.body = await response.read()
+        if response.status != 200:
+            raise peer_error(server, response)
+        return response.json()
+
+    def _authorization(self, server: str, method: str, uri: str, content: Json | None) -> str:
+        own, key = self.hs.config.server_name, self.hs.signing_key
+        sig = key.sign(canonical_json(signed_request(method, uri, own, server, content)))
+        return f'X-Matrix origin="{own}",destination="{server}",key="{key.key_id}",sig="{sig}"'
+
+    # Being asked
+
+    async def authenticate(self, request: Request, content: Any) -> str:
+        """The server that has signed a request, for us and now. 401 otherwise."""
+        own = self.hs.config.server_name
+        if not self.hs.config.allow_federation:
+            raise forbidden("Federation is disabled on this server")
+        claim = parse_x_matrix(request.headers.get("authorization", ""))
+        if claim.destination not in (None, own):
+            raise unauthorized("This request is meant for another server")
+        if claim.origin == own:
+            raise unauthorized("Nobody else may speak for this server")
+        public = await self.hs.server_keys.request_key(claim.origin, claim.key)
+        fields = signed_request(request.method, request.target, claim.origin, own, content)
+        if claim.destination is None:
+            del fields["destination"]
+        if public is None or not verify_signature(public, claim.sig, canonical_json(fields)):
+            raise unauthorized(f"The request is not signed by {claim.origin} with a known key")
+        self.succeeded(claim.origin)
+        return claim.origin
+
+
+# ── 46.3  First answers ──────────────────────────────────────────────────────
+
+
+@route("GET", FEDERATION_API + "/version", auth=NONE)
+async def get_version(hs: Homeserver, _request: Request) -> Json:
+    """Which program this is.  Spec: SS-API "Server version"."""
+    if not hs.config.allow_federation:
+        raise forbidden("Federation is disabled on this server")
+    return {"server": {"name": "conduit.py", "version": VERSION}}
+
+
+# ╔═══════════════════════════════════════════════════════════════════════════╗
+# ║  PART V   CLIENTS                                                         ║
 # ╚═══════════════════════════════════════════════════════════════════════════╝
 #
 # The client-server API, a chapter for each thing a client works with: who it
@@ -9380,6 +11152,8 @@ MAX_PROFILE_BYTES = 65_535
 MAX_DISPLAY_NAME = 256  # characters
 MAX_ACCOUNT_DATA_BYTES = 1_048_576  # of one type
 MAX_TAGS = 100  # of one room
+REMOTE_PROFILES = 2_000  # remembered, of users elsewhere,
+REMOTE_PROFILE_SECONDS = 120.0  # for so long
 MAX_FILTER_BYTES = 65_536
 MAX_FILTERS = 500  # of one user; beyond, the oldest goes
 
@@ -9387,6 +11161,7 @@ MAX_FILTERS = 500  # of one user; beyond, the oldest goes
 
 PROFILE = V3 + "/profile/{user_id}"
 PROFILE_FIELD = PROFILE + "/{name}"
+PROFILE_QUERY = FEDERATION_API + "/query/profile"
 PROFILE_FIELD_OLD = ("/_matrix/client/unstable/uk.tcpip.msc4133/profile/{user_id}/{name}",)
 FIELD_NAME = re.compile(r"[a-z][a-z0-9._-]*")
 FIELD_VALUES: Final = {  # what texts those fields take that clients rely on
@@ -9405,6 +11180,7 @@ class Profiles:
         self.hs = hs
         self._listeners: list[Callable[[UserNid], None]] = []
         self.on_change = self._listeners.append  # called with each new name or avatar
+        self.remote: LruCache[str, tuple[float, Json]] = LruCache(REMOTE_PROFILES)
         hs.accounts.name_account = self._name_account
         hs.accounts.member_content = self._member_content
         hs.accounts.on_deactivated(self._delete)
@@ -9459,14 +11235,45 @@ def profile_of(hs: Homeserver, user_id: str) -> Json:
     return {} if nid is None else hs.profiles.of(nid)
 
 
+async def remote_profile(hs: Homeserver, user_id: str) -> Json:
+    """What another server says of its user, remembered for a moment; odd values are left out."""
+    expires, profile = hs.profiles.remote.get(user_id) or (0.0, {})
+    if expires < time.monotonic():
+        profile = await hs.federation.request(
+            server_of(user_id),
+            "GET",
+            PROFILE_QUERY,
+            query={"user_id": user_id},
+            max_bytes=2 * MAX_PROFILE_BYTES,
+        )
+        for name, form in FIELD_VALUES.items():
+            value = profile.get(name, "")
+            if not isinstance(value, str) or not form.fullmatch(value):
+                profile.pop(name, None)
+        hs.profiles.remote.put(user_id, (time.monotonic() + REMOTE_PROFILE_SECONDS, profile))
+    return profile
+
+
 @route("GET", PROFILE, auth=NONE)
 async def get_profile(hs: Homeserver, _request: Request, user_id: str) -> Json:
     """All that a user says about themselves.  Spec: "Profiles"."""
     if not is_user_id(user_id):
         raise invalid_param("This is not a user id")
+    if not hs.is_local(user_id) and hs.config.allow_federation:
+        return await remote_profile(hs, user_id)
     if not hs.accounts.is_active(user_id):
         raise not_found("There is no profile of this user")
     return profile_of(hs, user_id)
+
+
+@route("GET", PROFILE_QUERY, auth=FEDERATION)
+async def query_profile(hs: Homeserver, request: Request) -> Json:
+    """Tell another server of a user of ours.  Spec: SS-API "Querying for information"."""
+    user_id, name = request.arg("user_id"), request.arg("field")
+    if user_id is None or not is_user_id(user_id) or not hs.is_local(user_id):
+        raise invalid_param("user_id must be that of a user of this server")
+    profile = await get_profile(hs, request, user_id)
+    return {key: value for key, value in profile.items() if name in (None, key)}
 
 
 @route("GET", PROFILE_FIELD, auth=NONE, also=PROFILE_FIELD_OLD)
@@ -9898,6 +11705,8 @@ MAX_FOUND = 50  # users in one answer
 # ── 16.1  Aliases ────────────────────────────────────────────────────────────
 
 ALIAS = V3 + "/directory/room/{alias}"
+DIRECTORY_QUERY = FEDERATION_API + "/query/directory"
+MAX_ALIAS_SERVERS = 100  # that another server names for a room
 
 
 def check_local_alias(hs: Homeserver, alias: str) -> None:
@@ -9922,6 +11731,19 @@ def resolve_alias(hs: Homeserver, alias: str) -> tuple[str, list[str]]:
     if room_id is None:
         raise not_found(f"The alias {alias} does not stand for a room")
     return room_id, [hs.config.server_name]
+
+
+async def look_up_alias(hs: Homeserver, alias: str) -> tuple[str, list[str]]:
+    """The same for an alias of any server; that server is asked. 502 when it does not answer."""
+    if not is_room_alias(alias) or server_of(alias) == hs.config.server_name:
+        return resolve_alias(hs, alias)
+    server, query = server_of(alias), {"room_alias": alias}
+    answer = await hs.federation.request(server, "GET", DIRECTORY_QUERY, query=query)
+    room_id, servers = answer.get("room_id"), answer.get("servers")
+    if not is_room_id(room_id) or not isinstance(servers, list):
+        raise unreachable(f"{server} does not say which room {alias} is")
+    known = [server, *filter(is_server_name, servers)]
+    return cast(str, room_id), list(dict.fromkeys(known))[:MAX_ALIAS_SERVERS]
 
 
 def set_alias(hs: Homeserver, alias: str, room: Room, creator: str) -> None:
@@ -9958,6 +11780,15 @@ def may_curate(hs: Homeserver, requester: Requester, room: Room) -> bool:
 @route("GET", ALIAS, auth=NONE)
 async def get_alias(hs: Homeserver, _request: Request, alias: str) -> Json:
     """Which room an alias stands for.  Spec: "Room aliases"."""
+    room_id, servers = await look_up_alias(hs, alias)
+    return {"room_id": room_id, "servers": servers}
+
+
+@route("GET", DIRECTORY_QUERY, auth=FEDERATION)
+async def query_directory(hs: Homeserver, request: Request) -> Json:
+    """Tell another server which room an alias of ours stands for."""
+    alias = request.arg("room_alias") or ""
+    check_local_alias(hs, alias)
     room_id, servers = resolve_alias(hs, alias)
     return {"room_id": room_id, "servers": servers}
 
@@ -10157,10 +11988,8 @@ def fits(room: Json, term: str, types: list[str | None] | None) -> bool:
     return term in texts.casefold() and (types is None or room.get("room_type") in types)
 
 
-def public_rooms_page(hs: Homeserver, request: Request, query: Json) -> Json:
-    """The page that a query asks for. 404 for the list of a server that is out of reach."""
-    if request.arg("server", hs.config.server_name) != hs.config.server_name:
-        raise not_found("The room list of that server cannot be reached from here")
+def public_rooms_page(hs: Homeserver, query: Json) -> Json:
+    """The page of our list that a query asks for."""
     limit = query.get("limit", 100)
     if limit < 1:
         raise invalid_param("limit must be at least 1")
@@ -10172,17 +12001,66 @@ def public_rooms_page(hs: Homeserver, request: Request, query: Json) -> Json:
     return page_of(found, query.get("since", "0"), limit)
 
 
-@route("GET", V3 + "/publicRooms", auth=NONE, limit="search")
+LISTED_ROOM: Final = {
+    **{"room_id": str, "num_joined_members": int, "world_readable": bool, "guest_can_join": bool},
+    **{f"{name}?": str for name in (*SHOWN_SETTINGS, "join_rule")},
+}
+REMOTE_LIST: Final = {
+    **{"chunk": [LISTED_ROOM], "next_batch?": str, "prev_batch?": str},
+    "total_room_count_estimate?": int,
+}
+PUBLIC_ROOMS: Final = FEDERATION_API + "/publicRooms"
+
+
+async def remote_public_rooms(hs: Homeserver, server: str, method: str, **what: Any) -> Json:
+    """A page of the list of another server. 502 when it cannot be had or is of the wrong shape."""
+    answer = await hs.federation.request(server, method, PUBLIC_ROOMS, **what)
+    with as_unreachable(server):
+        check_shape(answer, REMOTE_LIST)
+    return answer
+
+
+def list_query(request: Request) -> Json:
+    """The query in the arguments of a GET."""
+    limit = request.int_arg("limit", 100, 0, MAX_LISTED) or MAX_LISTED
+    return {"limit": limit, "since": request.arg("since", "0")}
+
+
+@route("GET", V3 + "/publicRooms", auth=OPTIONAL, limit="search")
 async def get_public_rooms(hs: Homeserver, request: Request) -> Json:
-    """The list of published rooms.  Spec: "Published room directory"."""
-    limit = request.int_arg("limit", 100, 1, MAX_LISTED)
-    return public_rooms_page(hs, request, {"limit": limit, "since": request.arg("since", "0")})
+    """The list of published rooms, ours or, for users, another server's.
+
+    Spec: "Published room directory".
+    """
+    own = hs.config.server_name
+    server = request.arg("server") or own
+    if server == own:
+        request.int_arg("limit", 100, 1, MAX_LISTED)
+        return public_rooms_page(hs, list_query(request))
+    check_caller(USER, request.requester)
+    query = {name: request.arg(name) for name in ("limit", "since")}
+    return await remote_public_rooms(hs, server, "GET", query=query)
 
 
 @route("POST", V3 + "/publicRooms", auth=USER, limit="search", body=ROOM_QUERY)
 async def search_public_rooms(hs: Homeserver, request: Request) -> Json:
     """The published rooms that fit a search term and are of the wanted types."""
-    return public_rooms_page(hs, request, request.json)
+    server = request.arg("server") or hs.config.server_name
+    if server == hs.config.server_name:
+        return public_rooms_page(hs, request.json)
+    return await remote_public_rooms(hs, server, "POST", content=request.json)
+
+
+@route("GET", PUBLIC_ROOMS, auth=FEDERATION)
+async def tell_public_rooms(hs: Homeserver, request: Request) -> Json:
+    """Our list for another server.  Spec: SS-API "Published Room Directory"; limit 0 is none."""
+    return public_rooms_page(hs, list_query(request))
+
+
+@route("POST", PUBLIC_ROOMS, auth=FEDERATION, body=ROOM_QUERY)
+async def search_public_rooms_for(hs: Homeserver, request: Request) -> Json:
+    """The same with a filter."""
+    return public_rooms_page(hs, {**request.json, "limit": request.json.get("limit") or MAX_LISTED})
 
 
 # ── 16.4  The search for users ───────────────────────────────────────────────
@@ -11314,6 +13192,7 @@ def room_by_name(hs: Homeserver, name: str) -> Room:
         return hs.rooms.get(resolve_alias(hs, name)[0])
     if not is_room_id(name):
         raise invalid_param("That is neither a room id nor a room alias")
+    refuse_blocked(hs, name)
     return hs.rooms.get(name)
 
 
@@ -14872,21 +16751,6 @@ def is_unread(hs: Homeserver, user_nid: UserNid, room: Room, event: Event) -> bo
 # ── 49.2  The queue ──────────────────────────────────────────────────────────
 
 
-class PushAnswer(Protocol):
-    """What comes back from a gateway, or from a page that is to be previewed."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-
-class PushClient(Protocol):
-    """The way out to hosts that others name; refused addresses and all limits are its matter."""
-
-    async def request(self, method: str, url: str, **options: Any) -> PushAnswer:
-        """One request and its answer; MatrixError for whatever goes wrong."""
-
-
 class Pushers:
     """All pushers, what waits for them, and the tasks that send it: one for each at a time."""
 
@@ -14941,8 +16805,6 @@ class Pushers:
 
     def start(self) -> None:
         """Begin with those pushers whose time has come, and wake up for the next."""
-        if self.hs.http_client is None:
-            return
         now = now_ms()
         idle = [self._pushers[nid] for nid in self._waiting - self._sending]
         idle.sort(key=operator.attrgetter("retry_ts"))
@@ -15112,7 +16974,7 @@ class Pushers:
         body = encode_json({"notification": notification})
         headers = {"Content-Type": "application/json"}
         limits = {"timeout": PUSH_TIMEOUT, "max_bytes": PUSH_ANSWER_BYTES}
-        client, url = cast(PushClient, self.hs.http_client), pusher.data["url"]
+        client, url = self.hs.http_client, pusher.data["url"]
         try:
             answer = await client.request("POST", url, headers=headers, body=body, **limits)
             value = parse_json(answer.body) if answer.status == 200 else None
@@ -15314,6 +17176,7 @@ MAX_QUEUE_BYTES = 64 * 1024 * 1024  # per device; what comes later is refused, n
 MESSAGE_OVERHEAD = 200  # bytes that a waiting message takes besides its content
 KEYS: Final = "/_matrix/client/v3/keys"
 ROOM_KEYS: Final = "/_matrix/client/v3/room_keys"
+NOBODY: Final = UserNid(0)  # who sees what another server may see
 SEND_TO_DEVICE: Final = "/_matrix/client/v3/sendToDevice/{event_type}/{txn_id}"
 OLD: Final = ("unstable",)
 
@@ -15769,13 +17632,75 @@ async def upload_keys(hs: Homeserver, request: Request) -> Json:
 # ── 20.5  Querying and claiming ──────────────────────────────────────────────
 
 
-def split_by_server(hs: Homeserver, wanted: Json) -> tuple[Json, Json]:
-    """What is asked of local users, and as `failures` the servers of the others."""
+KEY_SECONDS = (1.0, 10.0, 30.0)  # that other servers get to answer: least, usual, most
+DEVICE_KEYS: Final = {
+    **{"user_id": str, "device_id": str, "algorithms": [str], "keys": {str: str}},
+    **{"signatures": {str: {str: str}}, "unsigned?": dict},
+}
+KEY_PATHS: Final = {"device_keys": "/user/keys/query", "one_time_keys": "/user/keys/claim"}
+REMOTE_KEY_SHAPES: Final = {  # of what other servers answer: member, shape for each user
+    "device_keys": {str: DEVICE_KEYS},
+    "master_keys": {**SIGNED, "usage": [str]},
+    "self_signing_keys": {**SIGNED, "usage": [str]},
+    "one_time_keys": {str: {str: (str, dict)}},
+}
+
+
+def split_by_server(hs: Homeserver, wanted: Json) -> tuple[Json, dict[str, Json]]:
+    """What is asked of local users, and what of the users of each other server."""
     if not all(map(is_user_id, wanted)):
         raise invalid_param("Keys are asked for by user id")
-    local = {user_id: wanted[user_id] for user_id in wanted if hs.is_local(user_id)}
-    error = {"errcode": "M_UNREACHABLE", "error": "The server could not be reached"}
-    return local, {server_of(user_id): error for user_id in wanted if user_id not in local}
+    servers: dict[str, Json] = {}
+    for user_id, asked in wanted.items():
+        servers.setdefault(server_of(user_id), {})[user_id] = asked
+    return servers.pop(hs.config.server_name, {}), servers
+
+
+def fits_remote_key(member: str, user_id: str, value: Any) -> bool:
+    """Whether keys from another server are of the right shape and say whose they are.
+
+    Trap: what clients cannot read stops them from reading all the rest (CVE-2025-61672).
+    """
+    try:
+        check_canonical(value)
+        check_shape(value, REMOTE_KEY_SHAPES[member], member)
+    except MatrixError:
+        return False
+    if member == "device_keys":
+        return all((user_id, name) == (d["user_id"], d["device_id"]) for name, d in value.items())
+    return bool(value.get("user_id", user_id) == user_id)
+
+
+async def ask_for_keys(
+    hs: Homeserver, member: str, body: Json, servers: dict[str, Json], result: Json
+) -> Json:
+    """Put what other servers say of keys into the result, and return why some could not.
+
+    Each server only speaks for its own users, and only for those that it was asked for.
+    """
+    failures: Json = {}
+    path = FEDERATION_API + KEY_PATHS[member]
+    least, usual, most = KEY_SECONDS
+    seconds = min(max(body.get("timeout", usual * 1000) / 1000, least), most)
+
+    async def ask(server: str, wanted: Json) -> None:
+        content = {member: wanted}
+        try:
+            answer = await hs.federation.request(
+                server, "POST", path, content=content, timeout=seconds
+            )
+        except MatrixError as error:
+            failures[server] = error.to_json()
+            return
+        for name in result.keys() & REMOTE_KEY_SHAPES.keys():
+            member_of = answer.get(name)
+            given: Json = member_of if isinstance(member_of, dict) else {}
+            for user_id in wanted.keys() & given.keys():
+                if fits_remote_key(name, user_id, given[user_id]):
+                    result[name][user_id] = given[user_id]
+
+    await asyncio.gather(*(ask(server, wanted) for server, wanted in servers.items()))
+    return failures
 
 
 def add_keys_of(
@@ -15811,17 +17736,57 @@ def add_keys_of(
             signed.setdefault(hs.db.user_id(signer_nid), {})[key_id] = signature
 
 
-@route("POST", KEYS + "/query", auth=GUEST, also=OLD, body={"device_keys": {str: [str]}})
-async def query_keys(hs: Homeserver, request: Request) -> Json:
-    """Give the devices and cross-signing keys of users, with the signatures one may see."""
-    local, failures = split_by_server(hs, request.json["device_keys"])
+KEY_QUERY_BODY: Final = {"device_keys": {str: [str]}, "timeout?": int}
+
+
+async def local_keys(hs: Homeserver, viewer_nid: UserNid, wanted: Json) -> Json:
+    """The keys of local users, as the viewer may see them; 0 is another server."""
     result: Json = {f"{usage}_keys": {} for usage in ("device", *USAGES)}
-    for user_id, devices in local.items():
+    for user_id, devices in wanted.items():
         user_nid = hs.db.find_user_nid(user_id)
         if user_nid is not None:
-            add_keys_of(hs, result, user_nid, request.user.nid, devices)
+            add_keys_of(hs, result, user_nid, viewer_nid, devices)
         await asyncio.sleep(0)
+    return result
+
+
+@route("POST", KEYS + "/query", auth=GUEST, also=OLD, body=KEY_QUERY_BODY)
+async def query_keys(hs: Homeserver, request: Request) -> Json:
+    """Give the devices and cross-signing keys of users, with the signatures one may see."""
+    local, remote = split_by_server(hs, request.json["device_keys"])
+    result = await local_keys(hs, request.user.nid, local)
+    failures = await ask_for_keys(hs, "device_keys", request.json, remote, result)
     return {**result, "failures": failures}
+
+
+@route("POST", FEDERATION_API + "/user/keys/query", auth=FEDERATION, body=KEY_QUERY_BODY)
+async def query_keys_for(hs: Homeserver, request: Request) -> Json:
+    """The same for another server, of our users.  Spec: SS-API "End-to-End Encryption"."""
+    local, _ = split_by_server(hs, request.json["device_keys"])
+    result = await local_keys(hs, NOBODY, local)
+    del result["user_signing_keys"]
+    return result
+
+
+@route("GET", FEDERATION_API + "/user/devices/{user_id}", auth=FEDERATION)
+async def get_devices_for(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """The devices of a user of ours that have keys.  Spec: SS-API "Device Management"."""
+    user_nid = hs.db.find_user_nid(user_id)
+    if user_nid is None or not hs.is_local(user_id) or not hs.accounts.is_active(user_id):
+        raise not_found("There is no such user here")
+    keys = await local_keys(hs, NOBODY, {user_id: []})
+    query = "SELECT pos FROM device_changes WHERE user_nid = ? AND viewer_nid = 0"
+    devices = []
+    for device_id, device in keys["device_keys"][user_id].items():
+        unsigned = device.pop("unsigned")
+        devices.append({"device_id": device_id, "keys": device, **unsigned})
+    crossed = {
+        f"{usage}_key": keys[f"{usage}_keys"][user_id]
+        for usage in ("master", "self_signing")
+        if user_id in keys[f"{usage}_keys"]
+    }
+    stream_id = hs.db.value(query, (user_nid,)) or 0
+    return {"user_id": user_id, "stream_id": stream_id, "devices": devices, **crossed}
 
 
 def claim_key(hs: Homeserver, user_nid: UserNid, device_id: str, algorithm: str) -> Json | None:
@@ -15847,12 +17812,13 @@ def claim_key(hs: Homeserver, user_nid: UserNid, device_id: str, algorithm: str)
     return {f"{algorithm}:{key_id}": json.loads(body)}
 
 
-@route("POST", KEYS + "/claim", auth=GUEST, also=OLD, body={"one_time_keys": {str: {str: str}}})
-async def claim_keys(hs: Homeserver, request: Request) -> Json:
-    """Hand out one-time keys, each to one caller only; else the fallback key."""
-    local, failures = split_by_server(hs, request.json["one_time_keys"])
+CLAIM_BODY: Final = {"one_time_keys": {str: {str: str}}, "timeout?": int}
+
+
+async def claim_local_keys(hs: Homeserver, wanted: Json) -> Json:
+    """Hand out keys of local users."""
     found: Json = {}
-    for user_id, devices in local.items():
+    for user_id, devices in wanted.items():
         user_nid = hs.db.find_user_nid(user_id)
         if user_nid is None:
             continue
@@ -15862,7 +17828,23 @@ async def claim_keys(hs: Homeserver, request: Request) -> Json:
                 if key is not None:
                     found.setdefault(user_id, {})[device_id] = key
         await asyncio.sleep(0)
-    return {"failures": failures, "one_time_keys": found}
+    return found
+
+
+@route("POST", KEYS + "/claim", auth=GUEST, also=OLD, body=CLAIM_BODY)
+async def claim_keys(hs: Homeserver, request: Request) -> Json:
+    """Hand out one-time keys, each to one caller only; else the fallback key."""
+    local, remote = split_by_server(hs, request.json["one_time_keys"])
+    result: Json = {"one_time_keys": await claim_local_keys(hs, local)}
+    failures = await ask_for_keys(hs, "one_time_keys", request.json, remote, result)
+    return {**result, "failures": failures}
+
+
+@route("POST", FEDERATION_API + "/user/keys/claim", auth=FEDERATION, body=CLAIM_BODY)
+async def claim_keys_for(hs: Homeserver, request: Request) -> Json:
+    """The same for another server, of our users."""
+    local, _ = split_by_server(hs, request.json["one_time_keys"])
+    return {"one_time_keys": await claim_local_keys(hs, local)}
 
 
 # ── 20.6  Key backup ─────────────────────────────────────────────────────────
@@ -17303,6 +19285,7 @@ class Media:
         self.server_name = hs.config.server_name
         self.rendering = asyncio.Lock()  # one picture is decoded at a time, for the memory's sake
         self.touched: dict[int, int] = {}  # when files were asked for; reading must not write
+        self.fetching: Flights[tuple[str, str], None] = Flights()  # from other servers
         self._waiting: list[tuple[int, asyncio.Future[Any]]] = []
         self.receiving = 0  # files that are being stored
         self._unused: set[str] = set()  # hashes of files that may have lost their last row
@@ -17346,6 +19329,19 @@ class Media:
                 (*(upload or (None,) * 4), media_id, user_nid, preview, now, now, expires),
             )
         return media_id
+
+    def add_remote(self, server: str, media_id: str, upload: StoredUpload) -> None:
+        """Remember what came from another server."""
+        now = now_ms()
+        with self.db.write():
+            self.db.execute(
+                """
+                INSERT OR REPLACE INTO media (sha256, size, content_type, filename, server,
+                    media_id, user_nid, created_ts, last_access_ts)
+                VALUES (?, ?, ?, ?, ?, ?, 0, ?, ?)
+                """,
+                (*upload, server, media_id, now, now),
+            )
 
     def find(self, server: str, media_id: str) -> MediaRow | None:
         """The row of a media id, unless it has expired; of this server when `server` is empty."""
@@ -17548,18 +19544,177 @@ async def upload_later(hs: Homeserver, request: Request, server: str, media_id: 
     return {}
 
 
-# ── 22.6  Downloading ────────────────────────────────────────────────────────
+# ── 22.6  Media of other servers ─────────────────────────────────────────────
+
+REMOTE_MEDIA_BYTES = 104_857_600  # at least, whatever may be uploaded here
+REMOTE_MEDIA_SECONDS = 300.0
+REMOTE_WAIT_MS = 20_000  # that we let another server wait for an upload
+MAX_PART_HEAD = 16_384
+FEDERATION_MEDIA: Final = FEDERATION_API + "/media/"
+PART_BOUNDARY = re.compile(
+    r"""multipart/mixed\s*;.*\bboundary=(?:"([ -!#-~]{1,70})"|([!#-:<-~]{1,70}))""", re.IGNORECASE
+)
+GIVEN_NAME = re.compile(
+    r"""filename(?:\*=utf-8''([^;\s]+)|="((?:[^"\\]|\\.)*)"|=([^;\s"]+))""", re.I
+)
+
+
+class Multipart:
+    """Reads the two parts of a federated file as they come: the head of each, then the bytes."""
+
+    def __init__(self, response: ClientResponse) -> None:
+        match = PART_BOUNDARY.match(response.headers.get("content-type", ""))
+        if match is None:
+            raise unreachable("The answer is not in parts")
+        self._mark = b"\r\n--" + (match[1] or match[2]).encode("latin-1")
+        self._blocks = response
+        self._buffer = b"\r\n"  # so that the first mark looks like the others
+
+    async def _more(self) -> None:
+        block = await anext(self._blocks, b"")
+        if not block:
+            raise unreachable("The answer ends within a part")
+        self._buffer += block
+
+    async def _until(self, mark: bytes) -> bytes:
+        while (end := self._buffer.find(mark)) < 0:
+            if len(self._buffer) > MAX_PART_HEAD:
+                raise unreachable("A part has no end")
+            await self._more()
+        found, self._buffer = self._buffer[:end], self._buffer[end + len(mark) :]
+        return found
+
+    async def part(self) -> Headers:
+        """Skip to the next part, and read its head."""
+        await self._until(self._mark)
+        head = await self._until(b"\r\n\r\n")
+        with as_unreachable("The media's server"):
+            return parse_headers(head.decode("latin-1").split("\r\n")[1:])
+
+    async def blocks(self) -> AsyncIterator[bytes]:
+        """The bytes of the part that was begun."""
+        while (end := self._buffer.find(self._mark)) < 0:
+            sure = len(self._buffer) - len(self._mark)
+            if sure > 0:
+                block, self._buffer = self._buffer[:sure], self._buffer[sure:]
+                yield block
+            await self._more()
+        yield self._buffer[:end]
+
+
+def given_name(headers: Headers) -> str | None:
+    """The file name in a Content-Disposition, made safe."""
+    match = GIVEN_NAME.search(headers.get("content-disposition", ""))
+    if match is None:
+        return None
+    extended, quoted, token = match.groups()
+    plain = re.sub(r"\\(.)", r"\1", quoted or token or "")
+    return safe_filename(unquote(extended) if extended else plain)
+
+
+async def keep_answer(
+    hs: Homeserver, headers: Headers, blocks: AsyncIterator[bytes]
+) -> StoredUpload:
+    """Store what comes, under the type and name that its headers give it."""
+    sha256, size = await receive_file(hs, blocks)
+    return sha256, size, safe_content_type(headers.get("content-type")), given_name(headers)
+
+
+async def fetch_from_elsewhere(hs: Homeserver, url: str, max_bytes: int) -> StoredUpload:
+    """Follow the Location in a part, which may be of any host and is asked unsigned."""
+    async with hs.http_client.stream(
+        "GET", url, timeout=REMOTE_MEDIA_SECONDS, max_bytes=max_bytes, redirects=3
+    ) as response:
+        if response.status != 200:
+            raise unreachable("The media is not where its server says")
+        return await keep_answer(hs, response.headers, response)
+
+
+async def fetch_old_way(
+    hs: Homeserver, server: str, path: str, query: Json, limits: Json
+) -> StoredUpload:
+    """Ask a server that does not know the authenticated endpoints."""
+    uri = f"{OLD_MEDIA}{path}{encode_query({**query, 'allow_remote': False})}"
+    async with hs.discovery.stream(server, "GET", uri, **limits) as response:
+        if response.status == 200:
+            return await keep_answer(hs, response.headers, response)
+        response.body = await response.read()
+    raise peer_error(server, response)
+
+
+async def fetch_media(
+    hs: Homeserver, server: str, kind: str, media_id: str, query: Json
+) -> StoredUpload:
+    """Fetch a file ("download") or a thumbnail of it from its server.
+
+    Spec: SS-API "Content Repository": the old endpoint only where the new one is M_UNRECOGNIZED.
+    """
+    max_bytes = max(hs.config.max_request_size, REMOTE_MEDIA_BYTES)
+    limits: Json = {"timeout": REMOTE_MEDIA_SECONDS, "max_bytes": max_bytes}
+    path = f"{FEDERATION_MEDIA}{kind}/{media_id}"
+    async with hs.federation.stream(server, "GET", path, query=query, **limits) as response:
+        if response.status == 200:
+            parts = Multipart(response)
+            await parts.part()  # which holds no data yet, by the specification
+            headers = await parts.part()
+            if location := headers.get("location"):
+                return await fetch_from_elsewhere(hs, location, max_bytes)
+            return await keep_answer(hs, headers, parts.blocks())
+        response.limit, response.body = MAX_ANSWER_BYTES, await response.read()
+    error = peer_error(server, response)
+    if error.errcode != "M_UNRECOGNIZED":
+        raise error
+    return await fetch_old_way(hs, server, f"{kind}/{server}/{media_id}", query, limits)
+
+
+async def remote_media(
+    hs: Homeserver, server: str, media_id: str, kind: str, name: str, query: Json
+) -> MediaRow:
+    """The row for something of another server, fetched if it is not here; `name` is its key."""
+
+    async def fetch() -> None:
+        upload = await fetch_media(hs, server, kind, media_id, query)
+        hs.media.add_remote(server, name, upload)
+
+    row = hs.media.find(server, name)
+    if row is None:
+        await hs.media.fetching.join((server, name), fetch)
+        row = hs.media.find(server, name)
+    if row is None:
+        raise not_found("Media not found")
+    hs.media.touched[row.nid] = now_ms()
+    return row
+
+
+def check_remote(hs: Homeserver, request: Request, server: str, media_id: str) -> None:
+    """404 for media of other servers when they are not wanted or cannot be."""
+    wanted = request.bool_arg("allow_remote", True) and hs.config.allow_federation
+    query = "SELECT quarantined FROM media WHERE server = ? AND media_id = ?"
+    wanted = wanted and not hs.db.value(query, (server, media_id))
+    if not (wanted and is_server_name(server) and MEDIA_ID.fullmatch(media_id)):
+        raise not_found("Media not found")
+
+
+# ── 22.7  Downloading ────────────────────────────────────────────────────────
 #
 # Before v1.11 media needed no access token. Those endpoints are frozen: what is uploaded since then
 # SHOULD only be had with authentication, and all media of this server is newer. So the old paths
 # answer an old client that sends its token, and everyone else with the 404 for frozen media.
 
 
+def require_login(request: Request) -> None:
+    """404 for whoever is not logged in, before anything tells whether the media exists."""
+    if request.requester is None:
+        raise not_found("Media not found; use /_matrix/client/v1/media with an access token")
+
+
 async def uploaded(hs: Homeserver, request: Request, server: str, media_id: str) -> MediaRow:
     """The row of a media id that has its content, for which it may wait a while."""
-    if request.requester is None:  # before anything that tells whether the media exists
-        raise not_found("Media not found; use /_matrix/client/v1/media with an access token")
-    wait_ms = request.int_arg("timeout_ms", 20_000, 0, 60_000)
+    wait_ms = request.int_arg("timeout_ms", REMOTE_WAIT_MS, 0, 60_000)
+    if server != hs.config.server_name:
+        check_remote(hs, request, server, media_id)
+        query = {"timeout_ms": wait_ms}
+        return await remote_media(hs, server, media_id, "download", media_id, query)
     row = find_media(hs, server, media_id)
     if not row.sha256:
         await hs.media.wait_until_uploaded(row, request, wait_ms)
@@ -17577,6 +19732,7 @@ async def download_media(
 
     Spec: GET /_matrix/client/v1/media/download/{serverName}/{mediaId}/{fileName}.
     """
+    require_login(request)
     row = await uploaded(hs, request, server, media_id)
     filename = safe_filename(name) or row.filename
     path = media_file(hs.media.folder, row.sha256)
@@ -17594,23 +19750,86 @@ def wanted_size(request: Request) -> ThumbnailSize:
     return choose_size(width, height, method)
 
 
-@route("GET", f"{NEW_MEDIA}thumbnail/{ONE_FILE}", auth=GUEST, limit="media", also=MSC3916)
-@route("GET", f"{OLD_MEDIA}thumbnail/{ONE_FILE}", auth=OPTIONAL, limit="media", also=OLD_VERSIONS)
-async def get_thumbnail(hs: Homeserver, request: Request, server: str, media_id: str) -> Response:
-    """A smaller picture of a picture; one that was made before is found without waiting.
+async def thumbnail_source(
+    hs: Homeserver, request: Request, server: str, media_id: str, size: ThumbnailSize
+) -> MediaRow:
+    """What a thumbnail is made from: the original, or the thumbnail of its own server."""
+    if server == hs.config.server_name or hs.media.find(server, media_id) is not None:
+        return await uploaded(hs, request, server, media_id)
+    check_remote(hs, request, server, media_id)
+    query: Json = dict(zip(("width", "height", "method"), size, strict=True))
+    if animated := request.arg("animated"):
+        query["animated"] = animated
+    name = "{}/{}x{}-{}/{}".format(media_id, *size, animated or "")
+    try:
+        return await remote_media(hs, server, media_id, "thumbnail", name, query)
+    except MatrixError as error:  # it cannot make one; from the original we may
+        if error.status not in (400, 404, 413):
+            raise
+    return await uploaded(hs, request, server, media_id)
 
-    Spec: GET /_matrix/client/v1/media/thumbnail/{serverName}/{mediaId}.
-    """
+
+async def find_thumbnail(
+    hs: Homeserver, request: Request, server: str, media_id: str
+) -> tuple[Path, str]:
+    """The file of a thumbnail and its type; one that was made before is found without waiting."""
     size = wanted_size(request)
     animated = None if request.arg("animated") is None else request.bool_arg("animated", False)
-    row = await uploaded(hs, request, server, media_id)
+    row = await thumbnail_source(hs, request, server, media_id, size)
     source = media_file(hs.media.folder, row.sha256)
     path = thumbnail_file(hs.media.folder, row.sha256, size)
     kind, _ = ("", b"") if animated else await hs.db.in_thread(image_head, path)
     if not kind:
         async with hs.media.rendering:
             path, kind = await hs.db.in_thread(make_thumbnail, source, path, size, animated)
+    return path, kind
+
+
+@route("GET", f"{NEW_MEDIA}thumbnail/{ONE_FILE}", auth=GUEST, limit="media", also=MSC3916)
+@route("GET", f"{OLD_MEDIA}thumbnail/{ONE_FILE}", auth=OPTIONAL, limit="media", also=OLD_VERSIONS)
+async def get_thumbnail(hs: Homeserver, request: Request, server: str, media_id: str) -> Response:
+    """A smaller picture of a picture.
+
+    Spec: GET /_matrix/client/v1/media/thumbnail/{serverName}/{mediaId}.
+    """
+    require_login(request)
+    path, kind = await find_thumbnail(hs, request, server, media_id)
     return file_response(request, path, kind, f"thumbnail.{kind.partition('/')[2]}")
+
+
+def in_parts(path: Path, kind: str, filename: str | None) -> Response:
+    """A file for another server: metadata that is empty so far, and the bytes."""
+    size = size_of(path)
+    if size is None:
+        raise not_found("Media not found")
+    boundary = random_token(32)
+    head = (
+        f"--{boundary}\r\nContent-Type: application/json\r\n\r\n{{}}\r\n--{boundary}\r\n"
+        + header_line("Content-Type", kind)
+        + header_line("Content-Disposition", content_disposition(kind, filename))
+    )
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield f"{head}\r\n".encode("latin-1")
+        async for block in file_blocks(FileBody(path, size, 0, size)):
+            yield block
+        yield f"\r\n--{boundary}--\r\n".encode("latin-1")
+
+    return Response(200, parts(), MEDIA_HEADERS, f"multipart/mixed; boundary={boundary}")
+
+
+@route("GET", FEDERATION_MEDIA + "download/{media_id}", auth=FEDERATION, limit="media")
+async def download_media_for(hs: Homeserver, request: Request, media_id: str) -> Response:
+    """A file of ours for another server.  Spec: SS-API "Content Repository"."""
+    row = await uploaded(hs, request, hs.config.server_name, media_id)
+    return in_parts(media_file(hs.media.folder, row.sha256), row.content_type, row.filename)
+
+
+@route("GET", FEDERATION_MEDIA + "thumbnail/{media_id}", auth=FEDERATION, limit="media")
+async def get_thumbnail_for(hs: Homeserver, request: Request, media_id: str) -> Response:
+    """A thumbnail of a file of ours for another server."""
+    path, kind = await find_thumbnail(hs, request, hs.config.server_name, media_id)
+    return in_parts(path, kind, f"thumbnail.{kind.partition('/')[2]}")
 
 
 @route("GET", f"{NEW_MEDIA}config", auth=GUEST, also=MSC3916)
@@ -17853,12 +20072,12 @@ class Previews:
         uri = f"mxc://{self.hs.config.server_name}/{media_id}"
         return {"og:image": uri, "og:image:type": kind, "matrix:image:size": len(raw)}, nid
 
-    async def _get(self, url: str, limit: int, *, listed: bool) -> tuple[str, PushAnswer]:
+    async def _get(self, url: str, limit: int, *, listed: bool) -> tuple[str, ClientResponse]:
         """What a URL leads to in the end, and its own URL; each step must be allowed."""
         client = self.hs.http_client
         limits = {"timeout": REQUEST_SECONDS, "max_bytes": limit}
         for _ in range(MAX_REDIRECTS + 1):
-            if client is None or (listed and not is_previewed(self.hs, url)):
+            if listed and not is_previewed(self.hs, url):
                 break
             answer = await client.request("GET", url, headers=PREVIEW_HEADERS, **limits)
             target = answer.headers.get("location")
@@ -17884,13 +20103,13 @@ async def preview_url(hs: Homeserver, request: Request) -> Json:
     if not url:
         raise missing_param("The query parameter url is missing")
     request.int_arg("ts", 0, 0, 2**53)
-    if hs.http_client is None or not is_previewed(hs, url):
+    if not is_previewed(hs, url):
         raise forbidden("This server makes no previews of that page")
     return await hs.previews.of(request.user.nid, urldefrag(url).url)
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
-# ║  PART V   THE HOUSE                                                       ║
+# ║  PART VI   THE HOUSE                                                      ║
 # ╚═══════════════════════════════════════════════════════════════════════════╝
 #
 # Up to here this is a Matrix homeserver like any other. This part is what makes
@@ -19690,7 +21909,7 @@ async def validation_page(hs: Homeserver, request: Request) -> Response:
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
-# ║  PART VI   RUNNING                                                        ║
+# ║  PART VII   RUNNING                                                       ║
 # ╚═══════════════════════════════════════════════════════════════════════════╝
 #
 # Here everything comes together: one object holds the chapters, one place says
@@ -19752,7 +21971,7 @@ class Homeserver:
         self.receipts = Receipts(self)
         self.typing = Typing(self)
         self.presence = Presence(self)
-        self.http_client: PushClient | None = None
+        self.http_client = HttpClient(self)
         self.pushers = Pushers(self)
         self.keys = KeyCache(self.db, self.stream.position, scale)
         self.notifier = Notifier(self.rooms, self.stream)
@@ -19762,10 +21981,14 @@ class Homeserver:
         self.sync_filters: LruCache[tuple[UserNid, str], SyncFilter] = LruCache(SYNC_FILTERS)
         self.media = Media(self)
         self.previews = Previews(self)
+        self.discovery = Discovery(self)
+        self.server_keys = ServerKeys(self)
+        self.federation = Federation(self)
         self.admin_room = AdminRoom(self)
         self.admin_jobs = AdminJobs(self)
         self.router = Router(self)
         self.router.authenticate = self.accounts.authenticate
+        self.router.authenticate_server = self.federation.authenticate
         self.http = HttpServer(
             self.router.dispatch,
             max_request_size=config.max_request_size,
@@ -19851,6 +22074,7 @@ class Homeserver:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.http_client.close()
         with contextlib.suppress(MatrixError), self.db.write():
             self._save()
             self.stream.save()
