@@ -16754,6 +16754,7 @@ class Answer:
         self.sent: dict[RoomNid, SentRoom] = {}
         self.rooms: dict[RoomNid, Json] = {}
         self.direct = direct_rooms(ask)
+        self.is_lasting = True  # whether the next answer selects the same; not the rooms that end
         self.window = self._window()
         self.is_settled = connection.settled == connection.confirmed and ask.since is not None
 
@@ -16796,6 +16797,7 @@ class Answer:
         room = ask.hs.rooms.by_nid(nid)
         make = invited_section if member.membership in {"invite", "knock"} else entered_section
         section, now = make(ask, room, member, config, sent)
+        self.is_lasting &= member.membership in {"join", "invite", "knock"}
         if is_dm != (sent is not None and sent.is_dm):
             section["is_dm"] = is_dm
         if section or moved:
@@ -16969,7 +16971,7 @@ async def answer_once(
     """What is new now, as the members of a response, and whether that is anything."""
     answer = Answer(ask, connection, changes)
     await answer.make_rooms()
-    connection.window = answer.window
+    connection.window = answer.window if answer.is_lasting else None
     if not answer.sent:
         connection.settled = connection.confirmed
     extensions, is_news = cast(Json, {}), bool(answer.rooms)
