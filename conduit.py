@@ -15362,9 +15362,13 @@ class SyncRequest(Reader):
             copy_field(whole, result, path)
         return result
 
-    def pick_data(self, wanted: EventFilter, events: Iterable[Json]) -> list[Json]:
+    def pick_data(
+        self, wanted: EventFilter, events: Iterable[Json], room_id: str | None = None
+    ) -> list[Json]:
         """The account data that passes a filter, for which the user counts as the sender."""
         user_id = self.user.user_id
+        if room_id is not None and not wanted.wants_room(room_id):
+            return []
         return [one for one in events if wanted.wants(one["type"], user_id, one["content"])]
 
 
@@ -15547,7 +15551,10 @@ def choose_members(
     if whole or timeline.limited or any(event.type == MEMBER for event in timeline.events):
         wanted.update(heroes(ask, room) or ())  # as the summary names them
     in_timeline = set() if ask.state_after else {event.nid for event in timeline.events}
-    chosen = {key: nid for key, nid in state.items() if key[0] != MEMBER or key[1] in sent}
+    has_gap = timeline.limited and not whole  # of which the client must hear every member's change
+    chosen = {
+        key: nid for key, nid in state.items() if key[0] != MEMBER or key[1] in sent or has_gap
+    }
     for user_id in wanted:
         nid = state.get((MEMBER, user_id)) or room.state.get((MEMBER, user_id))
         while nid is not None and nid in in_timeline:  # who they were before
@@ -15682,7 +15689,8 @@ def joined_section(
         "ephemeral": {"events": ephemeral},
         **unread_section(ask, room),
     }
-    if fresh or timeline.limited or any(event.type == MEMBER for event in timeline.events):
+    members = (*(event.type for event in timeline.events), *(one.get("type") for one in state))
+    if fresh or timeline.limited or MEMBER in members:
         section["summary"] = summary_of(ask, room)
     return section
 
@@ -15778,7 +15786,7 @@ async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
             continue
         is_new = ask.full_state or (ask.since is not None and member.join_pos > ask.since)
         new_data = room_account_data_of(ask.hs, ask.nid, nid) if is_new else data.get(nid, [])
-        new_data = ask.pick_data(ask.wanted.room_data, new_data)
+        new_data = ask.pick_data(ask.wanted.room_data, new_data, room.room_id)
         name, section = room_section(ask, room, member, changes, new_data)
         if section is not None:
             sections.setdefault(name, {})[room.room_id] = section
@@ -15925,7 +15933,7 @@ invariant(
     """,
 )
 
-MAX_CONNECTIONS = 10  # of a device
+MAX_SLIDING = 10  # of a device
 MAX_LISTS = 100  # in one request, and subscriptions in the accepted form
 MAX_LIST_KEY = 64
 MAX_RANGES = 100
@@ -15947,6 +15955,15 @@ BUMP_TYPES = frozenset(  # what clients sort rooms by
 ANYTHING = "*"
 
 
+def pairs_match(pairs: frozenset[StateKey], key: StateKey, lazy: bool = False) -> bool:
+    """Whether one of the pairs fits; where members are lazy, "all members" does not mean them."""
+    if key in pairs or (ANYTHING, key[1]) in pairs:
+        return True
+    if lazy and key[0] == MEMBER:
+        return False
+    return (key[0], ANYTHING) in pairs or (ANYTHING, ANYTHING) in pairs
+
+
 class StateWish(NamedTuple):
     """One required_state: pairs of type and state key, * for any; what not; members lazily."""
 
@@ -15960,15 +15977,6 @@ class StateWish(NamedTuple):
 
 
 StateConfig = frozenset[StateWish]
-
-
-def pairs_match(pairs: frozenset[StateKey], key: StateKey, lazy: bool = False) -> bool:
-    """Whether one of the pairs fits; where members are lazy, "all members" does not mean them."""
-    if key in pairs or (ANYTHING, key[1]) in pairs:
-        return True
-    if lazy and key[0] == MEMBER:
-        return False
-    return (key[0], ANYTHING) in pairs or (ANYTHING, ANYTHING) in pairs
 
 
 def config_matches(config: StateConfig, key: StateKey) -> bool:
@@ -16208,7 +16216,7 @@ SAME_CONNECTION = """
 
 
 class Sliding:
-    """The connections, and what all of them use: the newest event of a room that bumps it."""
+    """The connections, and what all of them ask of rooms again and again."""
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
@@ -16217,6 +16225,7 @@ class Sliding:
             int(SLIDING_ROOMS * scale)
         )
         self.bumps: LruCache[RoomNid, int] = LruCache(int(SLIDING_ROOMS * scale))
+        self.types: LruCache[RoomNid, str] = LruCache(int(SLIDING_ROOMS * scale))
         self.senders: LruCache[EventNid, str] = LruCache(int(SLIDING_ROOMS * scale))
         hs.db.on_reset(self._connections.clear)
         hs.db.on_reset(self.bumps.clear)
@@ -16255,7 +16264,7 @@ class Sliding:
         """
         with self.hs.db.write():
             self._drop(self.hs.db.all(SAME_CONNECTION, key))
-            self._drop(self.hs.db.all(oldest, (*key[:2], MAX_CONNECTIONS - 1)))
+            self._drop(self.hs.db.all(oldest, (*key[:2], MAX_SLIDING - 1)))
             nid = self.hs.stream.advance()
             row = (nid, *key, nid, nid, "[]")
             self.hs.db.execute("INSERT INTO sliding_connections VALUES (?, ?, ?, ?, ?, ?, ?)", row)
@@ -16363,6 +16372,11 @@ def sender_of(hs: Homeserver, nid: EventNid) -> str:
     return sender
 
 
+def begin_of(ask: SlidingRequest, sent: SentRoom) -> int:
+    """The position up to which the client has a room."""
+    return cast(int, ask.since) if sent.behind is None else sent.behind
+
+
 def is_listed(
     ask: SlidingRequest, connection: SlidingConnection, nid: RoomNid, member: Member
 ) -> bool:
@@ -16384,11 +16398,6 @@ def is_listed(
     if member.forgotten or sender == ask.user.user_id:
         return False
     return departure(ask.hs, ask.hs.rooms.event_by_nid(member.event_nid)) is not None
-
-
-def begin_of(ask: SlidingRequest, sent: SentRoom) -> int:
-    """The position up to which the client has a room."""
-    return cast(int, ask.since) if sent.behind is None else sent.behind
 
 
 def rooms_by_activity(ask: SlidingRequest, connection: SlidingConnection) -> dict[RoomNid, str]:
@@ -16417,10 +16426,22 @@ def direct_rooms(ask: SlidingRequest) -> set[str]:
     return {room_id for rooms in lists for room_id in rooms if isinstance(room_id, str)}
 
 
-def room_type(room: Room) -> str | None:
-    """The type in the create event, None for an ordinary room."""
-    value = room.content(CREATE).get("type")
-    return value if isinstance(value, str) else None
+def room_types(ask: SlidingRequest) -> dict[RoomNid, str | None]:
+    """The type of each of the user's rooms, None for an ordinary one; it never changes."""
+    known = ask.hs.sliding.types
+    types = {nid: known.get(nid) for nid in ask.hs.rooms.memberships(ask.nid)}
+    missing = [nid for nid, value in types.items() if value is None]
+    sql = """
+        SELECT room_nid, pdu
+        FROM json_each(?)
+        JOIN events ON room_nid = value AND state_nid = ?
+    """
+    state_nid = ask.hs.rooms.groups.names.find(CREATE_KEY)
+    for nid, pdu in ask.hs.db.execute(sql, (json.dumps(missing), state_nid)):
+        value = json.loads(pdu)["content"].get("type")
+        types[nid] = value if isinstance(value, str) else ""
+        known.put(nid, cast(str, types[nid]))
+    return {nid: value or None for nid, value in types.items()}
 
 
 def rooms_in_spaces(ask: SlidingRequest, spaces: list[str]) -> set[str]:
@@ -16439,6 +16460,11 @@ RoomTest = Callable[[RoomNid, str], bool]
 def is_one_of(room_ids: set[str]) -> RoomTest:
     """A test for these rooms."""
     return lambda _, room_id: room_id in room_ids
+
+
+def has_type_of(types: dict[RoomNid, str | None], wanted: list[object]) -> RoomTest:
+    """A test for rooms of one of the types."""
+    return lambda nid, _: types.get(nid) in wanted
 
 
 def tagged_with(ask: SlidingRequest, wanted: list[str]) -> RoomTest:
@@ -16460,7 +16486,7 @@ def filter_tests(ask: SlidingRequest, filters: Json) -> Iterator[tuple[RoomTest,
         "is_invite": lambda _: lambda nid, _: members[nid].membership == "invite",
         "spaces": lambda spaces: is_one_of(rooms_in_spaces(ask, spaces)),
         "tags": lambda wanted: tagged_with(ask, wanted),
-        "room_types": lambda wanted: lambda nid, _: room_type(rooms.by_nid(nid)) in wanted,
+        "room_types": lambda wanted: has_type_of(room_types(ask), wanted),
         "is_encrypted": lambda _: lambda nid, _: rooms.by_nid(nid).encrypted,
         "room_name_like": lambda text: (
             lambda nid, _: (
@@ -16474,6 +16500,26 @@ def filter_tests(ask: SlidingRequest, filters: Json) -> Iterator[tuple[RoomTest,
             yield tests[wanted](value), value is not False
         elif name in {"not_room_types", "not_tags"}:
             yield tests[wanted](value), False
+
+
+def add_to_window(window: Window, nid: RoomNid, room_id: str, config: RoomConfig) -> None:
+    """One more reason for a room to be sent."""
+    window.ids[nid] = room_id
+    known = window.configs.get(nid, config)
+    window.configs[nid] = config if known is config else known.merged(config)
+
+
+def add_subscriptions(ask: SlidingRequest, connection: SlidingConnection, window: Window) -> None:
+    """The rooms subscribed to, of those that the user has had to do with."""
+    members = ask.hs.rooms.memberships(ask.nid)
+    for room_id, config in ask.rooms.items():
+        room = ask.hs.rooms.find(room_id)
+        member = members.get(room.nid) if room is not None else None
+        if room is None or member is None or member.forgotten:
+            continue
+        was_in = member.membership in {"leave", "ban"}
+        if was_in or is_listed(ask, connection, room.nid, member):
+            add_to_window(window, room.nid, room_id, config)
 
 
 def select_rooms(ask: SlidingRequest, connection: SlidingConnection) -> Window:
@@ -16500,26 +16546,6 @@ def select_rooms(ask: SlidingRequest, connection: SlidingConnection) -> Window:
             window.lists.setdefault(nid, []).append(name)
     add_subscriptions(ask, connection, window)
     return window
-
-
-def add_to_window(window: Window, nid: RoomNid, room_id: str, config: RoomConfig) -> None:
-    """One more reason for a room to be sent."""
-    window.ids[nid] = room_id
-    known = window.configs.get(nid, config)
-    window.configs[nid] = config if known is config else known.merged(config)
-
-
-def add_subscriptions(ask: SlidingRequest, connection: SlidingConnection, window: Window) -> None:
-    """The rooms subscribed to, of those that the user has had to do with."""
-    members = ask.hs.rooms.memberships(ask.nid)
-    for room_id, config in ask.rooms.items():
-        room = ask.hs.rooms.find(room_id)
-        member = members.get(room.nid) if room is not None else None
-        if room is None or member is None or member.forgotten:
-            continue
-        was_in = member.membership in {"leave", "ban"}
-        if was_in or is_listed(ask, connection, room.nid, member):
-            add_to_window(window, room.nid, room_id, config)
 
 
 # ── 43.5  A room ─────────────────────────────────────────────────────────────
@@ -16558,7 +16584,7 @@ class RoomView(NamedTuple):
         return self.since is None or any(kind == MEMBER for kind, _ in self.changed)
 
 
-def state_at(ask: Reader, room: Room, position: int) -> Mapping[StateKey, EventNid]:
+def whole_state(ask: Reader, room: Room, position: int) -> Mapping[StateKey, EventNid]:
     """The whole state of a room at a position."""
     group = group_at(ask, room, position)
     if group is None or group == room.group:
@@ -16614,7 +16640,7 @@ def view_room(
         state = cast(Mapping[StateKey, EventNid], {own: member.event_nid})
         changed = dict(state) if member.event_nid > (since or 0) else {}
     else:
-        state = state_at(ask, room, at)
+        state = whole_state(ask, room, at)
         if since is not None and at > since:
             changed = changed_state(ask, room, since, timeline, at)
             changed.update(redacted_since(ask, timeline, config, state))
@@ -17003,6 +17029,13 @@ def superseded(pos: str | None) -> Json:
     return {"pos": pos, "rooms": {}, "extensions": {}}
 
 
+def acknowledge_sliding(ask: SlidingRequest) -> None:
+    """Delete the to-device messages that the client says it has."""
+    since = ask.extensions.get("to_device", {}).get("since")
+    if since and parse_token(since) <= ask.upto:
+        acknowledge_to_device(ask.hs, ask.user, parse_token(since))
+
+
 async def answer_sliding(
     hs: Homeserver, request: Request, ask: SlidingRequest, pos: str | None, seconds: float
 ) -> Json:
@@ -17029,13 +17062,6 @@ async def answer_sliding(
         if hs.stream.position == ask.upto:
             is_late = not await hs.notifier.wait(request, ends - time.monotonic())
             hs.accounts.check_logged_in(request.user)
-
-
-def acknowledge_sliding(ask: SlidingRequest) -> None:
-    """Delete the to-device messages that the client says it has."""
-    since = ask.extensions.get("to_device", {}).get("since")
-    if since and parse_token(since) <= ask.upto:
-        acknowledge_to_device(ask.hs, ask.user, parse_token(since))
 
 
 SLIDING_PATH = "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"
@@ -20058,10 +20084,9 @@ UNSTABLE_FEATURES = {
     "org.matrix.msc3881": True,
     "org.matrix.msc3916.stable": True,
     "org.matrix.msc3981": True,
-    "org.matrix.msc4155": True,
     "org.matrix.msc4140": True,
     "org.matrix.msc4143": True,
-||||||| parent of 451a30b (Sliding sync: windows on the list of rooms, connections that outlive a restart; invite permissions)
+    "org.matrix.msc4155": True,
     "org.matrix.msc4222": True,
     "org.matrix.msc4306": True,
     "org.matrix.simplified_msc3575": True,

@@ -14112,6 +14112,46 @@ def test_filters(alice: Client, bob: Client) -> None:
     fails(bob.get("sync", params={"since": "nonsense"}), 400, "M_INVALID_PARAM")
 
 
+def test_filter_of_rooms_for_account_data(alice: Client) -> None:
+    rooms = [alice.create_room() for _ in range(2)]
+    for room_id in rooms:
+        ok(alice.put(("user", alice.user_id, "rooms", room_id, "tags", "u.x"), {}))
+
+    def tagged(**wanted: Any) -> list[str]:
+        joined_rooms = alice.sync(filter={"room": {"account_data": wanted}})["rooms"]["join"]
+        return [room_id for room_id in rooms if joined_rooms[room_id]["account_data"]["events"]]
+
+    assert tagged(rooms=rooms[:1]) == rooms[:1]
+    assert tagged(not_rooms=rooms[:1]) == rooms[1:]
+    assert tagged(not_types=["m.t*"]) == []
+    assert tagged(not_senders=[alice.user_id]) == []
+
+
+def test_every_change_of_members_in_a_gap_comes(alice: Client, bob: Client) -> None:
+    """Lazy-loading leaves out nobody who came, left or changed their name within it."""
+    carol = register(alice.server)
+    room_id = alice.room_with(bob, name="Den")
+    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 1}}}
+    since = alice.sync(filter=lazy)["next_batch"]
+    bob.leave(room_id)
+    alice.invite(room_id, carol)
+    for number in range(3):
+        alice.send_text(room_id, str(number))
+    room = joined(alice.sync(since, filter=lazy), room_id)
+    assert room["timeline"]["limited"] is True
+    members = {key for kind, key in keys_of(room["state"]["events"]) if kind == "m.room.member"}
+    assert members >= {bob.user_id, carol.user_id}
+
+
+def test_summary_comes_when_members_change_out_of_sight(alice: Client, bob: Client) -> None:
+    room_id = alice.create_room()
+    wanted = {"room": {"timeline": {"not_types": ["m.room.member"]}}}
+    since = alice.sync(filter=wanted)["next_batch"]
+    alice.invite(room_id, bob)
+    room = joined(alice.sync(since, filter=wanted), room_id)
+    assert room["summary"]["m.invited_member_count"] == 1
+
+
 def test_full_state(alice: Client, bob: Client) -> None:
     room_id = alice.room_with(bob, name="Den")
     bob.poll()
@@ -15211,6 +15251,24 @@ def test_request_that_was_given_up_changes_nothing(alice: Client, bob: Client) -
     assert bodies_in(sync()["rooms"][room_id]) == ["x"]
 
 
+def test_many_at_once_on_one_connection(alice: Client, bob: Client) -> None:
+    """Whatever clients do, nothing breaks, and who goes on gets what there is."""
+    rooms = [alice.room_with(bob) for _ in range(3)]
+    sync = slide(bob, [0, 1], state=ALL_STATE)
+    sync()
+    pos = sync.pos
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(sync.post, 300, pos) for _ in range(6)]
+        calls += [pool.submit(alice.send_text, room_id, "x") for room_id in rooms]
+        calls += [pool.submit(Slider(bob, **sync.body).post) for _ in range(3)]
+        calls += [pool.submit(sync.post, 0, pos, lists={"all": window([0, n])}) for n in range(3)]
+        found = [call.result() for call in calls]
+    codes = {one.status_code for one in found if not isinstance(one, str)}
+    assert codes <= {200, 400}
+    last = slide(bob)()
+    assert all(bodies_in(last["rooms"][room_id])[-1] == "x" for room_id in rooms)
+
+
 @pytest.mark.parametrize(
     ("body", "errcode"),
     [
@@ -15436,51 +15494,66 @@ class Household:
     def act(self, deed: str, which: int, who: int, number: int) -> None:
         """One step; what the rules forbid is simply not done."""
         room_id, person = self.rooms[which], self.people[who]
-        room, mine = ("rooms", room_id), ("user", person.user_id)
-        event = (
-            self.sent[room_id][-1 - number % len(self.sent[room_id])]
-            if self.sent[room_id]
-            else "$none"
-        )
-        target = {"user_id": self.people[1 + number % 2].user_id}
-        content: Json = {"msgtype": "m.text", "body": unique("text")}
-        if deed in ("message", "thread", "burst", "mention"):
-            if deed == "thread":
-                content["m.relates_to"] = {"rel_type": "m.thread", "event_id": event}
-            if deed == "mention":
-                content["m.mentions"] = {"user_ids": [target["user_id"]]}
-            for _ in range(5 if deed == "burst" else 1):
-                answer = person.put((*room, "send", "m.room.message", unique("txn")), content)
-                self.sent[room_id] += [answer.json().get("event_id", "$none")]
+        if deed in ("sync", "peek", "lose"):
+            self.look(deed, who, number)
+        elif deed in ("message", "thread", "burst", "mention"):
+            self.talk(deed, room_id, person, number)
         elif deed == "name":
             name = {"name": unique("name")}
             self.states[room_id].append(self.host.set_state(room_id, "m.room.name", name))
-        elif deed == "redact":
+        elif deed == "redact state":
+            for event_id in self.states[room_id][-1:]:
+                self.host.redact(room_id, event_id)
+        elif deed in ("join", "leave"):
+            if person is not self.host:
+                person.post(("rooms", room_id, deed))
+        elif deed in ("kick", "ban", "unban", "invite"):
+            target = {"user_id": self.people[1 + number % 2].user_id}
+            self.host.post(("rooms", room_id, deed), target)
+        else:
+            self.note(deed, room_id, person, number)
+
+    def event(self, room_id: str, number: int) -> str:
+        """One of the newest messages."""
+        sent = self.sent[room_id]
+        return sent[-1 - number % len(sent)] if sent else "$none"
+
+    def talk(self, deed: str, room_id: str, person: Client, number: int) -> None:
+        content: Json = {"msgtype": "m.text", "body": unique("text")}
+        if deed == "thread":
+            root = self.event(room_id, number)
+            content["m.relates_to"] = {"rel_type": "m.thread", "event_id": root}
+        if deed == "mention":
+            content["m.mentions"] = {"user_ids": [self.people[1 + number % 2].user_id]}
+        for _ in range(5 if deed == "burst" else 1):
+            path = ("rooms", room_id, "send", "m.room.message", unique("txn"))
+            self.sent[room_id] += [person.put(path, content).json().get("event_id", "$none")]
+
+    def note(self, deed: str, room_id: str, person: Client, number: int) -> None:
+        """Receipts, account data, and the redaction of messages."""
+        room, mine = ("rooms", room_id), ("user", person.user_id)
+        event, value = self.event(room_id, number), {"value": unique()}
+        if deed == "redact":
             person.put((*room, "redact", event, unique("txn")))
-        elif deed == "redact state" and self.states[room_id]:
-            self.host.redact(room_id, self.states[room_id][-1])
         elif deed.startswith("read"):
             kind = "m.read.private" if deed == "read privately" else "m.read"
             person.post((*room, "receipt", kind, event))
         elif deed == "tag":
             person.put((*mine, *room, "tags", f"u.{number}"))
-        elif deed == "data":
-            person.put((*mine, "account_data", f"x.{number}"), {"value": unique()})
-        elif deed == "room data":
-            person.put((*mine, *room, "account_data", f"x.{number}"), {"value": unique()})
-        elif deed in ("join", "leave") and person is not self.host:
-            person.post((*room, deed))
-        elif deed in ("kick", "ban", "unban", "invite"):
-            self.host.post((*room, deed), target)
-        elif deed in ("sync", "peek", "lose") and who:
-            sliding, plain = self.both[who - 1]
-            if deed == "lose":
-                sliding.lose()
-            elif deed == "peek":
-                sliding.catch_up(0, number % 2)
-            else:
-                sliding.catch_up()
-                plain.catch_up()
+        else:
+            where = room if deed == "room data" else ()
+            person.put((*mine, *where, "account_data", f"x.{number}"), value)
+
+    def look(self, deed: str, who: int, number: int) -> None:
+        """One of the two guests looks, with one or both kinds of client."""
+        sliding, plain = self.both[who % 2]
+        if deed == "lose":
+            sliding.lose()
+        elif deed == "peek":
+            sliding.catch_up(0, number % 2)
+        else:
+            sliding.catch_up()
+            plain.catch_up()
 
     def check(self) -> None:
         """All three kinds of client know the same."""
@@ -15522,7 +15595,7 @@ def test_sliding_and_other_syncs_come_to_the_same(
 def test_syncs_come_to_the_same_over_restarts(new_server: Callable[..., Server]) -> None:
     one = new_server()
     register(one)
-    story, chance = Household(one), random.Random(5)
+    story, chance = Household(one), random.Random(5)  # noqa: S311  a story that can be repeated
     for number in range(160):
         story.act(chance.choice(DEEDS), *(chance.randrange(n) for n in (3, 3, 6)))
         if number % 40 == 39:
