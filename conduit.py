@@ -16227,8 +16227,8 @@ class Sliding:
         self.bumps: LruCache[RoomNid, int] = LruCache(int(SLIDING_ROOMS * scale))
         self.types: LruCache[RoomNid, str] = LruCache(int(SLIDING_ROOMS * scale))
         self.senders: LruCache[EventNid, str] = LruCache(int(SLIDING_ROOMS * scale))
-        hs.db.on_reset(self._connections.clear)
-        hs.db.on_reset(self.bumps.clear)
+        for cache in (self._connections, self.bumps, self.types, self.senders):
+            hs.db.on_reset(cache.clear)
         hs.accounts.on_device_deleted(self._device_deleted)
         hs.accounts.on_deactivated(self._deactivated)
         hs.rooms.subscribe(self._new_event)
@@ -16813,7 +16813,9 @@ class Answer:
 
     def _make_room(self, nid: RoomNid) -> None:
         ask, sent = self.ask, self.connection.rooms.get(nid)
-        member, config = ask.hs.rooms.memberships(ask.nid)[nid], self.window.configs[nid]
+        member, config = ask.hs.rooms.memberships(ask.nid).get(nid), self.window.configs[nid]
+        if member is None:
+            return
         is_dm = self.window.ids[nid] in self.direct
         moved = self._counts_moved(nid)
         is_same = sent is not None and is_dm == sent.is_dm and not moved
@@ -16848,9 +16850,12 @@ class Answer:
 
     def _counts_moved(self, nid: RoomNid) -> bool:
         """Whether the user read something meanwhile: the badge goes away in all their clients."""
-        if self.ask.accepted or nid not in self.changes.receipts:
+        sent = self.connection.rooms.get(nid)
+        if self.ask.accepted or sent is None:
             return False
-        return own_receipt_moved(self.ask.hs, nid, self.ask.nid, self.ask.since or 0)
+        if sent.behind is None and nid not in self.changes.receipts:
+            return False
+        return own_receipt_moved(self.ask.hs, nid, self.ask.nid, begin_of(self.ask, sent))
 
     def _with_counts(self, room: Room, member: Member, section: Json, *, is_dm: bool) -> Json:
         ask = self.ask

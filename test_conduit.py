@@ -15206,6 +15206,19 @@ def test_read_elsewhere_takes_the_badge_away(alice: Client, bob: Client) -> None
     assert sync()["rooms"] == {}
 
 
+def test_badge_of_a_room_that_was_read_out_of_the_window(alice: Client, bob: Client) -> None:
+    room_id, other = alice.room_with(bob), alice.create_room()
+    event_id = bob.send_text(room_id, "one")
+    sync = slide(alice, [0, 0])
+    assert sync()["rooms"][room_id]["notification_count"] == 1
+    alice.send_text(other, "x")
+    sync()
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id)))
+    sync()
+    sync.body["lists"] = {"all": window([0, 1])}
+    assert sync()["rooms"][room_id]["notification_count"] == 0
+
+
 def test_messages_after_sleep(alice: Client, bob: Client) -> None:
     """A phone that slept long gets a gap that it can fill from prev_batch, and loses nothing."""
     room_id = alice.room_with(bob)
