@@ -14570,6 +14570,7 @@ def test_room_out_of_the_window_comes_back_with_all_it_missed(alice: Client) -> 
     alice.send_text(quiet, "first")
     sync = slide(alice, [0, 0], limit=10)
     assert set(sync()["rooms"]) == {quiet}
+    alice.send_text(quiet, "as it goes out of sight")
     alice.send_text(loud, "x")
     assert set(sync()["rooms"]) == {loud}
     for number in range(3):
@@ -14578,7 +14579,7 @@ def test_room_out_of_the_window_comes_back_with_all_it_missed(alice: Client) -> 
     assert set(sync()["rooms"]) == {loud}
     alice.send_text(quiet, "last")
     back = sync()["rooms"]
-    assert bodies_in(back[quiet]) == ["0", "1", "2", "last"]
+    assert bodies_in(back[quiet]) == ["as it goes out of sight", "0", "1", "2", "last"]
     assert back[quiet]["limited"] is False
     assert back[quiet]["num_live"] == 1
     assert "initial" not in back[quiet]
