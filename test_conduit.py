@@ -15196,6 +15196,32 @@ def test_syncs_do_not_wake_each_other(new_server: Callable[..., Server]) -> None
 EXTENSION_NAMES: Final = ("to_device", "e2ee", "account_data", "receipts", "typing")
 
 
+@deep
+def test_first_window_of_a_thousand_rooms_is_cheap(new_server: Callable[..., Server]) -> None:
+    one = new_server()
+    host, guest = register(one), register(one)
+    for number in range(1000):
+        room_id = host.create_room(preset="public_chat", name=str(number))
+        guest.join(room_id)
+        host.send_text(room_id, "hello")
+
+    def cost(call: Callable[[], Any]) -> float:
+        """Milliseconds of CPU that the server needs for an answer: the median of nine."""
+        costs = []
+        for _ in range(9):
+            before = one.cpu()
+            call()
+            costs.append(1000 * (one.cpu() - before))
+        return statistics.median(costs)
+
+    state = [["m.room.member", "$LAZY"], ["m.room.name", ""], ["m.space.child", "*"]]
+    assert cost(lambda: slide(guest, [0, 19], limit=1, state=state)()) < 15
+    assert cost(lambda: slide(guest, [0, 19], limit=1, not_room_types=["m.space"])()) < 15
+    sync = slide(guest, [0, 999], limit=1)
+    sync()
+    assert cost(sync) < 3
+
+
 def test_read_elsewhere_takes_the_badge_away(alice: Client, bob: Client) -> None:
     room_id = alice.room_with(bob)
     event_id = alice.send_text(room_id, "one")
