@@ -15215,8 +15215,11 @@ def test_first_window_of_a_thousand_rooms_is_cheap(new_server: Callable[..., Ser
         return statistics.median(costs)
 
     state = [["m.room.member", "$LAZY"], ["m.room.name", ""], ["m.space.child", "*"]]
-    assert cost(lambda: slide(guest, [0, 19], limit=1, state=state)()) < 15
-    assert cost(lambda: slide(guest, [0, 19], limit=1, not_room_types=["m.space"])()) < 15
+    for first in (
+        slide(guest, [0, 19], limit=1, state=state),
+        slide(guest, [0, 19], limit=1, not_room_types=["m.space"]),
+    ):
+        assert cost(lambda first=first: ok(first.post())) < 15
     sync = slide(guest, [0, 999], limit=1)
     sync()
     assert cost(sync) < 3
