@@ -15309,7 +15309,7 @@ def copy_field(source: Json, target: Json, path: list[str]) -> None:
         target[path[-1]] = source[path[-1]]
 
 
-class Reader:
+class SyncReader:
     """Who asks what is new, and from where on; both kinds of sync ask with it."""
 
     state_after = True  # whether the state is wanted behind the timeline, or before it
@@ -15332,7 +15332,7 @@ class Reader:
         return whole
 
 
-class SyncRequest(Reader):
+class SyncRequest(SyncReader):
     """One call of /sync: from where on, and in what form."""
 
     def __init__(self, hs: Homeserver, request: Request, wanted: SyncFilter) -> None:
@@ -15384,7 +15384,7 @@ class Changes(NamedTuple):
     kinds: set[str]
 
 
-def changes_in_tables(ask: Reader, since: int) -> Changes:
+def changes_in_tables(ask: SyncReader, since: int) -> Changes:
     """The same for a token older than the log: all kinds, and each room with a newer event."""
     rows = ask.hs.db.all(
         """
@@ -15400,7 +15400,7 @@ def changes_in_tables(ask: Reader, since: int) -> Changes:
     return Changes(rooms, {room_nid for room_nid, _ in rows}, set(), kinds)
 
 
-def changes_since(ask: Reader, since: int) -> Changes:
+def changes_since(ask: SyncReader, since: int) -> Changes:
     """Find what may be new, in the stream's log or, behind a restart, in the tables."""
     log = ask.hs.stream.since(since)
     found = changes_in_tables(ask, since) if log is None else Changes(set(), set(), set(), set())
@@ -15430,7 +15430,7 @@ class Timeline(NamedTuple):
     complete: bool
 
 
-def timeline_of(ask: Reader, room: Room, since: int | None, upto: int) -> Timeline:
+def timeline_of(ask: SyncReader, room: Room, since: int | None, upto: int) -> Timeline:
     """The newest events after `since`, as many as the filter allows."""
     rooms, wanted, limit = ask.hs.rooms, ask.wanted.timeline, ask.wanted.limit
     low = MIN_POSITION if since is None else since
@@ -15469,7 +15469,7 @@ def without_gap(ask: SyncRequest, room: Room, timeline: Timeline) -> Timeline:
 # ── 21.5  State ──────────────────────────────────────────────────────────────
 
 
-def group_at(ask: Reader, room: Room, position: int) -> int | None:
+def group_at(ask: SyncReader, room: Room, position: int) -> int | None:
     """The state group of a room at a position; None before its first event."""
     if position >= room.last_pos:
         return room.group
@@ -15493,7 +15493,7 @@ def before_timeline(
 
 
 def changed_state(
-    ask: Reader, room: Room, since: int | None, timeline: Timeline, upto: int
+    ask: SyncReader, room: Room, since: int | None, timeline: Timeline, upto: int
 ) -> dict[StateKey, EventNid]:
     """The entries of the state that are new to the client at the point that counts."""
     has_state = any(event.is_state for event in timeline.events)
@@ -15511,7 +15511,7 @@ def changed_state(
     return state if ask.state_after else before_timeline(state, timeline.events, since)
 
 
-def others_in(ask: Reader, room: Room) -> list[str]:
+def others_in(ask: SyncReader, room: Room) -> list[str]:
     """Up to five others in the room, from whom a client can make a name for it."""
     found: list[UserNid] = []
     for memberships in (("join", "invite"), ("leave", "ban")):
@@ -15642,7 +15642,7 @@ def events_section(
 COUNT_NAMES = ("notification_count", "highlight_count")
 
 
-def unread_sums(ask: Reader, room: Room) -> Json:
+def unread_sums(ask: SyncReader, room: Room) -> Json:
     """The unread counts, threads included."""
     counts = unread_counts(ask.hs, ask.nid, room)
     main = (counts.notification_count, counts.highlight_count)
@@ -15695,7 +15695,7 @@ def joined_section(
     return section
 
 
-def was_joined(ask: Reader, room: Room, position: int) -> bool:
+def was_joined(ask: SyncReader, room: Room, position: int) -> bool:
     """Whether the user was in a room at a position."""
     event = ask.hs.rooms.event_at(room, position)
     key = (MEMBER, ask.user.user_id)
@@ -15703,7 +15703,7 @@ def was_joined(ask: Reader, room: Room, position: int) -> bool:
     return entry is not None and entry.membership == "join"
 
 
-def hides_invite(ask: Reader, event: Event | None) -> bool:
+def hides_invite(ask: SyncReader, event: Event | None) -> bool:
     """Whether an event is an invite that the user does not want to see."""
     if event is None or event.membership != "invite":
         return False
@@ -15718,7 +15718,7 @@ class Departure(NamedTuple):
     state_at: int | None  # position of the state to show; None for who never was a member
 
 
-def departure_from(ask: Reader, room: Room, left: Event, since: int | None) -> Departure:
+def departure_from(ask: SyncReader, room: Room, left: Event, since: int | None) -> Departure:
     """What may be seen of a room, whose member event `left` is, up to the moment of leaving."""
     end = left.pos or left.nid
     gone = departure(ask.hs, left)  # kicked, and banned later: the state is that of the kick
@@ -15889,7 +15889,7 @@ async def get_sync(hs: Homeserver, request: Request) -> Json:
 #  What Element X speaks: windows on the list of rooms instead of all rooms. The
 #  server remembers for each connection which rooms the client has, and how much of
 #  them; a room in a window that has news since is sent.  spec: MSC4186, MSC3884,
-#  MSC3885, MSC3959, MSC3960, MSC3961; the older MSC3575 as far as it is the same
+#  MSC3885, MSC3959, MSC3960, MSC3961, MSC4308; the older MSC3575 as far as it is the same
 # ═════════════════════════════════════════════════════════════════════════════
 
 schema("""
@@ -16066,6 +16066,7 @@ EXTENSIONS: Final[Json] = {
     "to_device?": {"enabled?": bool, "limit?": int, "since?": str},
     "e2ee?": {"enabled?": bool},
     **dict.fromkeys(("account_data?", "receipts?", "typing?"), SCOPE),
+    "io.element.msc4308.thread_subscriptions?": {"enabled?": bool, "limit?": int},
 }
 SLIDING_BODY: Final[Json] = {
     "conn_id?": str,
@@ -16106,7 +16107,7 @@ def limited_filter(limit: int) -> SyncFilter:
     return SyncFilter({"room": {"timeline": {"limit": limit}}})
 
 
-class SlidingRequest(Reader):
+class SlidingRequest(SyncReader):
     """One call of sliding sync, in either form."""
 
     def __init__(self, hs: Homeserver, request: Request, *, accepted: bool) -> None:
@@ -16551,7 +16552,7 @@ def select_rooms(ask: SlidingRequest, connection: SlidingConnection) -> Window:
 # ── 43.5  A room ─────────────────────────────────────────────────────────────
 
 
-def bump_stamp(ask: SlidingRequest, room: Room) -> int:
+def newest_bump(ask: SlidingRequest, room: Room) -> int:
     """The position of the newest event that is proper activity, by which clients sort."""
     bump = ask.hs.sliding.bumps.get(room.nid)
     if bump is None:
@@ -16584,7 +16585,7 @@ class RoomView(NamedTuple):
         return self.since is None or any(kind == MEMBER for kind, _ in self.changed)
 
 
-def whole_state(ask: Reader, room: Room, position: int) -> Mapping[StateKey, EventNid]:
+def whole_state(ask: SyncReader, room: Room, position: int) -> Mapping[StateKey, EventNid]:
     """The whole state of a room at a position."""
     group = group_at(ask, room, position)
     if group is None or group == room.group:
@@ -16593,7 +16594,7 @@ def whole_state(ask: Reader, room: Room, position: int) -> Mapping[StateKey, Eve
 
 
 def redacted_since(
-    ask: Reader, timeline: Timeline, config: RoomConfig, state: Mapping[StateKey, EventNid]
+    ask: SyncReader, timeline: Timeline, config: RoomConfig, state: Mapping[StateKey, EventNid]
 ) -> Iterator[tuple[StateKey, EventNid]]:
     """The entries of the state whose content was taken away, by a redaction that may be new.
 
@@ -16719,7 +16720,8 @@ def timeline_members(ask: SlidingRequest, view: RoomView) -> Json:
         "num_live": len(live),
     }
     if events:
-        result["timeline"] = [ask.format(event) for event in events]
+        sums = aggregations(ask.hs, ask.user, events) if view.timeline.limited else {}
+        result["timeline"] = [ask.format(event, sums.get(event.nid)) for event in events]
     return result
 
 
@@ -16745,7 +16747,7 @@ def entered_section(
         if not is_joined:
             result["bump_stamp"] = max(0, member.event_nid)
         elif view.since is None or view.timeline.limited or bumped:
-            result["bump_stamp"] = bump_stamp(ask, room)
+            result["bump_stamp"] = newest_bump(ask, room)
     keeps = sent is not None and view.since is not None and not view.timeline.limited
     limit = max(config.limit, cast(SentRoom, sent).limit) if keeps else config.limit
     return result, SentRoom(None, limit, config.state, False, tuple(extra))
@@ -16963,12 +16965,51 @@ def typing_extension(answer: Answer) -> tuple[Json, bool]:
     return {"rooms": rooms}, bool(rooms)
 
 
+def subscription_page(
+    hs: Homeserver, user_nid: UserNid, since: int, upto: int, limit: int
+) -> tuple[Json, int | None]:
+    """The newest subscriptions to threads that changed, and where those before them begin."""
+    limit = min(100, max(1, limit))
+    changes, page = hs.threads.changed(user_nid, since, upto, limit + 1), cast(Json, {})
+    for room_id, root_id, stamp, state in changes[:limit]:
+        is_over = state == "none"
+        rooms = page.setdefault("unsubscribed" if is_over else "subscribed", {})
+        found = {"bump_stamp": stamp} | ({} if is_over else {"automatic": state == "automatic"})
+        rooms.setdefault(room_id, {})[root_id] = found
+    return page, changes[limit - 1].bump_stamp - 1 if len(changes) > limit else None
+
+
+def threads_extension(answer: Answer) -> tuple[Json, bool]:
+    """The threads that the user began or ceased to follow; nothing if there are none.  MSC4308."""
+    ask, wanted = answer.ask, answer.ask.extensions["io.element.msc4308.thread_subscriptions"]
+    limit = wanted.get("limit", 100)
+    page, more = subscription_page(ask.hs, ask.nid, ask.since or 0, ask.upto, limit)
+    return (page if more is None else {**page, "prev_batch": stream_token(more)}), bool(page)
+
+
+MSC4308_PATH = "/_matrix/client/unstable/io.element.msc4308/thread_subscriptions"
+
+
+@route("GET", MSC4308_PATH, auth=USER, also=("/_matrix/client/v1/thread_subscriptions",))
+async def get_thread_subscriptions(hs: Homeserver, request: Request) -> Json:
+    """What an answer of sliding sync had no room for, page by page, the newest first.  MSC4308."""
+    if request.arg("dir") != "b":
+        raise invalid_param("dir is b")
+    begin, to = (request.arg(name) for name in ("from", "to"))
+    upto = parse_token(begin) if begin else hs.stream.position
+    limit = request.int_arg("limit", 100, 1, 100)
+    since = parse_token(to) if to else 0
+    page, more = subscription_page(hs, request.user.nid, since, upto, limit)
+    return page if more is None else {**page, "end": stream_token(more)}
+
+
 EXTENSION_MAKERS: Final[dict[str, Callable[[Answer], tuple[Json, bool]]]] = {
     "to_device": to_device_extension,
     "e2ee": e2ee_extension,
     "account_data": account_data_extension,
     "receipts": receipts_extension,
     "typing": typing_extension,
+    "io.element.msc4308.thread_subscriptions": threads_extension,
 }
 
 # ── 43.8  The answer ─────────────────────────────────────────────────────────
@@ -17008,8 +17049,10 @@ async def answer_once(
     extensions, is_news = cast(Json, {}), bool(answer.rooms)
     for name, make in EXTENSION_MAKERS.items():
         if name in ask.extensions:
-            extensions[name], has_news = make(answer)
+            section, has_news = make(answer)
             is_news = is_news or has_news
+            if section:
+                extensions[name] = section
     rooms = {answer.window.ids[nid]: section for nid, section in answer.rooms.items()}
     result: Json = {"rooms": rooms, "extensions": extensions}
     if ask.lists:

@@ -15094,6 +15094,47 @@ def test_receipts_and_typing_extensions(alice: Client, bob: Client) -> None:
     assert result["receipts"]["rooms"] == {}
 
 
+def test_thread_subscriptions_extension(alice: Client) -> None:
+    room_id = alice.create_room()
+    roots = [alice.send_text(room_id, str(number)) for number in range(3)]
+    name = "io.element.msc4308.thread_subscriptions"
+    sync = Slider(alice, extensions={name: {"enabled": True, "limit": 2}})
+    assert sync()["extensions"] == {}
+    before = sync.pos
+
+    def path(root: str) -> str:
+        prefix = "/_matrix/client/unstable/io.element.msc4306/rooms/"
+        return f"{prefix}{quote(room_id)}/thread/{quote(root)}/subscription"
+
+    for root in roots:
+        ok(alice.put(path(root), {}))
+    ok(alice.delete(path(roots[0])))
+    found = sync()["extensions"][name]
+    assert list(found["subscribed"][room_id]) == [roots[2]]
+    assert found["subscribed"][room_id][roots[2]]["automatic"] is False
+    assert list(found["unsubscribed"][room_id]) == [roots[0]]
+    pages = "/_matrix/client/unstable/io.element.msc4308/thread_subscriptions"
+    query = {"dir": "b", "from": found["prev_batch"], "to": before}
+    rest = ok(alice.get(pages, params=query))
+    assert (list(rest["subscribed"][room_id]), "end" in rest) == ([roots[1]], False)
+    assert sync()["extensions"] == {}
+    first = ok(alice.get(pages, params={"dir": "b", "limit": 1}))
+    assert list(first["unsubscribed"][room_id]) == [roots[0]]
+    assert first["end"]
+    fails(alice.get(pages, params={"dir": "f"}), 400, "M_INVALID_PARAM")
+    fails(alice.get(pages, params={"dir": "b", "limit": 0}), 400, "M_INVALID_PARAM")
+
+
+def test_bundled_aggregations_come_with_a_gap(alice: Client) -> None:
+    room_id = alice.create_room()
+    root = alice.send_text(room_id, "root")
+    relation = {"rel_type": "m.thread", "event_id": root}
+    alice.send(room_id, "m.room.message", {"body": "reply", "m.relates_to": relation})
+    room = slide(alice, limit=2)()["rooms"][room_id]
+    assert room["limited"] is True
+    assert room["timeline"][0]["unsigned"]["m.relations"]["m.thread"]["count"] == 1
+
+
 def test_receipts_of_a_room_that_was_out_of_the_window(alice: Client, bob: Client) -> None:
     """Also when nothing else happened in it, and after it had come and gone."""
     room_id, other = alice.room_with(bob), alice.create_room()
