@@ -11466,6 +11466,52 @@ def ignored_users(hs: Homeserver, user_nid: UserNid) -> frozenset[str]:
     return found
 
 
+# Who may invite: the first list that names the inviter decides.
+# Spec: CS-API "Invite permission"; MSC4155
+INVITE_PERMISSION = ("m.invite_permission_config", "org.matrix.msc4155.invite_permission_config")
+ALLOW, IGNORE, BLOCK = "allowed", "ignored", "blocked"
+INVITE_LISTS = tuple(
+    (f"{verdict}_{whom}", verdict)
+    for whom in ("users", "servers")
+    for verdict in (ALLOW, IGNORE, BLOCK)
+)
+
+
+def invite_verdict(content: Json, sender: str) -> str:
+    """What a user's configuration says of invites from someone: allowed, ignored or blocked.
+
+    One with a list that is none counts for nothing; [ is no wildcard to the specification.
+    """
+    lists = {name: content.get(name, []) for name, _ in INVITE_LISTS}
+    if content.get("enabled") is False:
+        return ALLOW
+    for found in lists.values():
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            return ALLOW
+    host = re.sub(r":[0-9]+$", "", server_of(sender))
+    for name, verdict in INVITE_LISTS:
+        whom = sender if name.endswith("users") else host
+        if any(fnmatch.fnmatchcase(whom, one.replace("[", "[[]")) for one in lists[name]):
+            return verdict
+    return BLOCK if content.get("default_action") == "block" else ALLOW
+
+
+def invite_permission(hs: Homeserver, user_nid: UserNid, sender: str) -> str:
+    """Whether invites from `sender` reach a local user: allowed, ignored or blocked."""
+    if sender in ignored_users(hs, user_nid):
+        return IGNORE
+    contents = (hs.account_data.get(user_nid, NO_ROOM, name) for name in INVITE_PERMISSION)
+    verdicts = (invite_verdict(content, sender) for content in contents if content)
+    return next((verdict for verdict in verdicts if verdict != ALLOW), ALLOW)
+
+
+def require_inviting_allowed(hs: Homeserver, user_id: str, sender: str) -> None:
+    """403 M_INVITE_BLOCKED where a local user blocks invites from `sender`."""
+    user_nid = hs.db.find_user_nid(user_id)
+    if user_nid is not None and invite_permission(hs, user_nid, sender) == BLOCK:
+        raise MatrixError(403, "M_INVITE_BLOCKED", f"{user_id} does not want this invite")
+
+
 def own_room(hs: Homeserver, request: Request, user_id: str, room_id: str | None) -> RoomNid:
     """The room of a path below the own user; 404 for rooms the user never had to do with."""
     check_own_user(request, user_id)
@@ -13161,6 +13207,7 @@ def invite(
     if membership == "join":
         raise forbidden(f"{invitee} is in the room already")
     if membership != "invite":
+        require_inviting_allowed(hs, invitee, sender)
         content = {"membership": "invite", **member_profile(hs, invitee)}
         if is_direct:
             content["is_direct"] = True
@@ -13960,6 +14007,7 @@ def checked_member_content(
         refuse_blocked(hs, room.room_id)
     if after == "invite" and before != "invite":
         require_invitable(hs, target)
+        require_inviting_allowed(hs, target, user.user_id)
     if after == "join" and before != "join" and target == user.user_id:
         require_guest_access(room, user)
         return {**content, **join_authorisation(hs, room, user.nid)}
@@ -16175,14 +16223,22 @@ class Receipts:
                 self.hs.unread.mark_read(user_nid, room, event_pos, thread or None)
 
 
-def receipts_since(hs: Homeserver, room_nid: RoomNid, user_nid: UserNid, since: int) -> Json | None:
+def receipts_since(
+    hs: Homeserver,
+    room_nid: RoomNid,
+    user_nid: UserNid,
+    since: int,
+    only: set[str] | None = None,
+) -> Json | None:
     """The content of an m.receipt event with what changed, or None; private ones to their owner.
 
+    With `only`, of others just the receipts at these events, by id.
     Where a user has two receipts at one event, the unthreaded one goes out: it says more.
     """
     content: Json = {}
     for reader_nid, kind, thread, event_id, ts in hs.receipts.newer(room_nid, since):
-        if kind == READ_PRIVATE and reader_nid != user_nid:
+        is_shown = kind != READ_PRIVATE and (only is None or event_id in only)
+        if not is_shown and reader_nid != user_nid:
             continue
         users = content.setdefault(event_id, {}).setdefault(kind, {})
         reader = hs.db.user_id(reader_nid)
@@ -18386,38 +18442,52 @@ def copy_field(source: Json, target: Json, path: list[str]) -> None:
         target[path[-1]] = source[path[-1]]
 
 
-class SyncRequest:
-    """One call of /sync: who asks, from where on, and in what form."""
+class SyncReader:
+    """Who asks what is new, and from where on; both kinds of sync ask with it."""
+
+    state_after = True  # whether the state is wanted behind the timeline, or before it
 
     def __init__(self, hs: Homeserver, request: Request, wanted: SyncFilter) -> None:
         self.hs = hs
         self.user = request.user
         self.nid = request.user.nid
         self.wanted = wanted
+        self.since: int | None = None
+        self.to_device_since = 0
+        self.upto = hs.stream.position
+        self.ignored = ignored_users(hs, self.nid)
+
+    def format(self, event: Event, relations: Json | None = None) -> Json:
+        """An event of a room's section, in the form for this reader."""
+        whole = client_event(self.hs.rooms, event, self.user.device_nid, room_id=False)
+        if relations is not None:
+            whole["unsigned"]["m.relations"] = relations
+        return whole
+
+
+class SyncRequest(SyncReader):
+    """One call of /sync: from where on, and in what form."""
+
+    def __init__(self, hs: Homeserver, request: Request, wanted: SyncFilter) -> None:
+        super().__init__(hs, request, wanted)
         self.full_state = request.bool_arg("full_state", False)
         self.state_name, self.state_after = "state", False
         for prefix in ("org.matrix.msc4222.", ""):
             if request.bool_arg(f"{prefix}use_state_after", False):
                 self.state_name, self.state_after = f"{prefix}state_after", True
-        self.since: int | None = None
-        self.to_device_since = 0
         token = request.arg("since")
         position = parse_token(token) if token else None
         # A position still to come is from a database that was put back: then all begins anew.
         if token and position is not None and position <= hs.stream.position:
             self.since, behind = position, token.partition("_")[2]
             self.to_device_since = int(behind) if behind else position
-        self.upto = hs.stream.position
-        self.ignored = ignored_users(hs, self.nid)
 
     def format(self, event: Event, relations: Json | None = None) -> Json:
         """An event of a room's section, in the form that the filter asks for."""
         if self.wanted.federation_format:
             whole = {**event.pdu, "event_id": event.event_id}
         else:
-            whole = client_event(self.hs.rooms, event, self.user.device_nid, room_id=False)
-            if relations is not None:
-                whole["unsigned"]["m.relations"] = relations
+            whole = super().format(event, relations)
         if self.wanted.fields is None:
             return whole
         result: Json = {}
@@ -18425,9 +18495,13 @@ class SyncRequest:
             copy_field(whole, result, path)
         return result
 
-    def pick_data(self, wanted: EventFilter, events: Iterable[Json]) -> list[Json]:
+    def pick_data(
+        self, wanted: EventFilter, events: Iterable[Json], room_id: str | None = None
+    ) -> list[Json]:
         """The account data that passes a filter, for which the user counts as the sender."""
         user_id = self.user.user_id
+        if room_id is not None and not wanted.wants_room(room_id):
+            return []
         return [one for one in events if wanted.wants(one["type"], user_id, one["content"])]
 
 
@@ -18443,7 +18517,7 @@ class Changes(NamedTuple):
     kinds: set[str]
 
 
-def changes_in_tables(ask: SyncRequest, since: int) -> Changes:
+def changes_in_tables(ask: SyncReader, since: int) -> Changes:
     """The same for a token older than the log: all kinds, and each room with a newer event."""
     rows = ask.hs.db.all(
         """
@@ -18459,7 +18533,7 @@ def changes_in_tables(ask: SyncRequest, since: int) -> Changes:
     return Changes(rooms, {room_nid for room_nid, _ in rows}, set(), kinds)
 
 
-def changes_since(ask: SyncRequest, since: int) -> Changes:
+def changes_since(ask: SyncReader, since: int) -> Changes:
     """Find what may be new, in the stream's log or, behind a restart, in the tables."""
     log = ask.hs.stream.since(since)
     found = changes_in_tables(ask, since) if log is None else Changes(set(), set(), set(), set())
@@ -18489,7 +18563,7 @@ class Timeline(NamedTuple):
     complete: bool
 
 
-def timeline_of(ask: SyncRequest, room: Room, since: int | None, upto: int) -> Timeline:
+def timeline_of(ask: SyncReader, room: Room, since: int | None, upto: int) -> Timeline:
     """The newest events after `since`, as many as the filter allows, down to a gap in the room."""
     rooms, wanted, limit = ask.hs.rooms, ask.wanted.timeline, ask.wanted.limit
     low = MIN_POSITION if since is None else since
@@ -18529,7 +18603,7 @@ def without_gap(ask: SyncRequest, room: Room, timeline: Timeline) -> Timeline:
 # ── 21.5  State ──────────────────────────────────────────────────────────────
 
 
-def group_at(ask: SyncRequest, room: Room, position: int) -> int | None:
+def group_at(ask: SyncReader, room: Room, position: int) -> int | None:
     """The state group of a room at a position; None before its first event."""
     if position >= room.last_pos:
         return room.group
@@ -18553,7 +18627,7 @@ def before_timeline(
 
 
 def changed_state(
-    ask: SyncRequest, room: Room, since: int | None, timeline: Timeline, upto: int
+    ask: SyncReader, room: Room, since: int | None, timeline: Timeline, upto: int
 ) -> dict[StateKey, EventNid]:
     """The entries of the state that are new to the client at the point that counts."""
     has_state = any(event.is_state for event in timeline.events)
@@ -18573,11 +18647,8 @@ def changed_state(
     return state if ask.state_after else before_timeline(state, timeline.events, since)
 
 
-def heroes(ask: SyncRequest, room: Room) -> list[str] | None:
-    """Up to five others in the room, from whom a client makes a name for it if it has none."""
-    alias = room.content("m.room.canonical_alias").get("alias")
-    if alias or room.content("m.room.name").get("name"):
-        return None
+def others_in(ask: SyncReader, room: Room) -> list[str]:
+    """Up to five others in the room, from whom a client can make a name for it."""
     found: list[UserNid] = []
     for memberships in (("join", "invite"), ("leave", "ban")):
         for wanted in memberships:
@@ -18587,6 +18658,12 @@ def heroes(ask: SyncRequest, room: Room) -> list[str] | None:
         if found:  # those who left count only in an empty room
             break
     return [ask.hs.db.user_id(nid) for nid in found]
+
+
+def heroes(ask: SyncRequest, room: Room) -> list[str] | None:
+    """The others in a room that has neither a name nor an alias, or None."""
+    alias = room.content("m.room.canonical_alias").get("alias")
+    return None if alias or room.content("m.room.name").get("name") else others_in(ask, room)
 
 
 def choose_members(
@@ -18610,7 +18687,10 @@ def choose_members(
     if whole or timeline.limited or any(event.type == MEMBER for event in timeline.events):
         wanted.update(heroes(ask, room) or ())  # as the summary names them
     in_timeline = set() if ask.state_after else {event.nid for event in timeline.events}
-    chosen = {key: nid for key, nid in state.items() if key[0] != MEMBER or key[1] in sent}
+    has_gap = timeline.limited and not whole  # of which the client must hear every member's change
+    chosen = {
+        key: nid for key, nid in state.items() if key[0] != MEMBER or key[1] in sent or has_gap
+    }
     for user_id in wanted:
         nid = state.get((MEMBER, user_id)) or room.state.get((MEMBER, user_id))
         while nid is not None and nid in in_timeline:  # who they were before
@@ -18695,17 +18775,26 @@ def events_section(
     }
 
 
+COUNT_NAMES = ("notification_count", "highlight_count")
+
+
+def unread_sums(ask: SyncReader, room: Room) -> Json:
+    """The unread counts, threads included."""
+    counts = unread_counts(ask.hs, ask.nid, room)
+    main = (counts.notification_count, counts.highlight_count)
+    sums = map(sum, zip(main, *counts.threads.values(), strict=True))
+    return dict(zip(COUNT_NAMES, sums, strict=True))
+
+
 def unread_section(ask: SyncRequest, room: Room) -> Json:
     """The unread counts: in all, or for the main timeline and each thread."""
+    if not ask.wanted.timeline.thread_counts:
+        return {"unread_notifications": unread_sums(ask, room)}
     counts = unread_counts(ask.hs, ask.nid, room)
     main, threads = (counts.notification_count, counts.highlight_count), counts.threads
-    names = ("notification_count", "highlight_count")
-    if not ask.wanted.timeline.thread_counts:
-        sums = map(sum, zip(main, *threads.values(), strict=True))
-        return {"unread_notifications": dict(zip(names, sums, strict=True))}
-    by_root = {root: dict(zip(names, pair, strict=True)) for root, pair in threads.items()}
+    by_root = {root: dict(zip(COUNT_NAMES, pair, strict=True)) for root, pair in threads.items()}
     return {
-        "unread_notifications": dict(zip(names, main, strict=True)),
+        "unread_notifications": dict(zip(COUNT_NAMES, main, strict=True)),
         "unread_thread_notifications": by_root,
     }
 
@@ -18736,12 +18825,13 @@ def joined_section(
         "ephemeral": {"events": ephemeral},
         **unread_section(ask, room),
     }
-    if fresh or timeline.limited or any(event.type == MEMBER for event in timeline.events):
+    members = (*(event.type for event in timeline.events), *(one.get("type") for one in state))
+    if fresh or timeline.limited or MEMBER in members:
         section["summary"] = summary_of(ask, room)
     return section
 
 
-def was_joined(ask: SyncRequest, room: Room, position: int) -> bool:
+def was_joined(ask: SyncReader, room: Room, position: int) -> bool:
     """Whether the user was in a room at a position."""
     event = ask.hs.rooms.event_at(room, position)
     key = (MEMBER, ask.user.user_id)
@@ -18749,10 +18839,23 @@ def was_joined(ask: SyncRequest, room: Room, position: int) -> bool:
     return entry is not None and entry.membership == "join"
 
 
-def left_section(ask: SyncRequest, room: Room, member: Member) -> Json:
-    """A room that the user has left, up to the moment of leaving."""
-    rooms, since = ask.hs.rooms, ask.since
-    left = cast(Event, rooms.event_by_nid(member.event_nid))
+def hides_invite(ask: SyncReader, event: Event | None) -> bool:
+    """Whether an event is an invite that the user does not want to see."""
+    if event is None or event.membership != "invite":
+        return False
+    return invite_permission(ask.hs, ask.nid, event.sender) != ALLOW
+
+
+class Departure(NamedTuple):
+    """A room that the user has left: up to where it is shown, and from where on it is new."""
+
+    since: int | None
+    timeline: Timeline
+    state_at: int | None  # position of the state to show; None for who never was a member
+
+
+def departure_from(ask: SyncReader, room: Room, left: Event, since: int | None) -> Departure:
+    """What may be seen of a room, whose member event `left` is, up to the moment of leaving."""
     end = left.pos or left.nid
     gone = departure(ask.hs, left)  # kicked, and banned later: the state is that of the kick
     was_member = gone is not None and gone.nid > (since or 0)
@@ -18761,8 +18864,16 @@ def left_section(ask: SyncRequest, room: Room, member: Member) -> Json:
     timeline = timeline_of(ask, room, since, end)
     if left not in timeline.events and ask.wanted.timeline.pick([left]):
         timeline = timeline._replace(events=[*timeline.events, left])
-    upto = cast(Event, gone).nid if was_member else end
-    state = state_section(ask, room, since, timeline, upto) if was_member else []
+    return Departure(since, timeline, cast(Event, gone).nid if was_member else None)
+
+
+def left_section(ask: SyncRequest, room: Room, member: Member) -> Json | None:
+    """A room that the user has left, up to the moment of leaving, or None."""
+    left = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
+    if hides_invite(ask, ask.hs.rooms.entry_before(left, left.key)):
+        return None  # the client never heard of it
+    since, timeline, upto = departure_from(ask, room, left, ask.since)
+    state = [] if upto is None else state_section(ask, room, since, timeline, upto)
     return events_section(ask, timeline, state, [])
 
 
@@ -18776,7 +18887,7 @@ def room_section(
         return "join", joined_section(ask, room, member, changes, data)
     if member.membership == "invite":
         event = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
-        if is_new and event.sender not in ask.ignored:
+        if is_new and not hides_invite(ask, event):
             state = stripped_state(room, event.sender, ask.user.user_id)
             section = {"invite_state": {"events": state}}
         return "invite", section
@@ -18811,7 +18922,7 @@ async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
             continue
         is_new = ask.full_state or (ask.since is not None and member.join_pos > ask.since)
         new_data = room_account_data_of(ask.hs, ask.nid, nid) if is_new else data.get(nid, [])
-        new_data = ask.pick_data(ask.wanted.room_data, new_data)
+        new_data = ask.pick_data(ask.wanted.room_data, new_data, room.room_id)
         name, section = room_section(ask, room, member, changes, new_data)
         if section is not None:
             sections.setdefault(name, {})[room.room_id] = section
@@ -18906,6 +19017,1263 @@ async def get_sync(hs: Homeserver, request: Request) -> Json:
         hs.accounts.check_logged_in(request.user)
         if is_late:
             return (await sync_once(ask))[0]
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  43. SLIDING SYNC
+#
+#  What Element X speaks: windows on the list of rooms instead of all rooms. The
+#  server remembers for each connection which rooms the client has, and how much of
+#  them; a room in a window that has news since is sent.  spec: MSC4186, MSC3884,
+#  MSC3885, MSC3959, MSC3960, MSC3961, MSC4308; the older MSC3575 as far as it is the same
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE sliding_connections (
+    connection_nid INTEGER PRIMARY KEY,
+    user_nid INTEGER NOT NULL,
+    device_nid INTEGER NOT NULL,    -- 0: an application service without a device
+    conn_id TEXT NOT NULL,
+    confirmed INTEGER NOT NULL,     -- the snapshot that the client is known to have
+    sent INTEGER NOT NULL,          -- the one of the newest answer
+    configs TEXT NOT NULL,          -- what state was asked for, a JSON list that only grows
+    UNIQUE (user_nid, device_nid, conn_id)
+);
+CREATE INDEX sliding_devices ON sliding_connections (device_nid);
+CREATE TABLE sliding_rooms (
+    connection_nid INTEGER NOT NULL,
+    room_nid INTEGER NOT NULL,
+    snapshot INTEGER NOT NULL,      -- the first that the row is part of
+    behind INTEGER,                 -- NULL: all is sent; else the position up to which it is
+    timeline_limit INTEGER NOT NULL,
+    config INTEGER NOT NULL,        -- index into the connection's configs
+    is_dm INTEGER NOT NULL,
+    extra TEXT NOT NULL,            -- event nids of state sent beyond the config, a JSON list
+    PRIMARY KEY (connection_nid, room_nid, snapshot)
+) WITHOUT ROWID;
+""")
+invariant(
+    "sliding sync connections of devices that are gone",
+    """
+    SELECT device_nid
+    FROM sliding_connections
+    WHERE device_nid != 0
+    EXCEPT SELECT device_nid FROM devices
+    """,
+)
+invariant(
+    "rooms of sliding sync connections that are not there",
+    """
+    SELECT connection_nid FROM sliding_rooms
+    EXCEPT SELECT connection_nid FROM sliding_connections
+    """,
+)
+
+MAX_SLIDING = 10  # of a device
+MAX_LISTS = 100  # in one request, and subscriptions in the accepted form
+MAX_LIST_KEY = 64
+MAX_RANGES = 100
+MAX_REQUIRED_STATE = 300  # entries of one list or subscription
+MAX_CONFIGS = 100  # kinds of required_state in the life of a connection
+MAX_EXTRA = 200  # members and the like remembered as sent, of a room
+SLIDING_ROOMS = 50_000  # rooms of connections in memory
+BUMP_SCAN = 200  # events looked at for one that bumps
+BUMP_TYPES = frozenset(  # what clients sort rooms by
+    {
+        *(CREATE, "m.room.message", "m.room.encrypted", "m.sticker", "m.call.invite"),
+        *("m.poll.start", "org.matrix.msc3381.poll.start"),
+        *("m.beacon_info", "org.matrix.msc3672.beacon_info"),
+    }
+)
+
+# ── 43.1  What state is wanted ───────────────────────────────────────────────
+
+ANYTHING = "*"
+
+
+def pairs_match(pairs: frozenset[StateKey], key: StateKey, lazy: bool = False) -> bool:
+    """Whether one of the pairs fits; where members are lazy, "all members" does not mean them."""
+    if key in pairs or (ANYTHING, key[1]) in pairs:
+        return True
+    if lazy and key[0] == MEMBER:
+        return False
+    return (key[0], ANYTHING) in pairs or (ANYTHING, ANYTHING) in pairs
+
+
+class StateWish(NamedTuple):
+    """One required_state: pairs of type and state key, * for any; what not; members lazily."""
+
+    include: frozenset[StateKey]
+    exclude: frozenset[StateKey]
+    lazy: bool
+
+    def matches(self, key: StateKey) -> bool:
+        """Whether it names an entry of the state, lazy members aside."""
+        return pairs_match(self.include, key, self.lazy) and not pairs_match(self.exclude, key)
+
+
+StateConfig = frozenset[StateWish]
+
+
+def config_matches(config: StateConfig, key: StateKey) -> bool:
+    """Whether any of the wishes names an entry of the state."""
+    return any(wish.matches(key) for wish in config)
+
+
+@functools.lru_cache(256)
+def wildcards(wish: StateWish) -> tuple[frozenset[str], frozenset[str]]:
+    """The types and the state keys that a wish names with a wildcard beside them."""
+    types = {kind for kind, key in wish.include if key == ANYTHING}
+    keys = {key for kind, key in wish.include if kind == ANYTHING}
+    return frozenset(types), frozenset(keys)
+
+
+def select_state(
+    config: StateConfig, state: Mapping[StateKey, EventNid]
+) -> dict[StateKey, EventNid]:
+    """The entries of a state that a config names; without wildcards they are looked up."""
+    chosen: set[StateKey] = set()
+    for wish in config:
+        types, keys = wildcards(wish)
+        if types or keys:
+            every = ANYTHING in types or ANYTHING in keys
+            names = (key for key in state if every or key[0] in types or key[1] in keys)
+            chosen.update(key for key in names if wish.matches(key))
+        chosen.update(key for key in wish.include & state.keys() if wish.matches(key))
+    return {key: state[key] for key in chosen}
+
+
+def wish_of_pairs(user_id: str, pairs: list[list[str]]) -> StateWish:
+    """The deployed form: pairs, in which $ME and, for members, $LAZY have their meaning."""
+    if any(len(pair) != 2 for pair in pairs):
+        raise bad_json("required_state has pairs of event type and state key")
+    include = {(kind, user_id if key == "$ME" else key) for kind, key in pairs}
+    lazy = (MEMBER, "$LAZY") in include
+    return StateWish(frozenset(include - {(MEMBER, "$LAZY")}), frozenset(), lazy)
+
+
+def wish_of_object(_user_id: str, wanted: Json) -> StateWish:
+    """The accepted form: what to include and to exclude; a member not there is a wildcard."""
+    include, exclude = (
+        frozenset(
+            (one.get("type", ANYTHING), one.get("state_key", ANYTHING))
+            for one in wanted.get(name, ())
+        )
+        for name in ("include", "exclude")
+    )
+    return StateWish(include, exclude, wanted.get("lazy_members", False))
+
+
+def encode_config(config: StateConfig) -> list[Any]:
+    """A config as JSON, the same for the same config."""
+    return sorted([sorted(wish.include), sorted(wish.exclude), wish.lazy] for wish in config)
+
+
+def decode_config(value: list[Any]) -> StateConfig:
+    """What `encode_config` made."""
+    return frozenset(
+        StateWish(frozenset(map(tuple, include)), frozenset(map(tuple, exclude)), lazy)
+        for include, exclude, lazy in value
+    )
+
+
+# ── 43.2  What is asked for ──────────────────────────────────────────────────
+#
+# Two forms of the same request: the one that is deployed, at the unstable prefix,
+# and the one that was accepted, at v4. They are read into one.
+
+STATE_ELEMENTS: Final = [{"type?": str, "state_key?": str}]
+ROOM_WISH: Final[Json] = {"timeline_limit": int, "required_state?": [[str]]}
+ROOM_WISH_V4: Final[Json] = {
+    "timeline_limit": int,
+    "required_state": {
+        "include?": STATE_ELEMENTS,
+        "exclude?": STATE_ELEMENTS,
+        "lazy_members?": bool,
+    },
+}
+SLIDING_FILTERS: Final[Json] = {
+    **{"is_dm?": bool, "is_encrypted?": bool, "is_invite?": bool, "is_invited?": bool},
+    **{"room_types?": [ANY], "not_room_types?": [ANY], "tags?": [str], "not_tags?": [str]},
+    **{"spaces?": [str], "room_name_like?": str},
+}
+SCOPE: Final[Json] = {"enabled?": bool, "lists?": [str], "rooms?": [str]}
+EXTENSIONS: Final[Json] = {
+    "to_device?": {"enabled?": bool, "limit?": int, "since?": str},
+    "e2ee?": {"enabled?": bool},
+    **dict.fromkeys(("account_data?", "receipts?", "typing?"), SCOPE),
+    "io.element.msc4308.thread_subscriptions?": {"enabled?": bool, "limit?": int},
+}
+SLIDING_BODY: Final[Json] = {
+    "conn_id?": str,
+    "lists?": {str: {**ROOM_WISH, "ranges?": [[int]], "filters?": SLIDING_FILTERS}},
+    "room_subscriptions?": {str: ROOM_WISH},
+    "extensions?": EXTENSIONS,
+}
+SLIDING_BODY_V4: Final[Json] = {
+    **{"conn_id?": str, "pos?": str, "timeout?": int, "set_presence?": str},
+    "lists?": {str: {**ROOM_WISH_V4, "range?": [int], "filters?": SLIDING_FILTERS}},
+    "room_subscriptions?": {str: ROOM_WISH_V4},
+    "extensions?": EXTENSIONS,
+}
+
+
+class RoomConfig(NamedTuple):
+    """How much of a room is wanted."""
+
+    limit: int
+    state: StateConfig
+
+    def merged(self, other: RoomConfig) -> RoomConfig:
+        """The superset of two."""
+        return RoomConfig(max(self.limit, other.limit), self.state | other.state)
+
+
+class RoomList(NamedTuple):
+    """A list: windows on the rooms that pass the filters; None stands for all of them."""
+
+    config: RoomConfig
+    ranges: list[list[int]] | None
+    filters: Json
+
+
+@functools.lru_cache(256)
+def limited_filter(limit: int) -> SyncFilter:
+    """The filter that asks for so many timeline events and nothing else."""
+    return SyncFilter({"room": {"timeline": {"limit": limit}}})
+
+
+class SlidingRequest(SyncReader):
+    """One call of sliding sync, in either form."""
+
+    def __init__(self, hs: Homeserver, request: Request, *, accepted: bool) -> None:
+        super().__init__(hs, request, limited_filter(0))
+        body = request.json
+        self.accepted = accepted
+        self.conn_id: str = body.get("conn_id", "")
+        lists, rooms = body.get("lists", {}), body.get("room_subscriptions", {})
+        if len(lists) > MAX_LISTS or (accepted and len(rooms) > MAX_LISTS):
+            raise invalid_param(f"At most {MAX_LISTS} lists, and as many subscriptions")
+        if any(len(key) > MAX_LIST_KEY for key in (*lists, self.conn_id)):
+            raise invalid_param(f"A key or conn_id has at most {MAX_LIST_KEY} characters")
+        self.lists = {key: self._list(wanted) for key, wanted in lists.items()}
+        self.rooms = {room_id: self._config(wanted) for room_id, wanted in rooms.items()}
+        self.extensions = {
+            name: wanted
+            for name, wanted in body.get("extensions", {}).items()
+            if isinstance(wanted, dict) and wanted.get("enabled")
+        }
+        asked = encode_json([lists, rooms])
+        self.digest = hashlib.blake2b(asked, digest_size=16).digest()
+
+    def _config(self, wanted: Json) -> RoomConfig:
+        limit, state = wanted["timeline_limit"], wanted.get("required_state", [])
+        if not 0 <= limit <= MAX_PAGE:
+            raise invalid_param(f"timeline_limit is from 0 to {MAX_PAGE}")
+        wish = (wish_of_object if self.accepted else wish_of_pairs)(self.user.user_id, state)
+        if len(wish.include) + len(wish.exclude) > MAX_REQUIRED_STATE:
+            raise invalid_param(f"required_state has at most {MAX_REQUIRED_STATE} entries")
+        return RoomConfig(limit, frozenset((wish,)))
+
+    def _list(self, wanted: Json) -> RoomList:
+        ranges = wanted.get("ranges", [])
+        if self.accepted:
+            ranges = [wanted["range"]] if "range" in wanted else None
+        for span in ranges or ():
+            if len(span) != 2 or not 0 <= span[0] <= span[1]:
+                raise invalid_param("A range has a first and a last index, from 0 on")
+        if ranges and len(ranges) > MAX_RANGES:
+            raise invalid_param(f"A list has at most {MAX_RANGES} ranges")
+        return RoomList(self._config(wanted), ranges, wanted.get("filters", {}))
+
+    def wants_room(self, name: str, room_id: str, lists: Iterable[str]) -> bool:
+        """Whether an extension is wanted for a room, which these lists have in their windows."""
+        wanted = self.extensions[name]
+        for asked, has in ((wanted.get("lists"), lists), (wanted.get("rooms"), (room_id,))):
+            present = has if asked is None or ANYTHING in asked else set(asked).intersection(has)
+            if present and (has is lists or room_id in self.rooms):
+                return True
+        return False
+
+
+# ── 43.3  Connections ────────────────────────────────────────────────────────
+#
+# A `pos` is a stream position and a snapshot of what the client has. Of a room that
+# is `live` the client has everything up to the position; of one that fell out of all
+# windows, up to where it did. So an answer in which no room comes or goes changes no
+# snapshot and writes nothing. Two snapshots are kept, as rows that differ: the one of
+# the last request, which may come again, and the one of the last answer.
+
+
+class SentRoom(NamedTuple):
+    """What the client has of a room."""
+
+    behind: int | None  # the position up to which it has it; None: it is live
+    limit: int
+    state: StateConfig
+    is_dm: bool
+    extra: tuple[EventNid, ...]  # state that it has beyond the config: lazy members and such
+
+
+class Window(NamedTuple):
+    """Which rooms a request selects, from which lists, kept while nothing changes that."""
+
+    digest: bytes
+    configs: dict[RoomNid, RoomConfig]
+    ids: dict[RoomNid, str]
+    lists: dict[RoomNid, list[str]]
+    answer: Json  # the member `lists` of the response
+
+
+@dataclass(slots=True)
+class SlidingConnection:
+    """What a client's connection is known to have: as confirmed, and after the newest answer."""
+
+    nid: int
+    confirmed: int
+    sent: int
+    configs: list[StateConfig]
+    rooms: dict[RoomNid, SentRoom] = field(default_factory=dict)
+    pending: dict[RoomNid, SentRoom] = field(default_factory=dict)
+    window: Window | None = None
+    settled: int = 0  # the snapshot in which the client has all rooms of the window
+    turn: object = None  # the request that is being answered; an older one changes nothing
+
+
+def unknown_pos() -> MatrixError:
+    """400 M_UNKNOWN_POS: the client starts the connection over."""
+    return MatrixError(400, "M_UNKNOWN_POS", "This connection is not known, start it anew")
+
+
+SAME_CONNECTION = """
+    SELECT connection_nid
+    FROM sliding_connections
+    WHERE user_nid = ? AND device_nid = ? AND conn_id = ?
+"""
+
+
+class Sliding:
+    """The connections, and what all of them ask of rooms again and again."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        scale = hs.config.conduit_cache_capacity_modifier
+        self._connections: LruCache[tuple[int, int, str], SlidingConnection] = LruCache(
+            int(SLIDING_ROOMS * scale)
+        )
+        self.bumps: LruCache[RoomNid, int] = LruCache(int(SLIDING_ROOMS * scale))
+        self.types: LruCache[RoomNid, str] = LruCache(int(SLIDING_ROOMS * scale))
+        self.senders: LruCache[EventNid, str] = LruCache(int(SLIDING_ROOMS * scale))
+        for cache in (self._connections, self.bumps, self.types, self.senders):
+            hs.db.on_reset(cache.clear)
+        hs.accounts.on_device_deleted(self._device_deleted)
+        hs.accounts.on_deactivated(self._deactivated)
+        hs.rooms.subscribe(self._new_event)
+
+    def _new_event(self, room: Room, event: Event) -> None:
+        if event.type in BUMP_TYPES and event.pos is not None:
+            self.bumps.put(room.nid, max(event.pos, self.bumps.get(room.nid) or 0))
+
+    def _deactivated(self, user_nid: UserNid) -> None:
+        sql = "SELECT connection_nid FROM sliding_connections WHERE user_nid = ?"
+        self._drop(self.hs.db.all(sql, (user_nid,)))
+
+    def _device_deleted(self, _user: UserNid, device_nid: DeviceNid, _device_id: str) -> None:
+        sql = "SELECT connection_nid FROM sliding_connections WHERE device_nid = ?"
+        self._drop(self.hs.db.all(sql, (device_nid,)))
+
+    def _drop(self, rows: list[tuple[int]]) -> None:
+        """Forget connections."""
+        with self.hs.db.write():
+            for row in rows:
+                self.hs.db.execute("DELETE FROM sliding_rooms WHERE connection_nid = ?", row)
+                self.hs.db.execute("DELETE FROM sliding_connections WHERE connection_nid = ?", row)
+
+    def start(self, ask: SlidingRequest) -> SlidingConnection:
+        """A connection that begins, in place of the one of the same name."""
+        key = ask.nid, ask.user.device_nid or 0, ask.conn_id
+        oldest = """
+            SELECT connection_nid
+            FROM sliding_connections
+            WHERE user_nid = ? AND device_nid = ?
+            ORDER BY sent DESC
+            LIMIT -1 OFFSET ?
+        """
+        with self.hs.db.write():
+            self._drop(self.hs.db.all(SAME_CONNECTION, key))
+            self._drop(self.hs.db.all(oldest, (*key[:2], MAX_SLIDING - 1)))
+            nid = self.hs.stream.advance()
+            row = (nid, *key, nid, nid, "[]")
+            self.hs.db.execute("INSERT INTO sliding_connections VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        connection = SlidingConnection(nid, nid, nid, [])
+        self._connections.put(key, connection)
+        return connection
+
+    def find(self, ask: SlidingRequest, snapshot: int) -> SlidingConnection:
+        """The connection of a request, as it was at one of its two snapshots."""
+        key = ask.nid, ask.user.device_nid or 0, ask.conn_id
+        nid = self.hs.db.value(SAME_CONNECTION, key)
+        connection = self._connections.get(key)
+        if nid is not None and (connection is None or connection.nid != nid):
+            connection = self._load(key)
+        if not nid or not connection or snapshot not in (connection.confirmed, connection.sent):
+            raise unknown_pos()
+        if connection.confirmed != connection.sent:
+            self._settle(connection, snapshot)
+        self._connections.put(key, connection, 1 + len(connection.rooms))
+        return connection
+
+    def _load(self, key: tuple[int, int, str]) -> SlidingConnection | None:
+        sql = """
+            SELECT connection_nid, confirmed, sent, configs
+            FROM sliding_connections
+            WHERE user_nid = ? AND device_nid = ? AND conn_id = ?
+        """
+        found = self.hs.db.one(sql, key)
+        if found is None:
+            return None
+        nid, confirmed, newest, configs = found
+        configs = [decode_config(one) for one in json.loads(configs)]
+        connection = SlidingConnection(nid, confirmed, newest, configs)
+        sql = """
+            SELECT room_nid, snapshot, behind, timeline_limit, config, is_dm, extra
+            FROM sliding_rooms
+            WHERE connection_nid = ?
+        """
+        for row in self.hs.db.all(sql, (connection.nid,)):
+            room_nid, snapshot, behind, limit, config, is_dm, extra = row
+            into = connection.rooms if snapshot <= connection.confirmed else connection.pending
+            into[room_nid] = SentRoom(
+                behind, limit, connection.configs[config], bool(is_dm), tuple(json.loads(extra))
+            )
+        return connection
+
+    def _settle(self, connection: SlidingConnection, snapshot: int) -> None:
+        """The client said which snapshot it has: the last answer arrived, or it was lost."""
+        arrived = snapshot == connection.sent
+        delete = """
+            DELETE FROM sliding_rooms
+            WHERE connection_nid = ?
+              AND room_nid IN (SELECT value FROM json_each(?))
+              AND (snapshot <= ?) = ?
+        """
+        nids = json.dumps(list(connection.pending))
+        update = """
+            UPDATE sliding_connections
+            SET confirmed = ?, sent = ?
+            WHERE connection_nid = ?
+        """
+        with self.hs.db.write():
+            row = (connection.nid, nids, connection.confirmed, arrived)
+            self.hs.db.execute(delete, row)
+            self.hs.db.execute(update, (snapshot, snapshot, connection.nid))
+        if arrived:
+            connection.rooms.update(connection.pending)
+        else:
+            connection.window = None
+        connection.pending = {}
+        connection.confirmed = connection.sent = snapshot
+
+    def save(self, connection: SlidingConnection, changed: dict[RoomNid, SentRoom]) -> None:
+        """A new snapshot, with what changed since the confirmed one."""
+        nid, snapshot = connection.nid, self.hs.stream.advance()
+        rows = []
+        for room_nid, sent in changed.items():
+            if sent.state not in connection.configs:
+                connection.configs.append(sent.state)
+            config, extra = connection.configs.index(sent.state), json.dumps(sent.extra)
+            rows.append((nid, room_nid, snapshot, *sent[:2], config, sent.is_dm, extra))
+        if len(connection.configs) > MAX_CONFIGS:
+            self._drop([(nid,)])
+            raise unknown_pos()
+        configs = json.dumps([encode_config(config) for config in connection.configs])
+        update = "UPDATE sliding_connections SET sent = ?, configs = ? WHERE connection_nid = ?"
+        with self.hs.db.write():
+            if not self.hs.db.execute(update, (snapshot, configs, nid)).rowcount:
+                raise unknown_pos()  # begun anew while this answer was made
+            insert = "INSERT INTO sliding_rooms VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            for row in rows:
+                self.hs.db.execute(insert, row)
+        connection.sent, connection.pending = snapshot, changed
+
+
+# ── 43.4  The list of rooms ──────────────────────────────────────────────────
+
+
+def sender_of(hs: Homeserver, nid: EventNid) -> str:
+    """Who sent a member event; remembered, as it is asked for each room that one has left."""
+    sender = hs.sliding.senders.get(nid)
+    if sender is None:
+        sender = cast(Event, hs.rooms.event_by_nid(nid)).sender
+        hs.sliding.senders.put(nid, sender)
+    return sender
+
+
+def begin_of(ask: SlidingRequest, sent: SentRoom) -> int:
+    """The position up to which the client has a room."""
+    return cast(int, ask.since) if sent.behind is None else sent.behind
+
+
+def is_listed(
+    ask: SlidingRequest, connection: SlidingConnection, nid: RoomNid, member: Member
+) -> bool:
+    """Whether a room is in the user's list of rooms.
+
+    Who left by themselves is told so once, if the client has the room; who was removed from a
+    room that they had joined keeps it in the list.
+    """
+    if member.membership == "join":
+        return True
+    sender = sender_of(ask.hs, member.event_nid)
+    if member.membership == "invite":
+        return invite_permission(ask.hs, ask.nid, sender) == ALLOW
+    if member.membership == "knock":
+        return True
+    sent = connection.rooms.get(nid)
+    if sent is not None and member.event_nid > begin_of(ask, sent):
+        return True
+    if member.forgotten or sender == ask.user.user_id:
+        return False
+    return departure(ask.hs, ask.hs.rooms.event_by_nid(member.event_nid)) is not None
+
+
+def rooms_by_activity(ask: SlidingRequest, connection: SlidingConnection) -> dict[RoomNid, str]:
+    """The ids of the user's rooms, the one that had an event last at the front."""
+    sql = """
+        SELECT room_nid, room_id, last_pos
+        FROM memberships
+        JOIN rooms USING (room_nid)
+        WHERE user_nid = ?
+    """
+    members = ask.hs.rooms.memberships(ask.nid)
+    found = []
+    for nid, room_id, last_pos in ask.hs.db.execute(sql, (ask.nid,)):
+        member = members[nid]
+        if is_listed(ask, connection, nid, member):
+            active = last_pos if member.membership == "join" else member.event_nid
+            found.append((active, nid, room_id))
+    found.sort(reverse=True)
+    return {nid: room_id for _, nid, room_id in found}
+
+
+def direct_rooms(ask: SlidingRequest) -> set[str]:
+    """The ids of the rooms in the user's m.direct."""
+    content = ask.hs.account_data.get(ask.nid, NO_ROOM, "m.direct") or {}
+    lists = [rooms for rooms in content.values() if isinstance(rooms, list)]
+    return {room_id for rooms in lists for room_id in rooms if isinstance(room_id, str)}
+
+
+def room_types(ask: SlidingRequest) -> dict[RoomNid, str | None]:
+    """The type of each of the user's rooms, None for an ordinary one; it never changes."""
+    known = ask.hs.sliding.types
+    types = {nid: known.get(nid) for nid in ask.hs.rooms.memberships(ask.nid)}
+    missing = [nid for nid, value in types.items() if value is None]
+    sql = """
+        SELECT room_nid, pdu
+        FROM json_each(?)
+        JOIN events ON room_nid = value AND state_nid = ?
+    """
+    state_nid = ask.hs.rooms.groups.names.find(CREATE_KEY)
+    for nid, pdu in ask.hs.db.execute(sql, (json.dumps(missing), state_nid)):
+        value = json.loads(pdu)["content"].get("type")
+        types[nid] = value if isinstance(value, str) else ""
+        known.put(nid, cast(str, types[nid]))
+    return {nid: value or None for nid, value in types.items()}
+
+
+def rooms_in_spaces(ask: SlidingRequest, spaces: list[str]) -> set[str]:
+    """The ids of the rooms that spaces which the user is in have as children."""
+    found: set[str] = set()
+    for space in map(ask.hs.rooms.find, spaces):
+        if space is not None and space.membership_of(ask.nid) == "join":
+            keys = [key for key in space.state if key[0] == "m.space.child"]
+            found.update(key[1] for key in keys if isinstance(space.content(*key).get("via"), list))
+    return found
+
+
+RoomTest = Callable[[RoomNid, str], bool]
+
+
+def is_one_of(room_ids: set[str]) -> RoomTest:
+    """A test for these rooms."""
+    return lambda _, room_id: room_id in room_ids
+
+
+def has_type_of(types: dict[RoomNid, str | None], wanted: list[object]) -> RoomTest:
+    """A test for rooms of one of the types."""
+    return lambda nid, _: types.get(nid) in wanted
+
+
+def tagged_with(ask: SlidingRequest, wanted: list[str]) -> RoomTest:
+    """A test for rooms that have one of the tags."""
+    get = functools.partial(get_room_account_data, ask.hs, ask.nid)
+
+    def test(nid: RoomNid, _room_id: str) -> bool:
+        tags = (get(nid, "m.tag") or {}).get("tags")
+        return isinstance(tags, dict) and not tags.keys().isdisjoint(wanted)
+
+    return test
+
+
+def filter_tests(ask: SlidingRequest, filters: Json) -> Iterator[tuple[RoomTest, bool]]:
+    """The filters of a list as tests, each with the answer that a room must give."""
+    rooms, members = ask.hs.rooms, ask.hs.rooms.memberships(ask.nid)
+    tests: dict[str, Callable[[Any], RoomTest]] = {
+        "is_dm": lambda _: is_one_of(direct_rooms(ask)),
+        "is_invite": lambda _: lambda nid, _: members[nid].membership == "invite",
+        "spaces": lambda spaces: is_one_of(rooms_in_spaces(ask, spaces)),
+        "tags": lambda wanted: tagged_with(ask, wanted),
+        "room_types": lambda wanted: has_type_of(room_types(ask), wanted),
+        "is_encrypted": lambda _: lambda nid, _: rooms.by_nid(nid).encrypted,
+        "room_name_like": lambda text: (
+            lambda nid, _: (
+                text.lower() in rooms.by_nid(nid).setting("m.room.name", "name", "").lower()
+            )
+        ),
+    }
+    for name, value in filters.items():
+        wanted = name.replace("invited", "invite").removeprefix("not_")
+        if wanted in tests and (wanted == name or not name.startswith("not_")):
+            yield tests[wanted](value), value is not False
+        elif name in {"not_room_types", "not_tags"}:
+            yield tests[wanted](value), False
+
+
+def add_to_window(window: Window, nid: RoomNid, room_id: str, config: RoomConfig) -> None:
+    """One more reason for a room to be sent."""
+    window.ids[nid] = room_id
+    known = window.configs.get(nid, config)
+    window.configs[nid] = config if known is config else known.merged(config)
+
+
+def add_subscriptions(ask: SlidingRequest, connection: SlidingConnection, window: Window) -> None:
+    """The rooms subscribed to, of those that the user has had to do with."""
+    members = ask.hs.rooms.memberships(ask.nid)
+    for room_id, config in ask.rooms.items():
+        room = ask.hs.rooms.find(room_id)
+        member = members.get(room.nid) if room is not None else None
+        if room is None or member is None or member.forgotten:
+            continue
+        was_in = member.membership in {"leave", "ban"}
+        if was_in or is_listed(ask, connection, room.nid, member):
+            add_to_window(window, room.nid, room_id, config)
+
+
+def select_rooms(ask: SlidingRequest, connection: SlidingConnection) -> Window:
+    """The rooms in the windows of all lists, and those subscribed to, with what is wanted."""
+    ordered = rooms_by_activity(ask, connection)
+    window = Window(ask.digest, {}, {}, {}, {})
+    for name, wanted in ask.lists.items():
+        tests = list(filter_tests(ask, wanted.filters))
+        nids = [
+            nid
+            for nid, room_id in ordered.items()
+            if all(test(nid, room_id) == right for test, right in tests)
+        ]
+        spans = [[0, len(nids)]] if wanted.ranges is None else wanted.ranges
+        windows = [nids[first : last + 1] for first, last in spans]
+        window.answer[name] = {"count": len(nids)}
+        if not ask.accepted:
+            window.answer[name]["ops"] = [
+                {"op": "SYNC", "range": span, "room_ids": [ordered[nid] for nid in shown]}
+                for span, shown in zip(spans, windows, strict=True)
+            ]
+        for nid in dict.fromkeys(itertools.chain(*windows)):
+            add_to_window(window, nid, ordered[nid], wanted.config)
+            window.lists.setdefault(nid, []).append(name)
+    add_subscriptions(ask, connection, window)
+    return window
+
+
+# ── 43.5  A room ─────────────────────────────────────────────────────────────
+
+
+def newest_bump(ask: SlidingRequest, room: Room) -> int:
+    """The position of the newest event that is proper activity, by which clients sort."""
+    bump = ask.hs.sliding.bumps.get(room.nid)
+    if bump is None:
+        events = ask.hs.rooms.events_between(room, MIN_POSITION, room.last_pos, BUMP_SCAN)
+        found = (event.pos for event in reversed(events) if event.type in BUMP_TYPES)
+        bump = max(0, next(found, events[0].pos if events else 0) or 0)
+        ask.hs.sliding.bumps.put(room.nid, bump)
+    return bump
+
+
+class RoomView(NamedTuple):
+    """What goes into the section of a room that the user is or was in."""
+
+    room: Room
+    config: RoomConfig
+    sent: SentRoom | None
+    since: int | None  # the position up to which the client has it; None: it begins anew
+    timeline: Timeline
+    state: Mapping[StateKey, EventNid]  # the whole state at the end
+    changed: dict[StateKey, EventNid]  # of that, what is new since
+    expanded: bool  # the timeline goes further back than before
+
+    def news(self, *key: str) -> bool:
+        """Whether the client does not have the present value of an entry of the state."""
+        return self.since is None or key in self.changed
+
+    @property
+    def members_changed(self) -> bool:
+        """Whether the client does not have the present members."""
+        return self.since is None or any(kind == MEMBER for kind, _ in self.changed)
+
+
+def whole_state(ask: SyncReader, room: Room, position: int) -> Mapping[StateKey, EventNid]:
+    """The whole state of a room at a position."""
+    group = group_at(ask, room, position)
+    if group is None or group == room.group:
+        return room.state
+    return ask.hs.rooms.groups.named(ask.hs.rooms.groups.read(group))
+
+
+def redacted_since(
+    ask: SyncReader, timeline: Timeline, config: RoomConfig, state: Mapping[StateKey, EventNid]
+) -> Iterator[tuple[StateKey, EventNid]]:
+    """The entries of the state whose content was taken away, by a redaction that may be new.
+
+    Trap: the entry is the same event as before, but the client reads state nowhere else.
+    """
+    redactions = {event.nid for event in timeline.events if event.type == REDACTION}
+    if timeline.limited or redactions:
+        for event in ask.hs.rooms.events_by_nids(select_state(config.state, state).values()):
+            if event.redacted_by and (timeline.limited or event.redacted_by in redactions):
+                yield event.key, event.nid
+
+
+def left_place(
+    ask: SlidingRequest, room: Room, member: Member, since: int | None, *, expanded: bool
+) -> Departure:
+    """Of a room that the user has left: what is to be seen, and no more once it was told."""
+    left = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
+    is_known = since is not None and left.nid <= since
+    found = departure_from(ask, room, left, None if expanded or is_known else since)
+    if is_known and not expanded:
+        return Departure(since, Timeline([], False, found.timeline.prev_batch, True), found[2])
+    return found._replace(since=since) if expanded else found
+
+
+def view_room(
+    ask: SlidingRequest, room: Room, member: Member, config: RoomConfig, sent: SentRoom | None
+) -> RoomView:
+    """Find out what is new in a room that the user is or was in."""
+    ask.wanted = limited_filter(config.limit)
+    since = None if sent is None else begin_of(ask, sent)
+    if since is not None and member.membership == "join" and member.join_pos > since:
+        since = None  # joined meanwhile: the client knew only of an invite, or of an earlier stay
+    expanded = since is not None and sent is not None and config.limit > sent.limit
+    at: int | None = ask.upto
+    if member.membership == "join":
+        timeline = timeline_of(ask, room, None if expanded else since, ask.upto)
+    else:
+        since, timeline, at = left_place(ask, room, member, since, expanded=expanded)
+    if config.limit == 0:
+        timeline = Timeline([], False, timeline.prev_batch, False)
+    changed: dict[StateKey, EventNid] = {}
+    if at is None:  # never was a member: all there is to see is how the invite ended
+        own = (MEMBER, ask.user.user_id)
+        state = cast(Mapping[StateKey, EventNid], {own: member.event_nid})
+        changed = dict(state) if member.event_nid > (since or 0) else {}
+    else:
+        state = whole_state(ask, room, at)
+        if since is not None and at > since:
+            changed = changed_state(ask, room, since, timeline, at)
+            changed.update(redacted_since(ask, timeline, config, state))
+    return RoomView(room, config, sent, since, timeline, state, changed, expanded)
+
+
+def lazy_members(view: RoomView) -> set[StateKey]:
+    """The members that a client which asks for them lazily should have now."""
+    people = {event.sender for event in view.timeline.events}
+    keys = {(MEMBER, user_id) for user_id in people}
+    keys.update(event.key for event in view.timeline.events if event.type == MEMBER)
+    if not view.timeline.limited:
+        keys.update(key for key in view.changed if key[0] == MEMBER)
+    return keys & view.state.keys()
+
+
+def choose_state(view: RoomView) -> tuple[dict[StateKey, EventNid], list[EventNid]]:
+    """The state to send, and what of all that the client then has its config does not name."""
+    sent, state, config = view.sent, view.state, view.config.state
+    extra: list[EventNid] = []
+    if view.since is None or sent is None:
+        chosen = select_state(config, state)
+    else:
+        extra = list(sent.extra)
+        chosen = {key: nid for key, nid in view.changed.items() if config_matches(config, key)}
+        if sent.state != config:  # more is asked for, or less, or other
+            wanted, had = select_state(config, state), select_state(sent.state, state)
+            new = wanted.keys() - had.keys()
+            chosen.update((key, state[key]) for key in new if state[key] not in extra)
+            extra += [had[key] for key in had.keys() - wanted.keys() - view.changed.keys()]
+    if any(wish.lazy for wish in config):
+        for key in lazy_members(view) - chosen.keys():
+            if state[key] not in extra and not config_matches(config, key):
+                chosen[key] = state[key]
+    extra += [nid for key, nid in chosen.items() if not config_matches(config, key)]
+    return chosen, list(dict.fromkeys(extra))[-MAX_EXTRA:]
+
+
+def hero(room: Room, user_id: str) -> Json:
+    """A member by whom a room without a name is called."""
+    content = room.content(MEMBER, user_id)
+    profile = {key: content.get(key) for key in ("displayname", "avatar_url")}
+    return {"user_id": user_id} | {k: v for k, v in profile.items() if isinstance(v, str)}
+
+
+def describe(ask: SlidingRequest, view: RoomView, *, is_joined: bool) -> Json:
+    """Name, picture, heroes and counts of a room, as far as they changed."""
+    result: Json = {}
+    rooms = ask.hs.rooms
+    name = None
+    for member, event_type, key in (
+        ("name", "m.room.name", "name"),
+        ("avatar", "m.room.avatar", "url"),
+    ):
+        nid = view.state.get((event_type, ""))
+        value = cast(Event, rooms.event_by_nid(nid)).content.get(key) if nid else None
+        value = value if isinstance(value, str) and value else None
+        name = value if member == "name" else name
+        if view.news(event_type, "") and (value or view.since is not None):
+            result[member] = value
+    if is_joined and view.members_changed:
+        result["joined_count"] = view.room.joined_count
+        result["invited_count"] = view.room.invited_count
+    if is_joined and name is None and (view.members_changed or "name" in result):
+        result["heroes"] = [hero(view.room, user_id) for user_id in others_in(ask, view.room)]
+    return result
+
+
+def timeline_members(ask: SlidingRequest, view: RoomView) -> Json:
+    """The timeline of a room and what goes with it."""
+    events, since = view.timeline.events, ask.since
+    live = [event for event in events if since is not None and cast(int, event.pos) > since]
+    result: Json = {
+        "limited": view.timeline.limited,
+        "prev_batch": view.timeline.prev_batch,
+        "num_live": len(live),
+    }
+    if events:
+        sums = aggregations(ask.hs, ask.user, events) if view.timeline.limited else {}
+        result["timeline"] = [ask.format(event, sums.get(event.nid)) for event in events]
+    return result
+
+
+def entered_section(
+    ask: SlidingRequest, room: Room, member: Member, config: RoomConfig, sent: SentRoom | None
+) -> tuple[Json, SentRoom]:
+    """What is new in a room that the user is or was in, and what the client then has."""
+    view = view_room(ask, room, member, config, sent)
+    is_joined = member.membership == "join"
+    chosen, extra = choose_state(view)
+    result = describe(ask, view, is_joined=is_joined)
+    if view.since is None:
+        result["initial"] = True
+    if view.expanded:
+        result["expanded_timeline" if ask.accepted else "unstable_expanded_timeline"] = True
+    if chosen:
+        events = ask.hs.rooms.events_by_nids(sorted(chosen.values()))
+        result["required_state"] = [ask.format(event) for event in events]
+    if view.timeline.events or result:
+        if config.limit > 0:
+            result.update(timeline_members(ask, view))
+        bumped = any(event.type in BUMP_TYPES for event in view.timeline.events)
+        if not is_joined:
+            result["bump_stamp"] = max(0, member.event_nid)
+        elif view.since is None or view.timeline.limited or bumped:
+            result["bump_stamp"] = newest_bump(ask, room)
+    keeps = sent is not None and view.since is not None and not view.timeline.limited
+    limit = max(config.limit, cast(SentRoom, sent).limit) if keeps else config.limit
+    return result, SentRoom(None, limit, config.state, False, tuple(extra))
+
+
+def invited_section(
+    ask: SlidingRequest, room: Room, member: Member, config: RoomConfig, sent: SentRoom | None
+) -> tuple[Json, SentRoom]:
+    """A room that the user was invited to or knocks on."""
+    now = SentRoom(None, 0, config.state, False, ())
+    if sent is not None and member.event_nid <= begin_of(ask, sent):
+        return {}, now
+    event = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
+    people = dict.fromkeys((event.sender, ask.user.user_id))
+    stripped = stripped_state(room, *people)
+    name = "stripped_state" if ask.accepted else "invite_state"
+    return {"initial": True, name: stripped, "bump_stamp": max(0, member.event_nid)}, now
+
+
+# ── 43.6  The rooms of an answer ─────────────────────────────────────────────
+
+
+class Answer:
+    """An answer in the making: what it selects, what it says, and what the client then has."""
+
+    def __init__(
+        self, ask: SlidingRequest, connection: SlidingConnection, changes: Changes
+    ) -> None:
+        self.ask = ask
+        self.connection = connection
+        self.changes = changes
+        self.sent: dict[RoomNid, SentRoom] = {}
+        self.rooms: dict[RoomNid, Json] = {}
+        self.direct = direct_rooms(ask)
+        self.is_lasting = True  # whether the next answer selects the same; not the rooms that end
+        self.window = self._window()
+        self.is_settled = connection.settled == connection.confirmed and ask.since is not None
+
+    def _window(self) -> Window:
+        """The rooms selected, anew only if something moved that could change the selection."""
+        ask, window = self.ask, self.connection.window
+        moved = self.changes.rooms or not self.changes.kinds.isdisjoint({ACCOUNT_DATA, ROOM_DATA})
+        if window is None or window.digest != ask.digest or moved:
+            window = select_rooms(ask, self.connection)
+            self.connection.settled = 0
+        return window
+
+    def candidates(self) -> Iterable[RoomNid]:
+        """The rooms that have to be looked at: all, or if nothing moved, a few."""
+        configs = self.window.configs
+        return self.changes.receipts & configs.keys() if self.is_settled else list(configs)
+
+    async def make_rooms(self) -> None:
+        """Make the sections of all rooms; others get a turn while a long answer is made."""
+        pause_at = time.monotonic() + YIELD_SECONDS
+        for nid in self.candidates():
+            if time.monotonic() > pause_at:
+                await asyncio.sleep(0)
+                pause_at = time.monotonic() + YIELD_SECONDS
+            self._make_room(nid)
+        if not self.is_settled:
+            for nid, sent in self.connection.rooms.items():
+                if sent.behind is None and nid not in self.window.configs:
+                    self.sent[nid] = sent._replace(behind=cast(int, self.ask.since))
+
+    def _make_room(self, nid: RoomNid) -> None:
+        ask, sent = self.ask, self.connection.rooms.get(nid)
+        member, config = ask.hs.rooms.memberships(ask.nid).get(nid), self.window.configs[nid]
+        if member is None:
+            return
+        is_dm = self.window.ids[nid] in self.direct
+        moved = self._counts_moved(nid)
+        is_same = sent is not None and is_dm == sent.is_dm and not moved
+        if sent and is_same and not self._may_have_news(nid, sent, config, member):
+            self._note(nid, sent._replace(behind=None))
+            return
+        room = ask.hs.rooms.by_nid(nid)
+        make = invited_section if member.membership in {"invite", "knock"} else entered_section
+        section, now = make(ask, room, member, config, sent)
+        self.is_lasting &= member.membership in {"join", "invite", "knock"}
+        if is_dm != (sent is not None and sent.is_dm):
+            section["is_dm"] = is_dm
+        if section or moved:
+            self.rooms[nid] = self._with_counts(room, member, section, is_dm=is_dm)
+        self._note(nid, now._replace(is_dm=is_dm))
+
+    def _note(self, nid: RoomNid, now: SentRoom) -> None:
+        """What the client then has of a room, if that is not what it had."""
+        if now != self.connection.rooms.get(nid):
+            self.sent[nid] = now
+
+    def _may_have_news(
+        self, nid: RoomNid, sent: SentRoom, config: RoomConfig, member: Member
+    ) -> bool:
+        if config.limit > sent.limit or config.state != sent.state:
+            return True
+        if sent.behind is not None:
+            return self.ask.hs.rooms.by_nid(nid).last_pos > sent.behind
+        return nid in self.changes.rooms and (
+            member.membership == "join" or member.event_nid > begin_of(self.ask, sent)
+        )
+
+    def _counts_moved(self, nid: RoomNid) -> bool:
+        """Whether the user read something meanwhile: the badge goes away in all their clients."""
+        sent = self.connection.rooms.get(nid)
+        if self.ask.accepted or sent is None:
+            return False
+        if sent.behind is None and nid not in self.changes.receipts:
+            return False
+        return own_receipt_moved(self.ask.hs, nid, self.ask.nid, begin_of(self.ask, sent))
+
+    def _with_counts(self, room: Room, member: Member, section: Json, *, is_dm: bool) -> Json:
+        ask = self.ask
+        if is_dm:
+            section["is_dm"] = True
+        if ask.accepted:
+            section["membership"] = member.membership
+            if room.nid in self.window.lists:
+                section["lists"] = self.window.lists[room.nid]
+            return section
+        return section | unread_sums(ask, room)
+
+    def begin(self, nid: RoomNid) -> int | None:
+        """The position from which on receipts and account data of a room are new; None: all."""
+        sent = self.connection.rooms.get(nid)
+        return None if sent is None else begin_of(self.ask, sent)
+
+
+# ── 43.7  Extensions ─────────────────────────────────────────────────────────
+#
+# Each gives its section, and whether that is worth ending a wait for.
+
+
+def to_device_extension(answer: Answer) -> tuple[Json, bool]:
+    """Messages for the device, on a stream of their own: what `since` names is received."""
+    ask, wanted = answer.ask, answer.ask.extensions["to_device"]
+    since = parse_token(wanted["since"]) if wanted.get("since") else 0
+    if since > ask.upto:
+        return {"next_batch": stream_token(since), "events": []}, False
+    limit = min(100, max(1, wanted.get("limit", 100)))
+    events, upto = to_device_messages(ask.hs, ask.user, since, ask.upto, limit)
+    return {"next_batch": stream_token(upto), "events": events}, bool(events)
+
+
+def e2ee_extension(answer: Answer) -> tuple[Json, bool]:
+    """How many keys are left, and whose devices changed."""
+    ask, device_nid = answer.ask, answer.ask.user.device_nid
+    result: Json = {"device_one_time_keys_count": {"signed_curve25519": 0}}
+    result["device_unused_fallback_key_types"] = []
+    if device_nid is not None:
+        result["device_one_time_keys_count"] |= one_time_key_counts(ask.hs, device_nid)
+        result["device_unused_fallback_key_types"] = unused_fallback_types(ask.hs, device_nid)
+    if ask.since is None:
+        return result, False
+    changed, left = device_list_changes(ask.hs, ask.nid, ask.since, ask.upto)
+    return result | {"device_lists": {"changed": changed, "left": left}}, bool(changed or left)
+
+
+def rooms_of_extension(answer: Answer, name: str, moved: set[RoomNid]) -> Iterator[Room]:
+    """The rooms that an extension is wanted for, of those that are sent, come back, or moved."""
+    ask, window = answer.ask, answer.window
+    for nid in dict.fromkeys((*answer.sent, *answer.rooms, *moved)):
+        if nid in window.configs:
+            room = ask.hs.rooms.by_nid(nid)
+            if ask.wants_room(name, room.room_id, window.lists.get(nid, ())):
+                yield room
+
+
+def account_data_extension(answer: Answer) -> tuple[Json, bool]:
+    """The account's data that changed, and that of the rooms: all when a room comes first."""
+    ask, since = answer.ask, answer.ask.since or 0
+    events = global_account_data(ask.hs, ask.nid, since)
+    rules = push_rules_account_data(ask.hs, ask.nid, since)
+    events = events if rules is None else [*events, rules]
+    changed = room_account_data(ask.hs, ask.nid, since)
+    rooms: Json = {}
+    for room in rooms_of_extension(answer, "account_data", set(changed)):
+        begin = answer.begin(room.nid)
+        if begin is None:
+            found = room_account_data_of(ask.hs, ask.nid, room.nid)
+        elif begin == since:
+            found = changed.get(room.nid, [])
+        else:
+            found = room_account_data(ask.hs, ask.nid, begin).get(room.nid, [])
+        if found:
+            rooms[room.room_id] = found
+    return {"global": events, "rooms": rooms}, bool(events or rooms)
+
+
+def receipts_extension(answer: Answer) -> tuple[Json, bool]:
+    """Receipts that moved; of a room that comes first, those at the events that come with it."""
+    ask = answer.ask
+    rooms: Json = {}
+    for room in rooms_of_extension(answer, "receipts", answer.changes.receipts):
+        if room.membership_of(ask.nid) != "join":
+            continue
+        section, only = answer.rooms.get(room.nid, {}), None
+        begin = answer.begin(room.nid) or 0
+        if section.keys() & {"initial", "unstable_expanded_timeline", "expanded_timeline"}:
+            only, begin = {event["event_id"] for event in section.get("timeline", ())}, 0
+        content = receipts_since(ask.hs, room.nid, ask.nid, begin, only)
+        if content:
+            rooms[room.room_id] = {"type": "m.receipt", "content": content}
+    return {"rooms": rooms}, bool(rooms)
+
+
+def typing_extension(answer: Answer) -> tuple[Json, bool]:
+    """Who types, where that changed, and where a room comes first."""
+    ask, rooms = answer.ask, cast(Json, {})
+    for room in rooms_of_extension(answer, "typing", answer.changes.typing):
+        if room.membership_of(ask.nid) == "join":
+            users = typing_users(ask.hs, room)
+            if users or room.nid in answer.changes.typing:
+                rooms[room.room_id] = {"type": "m.typing", "content": {"user_ids": users}}
+    return {"rooms": rooms}, bool(rooms)
+
+
+def subscription_page(
+    hs: Homeserver, user_nid: UserNid, since: int, upto: int, limit: int
+) -> tuple[Json, int | None]:
+    """The newest subscriptions to threads that changed, and where those before them begin."""
+    limit = min(100, max(1, limit))
+    changes, page = hs.threads.changed(user_nid, since, upto, limit + 1), cast(Json, {})
+    for room_id, root_id, stamp, state in changes[:limit]:
+        is_over = state == "none"
+        rooms = page.setdefault("unsubscribed" if is_over else "subscribed", {})
+        found = {"bump_stamp": stamp} | ({} if is_over else {"automatic": state == "automatic"})
+        rooms.setdefault(room_id, {})[root_id] = found
+    return page, changes[limit - 1].bump_stamp - 1 if len(changes) > limit else None
+
+
+def threads_extension(answer: Answer) -> tuple[Json, bool]:
+    """The threads that the user began or ceased to follow; nothing if there are none.  MSC4308."""
+    ask, wanted = answer.ask, answer.ask.extensions["io.element.msc4308.thread_subscriptions"]
+    limit = wanted.get("limit", 100)
+    page, more = subscription_page(ask.hs, ask.nid, ask.since or 0, ask.upto, limit)
+    return (page if more is None else {**page, "prev_batch": stream_token(more)}), bool(page)
+
+
+MSC4308_PATH = "/_matrix/client/unstable/io.element.msc4308/thread_subscriptions"
+
+
+@route("GET", MSC4308_PATH, auth=USER, also=("/_matrix/client/v1/thread_subscriptions",))
+async def get_thread_subscriptions(hs: Homeserver, request: Request) -> Json:
+    """What an answer of sliding sync had no room for, page by page, the newest first.  MSC4308."""
+    if request.arg("dir") != "b":
+        raise invalid_param("dir is b")
+    begin, to = (request.arg(name) for name in ("from", "to"))
+    upto = parse_token(begin) if begin else hs.stream.position
+    limit = request.int_arg("limit", 100, 1, 100)
+    since = parse_token(to) if to else 0
+    page, more = subscription_page(hs, request.user.nid, since, upto, limit)
+    return page if more is None else {**page, "end": stream_token(more)}
+
+
+EXTENSION_MAKERS: Final[dict[str, Callable[[Answer], tuple[Json, bool]]]] = {
+    "to_device": to_device_extension,
+    "e2ee": e2ee_extension,
+    "account_data": account_data_extension,
+    "receipts": receipts_extension,
+    "typing": typing_extension,
+    "io.element.msc4308.thread_subscriptions": threads_extension,
+}
+
+# ── 43.8  The answer ─────────────────────────────────────────────────────────
+
+
+def position_of(ask: SlidingRequest, pos: str | None) -> tuple[int, int] | None:
+    """The stream position and the snapshot in a `pos`."""
+    if not pos:
+        return None
+    match = TOKEN.fullmatch(pos)
+    if match is None or match[2] is None or int(match[1]) > ask.hs.stream.position:
+        raise unknown_pos()
+    return int(match[1]), int(match[2])
+
+
+def open_connection(ask: SlidingRequest, pos: str | None) -> SlidingConnection:
+    """The connection that a request goes on with, or a new one; from now on it is the request's."""
+    place = position_of(ask, pos)
+    if place is None:
+        connection = ask.hs.sliding.start(ask)
+    else:
+        ask.since = place[0]
+        connection = ask.hs.sliding.find(ask, place[1])
+    connection.turn = ask
+    return connection
+
+
+async def answer_once(
+    ask: SlidingRequest, connection: SlidingConnection, changes: Changes
+) -> tuple[Answer, Json, bool]:
+    """What is new now, as the members of a response, and whether that is anything."""
+    answer = Answer(ask, connection, changes)
+    await answer.make_rooms()
+    connection.window = answer.window if answer.is_lasting else None
+    if not answer.sent:
+        connection.settled = connection.confirmed
+    extensions, is_news = cast(Json, {}), bool(answer.rooms)
+    for name, make in EXTENSION_MAKERS.items():
+        if name in ask.extensions:
+            section, has_news = make(answer)
+            is_news = is_news or has_news
+            if section:
+                extensions[name] = section
+    rooms = {answer.window.ids[nid]: section for nid, section in answer.rooms.items()}
+    result: Json = {"rooms": rooms, "extensions": extensions}
+    if ask.lists:
+        result["lists"] = answer.window.answer
+    return answer, result, is_news
+
+
+def finish(
+    ask: SlidingRequest, connection: SlidingConnection, answer: Answer, result: Json
+) -> Json:
+    """Remember what the client has with this answer, and name that in its `pos`."""
+    if answer.sent:
+        ask.hs.sliding.save(connection, answer.sent)
+        connection.settled = connection.sent
+    return {"pos": f"{stream_token(ask.upto)}_{connection.sent}", **result}
+
+
+def superseded(pos: str | None) -> Json:
+    """What a request gets that its client gave up for another: nothing, as it still has `pos`."""
+    if pos is None:
+        raise unknown_pos()
+    return {"pos": pos, "rooms": {}, "extensions": {}}
+
+
+def acknowledge_sliding(ask: SlidingRequest) -> None:
+    """Delete the to-device messages that the client says it has."""
+    since = ask.extensions.get("to_device", {}).get("since")
+    if since and parse_token(since) <= ask.upto:
+        acknowledge_to_device(ask.hs, ask.user, parse_token(since))
+
+
+async def answer_sliding(
+    hs: Homeserver, request: Request, ask: SlidingRequest, pos: str | None, seconds: float
+) -> Json:
+    """What is new since `pos`; waits when nothing is.
+
+    Trap: a client that changes its mind asks again from the same `pos`. The answer to the request
+    that it gave up must not count as sent.
+    """
+    ends = time.monotonic() + seconds
+    connection = open_connection(ask, pos)
+    acknowledge_sliding(ask)
+    changes, looked = Changes(set(), set(), set(), set()), ask.since
+    is_late = ask.since is None
+    while True:
+        ask.upto = hs.stream.position
+        if looked is not None:
+            changes = Changes(*map(operator.or_, changes, changes_since(ask, looked)))
+        looked = ask.upto if ask.since is not None else None
+        answer, result, is_news = await answer_once(ask, connection, changes)
+        if connection.turn is not ask:
+            return superseded(pos)
+        if is_news or is_late:
+            return finish(ask, connection, answer, result)
+        if hs.stream.position == ask.upto:
+            is_late = not await hs.notifier.wait(request, ends - time.monotonic())
+            hs.accounts.check_logged_in(request.user)
+
+
+SLIDING_PATH = "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"
+SLIDING_OLD = "/_matrix/client/unstable/org.matrix.msc3575/sync"
+
+
+@route("POST", SLIDING_PATH, auth=GUEST, limit=None, also=(SLIDING_OLD,), body=SLIDING_BODY)
+async def post_sliding_sync(hs: Homeserver, request: Request) -> Json:
+    """What is new in the windows since `pos`, in the form that is deployed.
+
+    Spec: MSC4186 under its unstable prefix.  400 M_UNKNOWN_POS for a `pos` that is not the newest
+    of this connection, nor the one before.
+    """
+    timeout = min(request.int_arg("timeout", 0, 0, 2**53), MAX_SYNC_TIMEOUT_MS) / 1000
+    asked = request.arg("set_presence")
+    note_sync(hs, request.user, asked if asked in PRESENCE_STATES else "online", timeout)
+    ask = SlidingRequest(hs, request, accepted=False)
+    return await answer_sliding(hs, request, ask, request.arg("pos"), timeout)
+
+
+@route("POST", "/_matrix/client/v4/sync", auth=GUEST, limit=None, body=SLIDING_BODY_V4)
+async def post_sync(hs: Homeserver, request: Request) -> Json:
+    """The same in the form that was accepted.  Spec: MSC4186."""
+    body = request.json
+    timeout = min(max(0, body.get("timeout", 0)), MAX_SYNC_TIMEOUT_MS) / 1000
+    note_sync(hs, request.user, body.get("set_presence", "online"), timeout)
+    ask = SlidingRequest(hs, request, accepted=True)
+    return await answer_sliding(hs, request, ask, body.get("pos"), timeout)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -21979,6 +23347,7 @@ class Homeserver:
             LruCache(LAZY_MEMBERS)
         )
         self.sync_filters: LruCache[tuple[UserNid, str], SyncFilter] = LruCache(SYNC_FILTERS)
+        self.sliding = Sliding(self)
         self.media = Media(self)
         self.previews = Previews(self)
         self.discovery = Discovery(self)
@@ -22158,8 +23527,10 @@ UNSTABLE_FEATURES = {
     "org.matrix.msc3981": True,
     "org.matrix.msc4140": True,
     "org.matrix.msc4143": True,
+    "org.matrix.msc4155": True,
     "org.matrix.msc4222": True,
     "org.matrix.msc4306": True,
+    "org.matrix.simplified_msc3575": True,
     "uk.half-shot.msc2666.query_mutual_rooms.stable": True,
     "uk.tcpip.msc4133": True,
     "uk.tcpip.msc4133.stable": True,

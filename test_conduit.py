@@ -16420,6 +16420,46 @@ def test_filters(alice: Client, bob: Client) -> None:
     fails(bob.get("sync", params={"since": "nonsense"}), 400, "M_INVALID_PARAM")
 
 
+def test_filter_of_rooms_for_account_data(alice: Client) -> None:
+    rooms = [alice.create_room() for _ in range(2)]
+    for room_id in rooms:
+        ok(alice.put(("user", alice.user_id, "rooms", room_id, "tags", "u.x"), {}))
+
+    def tagged(**wanted: Any) -> list[str]:
+        joined_rooms = alice.sync(filter={"room": {"account_data": wanted}})["rooms"]["join"]
+        return [room_id for room_id in rooms if joined_rooms[room_id]["account_data"]["events"]]
+
+    assert tagged(rooms=rooms[:1]) == rooms[:1]
+    assert tagged(not_rooms=rooms[:1]) == rooms[1:]
+    assert tagged(not_types=["m.t*"]) == []
+    assert tagged(not_senders=[alice.user_id]) == []
+
+
+def test_every_change_of_members_in_a_gap_comes(alice: Client, bob: Client) -> None:
+    """Lazy-loading leaves out nobody who came, left or changed their name within it."""
+    carol = register(alice.server)
+    room_id = alice.room_with(bob, name="Den")
+    lazy = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 1}}}
+    since = alice.sync(filter=lazy)["next_batch"]
+    bob.leave(room_id)
+    alice.invite(room_id, carol)
+    for number in range(3):
+        alice.send_text(room_id, str(number))
+    room = joined(alice.sync(since, filter=lazy), room_id)
+    assert room["timeline"]["limited"] is True
+    members = {key for kind, key in keys_of(room["state"]["events"]) if kind == "m.room.member"}
+    assert members >= {bob.user_id, carol.user_id}
+
+
+def test_summary_comes_when_members_change_out_of_sight(alice: Client, bob: Client) -> None:
+    room_id = alice.create_room()
+    wanted = {"room": {"timeline": {"not_types": ["m.room.member"]}}}
+    since = alice.sync(filter=wanted)["next_batch"]
+    alice.invite(room_id, bob)
+    room = joined(alice.sync(since, filter=wanted), room_id)
+    assert room["summary"]["m.invited_member_count"] == 1
+
+
 def test_full_state(alice: Client, bob: Client) -> None:
     room_id = alice.room_with(bob, name="Den")
     bob.poll()
@@ -16709,6 +16749,1359 @@ def test_private_receipt_of_someone_else_is_no_news(alice: Client, bob: Client) 
     ok(bob.post(receipt, {}))
     assert room_id not in alice.poll().get("rooms", {}).get("join", {})
     assert room_id in bob.poll()["rooms"]["join"]
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  43. SLIDING SYNC
+# ═════════════════════════════════════════════════════════════════════════════
+
+SLIDING: Final = "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"
+ALL_STATE: Final = [["*", "*"]]
+
+
+def window(
+    *ranges: Sequence[int], limit: int = 10, state: Any = (), **filters: Any
+) -> dict[str, Any]:
+    """A list of a request: by default the first hundred rooms."""
+    wanted = {"ranges": ranges or [[0, 99]], "timeline_limit": limit, "required_state": state}
+    return {**wanted, "filters": filters} if filters else wanted
+
+
+def wants(*names: str) -> Json:
+    return {name: {"enabled": True} for name in names}
+
+
+class Slider:
+    """A client on a sliding sync connection; each call goes on where the last one ended."""
+
+    def __init__(self, client: Client, conn_id: str = "", **body: Any) -> None:
+        self.client = client
+        self.body = {"conn_id": conn_id, **body} if conn_id else body
+        self.pos: str | None = None
+
+    def post(self, timeout: int = 0, pos: str | None = None, **body: Any) -> httpx.Response:
+        query: Json = {"timeout": timeout}
+        pos = pos or self.pos
+        if pos is not None:
+            query["pos"] = pos
+        return self.client.request("POST", SLIDING, {**self.body, **body}, params=query)
+
+    def __call__(self, timeout: int = 0, pos: str | None = None, **body: Any) -> Json:
+        result = ok(self.post(timeout, pos, **body))
+        self.pos = str(result["pos"])
+        return result
+
+
+def slide(client: Client, *ranges: Sequence[int], **options: Any) -> Slider:
+    """A connection with one list, called "all"."""
+    return Slider(client, lists={"all": window(*ranges, **options)})
+
+
+def bodies_in(section: Json) -> list[str]:
+    return [e["content"]["body"] for e in section.get("timeline", ()) if "body" in e["content"]]
+
+
+def required(section: Json) -> set[tuple[str, str]]:
+    return keys_of(section.get("required_state", ()))
+
+
+def test_sliding_sync_is_announced(nobody: Client) -> None:
+    features = ok(nobody.get("/_matrix/client/versions"))["unstable_features"]
+    assert features["org.matrix.simplified_msc3575"] is True
+
+
+def test_first_window_then_only_news(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="Kitchen")
+    alice.send_text(room_id, "hello")
+    sync = slide(bob, limit=2, state=[["m.room.name", ""], ["m.room.member", "$ME"]])
+    first = sync()
+    assert first["lists"]["all"]["count"] == 1
+    assert first["lists"]["all"]["ops"] == [{"op": "SYNC", "range": [0, 99], "room_ids": [room_id]}]
+    room = first["rooms"][room_id]
+    assert room["initial"] is True
+    assert room["name"] == "Kitchen"
+    assert room["limited"] is True
+    assert room["num_live"] == 0
+    assert (room["joined_count"], room["invited_count"]) == (2, 0)
+    assert required(room) == {("m.room.name", ""), ("m.room.member", bob.user_id)}
+    assert [event["type"] for event in room["timeline"]] == ["m.room.member", "m.room.message"]
+    assert (room["notification_count"], room["highlight_count"]) == (1, 0)
+    older = bob.messages(room_id, **{"from": room["prev_batch"], "limit": 1})["chunk"]
+    assert older[0]["event_id"] not in [event["event_id"] for event in room["timeline"]]
+    assert sync()["rooms"] == {}
+    alice.send_text(room_id, "news")
+    room = sync()["rooms"][room_id]
+    assert bodies_in(room) == ["news"]
+    assert room["num_live"] == 1
+    assert room["limited"] is False
+    assert not room.keys() & {"initial", "name", "required_state", "joined_count", "heroes"}
+    assert sync()["rooms"] == {}
+    page = bob.messages(room_id, **{"from": sync.pos, "limit": 1})["chunk"]
+    assert page[0]["content"]["body"] == "news"
+
+
+def test_range_of_the_list_and_what_moves_into_it(alice: Client) -> None:
+    rooms = [alice.create_room() for _ in range(3)]
+    sync = slide(alice, [0, 0], limit=3)
+    first = sync()
+    assert set(first["rooms"]) == {rooms[2]}
+    assert first["lists"]["all"]["count"] == 3
+    for number in range(2):
+        alice.send_text(rooms[0], str(number))
+    second = sync()["rooms"]
+    assert set(second) == {rooms[0]}
+    assert second[rooms[0]]["initial"] is True
+    assert second[rooms[0]]["num_live"] == 2
+    alice.send_text(rooms[2], "again")
+    third = sync()["rooms"]
+    assert set(third) == {rooms[2]}
+    assert "initial" not in third[rooms[2]]
+    assert bodies_in(third[rooms[2]]) == ["again"]
+    for number in range(5):
+        alice.send_text(rooms[0], f"missed {number}")
+    alice.send_text(rooms[1], "on top")
+    assert set(sync()["rooms"]) == {rooms[1]}
+    sync.body = {"lists": {"all": window([0, 2], limit=3)}}
+    wider = sync()["rooms"]
+    assert set(wider) == {rooms[0]}
+    assert "initial" not in wider[rooms[0]]
+    assert bodies_in(wider[rooms[0]]) == ["missed 2", "missed 3", "missed 4"]
+    assert wider[rooms[0]]["limited"] is True
+    assert sync()["rooms"] == {}
+    alice.send_text(rooms[1], "x")
+    sync.body = {"lists": {"all": window([0, 0], [1, 2])}}
+    assert set(sync()["rooms"]) >= {rooms[1]}
+
+
+def test_room_out_of_the_window_comes_back_with_all_it_missed(alice: Client) -> None:
+    quiet, loud = alice.create_room(), alice.create_room()
+    alice.send_text(quiet, "first")
+    sync = slide(alice, [0, 0], limit=10)
+    assert set(sync()["rooms"]) == {quiet}
+    alice.send_text(quiet, "as it goes out of sight")
+    alice.send_text(loud, "x")
+    assert set(sync()["rooms"]) == {loud}
+    for number in range(3):
+        alice.send_text(quiet, str(number))
+        alice.send_text(loud, "louder")
+    assert set(sync()["rooms"]) == {loud}
+    alice.send_text(quiet, "last")
+    back = sync()["rooms"]
+    assert bodies_in(back[quiet]) == ["as it goes out of sight", "0", "1", "2", "last"]
+    assert back[quiet]["limited"] is False
+    assert back[quiet]["num_live"] == 1
+    assert "initial" not in back[quiet]
+
+
+def test_lost_answer_is_given_again(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    sync = slide(bob, state=ALL_STATE)
+    sync()
+    before = sync.pos
+    alice.send_text(room_id, "once")
+    other = alice.room_with(bob)
+    send_number(alice, bob, 1)
+    extensions = wants("to_device", "account_data", "receipts", "typing", "e2ee")
+    lost = sync(extensions=extensions)
+    again = sync(pos=before, extensions=extensions)
+    assert set(lost["rooms"]) == set(again["rooms"]) == {room_id, other}
+    for one in (room_id, other):
+        assert [e["event_id"] for e in lost["rooms"][one]["timeline"]] == [
+            e["event_id"] for e in again["rooms"][one]["timeline"]
+        ]
+        assert required(lost["rooms"][one]) == required(again["rooms"][one])
+    assert again["rooms"][other]["initial"] is True
+    assert lost["extensions"]["to_device"]["events"] == again["extensions"]["to_device"]["events"]
+    fails(sync.post(pos=lost["pos"]), 400, "M_UNKNOWN_POS")
+    assert sync()["rooms"] == {}
+    fails(sync.post(pos=before), 400, "M_UNKNOWN_POS")
+
+
+def test_positions_that_are_not_of_this_connection(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    mine, other = slide(alice), slide(bob)
+    mine()
+    other()
+    assert mine.pos is not None
+    fails(other.post(pos=mine.pos), 400, "M_UNKNOWN_POS")
+    phone = slide(alice.login())
+    fails(phone.post(pos=mine.pos), 400, "M_UNKNOWN_POS")
+    fails(Slider(alice, "other", lists={}).post(pos=mine.pos), 400, "M_UNKNOWN_POS")
+    for nonsense in ("x", "s1", "s-1_1", "s999999999_1", mine.pos + "0", "s1_" + 30 * "9"):
+        fails(mine.post(pos=nonsense), 400, "M_UNKNOWN_POS")
+    old = mine.pos
+    mine.pos = None
+    assert room_id in mine()["rooms"]
+    fails(mine.post(pos=old), 400, "M_UNKNOWN_POS")
+
+
+def test_connections_outlive_a_kill(new_server: Callable[..., Server]) -> None:
+    one = new_server()
+    host, guest = register(one), register(one)
+    room_id, quiet = host.room_with(guest), host.room_with(guest, name="Quiet")
+    sync = slide(guest, state=[["m.room.member", "$LAZY"], ["m.room.topic", ""]])
+    sync()
+    host.send_text(room_id, "before")
+    assert set(sync()["rooms"]) == {room_id}
+    before = sync.pos
+    host.set_state(quiet, "m.room.topic", {"topic": "new"})
+    lost = sync()
+    one.kill9()
+    one.start()
+    again = sync(pos=before)
+    assert set(again["rooms"]) == set(lost["rooms"]) == {quiet}
+    assert "initial" not in again["rooms"][quiet]
+    assert required(again["rooms"][quiet]) == {("m.room.topic", "")}
+    assert sync()["rooms"] == {}
+    host.send_text(room_id, "after")
+    later = sync()["rooms"]
+    assert bodies_in(later[room_id]) == ["after"]
+    assert "required_state" not in later[room_id]  # the sender's name was sent before the restart
+
+
+def test_connections_of_a_device_are_few_and_end_with_it(
+    new_server: Callable[..., Server],
+) -> None:
+    one = new_server()
+    _admin, host = register(one), register(one)
+    host.create_room()
+    phone = host.login()
+    syncs = [Slider(phone, f"c{number}", lists={"all": window()}) for number in range(12)]
+    for sync in syncs:
+        sync()
+    fails(syncs[0].post(), 400, "M_UNKNOWN_POS")
+    assert syncs[11]()["rooms"] == {}
+
+    def rows() -> tuple[int, int]:
+        with contextlib.closing(sqlite3.connect(one.database)) as db:
+            connections = db.execute("SELECT COUNT(*) FROM sliding_connections").fetchone()[0]
+            return connections, db.execute("SELECT COUNT(*) FROM sliding_rooms").fetchone()[0]
+
+    assert rows() == (10, 10)
+    ok(phone.post("logout"))
+    assert rows() == (0, 0)
+
+
+def test_idle_connection_writes_nothing(new_server: Callable[..., Server]) -> None:
+    one = new_server()
+    host, guest = register(one), register(one)
+    room_id = host.room_with(guest)
+    sync = slide(guest)
+    sync()
+    positions = set()
+    for number in range(5):
+        host.send_text(room_id, str(number))
+        assert bodies_in(sync()["rooms"][room_id]) == [str(number)]
+        positions.add(cast("str", sync.pos).partition("_")[2])
+    assert len(positions) == 1  # what the client has is said by the position alone
+
+
+@pytest.mark.parametrize("end", ["leave", "kick", "ban"])
+def test_room_that_ends_is_shown_once(alice: Client, bob: Client, end: str) -> None:
+    room_id, other = alice.room_with(bob), alice.room_with(bob)
+    sync = slide(bob, state=[["m.room.member", "$ME"]])
+    assert sync()["lists"]["all"]["count"] == 2
+    alice.send_text(room_id, "last words")
+    if end == "leave":
+        bob.leave(room_id)
+    else:
+        ok(alice.post(("rooms", room_id, end), {"user_id": bob.user_id}))
+    alice.send_text(room_id, "behind your back")
+    result = sync()
+    room = result["rooms"][room_id]
+    assert result["lists"]["all"]["count"] == 2
+    assert bodies_in(room) == ["last words"]
+    mine = [event["content"]["membership"] for event in room["required_state"]]
+    assert mine == ["ban" if end == "ban" else "leave"]
+    assert not room.keys() & {"joined_count", "heroes"}
+    alice.send_text(room_id, "still here?")
+    later = sync()
+    assert later["rooms"] == {}
+    assert later["lists"]["all"]["count"] == (1 if end == "leave" else 2)
+    anew = Slider(bob, "anew", lists={"all": window()})()
+    assert anew["lists"]["all"]["count"] == (1 if end == "leave" else 2)
+    assert "behind your back" not in json.dumps(anew)
+    assert other in anew["rooms"]
+    if end == "ban":
+        ok(alice.post(("rooms", room_id, "unban"), {"user_id": bob.user_id}))
+        sync()
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+    back = sync()["rooms"][room_id]
+    assert back["initial"] is True
+    assert "last words" in bodies_in(back)
+    alice.send_text(room_id, "welcome")
+    assert bodies_in(sync()["rooms"][room_id]) == ["welcome"]
+
+
+def test_sec_20_nothing_after_a_kick_on_an_open_connection(alice: Client, bob: Client) -> None:
+    """CVE-2024-53867: a connection that had the room goes on to get its state."""
+    room_id = alice.room_with(bob, name="Before")
+    sync = slide(bob, state=ALL_STATE)
+    sub = Slider(
+        bob, "sub", room_subscriptions={room_id: {"timeline_limit": 5, "required_state": ALL_STATE}}
+    )
+    sync()
+    sub()
+    ok(alice.post(("rooms", room_id, "kick"), {"user_id": bob.user_id}))
+    alice.set_state(room_id, "m.room.name", {"name": "secret"})
+    event_id = alice.send_text(room_id, "secret")
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id)))
+    ok(alice.put(("rooms", room_id, "typing", alice.user_id), {"typing": True, "timeout": 9000}))
+    everything = wants("account_data", "receipts", "typing")
+    for _ in range(2):
+        for one in (sync, sub):
+            result = one(extensions=everything)
+            assert "secret" not in json.dumps(result)
+            assert event_id not in json.dumps(result)
+            assert result["extensions"]["typing"]["rooms"] == {}
+    wider = {room_id: {"timeline_limit": 50, "required_state": ALL_STATE}}
+    result = sub(room_subscriptions=wider)
+    assert "secret" not in json.dumps(result)
+    assert "Before" in json.dumps(result)
+    sub.pos = None
+    assert "secret" not in json.dumps(sub())
+    assert "secret" not in json.dumps(slide(bob, state=ALL_STATE)())
+
+
+def test_invites_and_knocks(alice: Client, bob: Client) -> None:
+    sync = slide(bob, state=[["m.room.member", "$ME"]])
+    sync()
+    room_id = alice.create_room(bob, name="Den")
+    alice.send_text(room_id, "not for you yet")
+    room = sync()["rooms"][room_id]
+    assert room["initial"] is True
+    assert {("m.room.name", ""), ("m.room.member", bob.user_id)} <= keys_of(room["invite_state"])
+    assert not room.keys() & {"timeline", "required_state", "limited", "prev_batch", "num_live"}
+    alice.send_text(room_id, "nor this")
+    assert sync()["rooms"] == {}
+    bob.leave(room_id)
+    rejected = sync()["rooms"][room_id]
+    assert [e["content"]["membership"] for e in rejected["required_state"]] == ["leave"]
+    assert "invite_state" not in rejected
+    assert "not for you" not in json.dumps(rejected)
+    later = sync()
+    assert (later["rooms"], later["lists"]["all"]["count"]) == ({}, 0)
+    rule = {"type": "m.room.join_rules", "content": {"join_rule": "knock"}}
+    door = alice.create_room(initial_state=[rule])
+    ok(bob.post(("knock", door)))
+    knock = sync()["rooms"][door]["invite_state"]
+    mine = [e["content"] for e in knock if e["state_key"] == bob.user_id]
+    assert mine[0]["membership"] == "knock"
+    alice.invite(door, bob)
+    assert sync()["rooms"][door]["initial"] is True
+    bob.join(door)
+    joined_room = sync()["rooms"][door]
+    assert joined_room["initial"] is True
+    assert "invite_state" not in joined_room
+
+
+def test_growing_timeline_limit_sends_more_at_once(alice: Client) -> None:
+    rooms = [alice.create_room() for _ in range(2)]
+    for room_id in rooms:
+        for number in range(5):
+            alice.send_text(room_id, str(number))
+    sync = slide(alice, limit=1)
+    assert [bodies_in(sync_room) for sync_room in sync()["rooms"].values()] == [["4"], ["4"]]
+    sync.body = {"lists": {"all": window(limit=3)}}
+    wider = sync()["rooms"]
+    assert set(wider) == set(rooms)
+    for room in wider.values():
+        assert room["unstable_expanded_timeline"] is True
+        assert bodies_in(room) == ["2", "3", "4"]
+        assert room["num_live"] == 0
+        assert not room.keys() & {"initial", "required_state"}
+    for limit in (1, 3):
+        sync.body = {"lists": {"all": window(limit=limit)}}
+        assert sync()["rooms"] == {}
+    sync.body = {"lists": {"all": window(limit=1)}}
+    for number in range(2):
+        alice.send_text(rooms[0], f"new {number}")
+    assert bodies_in(sync()["rooms"][rooms[0]]) == ["new 1"]
+    sync.body = {"lists": {"all": window(limit=3)}}
+    assert set(sync()["rooms"]) == {rooms[0]}
+
+
+def test_required_state_may_grow_and_shrink(alice: Client) -> None:
+    room_id = alice.create_room(name="Den", topic="x")
+    sync = slide(alice, limit=0, state=[["m.room.name", ""]])
+    first = sync()["rooms"][room_id]
+    assert required(first) == {("m.room.name", "")}
+    assert not first.keys() & {"timeline", "limited", "prev_batch", "num_live"}
+    both = [["m.room.name", ""], ["m.room.topic", ""]]
+    sync.body = {"lists": {"all": window(limit=0, state=both)}}
+    assert required(sync()["rooms"][room_id]) == {("m.room.topic", "")}
+    for wanted in (both[:1], both):
+        sync.body = {"lists": {"all": window(limit=0, state=wanted)}}
+        assert sync()["rooms"] == {}
+    sync.body = {"lists": {"all": window(limit=0, state=both[:1])}}
+    sync()
+    alice.set_state(room_id, "m.room.topic", {"topic": "y"})
+    sync()
+    sync.body = {"lists": {"all": window(limit=0, state=both)}}
+    assert required(sync()["rooms"][room_id]) == {("m.room.topic", "")}
+    alice.set_state(room_id, "m.room.name", {"name": ""})
+    room = sync()["rooms"][room_id]
+    assert required(room) == {("m.room.name", "")}
+    assert room["name"] is None
+    assert room["heroes"] == []
+
+
+def test_wildcards_in_required_state(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="Den")
+    alice.set_state(room_id, "x.y", {}, "one")
+    alice.set_state(room_id, "x.y", {}, "two")
+    alice.set_state(room_id, "x.z", {}, "one")
+
+    def asked(*pairs: list[str]) -> set[tuple[str, str]]:
+        return required(slide(alice, limit=1, state=pairs)()["rooms"][room_id])
+
+    everything = keys_of(alice.state(room_id))
+    assert asked(["*", "*"]) == everything
+    assert asked(["x.y", "*"]) == {("x.y", "one"), ("x.y", "two")}
+    assert asked(["*", "one"]) == {("x.y", "one"), ("x.z", "one")}
+    assert asked(["m.room.member", "$ME"]) == {("m.room.member", alice.user_id)}
+    assert asked(["x.y", "$LAZY"], ["m.room.name", "$ME"]) == set()
+    members = {("m.room.member", bob.user_id), ("m.room.member", alice.user_id)}
+    lazy = asked(["*", "*"], ["m.room.member", "$LAZY"])
+    assert lazy == everything - members | {("m.room.member", alice.user_id)}
+    assert asked() == set()
+
+
+def test_lazy_members_come_once(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="Den")
+    carol = register(alice.server)
+    alice.send_text(room_id, "x")
+    sync = slide(alice, limit=1, state=[["m.room.member", "$LAZY"]])
+    member = {who: ("m.room.member", who.user_id) for who in (alice, bob, carol)}
+    assert required(sync()["rooms"][room_id]) == {member[alice]}
+    bob.send_text(room_id, "one")
+    assert required(sync()["rooms"][room_id]) == {member[bob]}
+    bob.send_text(room_id, "two")
+    assert required(sync()["rooms"][room_id]) == set()
+    ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": "Robert"}))
+    assert required(sync()["rooms"][room_id]) == {member[bob]}
+    alice.invite(room_id, carol)
+    news = sync()["rooms"][room_id]
+    assert required(news) == {member[carol]}
+    assert news["invited_count"] == 1
+
+
+def test_heroes_name_a_room_without_a_name(alice: Client, bob: Client) -> None:
+    ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": "Bob"}))
+    room_id = alice.room_with(bob)
+    sync = slide(alice)
+    room = sync()["rooms"][room_id]
+    assert room["heroes"] == [{"user_id": bob.user_id, "displayname": "Bob"}]
+    assert "name" not in room
+    alice.set_state(room_id, "m.room.avatar", {"url": "mxc://x/y"})
+    assert sync()["rooms"][room_id]["avatar"] == "mxc://x/y"
+    alice.set_state(room_id, "m.room.avatar", {})
+    assert sync()["rooms"][room_id]["avatar"] is None
+    bob.leave(room_id)
+    assert sync()["rooms"][room_id]["heroes"] == [{"user_id": bob.user_id}]
+
+
+def test_bump_stamp_is_of_messages_only(alice: Client) -> None:
+    one, two = alice.create_room(), alice.create_room()
+    alice.send_text(one, "x")
+    sync = slide(alice, limit=1)
+    first = sync()["rooms"]
+    assert first[one]["bump_stamp"] > first[two]["bump_stamp"] > 0
+    alice.set_state(two, "m.room.topic", {"topic": "x"})
+    assert "bump_stamp" not in sync()["rooms"][two]
+    alice.send_text(two, "y")
+    assert sync()["rooms"][two]["bump_stamp"] > first[one]["bump_stamp"]
+
+
+def test_filters_of_lists(alice: Client, bob: Client) -> None:
+    plain = alice.create_room(name="Garden shed")
+    encrypted = alice.create_room(
+        initial_state=[
+            {
+                "type": "m.room.encryption",
+                "content": {"algorithm": "m.megolm.v1.aes-sha2"},
+            }
+        ]
+    )
+    space = alice.create_room(creation_content={"type": "m.space"})
+    invited = bob.create_room(alice)
+    alice.set_state(space, "m.space.child", {"via": ["x"]}, plain)
+    alice.set_state(space, "m.space.child", {}, encrypted)
+    direct = {bob.user_id: [encrypted], "odd": 5}
+    ok(alice.put(("user", alice.user_id, "account_data", "m.direct"), direct))
+    ok(alice.put(("user", alice.user_id, "rooms", plain, "tags", "m.favourite"), {}))
+    ok(alice.put(("user", alice.user_id, "rooms", space, "tags", "u.both"), {}))
+
+    def listed(**filters: Any) -> set[str]:
+        result = slide(alice, limit=0, **filters)()
+        assert result["lists"]["all"]["count"] == len(result["rooms"])
+        return set(result["rooms"])
+
+    everything = {plain, encrypted, space, invited}
+    assert listed(is_dm=True) == {encrypted}
+    assert listed(is_dm=False) == everything - {encrypted}
+    assert listed(is_encrypted=True) == {encrypted}
+    assert listed(is_encrypted=False) == everything - {encrypted}
+    assert listed(is_invite=True) == {invited}
+    assert listed(is_invite=False) == everything - {invited}
+    assert listed(room_types=["m.space"]) == {space}
+    assert listed(room_types=[None]) == everything - {space}
+    assert listed(not_room_types=["m.space"]) == everything - {space}
+    assert listed(not_room_types=[None], room_types=[None, "m.space"]) == {space}
+    assert listed(tags=["m.favourite", "u.none"]) == {plain}
+    assert listed(not_tags=["m.favourite"]) == everything - {plain}
+    assert listed(tags=["u.both"], not_tags=["u.both"]) == set()
+    assert listed(spaces=[space, "!nowhere:x"]) == {plain}
+    assert listed(room_name_like="DEN SH") == {plain}
+    assert listed(is_dm=None, not_spaces=5, unknown={}) == everything
+    ok(alice.delete(("user", alice.user_id, "rooms", plain, "tags", "m.favourite")))
+    assert listed(tags=["m.favourite"]) == set()
+
+
+def test_direct_rooms_are_marked_when_that_changes(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    sync = slide(alice)
+    assert "is_dm" not in sync()["rooms"][room_id]
+    path = ("user", alice.user_id, "account_data", "m.direct")
+    ok(alice.put(path, {bob.user_id: [room_id]}))
+    assert sync()["rooms"][room_id]["is_dm"] is True
+    assert sync()["rooms"] == {}
+    bob.send_text(room_id, "x")
+    assert sync()["rooms"][room_id]["is_dm"] is True
+    ok(alice.put(path, {}))
+    assert sync()["rooms"][room_id]["is_dm"] is False
+
+
+def test_subscriptions(alice: Client, bob: Client) -> None:
+    room_id, other = alice.room_with(bob, name="Den"), alice.create_room()
+    wanted = {"timeline_limit": 5, "required_state": [["m.room.name", ""]]}
+    sync = Slider(bob, room_subscriptions=dict.fromkeys((room_id, other, "!x:y", "z"), wanted))
+    first = sync()
+    assert set(first["rooms"]) == {room_id}
+    assert "lists" not in first
+    bob.leave(room_id)
+    assert set(sync()["rooms"]) == {room_id}
+    assert sync()["rooms"] == {}
+    alice.set_state(room_id, "m.room.name", {"name": "Later"})
+    sync.pos = None
+    again = sync()["rooms"][room_id]
+    assert again["name"] == "Den"
+    assert sync()["rooms"] == {}
+    sync.pos = None
+    ok(bob.post(("rooms", room_id, "forget")))
+    assert sync()["rooms"] == {}
+
+
+def test_room_matched_twice_gets_the_superset(alice: Client) -> None:
+    room_id = alice.create_room(name="Den", topic="x")
+    for number in range(3):
+        alice.send_text(room_id, str(number))
+    wanted = {"timeline_limit": 1, "required_state": [["m.room.topic", ""]]}
+    sync = Slider(
+        alice,
+        lists={"a": window(limit=3, state=[["m.room.name", ""]]), "b": window(limit=0)},
+        room_subscriptions={room_id: wanted},
+    )
+    room = sync()["rooms"][room_id]
+    assert bodies_in(room) == ["0", "1", "2"]
+    assert required(room) == {("m.room.name", ""), ("m.room.topic", "")}
+    assert sync()["rooms"] == {}
+
+
+def test_to_device_extension_is_exactly_once(alice: Client, bob: Client) -> None:
+    sync = Slider(bob, "encryption")
+    for number in range(3):
+        send_number(alice, bob, number)
+
+    def read(since: str | None, **more: Any) -> tuple[list[int], str]:
+        wanted = {"to_device": {"enabled": True, "since": since, **more}}
+        result = sync(extensions=wanted)["extensions"]["to_device"]
+        return [e["content"]["number"] for e in result["events"]], result["next_batch"]
+
+    first, token = read(None, limit=2)
+    assert first == [0, 1]
+    assert read(None, limit=2)[0] == [0, 1]
+    rest, later = read(token)
+    assert rest == [2]
+    assert read(token)[0] == [2]
+    assert read(later)[0] == []
+    assert read(None)[0] == []
+    assert read("s999999999999")[1] == "s999999999999"
+    fails(
+        sync.post(extensions={"to_device": {"enabled": True, "since": "x"}}),
+        400,
+        "M_INVALID_PARAM",
+    )
+    send_number(alice, bob, 3)
+    assert read("s999999999999")[0] == []  # and nothing is deleted for a token yet to come
+    assert read(later)[0] == [3]
+
+
+def test_extensions_that_are_not_enabled_are_absent(alice: Client) -> None:
+    sync = Slider(alice, extensions={"e2ee": {"enabled": False}, "typing": {}, "odd": 1, "x": None})
+    assert sync()["extensions"] == {}
+    counts = sync(extensions=wants("e2ee"))["extensions"]["e2ee"]
+    assert counts["device_one_time_keys_count"]["signed_curve25519"] == 0
+    assert counts["device_unused_fallback_key_types"] == []
+    assert counts["device_lists"] == {"changed": [], "left": []}
+    assert "device_lists" not in Slider(alice, extensions=wants("e2ee"))()["extensions"]["e2ee"]
+
+
+def test_account_data_extension(alice: Client) -> None:
+    room_id = alice.create_room()
+    mine = ("user", alice.user_id)
+    ok(alice.put((*mine, "account_data", "x.y"), {"a": 1}))
+    ok(alice.put((*mine, "rooms", room_id, "tags", "u.x"), {}))
+    sync = slide(alice)
+    sync.body["extensions"] = wants("account_data")
+    first = sync()["extensions"]["account_data"]
+    assert {"m.push_rules", "x.y"} <= {event["type"] for event in first["global"]}
+    assert [event["type"] for event in first["rooms"][room_id]] == ["m.tag"]
+    assert sync()["extensions"]["account_data"] == {"global": [], "rooms": {}}
+    ok(alice.put((*mine, "account_data", "x.y"), {"a": 2}))
+    ok(alice.put((*mine, "rooms", room_id, "account_data", "x.z"), {"b": 1}))
+    later = sync()["extensions"]["account_data"]
+    assert later["global"] == [{"type": "x.y", "content": {"a": 2}}]
+    assert later["rooms"] == {room_id: [{"type": "x.z", "content": {"b": 1}}]}
+    for scope in ({"lists": []}, {"rooms": []}, {"lists": ["other"], "rooms": [room_id]}):
+        ok(alice.put((*mine, "rooms", room_id, "account_data", "x.z"), {"b": unique()}))
+        sync.body["extensions"] = {"account_data": {"enabled": True, **scope}}
+        found = sync()["extensions"]["account_data"]["rooms"]
+        assert found == {} if "lists" in scope else found.keys() == {room_id}
+
+
+def test_receipts_and_typing_extensions(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    old = alice.send_text(room_id, "old")
+    ok(bob.post(("rooms", room_id, "receipt", "m.read", old)))
+    ok(alice.post(("rooms", room_id, "receipt", "m.read.private", old)))
+    event_id = alice.send_text(room_id, "new")
+    sync = slide(alice, limit=1)
+    sync.body["extensions"] = wants("receipts", "typing")
+    first = sync()["extensions"]
+    assert first["typing"] == {"rooms": {}}
+    content = first["receipts"]["rooms"][room_id]["content"]
+    assert content == {
+        old: {"m.read.private": {alice.user_id: content[old]["m.read.private"][alice.user_id]}}
+    }
+    ok(bob.post(("rooms", room_id, "receipt", "m.read", event_id)))
+    ok(bob.post(("rooms", room_id, "receipt", "m.read.private", event_id)))
+    typing = ("rooms", room_id, "typing", bob.user_id)
+    ok(bob.put(typing, {"typing": True, "timeout": 9000}))
+    result = sync()
+    assert result["rooms"] == {}
+    receipts = result["extensions"]["receipts"]["rooms"][room_id]
+    assert receipts["type"] == "m.receipt"
+    assert list(receipts["content"][event_id]) == ["m.read"]
+    users = {"type": "m.typing", "content": {"user_ids": [bob.user_id]}}
+    assert result["extensions"]["typing"]["rooms"] == {room_id: users}
+    ok(bob.put(typing, {"typing": False}))
+    result = sync()["extensions"]
+    assert result["typing"]["rooms"][room_id]["content"] == {"user_ids": []}
+    assert result["receipts"]["rooms"] == {}
+
+
+def test_thread_subscriptions_extension(alice: Client) -> None:
+    room_id = alice.create_room()
+    roots = [alice.send_text(room_id, str(number)) for number in range(3)]
+    name = "io.element.msc4308.thread_subscriptions"
+    sync = Slider(alice, extensions={name: {"enabled": True, "limit": 2}})
+    assert sync()["extensions"] == {}
+    before = sync.pos
+
+    def path(root: str) -> str:
+        prefix = "/_matrix/client/unstable/io.element.msc4306/rooms/"
+        return f"{prefix}{quote(room_id)}/thread/{quote(root)}/subscription"
+
+    for root in roots:
+        ok(alice.put(path(root), {}))
+    ok(alice.delete(path(roots[0])))
+    found = sync()["extensions"][name]
+    assert list(found["subscribed"][room_id]) == [roots[2]]
+    assert found["subscribed"][room_id][roots[2]]["automatic"] is False
+    assert list(found["unsubscribed"][room_id]) == [roots[0]]
+    pages = "/_matrix/client/unstable/io.element.msc4308/thread_subscriptions"
+    query = {"dir": "b", "from": found["prev_batch"], "to": before}
+    rest = ok(alice.get(pages, params=query))
+    assert (list(rest["subscribed"][room_id]), "end" in rest) == ([roots[1]], False)
+    assert sync()["extensions"] == {}
+    first = ok(alice.get(pages, params={"dir": "b", "limit": 1}))
+    assert list(first["unsubscribed"][room_id]) == [roots[0]]
+    assert first["end"]
+    fails(alice.get(pages, params={"dir": "f"}), 400, "M_INVALID_PARAM")
+    fails(alice.get(pages, params={"dir": "b", "limit": 0}), 400, "M_INVALID_PARAM")
+
+
+def test_bundled_aggregations_come_with_a_gap(alice: Client) -> None:
+    room_id = alice.create_room()
+    root = alice.send_text(room_id, "root")
+    relation = {"rel_type": "m.thread", "event_id": root}
+    alice.send(room_id, "m.room.message", {"body": "reply", "m.relates_to": relation})
+    room = slide(alice, limit=2)()["rooms"][room_id]
+    assert room["limited"] is True
+    assert room["timeline"][0]["unsigned"]["m.relations"]["m.thread"]["count"] == 1
+
+
+def test_receipts_of_a_room_that_was_out_of_the_window(alice: Client, bob: Client) -> None:
+    """Also when nothing else happened in it, and after it had come and gone."""
+    room_id, other = alice.room_with(bob), alice.create_room()
+    event_id = alice.send_text(room_id, "x")
+    sync = slide(alice, [0, 0])
+    sync.body["extensions"] = wants("receipts", "account_data")
+    assert set(sync()["rooms"]) == {room_id}
+    alice.send_text(other, "x")
+    assert set(sync()["rooms"]) == {other}
+    ok(bob.post(("rooms", room_id, "receipt", "m.read", event_id)))
+    ok(alice.put(("user", alice.user_id, "rooms", room_id, "tags", "u.x"), {}))
+    assert sync()["extensions"]["receipts"]["rooms"] == {}
+    sync.body["lists"] = {"all": window([0, 1])}
+    result = sync()
+    assert list(result["extensions"]["receipts"]["rooms"]) == [room_id]
+    assert list(result["extensions"]["account_data"]["rooms"]) == [room_id]
+    again = sync()["extensions"]
+    assert again["receipts"]["rooms"] == again["account_data"]["rooms"] == {}
+
+
+def slides_until(sync: Slider, act: Callable[[], Any]) -> tuple[Json, float]:
+    """The answer of a call during which something happens, and how long it took after that."""
+    sync()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(sync, 20_000)
+        time.sleep(0.25)
+        begin = time.perf_counter()
+        act()
+        return future.result(), time.perf_counter() - begin
+
+
+def test_sliding_sync_wakes_for_whatever_concerns_its_user(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    phone = bob.login()
+    event_id = alice.send_text(room_id, "read me")
+    member = ("rooms", room_id)
+    mine = ("user", bob.user_id)
+    typing = (*member, "typing", alice.user_id)
+    acts: dict[str, Callable[[], Any]] = {
+        "message": lambda: alice.send_text(room_id, "x"),
+        "typing": lambda: ok(alice.put(typing, {"typing": True, "timeout": 9000})),
+        "end of typing": lambda: ok(alice.put(typing, {"typing": False})),
+        "receipt": lambda: ok(alice.post((*member, "receipt", "m.read", event_id))),
+        "read elsewhere": lambda: ok(phone.post((*member, "receipt", "m.read", event_id))),
+        "account data": lambda: ok(phone.put((*mine, "account_data", "x.y"), {"a": 1})),
+        "tag": lambda: ok(phone.put((*mine, "rooms", room_id, "tags", "u.x"), {})),
+        "to-device": lambda: send_number(alice, bob, 1),
+        "device": lambda: CryptoDevice(alice.login()).publish(),
+        "invite": lambda: alice.create_room(bob),
+        "kick": lambda: ok(alice.post((*member, "kick"), {"user_id": bob.user_id})),
+    }
+    sync = slide(bob, state=[["m.room.member", "$ME"]])
+    sync.body["extensions"] = wants("to_device", "e2ee", "account_data", "receipts", "typing")
+    since: str | None = None
+    for name, act in acts.items():
+        result, seconds = slides_until(sync, act)
+        since = result["extensions"]["to_device"]["next_batch"]
+        sync.body["extensions"]["to_device"] = {"enabled": True, "since": since}
+        assert seconds < 5, name
+
+
+def test_private_receipt_of_someone_else_wakes_nobody(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    event_id = alice.send_text(room_id, "x")
+    sync = slide(alice)
+    sync.body["extensions"] = wants("receipts")
+    sync()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(sync, 1200)
+        time.sleep(0.2)
+        ok(bob.post(("rooms", room_id, "receipt", "m.read.private", event_id)))
+        begin = time.perf_counter()
+        assert waiting.result()["rooms"] == {}
+    assert time.perf_counter() - begin > 0.7
+
+
+def test_syncs_do_not_wake_each_other(new_server: Callable[..., Server]) -> None:
+    one = new_server()
+    host, guest = register(one), register(one)
+    host.room_with(guest)
+    syncs = [
+        Slider(who, conn, lists={"all": window()}, extensions=wants(*EXTENSION_NAMES))
+        for who in (host, guest)
+        for conn in ("a", "b")
+    ]
+    for sync in syncs:
+        sync()
+        sync()
+    with ThreadPoolExecutor(5) as pool:
+        waiting = [pool.submit(sync, 2500) for sync in syncs]
+        waiting.append(pool.submit(guest.poll, 1000))
+        time.sleep(1.2)
+        before = one.cpu()
+        time.sleep(1)
+        assert one.cpu() - before < 0.05
+        for future in waiting:
+            future.result()
+
+
+EXTENSION_NAMES: Final = ("to_device", "e2ee", "account_data", "receipts", "typing")
+
+
+@deep
+def test_first_window_of_a_thousand_rooms_is_cheap(new_server: Callable[..., Server]) -> None:
+    one = new_server()
+    host, guest = register(one), register(one)
+    for number in range(1000):
+        room_id = host.create_room(preset="public_chat", name=str(number))
+        guest.join(room_id)
+        host.send_text(room_id, "hello")
+
+    def cost(call: Callable[[], Any]) -> float:
+        """Milliseconds of CPU that the server needs for an answer: the median of nine."""
+        costs = []
+        for _ in range(9):
+            before = one.cpu()
+            call()
+            costs.append(1000 * (one.cpu() - before))
+        return statistics.median(costs)
+
+    state = [["m.room.member", "$LAZY"], ["m.room.name", ""], ["m.space.child", "*"]]
+    for first in (
+        slide(guest, [0, 19], limit=1, state=state),
+        slide(guest, [0, 19], limit=1, not_room_types=["m.space"]),
+    ):
+        assert cost(lambda first=first: ok(first.post())) < 15
+    sync = slide(guest, [0, 999], limit=1)
+    sync()
+    assert cost(sync) < 3
+
+
+def test_read_elsewhere_takes_the_badge_away(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    event_id = alice.send_text(room_id, "one")
+    sync = slide(bob)
+    assert sync()["rooms"][room_id]["notification_count"] == 1
+    ok(bob.login().post(("rooms", room_id, "receipt", "m.read", event_id)))
+    room = sync()["rooms"][room_id]
+    assert room == {"notification_count": 0, "highlight_count": 0}
+    assert sync()["rooms"] == {}
+
+
+def test_badge_of_a_room_that_was_read_out_of_the_window(alice: Client, bob: Client) -> None:
+    room_id, other = alice.room_with(bob), alice.create_room()
+    event_id = bob.send_text(room_id, "one")
+    sync = slide(alice, [0, 0])
+    assert sync()["rooms"][room_id]["notification_count"] == 1
+    alice.send_text(other, "x")
+    sync()
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id)))
+    sync()
+    sync.body["lists"] = {"all": window([0, 1])}
+    assert sync()["rooms"][room_id]["notification_count"] == 0
+
+
+def test_messages_after_sleep(alice: Client, bob: Client) -> None:
+    """A phone that slept long gets a gap that it can fill from prev_batch, and loses nothing."""
+    room_id = alice.room_with(bob)
+    sync = slide(bob, limit=5, state=[["m.room.topic", ""]])
+    sync()
+    for number in range(20):
+        alice.send_text(room_id, str(number))
+    alice.set_state(room_id, "m.room.topic", {"topic": "early"})
+    for number in range(20, 40):
+        alice.send_text(room_id, str(number))
+    room = sync()["rooms"][room_id]
+    assert room["limited"] is True
+    assert bodies_in(room) == [str(number) for number in range(35, 40)]
+    assert room["num_live"] == 5
+    assert room["required_state"][0]["content"] == {"topic": "early"}
+    page = bob.messages(room_id, **{"from": room["prev_batch"], "limit": 35})["chunk"]
+    older = [event["content"]["body"] for event in page if event["type"] == "m.room.message"]
+    assert older[:34] == [str(number) for number in range(34, 0, -1)]
+
+
+def test_redacted_state_is_sent_again(alice: Client) -> None:
+    room_id = alice.create_room()
+    event_id = alice.set_state(room_id, "m.room.topic", {"topic": "oops"})
+    sync = slide(alice, state=[["m.room.topic", ""]])
+    sync()
+    alice.redact(room_id, event_id)
+    room = sync()["rooms"][room_id]
+    assert [(e["event_id"], e["content"]) for e in room["required_state"]] == [(event_id, {})]
+
+
+def test_request_that_was_given_up_changes_nothing(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    sync = slide(bob)
+    sync()
+    pos = sync.pos
+    with ThreadPoolExecutor(1) as pool:
+        given_up = pool.submit(Slider.post, sync, 5000, pos)
+        time.sleep(0.2)
+        sync.body = {"lists": {"all": window(limit=7)}}
+        sync()
+        alice.send_text(room_id, "x")
+        assert ok(given_up.result())["rooms"] == {}
+    assert bodies_in(sync()["rooms"][room_id]) == ["x"]
+
+
+def test_many_at_once_on_one_connection(alice: Client, bob: Client) -> None:
+    """Whatever clients do, nothing breaks, and who goes on gets what there is."""
+    rooms = [alice.room_with(bob) for _ in range(3)]
+    sync = slide(bob, [0, 1], state=ALL_STATE)
+    sync()
+    pos = sync.pos
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(sync.post, 300, pos) for _ in range(6)]
+        calls += [pool.submit(alice.send_text, room_id, "x") for room_id in rooms]
+        calls += [pool.submit(Slider(bob, **sync.body).post) for _ in range(3)]
+        calls += [pool.submit(sync.post, 0, pos, lists={"all": window([0, n])}) for n in range(3)]
+        found = [call.result() for call in calls]
+    codes = {one.status_code for one in found if not isinstance(one, str)}
+    assert codes <= {200, 400}
+    last = slide(bob)()
+    assert all(bodies_in(last["rooms"][room_id])[-1] == "x" for room_id in rooms)
+
+
+@pytest.mark.parametrize(
+    ("body", "errcode"),
+    [
+        ({"lists": {"a": {"ranges": [[0, 1]]}}}, "M_MISSING_PARAM"),
+        ({"lists": []}, "M_BAD_JSON"),
+        ({"lists": {"a": window([0, 1, 2])}}, "M_INVALID_PARAM"),
+        ({"lists": {"a": window([2, 1])}}, "M_INVALID_PARAM"),
+        ({"lists": {"a": window([-1, 1])}}, "M_INVALID_PARAM"),
+        ({"lists": {"a": window(limit=1001)}}, "M_INVALID_PARAM"),
+        ({"lists": {"a": window(limit=-1)}}, "M_INVALID_PARAM"),
+        ({"lists": {"a": window(state=[["x"]])}}, "M_BAD_JSON"),
+        ({"lists": {"a": window(state=[[1, 2]])}}, "M_BAD_JSON"),
+        ({"lists": {"a": window(state=[["x", str(n)] for n in range(301)])}}, "M_INVALID_PARAM"),
+        ({"lists": {str(n): window() for n in range(101)}}, "M_INVALID_PARAM"),
+        ({"lists": {"x" * 65: window()}}, "M_INVALID_PARAM"),
+        ({"conn_id": "x" * 65}, "M_INVALID_PARAM"),
+        ({"conn_id": 5}, "M_BAD_JSON"),
+        ({"room_subscriptions": {"!a:b": 5}}, "M_BAD_JSON"),
+        ({"extensions": {"e2ee": 1}}, "M_BAD_JSON"),
+        ({"extensions": {"to_device": {"enabled": True, "since": "x"}}}, "M_INVALID_PARAM"),
+        ({"extensions": {"to_device": {"enabled": True, "since": "x" * 50}}}, "M_INVALID_PARAM"),
+    ],
+)
+def test_requests_that_are_refused(alice: Client, body: Json, errcode: str) -> None:
+    fails(Slider(alice, **body).post(), 400, errcode)
+
+
+@given(body=JSON_VALUES)
+@settings(max_examples=30)
+def test_no_body_makes_a_server_error(server: Server, body: Any) -> None:
+    client = shared_client(server)
+    for name in ("lists", "room_subscriptions", "extensions", "conn_id"):
+        assert client.request("POST", SLIDING, {name: body}).status_code in (200, 400)
+        assert client.request("POST", "/_matrix/client/v4/sync", {name: body}).status_code in (
+            200,
+            400,
+        )
+
+
+@functools.cache
+def shared_client(server: Server) -> Client:
+    return register(server)
+
+
+def test_the_accepted_form(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="Den", topic="x")
+    invited = alice.create_room(bob)
+
+    def sync(**body: Any) -> Json:
+        return ok(bob.post("/_matrix/client/v4/sync", body))
+
+    everything = {"include": [{}], "exclude": [{"type": "m.room.create"}], "lazy_members": True}
+    wanted = {"timeline_limit": 2, "required_state": everything}
+    lists = {
+        "all": {**wanted, "range": [0, 9]},
+        "joined": {**wanted, "filters": {"is_invited": False}},
+    }
+    first = sync(lists=lists)
+    assert first["lists"] == {"all": {"count": 2}, "joined": {"count": 1}}
+    room = first["rooms"][room_id]
+    assert room["membership"] == "join"
+    assert sorted(room["lists"]) == ["all", "joined"]
+    assert not room.keys() & {"notification_count", "highlight_count"}
+    kinds = {kind for kind, _ in required(room)}
+    assert "m.room.topic" in kinds
+    assert "m.room.create" not in kinds
+    assert first["rooms"][invited]["membership"] == "invite"
+    assert "invite_state" not in first["rooms"][invited]
+    assert keys_of(first["rooms"][invited]["stripped_state"])
+    alice.set_state(room_id, "m.room.name", {})
+    second = sync(lists=lists, pos=first["pos"])
+    assert second["rooms"][room_id]["name"] is None
+    wanted["timeline_limit"] = 5
+    wider = sync(lists={"all": {**wanted, "range": [0, 9]}}, pos=second["pos"])
+    assert wider["rooms"][room_id]["expanded_timeline"] is True
+    fails(bob.post("/_matrix/client/v4/sync", {"set_presence": "x"}), 400, "M_INVALID_PARAM")
+    wishes = {f"!{n}:x": wanted for n in range(101)}
+    too_many = bob.post("/_matrix/client/v4/sync", {"room_subscriptions": wishes})
+    fails(too_many, 400, "M_INVALID_PARAM")
+
+
+def test_both_old_paths_lead_to_the_same(alice: Client) -> None:
+    room_id = alice.create_room()
+    path = "/_matrix/client/unstable/org.matrix.msc3575/sync"
+    result = ok(alice.post(path, {"lists": {"a": {**window(), "sort": ["by_recency"]}}}))
+    assert result["lists"]["a"]["ops"][0]["room_ids"] == [room_id]
+
+
+# ── Three clients come to the same ───────────────────────────────────────────
+
+
+class Knowledge:
+    """What a client knows of its rooms: state, counts, receipts, account data."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.state: dict[str, dict[tuple[str, str], str]] = {}
+        self.counts: dict[str, tuple[int, int]] = {}
+        self.receipts: dict[str, dict[tuple[str, ...], str]] = defaultdict(dict)
+        self.data: dict[tuple[str, str], Any] = {}
+        self.seen: dict[str, list[str]] = {}
+        self.invites: set[str] = set()
+
+    def forget(self, room_id: str) -> None:
+        for known in (self.state, self.counts, self.receipts, self.seen):
+            known.pop(room_id, None)
+        self.invites.discard(room_id)
+
+    def add_state(self, room_id: str, events: list[Json]) -> None:
+        state = self.state.setdefault(room_id, {})
+        state.update(((e["type"], e["state_key"]), e["event_id"]) for e in events)
+
+    def add_counts(self, room_id: str, counts: Json) -> None:
+        self.counts[room_id] = (counts["notification_count"], counts["highlight_count"])
+
+    def add_receipts(self, room_id: str, content: Json) -> None:
+        for event_id, kinds in content.items():
+            for kind, users in kinds.items():
+                for user_id, receipt in users.items():
+                    key = (user_id, kind, receipt.get("thread_id", ""))
+                    self.receipts[room_id][key] = event_id
+
+    def add_data(self, room_id: str, events: list[Json]) -> None:
+        self.data.update(((room_id, event["type"]), event["content"]) for event in events)
+
+    def own_data(self, rooms: Iterable[str]) -> Json:
+        """The account data of these rooms, and what belongs to none."""
+        return {key: value for key, value in self.data.items() if key[0] in {"", *rooms}}
+
+
+class SyncKnowledge(Knowledge):
+    """From /sync with use_state_after."""
+
+    since: str | None = None
+
+    def catch_up(self) -> None:
+        wanted = {"room": {"timeline": {"limit": 3}}}
+        result = self.client.sync(self.since, filter=wanted, use_state_after="true")
+        self.since = result["next_batch"]
+        rooms = result.get("rooms", {})
+        self.add_data("", result.get("account_data", {}).get("events", []))
+        for room_id in rooms.get("leave", {}):
+            self.forget(room_id)
+        for room_id in rooms.get("invite", {}):
+            self.forget(room_id)
+            self.invites.add(room_id)
+        for room_id, room in rooms.get("join", {}).items():
+            self.invites.discard(room_id)
+            self.add_state(room_id, room["state_after"]["events"])
+            self.add_counts(room_id, room["unread_notifications"])
+            self.add_data(room_id, room["account_data"]["events"])
+            for event in room["ephemeral"]["events"]:
+                if event["type"] == "m.receipt":
+                    self.add_receipts(room_id, event["content"])
+
+
+class SlidingKnowledge(Knowledge):
+    """From sliding sync, with a window that grows and shrinks, and answers that get lost."""
+
+    def __init__(self, client: Client) -> None:
+        super().__init__(client)
+        self.sync = slide(client, limit=3, state=ALL_STATE)
+        self.sync.body["extensions"] = wants("account_data", "receipts", "typing")
+
+    def lose(self) -> None:
+        """An answer that never arrives."""
+        if self.sync.pos is not None:
+            ok(self.sync.post())
+
+    def catch_up(self, *span: int) -> None:
+        self.sync.body["lists"] = {"all": window(span or [0, 99], limit=3, state=ALL_STATE)}
+        result = self.sync()
+        data = result["extensions"]["account_data"]
+        self.add_data("", data["global"])
+        for room_id, room in result["rooms"].items():
+            self.take_room(room_id, room)
+        for room_id, events in data["rooms"].items():
+            self.add_data(room_id, events)
+        for room_id, receipt in result["extensions"]["receipts"]["rooms"].items():
+            self.add_receipts(room_id, receipt["content"])
+
+    def take_room(self, room_id: str, room: Json) -> None:
+        if room.get("initial"):
+            self.forget(room_id)
+        if "invite_state" in room:
+            self.invites.add(room_id)
+            return
+        seen = self.seen.setdefault(room_id, [])
+        new = [event["event_id"] for event in room.get("timeline", ())]
+        if not room.get("unstable_expanded_timeline"):
+            assert not set(new).intersection(seen)
+        seen += new
+        self.add_state(room_id, room.get("required_state", []))
+        self.add_counts(room_id, room)
+        mine = [
+            event["content"]["membership"]
+            for event in room.get("required_state", ())
+            if (event["type"], event["state_key"]) == ("m.room.member", self.client.user_id)
+        ]
+        if mine and mine[-1] != "join":
+            self.forget(room_id)
+
+
+DEEDS: Final = (
+    *("message", "message", "thread", "burst", "name", "redact", "redact state", "read", "read"),
+    *("read privately", "tag", "data", "room data", "mention"),
+    *("join", "leave", "kick", "ban", "unban", "invite"),
+    *("sync", "sync", "peek", "lose"),
+)
+
+
+class Household:
+    """Three users and three rooms in which things happen."""
+
+    def __init__(self, server: Server) -> None:
+        self.people = [register(server) for _ in range(3)]
+        self.host = self.people[0]
+        self.rooms = [self.host.create_room(preset="public_chat") for _ in range(3)]
+        self.sent: dict[str, list[str]] = {room_id: [] for room_id in self.rooms}
+        self.states: dict[str, list[str]] = {room_id: [] for room_id in self.rooms}
+        self.both = [(SlidingKnowledge(one), SyncKnowledge(one)) for one in self.people[1:]]
+
+    def act(self, deed: str, which: int, who: int, number: int) -> None:
+        """One step; what the rules forbid is simply not done."""
+        room_id, person = self.rooms[which], self.people[who]
+        if deed in ("sync", "peek", "lose"):
+            self.look(deed, who, number)
+        elif deed in ("message", "thread", "burst", "mention"):
+            self.talk(deed, room_id, person, number)
+        elif deed == "name":
+            name = {"name": unique("name")}
+            self.states[room_id].append(self.host.set_state(room_id, "m.room.name", name))
+        elif deed == "redact state":
+            for event_id in self.states[room_id][-1:]:
+                self.host.redact(room_id, event_id)
+        elif deed in ("join", "leave"):
+            if person is not self.host:
+                person.post(("rooms", room_id, deed))
+        elif deed in ("kick", "ban", "unban", "invite"):
+            target = {"user_id": self.people[1 + number % 2].user_id}
+            self.host.post(("rooms", room_id, deed), target)
+        else:
+            self.note(deed, room_id, person, number)
+
+    def event(self, room_id: str, number: int) -> str:
+        """One of the newest messages."""
+        sent = self.sent[room_id]
+        return sent[-1 - number % len(sent)] if sent else "$none"
+
+    def talk(self, deed: str, room_id: str, person: Client, number: int) -> None:
+        content: Json = {"msgtype": "m.text", "body": unique("text")}
+        if deed == "thread":
+            root = self.event(room_id, number)
+            content["m.relates_to"] = {"rel_type": "m.thread", "event_id": root}
+        if deed == "mention":
+            content["m.mentions"] = {"user_ids": [self.people[1 + number % 2].user_id]}
+        for _ in range(5 if deed == "burst" else 1):
+            path = ("rooms", room_id, "send", "m.room.message", unique("txn"))
+            self.sent[room_id] += [person.put(path, content).json().get("event_id", "$none")]
+
+    def note(self, deed: str, room_id: str, person: Client, number: int) -> None:
+        """Receipts, account data, and the redaction of messages."""
+        room, mine = ("rooms", room_id), ("user", person.user_id)
+        event, value = self.event(room_id, number), {"value": unique()}
+        if deed == "redact":
+            person.put((*room, "redact", event, unique("txn")))
+        elif deed.startswith("read"):
+            kind = "m.read.private" if deed == "read privately" else "m.read"
+            person.post((*room, "receipt", kind, event))
+        elif deed == "tag":
+            person.put((*mine, *room, "tags", f"u.{number}"))
+        else:
+            where = room if deed == "room data" else ()
+            person.put((*mine, *where, "account_data", f"x.{number}"), value)
+
+    def look(self, deed: str, who: int, number: int) -> None:
+        """One of the two guests looks, with one or both kinds of client."""
+        sliding, plain = self.both[who % 2]
+        if deed == "lose":
+            sliding.lose()
+        elif deed == "peek":
+            sliding.catch_up(0, number % 2)
+        else:
+            sliding.catch_up()
+            plain.catch_up()
+
+    def check(self) -> None:
+        """All three kinds of client know the same."""
+        for sliding, plain in self.both:
+            sliding.catch_up()
+            plain.catch_up()
+            fresh = SyncKnowledge(plain.client)
+            fresh.catch_up()
+            for known in (sliding, plain):
+                assert known.state == fresh.state
+                assert known.invites == fresh.invites
+                assert known.counts == fresh.counts
+                assert known.own_data(fresh.state) == fresh.own_data(fresh.state)
+            for room_id, receipts in fresh.receipts.items():
+                assert plain.receipts[room_id] == receipts
+                for key, event_id in receipts.items():
+                    if key[0] == plain.client.user_id or event_id in sliding.seen[room_id]:
+                        assert sliding.receipts[room_id].get(key) == event_id
+
+
+STEPS: Final = st.lists(
+    st.tuples(st.sampled_from(DEEDS), st.integers(0, 2), st.integers(0, 2), st.integers(0, 5)),
+    min_size=5,
+    max_size=40,
+)
+
+
+@given(steps=STEPS)
+@settings(max_examples=25)
+def test_sliding_and_other_syncs_come_to_the_same(
+    server: Server, steps: list[tuple[str, int, int, int]]
+) -> None:
+    story = Household(server)
+    for step in steps:
+        story.act(*step)
+    story.check()
+
+
+def test_syncs_come_to_the_same_over_restarts(new_server: Callable[..., Server]) -> None:
+    one = new_server()
+    register(one)
+    story, chance = Household(one), random.Random(5)  # noqa: S311  a story that can be repeated
+    for number in range(160):
+        story.act(chance.choice(DEEDS), *(chance.randrange(n) for n in (3, 3, 6)))
+        if number % 40 == 39:
+            one.kill9()
+            one.start()
+            story.check()
+
+
+# ── Invites that are not wanted ──────────────────────────────────────────────
+
+PERMISSION: Final = "m.invite_permission_config"
+
+
+@pytest.mark.parametrize(
+    ("content", "verdict"),
+    [
+        ({}, "allowed"),
+        ({"default_action": "block"}, "blocked"),
+        ({"default_action": "other"}, "allowed"),
+        ({"blocked_servers": ["*"]}, "blocked"),
+        ({"blocked_servers": ["*"], "enabled": False}, "allowed"),
+        ({"blocked_servers": ["*"], "allowed_servers": ["good.org"]}, "allowed"),
+        ({"blocked_servers": ["*"], "allowed_users": ["@a*:g?od.org"]}, "allowed"),
+        ({"ignored_users": ["@ann:good.org"], "blocked_users": ["@ann:*"]}, "ignored"),
+        ({"allowed_users": ["@ann:good.org"], "ignored_users": ["@*"]}, "allowed"),
+        ({"blocked_users": ["@[a]nn:good.org"]}, "allowed"),
+        ({"blocked_servers": "*"}, "allowed"),
+        ({"blocked_servers": ["*", 5]}, "allowed"),
+        ({"ignored_servers": ["good.org"], "blocked_servers": ["*"]}, "ignored"),
+    ],
+)
+def test_invite_permission(content: Json, verdict: str) -> None:
+    if not any(name.endswith("users") for name in content):
+        assert conduit.invite_verdict(content, "@ann:good.org:8448") == verdict
+    assert conduit.invite_verdict(content, "@ann:good.org") == verdict
+
+
+@pytest.mark.parametrize("name", [PERMISSION, f"org.matrix.msc4155.{PERMISSION[2:]}"])
+def test_sec_24_blocked_invites_are_refused(alice: Client, bob: Client, name: str) -> None:
+    room_id = alice.create_room()
+    pending = alice.create_room(bob)
+    path = ("user", bob.user_id, "account_data", name)
+    ok(bob.put(path, {"blocked_users": [alice.user_id]}))
+    target = {"user_id": bob.user_id}
+    fails(alice.post(("rooms", room_id, "invite"), target), 403, "M_INVITE_BLOCKED")
+    fails(alice.post("createRoom", {"invite": [bob.user_id]}), 403, "M_INVITE_BLOCKED")
+    state = ("rooms", room_id, "state", "m.room.member", bob.user_id)
+    fails(alice.put(state, {"membership": "invite"}), 403, "M_INVITE_BLOCKED")
+    assert pending not in json.dumps(bob.sync())
+    assert slide(bob)()["rooms"] == {}
+    alice.leave(pending)
+    ok(bob.put(path, {}))
+    alice.invite(room_id, bob)
+    assert set(bob.sync()["rooms"]["invite"]) == {pending, room_id}
+
+
+@pytest.mark.parametrize("by", ["ignored users", "permission"])
+def test_sec_24_ignored_invites_come_nowhere(alice: Client, bob: Client, by: str) -> None:
+    name, content = {
+        "ignored users": ("m.ignored_user_list", {"ignored_users": {alice.user_id: {}}}),
+        "permission": (PERMISSION, {"ignored_users": [alice.user_id]}),
+    }[by]
+    ok(bob.put(("user", bob.user_id, "account_data", name), content))
+    bob.poll()
+    sync = slide(bob)
+    sync()
+    room_id = alice.create_room(bob)
+    assert "rooms" not in bob.poll()
+    assert sync()["rooms"] == {}
+    subscribed = {room_id: {"timeline_limit": 5, "required_state": ALL_STATE}}
+    assert sync(room_subscriptions=subscribed)["rooms"] == {}
+    member = alice.state(room_id, "m.room.member", bob.user_id)
+    assert member["membership"] == "invite"  # the one who invites cannot tell
+    ok(alice.post(("rooms", room_id, "kick"), {"user_id": bob.user_id}))
+    assert "rooms" not in bob.poll()
+    assert sync(room_subscriptions=subscribed)["rooms"].keys() <= {room_id}
+    assert sync()["rooms"] == {}
+
+
+def test_sec_43_a_flood_of_invites(new_server: Callable[..., Server]) -> None:
+    one = new_server()
+    host, guest = register(one), register(one)
+    kept = host.room_with(guest)
+    rooms = [host.create_room(guest) for _ in range(150)]
+    result = slide(guest, [0, 9])()
+    assert result["lists"]["all"]["count"] == 151
+    assert len(result["rooms"]) == 10
+    assert slide(guest, is_invite=False)()["rooms"].keys() == {kept}
+    assert len(guest.sync()["rooms"]["invite"]) == 150
+    sync = slide(guest, [0, 9])
+    sync()
+    ok(guest.put(("user", guest.user_id, "account_data", PERMISSION), {"blocked_servers": ["*"]}))
+    assert sync()["lists"]["all"]["count"] == 1
+    assert rooms[0] not in json.dumps(guest.sync())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"name": 5}, {"name": None}, {"name": ["x"]}, {"alias": {}}, {"via": 3}, {"type": []}],
+)
+def test_sec_43_odd_state_in_an_invite_breaks_no_sync(
+    alice: Client, bob: Client, content: Json
+) -> None:
+    state = [
+        {"type": kind, "state_key": "", "content": content}
+        for kind in ("m.room.name", "m.room.avatar", "m.room.topic")
+    ]
+    room_id = alice.create_room(bob, initial_state=state)
+    for filters in ({"room_name_like": "x"}, {"room_types": [None]}, {"spaces": [room_id]}):
+        Slider(bob, lists={"a": {**window(), "filters": filters}})()
+    assert room_id in slide(bob)()["rooms"]
+    assert room_id in bob.sync()["rooms"]["invite"]
+    bob.join(room_id)
+    assert room_id in slide(bob, state=ALL_STATE)()["rooms"]
 
 
 # ═════════════════════════════════════════════════════════════════════════════
