@@ -20,7 +20,8 @@ NO_VENV := Python cannot make virtual environments here. Debian: sudo apt instal
 RUN_NEEDS  := pynacl "tomli; python_version < '3.11'"
 LINT_NEEDS := ruff mypy
 TEST_NEEDS := $(RUN_NEEDS) $(LINT_NEEDS) pytest pytest-xdist hypothesis httpx aiohttp aiosmtpd \
-              "matrix-nio[e2e]" pillow pyyaml jsonschema matrix-synapse trustme
+              "matrix-nio[e2e]" pillow pyyaml jsonschema matrix-synapse trustme mautrix \
+              prometheus-client
 
 # What ruff looks for, and what we let pass:
 #   D105 D107  the docstring of the class says what __init__ and its like do

@@ -16,7 +16,7 @@ To run it
              database_path and registration_token under [global]
     start    CONDUIT_CONFIG=conduit.toml python3 conduit.py
     data     all in the folder that database_path names: conduit.db and media/
-    backup   python3 conduit.py --backup FILE, while it runs
+    backup   python3 conduit.py --backup FILE, while it runs; --restore FILE
     help     python3 conduit.py --help; README.md; the admin room #admins
 
 Contents (search for the number and the title)
@@ -117,6 +117,7 @@ import re
 import resource
 import secrets
 import shlex
+import shutil
 import signal
 import smtplib
 import socket
@@ -125,6 +126,7 @@ import ssl
 import string
 import struct
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -701,7 +703,10 @@ class Config:
         "figures for Prometheus on /_conduit/metrics, for this machine or with a token", False
     )
     allow_jaeger: bool = setting("send traces to Jaeger", False)
-    tracing_flame: bool = setting("record a flame graph", False)
+    tracing_endpoint: str = live(
+        "where traces go, by OTLP over HTTP", "http://127.0.0.1:4318/v1/traces", A_URL
+    )
+    tracing_flame: bool = setting("record a flame graph, in database_path", False)
     rocksdb_max_open_files: int = setting(
         "has no effect here: there is no RocksDB", 1000, bounds=(1, 10**9), no_effect=True
     )
@@ -1718,6 +1723,7 @@ class Database:
         self._flushing: Batch | None = None
         self._blocks: list[int] = []  # of each open block, how many rows were changed before it
         self._commits = 0
+        self.syncs, self.sync_seconds, self._sync_began = 0, 0.0, 0.0
         self._wal, self._copying = wal, False
         self.lost = 0  # batches that were undone
         self._mostly_copied = False  # a thread has copied the WAL but for the last commits
@@ -1831,11 +1837,14 @@ class Database:
         if self._mostly_copied:
             self._finish_checkpoint()
         loop = asyncio.get_running_loop()
+        self._sync_began = time.monotonic()
         self._jobs.put(functools.partial(call_loop, loop, self._flushed))
 
     def _flushed(self, error: OSError | None) -> None:
         """The sync came back: answer those who waited, and commit what came in meanwhile."""
         batch, self._flushing = self._flushing, None
+        self.syncs += 1
+        self.sync_seconds += time.monotonic() - self._sync_began
         if error is not None:
             self._broken = storage_error(error)
             log_storage.critical(
@@ -1976,8 +1985,8 @@ class Stream:
         self._reserved = self.position
 
     def _forget_reservation(self) -> None:
-        # The row may have been rolled back; the next stamp reserves anew, above all used ones.
-        self._reserved = min(self._reserved, self.position)
+        # The row may have been rolled back; if not, a full disk need not keep anybody from reading.
+        self._reserved = self.database.meta("stream_reserved") or 0
 
 
 # ── 4.5  The check ───────────────────────────────────────────────────────────
@@ -2006,6 +2015,134 @@ invariant(
     "stream positions above the reserved ones",
     "SELECT pos FROM events WHERE pos > (SELECT value FROM meta WHERE key = 'stream_reserved')",
 )
+
+# ── 4.6  Backup and restore ──────────────────────────────────────────────────
+#
+#  An archive has a copy of the database, in which the keys of the server are, and
+#  the media. The copy comes first: a file that it names was complete before, and
+#  its name is the hash of what is in it, so it cannot change any more.
+
+MEDIA_MEMBER = re.compile(r"media/[0-9a-f]{2}/[0-9a-f]{62}")
+BACKUP_NAME = re.compile(r"conduit-[0-9]{8}-[0-9]{6}\.tar")
+RESTORE_JUMP = 2**40  # stream positions passed over; more than a server uses up in its life
+
+Restorer = Callable[[sqlite3.Connection, int], None]
+RESTORERS: Final[list[Restorer]] = []
+
+
+def restorer(function: Restorer) -> Restorer:
+    """Register what makes a restored database safe: called with it and the stream's position."""
+    RESTORERS.append(function)
+    return function
+
+
+def archive_folder(folder: Path, target: Path) -> None:
+    """Write database and media into one file; complete or not there."""
+    partial, copy = (target.with_name(f"{target.name}.{end}") for end in ("partial", "database"))
+    try:
+        copy_database(folder / DATABASE_FILE, copy, replace=True)
+        with tarfile.open(partial, "w") as archive:
+            archive.add(copy, DATABASE_FILE)
+            for path in sorted((folder / "media").glob("??/*")):
+                name = path.relative_to(folder).as_posix()
+                if MEDIA_MEMBER.fullmatch(name):
+                    with contextlib.suppress(FileNotFoundError):  # deleted in this moment
+                        archive.add(path, name)
+        os.chmod(partial, 0o600)
+        sync_path(partial)
+        partial.replace(target)
+        sync_path(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+        copy.unlink(missing_ok=True)
+
+
+def back_up(folder: Path, target: Path, keep: int = 0) -> Path:
+    """Copy a server that may be running into an archive, or the database alone into a .db.
+
+    In a folder the archive gets a name of its own, and of those only the newest `keep` stay.
+    DatabaseRefused if the file exists.
+    """
+    if not (folder / DATABASE_FILE).exists():
+        raise DatabaseRefused(f"there is no database in {folder}")
+    if target.suffix == ".db":
+        copy_database(folder / DATABASE_FILE, target)
+        return target
+    place = target
+    if target.is_dir():
+        target /= time.strftime("conduit-%Y%m%d-%H%M%S.tar", time.gmtime())
+    if target.exists():
+        raise DatabaseRefused(f"{target} exists already; name a file that does not")
+    archive_folder(folder, target)
+    if keep and place.is_dir():
+        made = sorted(path for path in place.iterdir() if BACKUP_NAME.fullmatch(path.name))
+        for path in made[:-keep]:
+            path.unlink()
+    return target
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Write what a backup holds into a folder. DatabaseRefused for a file that is none."""
+    try:
+        with tarfile.open(archive) as members:
+            for member in members:
+                is_known = member.name == DATABASE_FILE or MEDIA_MEMBER.fullmatch(member.name)
+                if not is_known or not member.isreg():
+                    raise DatabaseRefused(f"{archive} has {member.name!r} in it: it is no backup")
+                path = folder / member.name
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with path.open("xb") as output:
+                    shutil.copyfileobj(
+                        cast("io.BufferedReader", members.extractfile(member)), output
+                    )
+                    output.flush()
+                    os.fsync(output.fileno())
+    except (tarfile.TarError, EOFError) as error:
+        raise DatabaseRefused(f"{archive} cannot be read: {error}") from error
+    if not (folder / DATABASE_FILE).exists():
+        raise DatabaseRefused(f"{archive} has no {DATABASE_FILE} in it: it is no backup")
+
+
+def make_safe(folder: Path, server_name: str) -> None:
+    """Check a database that was restored, and let every chapter see to its own.
+
+    Trap: clients know positions of the stream from after the backup. None of them may come again,
+    or what happens next would look to them like the past.
+    """
+    with contextlib.closing(connect(folder / DATABASE_FILE)) as connection:
+        refuse_foreign(connection, folder, server_name)
+        connection.execute("BEGIN IMMEDIATE")
+        sql = "UPDATE meta SET value = value + ? WHERE key = 'stream_reserved' RETURNING value"
+        (position,) = connection.execute(sql, (RESTORE_JUMP,)).fetchone()
+        for function in RESTORERS:
+            function(connection, position)
+        connection.execute("COMMIT")
+    problems = check_database(folder)
+    if problems:
+        raise DatabaseRefused("the backup is damaged: " + "; ".join(problems))
+
+
+def restore_folder(archive: Path, folder: Path, server_name: str) -> None:
+    """Fill an empty folder from a backup; nothing comes into it before all is found good.
+
+    Trap: the folder may be a mount point, so it is filled, and not put in its place as a whole.
+    """
+    lock = claim_folder(folder)
+    fresh = folder / "restoring"
+    try:
+        harmless = {"conduit.lock", "bytecode", fresh.name}  # what starting this leaves behind
+        if {path.name for path in folder.iterdir()} - harmless:
+            raise DatabaseRefused(f"{folder} is not empty: move what is in it to another place")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(mode=0o700)
+        unpack(archive, fresh)
+        make_safe(fresh, server_name)
+        for path in sorted(fresh.iterdir(), key=lambda path: path.name == DATABASE_FILE):
+            path.replace(folder / path.name)
+        sync_path(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        os.close(lock)
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
@@ -6213,7 +6350,8 @@ def give_up(waiting: asyncio.Future[Any] | None) -> None:
 class Request:
     """One request: what its head says, its body when asked for, and who sends it.
 
-    The router sets `json` (the checked body) and `requester` before it calls the handler.
+    The router sets `json` (the checked body), `requester` and `route_path` before it calls the
+    handler.
     """
 
     def __init__(self, connection: Connection, raw: bytes) -> None:
@@ -6231,6 +6369,7 @@ class Request:
         self.json: Any = None
         self.requester: Requester | None = None
         self.origin = ""  # the server that asks, on a route for servers
+        self.route_path = "unknown"  # the path as its route has it
 
     @functools.cached_property
     def query(self) -> dict[str, list[str]]:
@@ -6513,10 +6652,11 @@ class Connection:
         stream = request.stream
         keep = request.keep_alive and stream.is_small and not self.server.stopping
         await self._send_or_fail(request, response, keep)
-        spent_ms = (time.monotonic() - request.started) * 1000
-        log_http.debug(
-            "%s %s: %d, %.1f ms", request.method, request.path, response.status, spent_ms
-        )
+        spent, number = time.monotonic() - request.started, next(self.server.numbers)
+        what = (number, request.method, request.path, response.status, spent * 1000)
+        log_http.debug("#%d %s %s: %d, %.1f ms", *what)
+        for observe in self.server.observers:
+            observe(request, response.status, spent)
         if keep:
             await stream.read()
         elif self.buffer or not stream.finished:
@@ -6749,12 +6889,19 @@ class HttpServer:
         self.trusted_proxies = trusted_proxies
         self.before_response = before_response
         self.stopping = False
+        self.numbers = itertools.count(1)  # of requests, for the log
+        self.observers: list[Callable[[Request, int, float], None]] = []  # status, seconds
         self.names: list[str] = []  # where it listens: URLs, or the path of the socket
         self.tls: ssl.SSLContext | None = None  # of new connections
         self._limit = connection_limit()
         self._listeners: dict[socket.socket, asyncio.Task[None]] = {}
         self._connections: dict[Connection, asyncio.Task[None]] = {}
         self._sweep: asyncio.Handle | None = None
+
+    @property
+    def connection_count(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
 
     async def answer(self, request: Request) -> Response:
         """The handler's response, or the error it raised."""
@@ -6888,9 +7035,10 @@ class Auth(Enum):
     user = "users"
     admin = "admins"
     federation = "servers, by a signature"
+    appservice = "application services"
 
 
-NONE, OPTIONAL, GUEST, USER, ADMIN, FEDERATION = Auth
+NONE, OPTIONAL, GUEST, USER, ADMIN, FEDERATION, APPSERVICE = Auth
 
 
 @dataclass(frozen=True, slots=True)
@@ -6925,6 +7073,8 @@ def check_caller(auth: Auth, requester: Requester | None) -> None:
         raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests may not do this")
     if auth is ADMIN and not requester.is_admin:
         raise forbidden("Only admins of this server may do this")
+    if auth is APPSERVICE and requester.appservice is None:
+        raise forbidden("Only application services may do this")
 
 
 # ── 13.2  What a body must look like ─────────────────────────────────────────
@@ -7161,11 +7311,13 @@ class Router:
     """Finds the handler of a request, and calls it when everything that its route demands is met.
 
     The composition root sets `authenticate` and `authenticate_server`, which know tokens and
-    signatures: those are of later chapters.
+    signatures, and `is_unlimited`, which says for whom no rate limit counts: all that is of later
+    chapters.
     """
 
     authenticate: Callable[[Request, str], Requester]
     authenticate_server: Callable[[Request, Any], Awaitable[str]]
+    is_unlimited: Callable[[Request], bool] = staticmethod(lambda _: False)
 
     def __init__(self, hs: Homeserver, routes: Iterable[Route] = ROUTES) -> None:
         self.hs = hs
@@ -7184,6 +7336,7 @@ class Router:
         if found is None:
             return self._unrecognized(request)
         (entry, names), values = found
+        request.route_path = entry.paths[0]
         self._admit(request, entry)
         await self._read_body(request, entry)
         if request.requester is not None:  # the session may have ended while the body came
@@ -7198,7 +7351,8 @@ class Router:
 
     def _admit(self, request: Request, entry: Route) -> None:
         """Find out who asks, and whether they may, and whether they may already again."""
-        limit = entry.limit if self.hs.config.rate_limit else None
+        is_limited = self.hs.config.rate_limit and not self.is_unlimited(request)
+        limit = entry.limit if is_limited else None
         anonymous = entry.auth is NONE
         if limit is not None:
             share = 1 if anonymous else ADDRESS_SHARE
@@ -9027,6 +9181,7 @@ CREATE TABLE accounts (
     created_ts INTEGER NOT NULL,
     is_admin INTEGER NOT NULL DEFAULT 0,
     is_guest INTEGER NOT NULL DEFAULT 0,
+    by_appservice INTEGER NOT NULL DEFAULT 0,  -- made by one, or itself one: nobody of flesh
     deactivated INTEGER NOT NULL DEFAULT 0,
     locked INTEGER NOT NULL DEFAULT 0,
     suspended INTEGER NOT NULL DEFAULT 0,
@@ -9460,6 +9615,13 @@ class Sessions:
         names = ("device_id", "display_name", "last_seen_ip", "last_seen_ts")
         return [{k: v for k, v in zip(names, row, strict=True) if v is not None} for row in rows]
 
+    def make_device(self, nid: UserNid, device_id: str, name: str | None) -> DeviceNid:
+        """The device of that id, made if it is not there, without a token."""
+        sql = "INSERT OR IGNORE INTO devices (user_nid, device_id, display_name) VALUES (?, ?, ?)"
+        with self.db.write():
+            self.db.execute(sql, (nid, device_id, name))
+        return cast(DeviceNid, self.find_device(nid, device_id))
+
     def rename_device(self, nid: UserNid, device_id: str, name: str | None) -> None:
         """Give a device another display name, if one is given. 404 when there is no such device."""
         device_nid = self.find_device(nid, device_id)
@@ -9536,12 +9698,17 @@ SET_MARK = {
 class Accounts(Sessions):
     """How accounts are made, changed and ended; callbacks come inside the write block of that.
 
-    Chapters below set how a new account is named, and what a member event repeats of a profile.
+    Chapters below set how a new account is named, and what a member event repeats of a profile;
+    chapter 52 which names and requests belong to application services.
     """
 
     name_account: Callable[[UserNid, str], None]
     member_content: Callable[[UserNid, Json], Json]
     has_tokens: Callable[[], bool]  # whether there are registration tokens beside the configured
+    # These are the application services':
+    is_reserved: Callable[[str], bool]  # whether a user id is in a namespace of theirs
+    check_appservice: Callable[[Request, str], None]  # raises unless such a request is from one
+    summon: Callable[[str], Awaitable[None]]  # asks them to make a user
 
     def __init__(self, hs: Homeserver) -> None:
         super().__init__(hs)
@@ -9599,6 +9766,11 @@ class Accounts(Sessions):
         account = self.get(nid)
         return account is not None and account.is_admin
 
+    def is_puppet(self, nid: UserNid) -> bool:
+        """Whether an application service made the account, so that nobody reads what it gets."""
+        sql = "SELECT by_appservice FROM accounts WHERE user_nid = ?"
+        return bool(self.db.value(sql, (nid,)))
+
     def list_local_users(self) -> list[str]:
         """The ids of all active accounts, guests left out, in alphabetical order."""
         rows = self.db.all(
@@ -9613,9 +9785,14 @@ class Accounts(Sessions):
         return [row[0] for row in rows]
 
     def has_users(self) -> bool:
-        """Whether anybody has an account but the server's own bot and guests."""
+        """Whether anybody has an account but the server's own bot, guests, bridges and theirs."""
         bot_nid = self.db.find_user_nid(self.bot_id)
-        sql = "SELECT 1 FROM accounts WHERE is_guest = 0 AND user_nid IS NOT ? LIMIT 1"
+        sql = """
+            SELECT 1
+            FROM accounts
+            WHERE is_guest = 0 AND by_appservice = 0 AND user_nid IS NOT ?
+            LIMIT 1
+        """
         return self.db.one(sql, (bot_nid,)) is not None
 
     def first_admin_token(self) -> str | None:
@@ -9624,7 +9801,7 @@ class Accounts(Sessions):
 
     def check_available(self, user_id: str) -> None:
         """400 M_USER_IN_USE or M_EXCLUSIVE for a user id that cannot be had."""
-        if user_id == self.bot_id:
+        if user_id == self.bot_id or self.is_reserved(user_id):
             raise MatrixError(400, "M_EXCLUSIVE", "This user name is reserved")
         if self.exists_local(user_id):
             raise MatrixError(400, "M_USER_IN_USE", "This user name is taken")
@@ -9634,18 +9811,23 @@ class Accounts(Sessions):
     def make_account(
         self, user_id: str, password_hash: str | None = None, *, name: str = "", role: str = "user"
     ) -> UserNid:
-        """Make the account of a user, an admin or a guest. 400 M_USER_IN_USE."""
+        """Make an account; its role is user, admin, guest or appservice. 400 M_USER_IN_USE."""
         if self.exists_local(user_id):
             raise MatrixError(400, "M_USER_IN_USE", "This user name is taken")
         nid = self.db.user_nid(user_id)
-        bolt = " ⚡️" if self.hs.config.enable_lightning_bolt else ""
+        is_bolted = self.hs.config.enable_lightning_bolt and role != "appservice"
+        bolt = " ⚡️" if is_bolted else ""
         with self.db.write():
             self.db.execute(
                 """
-                INSERT INTO accounts (user_nid, password_hash, created_ts, is_admin, is_guest)
-                VALUES (?, ?, ?, ?, ?)
+                INSERT INTO accounts
+                    (user_nid, password_hash, created_ts, is_admin, is_guest, by_appservice)
+                VALUES (?, ?, ?, ?, ?, ?)
                 """,
-                (nid, password_hash, now_ms(), role == "admin", role == "guest"),
+                (
+                    *(nid, password_hash, now_ms()),
+                    *(role == each for each in ("admin", "guest", "appservice")),
+                ),
             )
             if role != "guest":
                 self.name_account(nid, name or user_id[1:].partition(":")[0] + bolt)
@@ -9825,6 +10007,8 @@ def check_sender(
 DUMMY = "m.login.dummy"
 PASSWORD = "m.login.password"  # noqa: S105  the name of a stage
 REGISTRATION_TOKEN = "m.login.registration_token"  # noqa: S105  the name of a stage
+APPLICATION_SERVICE = "m.login.application_service"
+PROVED_BY_AS_TOKEN = re.compile(f"{V3}/(?:devices/[^/]+|delete_devices)")
 Flows = tuple[tuple[str, ...], ...]
 TERMS = "m.login.terms"
 EMAIL = "m.login.email.identity"
@@ -9956,7 +10140,12 @@ async def user_interactive_auth(
     """Let the request pass once all stages of one flow are done; until then 401 with what is left.
 
     Spec: "User-interactive authentication API". A session is good for one success, for one body.
+    An application service manages the devices of its users, and not their accounts.
     """
+    if request.requester is not None and request.requester.appservice is not None:
+        if PROVED_BY_AS_TOKEN.fullmatch(request.path.replace("/r0/", "/v3/")):
+            return UiaSession((request.method, request.path, request.requester.nid), flows)
+        raise forbidden("An application service may not do this for its users")
     auth = request.json.get("auth") or {}
     check_shape(auth, AUTH_DATA, "auth")
     rest = {key: value for key, value in request.json.items() if key != "auth"}
@@ -9984,7 +10173,7 @@ DEVICE_FIELDS = {"device_id?": str, "initial_device_display_name?": str, "refres
 NEW_ACCOUNT = {
     **DEVICE_FIELDS,
     **{"auth?": dict, "username?": str, "password?": str, "guest_access_token?": str},
-    "inhibit_login?": bool,
+    **{"inhibit_login?": bool, "type?": str},
 }
 
 
@@ -10035,6 +10224,20 @@ def register_guest(hs: Homeserver, request: Request) -> Json:
         return hs.accounts.log_in(nid, request.address, fields)
 
 
+def register_by_appservice(hs: Homeserver, request: Request) -> Json:
+    """Make an account without a password for a user of an application service.
+
+    Spec: AS-API "Server admin style permissions". 400 M_EXCLUSIVE outside of its namespaces.
+    """
+    user_id = local_user_id(hs, request.json.get("username") or "")
+    hs.accounts.check_appservice(request, user_id)
+    with hs.db.write():
+        nid = hs.accounts.make_account(user_id, role="appservice")
+        if request.json.get("inhibit_login"):
+            return {"user_id": user_id, "home_server": hs.config.server_name}
+        return hs.accounts.log_in(nid, request.address, request.json)
+
+
 @route("POST", V3 + "/register", auth=NONE, limit="register", body=NEW_ACCOUNT)
 async def register(hs: Homeserver, request: Request) -> Json:
     """Make an account and log it in.  Spec: "Account registration".
@@ -10044,6 +10247,8 @@ async def register(hs: Homeserver, request: Request) -> Json:
     accounts, body = hs.accounts, request.json
     kind = request.arg("kind", "user")
     check_device_texts(body)
+    if body.get("type") == APPLICATION_SERVICE:
+        return register_by_appservice(hs, request)
     if kind == "guest":
         return register_guest(hs, request)
     if kind != "user":
@@ -10155,6 +10360,16 @@ async def user_by_password(hs: Homeserver, request: Request) -> UserNid | None:
     return await hs.accounts.verify_password(user_id, body["password"], request.address)
 
 
+@login_type(APPLICATION_SERVICE)
+async def user_of_appservice(hs: Homeserver, request: Request) -> UserNid | None:
+    """m.login.application_service: a user of theirs, by the token of the application service."""
+    user_id = named_user(hs, request.json)
+    if user_id is None:
+        raise missing_param("identifier is missing")
+    hs.accounts.check_appservice(request, user_id)
+    return hs.db.find_user_nid(user_id)
+
+
 @login_type("m.login.token", get_login_token=True)
 async def user_by_login_token(hs: Homeserver, request: Request) -> UserNid | None:
     """m.login.token: good once, and not after a change of the password."""
@@ -10240,10 +10455,14 @@ async def get_device(hs: Homeserver, request: Request, device_id: str) -> Json:
 
 
 @route("PUT", DEVICE, auth=GUEST, body={"display_name?": str})
-async def put_device(hs: Homeserver, request: Request, device_id: str) -> Json:
-    """Rename a device; only an application service could make one here."""
-    check_device_texts(request.json)
-    hs.accounts.rename_device(request.user.nid, device_id, request.json.get("display_name"))
+async def put_device(hs: Homeserver, request: Request, device_id: str) -> Json | Response:
+    """Rename a device; an application service can make one here as well, which is a 201."""
+    user, name = request.user, request.json.get("display_name")
+    check_device_texts({**request.json, "device_id": device_id})
+    if user.appservice is not None and hs.accounts.find_device(user.nid, device_id) is None:
+        hs.accounts.make_device(user.nid, device_id, name)
+        return Response(201, b"{}")
+    hs.accounts.rename_device(user.nid, device_id, name)
     return {}
 
 
@@ -11261,6 +11480,7 @@ async def get_profile(hs: Homeserver, _request: Request, user_id: str) -> Json:
         raise invalid_param("This is not a user id")
     if not hs.is_local(user_id) and hs.config.allow_federation:
         return await remote_profile(hs, user_id)
+    await hs.accounts.summon(user_id)
     if not hs.accounts.is_active(user_id):
         raise not_found("There is no profile of this user")
     return profile_of(hs, user_id)
@@ -11801,6 +12021,8 @@ def set_alias(hs: Homeserver, alias: str, room: Room, creator: str) -> None:
     check_local_alias(hs, alias)
     if alias[1:].partition(":")[0].casefold() == ADMINS_ALIAS and creator != hs.accounts.bot_id:
         raise MatrixError(400, "M_EXCLUSIVE", "This alias is reserved")
+    if hs.directory.is_reserved(alias, creator):
+        raise MatrixError(400, "M_EXCLUSIVE", "This alias belongs to an application service")
     if find_alias(hs, alias) is not None:
         raise MatrixError(409, "M_UNKNOWN", f"The alias {alias} exists already")
     with hs.db.write():
@@ -11816,7 +12038,7 @@ def delete_alias(hs: Homeserver, alias: str) -> None:
 
 def may_curate(hs: Homeserver, requester: Requester, room: Room) -> bool:
     """Whether the user may say how a room is found: admins, and who may set its main alias."""
-    if hs.accounts.is_admin(requester.nid):
+    if requester.is_admin:
         return True
     levels = room.power_levels()
     is_in = room.membership_of(requester.nid) == "join"
@@ -11826,6 +12048,7 @@ def may_curate(hs: Homeserver, requester: Requester, room: Room) -> bool:
 @route("GET", ALIAS, auth=NONE)
 async def get_alias(hs: Homeserver, _request: Request, alias: str) -> Json:
     """Which room an alias stands for.  Spec: "Room aliases"."""
+    await hs.directory.summon(alias)
     room_id, servers = await look_up_alias(hs, alias)
     return {"room_id": room_id, "servers": servers}
 
@@ -11835,6 +12058,7 @@ async def query_directory(hs: Homeserver, request: Request) -> Json:
     """Tell another server which room an alias of ours stands for."""
     alias = request.arg("room_alias") or ""
     check_local_alias(hs, alias)
+    await hs.directory.summon(alias)
     room_id, servers = resolve_alias(hs, alias)
     return {"room_id": room_id, "servers": servers}
 
@@ -11847,6 +12071,8 @@ async def put_alias(hs: Homeserver, request: Request, alias: str) -> Json:
     room = hs.rooms.find(request.json["room_id"])
     if room is None or room.membership_of(request.user.nid) != "join":
         raise forbidden("You are not in this room")
+    if hs.directory.is_reserved(alias, request.user.user_id, request.user.appservice or ""):
+        raise MatrixError(400, "M_EXCLUSIVE", "This alias is not in your namespaces")
     set_alias(hs, alias, room, request.user.user_id)
     return {}
 
@@ -11874,6 +12100,8 @@ async def remove_alias(hs: Homeserver, request: Request, alias: str) -> Json:
     is_servers = hs.db.user_id(row[1]) == hs.accounts.bot_id
     if not is_own and (is_servers or not may_curate(hs, request.user, room)):
         raise forbidden("You may not delete this alias")
+    if hs.directory.is_reserved(alias, request.user.user_id, request.user.appservice or ""):
+        raise MatrixError(400, "M_EXCLUSIVE", "This alias is not in your namespaces")
     delete_alias(hs, alias)
     withdraw_canonical_alias(hs, room, request.user.user_id, alias)
     return {}
@@ -11917,7 +12145,14 @@ def listing_of(room: Room) -> Json:
 
 
 class Directory:
-    """Which rooms are listed, how, and in which rooms people can be found by all."""
+    """Which rooms are listed, how, and in which rooms people can be found by all.
+
+    What concerns application services is set by chapter 52.
+    """
+
+    is_reserved: Callable[..., bool]  # whether an alias is theirs: alias, creator, service
+    network_rooms: Callable[[str | None], list[RoomNid]]  # the rooms of a bridged network, of all
+    summon: Callable[[str], Awaitable[None]]  # asks them to make an alias
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
@@ -11925,10 +12160,16 @@ class Directory:
         hs.db.on_reset(self._listings.clear)
         hs.rooms.subscribe_state(self._state_changed)
 
-    def listings(self) -> list[Json]:
-        """The published rooms that have somebody in them, large ones first."""
+    def listings(self, network: str = "", *, everywhere: bool = False) -> list[Json]:
+        """The published rooms that have somebody in them, large ones first.
+
+        These are our own, those of a bridged network, or both kinds.
+        """
+        nids = set(self.network_rooms(network or None)) if network or everywhere else set()
+        if not network or everywhere:
+            nids |= {row[0] for row in self.hs.db.all("SELECT room_nid FROM published_rooms")}
         found = []
-        for (nid,) in self.hs.db.all("SELECT room_nid FROM published_rooms"):
+        for nid in nids:
             listing = self._listings.get(nid) or listing_of(self.hs.rooms.by_nid(nid))
             self._listings.put(nid, listing)
             if listing["num_joined_members"]:
@@ -12041,9 +12282,10 @@ def public_rooms_page(hs: Homeserver, query: Json) -> Json:
         raise invalid_param("limit must be at least 1")
     wanted = query.get("filter", {})
     term, types = wanted.get("generic_search_term", "").casefold(), wanted.get("room_types")
-    if query.get("third_party_instance_id") and not query.get("include_all_networks"):
-        types = []  # rooms of a bridged network: there are none
-    found = [room for room in hs.directory.listings() if fits(room, term, types)]
+    everywhere = query.get("include_all_networks", False)
+    network = "" if everywhere else query.get("third_party_instance_id", "")
+    listings = hs.directory.listings(network, everywhere=everywhere)
+    found = [room for room in listings if fits(room, term, types)]
     return page_of(found, query.get("since", "0"), limit)
 
 
@@ -13225,6 +13467,8 @@ async def post_invite(hs: Homeserver, request: Request, room_id: str) -> Json:
         raise MatrixError(403, "M_THREEPID_DENIED", "This server knows no identity server")
     if "user_id" not in body:
         raise missing_param("user_id is missing")
+    await hs.accounts.summon(body["user_id"])
+    hs.accounts.check_logged_in(request.user)
     refuse_suspended(hs, request.user)
     room = hs.rooms.get(room_id)
     require_joined(room, request.user.nid)
@@ -13331,6 +13575,8 @@ def join(hs: Homeserver, request: Request, room: Room) -> None:
 @route("POST", JOIN_BY_ID, auth=GUEST, limit="join", body=JOIN_BODY)
 async def post_join(hs: Homeserver, request: Request, room: str) -> Json:
     """Join a room by its id or one of its aliases.  Spec: CS-API "Joining rooms"."""
+    await hs.directory.summon(room)
+    hs.accounts.check_logged_in(request.user)
     found = room_by_name(hs, room)
     with hs.db.write():
         join(hs, request, found)
@@ -13340,6 +13586,8 @@ async def post_join(hs: Homeserver, request: Request, room: str) -> Json:
 def auto_join(hs: Homeserver, user_nid: UserNid) -> None:
     """A new user enters the rooms that the configuration names, where they may."""
     user_id = hs.db.user_id(user_nid)
+    if hs.accounts.is_puppet(user_nid):
+        return
     for alias in hs.config.auto_join_rooms:
         try:
             room = room_by_name(hs, alias)
@@ -13663,6 +13911,9 @@ async def post_create_room(hs: Homeserver, request: Request) -> Json:
     400 M_ROOM_IN_USE for a taken alias, M_INVALID_ROOM_STATE when the rules refuse one of the
     events asked for.
     """
+    for invitee in request.json.get("invite", [])[:MAX_INVITES]:
+        await hs.accounts.summon(invitee)
+    hs.accounts.check_logged_in(request.user)
     refuse_creation(hs, request.user)
     return {"room_id": create_room(hs, request.user.user_id, request.json).room_id}
 
@@ -13903,6 +14154,19 @@ def send_once(
     return {"event_id": event_id}
 
 
+def massaged_time(request: Request) -> int | None:
+    """When an event is said to have been sent; only application services can say so.
+
+    Spec: AS-API "Timestamp massaging".
+    """
+    if request.user.appservice is None or request.arg("ts") is None:
+        return None
+    timestamp = request.int_arg("ts", 0, 0, 2**60)
+    if timestamp >= 2**53:
+        raise invalid_param("ts is no time in milliseconds")
+    return timestamp
+
+
 def send_redaction(
     hs: Homeserver,
     user: Requester,
@@ -13936,13 +14200,15 @@ def send_message(
     event_type: str,
     content: Json,
     transaction: SentAs,
+    timestamp: int | None = None,
 ) -> Event:
     """Send an event that is no state; a redaction names its target in the content."""
     if event_type != REDACTION:
         refuse_suspended(hs, user)
         room = hs.rooms.get(room_id)
         require_thread_root(hs, room, content)
-        return hs.rooms.send(room, user.user_id, event_type, content, transaction=transaction)
+        how: Json = {"transaction": transaction, "timestamp": timestamp}
+        return hs.rooms.send(room, user.user_id, event_type, content, **how)
     target = content.get("redacts")
     if not isinstance(target, str):
         raise bad_json("A redaction names the event that it redacts")
@@ -13962,6 +14228,7 @@ async def put_send(
     if delay is not None:
         return schedule_once(hs, request, room_id, event_type, delay=delay, txn_id=txn_id)
     send = functools.partial(send_message, hs, request.user, room_id, event_type, request.json)
+    send = functools.partial(send, timestamp=massaged_time(request))
     return send_once(hs, request, f"{room_id} {event_type}", txn_id, send)
 
 
@@ -14022,6 +14289,7 @@ def set_state(
     state_key: str,
     content: Json,
     transaction: SentAs = None,
+    timestamp: int | None = None,
 ) -> Event:
     """Set a piece of state; what is so already is left to the event that did it."""
     room, user_id = hs.rooms.get(room_id), user.user_id
@@ -14037,9 +14305,8 @@ def set_state(
     event = room.state_event(event_type, state_key)
     if event is not None and event.content == content and event.sender == user_id:
         return event
-    return hs.rooms.send(
-        room, user_id, event_type, content, state_key=state_key, transaction=transaction
-    )
+    how: Json = {"state_key": state_key, "transaction": transaction, "timestamp": timestamp}
+    return hs.rooms.send(room, user_id, event_type, content, **how)
 
 
 @route("PUT", STATE_PATH, auth=GUEST, limit="message", body=ANY_OBJECT)
@@ -14053,7 +14320,8 @@ async def put_state(
     delay = delay_of(request)
     if delay is not None:
         return schedule_once(hs, request, room_id, event_type, delay=delay, state_key=state_key)
-    event = set_state(hs, request.user, room_id, event_type, state_key, request.json)
+    place, timestamp = (room_id, event_type, state_key), massaged_time(request)
+    event = set_state(hs, request.user, *place, request.json, timestamp=timestamp)
     return {"event_id": event.event_id}
 
 
@@ -16229,16 +16497,19 @@ def receipts_since(
     user_nid: UserNid,
     since: int,
     only: set[str] | None = None,
+    also: Container[UserNid] = (),
 ) -> Json | None:
     """The content of an m.receipt event with what changed, or None; private ones to their owner.
 
-    With `only`, of others just the receipts at these events, by id.
+    With `only`, of others just the receipts at these events, by id. `also` has users whose private
+    ones are shown as well: those of an application service.
     Where a user has two receipts at one event, the unthreaded one goes out: it says more.
     """
     content: Json = {}
     for reader_nid, kind, thread, event_id, ts in hs.receipts.newer(room_nid, since):
+        is_ours = reader_nid == user_nid or reader_nid in also
         is_shown = kind != READ_PRIVATE and (only is None or event_id in only)
-        if not is_shown and reader_nid != user_nid:
+        if not (is_shown or is_ours):
             continue
         users = content.setdefault(event_id, {}).setdefault(kind, {})
         reader = hs.db.user_id(reader_nid)
@@ -18325,6 +18596,19 @@ def account_deactivated(hs: Homeserver, user_nid: UserNid) -> None:
         hs.db.execute(sessions, (user_nid,))
         hs.db.execute("DELETE FROM backups WHERE user_nid = ?", (user_nid,))
         device_list_changed(hs, user_nid)
+
+
+@restorer
+def forget_handed_out_keys(connection: sqlite3.Connection, position: int) -> None:
+    """After a restore: one-time keys may have been handed out since, and devices have changed.
+
+    Each key goes to one caller only, so none of those of the backup is given to anybody; devices
+    upload new ones. All device lists are announced anew.
+    """
+    connection.execute("UPDATE one_time_keys SET used = 1, body = NULL WHERE NOT fallback")
+    connection.execute("UPDATE one_time_keys SET used = 1 WHERE fallback")
+    announce = "INSERT OR REPLACE INTO device_changes SELECT user_nid, 0, ? FROM accounts"
+    connection.execute(announce, (position,))
 
 
 invariant(
@@ -21491,6 +21775,1006 @@ async def preview_url(hs: Homeserver, request: Request) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  52. APPLICATION SERVICES
+#
+#  Bridges and bots that act for many users. A registration in YAML says which
+#  users, aliases and rooms are theirs; they speak to us with a token of their
+#  own, and we tell them what happens, in order, until they have said "200".
+#                                     spec: Application Service API; MSC3202
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE appservices (          -- those registered in the admin room
+    id TEXT PRIMARY KEY,
+    registration TEXT NOT NULL      -- YAML, as it was given
+) WITHOUT ROWID;
+CREATE TABLE appservice_queue (     -- what is to be told, in order
+    item_nid INTEGER PRIMARY KEY AUTOINCREMENT,
+    appservice TEXT NOT NULL,
+    event_nid INTEGER,              -- an event, or
+    user_id TEXT                    -- a user whose devices changed
+);
+CREATE INDEX appservice_queue_by_service ON appservice_queue (appservice, item_nid);
+CREATE TABLE appservice_txns (      -- what is being told; a retry must not differ
+    appservice TEXT PRIMARY KEY,
+    txn_id TEXT NOT NULL,
+    body BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE network_rooms (        -- rooms listed under a bridged network
+    appservice TEXT,
+    network_id TEXT,
+    room_nid INTEGER,
+    PRIMARY KEY (appservice, network_id, room_nid)
+) WITHOUT ROWID;
+""")
+invariant(
+    "events for application services that are not there",
+    """
+    SELECT event_nid
+    FROM appservice_queue
+    WHERE event_nid IS NOT NULL AND event_nid NOT IN (SELECT nid FROM events)
+    """,
+)
+invariant(
+    "rooms of networks that are not there",
+    "SELECT room_nid FROM network_rooms WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
+)
+
+MAX_TXN_ITEMS = 100
+MAX_WAITING_ITEMS = 200_000  # for one service; beyond, the oldest are lost to it
+PRUNE_EVERY = 1_000
+FIRST_RETRY_SECONDS = 1.0
+LAST_RETRY_SECONDS = 300.0
+SERVICE_SECONDS = 60.0
+QUESTION_SECONDS = 10.0  # somebody waits for the answer
+MAX_SERVICE_ANSWER = 1_048_576
+
+log_appservice = logging.getLogger("conduit.appservice")
+
+# ── 52.1  The YAML of registrations ──────────────────────────────────────────
+#
+#  Of YAML, what bridges write: mappings and lists by indentation, texts with and
+#  without quotes, block texts, lists and mappings in brackets, comments. Whatever
+#  two readers of YAML could understand in two ways is refused, with its line.
+
+YAML_KEY = re.compile(
+    r"""("(?:[^"\\]|\\.)*"|'(?:[^']|'')*'|[A-Za-z_][\w./-]*):(?: +|$)""", re.ASCII
+)
+YAML_DASH = re.compile(r"-(?: +|$)")
+YAML_BLOCK = re.compile(r"([|>])(-?)(?: +#.*)?")
+YAML_QUOTED = re.compile(
+    r""""(?:[^"\\]|\\(?:["\\/nt]|u(?![dD][89a-fA-F])[0-9a-fA-F]{4}))*"|'(?:[^']|'')*'"""
+)
+YAML_PLAIN = re.compile(r"[A-Za-z0-9_/\\^$(~][^#:]*(?:(?:(?<! )#|:(?=[^ ]))[^#:]*)*")
+YAML_PLAIN_IN_FLOW = re.compile(r"[A-Za-z0-9_/~][\w ./~$^()+-]*", re.ASCII)
+YAML_FLOW_KEY = re.compile(r" *: +")
+YAML_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,17})")
+YAML_WORDS: Final = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys(("null", "Null", "NULL", "~"), None),
+}
+YAML_AMBIGUOUS = re.compile(
+    r"[0-9][0-9_.:]*(?:e[-+]?[0-9]*)?|0[xob][0-9a-f_]*|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*"
+    r"|y|n|yes|no|on|off|true|false|null|~.*",
+    re.IGNORECASE | re.ASCII,
+)
+MAX_YAML_DEPTH = 12
+
+
+class YamlError(Exception):
+    """What is wrong with a registration, and in which line."""
+
+    def __init__(self, line: int, what: str) -> None:
+        super().__init__(f"line {line}: {what}")
+
+
+class YamlReader:
+    """Reads one document from top to bottom."""
+
+    def __init__(self, text: str) -> None:
+        self.lines = [line.removesuffix("\r") for line in text.split("\n")]
+        self.at = 0  # the next line to look at
+        self.depth = 0
+        for number, line in enumerate(self.lines, 1):
+            if not line.isprintable():
+                raise YamlError(number, "tabs and control characters are not allowed")
+
+    def error(self, what: str) -> YamlError:
+        """The mistake in the line that was looked at last."""
+        return YamlError(min(self.at + 1, len(self.lines)), what)
+
+    def peek(self) -> tuple[int, str]:
+        """Indentation and text of the next line that says something; (-1, "") at the end."""
+        while self.at < len(self.lines):
+            text = self.lines[self.at].strip(" ")
+            if text and not text.startswith("#"):
+                return len(self.lines[self.at]) - len(self.lines[self.at].lstrip(" ")), text
+            self.at += 1
+        return -1, ""
+
+    def document(self) -> Json:
+        """The mapping that the whole text is."""
+        indent, text = self.peek()
+        if text == "---":
+            self.at += 1
+            indent, text = self.peek()
+        if not YAML_KEY.match(text):
+            raise self.error("a registration begins with 'key: value'")
+        found = self.mapping(indent)
+        if self.peek()[0] >= 0:
+            raise self.error("this is indented in another way than the lines before")
+        return found
+
+    def nested(self, read: Callable[[Any], Any], argument: Any) -> Any:
+        """Read what is inside of something else, up to a depth."""
+        self.depth += 1
+        if self.depth > MAX_YAML_DEPTH:
+            raise self.error("this is nested too deeply")
+        found = read(argument)
+        self.depth -= 1
+        return found
+
+    def mapping(self, indent: int) -> Json:
+        """Lines of 'key: value' with the same indentation."""
+        found: Json = {}
+        while self.peek()[0] == indent and not YAML_DASH.match(text := self.peek()[1]):
+            match = YAML_KEY.match(text)
+            if match is None:
+                raise self.error("this is not 'key: value'")
+            key = self.scalar(match[1])
+            if not isinstance(key, str) or key in found:
+                raise self.error(f"the key {match[1]} is no text, or stands there twice")
+            found[key] = self.value(indent, text[match.end() :], is_member=True)
+        if self.peek()[0] > indent:
+            raise self.error("this is indented too far")
+        return found
+
+    def sequence(self, indent: int) -> list[Any]:
+        """Lines of '- value' with the same indentation."""
+        found = []
+        while self.peek()[0] == indent and (match := YAML_DASH.match(self.peek()[1])):
+            rest = self.peek()[1][match.end() :]
+            if YAML_KEY.match(rest) or YAML_DASH.match(rest):  # a mapping begins behind the dash
+                inner = indent + match.end()
+                self.lines[self.at] = " " * inner + rest
+                found.append(self.nested(self.block, inner))
+            else:
+                found.append(self.value(indent, rest, is_member=False))
+        if self.peek()[0] > indent:
+            raise self.error("this is indented too far")
+        return found
+
+    def block(self, indent: int) -> Any:
+        """Whatever begins in the next line, which has that indentation."""
+        text = self.peek()[1]
+        if YAML_DASH.match(text):
+            return self.sequence(indent)
+        if YAML_KEY.match(text):
+            return self.mapping(indent)
+        raise self.error("a value stands behind its key, in the same line")
+
+    def value(self, indent: int, text: str, *, is_member: bool) -> Any:
+        """The value behind a key or a dash: in this line, or in those below."""
+        if block := YAML_BLOCK.fullmatch(text):
+            return self.block_text(indent, folded=block[1] == ">", stripped=block[2] == "-")
+        if text and not text.startswith("#"):
+            found, rest = self.flow(text) if text[0] in "[{" else self.inline(text)
+            if rest.strip(" ") and not re.match(" +#", rest):
+                raise self.error("what stands behind the value belongs in quotes")
+            self.at += 1
+            return found
+        self.at += 1
+        inner, text = self.peek()
+        if inner > indent or (is_member and inner == indent and YAML_DASH.match(text)):
+            return self.nested(self.block, inner)
+        return None
+
+    def block_text(self, indent: int, *, folded: bool, stripped: bool) -> str:
+        """The lines below a | or >, all with the same indentation and none of them empty."""
+        self.at += 1
+        inner, found = self.peek_raw(), []
+        while self.at < len(self.lines) and self.peek_raw() == inner > indent:
+            found.append(self.lines[self.at][inner:])
+            self.at += 1
+        is_over = self.at == len(self.lines)
+        while self.at < len(self.lines) and not self.lines[self.at].strip(" "):
+            self.at += 1
+        if not found or (self.at < len(self.lines) and self.peek_raw() > indent):
+            raise self.error("the lines of a block have the same indentation, and none is empty")
+        return (" " if folded else "\n").join(found) + ("" if stripped or is_over else "\n")
+
+    def peek_raw(self) -> int:
+        """The indentation of the next line, comments included; -1 for an empty line."""
+        line = self.lines[self.at] if self.at < len(self.lines) else ""
+        return len(line) - len(line.lstrip(" ")) if line.strip(" ") else -1
+
+    def inline(self, text: str, plain: re.Pattern[str] = YAML_PLAIN) -> tuple[Any, str]:
+        """A text, number or word, and what follows it in its line."""
+        match = YAML_QUOTED.match(text) or plain.match(text) or YAML_INTEGER.match(text)
+        if match is None:
+            raise self.error("this belongs in quotes")
+        token = match[0].rstrip(" ")
+        return self.scalar(token), text[len(token) :]
+
+    def flow(self, text: str) -> tuple[Any, str]:
+        """A list or mapping in brackets, and what follows it in its line."""
+        closing, members = "]" if text[0] == "[" else "}", dict[Any, Any]()
+        text = text[1:].lstrip(" ")
+        while not text.startswith(closing):
+            if closing == "}":
+                key, text = self.inline(text, YAML_PLAIN_IN_FLOW)
+                colon = YAML_FLOW_KEY.match(text)
+                if colon is None or not isinstance(key, str) or key in members:
+                    raise self.error("this is not {key: value, key: value}")
+                text = text[colon.end() :]
+            else:
+                key = len(members)
+            members[key], text = self.flow_value(text)
+            text = text.lstrip(" ")
+            if not text.startswith((",", closing)):
+                raise self.error(f"a comma or {closing} is missing")
+            text = text.removeprefix(",").lstrip(" ")
+        return (members if closing == "}" else list(members.values())), text[1:]
+
+    def flow_value(self, text: str) -> tuple[Any, str]:
+        """One value inside of brackets."""
+        if text[:1] in ("[", "{"):
+            return cast("tuple[Any, str]", self.nested(self.flow, text))
+        return self.inline(text, YAML_PLAIN_IN_FLOW)
+
+    def scalar(self, text: str) -> Any:
+        """What a text, number or word stands for."""
+        if text.startswith("'"):
+            return text[1:-1].replace("''", "'")
+        if text.startswith('"'):
+            if not YAML_QUOTED.fullmatch(text):
+                raise self.error('of the escapes there are \\" \\\\ \\/ \\n \\t and \\u')
+            return json.loads(text)
+        if text in YAML_WORDS:
+            return YAML_WORDS[text]
+        if YAML_INTEGER.fullmatch(text):
+            return int(text)
+        if YAML_AMBIGUOUS.fullmatch(text):
+            raise self.error(f"{text} belongs in quotes, if it is meant as text")
+        return text
+
+
+# ── 52.2  Registrations ──────────────────────────────────────────────────────
+
+NAMESPACE: Final = [{"regex": str, "exclusive": bool}]
+REGISTRATION: Final = {
+    **{"id": str, "url?": str, "as_token": str, "hs_token": str, "sender_localpart": str},
+    "namespaces": {"users?": NAMESPACE, "aliases?": NAMESPACE, "rooms?": NAMESPACE},
+    **{"rate_limited?": bool, "protocols?": [str], "receive_ephemeral?": bool},
+    # From before these were in the specification, or since they are not yet:
+    **{"push_ephemeral?": bool, "de.sorunome.msc2409.push_ephemeral?": bool},
+    "org.matrix.msc3202?": bool,
+}
+EPHEMERAL: Final = (
+    *("receive_ephemeral", "push_ephemeral"),
+    "de.sorunome.msc2409.push_ephemeral",
+)
+
+
+@dataclass
+class Appservice:
+    """A registration, and what is to be told that need not survive a stop."""
+
+    id: str
+    url: str | None
+    as_token: str
+    hs_token: str
+    sender: str  # the user that it is itself
+    namespaces: dict[str, list[tuple[re.Pattern[str], bool]]]
+    rate_limited: bool
+    protocols: tuple[str, ...]
+    ephemeral: bool
+    encryption: bool  # to-device messages, device lists and key counts
+    from_file: bool
+    owned: set[UserNid] = field(default_factory=set)  # the accounts in its namespaces
+    typing: set[RoomNid] = field(default_factory=set)
+    receipts: dict[RoomNid, int] = field(default_factory=dict)  # told up to this position
+    presence: set[UserNid] = field(default_factory=set)
+    keys: set[UserNid] = field(default_factory=set)  # has messages, or used up keys
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    retry: asyncio.Event = field(default_factory=asyncio.Event)
+    failures: int = 0
+
+    def claims(self, kind: str, name: str, *, exclusively: bool = False) -> bool:
+        """Whether a user, alias or room is in its namespaces.  Trap: a regex binds the start only,
+        as other servers have it, and as registrations rely on.
+        """
+        if kind == "users" and name == self.sender:
+            return True
+        return any(
+            (exclusive or not exclusively) and pattern.match(name)
+            for pattern, exclusive in self.namespaces.get(kind, ())
+        )
+
+
+def read_registration(text: str, server_name: str, *, from_file: bool = False) -> Appservice:
+    """The application service that a registration describes; 400 with what is wrong with it."""
+    try:
+        fields = YamlReader(text).document()
+        check_shape(fields, REGISTRATION, "The registration")
+        namespaces = {
+            kind: [(re.compile(each["regex"]), each["exclusive"]) for each in names]
+            for kind, names in fields["namespaces"].items()
+        }
+    except YamlError as error:
+        raise bad_json(f"The registration cannot be read, {error}") from None
+    except re.error as error:
+        raise bad_json(f"{error.pattern!r} is no regular expression: {error}") from None
+    url, sender = fields.get("url"), f"@{fields['sender_localpart']}:{server_name}"
+    if not is_user_id(sender) or (url is not None and not matches(r"https?://[^\s?#]+")(url)):
+        raise bad_json("sender_localpart makes no user id, or url is no URL")
+    if not all(fields[name].strip() for name in ("id", "as_token", "hs_token")):
+        raise bad_json("id, as_token and hs_token must not be empty")
+    return Appservice(
+        **{name: fields[name] for name in ("id", "as_token", "hs_token")},
+        url=None if url is None else url.rstrip("/"),
+        sender=sender,
+        namespaces=namespaces,
+        rate_limited=fields.get("rate_limited", True),
+        protocols=tuple(fields.get("protocols", ())),
+        ephemeral=any(fields.get(name) for name in EPHEMERAL),
+        encryption=bool(fields.get("org.matrix.msc3202")),
+        from_file=from_file,
+    )
+
+
+# ── 52.3  Who speaks, and what is theirs ─────────────────────────────────────
+
+M_EXCLUSIVE: Final = "M_EXCLUSIVE"
+
+
+class AppserviceRegistry:
+    """All application services: what they may do, and which accounts and rooms are theirs."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs, self.db = hs, hs.db
+        self.services: dict[str, Appservice] = {}
+        self._by_token: dict[bytes, Appservice] = {}
+        hs.accounts.is_reserved = lambda user_id: self._is_reserved("users", user_id, "")
+        hs.accounts.check_appservice = self.check_claim
+        hs.directory.is_reserved = functools.partial(self._is_reserved, "aliases")
+        hs.directory.network_rooms = self._network_rooms
+        hs.accounts.on_account_created(self._own_account)
+        hs.db.on_reset(self._own_accounts)
+
+    def load(self) -> None:
+        """Read what is registered, in the files and in the admin room; a wrong file is refused."""
+        server_name = self.hs.config.server_name
+        for path in self.hs.config.appservice_config_files:
+            try:
+                self._add(read_registration(path.read_text("utf-8"), server_name, from_file=True))
+            except (OSError, UnicodeDecodeError, MatrixError) as error:
+                reason = error.error if isinstance(error, MatrixError) else str(error)
+                raise ConfigError([f"appservice_config_files: {path}: {reason}"]) from error
+        for service_id, text in self.db.all("SELECT id, registration FROM appservices"):
+            try:
+                self._add(read_registration(text, server_name))
+            except MatrixError as error:
+                log_appservice.error("%s cannot be used: %s", service_id, error.error)
+
+    def _add(self, service: Appservice) -> None:
+        """Let a service in, and make its own account."""
+        if service.id in self.services:
+            raise invalid_param(f"There is an application service {service.id} already")
+        if token_hash(service.as_token) in self._by_token:
+            raise invalid_param("Another application service has the same as_token")
+        account = self.hs.accounts.find(service.sender)
+        if service.sender == self.hs.accounts.bot_id or (account and account.password_hash):
+            raise invalid_param(f"{service.sender} is somebody's account already")
+        if account is None:
+            name = service.sender[1:].partition(":")[0]
+            self.hs.accounts.make_account(service.sender, name=name, role="appservice")
+        self.services[service.id] = self._by_token[token_hash(service.as_token)] = service
+        self._own_accounts()
+
+    def drop(self, service: Appservice) -> None:
+        """Let a service go, and end what it waits for."""
+        del self.services[service.id], self._by_token[token_hash(service.as_token)]
+        service.wake.set()
+        service.retry.set()
+
+    # Its accounts
+
+    def _own_accounts(self) -> None:
+        """Find the accounts in the namespaces again."""
+        rows = self.services and self.db.all(
+            "SELECT user_nid, user_id FROM accounts JOIN users USING (user_nid)"
+        )
+        for service in self.services.values():
+            service.owned = {nid for nid, user_id in rows or () if service.claims("users", user_id)}
+
+    def _own_account(self, user_nid: UserNid) -> None:
+        for service in self.services.values():
+            if service.claims("users", self.db.user_id(user_nid)):
+                service.owned.add(user_nid)
+
+    # Requests
+
+    def of_request(self, request: Request) -> Appservice | None:
+        """The service whose as_token a request bears."""
+        token = access_token(request) if self._by_token else None
+        return None if token is None else self._by_token.get(token_hash(token))
+
+    def is_unlimited(self, request: Request) -> bool:
+        """Whether no rate limit counts: for the service itself, and for its users if it says so."""
+        service = self.of_request(request)
+        acts_for = request.arg("user_id")
+        return service is not None and (
+            not service.rate_limited or acts_for in (None, service.sender)
+        )
+
+    def authenticate(self, request: Request, token: str) -> Requester:
+        """Who asks: as for everybody, or the user for whom a service acts by user_id.
+
+        Spec: "Identity assertion". 403 M_FORBIDDEN outside of its namespaces, and in the admin
+        room, 400 M_UNKNOWN_DEVICE. Trap: a service is never an admin, whomever it acts for.
+        """
+        service = self._by_token.get(token_hash(token)) if self._by_token else None
+        if service is None:
+            return self.hs.accounts.authenticate(request, token)
+        user_id = request.arg("user_id") or service.sender
+        if not self.hs.is_local(user_id) or not service.claims("users", user_id):
+            raise forbidden(f"{user_id} is not in the namespaces of {service.id}")
+        account = self.hs.accounts.find(user_id)
+        if account is None or account.deactivated:
+            raise forbidden(f"{user_id} has no account; register it first")
+        if account.locked:
+            raise user_locked()
+        if self.hs.admin_room.room_id in request.segments:
+            raise forbidden("The admin room is closed to application services")
+        device_id, device_nid = request.arg("device_id"), None
+        if device_id is not None:
+            device_nid = self.hs.accounts.find_device(account.nid, device_id)
+            if device_nid is None:
+                raise MatrixError(400, "M_UNKNOWN_DEVICE", f"{user_id} has no device {device_id}")
+        return Requester(user_id, account.nid, device_id, device_nid, None, appservice=service.id)
+
+    def check_claim(self, request: Request, user_id: str) -> None:
+        """Let a service make or log in a user of its own. 401 without as_token, 400 M_EXCLUSIVE.
+
+        Trap: the tokens of a login are the user's own, and so would be an admin's rights.
+        """
+        token = access_token(request)
+        if token is None:
+            raise MatrixError(401, "M_MISSING_TOKEN", "Missing access token")
+        service = self._by_token.get(token_hash(token))
+        if service is None:
+            raise unknown_token()
+        if not self.hs.is_local(user_id) or not service.claims("users", user_id):
+            raise MatrixError(400, M_EXCLUSIVE, f"{user_id} is not in your namespaces")
+        account = self.hs.accounts.find(user_id)
+        if user_id == self.hs.accounts.bot_id or (account is not None and account.is_admin):
+            raise forbidden("An application service cannot log in as an admin")
+
+    def _is_reserved(self, kind: str, name: str, creator: str, appservice: str = "") -> bool:
+        """Whether a name belongs to a service other than the one that wants it.
+
+        That is one in an exclusive namespace; and for a service itself, one outside of its own.
+        """
+        if appservice:
+            return not self.services[appservice].claims(kind, name)
+        return any(
+            service.claims(kind, name, exclusively=True)
+            and not (creator and service.claims("users", creator))
+            for service in self.services.values()
+        )
+
+    def _network_rooms(self, instance: str | None) -> list[RoomNid]:
+        """The rooms that services list under a network, or under any."""
+        if instance is None:
+            rows = self.db.all("SELECT DISTINCT room_nid FROM network_rooms")
+        else:
+            appservice, _, network = instance.rpartition("|")
+            rows = self.db.all(
+                "SELECT room_nid FROM network_rooms WHERE appservice = ? AND network_id = ?",
+                (appservice, network),
+            )
+        return [row[0] for row in rows]
+
+    def list_room(self, service_id: str, network_id: str, room: Room, visibility: str) -> None:
+        """List a room under a network of a service ("public"), or no longer ("private")."""
+        row = (service_id, network_id, room.nid)
+        with self.db.write():
+            self.db.execute(
+                """
+                DELETE FROM network_rooms
+                WHERE appservice = ? AND network_id = ? AND room_nid = ?
+                """,
+                row,
+            )
+            if visibility == "public":
+                self.db.execute("INSERT INTO network_rooms VALUES (?, ?, ?)", row)
+
+    # Interest
+
+    def sees(self, service: Appservice, room: Room) -> bool:
+        """Whether a service hears of a room: it is in a namespace, or one of its users is in it."""
+        if room.room_id == self.hs.admin_room.room_id:
+            return False
+        if not room.local_joined.isdisjoint(service.owned) or service.claims("rooms", room.room_id):
+            return True
+        if not service.namespaces.get("aliases"):
+            return False
+        rows = self.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
+        return any(service.claims("aliases", alias) for (alias,) in rows)
+
+
+# ── 52.4  What they are told ─────────────────────────────────────────────────
+
+INSERT_ITEM = "INSERT INTO appservice_queue (appservice, event_nid, user_id) VALUES (?, ?, ?)"
+
+
+class AppserviceQueues(AppserviceRegistry):
+    """Notes what happens for the services that care, and makes transactions of it.
+
+    Events and changed devices stand in the database until they are told. Who types, what was read
+    and who is online is noted as "has changed", and looked up when the transaction is made.
+    """
+
+    def __init__(self, hs: Homeserver) -> None:
+        super().__init__(hs)
+        hs.rooms.subscribe(self._on_event)
+        hs.rooms.subscribe_membership(self._on_membership)
+        hs.stream.subscribe(self._on_stamp)
+
+    def _told(self) -> Iterator[Appservice]:
+        return (service for service in self.services.values() if service.url is not None)
+
+    def _put(self, service: Appservice, event_nid: int | None, user_id: str | None) -> None:
+        """Put an item into the queue; of a service that is away too long, the oldest is lost."""
+        row = (service.id, event_nid, user_id)
+        item_nid = cast(int, self.db.execute(INSERT_ITEM, row).lastrowid)
+        service.wake.set()
+        if item_nid % PRUNE_EVERY == 0:
+            self.db.execute(
+                """
+                DELETE FROM appservice_queue
+                WHERE appservice = :id AND item_nid <= (
+                    SELECT item_nid
+                    FROM appservice_queue
+                    WHERE appservice = :id
+                    ORDER BY item_nid DESC
+                    LIMIT 1 OFFSET :kept
+                )
+                """,
+                {"id": service.id, "kept": MAX_WAITING_ITEMS},
+            )
+
+    def _on_event(self, room: Room, event: Event) -> None:
+        for service in self._told():
+            target = event.state_key if event.type == MEMBER else None
+            is_target = target is not None and service.claims("users", target)
+            if self.sees(service, room) or (is_target and self.hs.is_local(str(target))):
+                self._put(service, event.nid, None)
+
+    def _on_membership(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
+        if (old == "join") == (new == "join"):
+            return
+        for service in self._told():
+            if service.encryption and (user_nid in service.owned or self.sees(service, room)):
+                self._put(service, None, self.db.user_id(user_nid))
+
+    def _on_stamp(self, kind: str, target: int) -> None:
+        for service in self._told():
+            if kind in (TYPING, RECEIPT):
+                self._note_in_room(service, kind, RoomNid(target))
+            elif kind in (PRESENCE, DEVICE_LIST, TO_DEVICE, KEY_COUNTS):
+                self._note_of_user(service, kind, UserNid(target))
+
+    def _note_in_room(self, service: Appservice, kind: str, room_nid: RoomNid) -> None:
+        if service.ephemeral and self.sees(service, self.hs.rooms.by_nid(room_nid)):
+            if kind == TYPING:
+                service.typing.add(room_nid)
+            else:
+                service.receipts.setdefault(room_nid, self.hs.stream.position - 1)
+            service.wake.set()
+
+    def _note_of_user(self, service: Appservice, kind: str, user_nid: UserNid) -> None:
+        if not (service.ephemeral if kind == PRESENCE else service.encryption):
+            return
+        if kind in (PRESENCE, DEVICE_LIST):
+            rooms = map(self.hs.rooms.by_nid, self.hs.rooms.joined_rooms(user_nid))
+            if user_nid not in service.owned and not any(self.sees(service, r) for r in rooms):
+                return
+        if kind == DEVICE_LIST:
+            self._put(service, None, self.db.user_id(user_nid))
+        elif kind == PRESENCE:
+            service.presence.add(user_nid)
+        elif service.claims("users", self.db.user_id(user_nid), exclusively=True):
+            service.keys.add(user_nid)  # trap: the devices of people get theirs by sync
+        service.wake.set()
+
+    def waiting(self, service: Appservice) -> int:
+        """How many items wait in a service's queue."""
+        sql = "SELECT COUNT(*) FROM appservice_queue WHERE appservice = ?"
+        return cast(int, self.db.value(sql, (service.id,)))
+
+    # Transactions
+
+    def next_transaction(self, service: Appservice) -> tuple[str, bytes] | None:
+        """Id and body of the transaction that is due: the one not acknowledged, or a new one."""
+        sql = "SELECT txn_id, body FROM appservice_txns WHERE appservice = ?"
+        row = self.db.one(sql, (service.id,))
+        if row is not None:
+            return cast("tuple[str, bytes]", row)
+        items = self.db.all(
+            """
+            SELECT item_nid, event_nid, user_id
+            FROM appservice_queue
+            WHERE appservice = ?
+            ORDER BY item_nid
+            LIMIT ?
+            """,
+            (service.id, MAX_TXN_ITEMS),
+        )
+        with self.db.write():
+            body = self._body(service, items)
+            if len(body) == 1 and not body["events"] and not items:
+                return None
+            txn = (random_token(20), encode_json(body))
+            last = items[-1][0] if items else 0
+            delete = "DELETE FROM appservice_queue WHERE appservice = ? AND item_nid <= ?"
+            self.db.execute(delete, (service.id, last))
+            self.db.execute("INSERT INTO appservice_txns VALUES (?, ?, ?)", (service.id, *txn))
+        return txn
+
+    def acknowledged(self, service: Appservice, txn_id: str) -> None:
+        """A transaction has arrived: the next may follow."""
+        delete = "DELETE FROM appservice_txns WHERE appservice = ? AND txn_id = ?"
+        with self.db.write():
+            self.db.execute(delete, (service.id, txn_id))
+
+    def _body(self, service: Appservice, items: list[Any]) -> Json:
+        nids = [event_nid for _, event_nid, _ in items if event_nid is not None]
+        events = self.hs.rooms.events_by_nids(nids)
+        body: Json = {"events": [client_event(self.hs.rooms, event) for event in events]}
+        if ephemeral := [*self._ephemeral(service)]:
+            body["ephemeral"] = ephemeral
+        if service.encryption:
+            moved = dict.fromkeys(user_id for _, _, user_id in items if user_id is not None)
+            body |= self._device_lists(service, moved) | self._key_news(service)
+        return body
+
+    def _ephemeral(self, service: Appservice) -> Iterator[Json]:
+        """What has changed of who types, what was read, and who is online."""
+        typing, service.typing = service.typing, set()
+        receipts, service.receipts = service.receipts, {}
+        present, service.presence = service.presence, set()
+        for room in map(self.hs.rooms.by_nid, typing):
+            content: Json = {"user_ids": typing_users(self.hs, room)}
+            yield {"type": "m.typing", "room_id": room.room_id, "content": content}
+        for room_nid, since in receipts.items():
+            room_id = self.hs.rooms.by_nid(room_nid).room_id
+            nobody = UserNid(0)
+            read = receipts_since(self.hs, room_nid, nobody, since, also=service.owned)
+            if read:
+                yield {"type": "m.receipt", "room_id": room_id, "content": read}
+        for nid in present:
+            shown = self.hs.presence.of(nid)
+            yield {"type": "m.presence", "sender": self.db.user_id(nid), "content": shown}
+
+    def _device_lists(self, service: Appservice, moved: Iterable[str]) -> Json:
+        """Whose devices changed, and with whom no room is shared any more.  Spec: MSC3202."""
+        lists: dict[str, list[str]] = {"changed": [], "left": []}
+        for user_id in moved:
+            nid = self.db.user_nid(user_id)
+            rooms = map(self.hs.rooms.by_nid, self.hs.rooms.joined_rooms(nid))
+            near = nid in service.owned or any(self.sees(service, room) for room in rooms)
+            lists["changed" if near else "left"].append(user_id)
+        return {"org.matrix.msc3202.device_lists": lists} if any(lists.values()) else {}
+
+    def _key_news(self, service: Appservice) -> Json:
+        """To-device messages, which are gone from the devices' queues then, and key counts.
+
+        Spec: MSC2409 and MSC3202, under their unstable names.
+        """
+        messages: list[Json] = []
+        counts: Json = {}
+        unused: Json = {}
+        devices = "SELECT device_nid, device_id FROM devices WHERE user_nid = ?"
+        while service.keys and len(messages) < MAX_TXN_ITEMS:
+            nid = service.keys.pop()
+            user_id = self.db.user_id(nid)
+            for device_nid, device_id in self.db.all(devices, (nid,)):
+                device = Requester(user_id, nid, device_id, device_nid, None)
+                upto = self.hs.stream.position
+                found, last = to_device_messages(self.hs, device, 0, upto)
+                acknowledge_to_device(self.hs, device, last)
+                if last < upto:  # more is waiting
+                    service.keys.add(nid)
+                to = {"to_user_id": user_id, "to_device_id": device_id}
+                messages += [{**message, **to} for message in found]
+                counts.setdefault(user_id, {})[device_id] = one_time_key_counts(self.hs, device_nid)
+                fallback = unused_fallback_types(self.hs, device_nid)
+                unused.setdefault(user_id, {})[device_id] = fallback
+        news = {
+            "de.sorunome.msc2409.to_device": messages,
+            "org.matrix.msc3202.device_one_time_keys_count": counts,
+            "org.matrix.msc3202.device_unused_fallback_key_types": unused,
+        }
+        return {name: value for name, value in news.items() if value}
+
+
+# ── 52.5  Speaking to them ───────────────────────────────────────────────────
+
+SERVICE_PATH = "/_matrix/app/v1"
+OLD_PATHS: Final = {"thirdparty": "/_matrix/app/unstable", "ping": None}  # the others: at the root
+UNKNOWN_PATH = frozenset({404, 405, 501})
+FIELD_TYPES: Final = {str: {"regexp": str, "placeholder": str}}
+PROTOCOL: Final = {
+    **{"user_fields": [str], "location_fields": [str], "icon": str, "field_types": FIELD_TYPES},
+    "instances": [{"desc": str, "fields": dict, "network_id": str}],
+}
+
+
+class Appservices(AppserviceQueues):
+    """Sends the transactions, and asks services for what only they know."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        super().__init__(hs)
+        hs.accounts.summon = self.summon_user
+        hs.directory.summon = self.summon_alias
+
+    def start(self) -> None:
+        """Go on with what was waiting."""
+        with self.db.write():
+            self.load()
+            for service in self.services.values():
+                self._begin(service)
+
+    def _begin(self, service: Appservice) -> None:
+        if service.url is None:
+            return
+        if service.encryption:  # what was noted in memory before the last stop
+            service.keys = {
+                nid
+                for nid in service.owned
+                if service.claims("users", self.db.user_id(nid), exclusively=True)
+            }
+        service.wake.set()
+        self.hs.background(self._deliver(service))
+
+    def register(self, text: str) -> Appservice:
+        """Register a service by its YAML. 400 with the reason if that is wrong."""
+        service = read_registration(text, self.hs.config.server_name)
+        with self.db.write():
+            self._add(service)
+            self.db.execute("INSERT INTO appservices VALUES (?, ?)", (service.id, text))
+        self._begin(service)
+        return service
+
+    def unregister(self, service_id: str) -> None:
+        """Forget a service, with all that waits for it. 404, or 400 for one from a file."""
+        service = self.services.get(service_id)
+        if service is None:
+            raise not_found(f"There is no application service {service_id}")
+        if service.from_file:
+            raise invalid_param("It stands in appservice_config_files; take it out there")
+        with self.db.write():
+            self.db.execute("DELETE FROM appservices WHERE id = ?", (service_id,))
+            self.db.execute("DELETE FROM appservice_queue WHERE appservice = ?", (service_id,))
+            self.db.execute("DELETE FROM appservice_txns WHERE appservice = ?", (service_id,))
+            self.db.execute("DELETE FROM network_rooms WHERE appservice = ?", (service_id,))
+        self.drop(service)
+
+    async def call(self, service: Appservice, method: str, path: str, body: bytes = b"") -> Any:
+        """The answer of a service; asked again under the path of old if it knows no other.
+
+        Raises MatrixError or OSError when there is none.  Spec: "Legacy routes".
+        """
+        client: Any = self.hs.http_client
+        old = OLD_PATHS.get(path.split("/")[1].partition("?")[0], "")
+        headers = {"Authorization": f"Bearer {service.hs_token}"}
+        if body:
+            headers["Content-Type"] = "application/json"
+        for prefix in (SERVICE_PATH, old):
+            token = "" if prefix else f"?access_token={quote(service.hs_token, safe='')}"
+            answer = await client.request(
+                method,
+                f"{service.url}{prefix}{path}{token}",
+                headers=headers,
+                body=body,
+                timeout=SERVICE_SECONDS if body else QUESTION_SECONDS,
+                max_bytes=MAX_SERVICE_ANSWER,
+                trusted=True,  # the admin wrote that address
+            )
+            if answer.status not in UNKNOWN_PATH or old is None:
+                break
+        return answer
+
+    async def _deliver(self, service: Appservice) -> None:
+        """Send a service its transactions, one after the other, as long as it is registered."""
+        while self.services.get(service.id) is service:
+            try:
+                transaction = self.next_transaction(service)
+                await self.db.synced()
+                if transaction is None:
+                    await service.wake.wait()
+                    service.wake.clear()
+                elif await self._arrives(service, *transaction):
+                    self.acknowledged(service, transaction[0])
+            except MatrixError as error:  # a full disk, say
+                log_appservice.warning("%s waits: %s", service.id, error)
+                await asyncio.sleep(FIRST_RETRY_SECONDS)
+            except Exception:  # a fault of ours must not cut a bridge off until the next start
+                log_appservice.exception("%s waits", service.id)
+                await asyncio.sleep(LAST_RETRY_SECONDS)
+
+    async def _arrives(self, service: Appservice, txn_id: str, body: bytes) -> bool:
+        """Whether a service took a transaction; after a failure, only when it is time again."""
+        try:
+            answer = await self.call(service, "PUT", f"/transactions/{txn_id}", body)
+            problem = None if answer.status == 200 else f"status {answer.status}"
+        except (MatrixError, OSError) as error:
+            problem = str(error)
+        if problem is None:
+            service.failures = 0
+            return True
+        delay = min(FIRST_RETRY_SECONDS * 2**service.failures, LAST_RETRY_SECONDS)
+        service.failures = min(service.failures + 1, 20)
+        log_appservice.warning("%s: %s; trying again in %d s", service.id, problem, delay)
+        service.retry.clear()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(service.retry.wait(), delay)
+        return False
+
+    # Questions
+
+    async def ask(self, service: Appservice, path: str) -> Any:
+        """What a service answers to a question: parsed JSON, or None."""
+        try:
+            answer = await self.call(service, "GET", path)
+            return parse_json(answer.body) if answer.status == 200 else None
+        except (MatrixError, OSError) as error:
+            log_appservice.info("%s did not answer: %s", service.id, error)
+            return None
+
+    async def _summon(self, kind: str, path: str, name: str) -> None:
+        for service in list(self._told()):
+            if service.claims(kind, name):
+                await self.ask(service, f"/{path}/{quote(name, safe='')}")
+
+    async def summon_user(self, user_id: str) -> None:
+        """Ask whose namespace it is to make a user that does not exist."""
+        if self.hs.is_local(user_id) and not self.hs.accounts.exists_local(user_id):
+            await self._summon("users", "users", user_id)
+
+    async def summon_alias(self, alias: str) -> None:
+        """Ask whose namespace it is to make an alias that does not exist."""
+        if server_of(alias) == self.hs.config.server_name and find_alias(self.hs, alias) is None:
+            await self._summon("aliases", "rooms", alias)
+
+    async def protocol(self, name: str) -> Json | None:
+        """The description of a third-party protocol, with the networks of all who provide it."""
+        found: Json | None = None
+        for service in [each for each in self._told() if name in each.protocols]:
+            answer = await self.ask(service, f"/thirdparty/protocol/{quote(name, safe='')}")
+            try:
+                check_shape(answer, PROTOCOL)
+            except MatrixError:
+                continue
+            for instance in answer["instances"]:
+                instance["instance_id"] = f"{service.id}|{instance['network_id']}"
+            if found is None:
+                found = answer
+            else:
+                found["instances"] += answer["instances"]
+        return found
+
+    async def look_up(self, kind: str, path: str, query: str, protocol: str | None) -> list[Json]:
+        """Users or locations of other networks that services find; 404 when there are none."""
+        name = "userid" if kind == "user" else "alias"
+        shape, found = [{name: str, "protocol": str, "fields": dict}], []
+        for service in list(self._told()):
+            if protocol in service.protocols or (protocol is None and service.protocols):
+                answer = await self.ask(service, f"/thirdparty/{path}?{query}")
+                with contextlib.suppress(MatrixError):
+                    check_shape(answer, shape)
+                    found += answer
+        if not found:
+            raise not_found("No application service knows of any")
+        return found
+
+
+THIRD_PARTY = V3 + "/thirdparty"
+
+
+def query_string(request: Request) -> str:
+    """The query of a request for somebody else, without what is between us and the client."""
+    private = ("access_token", "user_id", "device_id")
+    return "&".join(
+        f"{quote(name, safe='')}={quote(values[0], safe='')}"
+        for name, values in request.query.items()
+        if name not in private
+    )
+
+
+@route("GET", THIRD_PARTY + "/protocols", auth=USER)
+async def get_protocols(hs: Homeserver, _request: Request) -> Json:
+    """All third-party protocols, such as IRC.  Spec: CS-API "Third-party networks"."""
+    names = {name for service in hs.appservices.services.values() for name in service.protocols}
+    found = {name: await hs.appservices.protocol(name) for name in sorted(names)}
+    return {name: protocol for name, protocol in found.items() if protocol is not None}
+
+
+@route("GET", THIRD_PARTY + "/protocol/{name}", auth=USER)
+async def get_protocol(hs: Homeserver, _request: Request, name: str) -> Json:
+    """One third-party protocol. 404 M_NOT_FOUND when nobody here speaks it."""
+    found = await hs.appservices.protocol(name)
+    if found is None:
+        raise not_found("No application service speaks this protocol")
+    return found
+
+
+@route("GET", THIRD_PARTY + "/{kind}/{name}", auth=USER)
+async def search_third_party(hs: Homeserver, request: Request, kind: str, name: str) -> list[Json]:
+    """Users or locations of a protocol, found by fields. 404 M_NOT_FOUND when there are none."""
+    if kind not in ("user", "location"):
+        raise MatrixError(404, "M_UNRECOGNIZED", "Unrecognized request")
+    path = f"{kind}/{quote(name, safe='')}"
+    return await hs.appservices.look_up(kind, path, query_string(request), name)
+
+
+@route("GET", THIRD_PARTY + "/{kind}", auth=USER)
+async def find_third_party(hs: Homeserver, request: Request, kind: str) -> list[Json]:
+    """What a Matrix user or alias is elsewhere. 404 M_NOT_FOUND when nobody knows."""
+    if kind not in ("user", "location"):
+        raise MatrixError(404, "M_UNRECOGNIZED", "Unrecognized request")
+    check_shape(request.query, {"userid" if kind == "user" else "alias": [str]}, "The query")
+    return await hs.appservices.look_up(kind, kind, query_string(request), None)
+
+
+# ── 52.6  What they ask of us ────────────────────────────────────────────────
+
+NETWORK_LIST = V3 + "/directory/list/appservice/{network_id}/{room_id}"
+APPSERVICE_PING = "/_matrix/client/v1/appservice/{service_id}/ping"
+
+
+@route("POST", APPSERVICE_PING, auth=APPSERVICE, limit=None, body={"transaction_id?": str})
+async def ping_appservice(hs: Homeserver, request: Request, service_id: str) -> Json:
+    """Try whether the service can be reached from here, and how fast it answers.
+
+    400 M_URL_NOT_SET, 502 M_BAD_STATUS or M_CONNECTION_FAILED, 504 M_CONNECTION_TIMEOUT.
+    """
+    service = hs.appservices.services[str(request.user.appservice)]
+    if service.id != service_id:
+        raise forbidden("This is not your as_token's service")
+    if service.url is None:
+        raise MatrixError(400, "M_URL_NOT_SET", "The registration has no url")
+    began = time.monotonic()
+    try:
+        answer = await hs.appservices.call(service, "POST", "/ping", encode_json(request.json))
+    except (MatrixError, OSError) as error:
+        late = isinstance(error, TimeoutError) or getattr(error, "status", 0) == 504
+        status, errcode = (504, "M_CONNECTION_TIMEOUT") if late else (502, "M_CONNECTION_FAILED")
+        raise MatrixError(status, errcode, f"The service was not reached: {error}") from error
+    if answer.status != 200:
+        text = answer.body[:4096].decode("utf-8", "replace")
+        bad = MatrixError(502, "M_BAD_STATUS", f"Ping returned status {answer.status}")
+        bad.extra = {"status": answer.status, "body": text}
+        raise bad
+    service.retry.set()
+    return {"duration_ms": round((time.monotonic() - began) * 1000)}
+
+
+@route("PUT", NETWORK_LIST, auth=APPSERVICE, body={"visibility": str})
+async def list_in_network(hs: Homeserver, request: Request, network_id: str, room_id: str) -> Json:
+    """Put a room into the list of a bridged network, or take it out."""
+    visibility = request.json["visibility"]
+    if visibility not in ("public", "private"):
+        raise invalid_param("visibility is public or private")
+    service_id, room = str(request.user.appservice), hs.rooms.get(room_id)
+    hs.appservices.list_room(service_id, network_id, room, visibility)
+    return {}
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  23. THE ADMIN ROOM
 #
 #  #admins, where @conduit does what admins write. Which room it is stands in the
@@ -21508,7 +22792,15 @@ schema("""
 CREATE TABLE admin_invitations (   -- an admin asked them in; joining makes them admins
     user_nid INTEGER PRIMARY KEY
 );
+CREATE TABLE notice_rooms (        -- where each user hears from the server
+    user_nid INTEGER PRIMARY KEY,
+    room_nid INTEGER NOT NULL
+);
 """)
+invariant(
+    "rooms for notices that are not there",
+    "SELECT room_nid FROM notice_rooms WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
+)
 
 log_admin = logging.getLogger("conduit.admin")
 
@@ -21522,14 +22814,15 @@ class Reply(NamedTuple):
     text: str
     html: str
     more: tuple[Reply, ...] = ()
+    failed: bool = False  # what a shell wants to know
 
 
 HTML_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"})
 
 
-def reply_text(text: str) -> Reply:
+def reply_text(text: str, *, failed: bool = False) -> Reply:
     """Sentences."""
-    return Reply(text, text.translate(HTML_ESCAPES).replace("\n", "<br>"))
+    return Reply(text, text.translate(HTML_ESCAPES).replace("\n", "<br>"), (), failed)
 
 
 def reply_code(language: str, text: str) -> Reply:
@@ -21583,13 +22876,18 @@ def reply_contents(reply: Reply) -> Iterator[Json]:
 
 # ── 23.2  The language ───────────────────────────────────────────────────────
 
-Arguments = dict[str, str]  # by the names in the usage; an option that was given has the value ""
+Arguments = dict[str, str]  # by the names in the usage; an option without value has ""
 CommandFunction = Callable[["Homeserver", Arguments], Awaitable[Reply]]
 COMMANDS: Final[dict[str, tuple[str, CommandFunction]]] = {}  # name → usage, function
+CODE_BLOCK = re.compile(r"\s*```[^\n`]*\n(.*?)\n?```\s*", re.DOTALL)
 
 
 def command(usage: str) -> Callable[[CommandFunction], CommandFunction]:
-    """Register a command: how it is written, NAME [WORD] [--option]; its docstring is its help."""
+    """Register a command: how it is written, NAME [WORD] [--option] [--option=VALUE].
+
+    WORDS... takes all that is left of the line, {CODE} a code block in the lines below. The
+    docstring of the function is the command's help.
+    """
 
     def register(function: CommandFunction) -> CommandFunction:
         COMMANDS[usage.partition(" ")[0]] = (usage, function)
@@ -21602,41 +22900,71 @@ class UsageError(Exception):
     """The command was not written as its usage says; the text tells how it differs."""
 
 
-def parse_arguments(usage: str, words: Sequence[str]) -> Arguments:
-    """Match the words after a command with its usage.  Behind `--` nothing is an option."""
-    parts = usage.split()[1:]
-    names = [part for part in parts if not part.startswith("[--")]
-    free = words.index("--") if "--" in words else len(words)
-    chosen = [word for word in words[:free] if word.startswith("--")]
-    given = [word for word in words[:free] if not word.startswith("--")] + list(words[free + 1 :])
-    for word in chosen:
-        if f"[{word}]" not in parts:
+def sorted_words(usage: str, words: Sequence[str]) -> tuple[Arguments, list[str]]:
+    """The options among the words after a command, and the other words.
+
+    Behind `--` nothing is an option.
+    """
+    found: Arguments = {}
+    given: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, has_value, value = word.partition("=")
+        if word == "--":
+            given += rest
+        elif not word.startswith("--"):
+            given.append(word)
+        elif f"[{name}]" in usage.split() and not has_value:
+            found[name] = ""
+        elif f"[{name}=" not in usage:
             raise UsageError(f"there is no option {word}")
+        elif not (value := value if has_value else next(rest, "")):
+            raise UsageError(f"{name} wants a value")
+        else:
+            found[name] = value
+    return found, given
+
+
+def parse_arguments(usage: str, words: Sequence[str], below: str = "") -> Arguments:
+    """Match the words after a command, and the lines below, with its usage."""
+    names = [part for part in usage.split()[1:] if not part.startswith(("[--", "{"))]
+    found, given = sorted_words(usage, words)
+    if names and names[-1].strip("[]").endswith("...") and len(given) >= len(names):
+        given = [*given[: len(names) - 1], " ".join(given[len(names) - 1 :])]
     if len(given) > len(names):
         raise UsageError(f"'{given[len(names)]}' is one word too many")
     for name in names[len(given) :]:
         if not name.startswith("["):
             raise UsageError(f"{name} is missing")
-    found = {name.strip("[]"): word for name, word in zip(names, given, strict=False)}
-    return found | dict.fromkeys(chosen, "")
+    found |= {name.strip("[].{}"): word for name, word in zip(names, given, strict=False)}
+    code = re.search(r"\{(\w+)\}", usage)
+    if code is not None:
+        block = CODE_BLOCK.fullmatch(below)
+        if block is None:
+            raise UsageError(f"a code block (```) with {code[1]} is missing below the command")
+        found[code[1]] = block[1]
+    return found
 
 
 def unknown_command(name: str, addressed: bool) -> Reply | None:
     """What is said about a word that is no command; nothing if this may be mere talk."""
     nearest = nearest_key(name, COMMANDS) if addressed or "-" in name else None
     if nearest is not None:
-        return reply_text(f"There is no command {name}. Did you mean {nearest}?")
+        return reply_text(f"There is no command {name}. Did you mean {nearest}?", failed=True)
     if addressed:
-        return reply_text(f"There is no command {name}. Write help for all there are.")
+        text = f"There is no command {name}. Write help for all there are."
+        return reply_text(text, failed=True)
     return None
 
 
-async def run_line(hs: Homeserver, line: str, addressed: bool) -> Reply | None:
-    """Do what a line says, and answer; None for talk among admins."""
+async def run_order(hs: Homeserver, order: str, addressed: bool) -> Reply | None:
+    """Do what a line says, with the lines below it, and answer; None for talk among admins."""
+    line, _, below = order.partition("\n")
     try:
         words = shlex.split(line)
     except ValueError as error:  # an apostrophe in plain talk is no unclosed quotation
-        return reply_text(f"This cannot be read: {error}.") if addressed else None
+        text = f"This cannot be read: {error}."
+        return reply_text(text, failed=True) if addressed else None
     name = words[0] if words else ""
     if name not in COMMANDS:
         return unknown_command(name, addressed)
@@ -21644,11 +22972,11 @@ async def run_line(hs: Homeserver, line: str, addressed: bool) -> Reply | None:
     if "--help" in words:
         return reply_text(f"{function.__doc__}\nUsage: {usage}")
     try:
-        return await function(hs, parse_arguments(usage, words[1:]))
+        return await function(hs, parse_arguments(usage, words[1:], below))
     except UsageError as error:
-        return reply_text(f"{name}: {error}.\nUsage: {usage}")
+        return reply_text(f"{name}: {error}.\nUsage: {usage}", failed=True)
     except MatrixError as error:
-        return reply_text(f"{name}: {error.error}")
+        return reply_text(f"{name}: {error.error}", failed=True)
 
 
 # What follows "!admin", "@conduit:server.name" and the display name before the command.
@@ -21656,7 +22984,7 @@ ADDRESS_ENDS: Final = {"!": {"", " "}, "@": {"", " ", ":"}, "c": {":"}}
 
 
 def addressed_line(hs: Homeserver, event: Event) -> tuple[str, bool] | None:
-    """The first line of a message that may be a command, and whether it is addressed to @conduit.
+    """The text of a message that may be a command, and whether it is addressed to @conduit.
 
     None for notices and other kinds, and for whatever relates to another event: an edit, a reply
     with its quotation and a forwarded thread never run.
@@ -21665,12 +22993,12 @@ def addressed_line(hs: Homeserver, event: Event) -> tuple[str, bool] | None:
     is_text = event.content.get("msgtype") == "m.text" and isinstance(body, str)
     if not is_text or "m.relates_to" in event.content:
         return None
-    line = cast(str, body).strip().partition("\n")[0].strip()
+    line, newline, below = cast(str, body).strip().partition("\n")
     for prefix in ("!admin", hs.accounts.bot_id, BOT_LOCALPART):
         rest = line[len(prefix) :]
         if line.lower().startswith(prefix.lower()) and rest[:1] in ADDRESS_ENDS[prefix[0]]:
-            return rest.lstrip(": ").strip() or "help", True
-    return line, False
+            return (rest.lstrip(": ").strip() or "help") + newline + below, True
+    return line.strip() + newline + below, False
 
 
 # ── 23.3  The commands ───────────────────────────────────────────────────────
@@ -21798,6 +23126,406 @@ async def clear_caches(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_text(f"Done: {before - sum(map(len, caches_of(hs).values()))} entries are gone.")
 
 
+@command("version")
+async def show_version(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show which version of this server runs, of Python and of SQLite."""
+    return reply_text(
+        f"conduit.py {VERSION}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
+    )
+
+
+@command("uptime")
+async def show_uptime(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show for how long the server has been running."""
+    days, seconds = divmod(int(time.monotonic() - hs.started), 86_400)
+    hours, seconds = divmod(seconds, 3600)
+    return reply_text(f"{days} d {hours} h {seconds // 60} min {seconds % 60} s")
+
+
+@command("log-level [LEVELS]")
+async def set_log_level(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Log more or less until the next reload, as the key log says it: warn,http=debug."""
+    text = arguments.get("LEVELS", hs.config.log)
+    try:
+        apply_log_levels(parse_log_levels(text))
+    except ValueError as error:
+        raise UsageError(f"'{error}' is no level such as info or http=debug") from None
+    return reply_text(f"The log is at {text}.")
+
+
+@command("reload")
+async def reload_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Read the configuration again; a wrong one changes nothing."""
+    try:
+        config = reload_config(hs.config, os.environ)
+        hs.reload(config)
+    except (ConfigError, OSError) as error:
+        return reply_text(f"Everything stays as it was:\n{error}", failed=True)
+    apply_log_levels(parse_log_levels(config.log))
+    return reply_text("Done. The log names keys that wait for a restart.")
+
+
+def send_notice(hs: Homeserver, user_nid: UserNid, text: str) -> None:
+    """Tell one user something in a room that they have for that.  Spec: "Server Notices"."""
+    bot, user_id = hs.accounts.bot_id, hs.db.user_id(user_nid)
+    with hs.db.write():
+        room_nid = hs.db.value("SELECT room_nid FROM notice_rooms WHERE user_nid = ?", (user_nid,))
+        room = None if room_nid is None else hs.rooms.by_nid(room_nid)
+        if room is None or room.membership_of(user_nid) not in ("join", "invite"):
+            body = {"preset": "private_chat", "name": f"Notices of {hs.config.server_name}"}
+            levels = {"users_default": -10}  # it is for reading
+            override = {"power_level_content_override": levels}
+            room = create_room(hs, bot, {**body, **override, "invite": [user_id]})
+            set_room_account_data(
+                hs, user_nid, room.nid, "m.tag", {"tags": {"m.server_notice": {}}}
+            )
+            row = (user_nid, room.nid)
+            hs.db.execute("INSERT OR REPLACE INTO notice_rooms VALUES (?, ?)", row)
+        content = {"msgtype": "m.server_notice", "body": text}
+        content["server_notice_type"] = "m.server_notice.admin"
+        hs.rooms.send(room, bot, "m.room.message", content)
+
+
+@command("notice-all TEXT...")
+async def notice_all(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Tell all users of this server something, each in a room of their own."""
+    told = 0
+    for user_id in hs.accounts.list_local_users():
+        nid = hs.db.user_nid(user_id)
+        if user_id != hs.accounts.bot_id and not hs.accounts.is_puppet(nid):
+            send_notice(hs, nid, arguments["TEXT"])
+            told += 1
+        await asyncio.sleep(0)
+    return reply_text(f"{told} user(s) were told.")
+
+
+@command("check")
+async def check_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Verify the database and the files of the media; this may take a while."""
+    problems = await hs.db.in_thread(check_database, hs.db.folder)
+    return reply_text("\n".join(problems) or "The database is sound.", failed=bool(problems))
+
+
+@command("backup FILE [--keep=COUNT]")
+async def backup_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Write database, media and keys to a file, or to a new one in a folder.
+
+    With --keep only so many archives stay in the folder.
+    """
+    keep = arguments.get("--keep", "0")
+    if not keep.isdecimal():
+        raise UsageError("COUNT is a number")
+    try:
+        target = await hs.db.in_thread(back_up, hs.db.folder, Path(arguments["FILE"]), int(keep))
+    except (DatabaseRefused, OSError, sqlite3.Error) as error:
+        return reply_text(f"There is no backup: {error}", failed=True)
+    return reply_text(f"Everything is in {target}, {mebibytes(target.stat().st_size)}.")
+
+
+@command("list-rooms")
+async def list_rooms(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List the rooms with users of this server, large ones first."""
+    rooms = []
+    for (nid,) in hs.db.all("SELECT DISTINCT room_nid FROM memberships"):
+        room = hs.rooms.by_nid(nid)
+        if room.local_joined:
+            rooms.append((room.joined_count, room.room_id, room.setting("m.room.name", "name", "")))
+        await asyncio.sleep(0)
+    rooms.sort(reverse=True)
+    rows = [(room_id, str(count), name) for count, room_id, name in rooms]
+    return reply_table(f"Found {len(rows)} room(s):", ("Room", "Members", "Name"), rows)
+
+
+@command("room-info ROOM")
+async def room_info(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show what is known of a room, by its id or alias."""
+    room = room_by_name(hs, arguments["ROOM"])
+    sql = """
+        SELECT COUNT(*), SUM(LENGTH(pdu))
+        FROM events
+        WHERE room_nid = ? AND pos IS NOT NULL
+    """
+    count, size = await hs.db.read_in_thread(lambda db: db.execute(sql, (room.nid,)).fetchone())
+    aliases = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
+    rows = [
+        ("id", room.room_id),
+        ("name", room.setting("m.room.name", "name", "")),
+        ("version", room.version.id),
+        ("members", f"{room.joined_count}, of them {len(room.local_joined)} of this server"),
+        ("join rule", room.join_rule),
+        ("history visibility", room.history_visibility),
+        ("encrypted", "yes" if room.encrypted else "no"),
+        ("aliases", " ".join(alias for (alias,) in aliases)),
+        ("events", f"{count}, {mebibytes(size or 0)}"),
+        ("pieces of state", str(len(room.state))),
+    ]
+    return reply_table("The room:", ("What", ""), rows)
+
+
+@command("room-members ROOM [MEMBERSHIP]")
+async def room_members(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List who is in a room, or who is invited, banned and so on."""
+    room = room_by_name(hs, arguments["ROOM"])
+    members = sorted(room.members(arguments.get("MEMBERSHIP", "join")))
+    levels = room.power_levels()
+    rows = [(user_id, str(levels.user(user_id))) for user_id in members]
+    return reply_table(f"Found {len(rows)} member(s):", ("User", "Power"), rows)
+
+
+@command("room-state ROOM [TYPE] [STATE_KEY]")
+async def room_state(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show the content of a piece of state, or list all there are."""
+    room = room_by_name(hs, arguments["ROOM"])
+    if "TYPE" not in arguments:
+        rows = [*sorted(room.state)]
+        return reply_table(f"{len(rows)} piece(s) of state:", ("Type", "State key"), rows)
+    event = room.state_event(arguments["TYPE"], arguments.get("STATE_KEY", ""))
+    if event is None:
+        raise not_found("There is no such state")
+    return reply_code("json", json.dumps(event.content, indent=2, ensure_ascii=False))
+
+
+@command("add-alias ALIAS ROOM")
+async def add_alias(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Let an alias of this server stand for a room."""
+    room = room_by_name(hs, arguments["ROOM"])
+    set_alias(hs, arguments["ALIAS"], room, hs.accounts.bot_id)
+    return reply_text(f"{arguments['ALIAS']} stands for {room.room_id}.")
+
+
+@command("remove-alias ALIAS")
+async def remove_alias_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Delete an alias of this server."""
+    alias = arguments["ALIAS"]
+    resolve_alias(hs, alias)
+    if alias[1:].partition(":")[0] == ADMINS_ALIAS:
+        raise forbidden("This room keeps its name")
+    delete_alias(hs, alias)
+    return reply_text(f"{alias} is gone.")
+
+
+@command("publish-room ROOM [--undo]")
+async def publish_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Put a room into the list of rooms, or take it out."""
+    room, undo = room_by_name(hs, arguments["ROOM"]), "--undo" in arguments
+    publish_room(hs, room, "private" if undo else "public")
+    return reply_text(f"{room.room_id} is {'no longer ' if undo else ''}in the list of rooms.")
+
+
+@command("block-room ROOM [--undo]")
+async def block_room_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Keep the users of this server from entering a room, known here or not; see also close-room.
+
+    Who is in it already stays.
+    """
+    name = arguments["ROOM"]
+    room_id = resolve_alias(hs, name)[0] if name.startswith("#") else name
+    if not is_room_id(room_id) or room_id == hs.admin_room.room_id:
+        raise invalid_param("That is no room that could be blocked")
+    if "--undo" in arguments:
+        was_blocked = unblock_room(hs, room_id)
+        return reply_text(f"{room_id} is open.", failed=not was_blocked)
+    block_room(hs, room_id, hs.accounts.bot_id)
+    return reply_text(f"{room_id} is blocked.")
+
+
+@command("list-blocked-rooms")
+async def list_blocked_rooms(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List the rooms that nobody of this server may enter."""
+    rows = [
+        (room_id, time.strftime("%Y-%m-%d", time.gmtime(since / 1000)))
+        for room_id, _, since in blocked_rooms(hs)
+    ]
+    return reply_table(f"Found {len(rows)} blocked room(s):", ("Room", "Since"), rows)
+
+
+@command("close-room ROOM")
+async def close_room(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Make all users of this server leave a room, and take away its aliases and its listing."""
+    room = room_by_name(hs, arguments["ROOM"])
+    if room.room_id == hs.admin_room.room_id:
+        raise forbidden("This room is needed")
+    publish_room(hs, room, "private")
+    for (alias,) in hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,)):
+        delete_alias(hs, alias)
+    stayed = []
+    for user_id in map(hs.db.user_id, list(room.local_joined)):
+        try:
+            leave(hs, room, user_id, "The room was closed")
+        except MatrixError as error:
+            stayed.append((user_id, error.error))
+        await asyncio.sleep(0)
+    title = f"{room.room_id} is closed; {len(stayed)} user(s) could not leave:"
+    return reply_table(title, ("User", "Why not"), stayed)
+
+
+@command("list-devices USER")
+async def list_devices_of(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List the devices of an account."""
+    user_id, nid = local_account(hs, arguments["USER"])
+    rows = []
+    for device in hs.accounts.devices(nid):
+        seen = time.gmtime(device.get("last_seen_ts", 0) // 1000)
+        seen_text = time.strftime("%Y-%m-%d %H:%M", seen)
+        texts = device.get("display_name", ""), device.get("last_seen_ip", "")
+        rows.append((device["device_id"], *texts, seen_text))
+    return reply_table(f"Devices of {user_id}:", ("Device", "Name", "Address", "Seen (UTC)"), rows)
+
+
+@command("logout-user USER [DEVICE]")
+async def log_out_user(hs: Homeserver, arguments: Arguments) -> Reply:
+    """End a session of an account, or all of them."""
+    user_id, nid = local_account(hs, arguments["USER"])
+    names = [device["device_id"] for device in hs.accounts.devices(nid)]
+    chosen = [name for name in names if name == arguments.get("DEVICE", name)]
+    hs.accounts.delete_devices(nid, chosen)
+    return reply_text(f"{len(chosen)} device(s) of {user_id} logged out.", failed=not chosen)
+
+
+@command("make-admin USER [--undo]")
+async def make_admin(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Make a user an admin who finds this room, or an admin one no longer."""
+    user_id, nid = local_account(hs, arguments["USER"])
+    if "--undo" in arguments:
+        hs.accounts.set_admin(nid, False)
+        return reply_text(f"{user_id} is no admin any more.")
+    hs.accounts.set_admin(nid, True)
+    hs.admin_room.bring_in(nid)
+    return reply_text(f"{user_id} is an admin.")
+
+
+@command("list-joined-rooms USER")
+async def list_joined_rooms_of(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List the rooms that a user is in."""
+    user_id, nid = local_account(hs, arguments["USER"])
+    rooms = [*map(hs.rooms.by_nid, hs.rooms.joined_rooms(nid))]
+    rows = [(room.room_id, room.setting("m.room.name", "name", "")) for room in rooms]
+    return reply_table(f"{user_id} is in {len(rows)} room(s):", ("Room", "Name"), rows)
+
+
+@command("deactivate-all {IDS} [--erase]")
+async def deactivate_all(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Close all accounts that the code block names, one in a line; admins are passed over."""
+    done, passed = [], []
+    for name in arguments["IDS"].split():
+        try:
+            user_id, nid = local_account(hs, name)
+            if hs.accounts.is_admin(nid):
+                raise forbidden("This is an admin")
+            await hs.accounts.deactivate(nid, erase="--erase" in arguments)
+            done.append(user_id)
+        except MatrixError as error:
+            passed.append((name, error.error))
+    title = f"Deactivated {len(done)} account(s), passed over {len(passed)}:"
+    return reply_table(title, ("Account", "Why not"), passed)
+
+
+@command("media-usage")
+async def media_usage(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show how much each user has uploaded."""
+    sql = """
+        SELECT user_id, COUNT(*), SUM(size) AS total
+        FROM media
+        JOIN users USING (user_nid)
+        GROUP BY user_nid
+        ORDER BY total DESC
+    """
+    found = await hs.db.read_in_thread(lambda db: db.execute(sql).fetchall())
+    rows = [(user_id, str(count), mebibytes(total or 0)) for user_id, count, total in found]
+    return reply_table("Uploaded media:", ("User", "Files", "Size"), rows)
+
+
+@command("register-appservice {YAML}")
+async def register_appservice(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Register an application service, such as a bridge, by the YAML that it has made."""
+    service = hs.appservices.register(arguments["YAML"])
+    return reply_text(f"Registered application service {service.id}, which is {service.sender}.")
+
+
+@command("unregister-appservice ID")
+async def unregister_appservice(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Forget an application service, and all that waits for it."""
+    hs.appservices.unregister(arguments["ID"])
+    return reply_text(f"Unregistered application service {arguments['ID']}.")
+
+
+@command("list-appservices")
+async def list_appservices(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List the application services, and what waits for them."""
+    services = hs.appservices.services.values()
+    rows = [
+        (each.id, each.sender, each.url or "", str(hs.appservices.waiting(each)))
+        for each in services
+    ]
+    heads = ("Id", "User", "Address", "Waiting")
+    return reply_table(f"Appservices ({len(rows)}):", heads, rows)
+
+
+@command("get-pdu EVENT_ID")
+async def get_pdu(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show an event as it is stored."""
+    event = hs.rooms.event(arguments["EVENT_ID"])
+    if event is None:
+        raise not_found("There is no such event")
+    return reply_code("json", json.dumps(event.pdu, indent=2, ensure_ascii=False))
+
+
+@command("get-auth-chain EVENT_ID")
+async def get_auth_chain(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List the events that an event's right to be rests on, directly or not."""
+    seen, waiting = dict[str, str](), [arguments["EVENT_ID"]]
+    while waiting:
+        event_id = waiting.pop()
+        event = None if event_id in seen else hs.rooms.event(event_id)
+        if event is not None:
+            seen[event_id] = event.type
+            waiting += event.auth_events
+        await asyncio.sleep(0)
+    if not seen:
+        raise not_found("There is no such event")
+    del seen[arguments["EVENT_ID"]]
+    return reply_table(f"{len(seen)} event(s):", ("Event", "Type"), [*seen.items()])
+
+
+def parsed_object(text: str) -> Json:
+    """The JSON object in a code block; 400 for anything else."""
+    value = parse_json(text.encode())
+    if not isinstance(value, dict):
+        raise bad_json("This is no JSON object")
+    return value
+
+
+@command("parse-pdu {JSON} [--version=ROOM_VERSION]")
+async def parse_pdu(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show the id that an event has, and whether its format and its hash are right."""
+    version = ROOM_VERSIONS.get(arguments.get("--version", hs.config.default_room_version))
+    if version is None:
+        raise UsageError("there is no such room version")
+    pdu = parsed_object(arguments["JSON"])
+    check_format(version, pdu)
+    event = make_event(version, pdu)
+    good = "is right" if content_hash_ok(pdu) else "is wrong: the content was changed"
+    return reply_text(f"Event {event.event_id}, {event.type} of {event.sender}; the hash {good}.")
+
+
+@command("sign-json {JSON}")
+async def sign_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Sign a JSON object with the key of this server; nothing that could be an event."""
+    value = parsed_object(arguments["JSON"])
+    if {"type", "sender"} <= value.keys():
+        raise forbidden("This server signs only events that it built")
+    signed = sign_json(value, hs.config.server_name, hs.signing_key)
+    return reply_code("json", json.dumps(signed, indent=2, ensure_ascii=False))
+
+
+@command("verify-json {JSON}")
+async def verify_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Try the signature of this server on a JSON object."""
+    value, key = parsed_object(arguments["JSON"]), hs.signing_key
+    good = verify_json(value, hs.config.server_name, key.key_id, key.public)
+    return reply_text("The signature is right." if good else "The signature is wrong or missing.")
+
+
 @command("show-config")
 async def show_config(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show the configuration in force, without its secrets."""
@@ -21839,6 +23567,18 @@ def admin_room_request(server_name: str) -> Json:
             "events": dict.fromkeys(SERVER_ONLY, SERVER_POWER),
         },
     }
+
+
+async def obey(hs: Homeserver, sender: str, order: str, addressed: bool) -> Reply | None:
+    """Do what somebody orders who may, and answer; what goes wrong is told as well."""
+    name = (order.split() or [""])[0]
+    if name in COMMANDS:  # of talk nothing is logged, nor what follows: it may be a password
+        log_admin.info("%s: %s", sender, name)
+    try:
+        return await run_order(hs, order, addressed)
+    except Exception:
+        log_admin.exception("the command of %s failed", sender)
+        return reply_text("That went wrong. The server's log has the reason.", failed=True)
 
 
 class AdminRoom:
@@ -21983,19 +23723,61 @@ class AdminRoom:
             if event is None or event.redacted_by or not self._may_command(event.sender):
                 return
             said = addressed_line(self.hs, event)
-            reply = None if said is None else await self._run(event.sender, *said)
+            reply = None if said is None else await obey(self.hs, event.sender, *said)
             if reply is not None:
                 self._say(reply)
 
-    async def _run(self, sender: str, line: str, addressed: bool) -> Reply | None:
-        name = line.partition(" ")[0]
-        if name in COMMANDS:  # of talk nothing is logged, nor what follows: it may be a password
-            log_admin.info("%s: %s", sender, name)
+
+# ── 23.5  From a shell ───────────────────────────────────────────────────────
+
+ADMIN_SOCKET = "admin.sock"  # in the database folder; who can open it could read the database, too
+MAX_ORDER_BYTES = 1_048_576
+
+
+class AdminSocket:
+    """Takes orders from `conduit.py --admin`: a Unix socket for the server's own user."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.path = hs.db.folder / ADMIN_SOCKET
+        self._server: asyncio.AbstractServer | None = None
+
+    async def start(self) -> None:
+        """Listen; a path that is too long for a socket costs the socket, not the server."""
+        self.path.unlink(missing_ok=True)
+        old = os.umask(0o177)
         try:
-            return await run_line(self.hs, line, addressed)
-        except Exception:
-            log_admin.exception("the command of %s failed", sender)
-            return reply_text("That went wrong. The server's log has the reason.")
+            self._server = await asyncio.start_unix_server(self._serve, self.path)
+        except OSError as error:
+            log_admin.warning("--admin will not work: %s: %s", self.path, error)
+        finally:
+            os.umask(old)
+
+    async def stop(self) -> None:
+        """Listen no more."""
+        if self._server is not None:
+            self._server.close()
+        self.path.unlink(missing_ok=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Read one order, do it, and write what a shell shows of the answer."""
+        try:
+            order = (await reader.read(MAX_ORDER_BYTES)).decode("utf-8", "replace")
+            while chunk := await reader.read(MAX_ORDER_BYTES):
+                order += chunk.decode("utf-8", "replace")
+                if len(order) > MAX_ORDER_BYTES:
+                    return
+            reply = await obey(self.hs, "the shell", order.strip() or "help", addressed=True)
+            pages = [reply, *reply.more] if reply else []
+            text = "\n".join(page.text for page in pages)
+            await self.hs.db.synced()
+            failed = reply is not None and reply.failed
+            writer.write(encode_json({"text": text, "failed": failed}))
+            await writer.drain()
+        except (OSError, MatrixError) as error:
+            log_admin.warning("an order from the shell was not answered: %s", error)
+        finally:
+            writer.close()
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -23286,6 +25068,271 @@ async def validation_page(hs: Homeserver, request: Request) -> Response:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  53. METRICS AND TRACING
+#
+#  How busy the server is, in the text that Prometheus reads; where the time of a
+#  request goes, as spans for Jaeger; and which functions take the processor's
+#  time, as stacks for a flame graph. Each costs nothing until it is switched on.
+#           spec: Prometheus "Exposition formats", OTLP/HTTP, W3C "Trace Context"
+# ═════════════════════════════════════════════════════════════════════════════
+
+LATENCIES: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
+COUNTED_METHODS = frozenset((*METHODS, "HEAD", "OPTIONS"))  # else strangers could make up many
+MAX_SPANS = 2_000  # that wait for the next shipment; the oldest are lost
+SPAN_SECONDS = 5.0
+TRACE_PARENT = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
+SAMPLE_SECONDS = 0.01
+FLAME_SECONDS = 30.0
+MAX_STACKS = 20_000
+FLAME_FILE = "flame.folded"
+
+log_tracing = logging.getLogger("conduit.tracing")
+
+# ── 53.1  Metrics ────────────────────────────────────────────────────────────
+
+
+class Sample(NamedTuple):
+    """One line of the text: a figure with its labels."""
+
+    value: float
+    labels: Mapping[str, str] = types.MappingProxyType({})
+    suffix: str = ""
+
+
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
+def metric(name: str, kind: str, text: str, samples: Iterable[Sample]) -> str:
+    """A metric with its figures, as Prometheus reads it."""
+    lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+    for value, labels, suffix in samples:
+        inner = ",".join(f'{key}="{text.translate(LABEL_ESCAPES)}"' for key, text in labels.items())
+        lines.append(f"{name}{suffix}{f'{{{inner}}}' if inner else ''} {value:.10g}")
+    return "\n".join(lines) + "\n"
+
+
+class RequestCounts:
+    """How many requests each route had, how they ended, and how long they took."""
+
+    def __init__(self) -> None:
+        self._ended: Counter[tuple[str, str, int]] = Counter()
+        self._buckets: dict[tuple[str, str], list[int]] = {}
+        self._seconds: dict[tuple[str, str], float] = {}
+
+    def observe(self, request: Request, status: int, seconds: float) -> None:
+        """Count one request that was answered."""
+        method = request.method if request.method in COUNTED_METHODS else "other"
+        key = (method, request.route_path)
+        self._ended[(*key, status)] += 1
+        buckets = self._buckets.setdefault(key, [0] * (len(LATENCIES) + 1))
+        buckets[bisect.bisect_left(LATENCIES, seconds)] += 1
+        self._seconds[key] = self._seconds.get(key, 0.0) + seconds
+
+    def ended(self) -> Iterator[Sample]:
+        """The requests by route and status."""
+        for (method, path, status), count in self._ended.items():
+            yield Sample(count, {"method": method, "route": path, "status": str(status)})
+
+    def histogram(self) -> Iterator[Sample]:
+        """The latencies by route."""
+        for key, buckets in self._buckets.items():
+            labels = {"method": key[0], "route": key[1]}
+            sums = itertools.accumulate(buckets)
+            for bound, count in zip([*map(str, LATENCIES), "+Inf"], sums, strict=True):
+                yield Sample(count, {**labels, "le": bound}, "_bucket")
+            yield Sample(self._seconds[key], labels, "_sum")
+            yield Sample(sum(buckets), labels, "_count")
+
+
+def cache_metrics(hs: Homeserver) -> Iterator[str]:
+    """How full each cache is."""
+    caches = [({"cache": name}, cache) for name, cache in caches_of(hs).items()]
+    figures: tuple[tuple[str, str, Callable[[LruCache[Any, Any]], float]], ...] = (
+        ("entries", "Entries in a cache", len),
+        ("weight", "What they weigh, in entries or bytes", lambda cache: cache.weight),
+        ("capacity", "What they may weigh", lambda cache: cache.capacity),
+    )
+    for name, text, value in figures:
+        samples = [Sample(value(cache), labels) for labels, cache in caches]
+        yield metric(f"conduit_cache_{name}", "gauge", text, samples)
+
+
+COUNTS: Final = {
+    "users": "SELECT COUNT(*) FROM accounts WHERE deactivated = 0 AND is_guest = 0",
+    "rooms": "SELECT COUNT(*) FROM rooms",
+    "events": "SELECT MAX(nid) FROM events",
+}
+
+
+async def metrics_text(hs: Homeserver) -> str:
+    """All figures, counted now."""
+    counted = await hs.db.read_in_thread(
+        lambda db: {name: db.execute(sql).fetchone()[0] for name, sql in COUNTS.items()}
+    )
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    database = hs.db.folder / DATABASE_FILE
+    waiting = [
+        Sample(hs.appservices.waiting(service), {"appservice": service.id})
+        for service in hs.appservices.services.values()
+    ]
+    single: tuple[tuple[str, str, str, float], ...] = (
+        ("process_resident_memory_bytes", "gauge", "Resident memory", resident_bytes()),
+        ("process_cpu_seconds_total", "counter", "CPU time", usage.ru_utime + usage.ru_stime),
+        ("conduit_uptime_seconds", "gauge", "Since the start", time.monotonic() - hs.started),
+        ("conduit_connections", "gauge", "Open HTTP connections", hs.http.connection_count),
+        ("conduit_loop_late_seconds", "gauge", "How late the loop was just now", hs.late),
+        ("conduit_db_commits_total", "counter", "Synced group commits", hs.db.syncs),
+        ("conduit_db_sync_seconds_total", "counter", "Time in them", hs.db.sync_seconds),
+        ("conduit_db_bytes", "gauge", "Size of the database", size_of(database) or 0),
+        (
+            *("conduit_db_wal_bytes", "gauge", "Size of its write-ahead log"),
+            size_of(database.with_name(f"{DATABASE_FILE}-wal")) or 0,
+        ),
+        ("conduit_stream_position", "counter", "Position of the stream", hs.stream.position),
+        ("conduit_users", "gauge", "Active accounts", counted["users"]),
+        ("conduit_rooms", "gauge", "Known rooms", counted["rooms"]),
+    )
+    texts = [metric(name, kind, text, [Sample(value)]) for name, kind, text, value in single]
+    texts += cache_metrics(hs)
+    texts.append(metric("conduit_appservice_queue", "gauge", "Items that wait", waiting))
+    requests = hs.request_counts
+    name, text = "conduit_http_requests_total", "Requests by route and status"
+    texts.append(metric(name, "counter", text, requests.ended()))
+    name, text = "conduit_http_request_seconds", "From the head to the end of the answer"
+    return "".join([*texts, metric(name, "histogram", text, requests.histogram())])
+
+
+@route("GET", "/_conduit/metrics", auth=OPTIONAL)
+async def get_metrics(hs: Homeserver, request: Request) -> Response:
+    """Figures for Prometheus, if switched on: for this machine itself, or an admin's token."""
+    if not hs.config.metrics:
+        raise MatrixError(404, "M_UNRECOGNIZED", "Metrics are not switched on")
+    is_admin = request.requester is not None and request.requester.is_admin
+    if not request.is_local() and not is_admin:
+        raise forbidden("Metrics are for this machine, or take the access token of an admin")
+    text = await metrics_text(hs)
+    return Response(body=text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+# ── 53.2  Spans ──────────────────────────────────────────────────────────────
+
+
+class Tracer:
+    """Keeps a span for each request, and ships them every few seconds."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._spans: deque[Json] = deque(maxlen=MAX_SPANS)
+
+    def observe(self, request: Request, status: int, seconds: float) -> None:
+        """Keep the span of one request; its caller's `traceparent` says what it is a part of."""
+        parent = TRACE_PARENT.fullmatch(request.headers.get("traceparent", ""))
+        end = time.time_ns()
+        attributes = {
+            "http.request.method": request.method,
+            "http.route": request.route_path,
+            "http.response.status_code": str(status),
+        }
+        self._spans.append(
+            {
+                "traceId": parent[1] if parent else secrets.token_hex(16),
+                "spanId": secrets.token_hex(8),
+                **({"parentSpanId": parent[2]} if parent else {}),
+                "name": f"{request.method} {request.route_path}",
+                "kind": 2,  # a server's
+                "startTimeUnixNano": str(end - int(seconds * 1e9)),
+                "endTimeUnixNano": str(end),
+                "attributes": [
+                    {"key": key, "value": {"stringValue": value}}
+                    for key, value in attributes.items()
+                ],
+                "status": {"code": 2 if status >= 500 else 0},
+            }
+        )
+
+    def _document(self, spans: list[Json]) -> Json:
+        service = {"key": "service.name", "value": {"stringValue": self.hs.config.server_name}}
+        scope = {"scope": {"name": "conduit.py", "version": VERSION}, "spans": spans}
+        of_us = {"resource": {"attributes": [service]}, "scopeSpans": [scope]}
+        return {"resourceSpans": [of_us]}
+
+    async def ship(self) -> None:
+        """Send the spans to tracing_endpoint, again and again; what is not taken is lost."""
+        while True:
+            await asyncio.sleep(SPAN_SECONDS)
+            client: Any = self.hs.http_client
+            spans = [*self._spans]
+            self._spans.clear()
+            if not spans:
+                continue
+            try:
+                answer = await client.request(
+                    "POST",
+                    self.hs.config.tracing_endpoint,
+                    headers={"Content-Type": "application/json"},
+                    body=encode_json(self._document(spans)),
+                    timeout=SPAN_SECONDS,
+                    trusted=True,
+                )
+                if answer.status >= 300:
+                    log_tracing.warning("the traces were refused: status %d", answer.status)
+            except (MatrixError, OSError) as error:
+                log_tracing.warning("the traces could not be sent: %s", error)
+
+
+# ── 53.3  A flame graph ──────────────────────────────────────────────────────
+
+
+def folded_stack(frame: types.FrameType | None) -> str:
+    """A stack from its root, as flame graphs are drawn from: names with semicolons between."""
+    names = []
+    while frame is not None:
+        code = frame.f_code
+        names.append(f"{Path(code.co_filename).stem}:{code.co_name}")
+        frame = frame.f_back
+    return ";".join(reversed(names))
+
+
+class FlameSampler:
+    """Looks a hundred times a second where the loop is, and writes down how often it was where."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._watched = threading.get_ident()
+        self._counts: Counter[str] = Counter()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="flame", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write what was seen, and end."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        next_write = time.monotonic() + FLAME_SECONDS
+        while not self._ended.wait(SAMPLE_SECONDS):
+            stack = folded_stack(sys._current_frames().get(self._watched))
+            is_new = stack not in self._counts
+            self._counts["(too many)" if is_new and len(self._counts) >= MAX_STACKS else stack] += 1
+            if time.monotonic() >= next_write:
+                self._write()
+                next_write = time.monotonic() + FLAME_SECONDS
+        self._write()
+
+    def _write(self) -> None:
+        """The file is what flamegraph.pl, inferno and speedscope read."""
+        lines = [f"{stack} {count}\n" for stack, count in self._counts.most_common()]
+        try:
+            self.path.write_text("".join(lines), "utf-8")
+        except OSError as error:
+            log_tracing.warning("%s cannot be written: %s", self.path, error)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  25. COMPOSITION ROOT AND MAINTENANCE
 #
 #  The server as a whole: made from a configuration, started, reloaded, stopped;
@@ -23311,6 +25358,9 @@ class Homeserver:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.started = time.monotonic()
+        self.late = 0.0  # seconds by which the loop was late just now
+        self.request_counts = RequestCounts()
+        self.flame: FlameSampler | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self.db = Database(
             Path(config.database_path), config.server_name, config.db_cache_capacity_mb
@@ -23353,18 +25403,26 @@ class Homeserver:
         self.discovery = Discovery(self)
         self.server_keys = ServerKeys(self)
         self.federation = Federation(self)
+        self.appservices = Appservices(self)
         self.admin_room = AdminRoom(self)
         self.admin_jobs = AdminJobs(self)
-        self.router = Router(self)
-        self.router.authenticate = self.accounts.authenticate
-        self.router.authenticate_server = self.federation.authenticate
-        self.http = HttpServer(
-            self.router.dispatch,
-            max_request_size=config.max_request_size,
-            trusted_proxies=config.trusted_proxies,
+        self.admin_socket = AdminSocket(self)
+        self.router, self.http = self._open_doors()
+        self._wire()
+
+    def _open_doors(self) -> tuple[Router, HttpServer]:
+        """What leads from the network to the handlers."""
+        router = Router(self)
+        router.authenticate = self.appservices.authenticate
+        router.authenticate_server = self.federation.authenticate
+        router.is_unlimited = self.appservices.is_unlimited
+        http = HttpServer(
+            router.dispatch,
+            max_request_size=self.config.max_request_size,
+            trusted_proxies=self.config.trusted_proxies,
             before_response=self.db.synced,
         )
-        self._wire()
+        return router, http
 
     def _wire(self) -> None:
         """Who hears of what; the order here is the order in which they hear it.
@@ -23420,12 +25478,27 @@ class Homeserver:
         self.admin_room.start()
         self.delayed_events.arm()
         self.pushers.start()
+        self.appservices.start()
         await self.db.synced()
         tls = self.config.tls
         context = None if tls is None else tls_context(Path(tls.certs), Path(tls.key))
         await self.http.listen(self.config.address, self.config.port, context)
+        await self.admin_socket.start()
         self.background(self._maintain())
         self.background(self._watch_loop())
+        self._start_measuring()
+
+    def _start_measuring(self) -> None:
+        """Begin with what the configuration wants to be measured."""
+        if self.config.metrics:
+            self.http.observers.append(self.request_counts.observe)
+        if self.config.allow_jaeger:
+            tracer = Tracer(self)
+            self.http.observers.append(tracer.observe)
+            self.background(tracer.ship())
+        if self.config.tracing_flame:
+            self.flame = FlameSampler(self.db.folder / FLAME_FILE)
+            self.flame.start()
 
     def reload(self, config: Config) -> None:
         """Take over what can change while the server runs."""
@@ -23437,6 +25510,9 @@ class Homeserver:
 
     async def stop(self) -> None:
         """Answer what is under way, write down what is only in memory, and close the database."""
+        await self.admin_socket.stop()
+        if self.flame is not None:
+            self.flame.stop()
         await self.http.stop(HARD_STOP_SECONDS)
         self.delayed_events.stop()
         self.pushers.stop()
@@ -23504,7 +25580,7 @@ class Homeserver:
         while True:
             before = time.monotonic()
             await asyncio.sleep(WATCH_SECONDS)
-            late = time.monotonic() - before - WATCH_SECONDS
+            self.late = late = time.monotonic() - before - WATCH_SECONDS
             if late > LATE_SECONDS:
                 log_server.warning("the loop was busy for %.0f ms without a pause", late * 1000)
 
@@ -23620,7 +25696,21 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     choice.add_argument("--version", action="version", version=f"conduit.py {VERSION}")
     choice.add_argument("--check", action="store_true", help="verify the database and exit")
     choice.add_argument(
-        "--backup", type=Path, metavar="FILE", help="copy the database, even one in use, to FILE"
+        "--backup",
+        type=Path,
+        metavar="FILE",
+        help="copy all data, even in use, to FILE or into a folder; the database alone to a .db",
+    )
+    choice.add_argument(
+        "--restore", type=Path, metavar="FILE", help="make the data anew from a backup, and exit"
+    )
+    choice.add_argument(
+        "--admin",
+        metavar="COMMAND",
+        help="have the running server do what admins can order; - reads it from standard input",
+    )
+    parser.add_argument(
+        "--keep", type=int, default=0, metavar="COUNT", help="backups that stay in a folder"
     )
     choice.add_argument(
         "--routes", action="store_true", help="list all paths and who may call them"
@@ -23653,15 +25743,37 @@ def check_and_report(config: Config) -> int:
     return 1 if problems else 0
 
 
-def back_up(config: Config, target: Path) -> int:
-    """--backup: copy the database, also while the server runs."""
-    source = config.database_path / DATABASE_FILE
-    if not source.exists():
-        complain(f"there is no database in {config.database_path}")
-        return 1
-    copy_database(source, target)
-    print(f"copied to {target}")
+def back_up_and_report(config: Config, target: Path, keep: int) -> int:
+    """--backup: copy everything, also while the server runs."""
+    print(f"copied to {back_up(config.database_path, target, keep)}")
     return 0
+
+
+def restore_and_report(config: Config, archive: Path) -> int:
+    """--restore: make the data folder from a backup."""
+    restore_folder(archive, config.database_path, config.server_name)
+    print(f"restored to {config.database_path}; its users' devices upload new keys by themselves")
+    return 0
+
+
+def order_running_server(config: Config, order: str) -> int:
+    """--admin: let the running server obey, through its socket; the exit code says whether it did.
+
+    Spec: none; one JSON object comes back when the order is complete.
+    """
+    text = sys.stdin.read() if order == "-" else order
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(str(config.database_path / ADMIN_SOCKET))
+        except OSError:
+            complain(f"no server is running on {config.database_path}")
+            return 1
+        connection.sendall(text.encode())
+        connection.shutdown(socket.SHUT_WR)
+        with connection.makefile("rb") as answer:
+            reply = json.loads(answer.read() or b'{"text": "no answer", "failed": true}')
+    print(reply["text"])
+    return 1 if reply["failed"] else 0
 
 
 # ── 26.3  Running ────────────────────────────────────────────────────────────
@@ -23725,7 +25837,7 @@ def run_server(config: Config) -> int:
     """Serve until the end; what prevents the start is told in one sentence, not in a traceback."""
     try:
         asyncio.run(serve(config))
-    except (DatabaseRefused, MatrixError) as error:
+    except (ConfigError, DatabaseRefused, MatrixError) as error:
         complain(str(error))
     except OSError as error:
         complain(f"cannot start on {config.address}, port {config.port}: {error}")
@@ -23744,11 +25856,16 @@ def main() -> int:
     config = read_configuration()
     if config is None:
         return 1
-    if options.check:
-        return check_and_report(config)
+    todo: tuple[tuple[Any, Callable[[], int]], ...] = (
+        (options.check, lambda: check_and_report(config)),
+        (options.backup, lambda: back_up_and_report(config, options.backup, options.keep)),
+        (options.restore, lambda: restore_and_report(config, options.restore)),
+        (options.admin is not None, lambda: order_running_server(config, options.admin)),
+        (True, lambda: run_server(config)),
+    )
     try:
-        return back_up(config, options.backup) if options.backup else run_server(config)
-    except DatabaseRefused as error:
+        return next(step for wanted, step in todo if wanted)()
+    except (DatabaseRefused, OSError, sqlite3.Error) as error:
         complain(str(error))
         return 1
 

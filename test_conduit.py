@@ -46,6 +46,7 @@ import string
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -73,6 +74,8 @@ from typing import Any, ClassVar, Final, NamedTuple, cast
 from urllib.parse import quote, unquote
 
 import httpx
+import mautrix.appservice
+import mautrix.client.state_store
 import nacl.bindings
 import nacl.public
 import nacl.signing
@@ -86,6 +89,7 @@ from aiosmtpd.smtp import AuthResult
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 import conduit
 
@@ -6754,6 +6758,7 @@ WHO_MAY: Final = {
     conduit.GUEST: {None: 401, "user": 200, "guest": 200, "admin": 200, "wrong": 401},
     conduit.USER: {None: 401, "user": 200, "guest": 403, "admin": 200, "wrong": 401},
     conduit.ADMIN: {None: 401, "user": 403, "guest": 403, "admin": 200, "wrong": 401},
+    conduit.APPSERVICE: {None: 401, "user": 403, "guest": 403, "admin": 403, "wrong": 401},
 }
 
 
@@ -9298,7 +9303,8 @@ def test_sec_32_two_with_the_printed_token_at_once(new_server: Callable[..., Ser
 
 def test_login_flows(nobody: Client) -> None:
     flows = {flow["type"]: flow for flow in ok(nobody.get("login"))["flows"]}
-    assert flows.keys() == {"m.login.password", "m.login.token"}
+    kinds = {"m.login.password", "m.login.token", "m.login.application_service"}
+    assert flows.keys() == kinds
     assert flows["m.login.token"]["get_login_token"] is True
 
 
@@ -9356,7 +9362,8 @@ def test_login_takes_all_ways_to_name_a_user(server: Server, alice: Client) -> N
         ),
         ({"type": "m.login.token"}, 400, "M_MISSING_PARAM"),
         ({"type": "m.login.token", "token": "x"}, 403, "M_FORBIDDEN"),
-        ({"type": "m.login.application_service"}, 400, "M_UNKNOWN"),
+        ({"type": "m.login.application_service"}, 400, "M_MISSING_PARAM"),
+        ({"type": "m.login.application_service", "user": "x"}, 401, "M_MISSING_TOKEN"),
         ({"type": "m.login.dummy"}, 400, "M_UNKNOWN"),
     ],
 )
@@ -19115,6 +19122,801 @@ def test_sec_34_pushes_and_previews_go_out_but_not_to_refused_addresses(
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  52. APPLICATION SERVICES
+# ═════════════════════════════════════════════════════════════════════════════
+
+REGISTRATIONS: Final = {
+    "mautrix": r"""
+id: telegram
+url: http://localhost:29317
+as_token: WgPQnZr5Wk2PYjYTvcVJZhiSkYNMPGzBTHRdMlxYhKXm7tSvLuLy2jRDs3cMXIVG
+hs_token: 8kNGqD1cNxQbF2WYrmAn0sT0cKfLJp9S6gEMqxuEwFgXnZeTFBWzDP3dCNQyhAGk
+sender_localpart: rMtJQVKz0DlDJCzV1QaUZbtF6Ydwybmo
+rate_limited: false
+namespaces:
+    users:
+        - regex: ^@telegrambot:example\.com$
+          exclusive: true
+        - regex: ^@telegram_.*:example\.com$
+          exclusive: true
+de.sorunome.msc2409.push_ephemeral: true
+receive_ephemeral: true
+io.element.msc4190: true
+""",
+    "appservice-irc": r"""
+id: 1c5d6e2bb7f1
+hs_token: 43a1dd9c7c0e7d6cb2e0a9de5fbdd4ce1b4a5e5b9d4d5b0f4f4c3d1e2a9b8c7d
+as_token: 0e7a1dd9c7c0e7d6cb2e0a9de5fbdd4ce1b4a5e5b9d4d5b0f4f4c3d1e2a9b8c7
+namespaces:
+  users:
+    - exclusive: true
+      regex: '@irc_.*:example\.com'
+  aliases:
+    - exclusive: true
+      regex: '#irc_.*:example\.com'
+  rooms: []
+url: 'http://localhost:9999'
+sender_localpart: appservice-irc
+rate_limited: false
+protocols:
+  - irc
+de.sorunome.msc2409.push_ephemeral: true
+""",
+    "appservice-discord": r"""
+id: 59c4d1c6d1
+hs_token: b6a3
+as_token: a8c1-f0
+namespaces:
+  users:
+    - exclusive: true
+      regex: '@_discord_.*'
+  rooms: []
+  aliases:
+    - exclusive: true
+      regex: '#_discord_.*'
+url: 'http://localhost:9005'
+sender_localpart: _discord_bot
+rate_limited: false
+protocols:
+  - discord
+""",
+    "hookshot": r"""
+id: matrix-hookshot # This can be anything, but must be unique within your homeserver
+as_token: CHANGEME # This again can be a random string
+hs_token: "CHANGEME" # ..as can this
+namespaces:
+  rooms: []
+  users: # In the following, foobar is your homeserver's domain
+    - regex: "@_github_.*:foobar"
+      exclusive: true
+    - regex: "@_webhooks_.*:foobar" # Where _webhooks_ is set by userIdPrefix in config.yml
+      exclusive: true
+  aliases:
+    - regex: "#github_.+:foobar"
+      exclusive: true
+
+sender_localpart: hookshot
+url: "http://localhost:9993" # This should match the bridge.port in your config file
+rate_limited: false
+
+# If enabling encryption
+"de.sorunome.msc2409.push_ephemeral": true
+push_ephemeral: true
+"org.matrix.msc3202": true
+""",
+    "draupnir": r"""
+id: "draupnir"
+url: "http://localhost:9000"
+as_token: "token_abc"
+hs_token: "token_def"
+sender_localpart: "draupnir-main"
+namespaces:
+  users:
+    - exclusive: true
+      regex: '@draupnir_.*'
+rate_limited: false
+""",
+    "heisenbridge": r"""
+id: heisenbridge
+url: http://127.0.0.1:9898
+as_token: NzTcmRIpAzvqlgMvTYDIcDt9mxDqWLnEBsjhTvsFcDxSmwlOlWHmvpOqgKSQZWcM
+hs_token: JfdVBOWLkTAhBPVPYPbZxPbOvaBhKyKAsbpqVVHYeOGlRQOyVqCzDUkqaxWEUdHV
+rate_limited: false
+sender_localpart: heisenbridge
+namespaces:
+  users:
+  - regex: '@hbirc_.*'
+    exclusive: true
+  aliases: []
+  rooms: []
+""",
+    "by hand": r"""
+---
+id: "caf\u00e9"
+url: null
+as_token: >-
+  a-token-that-is-folded
+hs_token: |
+  first
+  second
+
+sender_localpart: bot
+namespaces: {users: [{regex: "@x.*", exclusive: false}], rooms: [ ]}
+rate_limited: True
+more:
+  - - a
+    - b
+  -
+    c: -12
+  - 'it''s'
+""",
+}
+YAML_BITS: Final = [
+    *"abz019 :-#'\"[]{},&*!|>%@`~?\\\n\t.=_<$^(",
+    *("yes", "on", "1e5", "0x1f", "2020-01-01", "12:30:00", "- ", "  ", "\n\n", "null", "|\n"),
+    *("key: ", ".5", "1_000", "\u2028", "\x85", "é", "+1", "-.inf", "0o7", "007", "---\n", "...\n"),
+]
+
+
+def miswritten(text: str, rng: random.Random) -> str:
+    """The text with a few characters more, fewer, or in other places."""
+    letters = list(text)
+    for _ in range(rng.choice([1, 1, 1, 2, 3, 6])):
+        at, other = rng.randrange(len(letters)), rng.randrange(len(letters))
+        match rng.randrange(4):
+            case 0:
+                letters[at] = ""
+            case 1 | 2:
+                letters[at] += rng.choice(YAML_BITS)
+            case 3:
+                letters[at], letters[other] = letters[other], letters[at]
+    return "".join(letters)
+
+
+# ── 52.1  The YAML of registrations ──────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", REGISTRATIONS)
+def test_registrations_read_as_pyyaml_reads_them(name: str) -> None:
+    text = REGISTRATIONS[name]
+    for variant in (text, text.strip(), text.replace("\n", "\r\n")):
+        assert conduit.YamlReader(variant).document() == yaml.safe_load(variant)
+    assert conduit.read_registration(text, "example.com").id
+
+
+def test_mutated_registrations_read_the_same_or_name_a_line() -> None:
+    rng, same, refused = random.Random(5), 0, 0  # noqa: S311  the same each time
+    for _ in range(20_000 if os.environ.get("DEEP") else 1_000):
+        text = miswritten(rng.choice([*REGISTRATIONS.values()]), rng)
+        try:
+            found = conduit.YamlReader(text).document()
+        except conduit.YamlError as error:
+            line = re.match(r"line (\d+): .", str(error))
+            assert line is not None, error
+            assert 1 <= int(line[1]) <= text.count("\n") + 1
+            refused += 1
+        else:
+            assert repr(found) == repr(yaml.safe_load(text)), text
+            same += 1
+    assert same > 200
+    assert refused > 200
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("id: a\nurl: [", "line 2"),
+        ("id: a\n\turl: b", "line 2: tabs"),
+        ("id: a\nid: b", "line 2: the key id"),
+        ("id: a\n  url: b", "line 2: this is indented too far"),
+        ("id: yes", "line 1: yes belongs in quotes"),
+        ("id: 012", "line 1: 012 belongs in quotes"),
+        ("id: @bot", "line 1: this belongs in quotes"),
+        ("id: 'open", "line 1"),
+        ("id: *anchor", "line 1"),
+        ("a:\n" + "".join(" " * n + "- \n" for n in range(1, 99)), "nested too deeply"),
+        ("a: " + "[" * 50_000, "nested too deeply"),
+        ("a: " + "[[" * 5 + "x", "line 1"),
+        ("", "line 1"),
+        ("- a", "line 1: a registration begins"),
+    ],
+)
+def test_mistakes_in_yaml_are_told_with_their_line(text: str, complaint: str) -> None:
+    with pytest.raises(conduit.YamlError, match=re.escape(complaint)):
+        conduit.YamlReader(text).document()
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"as_token": None}, "as_token is missing"),
+        ({"as_token": 5}, "as_token must be a string"),
+        ({"url": "ftp://x"}, "no URL"),
+        ({"namespaces": {"users": [{"regex": "(", "exclusive": True}]}}, "no regular expression"),
+        ({"namespaces": {"users": [{"regex": "x"}]}}, "exclusive is missing"),
+        ({"sender_localpart": "a b"}, "no user id"),
+        ({"id": " "}, "must not be empty"),
+    ],
+)
+def test_a_registration_that_is_wrong_is_refused(changes: Json, complaint: str) -> None:
+    fields = {**yaml.safe_load(REGISTRATIONS["mautrix"]), **changes}
+    text = yaml.safe_dump({key: value for key, value in fields.items() if value is not None})
+    with pytest.raises(conduit.MatrixError, match=complaint):
+        conduit.read_registration(text, "example.com")
+
+
+# ── 52.2  A service to talk to ───────────────────────────────────────────────
+
+
+class Bridge:
+    """An application service: what it was sent, and how it answers."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.transactions: list[tuple[str, Json]] = []
+        self.requests: list[tuple[str, str]] = []
+        self.status = 200
+        self.answers: dict[str, Callable[[], Any]] = {}  # by path: makes the JSON, or None for 404
+        self.prefix = "/_matrix/app/v1"
+        bridge = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def handle_any(self) -> None:
+                length = int(self.headers.get("Content-Length", 0))
+                status, body = bridge.handle(self, self.rfile.read(length))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_PUT = do_POST = handle_any
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        name = unique("br").replace("_", "")
+        self.fields = {
+            "id": name,
+            "url": f"http://127.0.0.1:{self.http.server_port}",
+            "as_token": secrets.token_hex(16),
+            "hs_token": secrets.token_hex(16),
+            "sender_localpart": f"{name}bot",
+            "namespaces": {
+                "users": [{"regex": f"@{name}_.*", "exclusive": True}],
+                "aliases": [{"regex": f"#{name}_.*", "exclusive": True}],
+            },
+            "rate_limited": False,
+            **fields,
+        }
+        self.id = str(self.fields["id"])
+
+    def handle(self, request: Any, body: bytes) -> tuple[int, bytes]:
+        path = request.path
+        self.requests.append((request.command, path))
+        if request.headers.get("Authorization") != f"Bearer {self.fields['hs_token']}":
+            return 403, b'{"errcode": "M_FORBIDDEN"}'
+        if not path.startswith(self.prefix):
+            return 404, b"{}"
+        path = unquote(path.removeprefix(self.prefix)).partition("?access_token")[0]
+        if path.startswith("/transactions/"):
+            self.transactions.append((path.rpartition("/")[2], json.loads(body)))
+            return self.status, b"{}"
+        answer = self.answers[path]() if path in self.answers else None
+        return (404, b"{}") if answer is None else (200, json.dumps(answer).encode())
+
+    @property
+    def events(self) -> list[Json]:
+        """The events told so far, each once."""
+        bodies = dict(self.transactions).values() if self.status == 200 else []
+        return [event for body in bodies for event in body["events"]]
+
+    def told(self, member: str) -> list[Any]:
+        """What stood in a member of the transactions' bodies."""
+        return [body[member] for _, body in self.transactions if member in body]
+
+    def register_at(self, admin: Client) -> Bridge:
+        """Be registered in the admin room."""
+        text = f"register-appservice\n```yaml\n{yaml.safe_dump(self.fields)}\n```"
+        assert f"registered application service {self.id}" in order(admin, text).lower()
+        return self
+
+    def client(self, server: Server, user: str = "", **query: str) -> AsClient:
+        """Speaks to the server as the service, for one of its users or for itself."""
+        localpart = f"{self.id}_{user}" if user else str(self.fields["sender_localpart"])
+        user_id = f"@{localpart}:{server.name}"
+        client = AsClient(server, str(self.fields["as_token"]), user_id)
+        client.as_query = {"user_id": user_id, **query} if user else query
+        return client
+
+    def user(self, server: Server, name: str = "") -> AsClient:
+        """A new user of the service."""
+        client = self.client(server, name or unique("u"))
+        body = {"type": "m.login.application_service", "inhibit_login": True}
+        ok(client.post("register", {**body, "username": client.user_id[1:].partition(":")[0]}))
+        return client
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+class AsClient(Client):
+    """A client whose requests say for whom the service acts."""
+
+    as_query: Json
+
+    def request(
+        self, method: str, path: str | Sequence[str], body: Any = None, **options: Any
+    ) -> httpx.Response:
+        options["params"] = {**self.as_query, **options.get("params", {})}
+        return super().request(method, path, body, **options)
+
+
+@pytest.fixture
+def new_bridge() -> Iterator[Callable[..., Bridge]]:
+    """Factory of application services, which are gone when the test ends."""
+    made: list[Bridge] = []
+
+    def make(**fields: Any) -> Bridge:
+        made.append(Bridge(**fields))
+        return made[-1]
+
+    yield make
+    for bridge in made:
+        bridge.close()
+
+
+@pytest.fixture
+def bridge(admin: Client, new_bridge: Callable[..., Bridge]) -> Iterator[Bridge]:
+    """An application service that the shared server knows."""
+    made = new_bridge().register_at(admin)
+    yield made
+    order(admin, f"unregister-appservice {made.id}")
+
+
+# ── 52.3  Who speaks, and what is theirs ─────────────────────────────────────
+
+
+def test_services_are_registered_listed_and_forgotten(
+    admin: Client, new_bridge: Callable[..., Bridge], server: Server
+) -> None:
+    made = new_bridge().register_at(admin)
+    assert made.id in order(admin, "list-appservices")
+    again = f"register-appservice\n```\n{yaml.safe_dump(made.fields)}```"
+    assert "already" in order(admin, again)
+    other = yaml.safe_dump({**made.fields, "id": unique("other")})
+    assert "same as_token" in order(admin, f"register-appservice\n```\n{other}\n```")
+    taken = yaml.safe_dump(
+        {**made.fields, "id": unique(), "as_token": unique(), "sender_localpart": "admin"}
+    )
+    assert "somebody's account" in order(admin, f"register-appservice\n```\n{taken}\n```")
+    assert "line 1" in order(admin, "register-appservice\n```\nid: [\n```")
+    assert "code block" in order(admin, "register-appservice")
+    ok(made.client(server).get("account/whoami"))
+    assert "Unregistered" in order(admin, f"unregister-appservice {made.id}")
+    assert made.id not in order(admin, "list-appservices")
+    fails(made.client(server).get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    assert "no application service" in order(admin, f"unregister-appservice {made.id}")
+
+
+def test_services_from_files(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    path = tmp_path / "bridge.yaml"
+    path.write_text(REGISTRATIONS["draupnir"])
+    server = new_server(appservice_config_files=[str(path)])
+    admin = register(server)
+    assert "draupnir" in order(admin, "list-appservices")
+    assert "appservice_config_files" in order(admin, "unregister-appservice draupnir")
+    server.stop()
+    path.write_text("id: [\n")
+    assert server.spawn().wait(30) == 1
+    assert f"{path}: " in server.log
+    assert "line 1" in server.log
+
+
+def test_a_service_speaks_for_itself_and_its_users(server: Server, bridge: Bridge) -> None:
+    bot = bridge.client(server)
+    assert ok(bot.get("account/whoami"))["user_id"] == bot.user_id
+    ghost = bridge.user(server)
+    assert ok(ghost.get("account/whoami"))["user_id"] == ghost.user_id
+    fails(bridge.client(server, "nobody").get("account/whoami"), 403, "M_FORBIDDEN")
+    fails(ghost.put(("profile", bot.user_id, "displayname"), {"displayname": "x"}), 403)
+    ok(ghost.put(("profile", ghost.user_id, "displayname"), {"displayname": "Ghost"}))
+
+
+def test_users_of_services_are_made_and_logged_in(
+    server: Server, bridge: Bridge, nobody: Client
+) -> None:
+    kind = {"type": "m.login.application_service"}
+    flows = [flow["type"] for flow in ok(nobody.get("login"))["flows"]]
+    assert kind["type"] in flows
+    name = f"{bridge.id}_one"
+    fails(nobody.post("register", {**kind, "username": name}), 401, "M_MISSING_TOKEN")
+    stranger = Client(server, "wrong")
+    fails(stranger.post("register", {**kind, "username": name}), 401, "M_UNKNOWN_TOKEN")
+    service = Client(server, str(bridge.fields["as_token"]))
+    fails(service.post("register", {**kind, "username": "else"}), 400, "M_EXCLUSIVE")
+    made = ok(service.post("register", {**kind, "username": name}))
+    assert made["access_token"]
+    fails(service.post("register", {**kind, "username": name}), 400, "M_USER_IN_USE")
+    who = {"identifier": {"type": "m.id.user", "user": name}}
+    session = client_from(server, ok(service.post("login", {**kind, **who})))
+    assert ok(session.get("account/whoami"))["user_id"] == made["user_id"]
+    fails(nobody.post("login", {**kind, **who}), 401, "M_MISSING_TOKEN")
+    other = {"identifier": {"type": "m.id.user", "user": "admin"}}
+    fails(service.post("login", {**kind, **other}), 400, "M_EXCLUSIVE")
+    # And nobody else can have such a name.
+    fails(nobody.get("register/available", username=f"{bridge.id}_two"), 400, "M_EXCLUSIVE")
+
+
+def test_devices_of_services(server: Server, bridge: Bridge) -> None:
+    ghost = bridge.user(server)
+    fails(ghost.get("account/whoami", params={"device_id": "D1"}), 400, "M_UNKNOWN_DEVICE")
+    made = ghost.put("devices/D1", {"display_name": "one"})
+    assert made.status_code == 201
+    assert ghost.put("devices/D1", {"display_name": "two"}).status_code == 200
+    ghost.as_query["device_id"] = "D1"
+    assert ok(ghost.get("account/whoami"))["device_id"] == "D1"
+    keys = {"signed_curve25519:A": {"key": "a", "signatures": {}}}
+    ok(ghost.post("keys/upload", {"one_time_keys": keys}))
+    del ghost.as_query["device_id"]
+    fails(ghost.post("keys/upload", {"one_time_keys": keys}), 400)
+    assert ghost.delete("devices/D1").status_code == 200
+    assert ok(ghost.get("devices"))["devices"] == []
+    fails(ghost.post("account/deactivate"), 403, "M_FORBIDDEN")
+    fails(ghost.post("account/password", {"new_password": "x"}), 403, "M_FORBIDDEN")
+
+
+def test_the_time_of_events(server: Server, bridge: Bridge, alice: Client) -> None:
+    ghost = bridge.user(server)
+    room_id = ghost.create_room(alice)
+    path = ("rooms", room_id, "send", "m.room.message", unique())
+    text = {"msgtype": "m.text", "body": "old"}
+    event_id = ok(ghost.put(path, text, params={"ts": "1234567"}))["event_id"]
+    assert ok(ghost.get(("rooms", room_id, "event", event_id)))["origin_server_ts"] == 1234567
+    topic = ("rooms", room_id, "state", "m.room.topic", "")
+    event_id = ok(ghost.put(topic, {"topic": "x"}, params={"ts": "42"}))["event_id"]
+    assert ok(ghost.get(("rooms", room_id, "event", event_id)))["origin_server_ts"] == 42
+    for wrong in ("-1", "x", str(2**53)):
+        fails(ghost.put((*path[:4], unique()), text, params={"ts": wrong}), 400)
+    alice.join(room_id)
+    sent = ok(alice.put((*path[:4], unique()), text, params={"ts": "5"}))["event_id"]
+    assert ok(alice.get(("rooms", room_id, "event", sent)))["origin_server_ts"] > 10**12
+
+
+def test_aliases_of_services(server: Server, bridge: Bridge, alice: Client) -> None:
+    ghost = bridge.user(server)
+    room_id, theirs = ghost.create_room(), alice.create_room()
+    alias = ("directory", "room", f"#{bridge.id}_a:{server.name}")
+    fails(alice.put(alias, {"room_id": theirs}), 400, "M_EXCLUSIVE")
+    fails(alice.post("createRoom", {"room_alias_name": f"{bridge.id}_a"}), 400, "M_EXCLUSIVE")
+    ok(ghost.put(alias, {"room_id": room_id}))
+    fails(alice.delete(alias), 403)
+    outside = ("directory", "room", f"#{unique()}:{server.name}")
+    fails(ghost.put(outside, {"room_id": room_id}), 400, "M_EXCLUSIVE")
+    ok(ghost.delete(alias))
+
+
+def test_no_rate_limit_for_services(
+    new_server: Callable[..., Server], new_bridge: Callable[..., Bridge]
+) -> None:
+    server = new_server(rate_limit=True)
+    admin = register(server)
+    free = new_bridge().register_at(admin)
+    for number in range(30):  # "register" allows ten at once, "create" twenty
+        free.user(server, f"g{number}").create_room()
+    bound = new_bridge(rate_limited=True).register_at(admin)
+    ghost = bound.user(server, "g")
+    statuses = Counter(ghost.post("createRoom").status_code for _ in range(30))
+    assert statuses[429] >= 5
+    assert bound.client(server).post("createRoom").status_code == 200
+
+
+def test_sec_26_a_service_gets_no_more_than_its_namespaces(
+    server: Server, admin: Client, bridge: Bridge, new_bridge: Callable[..., Bridge]
+) -> None:
+    """Whoever holds an as_token is nobody outside of the namespaces, and nowhere an admin."""
+    service = Client(server, str(bridge.fields["as_token"]))
+    room_id = admin_room(admin)
+    for user_id in (admin.user_id, bot_of(server), "@x:elsewhere.example", "nonsense", "@"):
+        for path in ("sync", "account/whoami", "devices", ("rooms", room_id, "messages")):
+            query = {"user_id": user_id, "dir": "b"}
+            fails(service.get(path, params=query), 403, "M_FORBIDDEN")
+    fails(service.get(("rooms", room_id, "state")), 403)
+    # A service for everybody acts for an admin as for others, but not with an admin's rights.
+    namespaces = {"users": [{"regex": "@.*", "exclusive": False}]}
+    wide = new_bridge(namespaces=namespaces).register_at(admin)
+    puppet = Client(server, str(wide.fields["as_token"]))
+    query = {"user_id": admin.user_id}
+    assert ok(puppet.get("account/whoami", params=query))["user_id"] == admin.user_id
+    send = ("rooms", room_id, "send", "m.room.message", unique())
+    order_text = {"msgtype": "m.text", "body": "!admin create-user evil"}
+    fails(puppet.put(send, order_text, params=query), 403, "M_FORBIDDEN")
+    login = {"type": "m.login.application_service", "user": admin.user_id}
+    fails(puppet.post("login", login), 403, "M_FORBIDDEN")
+    stranger = register(server)
+    hidden = stranger.create_room(room_alias_name=unique("hidden"))
+    listing = ("directory", "list", "room", hidden)
+    fails(puppet.put(listing, {"visibility": "public"}, params=query), 403, "M_FORBIDDEN")
+    eventually(lambda: any(event["room_id"] == hidden for event in wide.events))
+    assert not any(event["room_id"] == room_id for event in wide.events)
+    order(admin, f"unregister-appservice {wide.id}")
+
+
+# ── 52.4  What they are told ─────────────────────────────────────────────────
+
+
+def test_events_are_told_in_order(server: Server, bridge: Bridge, alice: Client) -> None:
+    ghost = bridge.user(server)
+    room_id = alice.create_room(topic="before")
+    alice.send_text(room_id, "unheard")
+    alice.invite(room_id, ghost.user_id)
+    ghost.join(room_id)
+    for number in range(120):
+        alice.send_text(room_id, f"n{number}")
+    wanted = [f"n{number}" for number in range(120)]
+    eventually(lambda: len(bridge.events) >= 122)
+    told = bridge.events
+    assert [e["content"]["body"] for e in told if e["type"] == "m.room.message"] == wanted
+    assert [e["content"]["membership"] for e in told[:2]] == ["invite", "join"]
+    assert {e["room_id"] for e in told} == {room_id}
+    assert len({txn_id for txn_id, _ in bridge.transactions}) == len(bridge.transactions)
+    ghost.leave(room_id)
+    alice.send_text(room_id, "unheard")
+    last = alice.create_room(room_alias_name=unique("x"))
+    alice.invite(last, ghost.user_id)
+    eventually(lambda: bridge.events[-1]["room_id"] == last)
+    assert bridge.events[-2]["content"]["membership"] == "leave"
+
+
+def test_a_service_that_fails_gets_the_same_again(
+    new_server: Callable[..., Server], new_bridge: Callable[..., Bridge]
+) -> None:
+    server = new_server()
+    admin = register(server)
+    bridge = new_bridge().register_at(admin)
+    ghost = bridge.user(server)
+    bridge.status = 500
+    room_id = ghost.create_room()
+    eventually(lambda: bridge.transactions)
+    ghost.send_text(room_id, "meanwhile")
+    first = bridge.transactions[0]
+    server.kill9()
+    server.start()
+    eventually(lambda: len(bridge.transactions) >= 2)
+    assert {json.dumps(body["events"]) for _, body in bridge.transactions} == {
+        json.dumps(first[1]["events"])
+    }
+    assert {txn_id for txn_id, _ in bridge.transactions} == {first[0]}
+    bridge.status = 200
+    eventually(lambda: any(e["content"].get("body") == "meanwhile" for e in bridge.events), 30)
+    ids = [event["event_id"] for event in bridge.events]
+    assert len(ids) == len(set(ids))
+
+
+def test_ephemeral_events(
+    server: Server, admin: Client, new_bridge: Callable[..., Bridge], alice: Client
+) -> None:
+    bridge = new_bridge(receive_ephemeral=True).register_at(admin)
+    ghost = bridge.user(server)
+    room_id = alice.create_room(ghost)
+    ghost.join(room_id)
+    event_id = ghost.send_text(room_id, "read this")
+    ok(alice.put(("rooms", room_id, "typing", alice.user_id), {"typing": True, "timeout": 9000}))
+    ok(alice.post(("rooms", room_id, "receipt", "m.read.private", event_id)))
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id)))
+    ok(ghost.post(("rooms", room_id, "receipt", "m.read.private", event_id)))
+    ok(alice.put(("presence", alice.user_id, "status"), {"presence": "online", "status_msg": "x"}))
+
+    def seen() -> dict[str, list[Json]]:
+        found: dict[str, list[Json]] = defaultdict(list)
+        for event in itertools.chain(*bridge.told("ephemeral")):
+            found[event["type"]].append(event)
+        return found
+
+    eventually(lambda: ghost.user_id in json.dumps(seen()["m.receipt"]))
+    eventually(lambda: seen()["m.typing"] and seen()["m.presence"])
+    assert seen()["m.typing"][0]["content"] == {"user_ids": [alice.user_id]}
+    assert {event["room_id"] for event in seen()["m.receipt"]} == {room_id}
+    kinds = {k: set(u) for e in seen()["m.receipt"] for k, u in e["content"][event_id].items()}
+    assert alice.user_id in kinds["m.read"]
+    private = [e["content"][event_id].get("m.read.private", {}) for e in seen()["m.receipt"]]
+    assert {user for users in private for user in users} == {ghost.user_id}
+    order(admin, f"unregister-appservice {bridge.id}")
+
+
+def test_encryption_for_services(
+    server: Server, admin: Client, new_bridge: Callable[..., Bridge], alice: Client
+) -> None:
+    bridge = new_bridge(**{"org.matrix.msc3202": True}).register_at(admin)
+    ghost = bridge.user(server)
+    assert ghost.put("devices/BOT").status_code == 201
+    ghost.as_query["device_id"] = "BOT"
+    key = {"key": "a", "signatures": {ghost.user_id: {"ed25519:BOT": "x"}}}
+    ok(ghost.post("keys/upload", {"one_time_keys": {"signed_curve25519:A": key}}))
+    claim = {"one_time_keys": {ghost.user_id: {"BOT": "signed_curve25519"}}}
+    ok(alice.post("keys/claim", claim))
+    counts = "org.matrix.msc3202.device_one_time_keys_count"
+    zero = {ghost.user_id: {"BOT": {"signed_curve25519": 0}}}
+    eventually(lambda: zero in bridge.told(counts))
+    message = {"messages": {ghost.user_id: {"BOT": {"hello": 1}}}}
+    ok(alice.put(("sendToDevice", "m.test", unique()), message))
+    sent = eventually(lambda: [*itertools.chain(*bridge.told("de.sorunome.msc2409.to_device"))])
+    to = {"to_user_id": ghost.user_id, "to_device_id": "BOT"}
+    content = {"type": "m.test", "sender": alice.user_id, "content": {"hello": 1}}
+    assert sent == [{**content, **to}]
+    assert ghost.sync().get("to_device", {}).get("events", []) == []
+    room_id = alice.create_room(ghost)
+    ghost.join(room_id)
+    keys = {"user_id": alice.user_id, "device_id": alice.device_id, "algorithms": [], "keys": {}}
+    ok(alice.post("keys/upload", {"device_keys": {**keys, "signatures": {}}}))
+    lists = "org.matrix.msc3202.device_lists"
+    eventually(lambda: any(alice.user_id in told["changed"] for told in bridge.told(lists)))
+    alice.leave(room_id)
+    eventually(lambda: any(alice.user_id in told["left"] for told in bridge.told(lists)))
+    order(admin, f"unregister-appservice {bridge.id}")
+
+
+class PuppetStore(mautrix.client.state_store.MemoryStateStore, mautrix.appservice.ASStateStore):
+    """What the framework remembers, in memory."""
+
+    def __init__(self) -> None:
+        mautrix.client.state_store.MemoryStateStore.__init__(self)
+        mautrix.appservice.ASStateStore.__init__(self)
+
+
+def test_a_bot_made_with_mautrix(
+    server: Server, admin: Client, new_bridge: Callable[..., Bridge], alice: Client
+) -> None:
+    """A framework that bridges are made with: its bot answers, and a user of it joins in."""
+    registration = new_bridge(receive_ephemeral=True)
+    port = free_port()
+    registration.fields["url"] = f"http://127.0.0.1:{port}"
+    registration.register_at(admin)
+    names = {key: str(registration.fields[key]) for key in ("id", "as_token", "hs_token")}
+    heard: list[str] = []
+
+    async def bot_life(done: threading.Event) -> None:
+        service = mautrix.appservice.AppService(
+            server=server.url,
+            domain=server.name,
+            bot_localpart=str(registration.fields["sender_localpart"]),
+            ephemeral_events=True,
+            state_store=PuppetStore(),
+            **names,
+        )
+        await service.start("127.0.0.1", port)
+        await service.intent.ensure_registered()
+
+        async def handle(event: Any) -> None:
+            if getattr(event, "state_key", None) == service.bot_mxid:
+                await service.intent.join_room(event.room_id)
+            elif str(event.type) == "m.room.message" and event.sender == alice.user_id:
+                heard.append(event.content.body)
+                puppet = service.intent.user(f"@{registration.id}_echo:{server.name}")
+                await puppet.ensure_registered()
+                await service.intent.invite_user(event.room_id, puppet.mxid)
+                await puppet.join_room(event.room_id)
+                await puppet.send_text(event.room_id, f"echo {event.content.body}")
+
+        service.matrix_event_handler(handle)
+        await asyncio.to_thread(done.wait)
+        await service.stop()
+
+    done = threading.Event()
+    life = threading.Thread(target=lambda: asyncio.run(bot_life(done)), daemon=True)
+    life.start()
+    bot_id = f"@{registration.fields['sender_localpart']}:{server.name}"
+    room_id = alice.create_room(power_level_content_override={"invite": 0})
+    alice.invite(room_id, bot_id)
+    eventually(lambda: bot_id in ok(alice.get(("rooms", room_id, "joined_members")))["joined"], 30)
+    alice.send_text(room_id, "hello")
+    eventually(lambda: "echo hello" in alice.bodies(room_id), 30)
+    assert heard == ["hello"]
+    done.set()
+    life.join(10)
+    order(admin, f"unregister-appservice {registration.id}")
+
+
+# ── 52.5  Questions ──────────────────────────────────────────────────────────
+
+
+def test_users_and_aliases_are_made_on_demand(
+    server: Server, bridge: Bridge, alice: Client
+) -> None:
+    user_id, alias = f"@{bridge.id}_late:{server.name}", f"#{bridge.id}_late:{server.name}"
+
+    def make_user() -> Json:
+        bridge.user(server, "late")
+        return {}
+
+    def make_alias() -> Json:
+        body = {"room_alias_name": alias[1:].partition(":")[0], "preset": "public_chat"}
+        ok(bridge.client(server, "late").post("createRoom", body))
+        return {}
+
+    bridge.answers = {f"/users/{user_id}": make_user, f"/rooms/{alias}": make_alias}
+    room_id = alice.create_room()
+    fails(
+        alice.post(("rooms", room_id, "invite"), {"user_id": f"@{bridge.id}_no:{server.name}"}), 404
+    )
+    alice.invite(room_id, user_id)
+    assert alice.join(alias)
+    fails(alice.get(("directory", "room", f"#{bridge.id}_no:{server.name}")), 404, "M_NOT_FOUND")
+
+
+def test_paths_of_old(server: Server, bridge: Bridge) -> None:
+    bridge.prefix = ""
+    bridge.user(server).create_room()
+    eventually(lambda: bridge.events)
+    assert any(path.startswith("/_matrix/app/v1/transactions") for _, path in bridge.requests)
+    assert f"?access_token={bridge.fields['hs_token']}" in bridge.requests[-1][1]
+
+
+def test_pings(server: Server, admin: Client, bridge: Bridge, alice: Client) -> None:
+    def ping(client: Client, name: str = bridge.id) -> httpx.Response:
+        path = f"/_matrix/client/v1/appservice/{name}/ping"
+        return client.post(path, {"transaction_id": "meow"})
+
+    bot = bridge.client(server)
+    refused = fails(ping(bot), 502, "M_BAD_STATUS")
+    assert refused["status"] == 404
+    bridge.answers["/ping"] = dict
+    assert ok(ping(bot))["duration_ms"] >= 0
+    assert ("POST", "/_matrix/app/v1/ping") in bridge.requests
+    fails(ping(alice), 403, "M_FORBIDDEN")
+    fails(ping(bot, "another"), 403, "M_FORBIDDEN")
+    bridge.close()
+    fails(ping(bot), 502, "M_CONNECTION_FAILED")
+
+
+def test_third_party_networks(
+    server: Server, admin: Client, new_bridge: Callable[..., Bridge], alice: Client
+) -> None:
+    bridge = new_bridge(protocols=["irc"]).register_at(admin)
+    instance = {"desc": "Libera", "fields": {"network": "libera"}, "network_id": "libera"}
+    protocol = {
+        **{"user_fields": ["nick"], "location_fields": ["channel"], "icon": "mxc://x/y"},
+        "field_types": {"nick": {"regexp": ".*", "placeholder": "nick"}},
+        "instances": [instance],
+    }
+    user = {"userid": f"@{bridge.id}_n:{server.name}", "protocol": "irc", "fields": {"nick": "n"}}
+    place = {"alias": f"#{bridge.id}_c:{server.name}", "protocol": "irc", "fields": {}}
+    bridge.answers = {
+        "/thirdparty/protocol/irc": lambda: json.loads(json.dumps(protocol)),
+        "/thirdparty/user/irc?nick=n m": lambda: [user],
+        f"/thirdparty/location?alias={place['alias']}": lambda: [place],
+    }
+    found = ok(alice.get("thirdparty/protocols"))["irc"]
+    instance_id = found["instances"][0].pop("instance_id")
+    assert found == protocol
+    assert ok(alice.get("thirdparty/protocol/irc"))["icon"] == "mxc://x/y"
+    fails(alice.get("thirdparty/protocol/xmpp"), 404, "M_NOT_FOUND")
+    assert alice.get("thirdparty/user/irc", params={"nick": "n m"}).json() == [user]
+    fails(alice.get("thirdparty/user/irc", params={"nick": "other"}), 404, "M_NOT_FOUND")
+    query = {"alias": place["alias"]}
+    assert alice.get("thirdparty/location", params=query).json() == [place]
+    # Rooms of the network.
+    bot = bridge.client(server)
+    room_id = bot.create_room(name="#libera", preset="public_chat")
+    listing = ("directory", "list", "appservice", "libera", room_id)
+    fails(alice.put(listing, {"visibility": "public"}), 403, "M_FORBIDDEN")
+    ok(bot.put(listing, {"visibility": "public"}))
+
+    def listed(**query: Any) -> bool:
+        chunk = ok(alice.post("publicRooms", {"limit": 500, **query}))["chunk"]
+        return any(room["room_id"] == room_id for room in chunk)
+
+    assert listed(third_party_instance_id=instance_id)
+    assert listed(include_all_networks=True)
+    assert not listed()
+    assert not listed(third_party_instance_id="another")
+    ok(bot.put(listing, {"visibility": "private"}))
+    assert not listed(third_party_instance_id=instance_id)
+    order(admin, f"unregister-appservice {bridge.id}")
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  23. THE ADMIN ROOM
 # ═════════════════════════════════════════════════════════════════════════════
 
@@ -19216,6 +20018,10 @@ def test_an_answer_is_never_too_long_for_an_event(rows: int, wide: int) -> None:
         ("x ID [--erase]", "a --erase", {"ID": "a", "--erase": ""}),
         ("x ID [--erase]", "--erase a", {"ID": "a", "--erase": ""}),
         ("x NAME [PASSWORD]", "a -- --b", {"NAME": "a", "PASSWORD": "--b"}),
+        ("x [--keep=N] FILE", "a --keep 3", {"FILE": "a", "--keep": "3"}),
+        ("x [--keep=N] FILE", "--keep=3 a", {"FILE": "a", "--keep": "3"}),
+        ("x ROOM TEXT...", "a b c d", {"ROOM": "a", "TEXT": "b c d"}),
+        ("x [TEXT...]", "", {}),
     ],
 )
 def test_arguments_of_commands(usage: str, line: str, found: Json) -> None:
@@ -19230,6 +20036,10 @@ def test_arguments_of_commands(usage: str, line: str, found: Json) -> None:
         ("x NAME [PASSWORD]", "a b c", "'c' is one word too many"),
         ("x ID [--erase]", "a --eras", "there is no option --eras"),
         ("x ID [--erase]", "a -- --erase", "'--erase' is one word too many"),
+        ("x ID [--erase]", "a --erase=1", "there is no option --erase=1"),
+        ("x [--keep=N]", "--keep", "--keep wants a value"),
+        ("x ROOM TEXT...", "a", "TEXT... is missing"),
+        ("x {JSON}", "", "a code block (```) with JSON is missing"),
     ],
 )
 def test_wrong_arguments(usage: str, line: str, complaint: str) -> None:
@@ -19350,6 +20160,122 @@ def test_the_configuration_is_shown_without_secrets(new_server: Callable[..., Se
     assert f'server_name = "{server.name}"' in text
     assert not any(secret in text for secret in secrets_of.values())
     assert all(key in text for key in secrets_of)
+
+
+def test_rooms_are_shown_named_and_published(admin: Client, alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="The <lounge>")
+    alias = f"#{unique('lounge')}:{admin.server.name}"
+    assert "stands for" in order(admin, f"add-alias {alias} {room_id}")
+    text = order(admin, f"!admin room-info {alias}")
+    for piece in (room_id, "The <lounge>", "2, of them 2 of this server", alias, "invite"):
+        assert piece in text
+    assert re.search(rf"{re.escape(room_id)} +2 +The <lounge>", order(admin, "list-rooms"))
+    assert bob.user_id in order(admin, f"room-members {room_id}")
+    assert "Found 0" in order(admin, f"room-members {room_id} ban")
+    assert "m.room.create" in order(admin, f"room-state {room_id}")
+    state = json.loads(order(admin, f"room-state {room_id} m.room.member {bob.user_id}"))
+    assert state["membership"] == "join"
+    listed = ("directory", "list", "room", room_id)
+    order(admin, f"publish-room {room_id}")
+    assert ok(admin.get(listed))["visibility"] == "public"
+    order(admin, f"publish-room {room_id} --undo")
+    assert ok(admin.get(listed))["visibility"] == "private"
+    assert "is gone" in order(admin, f"remove-alias {alias}")
+    fails(admin.get(("directory", "room", alias)), 404)
+    assert "keeps its name" in order(admin, f"remove-alias #admins:{admin.server.name}")
+    assert "no such room" in order(admin, "room-info !nowhere:test.example")
+    alice.invite(room_id, admin.user_id)
+    assert "is blocked" in order(admin, f"block-room {room_id}")
+    assert room_id in order(admin, "list-blocked-rooms")
+    fails(admin.post(("join", room_id)), 403, "M_FORBIDDEN")
+    assert "is open" in order(admin, f"block-room {room_id} --undo")
+    admin.join(room_id)
+    assert "is closed; 0 user(s)" in order(admin, f"close-room {room_id}")
+    fails(bob.get(("rooms", room_id, "joined_members")), 403)
+    assert "is needed" in order(admin, f"close-room {admin_room(admin)}")
+
+
+def test_devices_and_sessions(admin: Client, alice: Client) -> None:
+    phone = alice.login(device_id="PHONE", initial_device_display_name="My phone")
+    text = order(admin, f"list-devices {alice.user_id}")
+    assert "PHONE" in text
+    assert "My phone" in text
+    assert "1 device" in order(admin, f"logout-user {alice.user_id} PHONE")
+    fails(phone.get("account/whoami"), 401)
+    order(admin, f"logout-user {alice.user_id}")
+    fails(alice.get("account/whoami"), 401)
+    room_id = admin.create_room(name="mine")
+    assert re.search(rf"{re.escape(room_id)} +mine", order(admin, "list-joined-rooms admin"))
+
+
+def test_admins_are_made_and_unmade(admin: Client, alice: Client) -> None:
+    assert "is an admin" in order(admin, f"make-admin {alice.user_id}")
+    assert "Found" in order(alice, "list-local-users")
+    assert "no admin any more" in order(admin, f"make-admin --undo {alice.user_id}")
+    room_id = admin_room(admin)
+    stays_silent(admin, room_id, alice.send_text(room_id, "version"))
+
+
+def test_many_accounts_are_closed_at_once(admin: Client) -> None:
+    names = [register(admin.server).user_id for _ in range(3)]
+    code = "\n".join([*names, "nobody-here", "admin"])
+    text = order(admin, f"deactivate-all --erase\n```\n{code}\n```")
+    assert "Deactivated 3 account(s), passed over 2" in text
+    assert "nobody-here" in text
+    listing = order(admin, "list-local-users")
+    assert not any(name in listing for name in names)
+    assert admin.user_id in listing
+
+
+def test_the_server_is_looked_after(admin: Client, tmp_path: Path) -> None:
+    assert f"conduit.py {conduit.VERSION}" in order(admin, "version")
+    assert re.match(r"0 d \d+ h \d+ min", order(admin, "uptime"))
+    assert "info,http=debug" in order(admin, "log-level info,http=debug")
+    assert "no level" in order(admin, "log-level loud")
+    assert "log is at info" in order(admin, "log-level")
+    assert "Done" in order(admin, "reload")
+    assert "is sound" in order(admin, "check")
+    assert "media" in order(admin, "media-usage")
+    assert "MiB" in order(admin, f"backup {tmp_path}/a.tar")
+    assert "exists already" in order(admin, f"backup {tmp_path}/a.tar")
+    assert "no backup" in order(admin, "backup /nowhere/at/all.tar")
+    assert "COUNT is a number" in order(admin, f"backup {tmp_path} --keep x")
+
+
+def test_notices_reach_everybody(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    admin, user = register(server), register(server)
+    assert "2 user(s)" in order(admin, "notice-all 'The server' rests at night")
+    invited = user.poll()["rooms"]["invite"]
+    (room_id,) = invited
+    user.join(room_id)
+    notice = user.messages(room_id)["chunk"][1]["content"]
+    assert (notice["msgtype"], notice["body"]) == ("m.server_notice", "The server rests at night")
+    tags = ok(user.get(("user", user.user_id, "rooms", room_id, "tags")))["tags"]
+    assert tags == {"m.server_notice": {}}
+    text = {"msgtype": "m.text", "body": "no"}
+    fails(user.put(("rooms", room_id, "send", "m.room.message", unique()), text), 403)
+    order(admin, "notice-all And again")
+    assert user.bodies(room_id)[-1] == "And again"
+
+
+def test_events_and_signatures_are_looked_into(admin: Client) -> None:
+    room_id = admin.create_room()
+    event_id = admin.send_text(room_id, "what is this?")
+    pdu = json.loads(order(admin, f"get-pdu {event_id}"))
+    assert pdu["content"]["body"] == "what is this?"
+    code = f"\n```json\n{json.dumps(pdu)}\n```"
+    assert f"Event {event_id}" in order(admin, f"parse-pdu{code}")
+    assert "hash is right" in order(admin, f"parse-pdu{code}")
+    assert "is wrong" in order(admin, "parse-pdu" + code.replace("what is this?", "this!"))
+    chain = order(admin, f"get-auth-chain {event_id}")
+    assert all(kind in chain for kind in ("m.room.member", "m.room.power_levels"))
+    signed = order(admin, 'sign-json\n```\n{"a": 1}\n```')
+    assert "is right" in order(admin, f"verify-json\n```\n{signed}\n```")
+    assert "is wrong" in order(admin, "verify-json\n```\n" + signed.replace("1", "2", 1) + "\n```")
+    assert "only events that it built" in order(admin, f"sign-json{code}")
+    assert "no JSON object" in order(admin, "sign-json\n```\n[]\n```")
+    assert "no such event" in order(admin, "get-pdu $nothing")
 
 
 # ── 23.4  The room ───────────────────────────────────────────────────────────
@@ -19548,6 +20474,20 @@ def test_sec_09_remote_redacted_and_gone(
     room = conduit.AdminRoom(cast("Any", parts))
     asyncio.run(room._answer("$event"))
     assert bool(parts.sent) is obeyed
+
+
+def test_sec_09_only_the_first_line_is_an_order(admin: Client) -> None:
+    """What stands below other text, in a quotation or in a block, is not done."""
+    room_id, name = admin_room(admin), unique("smuggled")
+    for text in (
+        f"hello\n!admin create-user {name}",
+        f"> said before\n\ncreate-user {name}",
+        f"```\ncreate-user {name}\n```",
+        f"look:\n```\n!admin create-user {name}\n```",
+    ):
+        stays_silent(admin, room_id, admin.send_text(room_id, text))
+    order(admin, f"version\n```\ncreate-user {name}\n```")
+    assert not exists(admin, name)
 
 
 def test_nobody_is_conduit(server: Server, alice: Client) -> None:
@@ -20197,6 +21137,139 @@ def test_the_login_page(nobody: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  53. METRICS AND TRACING
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+def scrape(server: Server, **headers: str) -> dict[str, Any]:
+    """The metrics by name, read as Prometheus reads them."""
+    reply = httpx.get(f"{server.url}/_conduit/metrics", headers=headers)
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    return {family.name: family for family in text_string_to_metric_families(reply.text)}
+
+
+def test_metrics(new_server: Callable[..., Server], new_bridge: Callable[..., Bridge]) -> None:
+    server = new_server(metrics=True)
+    admin = register(server)
+    bridge = new_bridge(id='a "b"\\c', url=None).register_at(admin)
+    for _ in range(3):
+        admin.get("account/whoami")
+    Client(server, "wrong").get("account/whoami")
+    admin.get("/nonsense/../x")
+    for number in range(20):
+        admin.request(f"M{number}", "/", headers={"Content-Length": "0"})
+    found = scrape(server)
+    route = {"method": "GET", "route": "/_matrix/client/v3/account/whoami"}
+
+    def value(name: str, **labels: str) -> float:
+        family = found[name.removesuffix("_total").partition("_seconds_")[0]]
+        return sum(s.value for s in family.samples if s.name == name and s.labels == labels)
+
+    requests = found["conduit_http_requests"].samples
+    counts = {(s.labels["route"], s.labels["status"]): s.value for s in requests}
+    assert counts[route["route"], "200"] == 3
+    assert counts[route["route"], "401"] == 1
+    assert counts["unknown", "404"] >= 1
+    assert {s.labels["method"] for s in requests} <= {"GET", "POST", "PUT", "other"}
+    buckets = [
+        sample
+        for sample in found["conduit_http_request_seconds"].samples
+        if sample.labels.get("route") == route["route"] and sample.name.endswith("_bucket")
+    ]
+    assert [sample.value for sample in buckets] == sorted(sample.value for sample in buckets)
+    assert buckets[-1].labels["le"] == "+Inf"
+    assert buckets[-1].value == 4
+    single = {name: family.samples[0].value for name, family in found.items() if family.samples}
+    assert single["process_resident_memory_bytes"] == pytest.approx(server.rss() * 2**20, rel=0.2)
+    assert single["conduit_users"] == 3  # the bot and the service's own beside the admin
+    assert single["conduit_rooms"] == 1
+    assert single["conduit_db_commits"] > 1
+    assert single["conduit_db_sync_seconds"] > 0
+    assert single["conduit_connections"] >= 1
+    labels = found["conduit_appservice_queue"].samples[0].labels
+    assert labels == {"appservice": bridge.id}
+    assert any(s.labels["cache"] == "rooms.events" for s in found["conduit_cache_entries"].samples)
+
+
+def test_sec_50_nothing_of_the_house_is_open_through_a_proxy(
+    new_server: Callable[..., Server],
+) -> None:
+    """Whoever proxies all paths to the world shows neither metrics nor an admin interface."""
+    server = new_server(metrics=True)
+    admin, user = register(server), register(server)
+    path = "/_conduit/metrics"
+    outside = {"X-Forwarded-For": "203.0.113.5"}
+    fails(Client(server).get(path, headers=outside), 403, "M_FORBIDDEN")
+    fails(Client(server).get(path, headers={"Host": "evil.example"}), 403, "M_FORBIDDEN")
+    fails(user.get(path, headers=outside), 403, "M_FORBIDDEN")
+    assert scrape(server, Authorization=f"Bearer {admin.token}", **outside)
+    fails(Client(server, "wrong").get(path), 401, "M_UNKNOWN_TOKEN")
+    for admin_path in ("register", "users", "rooms", "server_version"):
+        reply = Client(server).get(f"/_synapse/admin/v1/{admin_path}", headers=outside)
+        assert reply.status_code == 404, admin_path
+    server.stop()
+    server.write_config(metrics=False)
+    fails(Client(server.start()).get(path), 404, "M_UNRECOGNIZED")
+
+
+def test_traces(new_server: Callable[..., Server]) -> None:
+    taken: list[Json] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            taken.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+        server = new_server(allow_jaeger=True, tracing_endpoint=url)
+        parent = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+        Client(server).get("/_matrix/client/versions", headers=parent)
+
+        def spans() -> list[Json]:
+            return [
+                span
+                for document in taken
+                for of_us in document["resourceSpans"]
+                for scope in of_us["scopeSpans"]
+                for span in scope["spans"]
+            ]
+
+        eventually(lambda: [span for span in spans() if span.get("parentSpanId")], 20)
+        span = next(span for span in spans() if span.get("parentSpanId"))
+        collector.shutdown()
+    assert (span["traceId"], span["parentSpanId"]) == ("a" * 32, "b" * 16)
+    assert span["name"] == "GET /_matrix/client/versions"
+    assert int(span["startTimeUnixNano"]) <= int(span["endTimeUnixNano"])
+    assert re.fullmatch("[0-9a-f]{16}", span["spanId"])
+
+
+def test_a_flame_graph_is_recorded(new_server: Callable[..., Server]) -> None:
+    server = new_server(tracing_flame=True)
+    user = register(server)
+    for _ in range(20):
+        user.get("account/whoami")
+    server.stop()
+    lines = (server.data / conduit.FLAME_FILE).read_text().splitlines()
+    assert lines
+    assert all(re.fullmatch(r"\S.*;.* \d+", line) for line in lines)
+    assert any("conduit:run_server" in line for line in lines)
+
+
+def test_each_request_is_a_line_at_debug(new_server: Callable[..., Server]) -> None:
+    server = new_server(log="warn,http=debug")
+    Client(server).get("/_matrix/client/versions")
+    found = re.findall(r"http: #(\d+) GET /_matrix/client/versions: 200, [\d.]+ ms", server.log)
+    assert len(set(found)) == len(found) >= 1
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  26. COMMAND LINE
 #
 #  Real processes: what they print, what they tell systemd, what signals do.
@@ -20302,12 +21375,138 @@ def test_check_and_backup_while_running(new_server: Callable[..., Server], tmp_p
     assert room in dump
 
 
+def test_orders_from_a_shell(new_server: Callable[..., Server]) -> None:
+    """--admin does what the admin room does, for the server's own user only."""
+    running = new_server()
+    assert "conduit.py" in running.run_command("--admin", "version").stdout
+    made = running.run_command("--admin", "create-user bob 'a password'")
+    assert made.stdout == f"Created user @bob:{running.name} with password: a password\n"
+    Client(running).login("bob", "a password")
+    many = running.run_command("--admin", "deactivate-all\n```\nbob\n```")
+    assert "Deactivated 1" in many.stdout
+    wrong = running.run_command("--admin", "create-user")
+    assert (wrong.returncode, "NAME is missing" in wrong.stdout) == (1, True)
+    assert running.run_command("--admin", "no-such").returncode == 1
+    path = running.data / conduit.ADMIN_SOCKET
+    assert path.stat().st_mode & 0o777 == 0o600
+    with socket.socket(socket.AF_UNIX) as rude:
+        rude.connect(str(path))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            rude.sendall(b"x" * 3 * conduit.MAX_ORDER_BYTES)
+            rude.shutdown(socket.SHUT_WR)
+            assert rude.recv(100) == b""
+    running.kill9()
+    gone = running.run_command("--admin", "version")
+    assert (gone.returncode, "no server is running" in gone.stderr) == (1, True)
+    running.start()
+    assert running.run_command("--admin", "uptime").returncode == 0
+
+
+def upload_keys(client: Client, *names: str, fallback: str = "") -> None:
+    """Publish device keys, one-time keys of these names, and a fallback key."""
+    sign = {"signatures": {client.user_id: {f"ed25519:{client.device_id}": "s"}}}
+    device = {"user_id": client.user_id, "device_id": client.device_id, "algorithms": []}
+    body: Json = {"device_keys": {**device, "keys": {}, **sign}}
+    body["one_time_keys"] = {f"signed_curve25519:{n}": {"key": n, **sign} for n in names}
+    if fallback:
+        key = {"key": fallback, "fallback": True, **sign}
+        body["fallback_keys"] = {f"signed_curve25519:{fallback}": key}
+    ok(client.post("keys/upload", body))
+
+
+def claimed_key(client: Client, other: Client) -> str | None:
+    """The one-time key that the server hands out for another device."""
+    wanted = {other.user_id: {other.device_id: "signed_curve25519"}}
+    found = ok(client.post("keys/claim", {"one_time_keys": wanted}))["one_time_keys"]
+    keys = found.get(other.user_id, {}).get(other.device_id, {})
+    return next((key["key"] for key in keys.values()), None)
+
+
+def test_backup_and_restore(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    """The whole drill: what was there is there again, and no key is handed out twice."""
+    server = new_server()
+    alice, bob = register(server), register(server)
+    room_id = alice.room_with(bob)
+    alice.send_text(room_id, "before")
+    mxc = alice.upload(b"a picture" * 1000, "image/png")
+    upload_keys(alice, "A", "B", fallback="F")
+    upload_keys(bob, "C")
+    bob.poll()
+    archive = tmp_path / "all.tar"
+    assert server.run_command("--backup", str(archive)).returncode == 0
+    assert archive.stat().st_mode & 0o777 == 0o600
+    assert claimed_key(bob, alice) == "A"  # after the backup, which still has it
+    bob.since = alice.poll()["next_batch"]
+    later = alice.send_text(room_id, "after")
+    bob.poll()
+    refused = server.run_command("--restore", str(archive))
+    assert (refused.returncode, "is running" in refused.stderr) == (1, True)
+    server.kill9()
+    refused = server.run_command("--restore", str(archive))
+    assert (refused.returncode, "not empty" in refused.stderr) == (1, True)
+    server.data.rename(tmp_path / "old")
+    restored = server.run_command("--restore", str(archive))
+    assert restored.returncode == 0, restored.stderr
+    server.check()
+    server.start()
+    assert alice.bodies(room_id) == ["before"]
+    fails(alice.get(("rooms", room_id, "event", later)), 404)
+    assert alice.download(mxc).content == b"a picture" * 1000
+    assert claimed_key(bob, alice) == "F"  # A was handed out; B may have been
+    news = bob.poll()
+    assert alice.user_id in news["device_lists"]["changed"]
+    counts = alice.poll()["device_one_time_keys_count"]
+    assert counts == {"signed_curve25519": 0}
+    upload_keys(alice, "B", "D")
+    assert claimed_key(bob, alice) == "D"
+    alice.send_text(room_id, "and on")
+    assert [e["content"]["body"] for e in bob.timeline(room_id, bob.poll())] == ["and on"]
+
+
+def test_backups_in_a_folder(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    """Each gets a name of its own, and only so many stay; other files are left alone."""
+    server = new_server()
+    for name in ("conduit-20200101-000000.tar", "conduit-20200102-000000.tar", "other.tar"):
+        (tmp_path / name).touch()
+    assert server.run_command("--backup", str(tmp_path), "--keep", "2").returncode == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 3
+    assert {"conduit-20200102-000000.tar", "other.tar"} < set(names)
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "media/aa/../../evil", "conduit.toml"])
+def test_a_hostile_archive_is_refused(
+    new_server: Callable[..., Server], tmp_path: Path, name: str
+) -> None:
+    server = new_server(start=False)
+    archive = tmp_path / "evil.tar"
+    with tarfile.open(archive, "w") as members:
+        members.addfile(tarfile.TarInfo(name), io.BytesIO())
+    result = server.run_command("--restore", str(archive))
+    assert (result.returncode, "no backup" in result.stderr) == (1, True)
+    archive.write_bytes(b"rubbish" * 1000)
+    assert "cannot be read" in server.run_command("--restore", str(archive)).stderr
+    assert [path.name for path in server.data.iterdir()] == ["conduit.lock"]
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_backup_of_another_server_is_refused(
+    new_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    one, other = new_server(), new_server(start=False, server_name="other.example")
+    assert one.run_command("--backup", str(tmp_path / "a.tar")).returncode == 0
+    result = other.run_command("--restore", str(tmp_path / "a.tar"))
+    assert (result.returncode, "belongs to" in result.stderr) == (1, True)
+    assert [path.name for path in other.data.iterdir()] == ["conduit.lock"]
+
+
 def test_check_of_nothing_and_of_rubbish(new_server: Callable[..., Server]) -> None:
     """No database, or a file that is none, is an error in words."""
     fresh = new_server(start=False)
     missing = fresh.run_command("--check")
     assert (missing.returncode, "no database" in missing.stdout) == (1, True)
     assert fresh.run_command("--backup", str(fresh.folder / "copy")).returncode == 1
+    assert fresh.run_command("--restore", str(fresh.folder / "copy")).returncode == 1
     fresh.data.mkdir()
     (fresh.data / conduit.DATABASE_FILE).write_bytes(b"rubbish " * 1000)
     broken = fresh.run_command("--check")
@@ -22653,7 +23852,19 @@ SCANS: Final = {
     "SELECT user_nid FROM profile_updates": "at the start; the table is a queue",
     "SELECT user_nid, state, status_msg FROM presence": "at the start",
     "SELECT user_nid FROM accounts WHERE leaving = 1": "at the start; the index has only those",
-    "SELECT 1 FROM accounts WHERE is_guest = 0 AND user_nid IS NOT ? LIMIT 1": "the first will do",
+    "SELECT 1 FROM accounts WHERE is_guest = 0 AND by_appservice = 0 AND user_nid IS NOT ?"
+    " LIMIT 1": "the first will do",
+    "SELECT user_nid, user_id FROM accounts JOIN users USING (user_nid)": "a bridge is registered",
+    "SELECT DISTINCT room_nid FROM network_rooms": "bridged networks; an index of few rows",
+    "SELECT DISTINCT room_nid FROM memberships": "an admin asks for the list",
+    "SELECT user_id, COUNT(*), SUM(size) AS total FROM media JOIN users USING (user_nid)"
+    " GROUP BY user_nid ORDER BY total DESC": "an admin asks, in a thread",
+    "UPDATE one_time_keys SET used = 1, body = NULL WHERE NOT fallback": "after a restore",
+    "UPDATE one_time_keys SET used = 1 WHERE fallback": "after a restore",
+    "INSERT OR REPLACE INTO device_changes SELECT user_nid, 0, ? FROM accounts": "after a restore",
+    "SELECT id, registration FROM appservices": "at the start",
+    "SELECT COUNT(*) FROM accounts WHERE deactivated = 0 AND is_guest = 0": "metrics, in a thread",
+    "SELECT COUNT(*) FROM rooms": "metrics, in a thread",
     "SELECT device_nid FROM devices": "maintenance",
     "DELETE FROM short_tokens WHERE expires_ts <= ?": "maintenance; tokens of minutes, so few",
     "DELETE FROM short_tokens WHERE user_nid = ?": "deactivation; the same few",
