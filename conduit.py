@@ -12449,6 +12449,13 @@ MAX_EDITS = 50  # of one event, the newest, among which the valid ones are looke
 MAX_REFERENCES = 500  # of one event, in its aggregation
 MAX_COUNTED = 500  # replies, where some of them may be hidden from the reader
 MAX_SUBSCRIPTIONS = 10_000  # of one user
+SUBSCRIPTION = """
+    SELECT state, pos
+    FROM thread_subscriptions
+    WHERE user_nid = ?
+      AND room_nid = ?
+      AND root_id = ?
+"""
 
 # ── 41.1  Threads ────────────────────────────────────────────────────────────
 
@@ -12617,15 +12624,6 @@ class Threads:
         return [SubscriptionChange(room(row[0]).room_id, *row[1:]) for row in rows]
 
 
-SUBSCRIPTION = """
-    SELECT state, pos
-    FROM thread_subscriptions
-    WHERE user_nid = ?
-      AND room_nid = ?
-      AND root_id = ?
-"""
-
-
 def follows_thread(rooms: RoomReader, event: Event, user_id: str) -> bool | None:
     """Whether a user follows the event's thread; None outside of threads, and for who follows none.
 
@@ -12745,6 +12743,15 @@ def sum_up_references(reader: Reader, event: Event) -> Json | None:
     return {"chunk": chunk} if chunk else None
 
 
+def latest_reply(reader: Reader, event: Event) -> Json:
+    """The newest reply of a thread, with its own aggregations."""
+    shown = client_event(reader.hs.rooms, event, reader.user.device_nid)
+    sums = {REPLACE: sum_up_edits(reader, event), REFERENCE: sum_up_references(reader, event)}
+    if found := {kind: summed for kind, summed in sums.items() if summed is not None}:
+        shown["unsigned"]["m.relations"] = found
+    return shown
+
+
 def sum_up_thread(reader: Reader, event: Event) -> Json | None:
     """A thread in short.  Spec: "Server-side aggregation of `m.thread` relationships".
 
@@ -12767,7 +12774,7 @@ def sum_up_thread(reader: Reader, event: Event) -> Json | None:
             return None
         newest, count = seen[0], len(seen)
     return {
-        "latest_event": client_events(hs, user, [viewer.without_erased(newest)])[0],
+        "latest_event": latest_reply(reader, viewer.without_erased(newest)),
         "count": count,
         "current_user_participated": event.sender == user.user_id
         or any(row[0] == user.nid for row in rows),
@@ -13662,6 +13669,19 @@ async def post_action(hs: Homeserver, request: Request, room_id: str) -> Json:
     return {}
 
 
+def remembered(hs: Homeserver, room: Room) -> bool:
+    """Whether any user of this server is in the room, or has been and has not forgotten it."""
+    query = """
+        SELECT 1
+        FROM memberships
+        JOIN accounts USING (user_nid)
+        WHERE room_nid = ?
+          AND forgotten = 0
+        LIMIT 1
+    """
+    return hs.db.value(query, (room.nid,)) is not None
+
+
 @route("POST", ROOM_PATH + "/forget", auth=GUEST)
 async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Stop remembering a room that one has left.  400 M_UNKNOWN while still in it.
@@ -13677,19 +13697,6 @@ async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
     if membership is not None and not remembered(hs, room):
         hs.background(hs.rooms.purge_room(room))
     return {}
-
-
-def remembered(hs: Homeserver, room: Room) -> bool:
-    """Whether any user of this server is in the room, or has been and has not forgotten it."""
-    query = """
-        SELECT 1
-        FROM memberships
-        JOIN accounts USING (user_nid)
-        WHERE room_nid = ?
-          AND forgotten = 0
-        LIMIT 1
-    """
-    return hs.db.value(query, (room.nid,)) is not None
 
 
 async def send_guests_away(hs: Homeserver, room: Room) -> None:
