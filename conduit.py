@@ -2127,6 +2127,8 @@ def restore_folder(archive: Path, folder: Path, server_name: str) -> None:
 
     Trap: the folder may be a mount point, so it is filled, and not put in its place as a whole.
     """
+    if not archive.exists():
+        raise DatabaseRefused(f"there is no backup {archive}")
     lock = claim_folder(folder)
     fresh = folder / "restoring"
     try:
@@ -5408,7 +5410,7 @@ class RoomReceiver(RoomWriter):
             (room.nid, self.groups.names.nid(CREATE_KEY)),
         )
         if any(row[0] != event.event_id for row in rows):
-            raise AuthError("1", "The room has another create event")
+            raise AuthError("1.1", "The room has another create event")
 
     def _fits_now(self, room: Room, event: Event, before: int | None) -> bool:
         """Check 6: whether the current state allows the event as well."""
@@ -7793,6 +7795,14 @@ def parse_url(url: str) -> tuple[Target, str]:
     return target, path if path[0] == "/" else f"/{path}"
 
 
+def link_from(page: str, link: str) -> str:
+    """The URL that a link, or a redirect, leads to.  502 for what is none."""
+    try:
+        return urljoin(page, link)
+    except ValueError:
+        raise unreachable("A link leads nowhere") from None
+
+
 def is_refused(address: str, denylist: Iterable[Network]) -> bool:
     """Whether an address is in a range that requests must not go to; IPv4 within IPv6 as well."""
     parsed = parse_address(address)
@@ -8196,7 +8206,7 @@ class HttpClient:
                     return
             with as_unreachable(where.place):
                 scheme = "https" if where.tls_name else "http"
-                url = urljoin(f"{scheme}://{where.host_header}{path}", location)
+                url = link_from(f"{scheme}://{where.host_header}{path}", location)
             if where.tls_name and not url.lower().startswith("https:"):
                 raise unreachable(f"{where.place} redirects to a place that is not secure")
             target = None
@@ -21519,8 +21529,8 @@ CREATE INDEX previews_by_age ON previews (expires_ts);
 
 PREVIEW_KEPT_MS = 24 * 3600 * 1000
 FAILURE_KEPT_MS = 300_000  # how long a page that could not be read is not asked for again
-PREVIEW_SECONDS = 30.0  # for a page and its picture, all redirects included
-REQUEST_SECONDS = 10.0
+PAGE_SECONDS = 30.0  # for a page and its picture, all redirects included
+PREVIEW_SECONDS = 10.0  # for one request of these
 MAX_REDIRECTS = 5
 MAX_PAGE_BYTES = 4_194_304
 MAX_HTML = 1_048_576  # bytes of it that are read; what a preview shows stands near the top
@@ -21700,7 +21710,7 @@ class Previews:
         if kind not in {"text/html", "application/xhtml+xml"}:
             return {}, None
         found = await self.hs.db.in_thread(read_html, answer.body, content_type)
-        picture, media_nid = await self._picture(user_nid, urljoin(url, found.pop("og:image", "")))
+        picture, media_nid = await self._picture(user_nid, url, found.pop("og:image", ""))
         sizes = ("og:image:width", "og:image:height")
         numbers = {
             name: int(found[name]) for name in sizes if PIXELS.fullmatch(found.get(name, ""))
@@ -21708,12 +21718,13 @@ class Previews:
         said = {name: value for name, value in found.items() if not name.startswith("og:image")}
         return {**said, **({**numbers, **picture} if picture else {})}, media_nid
 
-    async def _picture(self, user_nid: UserNid, url: str) -> tuple[Json, int | None]:
+    async def _picture(self, user_nid: UserNid, page: str, link: str) -> tuple[Json, int | None]:
         """Fetch the picture of a page; a preview does without one that cannot be had."""
-        if not url.startswith(("http://", "https://")) or len(url) > MAX_URL:
-            return {}, None
         limit = min(MAX_PICTURE, self.hs.config.max_request_size)
         try:
+            url = link_from(page, link)
+            if not url.startswith(("http://", "https://")) or len(url) > MAX_URL:
+                return {}, None
             _, answer = await self._get(url, limit, listed=False)
         except MatrixError:
             return {}, None
@@ -21734,7 +21745,7 @@ class Previews:
     async def _get(self, url: str, limit: int, *, listed: bool) -> tuple[str, ClientResponse]:
         """What a URL leads to in the end, and its own URL; each step must be allowed."""
         client = self.hs.http_client
-        limits = {"timeout": REQUEST_SECONDS, "max_bytes": limit}
+        limits = {"timeout": PAGE_SECONDS, "max_bytes": limit}
         for _ in range(MAX_REDIRECTS + 1):
             if listed and not is_previewed(self.hs, url):
                 break
@@ -21744,7 +21755,7 @@ class Previews:
                 if answer.status != 200:
                     raise not_found(f"The page answered with status {answer.status}")
                 return url, answer
-            url = urljoin(url, target)
+            url = link_from(url, target)
         raise forbidden("This page may not be looked at, or leads nowhere")
 
 
