@@ -4258,6 +4258,7 @@ class Room:
         self.members_by_nid: dict[UserNid, str] = {}
         self.counts: Counter[str] = Counter()
         self.local_joined: set[UserNid] = set()
+        self.servers: Counter[str] = Counter()  # how many of each server's users are joined
         self.typing: dict[UserNid, int] = {}
         self.power: tuple[object, PowerLevels] | None = None
         self.acl: tuple[object, LruCache[str, bool]] = (None, LruCache(1))
@@ -4327,8 +4328,15 @@ class Room:
 
     def set_member(self, user_nid: UserNid, membership: str, *, is_local: bool) -> None:
         """Note a membership in the sums as well."""
-        self.counts[self.members_by_nid.get(user_nid, "")] -= 1
+        old = self.members_by_nid.get(user_nid, "")
+        self.counts[old] -= 1
         self.counts[membership] += 1
+        change = (membership == "join") - (old == "join")
+        if change:
+            server = server_of(self.store.database.user_id(user_nid))
+            self.servers[server] += change
+            if not self.servers[server]:
+                del self.servers[server]
         self.members_by_nid[user_nid] = membership
         if is_local and membership == "join":
             self.local_joined.add(user_nid)
@@ -4454,7 +4462,7 @@ class RoomReader:
             return
         room.extremities = json.loads(extremities)
         room.state = self.groups.named(self.groups.read(group))
-        for kept in (room.members_by_nid, room.counts, room.local_joined):
+        for kept in (room.members_by_nid, room.counts, room.local_joined, room.servers):
             kept.clear()
         rows = self.database.execute(
             "SELECT user_nid, membership FROM memberships WHERE room_nid = ?", (room.nid,)
@@ -9064,6 +9072,7 @@ class Federation:
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self._failing: LruCache[str, tuple[int, int]] = LruCache(DESTINATIONS_CACHED)
+        self.on_alive: Callable[[str], None] = lambda _: None  # the composition root sets this
         hs.db.on_reset(self._failing.clear)
 
     def failing(self, server: str) -> tuple[int, int]:
@@ -9081,13 +9090,16 @@ class Federation:
             with self.hs.db.write():
                 self.hs.db.execute("DELETE FROM destinations WHERE server = ?", (server,))
             self._failing.pop(server)
+            self.on_alive(server)
 
-    def failed(self, server: str) -> None:
+    def failed(self, server: str, before: int = 0) -> None:
         """The server did not answer; leave it alone for twice as long as the last time.
 
+        `before` says how often it failed already, where it answered, but to no good.
         Trap: many requests may fail together; only one counts.
         """
         failures, retry_ts = self.failing(server)
+        failures = max(failures, before)
         now, (first, longest) = now_ms(), BACKOFF_MS
         if retry_ts > now:
             return
@@ -17595,6 +17607,13 @@ CREATE TABLE device_changes (
     pos INTEGER NOT NULL, PRIMARY KEY (user_nid, viewer_nid)
 ) WITHOUT ROWID;
 CREATE INDEX device_changes_by_pos ON device_changes (pos);
+CREATE TABLE device_updates (            -- of our users, for other servers
+    user_nid INTEGER, device_id TEXT,    -- '': the cross-signing keys
+    pos INTEGER NOT NULL,                -- the stream_id of the newest update
+    previous INTEGER,                    -- and of the user's update before it, of any device
+    PRIMARY KEY (user_nid, device_id)
+) WITHOUT ROWID;
+CREATE INDEX device_updates_by_pos ON device_updates (pos);
 CREATE TABLE room_sharing (
     user_nid INTEGER, room_nid INTEGER,  -- and when they last came, or went
     pos INTEGER NOT NULL, joined INTEGER NOT NULL, PRIMARY KEY (user_nid, room_nid)
@@ -17630,6 +17649,8 @@ class KeyCache:
         self.counts: LruCache[DeviceNid, tuple[dict[str, int], list[str]]] = LruCache(capacity)
         self.queues: LruCache[DeviceNid, tuple[int, int]] = LruCache(capacity)
         self.lists_changed = position
+        # Messages for devices elsewhere are a later chapter's: the composition root sets this.
+        self.send_out: Callable[[str, str, Json], None] = lambda *_: None
         database.on_reset(self.counts.clear)
         database.on_reset(self.queues.clear)
 
@@ -17669,12 +17690,26 @@ def unused_fallback_types(hs: Homeserver, device_nid: DeviceNid) -> list[str]:
 # ── 20.2  Device list changes ────────────────────────────────────────────────
 
 
-def device_list_changed(hs: Homeserver, user_nid: UserNid, viewer_nid: int = 0) -> None:
-    """Tell those who share a room with the user, or one viewer alone, to look up keys again."""
+def latest_update(hs: Homeserver, user_nid: UserNid) -> int | None:
+    """The stream_id of the newest update to a user's device list, as other servers know it."""
+    query = "SELECT MAX(pos) FROM device_updates WHERE user_nid = ? AND device_id <> ''"
+    return cast("int | None", hs.db.value(query, (user_nid,)))
+
+
+def device_list_changed(
+    hs: Homeserver, user_nid: UserNid, device_id: str | None = None, *, viewer_nid: int = 0
+) -> None:
+    """Tell those who share a room with the user, or one viewer alone, to look up keys again.
+
+    `device_id` is which device of a user of ours changed; "" stands for the cross-signing keys.
+    """
     kind, target = (KEY_COUNTS, viewer_nid) if viewer_nid else (DEVICE_LIST, user_nid)
     hs.keys.lists_changed = pos = hs.stream.stamp(kind, target)
     change = (user_nid, viewer_nid, pos)
     hs.db.execute("INSERT OR REPLACE INTO device_changes VALUES (?, ?, ?)", change)
+    if device_id is not None and not viewer_nid:
+        update = (user_nid, device_id, pos, latest_update(hs, user_nid))
+        hs.db.execute("INSERT OR REPLACE INTO device_updates VALUES (?, ?, ?, ?)", update)
 
 
 def note_membership(
@@ -17852,7 +17887,7 @@ def store_cross_signing(hs: Homeserver, user_nid: UserNid, keys: dict[str, Json]
         for usage, key in after.items():
             row = (user_nid, usage, bounded_json(key, "A key"))
             hs.db.execute("INSERT INTO cross_signing_keys VALUES (?, ?, ?)", row)
-        device_list_changed(hs, user_nid)
+        device_list_changed(hs, user_nid, "")
 
 
 @route("POST", KEYS + "/device_signing/upload", auth=USER, also=OLD, body=CROSS_SIGNING)
@@ -17900,7 +17935,8 @@ def add_signatures(hs: Homeserver, user: Requester, user_id: str, name: str, val
     with hs.db.write():
         rows = [(target_nid, name, user.nid, *item) for item in found.items()]
         if sum(hs.db.execute(insert, row).rowcount for row in rows):
-            device_list_changed(hs, target_nid, 0 if is_own else user.nid)
+            of_device = "" if usage == "user_signing" else name
+            device_list_changed(hs, target_nid, of_device, viewer_nid=0 if is_own else user.nid)
 
 
 @route("POST", KEYS + "/signatures/upload", auth=USER, also=OLD, body={str: {str: dict}})
@@ -17954,7 +17990,7 @@ def store_device_keys(hs: Homeserver, user: Requester, device_nid: DeviceNid, ke
     if before is not None and signed_bytes(before) != signed_bytes(keys):
         forget_device(hs, user.nid, device_nid, device_id)
     hs.db.execute("INSERT OR REPLACE INTO device_keys VALUES (?, ?)", (device_nid, body))
-    device_list_changed(hs, user.nid)
+    device_list_changed(hs, user.nid, device_id)
 
 
 def store_key(
@@ -18162,7 +18198,6 @@ async def get_devices_for(hs: Homeserver, _request: Request, user_id: str) -> Js
     if user_nid is None or not hs.is_local(user_id) or not hs.accounts.is_active(user_id):
         raise not_found("There is no such user here")
     keys = await local_keys(hs, NOBODY, {user_id: []})
-    query = "SELECT pos FROM device_changes WHERE user_nid = ? AND viewer_nid = 0"
     devices = []
     for device_id, device in keys["device_keys"][user_id].items():
         unsigned = device.pop("unsigned")
@@ -18172,7 +18207,7 @@ async def get_devices_for(hs: Homeserver, _request: Request, user_id: str) -> Js
         for usage in ("master", "self_signing")
         if user_id in keys[f"{usage}_keys"]
     }
-    stream_id = hs.db.value(query, (user_nid,)) or 0
+    stream_id = latest_update(hs, user_nid) or 0
     return {"user_id": user_id, "stream_id": stream_id, "devices": devices, **crossed}
 
 
@@ -18517,6 +18552,7 @@ async def send_to_device(hs: Homeserver, request: Request, event_type: str, txn_
     if repeated_transaction(hs, request.user, scope, txn_id) is not None:
         return {}
     with hs.db.write():
+        hs.keys.send_out(request.user.user_id, event_type, request.json["messages"])
         for user_id, named in messages.items():
             user_nid = hs.db.find_user_nid(user_id) if hs.is_local(user_id) else None
             if user_nid is not None:
@@ -18633,14 +18669,16 @@ def device_removed(
         hs.db.execute(delete, (user_nid, device_nid))
         hs.keys.queues.pop(device_nid)
         if had_keys:
-            device_list_changed(hs, user_nid)
+            device_list_changed(hs, user_nid, device_id)
 
 
-def device_renamed(hs: Homeserver, user_nid: UserNid, device_nid: DeviceNid, _: str) -> None:
+def device_renamed(
+    hs: Homeserver, user_nid: UserNid, device_nid: DeviceNid, device_id: str
+) -> None:
     """Subscriber of the accounts: the display name is part of what a key query answers."""
     if published_keys(hs, device_nid) is not None:
         with hs.db.write():
-            device_list_changed(hs, user_nid)
+            device_list_changed(hs, user_nid, device_id)
 
 
 def account_deactivated(hs: Homeserver, user_nid: UserNid) -> None:
@@ -18655,7 +18693,7 @@ def account_deactivated(hs: Homeserver, user_nid: UserNid) -> None:
         hs.db.execute("DELETE FROM cross_signing_keys WHERE user_nid = ?", (user_nid,))
         hs.db.execute(sessions, (user_nid,))
         hs.db.execute("DELETE FROM backups WHERE user_nid = ?", (user_nid,))
-        device_list_changed(hs, user_nid)
+        device_list_changed(hs, user_nid, "")
 
 
 @restorer
@@ -18681,6 +18719,765 @@ invariant(
     EXCEPT SELECT device_nid FROM devices
     """,
 )
+# ═════════════════════════════════════════════════════════════════════════════
+#  55. SENDING
+#
+#  What happens here has to reach the other servers, in order, though half of them
+#  may be down. Nothing is written per event and server: events wait once, and each
+#  server has a position up to which it has everything. A row of its own has only a
+#  server that is late.        spec: SS-API "Transactions", "EDUs", "Device Management"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE sent_events (          -- that other servers are to get from us
+    nid INTEGER PRIMARY KEY,
+    room_nid INTEGER NOT NULL
+);
+CREATE INDEX sent_events_room ON sent_events (room_nid, nid);
+CREATE TABLE room_servers (         -- who was in a room when
+    server TEXT NOT NULL,
+    room_nid INTEGER NOT NULL,
+    since INTEGER NOT NULL,         -- what comes after this position is for the server,
+    until INTEGER NOT NULL,         -- what comes after this one no more
+    PRIMARY KEY (server, room_nid, since)
+) WITHOUT ROWID;
+CREATE INDEX room_servers_room ON room_servers (room_nid);
+CREATE TABLE late_servers (         -- the others have all up to `sent_upto` in meta
+    server TEXT PRIMARY KEY,
+    acked INTEGER NOT NULL          -- it has all up to this position
+) WITHOUT ROWID;
+CREATE TABLE to_device_out (
+    server TEXT NOT NULL,
+    pos INTEGER NOT NULL,
+    edu BLOB NOT NULL,
+    PRIMARY KEY (server, pos)
+);
+CREATE TABLE disabled_rooms (       -- that take no part in federation
+    room_id TEXT PRIMARY KEY
+) WITHOUT ROWID;
+""")
+invariant(
+    "events to be sent that are not there",
+    "SELECT nid FROM sent_events WHERE nid NOT IN (SELECT nid FROM events)",
+)
+invariant(
+    "servers in rooms that are not there",
+    "SELECT server FROM room_servers WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
+)
+invariant(
+    "messages for devices of servers that count as served",
+    "SELECT server FROM to_device_out WHERE server NOT IN (SELECT server FROM late_servers)",
+)
+
+MAX_PDUS, MAX_EDUS = 50, 100  # in one transaction, says the specification
+SEND_SECONDS = 60.0
+CATCH_UP = 1000  # who missed more of our events than this gets the newest of each room
+MAX_SUSPECTS = 5  # things in a row that a server may choke on while it takes the next
+GIVE_UP = 30  # failures (over a day) after which who shares no room with us is forgotten
+MAX_OUTGOING = 2000  # to-device EDUs that wait for one server; later ones are dropped
+EDU_BYTES = 65_536  # a to-device EDU is split if it would be larger
+RECEIPT_SECONDS = (0.1, 0.02, 10.0)  # how long receipts are collected: least, per server, most
+SAVE_SECONDS = 1.0
+REFUSALS = frozenset({400, 413, 500})  # what a server says that chokes on something in it
+
+log_sending = logging.getLogger("conduit.sending")
+
+# ── 55.1  What waits for a server ────────────────────────────────────────────
+
+WAITING_EVENTS = """
+    SELECT DISTINCT sent_events.nid
+    FROM sent_events
+    CROSS JOIN room_servers
+      ON room_servers.room_nid = sent_events.room_nid
+     AND server = :server
+     AND since < nid
+     AND until >= nid
+    WHERE nid > :after
+    ORDER BY nid
+    LIMIT :size
+"""
+NEWEST_OF_ROOMS = """
+    SELECT DISTINCT newest
+    FROM (
+        SELECT (
+            SELECT MAX(nid)
+            FROM sent_events
+            WHERE sent_events.room_nid = room_servers.room_nid
+              AND nid > MAX(since, :after)
+              AND nid <= until
+        ) AS newest
+        FROM room_servers
+        WHERE server = :server
+          AND until > :after
+    )
+    WHERE newest IS NOT NULL
+    ORDER BY newest
+    LIMIT :size
+"""
+EduKey = tuple[str, int, int]  # typing, receipt or presence; the room, or 0; the user, or 0
+
+
+class Item(NamedTuple):
+    """Something that waits for a server and must not get lost."""
+
+    pos: int
+    kind: str  # "pdus" or "edus", as the transaction has it
+    value: Json
+
+
+@dataclass(slots=True, eq=False)
+class Queue:
+    """How far a server is, as long as something waits for it."""
+
+    server: str
+    acked: int  # position up to which it has everything
+    is_late: bool = False  # there is a row
+    is_busy: bool = False  # it waits for its turn, or has it
+    retry_ts: int = 0  # when it is tried again, if it has to wait
+    failures: int = 0
+    size: int = MAX_EDUS  # items in a transaction, fewer after one was refused
+    suspect: int = 0  # position of the item that may be the reason; it is passed over
+    suspects: int = 0  # and how many there are
+    edus: dict[EduKey, int] = field(default_factory=dict)  # what may get lost; see Sender
+
+
+def missed_many(hs: Homeserver, after: int) -> bool:
+    """Whether there are so many events after a position that only the newest are sent."""
+    query = "SELECT 1 FROM sent_events WHERE nid > ? ORDER BY nid LIMIT 1 OFFSET ?"
+    return hs.db.value(query, (after, CATCH_UP)) is not None
+
+
+def waiting_pdus(hs: Homeserver, server: str, after: int) -> tuple[list[Item], int]:
+    """The next events for a server, and the position up to which these are all."""
+    sql = NEWEST_OF_ROOMS if missed_many(hs, after) else WAITING_EVENTS
+    rows = hs.db.all(sql, {"server": server, "after": after, "size": MAX_PDUS})
+    events = hs.rooms.events_by_nids(row[0] for row in rows)
+    items = [Item(event.nid, "pdus", event.pdu) for event in events]
+    return items, rows[-1][0] if len(rows) == MAX_PDUS else hs.stream.position
+
+
+def waiting_messages(hs: Homeserver, server: str, after: int) -> tuple[list[Item], int]:
+    """The next to-device messages, likewise."""
+    query = "SELECT pos, edu FROM to_device_out WHERE server = ? AND pos > ? ORDER BY pos LIMIT ?"
+    rows = hs.db.all(query, (server, after, MAX_EDUS))
+    items = [Item(pos, "edus", json.loads(edu)) for pos, edu in rows]
+    return items, rows[-1][0] if len(rows) == MAX_EDUS else hs.stream.position
+
+
+def rooms_shared(hs: Homeserver, user_nid: UserNid, server: str) -> bool:
+    """Whether a user is in a room together with somebody of a server."""
+    return any(server in hs.rooms.by_nid(nid).servers for nid in hs.rooms.joined_rooms(user_nid))
+
+
+def waiting_device_lists(hs: Homeserver, server: str, after: int) -> tuple[list[Item], int]:
+    """The next changes of device lists and cross-signing keys, likewise.
+
+    An update says which it follows (prev_id), so that who missed one asks for the whole list. What
+    changed twice is sent once; within a run each follows the one before it.
+    """
+    query = """
+        SELECT user_nid, device_id, pos, previous
+        FROM device_updates
+        WHERE pos > ?
+        ORDER BY pos
+        LIMIT ?
+    """
+    rows = hs.db.all(query, (after, MAX_EDUS))
+    items, last = list[Item](), dict[UserNid, int]()
+    for user_nid, device_id, pos, previous in rows:
+        if rooms_shared(hs, user_nid, server):
+            follows = last.get(user_nid, previous)
+            edu = device_list_edu(hs, user_nid, device_id, pos, follows)
+            items.append(Item(pos, "edus", edu))
+            last |= {user_nid: pos} if device_id else {}
+    return items, rows[-1][2] if len(rows) == MAX_EDUS else hs.stream.position
+
+
+def device_list_edu(
+    hs: Homeserver, user_nid: UserNid, device_id: str, pos: int, follows: int | None
+) -> Json:
+    """One device, or the cross-signing keys, of a user as they are now."""
+    user_id = hs.db.user_id(user_nid)
+    keys: Json = {f"{usage}_keys": {} for usage in ("device", *USAGES)}
+    add_keys_of(hs, keys, user_nid, NOBODY, [device_id])
+    content: Json = {"user_id": user_id}
+    if not device_id:
+        for usage in ("master", "self_signing"):
+            if user_id in keys[f"{usage}_keys"]:
+                content[f"{usage}_key"] = keys[f"{usage}_keys"][user_id]
+        return {"edu_type": "m.signing_key_update", "content": content}
+    device = keys["device_keys"][user_id].get(device_id)
+    content |= {"device_id": device_id, "stream_id": pos, "prev_id": [follows] if follows else []}
+    if device is None:
+        content["deleted"] = True
+    else:
+        content |= {**device.pop("unsigned"), "keys": device}
+    return {"edu_type": "m.device_list_update", "content": content}
+
+
+def next_items(hs: Homeserver, queue: Queue) -> tuple[list[Item], int]:
+    """What goes into the next transaction, in order, and how far the server is after it.
+
+    All sources count in positions of the one stream; where one of them has more to say, nothing
+    beyond that position is taken of the others.
+    """
+    after = max(queue.acked, queue.suspect)
+    sources = [
+        source(hs, queue.server, after)
+        for source in (waiting_pdus, waiting_device_lists, waiting_messages)
+    ]
+    upto = min(position for _, position in sources)
+    found = [item for items, _ in sources for item in items if item.pos <= upto]
+    found.sort(key=operator.attrgetter("pos"))
+    if len(found) <= queue.size:
+        return found, upto
+    return found[: queue.size], found[queue.size - 1].pos
+
+
+def split_messages(messages: Json) -> Iterator[Json]:
+    """To-device messages by user and device, in parts that are not too large."""
+    part, size = dict[str, Json](), 0
+    for user_id, named in messages.items():
+        for device_id, content in named.items():
+            length = len(canonical_json(content)) + len(user_id) + len(device_id)
+            if part and size + length > EDU_BYTES - 1000:
+                yield part
+                part, size = {}, 0
+            part.setdefault(user_id, {})[device_id] = content
+            size += length
+    if part:
+        yield part
+
+
+# ── 55.2  What may get lost ──────────────────────────────────────────────────
+
+
+def receipt_edus(hs: Homeserver, moved: Mapping[RoomNid, int]) -> Iterator[Json]:
+    """The public receipts of our users that moved in some rooms, each after a position.
+
+    An EDU has one receipt for each user and room: the others, of other threads, go into more.
+    """
+    contents: list[Json] = []
+    for room_nid, since in moved.items():
+        room, count = hs.rooms.by_nid(room_nid), Counter[UserNid]()
+        for user_nid, kind, thread, event_id, ts in hs.receipts.newer(room_nid, since):
+            if kind != READ or user_nid not in room.local_joined:
+                continue
+            if count[user_nid] == len(contents):
+                contents.append({})
+            data = {"ts": ts} if thread == UNTHREADED else {"ts": ts, "thread_id": thread}
+            users = contents[count[user_nid]].setdefault(room.room_id, {}).setdefault(READ, {})
+            users[hs.db.user_id(user_nid)] = {"event_ids": [event_id], "data": data}
+            count[user_nid] += 1
+    yield from ({"edu_type": "m.receipt", "content": content} for content in contents)
+
+
+def brief_edus(hs: Homeserver, edus: Mapping[EduKey, int]) -> list[Json]:
+    """Typing, receipts and presence, as they are now."""
+    moved = {RoomNid(key[1]): since for key, since in edus.items() if key[0] == RECEIPT}
+    found = list(receipt_edus(hs, moved))
+    for (kind, room_nid, user_nid), typing in edus.items():
+        if kind == TYPING:
+            room_id = hs.rooms.by_nid(RoomNid(room_nid)).room_id
+            content = {"room_id": room_id, "user_id": hs.db.user_id(UserNid(user_nid))}
+            found.append({"edu_type": "m.typing", "content": {**content, "typing": bool(typing)}})
+    present = [UserNid(key[2]) for key in edus if key[0] == PRESENCE]
+    push = [{"user_id": hs.db.user_id(nid), **hs.presence.of(nid)} for nid in present]
+    return found + ([{"edu_type": "m.presence", "content": {"push": push}}] if push else [])
+
+
+# ── 55.3  The sender ─────────────────────────────────────────────────────────
+
+
+class Sender:
+    """Brings to each server what waits for it: one transaction at a time, each in its turn.
+
+    A server that has everything costs nothing and is not known here. One that does not answer
+    waits in a heap, with one timer for all, until its time comes or it gives a sign of life.
+    """
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self.db = hs.db
+        self.queues: dict[str, Queue] = {}
+        self.disabled = {row[0] for row in hs.db.all("SELECT room_id FROM disabled_rooms")}
+        self._own = hs.config.server_name
+        self._ready: deque[Queue] = deque()
+        self._running = 0
+        self._share = max(1, hs.config.max_concurrent_requests // 2)
+        self._retries: list[tuple[int, str]] = []
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._typing: dict[int, set[UserNid]] = {}
+        self._receipts: dict[RoomNid, int] = {}  # rooms where some moved, after which position
+
+    # What there is to send
+
+    def subscribe(self) -> None:
+        """Hear of all that other servers must know."""
+        rooms = self.hs.rooms
+        rooms.subscribe_membership(self._membership_changed)
+        rooms.subscribe_sent(self.add)
+        self.db.on_reset(self._reread)
+        rooms.subscribe_purge(self._forget_room)
+        rooms.subscribe_history(self._forget_events)
+        self.hs.stream.subscribe(self._stamped)
+
+    def add(self, room: Room, event: Event) -> None:
+        """Send an event to all servers that are in its room: ours, or one that we vouch for.
+
+        A kick, ban or refusal of somebody whose server is not in the room goes to that server too.
+        """
+        if not self.hs.config.allow_federation or room.room_id in self.disabled:
+            return
+        servers = room.servers.keys() - {self._own}
+        target = server_of(event.state_key or "")
+        is_removed = event.type == MEMBER and event.membership in {"leave", "ban"}
+        if is_removed and target not in {*servers, self._own} and is_server_name(target):
+            servers.add(target)
+            row = (target, room.nid, event.nid - 1, event.nid)
+            self.db.execute("INSERT OR IGNORE INTO room_servers VALUES (?, ?, ?, ?)", row)
+        if servers:
+            self.db.execute("INSERT INTO sent_events VALUES (?, ?)", (event.nid, room.nid))
+        for server in servers:
+            self._wake(server, event.nid)
+
+    def send_to_devices(self, sender: str, kind: str, messages: Json) -> None:
+        """Queue messages for devices of other servers' users; inside a write block.
+
+        Each is delivered exactly once, by its message_id. Where too much waits, nothing is added.
+        """
+        if not self.hs.config.allow_federation:
+            return
+        servers: dict[str, Json] = {}
+        for user_id in filter(is_user_id, messages):
+            servers.setdefault(server_of(user_id), {})[user_id] = messages[user_id]
+        servers.pop(self._own, None)
+        for server, named in servers.items():
+            for part in split_messages(named):
+                content = {"sender": sender, "type": kind, "messages": part}
+                content["message_id"] = random_token(16)
+                self._queue_message(server, {"edu_type": "m.direct_to_device", "content": content})
+
+    def _queue_message(self, server: str, edu: Json) -> None:
+        query = "SELECT COUNT(*) FROM to_device_out WHERE server = ?"
+        if self.db.value(query, (server,)) >= MAX_OUTGOING:
+            log_sending.warning("too many messages wait for %s; another one is dropped", server)
+            return
+        pos = self.hs.stream.advance()
+        row = (server, pos, canonical_json(edu))
+        self.db.execute("INSERT INTO to_device_out VALUES (?, ?, ?)", row)
+        self._note_late(self._wake(server, pos))
+
+    def _membership_changed(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
+        """Note which servers come and go; the event that does it is the last of a server's."""
+        came, server = new == "join", server_of(self.db.user_id(user_nid))
+        if came == (old == "join"):
+            return
+        here = self.hs.stream.position
+        if server == self._own:
+            if came:
+                self._introduce(room, user_nid)
+        elif came and room.servers[server] == 1:
+            row = (server, room.nid, here, MAX_POSITION)
+            self.db.execute("INSERT OR REPLACE INTO room_servers VALUES (?, ?, ?, ?)", row)
+        elif not came and server not in room.servers:
+            self.db.execute(
+                """
+                UPDATE room_servers
+                SET until = ?
+                WHERE server = ? AND room_nid = ? AND until > ?
+                """,
+                (here, server, room.nid, here),
+            )
+
+    def _introduce(self, room: Room, user_nid: UserNid) -> None:
+        """Let servers that a user of ours meets for the first time know of their devices.
+
+        Spec: SS-API "Device Management". One update will do: it follows one that they do not know,
+        so they ask for the whole list.
+        """
+        others = [nid for nid in self.hs.rooms.joined_rooms(user_nid) if nid != room.nid]
+        known = set[str]().union(*(self.hs.rooms.by_nid(nid).servers for nid in others))
+        query = """
+            SELECT device_id
+            FROM device_updates
+            WHERE user_nid = ? AND device_id <> ''
+            LIMIT 1
+        """
+        device_id = self.db.value(query, (user_nid,))
+        if device_id is not None and room.servers.keys() - known - {self._own}:
+            device_list_changed(self.hs, user_nid, device_id)
+
+    def _forget_room(self, room: Room) -> None:
+        self.db.execute("DELETE FROM sent_events WHERE room_nid = ?", (room.nid,))
+        self.db.execute("DELETE FROM room_servers WHERE room_nid = ?", (room.nid,))
+
+    def _forget_events(self, _: Room, nids: list[EventNid]) -> None:
+        delete = "DELETE FROM sent_events WHERE nid IN (SELECT value FROM json_each(?))"
+        self.db.execute(delete, (json.dumps(nids),))
+
+    def _stamped(self, kind: str, target: int) -> None:
+        """Subscriber of the stream: what changed beside the rooms' events."""
+        config = self.hs.config
+        if not config.allow_federation:
+            return
+        if kind == TYPING:
+            self._typing_changed(RoomNid(target), is_told=config.allow_outgoing_typing)
+        elif kind == RECEIPT and config.allow_outgoing_read_receipts:
+            self._collect_receipts(RoomNid(target))
+        elif kind == DEVICE_LIST:
+            self._wake_all(self._servers_of(UserNid(target)), self.hs.stream.position, None)
+        elif kind == PRESENCE and config.allow_outgoing_presence:
+            self._wake_all(self._servers_of(UserNid(target)), None, (PRESENCE, 0, target))
+
+    def _servers_of(self, user_nid: UserNid) -> set[str]:
+        """The servers that share a room with a user, if the user is one of ours."""
+        rooms = self.hs.rooms
+        joined = rooms.joined_rooms(user_nid) if rooms.is_local(user_nid) else []
+        return {server for nid in joined for server in rooms.by_nid(nid).servers}
+
+    def _typing_changed(self, room_nid: RoomNid, *, is_told: bool) -> None:
+        room, before = self.hs.rooms.by_nid(room_nid), self._typing.pop(room_nid, set())
+        now = room.local_joined.intersection(self.hs.typing.users(room_nid))
+        if now:
+            self._typing[room_nid] = now
+        for user_nid in now ^ before if is_told and room.room_id not in self.disabled else ():
+            self._wake_all(room.servers, None, (TYPING, room_nid, user_nid), user_nid in now)
+
+    def _collect_receipts(self, room_nid: RoomNid) -> None:
+        """Wait a little for more of them, and longer the more servers have to hear of it."""
+        room = self.hs.rooms.by_nid(room_nid)
+        if len(room.servers) > 1 and room_nid not in self._receipts:
+            self._receipts[room_nid] = self.hs.stream.position - 1
+            least, each, most = RECEIPT_SECONDS
+            wait = min(most, least + each * len(room.servers))
+            asyncio.get_running_loop().call_later(wait, self._tell_receipts, room_nid)
+
+    def _tell_receipts(self, room_nid: RoomNid) -> None:
+        since, room = self._receipts.pop(room_nid), self.hs.rooms.by_nid(room_nid)
+        if room.room_id not in self.disabled and any(receipt_edus(self.hs, {room_nid: since})):
+            self._wake_all(room.servers, None, (RECEIPT, room_nid, 0), since)
+
+    def _wake_all(
+        self, servers: Iterable[str], pos: int | None, edu: EduKey | None, value: int = 0
+    ) -> None:
+        for server in servers:
+            if server != self._own:
+                queue = self._wake(server, pos)
+                if edu is not None and (edu[0] != TYPING or not queue.retry_ts):
+                    old = value if edu[0] == TYPING else queue.edus.get(edu, value)
+                    queue.edus[edu] = min(old, value)
+
+    # Whose turn it is
+
+    def start(self) -> None:
+        """Go on where the last run ended."""
+        if not self.hs.config.allow_federation:
+            return
+        if (after := self.db.meta("sent_upto")) is None:
+            after = self.hs.stream.position
+            self.save()
+        for server, acked in self.db.all("SELECT server, acked FROM late_servers"):
+            self.queues[server] = Queue(server, acked, is_late=True)
+        waiting = """
+            SELECT DISTINCT server
+            FROM sent_events
+            CROSS JOIN room_servers USING (room_nid)
+            WHERE nid > ?
+              AND since < nid
+              AND until >= nid
+        """
+        servers = {row[0] for row in self.db.all(waiting, (after,))}
+        changed = "SELECT DISTINCT user_nid FROM device_updates WHERE pos > ?"
+        for (user_nid,) in self.db.all(changed, (after,)):
+            servers |= self._servers_of(user_nid)
+        for server in servers - {self._own}:
+            self.queues.setdefault(server, Queue(server, after))
+        for each in list(self.queues.values()):
+            self._schedule(each)
+
+    def _wake(self, server: str, pos: int | None = None) -> Queue:
+        """Something new waits for a server, since a position if it must not get lost."""
+        queue = self.queues.get(server)
+        if queue is None:
+            acked = self.hs.stream.position if pos is None else pos - 1
+            queue = self.queues[server] = Queue(server, acked)
+        if not queue.is_busy and not queue.retry_ts:
+            self._schedule(queue)
+        return queue
+
+    def _schedule(self, queue: Queue) -> None:
+        """Put a queue behind those that are ready, or let it wait for its time."""
+        queue.failures, retry_ts = self.hs.federation.failing(queue.server)
+        if retry_ts > now_ms():
+            self._note_late(queue)
+            queue.is_busy = False
+            self._pause(queue, retry_ts)
+            return
+        queue.retry_ts, queue.is_busy = 0, True
+        self._ready.append(queue)
+        asyncio.get_running_loop().call_soon(self._next_turns)
+
+    def _pause(self, queue: Queue, retry_ts: int) -> None:
+        queue.retry_ts = retry_ts
+        queue.edus = {key: value for key, value in queue.edus.items() if key[0] != TYPING}
+        heapq.heappush(self._retries, (retry_ts, queue.server))
+        if self._retries[0][1] == queue.server:
+            self._arm()
+
+    def _note_late(self, queue: Queue) -> None:
+        """From now on the server's position has a row: the others need not wait for it."""
+        if not queue.is_late:
+            with self.db.write():
+                row = (queue.server, queue.acked)
+                self.db.execute("INSERT OR REPLACE INTO late_servers VALUES (?, ?)", row)
+            queue.is_late = True
+
+    def _arm(self) -> None:
+        """One timer for all that wait: it goes off for the first of them."""
+        self._stop_timer("retry")
+        if self._retries:
+            wait = max(0, self._retries[0][0] - now_ms()) / 1000
+            self._call_later("retry", wait, self._retry)
+
+    def _retry(self) -> None:
+        while self._retries and self._retries[0][0] <= now_ms():
+            retry_ts, server = heapq.heappop(self._retries)
+            queue = self.queues.get(server)
+            if queue is not None and queue.retry_ts == retry_ts and not queue.is_busy:
+                self._schedule(queue)
+        self._arm()
+
+    def alive(self, server: str) -> None:
+        """A server that was waited for has given a sign of life."""
+        queue = self.queues.get(server)
+        if queue is not None and not queue.is_busy:
+            self._schedule(queue)
+
+    def _call_later(self, name: str, seconds: float, function: Callable[[], None]) -> None:
+        if name not in self._timers:
+            loop = asyncio.get_running_loop()
+            self._timers[name] = loop.call_later(seconds, self._timer_ends, name, function)
+
+    def _timer_ends(self, name: str, function: Callable[[], None]) -> None:
+        del self._timers[name]
+        function()
+
+    def _stop_timer(self, name: str) -> None:
+        timer = self._timers.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _next_turns(self) -> None:
+        """Fair shares: who had a turn goes behind all others who are ready."""
+        while self._ready and self._running < self._share:
+            self._running += 1
+            self.hs.background(self._turn(self._ready.popleft()))
+
+    async def _turn(self, queue: Queue) -> None:
+        """Send one transaction, and see whether there is more."""
+        try:
+            if await self._transact(queue):
+                self._schedule(queue)
+            else:
+                del self.queues[queue.server]
+        except Exception as error:  # a full disk, say: this server waits, the others do not
+            is_expected = isinstance(error, MatrixError)
+            log_sending.error("sending to %s failed", queue.server, exc_info=not is_expected)
+            self._pause(queue, now_ms() + BACKOFF_MS[0])
+            queue.is_busy = False
+        finally:
+            self._running -= 1
+            self._next_turns()
+
+    # A transaction
+
+    async def _transact(self, queue: Queue) -> bool:
+        """Whether there may be more to do for the server after this."""
+        items, upto = next_items(self.hs, queue)
+        if not items and queue.suspect:  # nothing else to try it with
+            queue.suspect = queue.suspects = 0
+            self.hs.federation.failed(queue.server, queue.failures)
+            return True
+        taken, queue.edus = queue.edus, {}
+        content = self._transaction(items, taken)
+        if not content["pdus"] and not content["edus"]:
+            return self._delivered(queue, upto)
+        path = f"{FEDERATION_API}/send/{random_token(16)}"
+        status, answer = await self._put(queue.server, path, content)
+        if status == 200:
+            self._log_refused(queue.server, answer)
+            return self._delivered(queue, upto)
+        for key, value in taken.items():
+            if key[0] != TYPING and status not in REFUSALS:
+                queue.edus[key] = min(value, queue.edus.get(key, value))
+        self._refused(queue, items, status)
+        return True
+
+    def _transaction(self, items: list[Item], edus: Mapping[EduKey, int]) -> Json:
+        content: Json = {"origin": self._own, "origin_server_ts": now_ms(), "pdus": [], "edus": []}
+        for item in items:
+            content[item.kind].append(item.value)
+        content["edus"] = (content["edus"] + brief_edus(self.hs, edus))[:MAX_EDUS]
+        return content
+
+    async def _put(self, server: str, path: str, content: Json) -> tuple[int, Json]:
+        """The status and the JSON that a server answers with; 0 if it does not answer."""
+        ask = self.hs.federation.stream
+        try:
+            async with ask(server, "PUT", path, content=content, timeout=SEND_SECONDS) as response:
+                response.body = await response.read()
+                return response.status, response.json() if response.status == 200 else {}
+        except MatrixError as error:
+            log_sending.info("%s was not reached: %s", server, error.error)
+            return 0, {}
+
+    def _log_refused(self, server: str, answer: Json) -> None:
+        """What a server says against single events is for people: it would say it again."""
+        verdicts = answer.get("pdus")
+        for event_id, verdict in verdicts.items() if isinstance(verdicts, dict) else ():
+            error = verdict.get("error") if isinstance(verdict, dict) else None
+            if error:
+                log_sending.info("%s refuses %.255s: %.200s", server, event_id, error)
+
+    def _delivered(self, queue: Queue, upto: int) -> bool:
+        """The server has everything up to a position; whether more waits for it."""
+        if queue.suspect:
+            log_sending.error("%s chokes on what is at %d; left out", queue.server, queue.suspect)
+        queue.acked, queue.suspect, queue.suspects = max(upto, queue.acked), 0, 0
+        queue.size = min(MAX_EDUS, 2 * queue.size)
+        more = upto < self.hs.stream.position or bool(queue.edus)
+        if more and not queue.edus:
+            items, end = next_items(self.hs, queue)
+            more = bool(items) or end < self.hs.stream.position
+        if queue.is_late:
+            with self.db.write():
+                self._write_acked(queue, is_done=not more)
+        self._call_later("save", SAVE_SECONDS, self.save)
+        return more
+
+    def _write_acked(self, queue: Queue, *, is_done: bool) -> None:
+        acked, server = queue.acked, queue.server
+        delete = "DELETE FROM to_device_out WHERE server = ? AND pos <= ?"
+        self.db.execute(delete, (server, acked))
+        if is_done:
+            self.db.execute("DELETE FROM late_servers WHERE server = ?", (server,))
+            queue.is_late = False
+        else:
+            update = "UPDATE late_servers SET acked = ? WHERE server = ?"
+            self.db.execute(update, (acked, server))
+
+    def _refused(self, queue: Queue, items: list[Item], status: int) -> None:
+        """Find the one thing that a server chokes on, by halves; else leave it alone for a while.
+
+        Trap: a server in trouble refuses everything. So what is refused alone is left out only
+        when the server then takes what comes after it.
+        """
+        if status in REFUSALS and len(items) > 1:
+            queue.size = len(items) // 2
+            return
+        if status in REFUSALS and items and queue.suspects < MAX_SUSPECTS:
+            queue.suspect, queue.size = items[0].pos, 1
+            queue.suspects += 1
+            return
+        queue.suspect = queue.suspects = 0
+        self.hs.federation.failed(queue.server, queue.failures)
+
+    def save(self) -> None:
+        """Note how far all are that are not late; what is sent again is known by its id."""
+        waiting = [queue.acked for queue in self.queues.values() if not queue.is_late]
+        self.db.set_meta("sent_upto", min(waiting, default=self.hs.stream.position))
+
+    def maintain(self) -> None:
+        """Forget the events that every server has, and servers that are gone and not missed."""
+        self.save()
+        shared = "SELECT 1 FROM room_servers WHERE server = ? AND until = ? LIMIT 1"
+        for server, each in list(self.queues.items()):
+            key = (server, MAX_POSITION)
+            if each.failures >= GIVE_UP and self.db.value(shared, key) is None:
+                self.reset(each)
+        query = "SELECT MIN(acked) FROM late_servers"
+        sent, late = self.db.meta("sent_upto"), self.db.value(query)
+        with self.db.write():
+            upto = sent if late is None else min(sent, late)
+            self.db.execute("DELETE FROM sent_events WHERE nid <= ?", (upto,))
+            self.db.execute("DELETE FROM room_servers WHERE until <= ?", (upto,))
+
+    def reset(self, queue: Queue) -> None:
+        """Throw away what waits for a server."""
+        with self.db.write():
+            self.db.execute("DELETE FROM to_device_out WHERE server = ?", (queue.server,))
+            self.db.execute("DELETE FROM late_servers WHERE server = ?", (queue.server,))
+        queue.acked, queue.suspect, queue.is_late = self.hs.stream.position, 0, False
+        queue.edus.clear()
+        if not queue.is_busy:
+            del self.queues[queue.server]
+
+    def _reread(self) -> None:
+        """Writes were undone: find out whose row is there."""
+        late = {row[0] for row in self.db.all("SELECT server FROM late_servers")}
+        for server, each in self.queues.items():
+            each.is_late = server in late
+
+    def stop(self) -> None:
+        """No more turns, no more timers."""
+        self._ready.clear()
+        for timer in self._timers.values():
+            timer.cancel()
+
+
+# ── 55.4  For the admin ──────────────────────────────────────────────────────
+
+
+class QueueStatus(NamedTuple):
+    """What an admin sees of a queue."""
+
+    server: str
+    events: int
+    messages: int
+    failures: int
+    retry_ts: int  # 0: it has its turn
+
+
+def queue_status(hs: Homeserver, queue: Queue) -> QueueStatus:
+    """How long a queue is, counted up to CATCH_UP, and when it is tried again."""
+    wanted = {"server": queue.server, "after": queue.acked, "size": CATCH_UP}
+    events = len(hs.db.all(WAITING_EVENTS, wanted))
+    query = "SELECT COUNT(*) FROM to_device_out WHERE server = ?"
+    messages = hs.db.value(query, (queue.server,))
+    failures = hs.federation.failing(queue.server)[0]
+    return QueueStatus(queue.server, events, messages, failures, queue.retry_ts)
+
+
+def queues_by_lateness(hs: Homeserver) -> list[QueueStatus]:
+    """All servers for which something waits, those that are stuck for longest first."""
+    queues = sorted(hs.sender.queues.values(), key=lambda queue: queue.acked)
+    return [queue_status(hs, queue) for queue in queues]
+
+
+def retry_server(hs: Homeserver, server: str) -> None:
+    """End the waiting for a server, and try what waits for it at once."""
+    hs.federation.succeeded(server)
+
+
+def reset_queue(hs: Homeserver, server: str) -> bool:
+    """Throw away what waits for a server; False if nothing does."""
+    queue = hs.sender.queues.get(server)
+    if queue is not None:
+        hs.sender.reset(queue)
+    return queue is not None
+
+
+def set_room_federation(hs: Homeserver, room_id: str, *, enabled: bool) -> None:
+    """Let a room take part in federation again, or no longer: nothing goes out or comes in."""
+    statement = "INSERT OR IGNORE INTO disabled_rooms VALUES (?)"
+    if enabled:
+        statement = "DELETE FROM disabled_rooms WHERE room_id = ?"
+    with hs.db.write():
+        hs.db.execute(statement, (room_id,))
+    (hs.sender.disabled.discard if enabled else hs.sender.disabled.add)(room_id)
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  21. SYNC
 #
@@ -25453,6 +26250,7 @@ class Homeserver:
         self.http_client = HttpClient(self)
         self.pushers = Pushers(self)
         self.keys = KeyCache(self.db, self.stream.position, scale)
+        self.sender = Sender(self)
         self.notifier = Notifier(self.rooms, self.stream)
         self.lazy_members: LruCache[tuple[int | None, RoomNid], dict[str, tuple[EventNid, int]]] = (
             LruCache(LAZY_MEMBERS)
@@ -25491,7 +26289,8 @@ class Homeserver:
         A new event: delayed events (others' state goes before theirs), threads, presence (the
         sender is active), pushers (whom to wake up), the admin room (it may be a command).
         A report: the admin room.
-        A changed membership: unread counts, typing, device lists, the syncs that wait.
+        A changed membership: unread counts, typing, device lists, the syncs that wait, the sender
+        (which servers are in the room). An event of ours: the sender.
         """
         self.accounts.on_account_created(functools.partial(auto_join, self))
         self.accounts.on_registered(functools.partial(store_consent, self))
@@ -25509,6 +26308,9 @@ class Homeserver:
         self.rooms.subscribe_purge(self.threads.forget_room)
         self.rooms.subscribe_history(self.search.forget_events)
         self.rooms.erased = self.accounts.erased
+        self.sender.subscribe()
+        self.keys.send_out = self.sender.send_to_devices
+        self.federation.on_alive = self.sender.alive
 
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
@@ -25540,6 +26342,7 @@ class Homeserver:
         self.delayed_events.arm()
         self.pushers.start()
         self.appservices.start()
+        self.sender.start()
         await self.db.synced()
         tls = self.config.tls
         context = None if tls is None else tls_context(Path(tls.certs), Path(tls.key))
@@ -25577,6 +26380,7 @@ class Homeserver:
         await self.http.stop(HARD_STOP_SECONDS)
         self.delayed_events.stop()
         self.pushers.stop()
+        self.sender.stop()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -25607,6 +26411,7 @@ class Homeserver:
         self.presence.save()
         self.media.maintain()
         self.delayed_events.maintain()
+        self.sender.maintain()
 
     async def _tidy_rooms(self) -> None:
         """Once a day: what rooms no longer need goes, in batches."""
