@@ -4369,6 +4369,22 @@ TIMELINE_OLDEST = """
     LIMIT ?
 """
 LOWEST_ABOVE = "SELECT MIN(pos) FROM events WHERE room_nid = ? AND pos > ?"
+AUTH_CHAIN = """
+    WITH RECURSIVE chain (nid) AS (
+        SELECT auth.value
+        FROM json_each(?) AS given
+        JOIN events ON event_id = given.value
+        JOIN json_each(events.auth) AS auth
+        UNION
+        SELECT auth.value
+        FROM chain
+        JOIN events USING (nid)
+        JOIN json_each(events.auth) AS auth
+    )
+    SELECT event_id
+    FROM chain
+    JOIN events USING (nid)
+"""
 
 
 class RoomReader:
@@ -4807,25 +4823,7 @@ class RoomResolver(RoomReader):
 
     def auth_chain(self, event_ids: Iterable[str]) -> list[str]:
         """The ids of all that these events stand on, by their auth events and theirs in turn."""
-        rows = self.database.execute(
-            """
-            WITH RECURSIVE chain (nid) AS (
-                SELECT auth.value
-                FROM json_each(?) AS given
-                JOIN events ON event_id = given.value
-                JOIN json_each(events.auth) AS auth
-                UNION
-                SELECT auth.value
-                FROM chain
-                JOIN events USING (nid)
-                JOIN json_each(events.auth) AS auth
-            )
-            SELECT event_id
-            FROM chain
-            JOIN events USING (nid)
-            """,
-            (json.dumps(list(event_ids)),),
-        )
+        rows = self.database.execute(AUTH_CHAIN, (json.dumps(list(event_ids)),))
         return [row[0] for row in rows]
 
     def state_ids(self, event: Event) -> list[str]:
@@ -15747,19 +15745,18 @@ BY_TIME_EARLIER = """
 
 
 async def event_by_time(
-    hs: Homeserver, room: Room, user_nid: UserNid | None, ts: int, *, backwards: bool
+    hs: Homeserver, room: Room, may_see: Callable[[Event], bool], ts: int, *, backwards: bool
 ) -> Event | None:
-    """The event nearest to a time, at or before it or at or after it, that the user may see.
+    """The event nearest to a time, at or before it or at or after it, that who asks may see.
 
-    Trap: a long past that is hidden from the user must not end the search; others get their turn.
+    Trap: a long past that is hidden from them must not end the search; others get their turn.
     """
     sql = BY_TIME_EARLIER if backwards else BY_TIME_LATER
     at = (ts, MAX_POSITION if backwards else MIN_POSITION)
-    viewer = Viewer(hs.rooms, room, user_nid)
     size = 1
     while rows := hs.db.all(sql, (room.nid, *at, size)):
         events = hs.rooms.events_by_nids(row[2] for row in rows)
-        found = next(filter(viewer.may_see, events), None)
+        found = next(filter(may_see, events), None)
         if found is not None:
             return found
         at, size = rows[-1][:2], DAY_PAGE
@@ -15767,22 +15764,30 @@ async def event_by_time(
     return None
 
 
-@route("GET", ROOM_V1 + "/timestamp_to_event", auth=GUEST, limit="search", also=(MSC3030_PATH,))
-async def get_event_by_time(hs: Homeserver, request: Request, room_id: str) -> Json:
-    """The event nearest to a time (`ts`, milliseconds) in a direction (`dir`).
-
-    Spec: CS-API "Jumping to a point in a room's history".  404 when there is none.
-    """
-    room = viewable_room(hs, request, room_id)
+async def event_near(
+    hs: Homeserver, request: Request, room: Room, may_see: Callable[[Event], bool]
+) -> Json:
+    """The answer to who asks for the event nearest to `ts` (milliseconds) in a direction `dir`."""
     if request.arg("ts") is None or request.arg("dir") is None:
         raise missing_param("ts and dir are needed")
     if request.arg("dir") not in {"f", "b"}:
         raise invalid_param("dir is b or f")
     ts, backwards = request.int_arg("ts", 0, 0, MAX_POSITION), request.arg("dir") == "b"
-    event = await event_by_time(hs, room, request.user.nid, ts, backwards=backwards)
+    event = await event_by_time(hs, room, may_see, ts, backwards=backwards)
     if event is None:
         raise not_found("There is no event in that direction")
     return {"event_id": event.event_id, "origin_server_ts": event.origin_server_ts}
+
+
+@route("GET", ROOM_V1 + "/timestamp_to_event", auth=GUEST, limit="search", also=(MSC3030_PATH,))
+async def get_event_by_time(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """The event nearest to a time in a direction, for a user.
+
+    Spec: CS-API "Jumping to a point in a room's history".  404 when there is none.
+    """
+    room = viewable_room(hs, request, room_id)
+    viewer = Viewer(hs.rooms, room, request.user.nid)
+    return await event_near(hs, request, room, viewer.may_see)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -19476,6 +19481,291 @@ def set_room_federation(hs: Homeserver, room_id: str, *, enabled: bool) -> None:
     with hs.db.write():
         hs.db.execute(statement, (room_id,))
     (hs.sender.disabled.discard if enabled else hs.sender.disabled.add)(room_id)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  57. SERVING ROOMS
+#
+#  What other servers may ask of a room: events that they miss, what those stand on,
+#  the state at some point. A room answers to servers that are in it and that its ACL
+#  does not shut out; what their users could not see they get without its content.
+#    spec: SS-API "Backfilling and retrieving missing events", "Retrieving events", "Spaces"
+# ═════════════════════════════════════════════════════════════════════════════
+
+MAX_SERVED = 100  # events in one answer
+MAX_SERVED_CHILDREN = 1000  # rooms of a space in one answer
+SERVED_BATCH = 200  # events read at a time, for an answer that has all of a room's state
+MISSING_BODY: Final = {
+    **{"limit?": int, "min_depth?": int},
+    **{"earliest_events": [str], "latest_events": [str]},
+}
+
+# ── 57.1  Who may ask, and see what ──────────────────────────────────────────
+
+
+def check_served(hs: Homeserver, room: Room, server: str) -> None:
+    """403 for a server that is not in a room, or that the room's ACL or our admin shuts out."""
+    if room.room_id in hs.sender.disabled or not acl_allows(room, server):
+        raise forbidden("Your server is not allowed in this room")
+    if server not in room.servers:
+        raise forbidden("Your server is not in this room")
+
+
+def served_room(hs: Homeserver, request: Request, room_id: str) -> Room:
+    """The room of a path, for the server that asks; 404 or 403."""
+    room = hs.rooms.get(room_id)
+    check_served(hs, room, request.origin)
+    return room
+
+
+def served_event(hs: Homeserver, room: Room, event_id: str | None) -> Event:
+    """An event of that room which was not rejected, or 404."""
+    event = None if event_id is None else hs.rooms.event(event_id)
+    if event is None or event.room_nid != room.nid or event.rejected:
+        raise not_found("There is no such event in this room")
+    return event
+
+
+class ServerView:
+    """What a server may see of a room: what any of its users may.
+
+    Spec: CS-API "Room history visibility". Where that is not known, for an event whose place in
+    the room is unknown, the setting of today decides.
+    """
+
+    def __init__(self, hs: Homeserver, room: Room, server: str) -> None:
+        self.rooms = hs.rooms
+        self.room = room
+        self.server = server
+        self._were_there: dict[tuple[int, bool], bool] = {}
+
+    @functools.cached_property
+    def users(self) -> list[str]:
+        """All of the server's users who ever were in the room, or invited."""
+        names = map(self.rooms.database.user_id, self.room.members_by_nid)
+        return [user_id for user_id in names if server_of(user_id) == self.server]
+
+    def may_see(self, event: Event) -> bool:
+        """Whether the server may have the content of an event."""
+        if event.sender in self.rooms.erased and not event.is_state:
+            return False
+        if event.state_group is None:
+            return self.room.history_visibility in {"shared", "world_readable"}
+        around = [self.rooms.entry_after(event, VISIBILITY_KEY)]
+        if event.key == VISIBILITY_KEY:
+            around.append(self.rooms.entry_before(event, VISIBILITY_KEY))
+        settings = {history_visibility_of(setting) for setting in around}
+        if settings & {"shared", "world_readable"}:
+            return True
+        key = (event.state_group, "invited" in settings)
+        if key not in self._were_there:
+            self._were_there[key] = self._was_there(*key)
+        return self._were_there[key]
+
+    def _was_there(self, group: int, invited_too: bool) -> bool:
+        enough = {"join", "invite"} if invited_too else {"join"}
+        entries = (self.rooms.entry(group, (MEMBER, user_id)) for user_id in self.users)
+        return any(entry is not None and entry.membership in enough for entry in entries)
+
+    def shows(self, event: Event) -> bool:
+        """Whether an event may be pointed out to the server."""
+        hidden = event.rejected or event.soft_failed or event.type == DUMMY_EVENT
+        return not hidden and self.may_see(event)
+
+    def pdus(self, events: Iterable[Event]) -> list[Json]:
+        """Events as the server gets them; without content where it may not see it."""
+        return [
+            event.pdu if self.may_see(event) else redact(event.version, event.pdu)
+            for event in events
+        ]
+
+
+# ── 57.2  Events ─────────────────────────────────────────────────────────────
+
+
+def walk_back(
+    hs: Homeserver,
+    room: Room,
+    start: Iterable[str],
+    limit: int,
+    skipped: Iterable[str] = (),
+    min_depth: int = 0,
+) -> list[Event]:
+    """Events of a room by their ids and what precedes them, the deepest first, up to `limit`."""
+    seen, found = set(skipped), list[Event]()
+    heap: list[tuple[int, EventNid, Event]] = []
+
+    def reach(event_ids: Iterable[str]) -> None:
+        for event in hs.rooms.events_by_ids(set(event_ids) - seen):
+            seen.add(event.event_id)
+            if event.room_nid == room.nid and not event.rejected and event.depth >= min_depth:
+                heapq.heappush(heap, (-event.depth, event.nid, event))
+
+    reach(start)
+    while heap and len(found) < limit:
+        event = heapq.heappop(heap)[2]
+        found.append(event)
+        reach(event.prev_events)
+    return found
+
+
+def as_transaction(hs: Homeserver, pdus: list[Json]) -> Json:
+    """Events in the form in which servers answer with them."""
+    return {"origin": hs.config.server_name, "origin_server_ts": now_ms(), "pdus": pdus}
+
+
+@route("GET", FEDERATION_API + "/event/{event_id}", auth=FEDERATION)
+async def serve_event(hs: Homeserver, request: Request, event_id: str) -> Json:
+    """One event.  Spec: SS-API "Retrieving events".  404, or 403 for who is not in its room."""
+    event = hs.rooms.event(event_id)
+    if event is None or event.rejected:
+        raise not_found("There is no such event")
+    room = hs.rooms.by_nid(event.room_nid)
+    check_served(hs, room, request.origin)
+    return as_transaction(hs, ServerView(hs, room, request.origin).pdus([event]))
+
+
+@route("GET", FEDERATION_API + "/backfill/{room_id}", auth=FEDERATION)
+async def serve_backfill(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Some events (`v`) and what precedes them, up to `limit`.  Spec: SS-API "Backfilling"."""
+    room, start = served_room(hs, request, room_id), request.query.get("v", [])
+    limit = request.int_arg("limit", MAX_SERVED, 1, MAX_SERVED)
+    if not start:
+        raise missing_param("v is missing")
+    events = walk_back(hs, room, start[:MAX_SERVED], limit)
+    return as_transaction(hs, ServerView(hs, room, request.origin).pdus(events))
+
+
+MISSING_PATH: Final = FEDERATION_API + "/get_missing_events/{room_id}"
+
+
+@route("POST", MISSING_PATH, auth=FEDERATION, body=MISSING_BODY)
+async def serve_missing_events(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """What lies between events that a server has and newer ones, oldest first.
+
+    Spec: SS-API "Backfilling and retrieving missing events".
+    """
+    room, body = served_room(hs, request, room_id), request.json
+    latest = hs.rooms.events_by_ids(body["latest_events"][:MAX_SERVED])
+    earliest = set(body["earliest_events"]) | {event.event_id for event in latest}
+    start = {one for event in latest if event.room_nid == room.nid for one in event.prev_events}
+    limit = min(max(body.get("limit", 10), 0), MAX_SERVED)
+    events = walk_back(hs, room, start, limit, earliest, body.get("min_depth", 0))
+    return {"events": ServerView(hs, room, request.origin).pdus(reversed(events))}
+
+
+@route("GET", FEDERATION_API + "/timestamp_to_event/{room_id}", auth=FEDERATION)
+async def serve_event_by_time(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """The event nearest to a time.  Spec: SS-API `GET /timestamp_to_event`.  404: there is none."""
+    room = served_room(hs, request, room_id)
+    return await event_near(hs, request, room, ServerView(hs, room, request.origin).shows)
+
+
+# ── 57.3  State ──────────────────────────────────────────────────────────────
+
+
+def with_create(room: Room, chain: list[str]) -> list[str]:
+    """An auth chain with the create event, which nothing names where the room has its id."""
+    created = "$" + room.room_id[1:]
+    return chain + [created] * (room.version.room_id_is_hash and created not in chain)
+
+
+async def state_and_chain(hs: Homeserver, request: Request, room_id: str) -> list[list[str]]:
+    """The ids of the state before an event, and of all that this stands on; read in a thread.
+
+    404 when the event, or the state at it, is not known.
+    """
+    room = served_room(hs, request, room_id)
+    event = served_event(hs, room, request.arg("event_id"))
+    if event.state_group is None:
+        raise not_found("The state at this event is not known here")
+    nids = json.dumps(list(hs.rooms.state_before(event).values()))
+    await hs.db.synced()
+
+    def read(connection: sqlite3.Connection) -> list[list[str]]:
+        query = "SELECT event_id FROM json_each(?) JOIN events ON nid = value"
+        state = [row[0] for row in connection.execute(query, (nids,))]
+        chain = connection.execute(AUTH_CHAIN, (json.dumps(state),))
+        return [state, with_create(room, [row[0] for row in chain])]
+
+    return await hs.db.read_in_thread(read)
+
+
+async def events_as_json(hs: Homeserver, **lists: list[str]) -> AsyncIterator[bytes]:
+    """A JSON object with lists of events as they are stored, read as they go out."""
+    query = "SELECT pdu FROM json_each(?) JOIN events ON event_id = value"
+    for name, event_ids in lists.items():
+        yield b'%s"%s":' % (b"{" if name == next(iter(lists)) else b",", name.encode())
+        comma = b"["
+        for at in range(0, len(event_ids), SERVED_BATCH):
+            rows = hs.db.all(query, (json.dumps(event_ids[at : at + SERVED_BATCH]),))
+            if rows:
+                yield comma + b",".join(row[0] for row in rows)
+                comma = b","
+            await asyncio.sleep(0)
+        yield b"]" if comma == b"," else b"[]"
+    yield b"}"
+
+
+@route("GET", FEDERATION_API + "/state/{room_id}", auth=FEDERATION)
+async def serve_state(hs: Homeserver, request: Request, room_id: str) -> Response:
+    """The state before an event, with its auth chain.  Spec: SS-API "Retrieving events"."""
+    state, chain = await state_and_chain(hs, request, room_id)
+    return Response(body=events_as_json(hs, pdus=state, auth_chain=chain))
+
+
+@route("GET", FEDERATION_API + "/state_ids/{room_id}", auth=FEDERATION)
+async def serve_state_ids(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """The same, by ids."""
+    state, chain = await state_and_chain(hs, request, room_id)
+    return {"pdu_ids": state, "auth_chain_ids": chain}
+
+
+@route("GET", FEDERATION_API + "/event_auth/{room_id}/{event_id}", auth=FEDERATION)
+async def serve_event_auth(
+    hs: Homeserver, request: Request, room_id: str, event_id: str
+) -> Response:
+    """All that an event stands on.  Spec: SS-API "Retrieving event authorisation information"."""
+    room = served_room(hs, request, room_id)
+    chain = hs.rooms.auth_chain([served_event(hs, room, event_id).event_id])
+    return Response(body=events_as_json(hs, auth_chain=with_create(room, chain)))
+
+
+# ── 57.4  Spaces ─────────────────────────────────────────────────────────────
+
+
+def server_may_preview(hs: Homeserver, room: Room, server: str) -> bool:
+    """Whether some user of a server might be in a room, join it, or look into it."""
+    if room.room_id in hs.sender.disabled or not acl_allows(room, server):
+        return False
+    if room.history_visibility == "world_readable" or server in room.servers:
+        return True
+    conditions = (one for one in allow_conditions(room) if isinstance(one, dict))
+    allowed = (hs.rooms.find(str(one.get("room_id"))) for one in conditions)
+    return room.join_rule in OPEN_RULES or any(one and server in one.servers for one in allowed)
+
+
+@route("GET", FEDERATION_API + "/hierarchy/{room_id}", auth=FEDERATION)
+async def serve_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """A room in short and the rooms right below it.  Spec: SS-API "Spaces".
+
+    404 for a room that nobody of that server could join or look into.
+    """
+    room, server = hs.rooms.get(room_id), request.origin
+    if not server_may_preview(hs, room, server):
+        raise not_found("There is no such room")
+    below = children_state(room, suggested_only=request.bool_arg("suggested_only", False))
+    children, hidden = list[Json](), list[str]()
+    for at, child_id in enumerate(one["state_key"] for one in below[:MAX_SERVED_CHILDREN]):
+        child = hs.rooms.find(child_id)
+        if child is not None and server_may_preview(hs, child, server):
+            children.append(room_summary(child))
+        elif child is not None:
+            hidden.append(child_id)
+        if at % MAX_SERVED == 0:
+            await asyncio.sleep(0)
+    top = {**room_summary(room), "children_state": below}
+    return {"room": top, "children": children, "inaccessible_children": hidden}
 
 
 # ═════════════════════════════════════════════════════════════════════════════
