@@ -16295,6 +16295,700 @@ def test_there_is_one_dehydrated_device(server: Server, alice: Client, bob: Clie
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  55. SENDING
+#
+#  A peer in the tests' hands gets what a server sends, and answers as it is told:
+#  it takes all, chokes on something, is down for a while, or dies in the middle.
+# ═════════════════════════════════════════════════════════════════════════════
+
+SEND_PATH: Final = "/_matrix/federation/v1/send/"
+
+
+class Destination(Peer):
+    """A peer that takes transactions; `verdict` may say otherwise (a status, for a content)."""
+
+    def __init__(self, authority: Authority) -> None:
+        self.transactions: list[Json] = []
+        self.verdict: Callable[[Json], int] = lambda _: 200
+        super().__init__(authority, max_request_size=1 << 24)
+
+    async def handle(self, request: conduit.Request) -> conduit.Response:
+        if not request.path.startswith(SEND_PATH):
+            return await super().handle(request)
+        content = json.loads(await request.stream.read())
+        status = self.verdict(content)
+        if status == 0:  # it takes its time, and never answers
+            await asyncio.Event().wait()
+        if status != 200:
+            raise conduit.MatrixError(status, "M_UNKNOWN", "No")
+        self.transactions.append(content)
+        return conduit.Response(200, b'{"pdus":{}}')
+
+    def user(self, name: str = "eve") -> str:
+        return f"@{name}:{self.name}"
+
+    @property
+    def pdus(self) -> list[Json]:
+        return [pdu for content in self.transactions for pdu in content["pdus"]]
+
+    @property
+    def bodies(self) -> list[str]:
+        return [pdu["content"]["body"] for pdu in self.pdus if pdu["type"] == "m.room.message"]
+
+    def edus(self, edu_type: str) -> list[Json]:
+        return [
+            edu["content"]
+            for content in self.transactions
+            for edu in content["edus"]
+            if edu["edu_type"] == edu_type
+        ]
+
+
+def remote_event(
+    hs: conduit.Homeserver,
+    room: conduit.Room,
+    sender: str,
+    key: conduit.SigningKey,
+    event_type: str,
+    content: Json,
+    state_key: str | None = None,
+) -> conduit.Event:
+    """An event as the server of its sender would make it now."""
+    wanted = conduit.auth_types_for_event(room.version, event_type, sender, state_key, content)
+    auth, before = hs.rooms.entries(room, room.group, wanted), hs.rooms.tips(room)
+    fields = {
+        **{"type": event_type, "sender": sender, "content": content, "room_id": room.room_id},
+        "origin_server_ts": conduit.now_ms(),
+        "prev_events": [conduit.event_reference(event) for event in before],
+        "auth_events": [conduit.event_reference(event) for event in auth.values()],
+        "depth": 1 + max(event.depth for event in before),
+        **({} if state_key is None else {"state_key": state_key}),
+    }
+    return conduit.finish_event(room.version, fields, conduit.server_of(sender), key)
+
+
+def inside(server: Server, story: Callable[[conduit.Homeserver], Any]) -> Any:
+    """Stop a server, do something with all that it is in this process, and start it again."""
+
+    async def told() -> Any:
+        hs = conduit.Homeserver(conduit.load_config({"CONDUIT_CONFIG": str(server.config_path)})[0])
+        result = story(hs)
+        if asyncio.iscoroutine(result):
+            result = await result
+        await hs.stop()
+        return result
+
+    server.stop()
+    result = asyncio.run(told())
+    server.start()
+    return result
+
+
+def come(server: Server, room_id: str, *peers: Peer, membership: str = "join") -> None:
+    """Let eve of some peers join (or leave) a room, as if their servers had sent that."""
+
+    def story(hs: conduit.Homeserver) -> None:
+        room = hs.rooms.get(room_id)
+        for peer in peers:
+            user = f"@eve:{peer.name}"
+            content = {"membership": membership}
+            event = remote_event(hs, room, user, peer.key, "m.room.member", content, user)
+            assert not hs.rooms.receive(room, event).rejected
+
+    inside(server, story)
+
+
+@pytest.fixture
+def sending(tmp_path: Path, authority: Authority) -> Iterator[Server]:
+    """A server whose federation works."""
+    made = federating(tmp_path, authority, allow_outgoing_presence=True).start()
+    yield made
+    made.stop()
+    made.assert_clean_log()
+    made.check()
+
+
+@pytest.fixture
+def receiver(authority: Authority) -> Destination:
+    return Destination(authority)
+
+
+@pytest.fixture
+def shared(sending: Server, receiver: Destination) -> tuple[Client, str]:
+    """Alice, and a public room that she shares with eve of the receiver."""
+    alice = register(sending, unique("alice"))
+    room_id = alice.create_room(preset="public_chat")
+    come(sending, room_id, receiver)
+    return alice, room_id
+
+
+# ── 55.1  What waits for a server ────────────────────────────────────────────
+
+
+def test_events_come_in_order_and_once(
+    shared: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """At most 50 in a transaction, each signed, and none that was there before eve was."""
+    alice, room_id = shared
+    private = alice.create_room()
+    alice.send_text(private, "not for eve")
+    sent = [f"{n}" for n in range(70)]
+    for text in sent:
+        alice.send_text(room_id, text)
+    eventually(lambda: len(receiver.bodies) >= len(sent))
+    assert receiver.bodies == sent
+    assert all(len(content["pdus"]) <= 50 for content in receiver.transactions)
+    assert {pdu["room_id"] for pdu in receiver.pdus} == {room_id}
+    assert {content["origin"] for content in receiver.transactions} == {sending.name}
+    sending.restart()
+    alice.send_text(room_id, "after")
+    eventually(lambda: receiver.bodies[-1] == "after")
+    assert receiver.bodies == [*sent, "after"]
+
+
+def test_the_kick_is_the_last_that_a_server_hears(
+    shared: tuple[Client, str], receiver: Destination, authority: Authority, sending: Server
+) -> None:
+    """Who was only invited, or knocks, hears of the refusal too, by their server."""
+    alice, room_id = shared
+    other = Destination(authority)
+    come(sending, room_id, other)
+    ok(alice.post(("rooms", room_id, "kick"), {"user_id": receiver.user()}))
+    alice.send_text(room_id, "she is gone")
+    ok(alice.post(("rooms", room_id, "ban"), {"user_id": receiver.user("mallory")}))
+    alice.send_text(room_id, "and the other one")
+    eventually(lambda: other.bodies == ["she is gone", "and the other one"])
+    eventually(lambda: len(receiver.pdus) == 2)
+    assert [pdu["content"]["membership"] for pdu in receiver.pdus] == ["leave", "ban"]
+    come(sending, room_id, other, membership="leave")
+    alice.send_text(room_id, "alone")
+    time.sleep(0.3)
+    assert "alone" not in other.bodies + receiver.bodies
+
+
+def test_who_missed_much_gets_the_newest_of_each_room(
+    sending: Server, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing of a room twice, or of rooms that it was not in."""
+    alice = register(sending)
+    rooms = [alice.create_room(preset="public_chat") for _ in range(3)]
+    peer = Destination(authority)
+    come(sending, rooms[0], peer)
+    come(sending, rooms[1], peer)
+    monkeypatch.setattr(conduit, "CATCH_UP", 5)
+
+    def story(hs: conduit.Homeserver) -> list[Any]:
+        queue = conduit.Queue(peer.name, hs.stream.position)
+        newest = [
+            hs.rooms.send(hs.rooms.get(room_id), alice.user_id, "m.room.message", {"body": "x"})
+            for room_id in rooms * 4 + rooms[:1]
+        ]
+        items, upto = conduit.next_items(hs, queue)
+        return [[item.pos for item in items], [newest[10].nid, newest[12].nid], upto, newest]
+
+    found, expected, upto, newest = inside(sending, story)
+    assert found == expected and upto >= newest[-1].nid
+
+
+def test_who_comes_back_gets_what_it_missed(
+    shared: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """The wait survives a restart, and ends when the other side asks us something."""
+    alice, room_id = shared
+    receiver.verdict = lambda _: 502
+    for n in range(3):
+        alice.send_text(room_id, f"{n}")
+    query = "SELECT failures FROM destinations"
+    eventually(lambda: database_rows(sending, query))
+    sending.restart()
+    assert database_rows(sending, query) and not receiver.bodies
+    receiver.verdict = lambda _: 200
+    alice.send_text(room_id, "3")
+    time.sleep(0.3)
+    assert not receiver.bodies  # it is left alone
+    ok(
+        receiver.ask(
+            sending, "GET", f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+        )
+    )
+    eventually(lambda: receiver.bodies == ["0", "1", "2", "3"])
+    eventually(lambda: not database_rows(sending, "SELECT * FROM late_servers"))
+    assert not database_rows(sending, query)
+
+
+def database_rows(server: Server, query: str) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(server.database)) as database:
+        return database.execute(query).fetchall()
+
+
+# ── 55.2  What may get lost ──────────────────────────────────────────────────
+
+
+def test_typing_and_receipts_go_out(
+    shared: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    alice, room_id = shared
+    alice.poll()
+    root = alice.send_text(room_id, "root")
+    relation = {"rel_type": "m.thread", "event_id": root}
+    reply = alice.send(room_id, "m.room.message", {"body": "r", "m.relates_to": relation})
+    ok(alice.put(("rooms", room_id, "typing", alice.user_id), {"typing": True}))
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", root), {}))
+    ok(alice.post(("rooms", room_id, "receipt", "m.read.private", reply), {}))
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", reply), {"thread_id": root}))
+    eventually(lambda: receiver.edus("m.typing"))
+    typing = {"room_id": room_id, "user_id": alice.user_id, "typing": True}
+    assert receiver.edus("m.typing") == [typing]
+    ok(alice.put(("rooms", room_id, "typing", alice.user_id), {"typing": False}))
+    eventually(lambda: receiver.edus("m.typing")[1:] == [{**typing, "typing": False}])
+    eventually(lambda: len(receiver.edus("m.receipt")) >= 2)
+    marks = [edu[room_id]["m.read"][alice.user_id] for edu in receiver.edus("m.receipt")]
+    shown = [(mark["event_ids"], mark["data"].get("thread_id")) for mark in marks]
+    assert shown == [([root], None), ([reply], root)]
+    eventually(lambda: receiver.edus("m.presence"))
+    assert receiver.edus("m.presence")[0]["push"][0]["user_id"] == alice.user_id
+
+
+def test_switched_off_nothing_goes_out(
+    shared: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    alice, room_id = shared
+    off = ("allow_outgoing_typing", "allow_outgoing_read_receipts", "allow_outgoing_presence")
+    sending.write_config(**dict.fromkeys(off, False))
+    sending.restart()
+    receiver.transactions.clear()
+    event_id = alice.send_text(room_id, "x")
+    ok(alice.put(("rooms", room_id, "typing", alice.user_id), {"typing": True}))
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id), {}))
+    alice.poll()
+    time.sleep(0.5)
+    alice.send_text(room_id, "y")
+    eventually(lambda: receiver.bodies == ["x", "y"])
+    assert not [edu for content in receiver.transactions for edu in content["edus"]]
+
+
+# ── 55.3  The sender ─────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_sec_15_poison_is_left_out_and_its_neighbours_are_not(
+    shared: tuple[Client, str], receiver: Destination, sending: Server, status: int
+) -> None:
+    """One event and one message that the other side chokes on, in the middle of others."""
+    alice, room_id = shared
+    receiver.verdict = lambda content: status if "poison" in json.dumps(content) else 200
+    with_gate = receiver.verdict
+    receiver.verdict = lambda _: 429
+    for n in range(9):
+        alice.send_text(room_id, "poison" if n in {4, 5} else f"{n}")
+        message = {receiver.user(): {"DEV": {"poison" if n == 6 else "n": n}}}
+        ok(alice.put(("sendToDevice", "m.test", unique("txn")), {"messages": message}))
+    receiver.verdict = with_gate
+    ok(
+        receiver.ask(
+            sending, "GET", f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+        )
+    )
+    eventually(lambda: receiver.bodies == ["0", "1", "2", "3", "6", "7", "8"])
+    seen = [edu["messages"][receiver.user()]["DEV"] for edu in receiver.edus("m.direct_to_device")]
+    eventually(lambda: not database_rows(sending, "SELECT 1 FROM late_servers"))
+    assert seen == [{"n": n} for n in range(9) if n != 6]
+    assert sending.log.count("chokes on what is at") == 3
+    assert not database_rows(sending, "SELECT 1 FROM to_device_out")
+
+
+def test_a_server_in_trouble_loses_nothing(
+    shared: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """Who answers 500 to everything does not choke on something."""
+    alice, room_id = shared
+    receiver.verdict = lambda _: 500
+    for n in range(4):
+        alice.send_text(room_id, f"{n}")
+    eventually(lambda: database_rows(sending, "SELECT 1 FROM destinations"))
+    receiver.verdict = lambda _: 200
+    ok(
+        receiver.ask(
+            sending, "GET", f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+        )
+    )
+    eventually(lambda: receiver.bodies == ["0", "1", "2", "3"])
+
+
+def test_kill_between_sending_and_the_answer(
+    shared: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """Nothing is lost; what comes again is known by its event id or message_id."""
+    alice, room_id = shared
+    seen: list[Json] = []
+
+    def take_and_be_silent(content: Json) -> int:
+        seen.append(content)
+        return 0
+
+    receiver.verdict = take_and_be_silent
+    alice.send_text(room_id, "0")
+    eventually(lambda: seen)
+    for n in range(1, 4):
+        alice.send_text(room_id, f"{n}")
+        message = {receiver.user(): {"DEV": {"n": n}}}
+        ok(alice.put(("sendToDevice", "m.test", unique("txn")), {"messages": message}))
+    sending.kill9()
+    receiver.verdict = lambda _: 200
+    sending.start()
+    eventually(lambda: len(receiver.edus("m.direct_to_device")) == 3)
+    assert receiver.bodies == ["0", "1", "2", "3"]
+    assert seen[0]["pdus"][0] == receiver.pdus[0]
+    ids = {edu["message_id"] for edu in receiver.edus("m.direct_to_device")}
+    assert len(ids) == 3
+    sending.kill9()
+    sending.start()
+    alice.send_text(room_id, "4")
+    eventually(lambda: receiver.bodies[-1] == "4")
+    assert len(receiver.edus("m.direct_to_device")) == 3
+
+
+def test_messages_for_devices_elsewhere(
+    shared: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """Large ones in parts; nothing to names that are no users; not twice for one transaction."""
+    alice, _ = shared
+    big = {f"D{n}": {"x": "y" * 40_000} for n in range(4)}
+    messages = {receiver.user(): big, alice.user_id: {"*": {}}, "nobody": {"*": {}}}
+    for _ in range(2):
+        ok(alice.put(("sendToDevice", "m.test", "same"), {"messages": messages}))
+    eventually(lambda: len(receiver.edus("m.direct_to_device")) >= 4)
+    parts = receiver.edus("m.direct_to_device")
+    assert {edu["sender"] for edu in parts} == {alice.user_id}
+    assert {edu["type"] for edu in parts} == {"m.test"}
+    assert len({edu["message_id"] for edu in parts}) == len(parts) == 4
+    got: Json = {}
+    for edu in parts:
+        got |= edu["messages"][receiver.user()]
+    assert got == big
+
+
+def test_device_lists_go_out(
+    shared: tuple[Client, str], receiver: Destination, sending: Server, authority: Authority
+) -> None:
+    """Each update names the one before it; a deleted device and cross-signing keys go out too."""
+    alice, _ = shared
+    first, second = crypto(alice), crypto(alice.login())
+    ok(alice.put(("devices", second.device_id), {"display_name": "Phone"}))
+    keys = second.cross_signing_keys()
+    ok(second.client.post("keys/device_signing/upload", keys))
+    eventually(lambda: receiver.edus("m.signing_key_update"))
+    ok(second.client.post("logout", {}))
+    eventually(lambda: receiver.edus("m.device_list_update")[-1].get("deleted"))
+    updates = receiver.edus("m.device_list_update")
+    ids = [update["stream_id"] for update in updates]
+    assert [update["device_id"] for update in updates][:2] == [first.device_id, second.device_id]
+    assert [update["prev_id"] for update in updates] == [[], *([one] for one in ids[:-1])]
+    assert ids == sorted(set(ids))
+    assert updates[0]["keys"]["keys"] == first.device_keys()["keys"] | updates[0]["keys"]["keys"]
+    assert "Phone" in [update.get("device_display_name") for update in updates]
+    crossed = receiver.edus("m.signing_key_update")[0]
+    assert crossed["master_key"]["keys"] == keys["master_key"]["keys"]
+    assert set(crossed) == {"user_id", "master_key", "self_signing_key"}
+    path = f"/_matrix/federation/v1/user/devices/{alice.user_id}"
+    assert ok(receiver.ask(sending, "GET", path))["stream_id"] == ids[-1]
+    # A server that meets alice for the first time hears of her too.
+    bob, stranger = register(sending), Destination(authority)
+    other_id = bob.create_room(preset="public_chat")
+    come(sending, other_id, stranger)
+    alice.join(other_id)
+    eventually(lambda: stranger.edus("m.device_list_update"))
+    assert stranger.edus("m.device_list_update")[0]["user_id"] == alice.user_id
+
+
+def test_a_room_with_many_dead_servers_writes_no_row_for_them(
+    sending: Server, authority: Authority
+) -> None:
+    """And 200 of them that wait cost no CPU."""
+    alice, living = register(sending), Destination(authority)
+    room_id = alice.create_room(preset="public_chat")
+    dead = [
+        SimpleNamespace(name=f"127.0.0.{n}:1", key=conduit.SigningKey.generate())
+        for n in range(1, 201)
+    ]
+    come(sending, room_id, living, *cast("Any", dead))
+    alice.send_text(room_id, "0")
+    eventually(lambda: len(database_rows(sending, "SELECT 1 FROM late_servers")) == 200, 60)
+    eventually(lambda: living.bodies == ["0"])
+    before = database_rows(sending, "SELECT COUNT(*), SUM(acked) FROM late_servers")
+    alice.send_text(room_id, "1")
+    eventually(lambda: living.bodies == ["0", "1"])
+    assert len(database_rows(sending, "SELECT 1 FROM sent_events")) == 2
+    assert database_rows(sending, "SELECT COUNT(*), SUM(acked) FROM late_servers") == before
+    used = sending.cpu()
+    time.sleep(1.5)  # within the wait after the first failures
+    assert sending.cpu() - used < 0.1
+
+
+# ── 55.4  For the admin ──────────────────────────────────────────────────────
+
+
+def test_queues_are_seen_and_reset_and_rooms_switched_off(sending: Server) -> None:
+    alice = register(sending)
+    rooms = [alice.create_room(preset="public_chat") for _ in range(2)]
+    dead = SimpleNamespace(name="127.0.0.9:1", key=conduit.SigningKey.generate())
+    for room_id in rooms:
+        come(sending, room_id, cast("Any", dead))
+
+    def story(hs: conduit.Homeserver) -> None:
+        hs.federation.failed(dead.name)
+        conduit.set_room_federation(hs, rooms[1], enabled=False)
+        for room_id in rooms:
+            room = hs.rooms.get(room_id)
+            hs.rooms.send(room, alice.user_id, "m.room.message", {"body": "x"})
+        with hs.db.write():
+            hs.sender.send_to_devices(alice.user_id, "m.test", {f"@eve:{dead.name}": {"D": {}}})
+        (status,) = conduit.queues_by_lateness(hs)
+        assert (status.server, status.events, status.messages) == (dead.name, 1, 1)
+        assert status.failures == 1 and status.retry_ts > conduit.now_ms()
+        assert conduit.reset_queue(hs, dead.name) and not conduit.reset_queue(hs, "other.example")
+        assert not conduit.queues_by_lateness(hs)
+        conduit.set_room_federation(hs, rooms[1], enabled=True)
+        assert not hs.sender.disabled
+
+    inside(sending, story)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  57. SERVING ROOMS
+#
+#  One server, and two that ask: one that is in its rooms, and a stranger.
+# ═════════════════════════════════════════════════════════════════════════════
+
+
+class Served(NamedTuple):
+    """A server and who asks; `room_id` is open, in `hidden` one sees only what one was there for.
+
+    In both rooms alice sent "early" before eve of the member came, and "1" to "5" after.
+    """
+
+    server: Server
+    alice: Client
+    member: Destination
+    stranger: Destination
+    room_id: str
+    hidden: str
+
+    def get(self, peer: Peer, name: str, *path: str, **query: Any) -> httpx.Response:
+        """One of the questions, by one of the servers."""
+        quoted = "/".join(quote(part, safe="") for part in (name, *path))
+        uri = f"/_matrix/federation/v1/{quoted}{conduit.encode_query(query)}"
+        return peer.ask(self.server, "GET", uri)
+
+    def missing(self, peer: Peer, room_id: str, **body: Any) -> httpx.Response:
+        uri = f"/_matrix/federation/v1/get_missing_events/{quote(room_id, safe='')}"
+        return peer.ask(self.server, "POST", uri, body)
+
+    def ids(self, room_id: str) -> list[str]:
+        """All events of a room, oldest first."""
+        events = self.alice.messages(room_id, "f", limit=100)["chunk"]
+        return [event["event_id"] for event in events]
+
+    def id_of(self, pdu: Json) -> str:
+        version = conduit.ROOM_VERSIONS["12"]
+        return conduit.make_event(version, pdu).event_id
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[Served]:
+    server = federating(tmp_path_factory.mktemp("served"), authority).start()
+    alice = register(server)
+    peers = [Destination(authority) for _ in range(2)]
+    rooms = [alice.create_room(preset="public_chat") for _ in range(2)]
+    visibility = {"history_visibility": "joined"}
+    alice.set_state(rooms[1], "m.room.history_visibility", visibility)
+    for room_id in rooms:
+        alice.send_text(room_id, "early")
+    for room_id in rooms:
+        come(server, room_id, peers[0])
+        acl = {"allow": ["*"], "deny": [], "allow_ip_literals": True}
+        alice.set_state(room_id, "m.room.server_acl", acl)
+        for n in range(1, 6):
+            alice.send_text(room_id, f"{n}")
+    yield Served(server, alice, *peers, *rooms)
+    server.stop()
+    server.assert_clean_log()
+    server.check()
+
+
+def every_question(served: Served, peer: Peer, room_id: str) -> Iterator[httpx.Response]:
+    """All that a server can ask of a room."""
+    newest = served.ids(room_id)[-1]
+    yield served.get(peer, "event", newest)
+    yield served.get(peer, "backfill", room_id, v=newest, limit=5)
+    yield served.get(peer, "state", room_id, event_id=newest)
+    yield served.get(peer, "state_ids", room_id, event_id=newest)
+    yield served.get(peer, "event_auth", room_id, newest)
+    yield served.get(peer, "timestamp_to_event", room_id, ts=0, dir="f")
+    yield served.missing(peer, room_id, earliest_events=[], latest_events=[newest])
+
+
+# ── 57.1  Who may ask, and see what ──────────────────────────────────────────
+
+
+def test_sec_21_strangers_learn_nothing_of_a_room(served: Served) -> None:
+    for room_id in (served.room_id, served.hidden):
+        for response in every_question(served, served.stranger, room_id):
+            fails(response, 403, "M_FORBIDDEN")
+        for response in every_question(served, served.member, room_id):
+            ok(response)
+
+
+def test_sec_21_nor_do_servers_that_the_acl_denies(
+    tmp_path: Path, authority: Authority, receiver: Destination
+) -> None:
+    """They are still in the room, and still get its events; a disabled room answers nobody."""
+    server = federating(tmp_path, authority).start()
+    alice = register(server)
+    room_id = alice.create_room(preset="public_chat")
+    come(server, room_id, receiver)
+    story = Served(server, alice, *[receiver] * 2, room_id, room_id)
+    alice.set_state(room_id, "m.room.server_acl", {"allow": ["*"], "deny": ["LOCAL*"]})
+    for response in every_question(story, receiver, room_id):
+        fails(response, 403, "M_FORBIDDEN")
+    fails(story.get(receiver, "hierarchy", room_id), 404)
+    alice.send_text(room_id, "you still get this")
+    eventually(lambda: receiver.bodies)
+    alice.set_state(room_id, "m.room.server_acl", {"allow": ["*"]})
+    for response in every_question(story, receiver, room_id):
+        ok(response)
+    inside(server, lambda hs: conduit.set_room_federation(hs, room_id, enabled=False))
+    for response in every_question(story, receiver, room_id):
+        fails(response, 403, "M_FORBIDDEN")
+    server.stop()
+    server.assert_clean_log()
+
+
+def test_sec_21_a_room_is_no_door_to_another(served: Served) -> None:
+    """Events of a room that one is not in, asked for by way of one's own (CVE-2022-39335)."""
+    private = served.alice.create_room()
+    secret = served.alice.send_text(private, "secret")
+    before = served.ids(private)[-2]
+    for name in ("state", "state_ids"):
+        fails(served.get(served.member, name, served.room_id, event_id=secret), 404)
+    fails(served.get(served.member, "event_auth", served.room_id, secret), 404)
+    fails(served.get(served.member, "event", secret), 403)
+    fails(served.get(served.member, "event", "$unknown"), 404)
+    assert ok(served.get(served.member, "backfill", served.room_id, v=secret))["pdus"] == []
+    asked = {"earliest_events": [], "latest_events": [secret, before]}
+    assert ok(served.missing(served.member, served.room_id, **asked))["events"] == []
+
+
+def test_sec_19_servers_do_not_see_what_their_users_could_not(served: Served) -> None:
+    """By each door: events from before they came have no content, where the room wants it so."""
+    for room_id, is_seen in ((served.room_id, True), (served.hidden, False)):
+        newest = served.ids(room_id)[-1]
+        backfill = ok(served.get(served.member, "backfill", room_id, v=newest, limit=100))["pdus"]
+        asked = {"earliest_events": [], "latest_events": [newest], "limit": 100}
+        missing = ok(served.missing(served.member, room_id, **asked))["events"]
+        early = [pdu for pdu in backfill if pdu["content"].get("body") == "early"]
+        assert bool(early) == is_seen
+        assert {json.dumps(pdu) for pdu in missing} < {json.dumps(pdu) for pdu in backfill}
+        assert [p["content"]["body"] for p in missing if "body" in p["content"]] == [
+            *["early"] * is_seen,
+            *"1234",
+        ]
+        hidden = [p for p in backfill if p["type"] == "m.room.message" and not p["content"]]
+        assert len(hidden) == (not is_seen)
+        for pdu in hidden:
+            (alone,) = ok(served.get(served.member, "event", served.id_of(pdu)))["pdus"]
+            assert alone == pdu
+        found = ok(served.get(served.member, "timestamp_to_event", room_id, ts=0, dir="f"))
+        assert (found["event_id"] == served.ids(room_id)[0]) == is_seen
+
+
+# ── 57.2  Events ─────────────────────────────────────────────────────────────
+
+
+def test_backfill_goes_back_from_the_given_events(served: Served) -> None:
+    ids = served.ids(served.room_id)
+    answer = ok(served.get(served.member, "backfill", served.room_id, v=ids[-2:], limit=4))
+    assert [served.id_of(pdu) for pdu in answer["pdus"]] == ids[:-5:-1]
+    assert answer["origin"] == served.server.name
+    everything = ok(served.get(served.member, "backfill", served.room_id, v=ids[-1], limit=100))
+    assert [served.id_of(pdu) for pdu in everything["pdus"]] == ids[::-1]
+    fails(served.get(served.member, "backfill", served.room_id, limit=4), 400)
+    fails(served.get(served.member, "backfill", served.room_id, v=ids[0], limit="x"), 400)
+    fails(served.get(served.member, "backfill", "!not:here", v=ids[0], limit=1), 404)
+
+
+def test_missing_events_lie_between(served: Served) -> None:
+    ids = served.ids(served.room_id)
+
+    def between(earliest: list[str], latest: list[str], **body: Any) -> list[str]:
+        body |= {"earliest_events": earliest, "latest_events": latest}
+        events = ok(served.missing(served.member, served.room_id, **body))["events"]
+        return [served.id_of(pdu) for pdu in events]
+
+    assert between([ids[-5]], [ids[-1]]) == ids[-4:-1]
+    assert between([], [ids[-1]], limit=2) == ids[-3:-1]
+    assert between([], [ids[-1]]) == ids[-11:-1]
+    assert between([], ids[-2:], limit=1) == [ids[-3]]
+    assert between([], [ids[-1]], min_depth=10**6) == between([], ["$x"]) == []
+    fails(served.missing(served.member, served.room_id, latest_events=[]), 400)
+    nonsense = {"earliest_events": [1], "latest_events": {}, "limit": "many"}
+    fails(served.missing(served.member, served.room_id, **nonsense), 400)
+
+
+# ── 57.3  State ──────────────────────────────────────────────────────────────
+
+
+def test_state_before_an_event_with_its_auth_chain(served: Served) -> None:
+    """Both forms agree, and the chain is closed: it has all that anything in it stands on."""
+    ids = served.ids(served.room_id)
+    for at in (ids[-1], ids[2], ids[0]):
+        by_id = ok(served.get(served.member, "state_ids", served.room_id, event_id=at))
+        whole = ok(served.get(served.member, "state", served.room_id, event_id=at))
+        assert [*map(served.id_of, whole["pdus"])] == by_id["pdu_ids"]
+        assert {*map(served.id_of, whole["auth_chain"])} == {*by_id["auth_chain_ids"]}
+        known = {*by_id["auth_chain_ids"], *by_id["pdu_ids"]}
+        for pdu in whole["pdus"] + whole["auth_chain"]:
+            assert set(pdu["auth_events"]) <= known
+    assert len(by_id["pdu_ids"]) == 0  # before the create event
+    chain = ok(served.get(served.member, "event_auth", served.room_id, ids[-1]))["auth_chain"]
+    assert ids[0] in map(served.id_of, chain)
+    state = ok(served.get(served.member, "state", served.room_id, event_id=ids[-1]))["pdus"]
+    assert {(pdu["type"], pdu["state_key"]) for pdu in state} == {
+        (event["type"], event["state_key"]) for event in served.alice.state(served.room_id)
+    }
+    fails(served.get(served.member, "state", served.room_id), 404)
+    fails(served.get(served.member, "state_ids", served.room_id, event_id="$x"), 404)
+
+
+# ── 57.4  Spaces ─────────────────────────────────────────────────────────────
+
+
+def test_spaces_show_what_a_server_could_join(served: Served) -> None:
+    alice, here = served.alice, {"via": [served.server.name]}
+    space = alice.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    private = alice.create_room()
+    allow = [{"type": "m.room_membership", "room_id": served.room_id}]
+    rule = {"join_rule": "restricted", "allow": allow}
+    restricted = alice.create_room(
+        initial_state=[{"type": "m.room.join_rules", "state_key": "", "content": rule}]
+    )
+    for child in (served.room_id, private, restricted, "!elsewhere:x.example"):
+        alice.set_state(space, "m.space.child", here, child)
+    alice.set_state(space, "m.space.child", {**here, "suggested": True}, served.room_id)
+    for peer, shown in ((served.member, 2), (served.stranger, 1)):
+        found = ok(served.get(peer, "hierarchy", space))
+        rooms = {child["room_id"] for child in found["children"]}
+        assert rooms == {served.room_id, *([restricted] if shown == 2 else [])}
+        assert private in found["inaccessible_children"]
+        assert len(found["inaccessible_children"]) == 3 - shown
+        assert len(found["room"]["children_state"]) == 4
+    found = ok(served.get(served.stranger, "hierarchy", space, suggested_only="true"))
+    assert len(found["room"]["children_state"]) == len(found["children"]) == 1
+    fails(served.get(served.stranger, "hierarchy", private), 404)
+    fails(served.get(served.stranger, "hierarchy", "!elsewhere:x.example"), 404)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  21. SYNC
 # ═════════════════════════════════════════════════════════════════════════════
 
