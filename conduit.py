@@ -13575,6 +13575,19 @@ async def post_invite(hs: Homeserver, request: Request, room_id: str) -> Json:
     return {}
 
 
+async def room_named(hs: Homeserver, request: Request, name: str) -> tuple[str, list[str]]:
+    """The id of the room that an id or an alias stands for, and servers through which to enter."""
+    given = [*request.query.get("via", ()), *request.query.get("server_name", ())]
+    if is_room_alias(name):
+        room_id, servers = await look_up_alias(hs, name)
+    elif is_room_id(name):
+        room_id, servers = name, []
+    else:
+        raise invalid_param("That is neither a room id nor a room alias")
+    refuse_blocked(hs, room_id)
+    return room_id, [*given, *servers]
+
+
 def room_by_name(hs: Homeserver, name: str) -> Room:
     """The room that an id or an alias stands for."""
     if is_room_alias(name):
@@ -16265,6 +16278,101 @@ def room_summary(room: Room) -> Json:
     return {**summary, **{key: value for key, value in more.items() if value}}
 
 
+# ── 59.2  Rooms that only others know ────────────────────────────────────────
+
+MAX_VIA = 3  # servers asked for a room
+VIA_SECONDS = 10.0
+REMEMBERED_MS = 300_000
+REMOTE_SPACES_BYTES = 2**23
+SPACE_MEMORY = 200_000  # room ids kept for walks that may go on
+SUMMARY: Final = {
+    **{"room_id": str, "num_joined_members": int, "world_readable": bool, "guest_can_join": bool},
+    **dict.fromkeys(("name?", "topic?", "avatar_url?", "canonical_alias?", "join_rule?"), str),
+    **dict.fromkeys(("room_type?", "encryption?", "room_version?"), str),
+    "allowed_room_ids?": [str],
+}
+STRIPPED: Final = {
+    **{"type": str, "state_key": str, "sender": str},
+    **{"content": dict, "origin_server_ts": int},
+}
+TOP: Final = {**SUMMARY, "children_state": [STRIPPED]}
+REMOTE_SPACE: Final = {"room": TOP, "children": [SUMMARY]}
+
+
+class Spaces:
+    """What is remembered: walks that may go on, and what servers say of rooms, and until when."""
+
+    def __init__(self) -> None:
+        self.walks: LruCache[str, SpaceWalk] = LruCache(SPACE_MEMORY)
+        self.remote: LruCache[tuple[str, str], tuple[int, Json | None]] = LruCache(
+            REMOTE_SPACES_BYTES
+        )
+
+
+def only_known(value: Json, shape: Json) -> Json:
+    """An object of another server without members that nobody knows."""
+    names = {name.removesuffix("?") for name in shape}
+    return {name: member for name, member in value.items() if name in names}
+
+
+def remember_space(hs: Homeserver, server: str, room_id: str, found: Json | None) -> None:
+    """Keep for a while what a server says of a room; what it does not know, for less long."""
+    until = now_ms() + REMEMBERED_MS // (1 if found else 10)
+    hs.spaces.remote.put((server, room_id), (until, found), 200 + len(encode_json(found)))
+
+
+async def ask_for_space(hs: Homeserver, server: str, room_id: str) -> Json | None:
+    """What a server says of a room; remembered for a while, as are the rooms right below it."""
+    known = hs.spaces.remote.get((server, room_id))
+    if known is not None and known[0] > now_ms():
+        return known[1]
+    path, found = f"{FEDERATION_API}/hierarchy/{quote(room_id, safe='')}", None
+    try:
+        answer = await hs.federation.request(server, "GET", path, timeout=VIA_SECONDS)
+        check_shape(answer, REMOTE_SPACE)
+        if answer["room"]["room_id"] == room_id:
+            found = only_known(answer["room"], TOP)
+            found["children_state"] = [only_known(c, STRIPPED) for c in found["children_state"]]
+            below = {child["state_key"] for child in found["children_state"]}
+            for child in answer["children"]:
+                if child["room_id"] in below and child.get("room_type") != "m.space":
+                    leaf = {**only_known(child, SUMMARY), "children_state": []}
+                    remember_space(hs, server, child["room_id"], leaf)
+    except MatrixError as error:
+        log_federation.info("%s says nothing of %s: %s", server, room_id, error.error)
+    remember_space(hs, server, room_id, found)
+    return found
+
+
+async def remote_room(
+    hs: Homeserver, user_nid: UserNid | None, room_id: str, servers: Iterable[str]
+) -> Json | None:
+    """A room as other servers know it, with children_state, if a user may know of it."""
+    own = hs.config.server_name
+    others = dict.fromkeys(one for one in servers if is_server_name(one) and one != own)
+    for server in [*others][:MAX_VIA] if hs.config.allow_federation else ():
+        found = await ask_for_space(hs, server, room_id)
+        if found is not None:
+            is_open = found["world_readable"] or found.get("join_rule", "public") in OPEN_RULES
+            allowed = ({"type": "m.room_membership", "room_id": one} for one in allowed_in(found))
+            nid = UserNid(0) if user_nid is None else user_nid
+            may_know = is_open or any(in_allowed_room(hs, one, nid) for one in allowed)
+            return found if may_know else None
+    return None
+
+
+def allowed_in(summary: Json) -> list[str]:
+    """The rooms whose members may join, in another server's summary of a restricted room."""
+    return summary.get("allowed_room_ids") or []
+
+
+def is_lived_in(room: Room | None) -> bool:
+    """Whether users of ours are in a room, so that what we know of it is true."""
+    return room is not None and bool(room.local_joined)
+
+
+# ── 59.3  One room ───────────────────────────────────────────────────────────
+
 SUMMARY_PATH = "/_matrix/client/v1/room_summary/{room}"
 NHEKO_PATH = "/_matrix/client/unstable/im.nheko.summary"
 NHEKO_PATHS = (NHEKO_PATH + "/summary/{room}", NHEKO_PATH + "/rooms/{room}/summary")
@@ -16273,21 +16381,29 @@ NHEKO_PATHS = (NHEKO_PATH + "/summary/{room}", NHEKO_PATH + "/rooms/{room}/summa
 @route("GET", SUMMARY_PATH, auth=OPTIONAL, also=NHEKO_PATHS)
 async def get_room_summary(hs: Homeserver, request: Request, room: str) -> Json:
     """What a room is, for who may know of it.  Spec: CS-API "Room summary".  404 for others."""
-    found = room_by_name(hs, room)
+    room_id, servers = await room_named(hs, request, room)
+    found = hs.rooms.find(room_id)
     user_nid = request.requester.nid if request.requester is not None else None
-    if not may_preview(hs, found, user_nid):
-        raise not_found("There is no such room")
+    summary = None
+    if not is_lived_in(found):
+        servers.append(server_of(room_id))
+        summary = only_known(await remote_room(hs, user_nid, room_id, servers) or {}, SUMMARY)
+    if not summary:
+        if found is None or not may_preview(hs, found, user_nid):
+            raise not_found("There is no such room")
+        summary = room_summary(found)
     if user_nid is None:
-        return room_summary(found)
-    return {**room_summary(found), "membership": found.membership_of(user_nid) or "leave"}
+        return summary
+    membership = None if found is None else found.membership_of(user_nid)
+    return {**summary, "membership": membership or "leave"}
 
 
-# ── 59.2  Spaces ─────────────────────────────────────────────────────────────
+# ── 59.4  Spaces ─────────────────────────────────────────────────────────────
 
 MAX_SPACE_DEPTH = 50
 MAX_SPACE_PAGE = 100
+SPACE_SECONDS = 20.0  # for a page, if it has something by then
 MAX_SPACE_ROOMS = 10_000  # that wait for their turn in one walk
-SPACE_MEMORY = 200_000  # room ids kept for walks that may go on
 SPACE_ORDER = re.compile(r"[\x20-\x7E]{1,50}")
 
 
@@ -16295,7 +16411,7 @@ class SpaceWalk(NamedTuple):
     """How far a walk through a space has come; each token stands for one."""
 
     wanted: tuple[UserNid, str, int, bool]
-    waiting: tuple[tuple[str, int], ...]  # room ids and depths, the next one last
+    waiting: tuple[tuple[str, int, tuple[str, ...]], ...]  # ids, depths, servers; the next one last
     seen: frozenset[str]
 
 
@@ -16334,16 +16450,37 @@ def hierarchy_room(hs: Homeserver, user_nid: UserNid, room_id: str, suggested: b
     return {**room_summary(room), "children_state": children_state(room, suggested_only=suggested)}
 
 
-def begin_walk(hs: Homeserver, request: Request, room_id: str) -> SpaceWalk:
+async def space_room(
+    hs: Homeserver, user_nid: UserNid, room_id: str, suggested: bool, servers: Iterable[str]
+) -> Json | None:
+    """The same for a room of any server: those that may know it are asked if nobody is in it."""
+    if not is_lived_in(hs.rooms.find(room_id)):
+        found = await remote_room(hs, user_nid, room_id, servers)
+        if found is not None:
+            below = (c for c in found["children_state"] if is_room_id(c["state_key"]))
+            wanted = [c for c in below if not suggested or c["content"].get("suggested") is True]
+            return {**found, "children_state": wanted}
+    return hierarchy_room(hs, user_nid, room_id, suggested)
+
+
+def via_of(child: Json) -> tuple[str, ...]:
+    """The servers through which a child of a space can be reached."""
+    via = child["content"].get("via")
+    names = via if isinstance(via, list) else []
+    return tuple(name for name in names if is_server_name(name))[:MAX_VIA]
+
+
+async def begin_walk(hs: Homeserver, request: Request, room_id: str) -> SpaceWalk:
     """The walk that a request begins or goes on with.  400 for a token that does not fit."""
     depth = request.int_arg("max_depth", MAX_SPACE_DEPTH, 0, MAX_SPACE_DEPTH)
     wanted = (request.user.nid, room_id, depth, request.bool_arg("suggested_only", False))
     token = request.arg("from")
     if not token:
-        if hierarchy_room(hs, request.user.nid, room_id, wanted[3]) is None:
+        servers = (*request.query.get("via", ()), server_of(room_id))
+        if await space_room(hs, request.user.nid, room_id, wanted[3], servers) is None:
             raise forbidden("You may not view this room, or there is no such room")
-        return SpaceWalk(wanted, ((room_id, 0),), frozenset())
-    found = hs.space_walks.get(token)
+        return SpaceWalk(wanted, ((room_id, 0, servers[-MAX_VIA:]),), frozenset())
+    found = hs.spaces.walks.get(token)
     if found is None or found.wanted != wanted:
         raise invalid_param("from is no token of this request")
     return found
@@ -16356,33 +16493,34 @@ async def get_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Json:
     Spec: CS-API "Discovering rooms within spaces".  400 when parameters change from page to page.
     """
     limit = request.int_arg("limit", MAX_SPACE_PAGE // 2, 1, MAX_SPACE_PAGE)
-    walk = begin_walk(hs, request, room_id)
+    walk, deadline = await begin_walk(hs, request, room_id), time.monotonic() + SPACE_SECONDS
     user_nid, _, max_depth, suggested = walk.wanted
     waiting, seen, rooms = list(walk.waiting), set(walk.seen), list[Json]()
-    while waiting and len(rooms) < limit:
-        child_id, depth = waiting.pop()
+    while waiting and len(rooms) < limit and (not rooms or time.monotonic() < deadline):
+        child_id, depth, servers = waiting.pop()
         if child_id in seen:
             continue
         seen.add(child_id)
         if len(seen) % MAX_SPACE_PAGE == 0:
             await asyncio.sleep(0)
-        found = hierarchy_room(hs, user_nid, child_id, suggested)
+        found = await space_room(hs, user_nid, child_id, suggested, servers)
         if found is None:
             continue
         rooms.append(found)
         if depth < max_depth:
-            below = [(one["state_key"], depth + 1) for one in reversed(found["children_state"])]
-            waiting = (waiting + below)[-MAX_SPACE_ROOMS:]
+            below = reversed(found["children_state"])
+            waiting += [(one["state_key"], depth + 1, via_of(one)) for one in below]
+            del waiting[:-MAX_SPACE_ROOMS]
     if not waiting:
         return {"rooms": rooms}
     token = random_token(20)
-    hs.space_walks.put(
+    hs.spaces.walks.put(
         token, SpaceWalk(walk.wanted, tuple(waiting), frozenset(seen)), len(waiting) + len(seen)
     )
     return {"rooms": rooms, "next_batch": token}
 
 
-# ── 59.3  Rooms in common ────────────────────────────────────────────────────
+# ── 59.5  Rooms in common ────────────────────────────────────────────────────
 
 MAX_MUTUAL = 100
 MSC2666_PATH = "/_matrix/client/unstable/uk.half-shot.msc2666/user/mutual_rooms"
@@ -16409,7 +16547,7 @@ async def get_mutual_rooms(hs: Homeserver, request: Request) -> Json:
     return answer if len(rest) == len(page) else {**answer, "next_batch": stream_token(page[-1])}
 
 
-# ── 59.4  Reports ────────────────────────────────────────────────────────────
+# ── 59.6  Reports ────────────────────────────────────────────────────────────
 #
 # Of rooms and users, whatever is reported is accepted, whether it exists or not: an
 # answer must not tell (MSC4277), and things on other servers can be reported too.
@@ -18712,6 +18850,8 @@ def forget_handed_out_keys(connection: sqlite3.Connection, position: int) -> Non
     connection.execute("UPDATE one_time_keys SET used = 1 WHERE fallback")
     announce = "INSERT OR REPLACE INTO device_changes SELECT user_nid, 0, ? FROM accounts"
     connection.execute(announce, (position,))
+    afresh = "UPDATE device_updates SET pos = pos + ?, previous = NULL"  # below the position
+    connection.execute(afresh, (RESTORE_JUMP,))
 
 
 invariant(
@@ -26532,7 +26672,7 @@ class Homeserver:
         self.push_rules = PushRules(self)
         self.unread = Unread(self)
         self.search = Search(self)
-        self.space_walks: LruCache[str, SpaceWalk] = LruCache(SPACE_MEMORY)
+        self.spaces = Spaces()
         self.reports = Reports(self)
         self.receipts = Receipts(self)
         self.typing = Typing(self)
