@@ -18887,6 +18887,7 @@ CREATE TABLE room_servers (         -- who was in a room when
     PRIMARY KEY (server, room_nid, since)
 ) WITHOUT ROWID;
 CREATE INDEX room_servers_room ON room_servers (room_nid);
+CREATE INDEX room_servers_gone ON room_servers (until) WHERE until < 4611686018427387904;
 CREATE TABLE late_servers (         -- the others have all up to `sent_upto` in meta
     server TEXT PRIMARY KEY,
     acked INTEGER NOT NULL          -- it has all up to this position
@@ -18959,6 +18960,7 @@ NEWEST_OF_ROOMS = """
     ORDER BY newest
     LIMIT :size
 """
+FORGET_GONE = "DELETE FROM room_servers WHERE until <= ? AND until < 4611686018427387904"
 EduKey = tuple[str, int, int]  # typing, receipt or presence; the room, or 0; the user, or 0
 
 
@@ -19131,10 +19133,10 @@ def brief_edus(hs: Homeserver, edus: Mapping[EduKey, int]) -> list[Json]:
     return found + ([{"edu_type": "m.presence", "content": {"push": push}}] if push else [])
 
 
-# ── 55.3  The sender ─────────────────────────────────────────────────────────
+# ── 55.3  Whose turn it is ───────────────────────────────────────────────────
 
 
-class Sender:
+class Queues:
     """Brings to each server what waits for it: one transaction at a time, each in its turn.
 
     A server that has everything costs nothing and is not known here. One that does not answer
@@ -19145,175 +19147,13 @@ class Sender:
         self.hs = hs
         self.db = hs.db
         self.queues: dict[str, Queue] = {}
-        self.disabled = {row[0] for row in hs.db.all("SELECT room_id FROM disabled_rooms")}
         self._own = hs.config.server_name
         self._ready: deque[Queue] = deque()
         self._running = 0
         self._share = max(1, hs.config.max_concurrent_requests // 2)
         self._retries: list[tuple[int, str]] = []
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._typing: dict[int, set[UserNid]] = {}
-        self._receipts: dict[RoomNid, int] = {}  # rooms where some moved, after which position
-
-    # What there is to send
-
-    def subscribe(self) -> None:
-        """Hear of all that other servers must know."""
-        rooms = self.hs.rooms
-        rooms.subscribe_membership(self._membership_changed)
-        rooms.subscribe_sent(self.add)
-        self.db.on_reset(self._reread)
-        rooms.subscribe_purge(self._forget_room)
-        rooms.subscribe_history(self._forget_events)
-        self.hs.stream.subscribe(self._stamped)
-
-    def add(self, room: Room, event: Event) -> None:
-        """Send an event to all servers that are in its room: ours, or one that we vouch for.
-
-        A kick, ban or refusal of somebody whose server is not in the room goes to that server too.
-        """
-        if not self.hs.config.allow_federation or room.room_id in self.disabled:
-            return
-        servers = room.servers.keys() - {self._own}
-        target = server_of(event.state_key or "")
-        is_removed = event.type == MEMBER and event.membership in {"leave", "ban"}
-        if is_removed and target not in {*servers, self._own} and is_server_name(target):
-            servers.add(target)
-            row = (target, room.nid, event.nid - 1, event.nid)
-            self.db.execute("INSERT OR IGNORE INTO room_servers VALUES (?, ?, ?, ?)", row)
-        if servers:
-            self.db.execute("INSERT INTO sent_events VALUES (?, ?)", (event.nid, room.nid))
-        for server in servers:
-            self._wake(server, event.nid)
-
-    def send_to_devices(self, sender: str, kind: str, messages: Json) -> None:
-        """Queue messages for devices of other servers' users; inside a write block.
-
-        Each is delivered exactly once, by its message_id. Where too much waits, nothing is added.
-        """
-        if not self.hs.config.allow_federation:
-            return
-        servers: dict[str, Json] = {}
-        for user_id in filter(is_user_id, messages):
-            servers.setdefault(server_of(user_id), {})[user_id] = messages[user_id]
-        servers.pop(self._own, None)
-        for server, named in servers.items():
-            for part in split_messages(named):
-                content = {"sender": sender, "type": kind, "messages": part}
-                content["message_id"] = random_token(16)
-                self._queue_message(server, {"edu_type": "m.direct_to_device", "content": content})
-
-    def _queue_message(self, server: str, edu: Json) -> None:
-        query = "SELECT COUNT(*) FROM to_device_out WHERE server = ?"
-        if self.db.value(query, (server,)) >= MAX_OUTGOING:
-            log_sending.warning("too many messages wait for %s; another one is dropped", server)
-            return
-        pos = self.hs.stream.advance()
-        row = (server, pos, canonical_json(edu))
-        self.db.execute("INSERT INTO to_device_out VALUES (?, ?, ?)", row)
-        self._note_late(self._wake(server, pos))
-
-    def _membership_changed(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
-        """Note which servers come and go; the event that does it is the last of a server's."""
-        came, server = new == "join", server_of(self.db.user_id(user_nid))
-        if came == (old == "join"):
-            return
-        here = self.hs.stream.position
-        if server == self._own:
-            if came:
-                self._introduce(room, user_nid)
-        elif came and room.servers[server] == 1:
-            row = (server, room.nid, here, MAX_POSITION)
-            self.db.execute("INSERT OR REPLACE INTO room_servers VALUES (?, ?, ?, ?)", row)
-        elif not came and server not in room.servers:
-            self.db.execute(
-                """
-                UPDATE room_servers
-                SET until = ?
-                WHERE server = ? AND room_nid = ? AND until > ?
-                """,
-                (here, server, room.nid, here),
-            )
-
-    def _introduce(self, room: Room, user_nid: UserNid) -> None:
-        """Let servers that a user of ours meets for the first time know of their devices.
-
-        Spec: SS-API "Device Management". One update will do: it follows one that they do not know,
-        so they ask for the whole list.
-        """
-        others = [nid for nid in self.hs.rooms.joined_rooms(user_nid) if nid != room.nid]
-        known = set[str]().union(*(self.hs.rooms.by_nid(nid).servers for nid in others))
-        query = """
-            SELECT device_id
-            FROM device_updates
-            WHERE user_nid = ? AND device_id <> ''
-            LIMIT 1
-        """
-        device_id = self.db.value(query, (user_nid,))
-        if device_id is not None and room.servers.keys() - known - {self._own}:
-            device_list_changed(self.hs, user_nid, device_id)
-
-    def _forget_room(self, room: Room) -> None:
-        self.db.execute("DELETE FROM sent_events WHERE room_nid = ?", (room.nid,))
-        self.db.execute("DELETE FROM room_servers WHERE room_nid = ?", (room.nid,))
-
-    def _forget_events(self, _: Room, nids: list[EventNid]) -> None:
-        delete = "DELETE FROM sent_events WHERE nid IN (SELECT value FROM json_each(?))"
-        self.db.execute(delete, (json.dumps(nids),))
-
-    def _stamped(self, kind: str, target: int) -> None:
-        """Subscriber of the stream: what changed beside the rooms' events."""
-        config = self.hs.config
-        if not config.allow_federation:
-            return
-        if kind == TYPING:
-            self._typing_changed(RoomNid(target), is_told=config.allow_outgoing_typing)
-        elif kind == RECEIPT and config.allow_outgoing_read_receipts:
-            self._collect_receipts(RoomNid(target))
-        elif kind == DEVICE_LIST:
-            self._wake_all(self._servers_of(UserNid(target)), self.hs.stream.position, None)
-        elif kind == PRESENCE and config.allow_outgoing_presence:
-            self._wake_all(self._servers_of(UserNid(target)), None, (PRESENCE, 0, target))
-
-    def _servers_of(self, user_nid: UserNid) -> set[str]:
-        """The servers that share a room with a user, if the user is one of ours."""
-        rooms = self.hs.rooms
-        joined = rooms.joined_rooms(user_nid) if rooms.is_local(user_nid) else []
-        return {server for nid in joined for server in rooms.by_nid(nid).servers}
-
-    def _typing_changed(self, room_nid: RoomNid, *, is_told: bool) -> None:
-        room, before = self.hs.rooms.by_nid(room_nid), self._typing.pop(room_nid, set())
-        now = room.local_joined.intersection(self.hs.typing.users(room_nid))
-        if now:
-            self._typing[room_nid] = now
-        for user_nid in now ^ before if is_told and room.room_id not in self.disabled else ():
-            self._wake_all(room.servers, None, (TYPING, room_nid, user_nid), user_nid in now)
-
-    def _collect_receipts(self, room_nid: RoomNid) -> None:
-        """Wait a little for more of them, and longer the more servers have to hear of it."""
-        room = self.hs.rooms.by_nid(room_nid)
-        if len(room.servers) > 1 and room_nid not in self._receipts:
-            self._receipts[room_nid] = self.hs.stream.position - 1
-            least, each, most = RECEIPT_SECONDS
-            wait = min(most, least + each * len(room.servers))
-            asyncio.get_running_loop().call_later(wait, self._tell_receipts, room_nid)
-
-    def _tell_receipts(self, room_nid: RoomNid) -> None:
-        since, room = self._receipts.pop(room_nid), self.hs.rooms.by_nid(room_nid)
-        if room.room_id not in self.disabled and any(receipt_edus(self.hs, {room_nid: since})):
-            self._wake_all(room.servers, None, (RECEIPT, room_nid, 0), since)
-
-    def _wake_all(
-        self, servers: Iterable[str], pos: int | None, edu: EduKey | None, value: int = 0
-    ) -> None:
-        for server in servers:
-            if server != self._own:
-                queue = self._wake(server, pos)
-                if edu is not None and (edu[0] != TYPING or not queue.retry_ts):
-                    old = value if edu[0] == TYPING else queue.edus.get(edu, value)
-                    queue.edus[edu] = min(old, value)
-
-    # Whose turn it is
+        hs.db.on_reset(self._reread)
 
     def start(self) -> None:
         """Go on where the last run ended."""
@@ -19333,13 +19173,19 @@ class Sender:
               AND until >= nid
         """
         servers = {row[0] for row in self.db.all(waiting, (after,))}
-        changed = "SELECT DISTINCT user_nid FROM device_updates WHERE pos > ?"
-        for (user_nid,) in self.db.all(changed, (after,)):
+        changed = "SELECT user_nid FROM device_updates WHERE pos > ?"
+        for user_nid in {row[0] for row in self.db.all(changed, (after,))}:
             servers |= self._servers_of(user_nid)
         for server in servers - {self._own}:
             self.queues.setdefault(server, Queue(server, after))
         for each in list(self.queues.values()):
             self._schedule(each)
+
+    def _servers_of(self, user_nid: UserNid) -> set[str]:
+        """The servers that share a room with a user, if the user is one of ours."""
+        rooms = self.hs.rooms
+        joined = rooms.joined_rooms(user_nid) if rooms.is_local(user_nid) else []
+        return {server for nid in joined for server in rooms.by_nid(nid).servers}
 
     def _wake(self, server: str, pos: int | None = None) -> Queue:
         """Something new waits for a server, since a position if it must not get lost."""
@@ -19546,7 +19392,7 @@ class Sender:
         with self.db.write():
             upto = sent if late is None else min(sent, late)
             self.db.execute("DELETE FROM sent_events WHERE nid <= ?", (upto,))
-            self.db.execute("DELETE FROM room_servers WHERE until <= ?", (upto,))
+            self.db.execute(FORGET_GONE, (upto,))
 
     def reset(self, queue: Queue) -> None:
         """Throw away what waits for a server."""
@@ -19571,7 +19417,166 @@ class Sender:
             timer.cancel()
 
 
-# ── 55.4  For the admin ──────────────────────────────────────────────────────
+# ── 55.4  What there is to send ──────────────────────────────────────────────
+
+
+class Sender(Queues):
+    """Hears of all that other servers must know."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        super().__init__(hs)
+        self.disabled = {row[0] for row in hs.db.all("SELECT room_id FROM disabled_rooms")}
+        self._typing: dict[int, set[UserNid]] = {}
+        self._receipts: dict[RoomNid, int] = {}  # rooms where some moved, after which position
+        rooms = hs.rooms
+        rooms.subscribe_membership(self._membership_changed)
+        rooms.subscribe_sent(self.add)
+        rooms.subscribe_purge(self._forget_room)
+        rooms.subscribe_history(self._forget_events)
+        hs.stream.subscribe(self._stamped)
+
+    def add(self, room: Room, event: Event) -> None:
+        """Send an event to all servers that are in its room: ours, or one that we vouch for.
+
+        A kick, ban or refusal of somebody whose server is not in the room goes to that server too.
+        """
+        if not self.hs.config.allow_federation or room.room_id in self.disabled:
+            return
+        servers = room.servers.keys() - {self._own}
+        target = server_of(event.state_key or "")
+        is_removed = event.type == MEMBER and event.membership in {"leave", "ban"}
+        if is_removed and target not in {*servers, self._own} and is_server_name(target):
+            servers.add(target)
+            row = (target, room.nid, event.nid - 1, event.nid)
+            self.db.execute("INSERT OR IGNORE INTO room_servers VALUES (?, ?, ?, ?)", row)
+        if servers:
+            self.db.execute("INSERT INTO sent_events VALUES (?, ?)", (event.nid, room.nid))
+        for server in servers:
+            self._wake(server, event.nid)
+
+    def send_to_devices(self, sender: str, kind: str, messages: Json) -> None:
+        """Queue messages for devices of other servers' users; inside a write block.
+
+        Each is delivered exactly once, by its message_id. Where too much waits, nothing is added.
+        """
+        if not self.hs.config.allow_federation:
+            return
+        servers: dict[str, Json] = {}
+        for user_id in filter(is_user_id, messages):
+            servers.setdefault(server_of(user_id), {})[user_id] = messages[user_id]
+        servers.pop(self._own, None)
+        for server, named in servers.items():
+            for part in split_messages(named):
+                content = {"sender": sender, "type": kind, "messages": part}
+                content["message_id"] = random_token(16)
+                self._queue_message(server, {"edu_type": "m.direct_to_device", "content": content})
+
+    def _queue_message(self, server: str, edu: Json) -> None:
+        query = "SELECT COUNT(*) FROM to_device_out WHERE server = ?"
+        if self.db.value(query, (server,)) >= MAX_OUTGOING:
+            log_sending.warning("too many messages wait for %s; another one is dropped", server)
+            return
+        pos = self.hs.stream.advance()
+        row = (server, pos, canonical_json(edu))
+        self.db.execute("INSERT INTO to_device_out VALUES (?, ?, ?)", row)
+        self._note_late(self._wake(server, pos))
+
+    def _membership_changed(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
+        """Note which servers come and go; the event that does it is the last of a server's."""
+        came, server = new == "join", server_of(self.db.user_id(user_nid))
+        if came == (old == "join"):
+            return
+        here = self.hs.stream.position
+        if server == self._own:
+            if came:
+                self._introduce(room, user_nid)
+        elif came and room.servers[server] == 1:
+            row = (server, room.nid, here, MAX_POSITION)
+            self.db.execute("INSERT OR REPLACE INTO room_servers VALUES (?, ?, ?, ?)", row)
+        elif not came and server not in room.servers:
+            self.db.execute(
+                """
+                UPDATE room_servers
+                SET until = ?
+                WHERE server = ? AND room_nid = ? AND until > ?
+                """,
+                (here, server, room.nid, here),
+            )
+
+    def _introduce(self, room: Room, user_nid: UserNid) -> None:
+        """Let servers that a user of ours meets for the first time know of their devices.
+
+        Spec: SS-API "Device Management". One update will do: it follows one that they do not know,
+        so they ask for the whole list.
+        """
+        others = [nid for nid in self.hs.rooms.joined_rooms(user_nid) if nid != room.nid]
+        known = set[str]().union(*(self.hs.rooms.by_nid(nid).servers for nid in others))
+        query = """
+            SELECT device_id
+            FROM device_updates
+            WHERE user_nid = ? AND device_id <> ''
+            LIMIT 1
+        """
+        device_id = self.db.value(query, (user_nid,))
+        if device_id is not None and room.servers.keys() - known - {self._own}:
+            device_list_changed(self.hs, user_nid, device_id)
+
+    def _forget_room(self, room: Room) -> None:
+        self.db.execute("DELETE FROM sent_events WHERE room_nid = ?", (room.nid,))
+        self.db.execute("DELETE FROM room_servers WHERE room_nid = ?", (room.nid,))
+
+    def _forget_events(self, _: Room, nids: list[EventNid]) -> None:
+        delete = "DELETE FROM sent_events WHERE nid IN (SELECT value FROM json_each(?))"
+        self.db.execute(delete, (json.dumps(nids),))
+
+    def _stamped(self, kind: str, target: int) -> None:
+        """Subscriber of the stream: what changed beside the rooms' events."""
+        config = self.hs.config
+        if not config.allow_federation:
+            return
+        if kind == TYPING:
+            self._typing_changed(RoomNid(target), is_told=config.allow_outgoing_typing)
+        elif kind == RECEIPT and config.allow_outgoing_read_receipts:
+            self._collect_receipts(RoomNid(target))
+        elif kind == DEVICE_LIST:
+            self._wake_all(self._servers_of(UserNid(target)), self.hs.stream.position, None)
+        elif kind == PRESENCE and config.allow_outgoing_presence:
+            self._wake_all(self._servers_of(UserNid(target)), None, (PRESENCE, 0, target))
+
+    def _typing_changed(self, room_nid: RoomNid, *, is_told: bool) -> None:
+        room, before = self.hs.rooms.by_nid(room_nid), self._typing.pop(room_nid, set())
+        now = room.local_joined.intersection(self.hs.typing.users(room_nid))
+        if now:
+            self._typing[room_nid] = now
+        for user_nid in now ^ before if is_told and room.room_id not in self.disabled else ():
+            self._wake_all(room.servers, None, (TYPING, room_nid, user_nid), user_nid in now)
+
+    def _collect_receipts(self, room_nid: RoomNid) -> None:
+        """Wait a little for more of them, and longer the more servers have to hear of it."""
+        room = self.hs.rooms.by_nid(room_nid)
+        if len(room.servers) > 1 and room_nid not in self._receipts:
+            self._receipts[room_nid] = self.hs.stream.position - 1
+            least, each, most = RECEIPT_SECONDS
+            wait = min(most, least + each * len(room.servers))
+            asyncio.get_running_loop().call_later(wait, self._tell_receipts, room_nid)
+
+    def _tell_receipts(self, room_nid: RoomNid) -> None:
+        since, room = self._receipts.pop(room_nid), self.hs.rooms.by_nid(room_nid)
+        if room.room_id not in self.disabled and any(receipt_edus(self.hs, {room_nid: since})):
+            self._wake_all(room.servers, None, (RECEIPT, room_nid, 0), since)
+
+    def _wake_all(
+        self, servers: Iterable[str], pos: int | None, edu: EduKey | None, value: int = 0
+    ) -> None:
+        for server in servers:
+            if server != self._own:
+                queue = self._wake(server, pos)
+                if edu is not None and (edu[0] != TYPING or not queue.retry_ts):
+                    old = value if edu[0] == TYPING else queue.edus.get(edu, value)
+                    queue.edus[edu] = min(old, value)
+
+
+# ── 55.5  For the admin ──────────────────────────────────────────────────────
 
 
 class QueueStatus(NamedTuple):
@@ -26738,7 +26743,6 @@ class Homeserver:
         self.rooms.subscribe_purge(self.threads.forget_room)
         self.rooms.subscribe_history(self.search.forget_events)
         self.rooms.erased = self.accounts.erased
-        self.sender.subscribe()
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive
 

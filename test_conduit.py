@@ -16626,7 +16626,7 @@ def test_switched_off_nothing_goes_out(
     assert not [edu for content in receiver.transactions for edu in content["edus"]]
 
 
-# ── 55.3  The sender ─────────────────────────────────────────────────────────
+# ── 55.3  Whose turn it is ───────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("status", [400, 500])
@@ -16700,6 +16700,7 @@ def test_kill_between_sending_and_the_answer(
     assert seen[0]["pdus"][0] == receiver.pdus[0]
     ids = {edu["message_id"] for edu in receiver.edus("m.direct_to_device")}
     assert len(ids) == 3
+    eventually(lambda: not database_rows(sending, "SELECT 1 FROM to_device_out"))
     sending.kill9()
     sending.start()
     alice.send_text(room_id, "4")
@@ -16784,7 +16785,7 @@ def test_a_room_with_many_dead_servers_writes_no_row_for_them(
     assert sending.cpu() - used < 0.1
 
 
-# ── 55.4  For the admin ──────────────────────────────────────────────────────
+# ── 55.5  For the admin ──────────────────────────────────────────────────────
 
 
 def test_queues_are_seen_and_reset_and_rooms_switched_off(sending: Server) -> None:
@@ -24657,6 +24658,10 @@ STATEMENT: Final = re.compile(r"\s*(?:SELECT|UPDATE|DELETE|INSERT|REPLACE|WITH)\
 # Statements that read a whole table or index, and why they may.
 SCANS: Final = {
     "SELECT name FROM sqlite_schema": "at the start",
+    "SELECT room_id FROM disabled_rooms": "at the start; few",
+    "SELECT server, acked FROM late_servers": "at the start",
+    "SELECT server FROM late_servers": "when writes were undone",
+    "UPDATE device_updates SET pos = pos + ?, previous = NULL": "after a restore",
     "SELECT user_nid FROM profile_updates": "at the start; the table is a queue",
     "SELECT user_nid, state, status_msg FROM presence": "at the start",
     "SELECT user_nid FROM accounts WHERE leaving = 1": "at the start; the index has only those",
