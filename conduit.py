@@ -19656,7 +19656,7 @@ def check_served(hs: Homeserver, room: Room, server: str) -> None:
         raise forbidden("Your server is not in this room")
 
 
-def served_room(hs: Homeserver, request: Request, room_id: str) -> Room:
+def room_of_asker(hs: Homeserver, request: Request, room_id: str) -> Room:
     """The room of a path, for the server that asks; 404 or 403."""
     room = hs.rooms.get(room_id)
     check_served(hs, room, request.origin)
@@ -19773,7 +19773,7 @@ async def serve_event(hs: Homeserver, request: Request, event_id: str) -> Json:
 @route("GET", FEDERATION_API + "/backfill/{room_id}", auth=FEDERATION)
 async def serve_backfill(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Some events (`v`) and what precedes them, up to `limit`.  Spec: SS-API "Backfilling"."""
-    room, start = served_room(hs, request, room_id), request.query.get("v", [])
+    room, start = room_of_asker(hs, request, room_id), request.query.get("v", [])
     limit = request.int_arg("limit", MAX_SERVED, 1, MAX_SERVED)
     if not start:
         raise missing_param("v is missing")
@@ -19790,7 +19790,7 @@ async def serve_missing_events(hs: Homeserver, request: Request, room_id: str) -
 
     Spec: SS-API "Backfilling and retrieving missing events".
     """
-    room, body = served_room(hs, request, room_id), request.json
+    room, body = room_of_asker(hs, request, room_id), request.json
     latest = hs.rooms.events_by_ids(body["latest_events"][:MAX_SERVED])
     earliest = set(body["earliest_events"]) | {event.event_id for event in latest}
     start = {one for event in latest if event.room_nid == room.nid for one in event.prev_events}
@@ -19802,7 +19802,7 @@ async def serve_missing_events(hs: Homeserver, request: Request, room_id: str) -
 @route("GET", FEDERATION_API + "/timestamp_to_event/{room_id}", auth=FEDERATION)
 async def serve_event_by_time(hs: Homeserver, request: Request, room_id: str) -> Json:
     """The event nearest to a time.  Spec: SS-API `GET /timestamp_to_event`.  404: there is none."""
-    room = served_room(hs, request, room_id)
+    room = room_of_asker(hs, request, room_id)
     return await event_near(hs, request, room, ServerView(hs, room, request.origin).shows)
 
 
@@ -19820,7 +19820,7 @@ async def state_and_chain(hs: Homeserver, request: Request, room_id: str) -> lis
 
     404 when the event, or the state at it, is not known.
     """
-    room = served_room(hs, request, room_id)
+    room = room_of_asker(hs, request, room_id)
     event = served_event(hs, room, request.arg("event_id"))
     if event.state_group is None:
         raise not_found("The state at this event is not known here")
@@ -19871,7 +19871,7 @@ async def serve_event_auth(
     hs: Homeserver, request: Request, room_id: str, event_id: str
 ) -> Response:
     """All that an event stands on.  Spec: SS-API "Retrieving event authorisation information"."""
-    room = served_room(hs, request, room_id)
+    room = room_of_asker(hs, request, room_id)
     chain = hs.rooms.auth_chain([served_event(hs, room, event_id).event_id])
     return Response(body=events_as_json(hs, auth_chain=with_create(room, chain)))
 
