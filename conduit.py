@@ -377,6 +377,34 @@ class LruCache(Generic[CacheKey, CacheValue]):
         return len(self._items)
 
 
+# ── 1.5  Globs ──────────────────────────────────────────────────────────────
+
+# A word boundary: an end of the text, or a place beside which not both are word characters.
+BOUNDARY = "(?:(?<![A-Za-z0-9_])|(?![A-Za-z0-9_]))"
+WILDCARD = re.compile(r"[*?]")
+
+
+def glob(pattern: str, *, words: bool = False, wildcards: bool = True) -> Callable[[str], bool]:
+    """A test for texts that match a pattern with * and ?, without regard to case.
+
+    With `words`, a part of the text between word boundaries is enough.
+    Trap: a plain regular expression takes hours for *a*a*a*b (CVE-2021-29471). Here a star takes
+    as little as it can, and (?=(...)) keeps it from trying more: the rest fits there or nowhere.
+    """
+    pattern = pattern.lower()
+    if not words and not WILDCARD.search(pattern):
+        return lambda text: text.lower() == pattern
+    parts = [re.escape(part) for part in (pattern.split("*") if wildcards else [pattern])]
+    if wildcards:
+        parts = [part.replace(r"\?", ".") for part in parts]
+    first = f".*?{BOUNDARY}{parts[0]}" if words else parts[0]
+    pieces = [first, *(f".*?{part}" for part in parts[1:])]
+    pieces[-1] += BOUNDARY if words else r"\Z"
+    groups = (f"(?=(?P<g{n}>{piece}))(?P=g{n})" for n, piece in enumerate(pieces))
+    match = re.compile("".join(groups), re.DOTALL).match
+    return lambda text: match(text.lower()) is not None
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  2. CONFIGURATION
 #
@@ -4232,6 +4260,7 @@ class Room:
         self.local_joined: set[UserNid] = set()
         self.typing: dict[UserNid, int] = {}
         self.power: tuple[object, PowerLevels] | None = None
+        self.acl: tuple[object, LruCache[str, bool]] = (None, LruCache(1))
 
     def state_event(self, event_type: str, state_key: str = "") -> Event | None:
         """The current state event of that type and key."""
@@ -5219,7 +5248,7 @@ class RoomWriter(RoomResolver):
             )
             self._tell_relation(room, target, -1)
         self._events.pop(target.nid)
-        room.power = None
+        room.power, room.acl = None, (None, room.acl[1])
 
 
 # ── 10.5  What other servers send ────────────────────────────────────────────
@@ -9158,6 +9187,48 @@ async def get_version(hs: Homeserver, _request: Request) -> Json:
     if not hs.config.allow_federation:
         raise forbidden("Federation is disabled on this server")
     return {"server": {"name": "conduit.py", "version": VERSION}}
+
+
+# ── 46.4  Server ACLs ────────────────────────────────────────────────────────
+
+SERVER_ACL: Final = "m.room.server_acl"
+ACL_VERDICTS = 1_000  # kept per room
+
+
+def acl_matches(patterns: Any, host: str) -> bool:
+    """Whether a list of an ACL, which may be anything, names a host."""
+    given = patterns if isinstance(patterns, list) else []
+    return any(
+        isinstance(pattern, str) and len(pattern) <= MAX_ID_BYTES and glob(pattern)(host)
+        for pattern in given
+    )
+
+
+def acl_verdict(content: Json, server: str) -> bool:
+    """What an ACL says of a server, in the order of the specification."""
+    host = re.sub(r":\d+\Z", "", server)
+    is_literal = host.startswith("[") or bool(re.fullmatch(r"\d+(\.\d+){3}", host))
+    if is_literal and content.get("allow_ip_literals") is False:
+        return False
+    if acl_matches(content.get("deny"), host):
+        return False
+    return acl_matches(content.get("allow"), host)
+
+
+def acl_allows(room: Room, server: str) -> bool:
+    """Whether the room's ACL lets a server take part.  Spec: m.room.server_acl."""
+    key = (SERVER_ACL, "")
+    nid = room.state.get(key)
+    if nid is None:
+        return True
+    if room.acl[0] != nid:
+        room.acl = (nid, LruCache(ACL_VERDICTS))
+    verdicts, server = room.acl[1], server.lower()
+    verdict = verdicts.get(server)
+    if verdict is None:
+        verdict = acl_verdict(room.content(*key), server)
+        verdicts.put(server, verdict)
+    return verdict
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
@@ -14641,35 +14712,7 @@ CREATE TABLE unread (
 ) WITHOUT ROWID;
 """)
 
-# ── 18.1  Globs ──────────────────────────────────────────────────────────────
-
-# A word boundary: an end of the text, or a place beside which not both are word characters.
-BOUNDARY = "(?:(?<![A-Za-z0-9_])|(?![A-Za-z0-9_]))"
-WILDCARD = re.compile(r"[*?]")
-
-
-def glob(pattern: str, *, words: bool = False, wildcards: bool = True) -> Callable[[str], bool]:
-    """A test for texts that match a pattern with * and ?, without regard to case.
-
-    With `words`, a part of the text between word boundaries is enough.
-    Trap: a plain regular expression takes hours for *a*a*a*b (CVE-2021-29471). Here a star takes
-    as little as it can, and (?=(...)) keeps it from trying more: the rest fits there or nowhere.
-    """
-    pattern = pattern.lower()
-    if not words and not WILDCARD.search(pattern):
-        return lambda text: text.lower() == pattern
-    parts = [re.escape(part) for part in (pattern.split("*") if wildcards else [pattern])]
-    if wildcards:
-        parts = [part.replace(r"\?", ".") for part in parts]
-    first = f".*?{BOUNDARY}{parts[0]}" if words else parts[0]
-    pieces = [first, *(f".*?{part}" for part in parts[1:])]
-    pieces[-1] += BOUNDARY if words else r"\Z"
-    groups = (f"(?=(?P<g{n}>{piece}))(?P=g{n})" for n, piece in enumerate(pieces))
-    match = re.compile("".join(groups), re.DOTALL).match
-    return lambda text: match(text.lower()) is not None
-
-
-# ── 18.2  The predefined rules ───────────────────────────────────────────────
+# ── 18.1  The predefined rules ───────────────────────────────────────────────
 
 OWN_USER_ID = "[the user's Matrix ID]"  # in a predefined rule: the id of the rule's owner
 NOTIFY = "notify"
@@ -14749,7 +14792,7 @@ DEFAULT_RULES: Final[dict[str, list[Json]]] = {
 }
 PUSH_KINDS: Final = tuple(DEFAULT_RULES)
 
-# ── 18.3  Conditions ─────────────────────────────────────────────────────────
+# ── 18.2  Conditions ─────────────────────────────────────────────────────────
 
 ABSENT: Final = object()
 SCALARS = (str, int, bool, type(None))
@@ -14877,7 +14920,7 @@ def prepare_condition(condition: Json) -> PushCondition:
     return prepare(condition) if prepare else never
 
 
-# ── 18.4  Prepared rules ─────────────────────────────────────────────────────
+# ── 18.3  Prepared rules ─────────────────────────────────────────────────────
 
 COMPARED_MEMBERS: Final = {"event_match": "pattern", "event_property_is": "value"}
 
@@ -14966,7 +15009,7 @@ class PushRuleset:
 
 DEFAULT_RULESET: Final = PushRuleset(0, {})
 
-# ── 18.5  The rules of each user ─────────────────────────────────────────────
+# ── 18.4  The rules of each user ─────────────────────────────────────────────
 
 MAX_RULES = 262_144  # characters, as JSON
 MAX_PATTERNS = 4096  # characters; each can cost a pass over a long body, while everybody waits
@@ -15035,7 +15078,7 @@ def push_rules_account_data(hs: Homeserver, user_nid: UserNid, since: int = 0) -
     return {"type": "m.push_rules", "content": hs.push_rules.content(user_nid)}
 
 
-# ── 18.6  Settings that follow an upgrade ────────────────────────────────────
+# ── 18.5  Settings that follow an upgrade ────────────────────────────────────
 
 
 def inherit_push_rule(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
@@ -15098,7 +15141,7 @@ def follow_tombstone(hs: Homeserver, room: Room, event: Event) -> None:
             inherit_settings(hs, user_nid, room, new)
 
 
-# ── 18.7  The push rule endpoints ────────────────────────────────────────────
+# ── 18.6  The push rule endpoints ────────────────────────────────────────────
 
 OBSOLETE_ACTIONS = ("dont_notify", "coalesce")
 PUSH_RULES_PATH = "/_matrix/client/v3/pushrules"
@@ -15227,7 +15270,7 @@ async def put_push_rule_member(hs: Homeserver, request: Request, kind: str, rule
     return {}
 
 
-# ── 18.8  Unread counts ──────────────────────────────────────────────────────
+# ── 18.7  Unread counts ──────────────────────────────────────────────────────
 
 MAX_CONSIDERED = 500  # events looked at in one go, and marks kept: a badge need not count further
 SAVE_AFTER = 50  # events considered before a row is worth writing

@@ -8597,6 +8597,53 @@ def test_sec_04_events_with_false_signatures(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+# ── 46.4  Server ACLs ────────────────────────────────────────────────────────
+
+ACL = {"allow": ["*"], "deny": ["evil.org", "*.evil.org", "b?d", "1.2.3.*"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "server", "expected"),
+    [
+        (ACL, "good.org", True),
+        (ACL, "evil.org", False),
+        (ACL, "EvIl.org", False),
+        (ACL, "evil.org:8448", False),
+        (ACL, "a.B.evil.ORG:1", False),
+        (ACL, "notevil.org", True),
+        (ACL, "bad", False),
+        (ACL, "b.d.org", True),
+        (ACL, "1.2.3.4", False),
+        (ACL, "1.2.4.4:8448", True),
+        ({"allow": ["*"], "allow_ip_literals": False}, "1.2.4.4:8448", False),
+        ({"allow": ["*"], "allow_ip_literals": False}, "[::1]", False),
+        ({"allow": ["*"], "allow_ip_literals": False}, "[::1]:8448", False),
+        ({"allow": ["*"], "allow_ip_literals": False}, "1.2.4.4.org", True),
+        ({"allow": ["*"], "allow_ip_literals": 0}, "[::1]:8448", True),
+        ({"allow": ["*"], "deny": ["[::1]"]}, "[::1]:8448", False),
+        ({"allow": ["GOOD.org"]}, "good.org:80", True),
+        ({"allow": ["good.org"]}, "bad.org", False),
+        ({}, "good.org", False),
+        ({"allow": "*"}, "good.org", False),
+        ({"allow": [1, None, ["*"], "*"], "deny": {"good.org": 1}}, "good.org", True),
+    ],
+)
+def test_sec_48_acls(content: Json, server: str, *, expected: bool) -> None:
+    assert conduit.acl_verdict(content, server) is expected
+
+
+def test_sec_42_acls_of_ten_thousand_entries_are_cheap() -> None:
+    content = {"allow": ["*"], "deny": [f"*a*{n:x}*a?*b" for n in range(10_000)]}
+    room = cast(conduit.Room, types.SimpleNamespace(state={}, acl=(None, None)))
+    assert conduit.acl_allows(room, "a" * 200)
+    room.state["m.room.server_acl", ""] = cast(conduit.EventNid, 1)
+    room.content = lambda *_: content  # type: ignore[method-assign]  # a room without a store
+    started = time.process_time()
+    for _ in range(1000):
+        assert conduit.acl_allows(room, "a" * 200)
+    assert time.process_time() - started < 5
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  14. ACCOUNTS, DEVICES, LOGINS
 # ═════════════════════════════════════════════════════════════════════════════
