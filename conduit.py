@@ -19308,14 +19308,14 @@ def receive_edu(hs: Homeserver, origin: str, edu: Any) -> None:
 # ── 54.4  The inbox ──────────────────────────────────────────────────────────
 
 
-def claimed_id(version: RoomVersion | None, pdu: Any) -> str | None:
-    """Under which id a refused PDU is answered, if it can be told."""
+def refuse_pdu(verdicts: Json, version: RoomVersion | None, pdu: Any, error: str) -> None:
+    """Note why a PDU is refused under its id, if that can be told."""
+    event_id = pdu.get("event_id") if isinstance(pdu, dict) else None
     if version is not None and not version.explicit_event_ids:
         event = read_pdu(version, pdu)
-        return event.event_id if isinstance(event, Event) else None
-    event_id = pdu.get("event_id") if isinstance(pdu, dict) else None
-    good = isinstance(event_id, str) and byte_length(event_id) <= MAX_ID_BYTES
-    return event_id if good else None
+        event_id = event.event_id if isinstance(event, Event) else None
+    if isinstance(event_id, str) and byte_length(event_id) <= MAX_ID_BYTES:
+        verdicts.setdefault(event_id, {"error": error})
 
 
 class InboxItem(NamedTuple):
@@ -19417,39 +19417,34 @@ class Inbox:
 
     async def _judge(self, origin: str, pdus: list[Any]) -> tuple[Json, list[Event]]:
         """What can be told of each PDU at once, by event id; and the events that may wait."""
+        verdicts: Json = {}
+        events: list[Event] = []
         by_version: dict[RoomVersion, list[Json]] = {}
-        refused: list[tuple[Any, RoomVersion | None, MatrixError]] = []
         for pdu in pdus:
             room_id = pdu.get("room_id") if isinstance(pdu, dict) else None
-            room = self.hs.rooms.find(room_id) if is_room_id(room_id) else None
-            try:
-                by_version.setdefault(self._entry(origin, room), []).append(pdu)
-            except MatrixError as error:
-                refused.append((pdu, room and room.version, error))
-        events: list[Event] = []
+            room = self.hs.rooms.find(str(room_id))
+            refusal = self._refusal(origin, room)
+            if room is None or refusal is not None:
+                refuse_pdu(verdicts, room.version if room else None, pdu, str(refusal))
+            else:
+                by_version.setdefault(room.version, []).append(pdu)
         for version, some in by_version.items():
             results = await check_pdus(self.hs, version, some)
             for pdu, result in zip(some, results, strict=True):
                 if isinstance(result, Event):
                     events.append(result)
+                    verdicts[result.event_id] = {}
                 else:
-                    refused.append((pdu, version, result))
-        verdicts: Json = {event.event_id: {} for event in events}
-        for pdu, version, error in refused:
-            event_id = claimed_id(version, pdu)
-            if event_id is not None:
-                verdicts.setdefault(event_id, {"error": error.error})
+                    refuse_pdu(verdicts, version, pdu, result.error)
         return verdicts, events
 
-    def _entry(self, origin: str, room: Room | None) -> RoomVersion:
-        """The version of a room that a server may send events into now."""
+    def _refusal(self, origin: str, room: Room | None) -> str | None:
+        """Why a server may not send events into a room now."""
         if room is None or not room.local_joined:
-            raise not_found("This server is not in that room")
+            return "This server is not in that room"
         if not acl_allows(room, origin):
-            raise forbidden("The room's ACL keeps your server out")
-        if self._sizes[room.nid] >= MAX_WAITING:
-            raise limit_exceeded(1000, "Too much waits for that room")
-        return room.version
+            return "The room's ACL keeps your server out"
+        return "Too much waits for that room" if self._sizes[room.nid] >= MAX_WAITING else None
 
     def put(self, room: Room, origin: str, event_id: str | None, value: Json) -> None:
         """Let an item wait for its room; inside a write block."""
