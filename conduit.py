@@ -19419,7 +19419,7 @@ class Inbox:
         """What can be told of each PDU at once, by event id; and the events that may wait."""
         verdicts: Json = {}
         events: list[Event] = []
-        by_version: dict[RoomVersion, list[Json]] = {}
+        by_version: dict[str, list[Json]] = {}
         for pdu in pdus:
             room_id = pdu.get("room_id") if isinstance(pdu, dict) else None
             room = self.hs.rooms.find(str(room_id))
@@ -19427,8 +19427,9 @@ class Inbox:
             if room is None or refusal is not None:
                 refuse_pdu(verdicts, room.version if room else None, pdu, str(refusal))
             else:
-                by_version.setdefault(room.version, []).append(pdu)
-        for version, some in by_version.items():
+                by_version.setdefault(room.version.id, []).append(pdu)
+        for version_id, some in by_version.items():
+            version = ROOM_VERSIONS[version_id]
             results = await check_pdus(self.hs, version, some)
             for pdu, result in zip(some, results, strict=True):
                 if isinstance(result, Event):
