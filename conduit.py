@@ -4798,6 +4798,12 @@ class RoomResolver(RoomReader):
             pairs = [] if group is None else [(key, self.entry(group, key)) for key in keys]
         return {key: event for key, event in pairs if event is not None}
 
+    def _auth_of(self, event: Event) -> tuple[list[Event], set[str]]:
+        """The stored ones of an event's auth events, and the ids of the others."""
+        found = {entry.event_id: entry for entry in self.events_by_ids(event.auth_events)}
+        missing = set(event.auth_events) - found.keys()
+        return [found[key] for key in event.auth_events if key in found], missing
+
     def auth_chain(self, event_ids: Iterable[str]) -> list[str]:
         """The ids of all that these events stand on, by their auth events and theirs in turn."""
         rows = self.database.execute(
@@ -4868,6 +4874,7 @@ StateListener = Callable[["Room", StateChanges], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
 RelationListener = Callable[["Room", Event, int], None]
 SenderCheck = Callable[["Room", str, str, Json, "str | None", "str | None"], None]  # as `send`
+ConsentCheck = Callable[["Room", Event], Event]
 
 
 def relation_in(content: Json) -> tuple[str, str] | None:
@@ -4898,6 +4905,8 @@ class RoomWriter(RoomResolver):
         self._membership_listeners: list[MembershipListener] = []
         self._relation_listeners: list[RelationListener] = []
         self.check_sender: SenderCheck = lambda *_: None
+        # Gives the event that goes out in place of one just made; it may raise NeedsConsent.
+        self.check_consent: ConsentCheck = lambda _, event: event
         self.importing: Counter[RoomNid] = Counter()  # rooms on their way in
         self.purging: set[RoomNid] = set()  # and out
 
@@ -4994,10 +5003,17 @@ class RoomWriter(RoomResolver):
         # Version 12 leaves the create event out of auth_events, but the rules still look at it.
         created = cast(Event, room.state_event(*CREATE_KEY))
         check_auth(version, event, {CREATE_KEY: created, **auth_state})
+        agreed, auth = self.check_consent(room, event), list(auth_state.values())
+        if agreed is not event:  # it was made a moment ago
+            event, before = agreed, self.events_by_ids(agreed.prev_events)
+            auth, group = (
+                self._auth_of(event)[0],
+                self.resolve(room, (one.state_group for one in before)),
+            )
         if transaction is not None:
             event.txn_device, event.txn_id = transaction
         followed = {entry.nid for entry in before}
-        self.append(room, event, group, auth_state.values(), followed, is_ours=True)
+        self.append(room, event, group, auth, followed, is_ours=True)
         return event
 
     def append(
@@ -5383,12 +5399,6 @@ class RoomReceiver(RoomWriter):
             raise bad_json("The event is of another room")
         known = self.event(event.event_id) or event
         return known, known.state_group is not None
-
-    def _auth_of(self, event: Event) -> tuple[list[Event], set[str]]:
-        """The stored ones of an event's auth events, and the ids of the others."""
-        found = {entry.event_id: entry for entry in self.events_by_ids(event.auth_events)}
-        missing = set(event.auth_events) - found.keys()
-        return [found[key] for key in event.auth_events if key in found], missing
 
     def _judge(
         self, room: Room, event: Event, states: Iterable[Iterable[str]]
@@ -7336,7 +7346,16 @@ class PathNode:
 # ── 13.5  From a request to its handler ──────────────────────────────────────
 
 METHODS = ("GET", "PUT", "POST", "DELETE", "PATCH")
+MAX_CONSENTS = 20  # that one request may need
 PREFLIGHT = Response(204, headers={"Access-Control-Max-Age": "86400"})
+
+
+class NeedsConsent(MatrixError):
+    """403 M_FORBIDDEN: somebody else must be asked; a handler that undid its work may go again."""
+
+    def __init__(self, ask: Callable[[], Awaitable[None]]) -> None:
+        self.ask = ask
+        super().__init__(403, "M_FORBIDDEN", "The room's policy server must be asked first")
 
 
 class Router:
@@ -7376,10 +7395,19 @@ class Router:
             check_caller(entry.auth, request.requester)
         values.reverse()
         lost = self.hs.db.lost
-        result = await entry.handler(self.hs, request, **dict(zip(names, values, strict=True)))
+        result = await self._call(entry, request, dict(zip(names, values, strict=True)))
         if self.hs.db.lost != lost and method not in {"GET", "HEAD"}:  # perhaps a part of this
             raise MatrixError(507, "M_UNKNOWN", "The server could not store all of this; try again")
         return result if isinstance(result, Response) else Response(200, encode_json(result))
+
+    async def _call(self, entry: Route, request: Request, arguments: dict[str, str]) -> Any:
+        """Call the handler, once more after each event of it for which others were asked."""
+        for _ in range(MAX_CONSENTS):
+            try:
+                return await entry.handler(self.hs, request, **arguments)
+            except NeedsConsent as need:
+                await need.ask()
+        return await entry.handler(self.hs, request, **arguments)
 
     def _admit(self, request: Request, entry: Route) -> None:
         """Find out who asks, and whether they may, and whether they may already again."""
@@ -9237,6 +9265,7 @@ def acl_allows(room: Room, server: str) -> bool:
 POLICY_KEY: Final = ("m.room.policy", "")
 POLICY_KEY_ID: Final = "ed25519:policy_server"
 POLICY_SECONDS = 10.0
+CONSENTS, CONSENT_SECONDS = 1_000, 30.0  # kept for events that are about to be sent
 
 
 def policy_server(room: Room) -> tuple[str, str] | None:
@@ -9286,6 +9315,37 @@ async def ask_consent(hs: Homeserver, room: Room, event: Event) -> None:
         event.pdu["signatures"] = {**event.pdu["signatures"], server: more}
     if not has_consent(event, *policy):
         raise forbidden("The room's policy server has not signed the event")
+
+
+class Consents:
+    """The events of our own users that a policy server has signed, until they are sent.
+
+    `Rooms.send` never waits, so an event without consent raises NeedsConsent; the router asks and
+    lets the handler go again, which then finds the event here.
+    """
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._agreed: LruCache[tuple[Any, ...], tuple[float, Event]] = LruCache(CONSENTS)
+        hs.rooms.check_consent = self.check
+
+    def check(self, room: Room, event: Event) -> Event:
+        """The same event as it was signed a moment ago, or this one if it needs no consent."""
+        if policy_server(room) is None or event.key == POLICY_KEY or event.type == DUMMY_EVENT:
+            return event
+        said = canonical_json([event.type, event.state_key, event.redacts, event.content])
+        key = (room.nid, event.sender, said)
+        since, agreed = self._agreed.get(key) or (-math.inf, event)
+        if (
+            time.monotonic() < since + CONSENT_SECONDS
+            and self.hs.rooms.event(agreed.event_id) is None
+        ):
+            return agreed
+        raise NeedsConsent(functools.partial(self._ask, room, key, event))
+
+    async def _ask(self, room: Room, key: tuple[Any, ...], event: Event) -> None:
+        await ask_consent(self.hs, room, event)
+        self._agreed.put(key, (time.monotonic(), event))
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
@@ -18971,13 +19031,14 @@ KEPT_TRANSACTIONS = 10  # of each server: it repeats the last one, if any
 KEPT_MESSAGES_MS = 7 * 86_400_000
 MAX_WAITING = 1_000  # items of one room; later ones are refused, and fetched when they are missed
 MAX_TRIES = 3
-ITEM_SECONDS = 300.0  # for one item with all that it needs
+ITEM_SECONDS = 180.0  # for one item with all that it needs
 DISK_SECONDS = 5.0  # between two tries to write
 HELPERS = 4  # servers that are asked for what is missing
+MEMBERS_LOOKED_AT = 1_000  # to find them
 MAX_ROUNDS = 10  # of questions for missing events
 MAX_SINGLE_EVENTS = 50  # fetched one by one; more come with the whole state
 MAX_STATE_BYTES = 64 * 1024 * 1024
-STATE_SECONDS = 120.0
+STATE_SECONDS = 60.0
 TYPING_ELSEWHERE_SECONDS = 60.0  # other servers say it again before that
 
 
@@ -18989,10 +19050,11 @@ STATE_IDS: Final = {"pdu_ids": [str], "auth_chain_ids": [str]}
 def helpers(hs: Homeserver, room: Room, *first: str) -> list[str]:
     """Whom to ask about a room: those named first, then others in it."""
     found = dict.fromkeys(first)
-    for user_id in itertools.islice(room.members(), 1000):
+    joined = (nid for nid, membership in room.members_by_nid.items() if membership == "join")
+    for nid in itertools.islice(joined, MEMBERS_LOOKED_AT):
         if len(found) > HELPERS:
             break
-        found[server_of(user_id)] = None
+        found[server_of(hs.db.user_id(nid))] = None
     found.pop(hs.config.server_name, None)
     return [server for server in found if acl_allows(room, server)][:HELPERS]
 
@@ -19077,13 +19139,15 @@ class Fetcher:
 
     async def _single(self, event_ids: Iterable[str]) -> dict[str, Event]:
         """Events one by one; what is not to be had is left out."""
-        events: dict[str, Event] = {}
-        for event_id in event_ids:
+
+        async def single(event_id: str) -> Any:
             path = f"{FEDERATION_API}/event/{quote(event_id, safe='')}"
             with contextlib.suppress(MatrixError):
-                answer = await self.hs.federation.request(self.server, "GET", path)
-                events |= await checked(self.hs, self.room, answer.get("pdus"))
-        return events
+                return (await self.hs.federation.request(self.server, "GET", path)).get("pdus")
+
+        answers = await asyncio.gather(*map(single, event_ids))
+        pdus = [pdu for answer in answers if isinstance(answer, list) for pdu in answer[:1]]
+        return await checked(self.hs, self.room, pdus)
 
     async def _keep(self, events: Mapping[str, Event]) -> None:
         """Store events outside of the timeline, in batches between which others have their turn."""
@@ -26321,6 +26385,7 @@ class Homeserver:
         self.server_keys = ServerKeys(self)
         self.federation = Federation(self)
         self.appservices = Appservices(self)
+        self.consents = Consents(self)
         self.admin_room = AdminRoom(self)
         self.admin_jobs = AdminJobs(self)
         self.admin_socket = AdminSocket(self)
@@ -26397,7 +26462,6 @@ class Homeserver:
         self.delayed_events.arm()
         self.pushers.start()
         self.appservices.start()
-||||||| parent of 812b44e (Receiving: transactions, an inbox for each room, missing events, EDUs, device lists of others, policy servers)
         self.inbox.start()
         await self.db.synced()
         tls = self.config.tls

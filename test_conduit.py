@@ -16318,7 +16318,8 @@ class Elsewhere(Peer):
 
     async def handle(self, request: conduit.Request) -> conduit.Response:
         """Serve events, with a delay and with lies as wished."""
-        if not request.path.startswith(FEDERATION_V1) or request.path in self.answers:
+        served = request.segments[3:4] if request.segments[1:2] != ["key"] else []
+        if not served or request.path in self.answers:
             return await super().handle(request)
         raw = await request.stream.read()
         what, *rest = request.segments[3:]
@@ -16479,9 +16480,7 @@ def anna(here: Server) -> Client:
     return register(here)
 
 
-def shared(
-    anna: Client, far: Elsewhere, version: str = "12", **fields: Any
-) -> tuple[str, Branch]:
+def shared(anna: Client, far: Elsewhere, version: str = "12", **fields: Any) -> tuple[str, Branch]:
     """A room of ours in which the peer's user is as well."""
     fields = {"preset": "public_chat", "room_version": version, **fields}
     room_id = anna.create_room(**fields)
@@ -16767,7 +16766,7 @@ def test_sec_14_answers_that_were_not_asked_for(anna: Client, far: Elsewhere) ->
     far.tell(branch.text("good"))
     arrives(anna, room_id, "good")
     assert "stray" not in anna.bodies(other_id) + anna.bodies(room_id)
-    assert not [body for body in anna.bodies(room_id) if body != "good" and body != "x"]
+    assert not [body for body in anna.bodies(room_id) if body not in {"good", "x"}]
 
 
 def test_sec_44_a_slow_room_holds_up_no_other(anna: Client, far: Elsewhere) -> None:
@@ -16833,14 +16832,14 @@ def test_inbox_survives_kill_9(
 # ── 54.3  News that pass ─────────────────────────────────────────────────────
 
 
-def ephemeral(client: Client, room_id: str, kind: str) -> Json:
+def ephemeral_now(client: Client, room_id: str, kind: str) -> Json:
     """The newest ephemeral event of a kind in a room, by a full sync."""
     room = client.sync()["rooms"]["join"].get(room_id, {})
     found = [each for each in room["ephemeral"]["events"] if each["type"] == kind]
     return cast(Json, found[-1]["content"]) if found else {}
 
 
-def receipt(user: str, event_id: str, kind: str = "m.read", **data: Any) -> Json:
+def receipt_of(user: str, event_id: str, kind: str = "m.read", **data: Any) -> Json:
     """The content of an m.receipt for one room."""
     return {kind: {user: {"event_ids": [event_id], "data": {"ts": 77, **data}}}}
 
@@ -16853,14 +16852,14 @@ def test_typing_receipts_presence(anna: Client, far: Elsewhere) -> None:
     reply = anna.send(room_id, "m.room.message", message)
     typing = {"room_id": room_id, "user_id": user, "typing": True}
     far.edu("m.typing", typing)
-    assert ephemeral(anna, room_id, "m.typing") == {"user_ids": [user]}
+    assert ephemeral_now(anna, room_id, "m.typing") == {"user_ids": [user]}
     far.edu("m.typing", {**typing, "typing": False})
-    assert ephemeral(anna, room_id, "m.typing") == {}
-    far.edu("m.receipt", {room_id: receipt(user, root)})
-    far.edu("m.receipt", {room_id: receipt(user, reply, thread_id=root)})
-    far.edu("m.receipt", {room_id: receipt(user, reply, "m.read.private")})
-    eventually(lambda: reply in ephemeral(anna, room_id, "m.receipt"))
-    assert ephemeral(anna, room_id, "m.receipt") == {
+    assert ephemeral_now(anna, room_id, "m.typing") == {}
+    far.edu("m.receipt", {room_id: receipt_of(user, root)})
+    far.edu("m.receipt", {room_id: receipt_of(user, reply, thread_id=root)})
+    far.edu("m.receipt", {room_id: receipt_of(user, reply, "m.read.private")})
+    eventually(lambda: reply in ephemeral_now(anna, room_id, "m.receipt"))
+    assert ephemeral_now(anna, room_id, "m.receipt") == {
         root: {"m.read": {user: {"ts": 77}}},
         reply: {"m.read": {user: {"ts": 77, "thread_id": root}}},
     }
@@ -16878,10 +16877,10 @@ def test_receipts_wait_for_their_events(anna: Client, far: Elsewhere) -> None:
     """A receipt that comes with its event, or for an event on the way, is not lost."""
     room_id, branch = shared(anna, far)
     event = branch.text("read")
-    edu = {"edu_type": "m.receipt", "content": {room_id: receipt(branch.user, event.event_id)}}
+    edu = {"edu_type": "m.receipt", "content": {room_id: receipt_of(branch.user, event.event_id)}}
     far.tell(event)
     ok(far.send(edus=[edu]))
-    eventually(lambda: event.event_id in ephemeral(anna, room_id, "m.receipt"))
+    eventually(lambda: event.event_id in ephemeral_now(anna, room_id, "m.receipt"))
 
 
 def device_of(user_id: str, name: str = "D") -> tuple[KeyPair, Json]:
@@ -16961,8 +16960,9 @@ def test_signatures_across_servers(anna: Client, far: Elsewhere) -> None:
     assert ok(anna.post("keys/signatures/upload", body)) == {"failures": {}}
     assert changed(anna.poll()) == {user}
     found = query(anna, cast(Client, SimpleNamespace(user_id=user)))
-    assert found["master_keys"][user]["signatures"][anna.user_id] == (
-        signed["signatures"][anna.user_id]
+    assert (
+        found["master_keys"][user]["signatures"][anna.user_id]
+        == (signed["signatures"][anna.user_id])
     )
     assert found["self_signing_keys"][user] == cross["self_signing_key"]
     bert = register(far.server)
@@ -16995,7 +16995,7 @@ def news_of(user: str, room_id: str, event_id: str, anna: Client) -> dict[str, J
     master = {"user_id": user, "usage": ["master"], "keys": {pair.id: pair.public}}
     return {
         "m.typing": {"room_id": room_id, "user_id": user, "typing": True},
-        "m.receipt": {room_id: receipt(user, event_id)},
+        "m.receipt": {room_id: receipt_of(user, event_id)},
         "m.presence": {"push": [{"user_id": user, "presence": "online", "last_active_ago": 1}]},
         "m.direct_to_device": {
             **{"sender": user, "type": "m.test", "message_id": unique("m")},
@@ -17106,14 +17106,11 @@ def test_policy_servers_decide_what_is_seen(anna: Client, far: Elsewhere) -> Non
     def sign(event: conduit.Event) -> str:
         return policy.sign(conduit.reference_bytes(event.version, event.pdu))
 
-    def decide(request: conduit.Request) -> Json:
-        return {}
-
     anna.set_state(
         room_id, "m.room.policy", {"via": far.name, "public_keys": {"ed25519": policy.public}}
     )
     branch.read()
-    far.answers["/_matrix/policy/v1/sign"] = decide
+    far.answers["/_matrix/policy/v1/sign"] = {}
     far.tell(branch.make("m.room.message", {"msgtype": "m.text", "body": "spam"}))
     signed = branch.make("m.room.message", {"msgtype": "m.text", "body": "signed"})
     signed.pdu["signatures"][far.name]["ed25519:policy_server"] = sign(signed)
@@ -17126,6 +17123,44 @@ def test_policy_servers_decide_what_is_seen(anna: Client, far: Elsewhere) -> Non
     far.tell(asked)
     arrives(anna, room_id, "signed", "asked")
     assert "spam" not in anna.bodies(room_id)
+
+
+def test_our_events_need_the_consent_of_policy_servers(anna: Client, far: Elsewhere) -> None:
+    """What the policy server refuses is not sent, its error is handed on; the rest is signed."""
+    room_id, branch = shared(anna, far, "11")
+    policy = conduit.SigningKey.generate()
+    content = {"via": far.name, "public_keys": {"ed25519": policy.public}}
+    anna.set_state(room_id, "m.room.policy", content)
+    path = ("rooms", room_id, "send", "m.room.message", "txn1")
+    message = {"msgtype": "m.text", "body": "hello"}
+    error = b'{"errcode":"M_FORBIDDEN","error":"This is spam"}'
+    far.answers["/_matrix/policy/v1/sign"] = conduit.Response(400, error)
+    assert fails(anna.put(path, message), 400, "M_FORBIDDEN")["error"] == "This is spam"
+    far.answers["/_matrix/policy/v1/sign"] = {}
+    fails(anna.put(path, message), 403, "M_FORBIDDEN")
+    far.answers["/_matrix/policy/v1/sign"] = {far.name: {"ed25519:policy_server": "AAAA"}}
+    fails(anna.put(path, message), 403, "M_FORBIDDEN")
+    del far.answers["/_matrix/policy/v1/sign"]
+    far.lies["sign"] = lambda _, asked: {
+        far.name: {
+            "ed25519:policy_server": policy.sign(
+                conduit.reference_bytes(conduit.ROOM_VERSIONS["11"], asked["body"])
+            )
+        }
+    }
+    first = ok(anna.put(path, message))
+    assert ok(anna.put(path, message)) == first
+    second = anna.send_text(room_id, "hello")
+    assert second != first["event_id"]
+    anna.redact(room_id, second)
+    ok(anna.post(("rooms", room_id, "kick"), {"user_id": branch.user}))
+    assert far.counts["sign"] == 4
+    branch.read()
+    for event in list(far.events.values())[-4:]:
+        assert conduit.has_consent(event, far.name, policy.public)
+    far.lies.clear()
+    anna.send_text(room_id, "nobody of that server is here any more")
+    anna.set_state(room_id, "m.room.policy", {})
 
 
 # ═════════════════════════════════════════════════════════════════════════════
