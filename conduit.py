@@ -9327,7 +9327,6 @@ class Consents:
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self._agreed: LruCache[tuple[Any, ...], tuple[float, Event]] = LruCache(CONSENTS)
-        hs.rooms.check_consent = self.check
 
     def check(self, room: Room, event: Event) -> Event:
         """The same event as it was signed a moment ago, or this one if it needs no consent."""
@@ -19008,7 +19007,7 @@ CREATE TABLE inbox (                -- what came and waits for its room
     tries INTEGER NOT NULL DEFAULT 0,  -- how often the server began with it and ended
     error TEXT                      -- why it was put aside; NULL: it waits
 );
-CREATE INDEX inbox_by_room ON inbox (room_nid, item_nid) WHERE error IS NULL;
+CREATE INDEX inbox_by_room ON inbox (room_nid, error, item_nid);
 CREATE TABLE received_transactions (
     origin TEXT, txn_id TEXT, ts INTEGER NOT NULL, answer TEXT NOT NULL,
     PRIMARY KEY (origin, txn_id)
@@ -19162,24 +19161,6 @@ class Fetcher:
 # ── 54.2  One event ──────────────────────────────────────────────────────────
 
 
-async def admit(hs: Homeserver, room: Room, origin: str, event: Event) -> None:
-    """Let a checked event in, after those before it that are missing."""
-    limit = hs.config.max_fetch_prev_events
-    if limit and hs.rooms.missing(event.prev_events, with_state=True):
-        for server in helpers(hs, room, origin, server_of(event.sender)):
-            try:
-                older = await Fetcher(hs, room, event, server).older(limit)
-            except MatrixError as error:
-                log_federation.info("%s: nothing missing from %s: %s", room.room_id, server, error)
-                continue
-            for one in older:
-                with contextlib.suppress(MatrixError):
-                    await admit_one(hs, room, server, one)
-            if not hs.rooms.missing(event.prev_events, with_state=True):
-                break
-    await admit_one(hs, room, origin, event)
-
-
 async def admit_one(hs: Homeserver, room: Room, origin: str, event: Event) -> None:
     """Let a checked event in; a gap below it gets the state from others.
 
@@ -19206,6 +19187,24 @@ async def admit_one(hs: Homeserver, room: Room, origin: str, event: Event) -> No
         else:
             return
     raise failure
+
+
+async def admit(hs: Homeserver, room: Room, origin: str, event: Event) -> None:
+    """Let a checked event in, after those before it that are missing."""
+    limit = hs.config.max_fetch_prev_events
+    if limit and hs.rooms.missing(event.prev_events, with_state=True):
+        for server in helpers(hs, room, origin, server_of(event.sender)):
+            try:
+                older = await Fetcher(hs, room, event, server).older(limit)
+            except MatrixError as error:
+                log_federation.info("%s: nothing missing from %s: %s", room.room_id, server, error)
+                continue
+            for one in older:
+                with contextlib.suppress(MatrixError):
+                    await admit_one(hs, room, server, one)
+            if not hs.rooms.missing(event.prev_events, with_state=True):
+                break
+    await admit_one(hs, room, origin, event)
 
 
 # ── 54.3  News that pass ─────────────────────────────────────────────────────
@@ -26385,7 +26384,6 @@ class Homeserver:
         self.server_keys = ServerKeys(self)
         self.federation = Federation(self)
         self.appservices = Appservices(self)
-        self.consents = Consents(self)
         self.admin_room = AdminRoom(self)
         self.admin_jobs = AdminJobs(self)
         self.admin_socket = AdminSocket(self)
@@ -26426,6 +26424,7 @@ class Homeserver:
         self.reports.subscribe(self.admin_room.announce)
         self.delayed_events.send = functools.partial(send_delayed, self)
         self.rooms.check_sender = functools.partial(check_sender, self)
+        self.rooms.check_consent = Consents(self).check
         self.rooms.subscribe_purge(functools.partial(forget_names, self))
         self.rooms.subscribe_purge(self.threads.forget_room)
         self.rooms.subscribe_purge(self.inbox.forget_room)

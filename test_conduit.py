@@ -24778,6 +24778,8 @@ SCANS: Final = {
     "SELECT user_nid, user_id FROM accounts JOIN users USING (user_nid)": "a bridge is registered",
     "SELECT DISTINCT room_nid FROM network_rooms": "bridged networks; an index of few rows",
     "SELECT DISTINCT room_nid FROM memberships": "an admin asks for the list",
+    "SELECT room_nid, COUNT(*), MIN(item_nid) FROM inbox WHERE error IS NULL"
+    " GROUP BY room_nid": "at the start; the table is a queue",
     "SELECT user_id, COUNT(*), SUM(size) AS total FROM media JOIN users USING (user_nid)"
     " GROUP BY user_nid ORDER BY total DESC": "an admin asks, in a thread",
     "UPDATE one_time_keys SET used = 1, body = NULL WHERE NOT fallback": "after a restore",
