@@ -16902,6 +16902,7 @@ class UserPresence:
     last_active: float = -math.inf
     pos: int = 0  # of the stream, when others were told
     joined_pos: int = 0  # and at the last join of a room
+    is_local: bool = True  # what is elsewhere is not stored
     devices: dict[int, DevicePresence] = field(default_factory=dict)
 
     def due(self, now: float) -> tuple[str, bool, str | None]:
@@ -16972,7 +16973,7 @@ class Presence:
         """Another server says how a user of its own is."""
         user, device, now = self._device(user_nid, ELSEWHERE)
         device.state, device.until = state, now + ELSEWHERE_SECONDS * (state != "offline")
-        user.last_active, user.status_msg = now - quiet_seconds, status_msg
+        user.last_active, user.status_msg, user.is_local = now - quiet_seconds, status_msg, False
         self._show(user_nid, user, now)
 
     def touch(self, user_nid: UserNid) -> None:
@@ -17051,7 +17052,7 @@ class Presence:
         due = user.due(now)
         if due == user.shown:
             return
-        if due[0] != user.shown[0] and self.hs.rooms.is_local(user_nid):
+        if due[0] != user.shown[0] and user.is_local:
             self._unsaved.add(user_nid)
         user.shown = due
         self._tell(user_nid)

@@ -15353,6 +15353,9 @@ class FakeRooms:
         self.hs = hs
         self.joined: dict[int, set[int]] = {}
 
+    def is_local(self, user: int) -> bool:
+        return bool(user)
+
     def share_room(self, one: int, other: int) -> bool:
         return any({one, other} <= users for users in self.joined.values())
 
@@ -15366,7 +15369,7 @@ class FakeRooms:
         was = "join" if user in users else "leave"
         users ^= {user}
         position = self.hs.stream.stamp(conduit.ROOM_EVENT, nid)
-        room = cast(Any, types.SimpleNamespace(nid=nid, last_pos=position))
+        room = cast(Any, types.SimpleNamespace(nid=nid, last_pos=position, local_joined=users))
         conduit.note_membership(
             self.hs, room, cast(Any, user), was, "leave" if was == "join" else "join"
         )
