@@ -19026,6 +19026,7 @@ invariant(
 )
 
 MAX_PDUS, MAX_EDUS = 50, 100  # in a transaction
+MAX_NEWS = 1_000  # users in one EDU
 MAX_TURNS = 4  # transactions of one server that wait while another of its is looked at
 KEPT_TRANSACTIONS = 10  # of each server: it repeats the last one, if any
 KEPT_MESSAGES_MS = 7 * 86_400_000
@@ -19059,9 +19060,11 @@ def helpers(hs: Homeserver, room: Room, *first: str) -> list[str]:
     return [server for server in found if acl_allows(room, server)][:HELPERS]
 
 
-async def checked(hs: Homeserver, room: Room, pdus: Any) -> dict[str, Event]:
+async def checked(
+    hs: Homeserver, room: Room, pdus: Any, limit: int | None = None
+) -> dict[str, Event]:
     """The good events of the room among what a server answered, by id."""
-    given = pdus if isinstance(pdus, list) else []
+    given = pdus[:limit] if isinstance(pdus, list) else []
     events = await check_pdus(hs, room.version, given)
     return {
         event.event_id: event
@@ -19091,10 +19094,10 @@ class Fetcher:
         for _ in range(MAX_ROUNDS):
             if not wanted or len(found) >= limit:
                 break
-            content = {"earliest_events": earliest, "latest_events": latest, "min_depth": 0}
-            content["limit"] = limit - len(found)
+            left = limit - len(found)
+            content = {"earliest_events": earliest, "latest_events": latest, "limit": left}
             answer = await hs.federation.request(self.server, "POST", path, content=content)
-            given = await checked(hs, room, answer.get("events"))
+            given = await checked(hs, room, answer.get("events"), left)
             fresh: dict[str, Event] = {}
             while wanted & given.keys():
                 new = {key: given.pop(key) for key in wanted & given.keys()}
@@ -19246,7 +19249,7 @@ def receive_receipts(hs: Homeserver, origin: str, content: Json) -> None:
 
 def record_receipts(hs: Homeserver, room: Room, origin: str, users: Json) -> None:
     """Move the receipts of a room's members elsewhere; what is not understood is left out."""
-    for user_id, receipt in users.items():
+    for user_id, receipt in itertools.islice(users.items(), MAX_NEWS):
         with contextlib.suppress(MatrixError):
             check_shape(receipt, {"event_ids": [str], "data": {"ts": int, "thread_id?": str}})
             check_canonical(receipt)
@@ -19268,7 +19271,7 @@ def receive_presence(hs: Homeserver, origin: str, content: Json) -> None:
     """Who is there elsewhere."""
     if not (hs.config.allow_incoming_presence and hs.config.allow_local_presence):
         return
-    for update in content["push"]:
+    for update in content["push"][:MAX_NEWS]:
         with contextlib.suppress(MatrixError):
             check_shape(update, PRESENCE_UPDATE)
             nid, message = user_of(hs, origin, update["user_id"]), update.get("status_msg")
@@ -19287,7 +19290,7 @@ def receive_to_device(hs: Homeserver, origin: str, content: Json) -> None:
         raise invalid_param("The type or the id of the message is too long")
     found = {
         nid: {device: bounded_json(one, "A message") for device, one in named.items()}
-        for user_id, named in content["messages"].items()
+        for user_id, named in itertools.islice(content["messages"].items(), MAX_NEWS)
         if hs.is_local(user_id) and (nid := hs.db.find_user_nid(user_id)) is not None
     }
     if not found:
@@ -19456,9 +19459,10 @@ class Inbox:
         if known is not None:
             return cast(Json, json.loads(known))
         verdicts, events = await self._judge(origin, body.get("pdus", []))
+        for edu in body.get("edus", []):  # they do no harm if the transaction comes again
+            receive_edu(self.hs, origin, edu)
+            await asyncio.sleep(0)
         with db.write():
-            for edu in body.get("edus", []):
-                receive_edu(self.hs, origin, edu)
             for event in events:
                 room = self.hs.rooms.find(event.room_id)
                 if room is not None:

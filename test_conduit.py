@@ -16772,6 +16772,18 @@ def test_sec_14_answers_that_were_not_asked_for(anna: Client, far: Elsewhere) ->
     assert not [body for body in anna.bodies(room_id) if body not in {"good", "x"}]
 
 
+def test_sec_14_more_than_was_asked_for(anna: Client, far: Elsewhere) -> None:
+    """An answer with more events than the limit is cut, and the rest is a gap."""
+    room_id, branch = shared(anna, far)
+    events = [branch.text(f"{n}") for n in range(300)]
+    every = [event.pdu for event in reversed(events[:-1])]
+    far.lies["get_missing_events"] = lambda _, __: {"events": every}
+    far.tell(events[-1])
+    arrives(anna, room_id, "298", "299")
+    assert far.counts["get_missing_events"] == 1
+    assert "200" not in anna.bodies(room_id)
+
+
 def test_sec_44_a_slow_room_holds_up_no_other(anna: Client, far: Elsewhere) -> None:
     """While a room waits for a peer that does not answer, others are served at once."""
     slow_id, slow = shared(anna, far)
@@ -16989,6 +17001,23 @@ def test_to_device_messages_come_once(anna: Client, far: Elsewhere) -> None:
     assert to_device(anna.poll()) == [expected]
     far.edu("m.direct_to_device", {**content, "message_id": "2"})
     assert to_device(anna.poll()) == [expected]
+
+
+def test_messages_between_devices_of_a_synapse_and_ours(anna: Client, synapse: Synapse) -> None:
+    """A real transaction of another program: what its users send to devices of ours arrives."""
+    theirs = register(synapse)
+    anna.poll()
+    for number in range(3):
+        tell_devices(theirs, "m.test", {anna.user_id: {anna.device_id: {"n": number}}})
+    found: list[Json] = []
+
+    def come() -> bool:
+        found.extend(to_device(anna.poll()))
+        return len(found) >= 3
+
+    eventually(come, 20)
+    assert [event["content"]["n"] for event in found] == [0, 1, 2]
+    assert {event["sender"] for event in found} == {theirs.user_id}
 
 
 def news_of(user: str, room_id: str, event_id: str, anna: Client) -> dict[str, Json]:
