@@ -19033,6 +19033,9 @@ KEPT_MESSAGES_MS = 7 * 86_400_000
 MAX_WAITING = 1_000  # items of one room; later ones are refused, and fetched when they are missed
 MAX_TRIES = 3
 ITEM_SECONDS = 180.0  # for one item with all that it needs
+SLOW_SECONDS = 5.0  # when an item took longer, for ten times as long nothing is fetched
+PAUSES = 10_000  # remembered
+PAUSE_FACTOR = 10  # for that server's items in that room: it must not hold up the others there
 DISK_SECONDS = 5.0  # between two tries to write
 HELPERS = 4  # servers that are asked for what is missing
 MEMBERS_LOOKED_AT = 1_000  # to find them
@@ -19165,8 +19168,10 @@ class Fetcher:
 # ── 54.2  One event ──────────────────────────────────────────────────────────
 
 
-async def admit_one(hs: Homeserver, room: Room, origin: str, event: Event) -> None:
-    """Let a checked event in; a gap below it gets the state from others.
+async def admit_one(
+    hs: Homeserver, room: Room, origin: str, event: Event, *, fetch: bool = True
+) -> None:
+    """Let a checked event in; a gap below it gets the state from others, if they may be asked.
 
     Spec: SS-API "Checks performed on receipt of a PDU"; check 7, the policy server's, is here.
     """
@@ -19182,7 +19187,7 @@ async def admit_one(hs: Homeserver, room: Room, origin: str, event: Event) -> No
         failure: MatrixError = error
     else:
         return
-    for server in helpers(hs, room, origin, server_of(event.sender)):
+    for server in helpers(hs, room, origin, server_of(event.sender)) if fetch else ():
         try:
             states = await Fetcher(hs, room, event, server).before()
             hs.rooms.receive(room, event, states, soft_failed=is_soft)
@@ -19193,9 +19198,9 @@ async def admit_one(hs: Homeserver, room: Room, origin: str, event: Event) -> No
     raise failure
 
 
-async def admit(hs: Homeserver, room: Room, origin: str, event: Event) -> None:
+async def admit(hs: Homeserver, room: Room, origin: str, event: Event, *, fetch: bool) -> None:
     """Let a checked event in, after those before it that are missing."""
-    limit = hs.config.max_fetch_prev_events
+    limit = hs.config.max_fetch_prev_events if fetch else 0
     if limit and hs.rooms.missing(event.prev_events, with_state=True):
         for server in helpers(hs, room, origin, server_of(event.sender)):
             try:
@@ -19208,7 +19213,7 @@ async def admit(hs: Homeserver, room: Room, origin: str, event: Event) -> None:
                     await admit_one(hs, room, server, one)
             if not hs.rooms.missing(event.prev_events, with_state=True):
                 break
-    await admit_one(hs, room, origin, event)
+    await admit_one(hs, room, origin, event, fetch=fetch)
 
 
 # ── 54.3  News that pass ─────────────────────────────────────────────────────
@@ -19406,6 +19411,7 @@ class Inbox:
         self._waiting: Counter[str] = Counter()  # transactions, by server
         self._sizes: Counter[RoomNid] = Counter()  # items, by room
         self._working: set[RoomNid] = set()
+        self._pauses: LruCache[tuple[RoomNid, str], float] = LruCache(PAUSES)  # until when
 
     def start(self) -> None:
         """Go on where the last run ended; an item at which it ended again and again stays."""
@@ -19555,13 +19561,15 @@ class Inbox:
     async def _handle(self, room_nid: RoomNid, item: InboxItem) -> str | None:
         """Handle one item; why it must be put aside, if it must."""
         room, value = self.hs.rooms.by_nid(room_nid), json.loads(item.body)
-        lost = self.hs.db.lost
+        lost, started, key = self.hs.db.lost, time.monotonic(), (room_nid, item.origin)
+        fetch = started > (self._pauses.get(key) or -math.inf)
         try:
             if item.event_id is None:
                 record_receipts(self.hs, room, item.origin, value)
             elif room.local_joined:
                 event = make_event(room.version, value, item.event_id)
-                await asyncio.wait_for(admit(self.hs, room, item.origin, event), ITEM_SECONDS)
+                work = admit(self.hs, room, item.origin, event, fetch=fetch)
+                await asyncio.wait_for(work, ITEM_SECONDS)
         except asyncio.TimeoutError:
             log_federation.warning("%s: %s took too long", room.room_id, item.event_id)
         except MatrixError as error:
@@ -19571,6 +19579,10 @@ class Inbox:
         except Exception as error:  # a fault of ours: it must not stop the room
             log_federation.exception("%s: %s is put aside", room.room_id, item.event_id)
             return repr(error)[:1000]
+        finally:
+            taken = time.monotonic() - started
+            if taken > SLOW_SECONDS:
+                self._pauses.put(key, started + (1 + PAUSE_FACTOR) * taken)
         return None
 
     def _done(self, room_nid: RoomNid, item: InboxItem, error: str | None) -> None:

@@ -16799,6 +16799,23 @@ def test_sec_44_a_slow_room_holds_up_no_other(anna: Client, far: Elsewhere) -> N
     arrives(anna, slow_id, "missing", "slow")
 
 
+def test_sec_44_a_slow_server_holds_up_its_room_but_once(anna: Client, far: Elsewhere) -> None:
+    """Who lets us wait for each of many events is not asked any more, and others go on."""
+    room_id, branch = shared(anna, far)
+    good = Branch(far, room_id)
+    good.take(cast(conduit.Event, branch.tip))
+    far.delay = 3
+    far.lies = dict.fromkeys(("get_missing_events", "state_ids"), lambda _, __: {})
+    bad = []
+    for number in range(20):
+        branch.text("never seen")
+        bad.append(branch.text(f"{number}"))
+        branch.tip = good.tip
+    far.tell(*bad, good.text("good"))
+    eventually(lambda: anna.bodies(room_id) == ["good"], 15)
+    assert sum(far.counts.values()) <= 4
+
+
 def test_sec_14_floods_of_one_server(anna: Client, far: Elsewhere) -> None:
     """One transaction of a server at a time, few wait; the items that wait are bounded."""
     room_id, branch = shared(anna, far)
