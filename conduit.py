@@ -13241,11 +13241,34 @@ class DelayedEvents:
             if self.hs.config.rate_limit:
                 self.hs.router.limiter.check("message", delayed.user_nid)
             self.send_now(delayed)
+        except NeedsConsent as need:
+            self._postpone(delayed, DELAYED_RETRY_MS)
+            self.hs.background(self._ask(delayed, need))
         except MatrixError as error:
             if error.status >= 500:
                 raise
             with self.hs.db.write():
                 self._finish(delayed, error=json.dumps(error.to_json()))
+
+    def _postpone(self, delayed: DelayedEvent, wait_ms: int) -> None:
+        update = """
+            UPDATE delayed_events
+            SET due_ts = ?
+            WHERE delayed_nid = ? AND due_ts IS NOT NULL
+        """
+        with self.hs.db.write():
+            self.hs.db.execute(update, (now_ms() + wait_ms, delayed.nid))
+
+    async def _ask(self, delayed: DelayedEvent, need: NeedsConsent) -> None:
+        """Ask whether it may be sent, and then try again; who refuses does so for ever."""
+        try:
+            await need.ask()
+            self._postpone(delayed, 0)
+            self.arm()
+        except MatrixError as error:
+            if error.status < 500:
+                with self.hs.db.write():
+                    self._finish(delayed, error=json.dumps(error.to_json()))
 
     def _finish(
         self, delayed: DelayedEvent, event_id: str | None = None, error: str | None = None

@@ -17202,10 +17202,14 @@ def test_our_events_need_the_consent_of_policy_servers(anna: Client, far: Elsewh
     second = anna.send_text(room_id, "hello")
     assert second != first["event_id"]
     anna.redact(room_id, second)
+    delayed = ("rooms", room_id, "send", "m.room.message", "txn2")
+    later = {"msgtype": "m.text", "body": "later"}
+    ok(anna.put(delayed, later, params={"org.matrix.msc4140.delay": 100}))
+    eventually(lambda: "later" in anna.bodies(room_id), 5)
     ok(anna.post(("rooms", room_id, "kick"), {"user_id": branch.user}))
-    assert far.counts["sign"] == 4
+    assert far.counts["sign"] == 5
     branch.read()
-    for event in list(far.events.values())[-4:]:
+    for event in list(far.events.values())[-5:]:
         assert conduit.has_consent(event, far.name, policy.public)
     far.lies.clear()
     anna.send_text(room_id, "nobody of that server is here any more")
