@@ -4262,6 +4262,7 @@ class Room:
         self.typing: dict[UserNid, int] = {}
         self.power: tuple[object, PowerLevels] | None = None
         self.acl: tuple[object, LruCache[str, bool]] = (None, LruCache(1))
+        self.policy: tuple[object, object] = (None, None)
 
     def state_event(self, event_type: str, state_key: str = "") -> Event | None:
         """The current state event of that type and key."""
@@ -4821,6 +4822,12 @@ class RoomResolver(RoomReader):
             pairs = [] if group is None else [(key, self.entry(group, key)) for key in keys]
         return {key: event for key, event in pairs if event is not None}
 
+    def _auth_of(self, event: Event) -> tuple[list[Event], set[str]]:
+        """The stored ones of an event's auth events, and the ids of the others."""
+        found = {entry.event_id: entry for entry in self.events_by_ids(event.auth_events)}
+        missing = set(event.auth_events) - found.keys()
+        return [found[key] for key in event.auth_events if key in found], missing
+
     def auth_chain(self, event_ids: Iterable[str]) -> list[str]:
         """The ids of all that these events stand on, by their auth events and theirs in turn."""
         rows = self.database.execute(AUTH_CHAIN, (json.dumps(list(event_ids)),))
@@ -4873,6 +4880,7 @@ StateListener = Callable[["Room", StateChanges], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
 RelationListener = Callable[["Room", Event, int], None]
 SenderCheck = Callable[["Room", str, str, Json, "str | None", "str | None"], None]  # as `send`
+ConsentCheck = Callable[["Room", Event], Event]
 
 
 def relation_in(content: Json) -> tuple[str, str] | None:
@@ -4903,6 +4911,8 @@ class RoomWriter(RoomResolver):
         self._membership_listeners: list[MembershipListener] = []
         self._relation_listeners: list[RelationListener] = []
         self.check_sender: SenderCheck = lambda *_: None
+        # Gives the event that goes out in place of one just made; it may raise NeedsConsent.
+        self.check_consent: ConsentCheck = lambda _, event: event
         self.importing: Counter[RoomNid] = Counter()  # rooms on their way in
         self.purging: set[RoomNid] = set()  # and out
 
@@ -4999,10 +5009,17 @@ class RoomWriter(RoomResolver):
         # Version 12 leaves the create event out of auth_events, but the rules still look at it.
         created = cast(Event, room.state_event(*CREATE_KEY))
         check_auth(version, event, {CREATE_KEY: created, **auth_state})
+        agreed, auth = self.check_consent(room, event), list(auth_state.values())
+        if agreed is not event:  # it was made a moment ago
+            event, before = agreed, self.events_by_ids(agreed.prev_events)
+            auth, group = (
+                self._auth_of(event)[0],
+                self.resolve(room, (one.state_group for one in before)),
+            )
         if transaction is not None:
             event.txn_device, event.txn_id = transaction
         followed = {entry.nid for entry in before}
-        self.append(room, event, group, auth_state.values(), followed, is_ours=True)
+        self.append(room, event, group, auth, followed, is_ours=True)
         return event
 
     def append(
@@ -5254,7 +5271,7 @@ class RoomWriter(RoomResolver):
             )
             self._tell_relation(room, target, -1)
         self._events.pop(target.nid)
-        room.power, room.acl = None, (None, room.acl[1])
+        room.power, room.acl, room.policy = None, (None, room.acl[1]), (None, None)
 
 
 # ── 10.5  What other servers send ────────────────────────────────────────────
@@ -5388,12 +5405,6 @@ class RoomReceiver(RoomWriter):
             raise bad_json("The event is of another room")
         known = self.event(event.event_id) or event
         return known, known.state_group is not None
-
-    def _auth_of(self, event: Event) -> tuple[list[Event], set[str]]:
-        """The stored ones of an event's auth events, and the ids of the others."""
-        found = {entry.event_id: entry for entry in self.events_by_ids(event.auth_events)}
-        missing = set(event.auth_events) - found.keys()
-        return [found[key] for key in event.auth_events if key in found], missing
 
     def _judge(
         self, room: Room, event: Event, states: Iterable[Iterable[str]]
@@ -7341,7 +7352,16 @@ class PathNode:
 # ── 13.5  From a request to its handler ──────────────────────────────────────
 
 METHODS = ("GET", "PUT", "POST", "DELETE", "PATCH")
+MAX_CONSENTS = 20  # that one request may need
 PREFLIGHT = Response(204, headers={"Access-Control-Max-Age": "86400"})
+
+
+class NeedsConsent(MatrixError):
+    """403 M_FORBIDDEN: somebody else must be asked; a handler that undid its work may go again."""
+
+    def __init__(self, ask: Callable[[], Awaitable[None]]) -> None:
+        self.ask = ask
+        super().__init__(403, "M_FORBIDDEN", "The room's policy server must be asked first")
 
 
 class Router:
@@ -7381,10 +7401,19 @@ class Router:
             check_caller(entry.auth, request.requester)
         values.reverse()
         lost = self.hs.db.lost
-        result = await entry.handler(self.hs, request, **dict(zip(names, values, strict=True)))
+        result = await self._call(entry, request, dict(zip(names, values, strict=True)))
         if self.hs.db.lost != lost and method not in {"GET", "HEAD"}:  # perhaps a part of this
             raise MatrixError(507, "M_UNKNOWN", "The server could not store all of this; try again")
         return result if isinstance(result, Response) else Response(200, encode_json(result))
+
+    async def _call(self, entry: Route, request: Request, arguments: dict[str, str]) -> Any:
+        """Call the handler, once more after each event of it for which others were asked."""
+        for _ in range(MAX_CONSENTS):
+            try:
+                return await entry.handler(self.hs, request, **arguments)
+            except NeedsConsent as need:
+                await need.ask()
+        return await entry.handler(self.hs, request, **arguments)
 
     def _admit(self, request: Request, entry: Route) -> None:
         """Find out who asks, and whether they may, and whether they may already again."""
@@ -9239,6 +9268,93 @@ def acl_allows(room: Room, server: str) -> bool:
         verdict = acl_verdict(room.content(*key), server)
         verdicts.put(server, verdict)
     return verdict
+
+
+# ── 46.5  Policy servers ─────────────────────────────────────────────────────
+
+POLICY_KEY: Final = ("m.room.policy", "")
+POLICY_KEY_ID: Final = "ed25519:policy_server"
+POLICY_SECONDS = 10.0
+CONSENTS, CONSENT_SECONDS = 1_000, 30.0  # kept for events that are about to be sent
+
+
+def policy_server(room: Room) -> tuple[str, str] | None:
+    """The server whose consent each event of a room needs, and its public key.
+
+    Spec: SS-API "Determining if a Policy Server is enabled in a room".
+    """
+    if POLICY_KEY not in room.state:
+        return None
+    if room.policy[0] != room.group:  # any change of the state may have changed it
+        content = room.content(*POLICY_KEY)
+        via, keys = content.get("via"), content.get("public_keys")
+        public = keys.get("ed25519") if isinstance(keys, dict) else None
+        good = isinstance(via, str) and isinstance(public, str)
+        is_there = good and any(server_of(user) == via for user in room.members())
+        room.policy = (room.group, (via, public) if is_there else None)
+    return cast("tuple[str, str] | None", room.policy[1])
+
+
+def has_consent(event: Event, server: str, public: str) -> bool:
+    """Whether the policy server has signed an event."""
+    signature = signatures_by(event.pdu, server).get(POLICY_KEY_ID)
+    return signature is not None and verify_signature(
+        public, signature, reference_bytes(event.version, event.pdu)
+    )
+
+
+async def ask_consent(hs: Homeserver, room: Room, event: Event) -> None:
+    """See to it that an event has the consent that it needs; the error says why it has not.
+
+    Spec: SS-API "Validating Policy Server signatures".
+    """
+    policy = policy_server(room)
+    if policy is None or event.key == POLICY_KEY or has_consent(event, *policy):
+        return
+    server = policy[0]
+    if server == hs.config.server_name:
+        raise forbidden("The room's policy server is this one, which is none")
+    path = "/_matrix/policy/v1/sign"
+    answer = await hs.federation.request(
+        server, "POST", path, content=event.pdu, timeout=POLICY_SECONDS
+    )
+    signature = answer.get(server)
+    if isinstance(signature, dict) and isinstance(signature.get(POLICY_KEY_ID), str):
+        before = signatures_by(event.pdu, server)
+        more = {**before, POLICY_KEY_ID: signature[POLICY_KEY_ID]}
+        event.pdu["signatures"] = {**event.pdu["signatures"], server: more}
+    if not has_consent(event, *policy):
+        raise forbidden("The room's policy server has not signed the event")
+
+
+class Consents:
+    """The events of our own users that a policy server has signed, until they are sent.
+
+    `Rooms.send` never waits, so an event without consent raises NeedsConsent; the router asks and
+    lets the handler go again, which then finds the event here.
+    """
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._agreed: LruCache[tuple[Any, ...], tuple[float, Event]] = LruCache(CONSENTS)
+
+    def check(self, room: Room, event: Event) -> Event:
+        """The same event as it was signed a moment ago, or this one if it needs no consent."""
+        if policy_server(room) is None or event.key == POLICY_KEY or event.type == DUMMY_EVENT:
+            return event
+        said = canonical_json([event.type, event.state_key, event.redacts, event.content])
+        key = (room.nid, event.sender, said)
+        since, agreed = self._agreed.get(key) or (-math.inf, event)
+        if (
+            time.monotonic() < since + CONSENT_SECONDS
+            and self.hs.rooms.event(agreed.event_id) is None
+        ):
+            return agreed
+        raise NeedsConsent(functools.partial(self._ask, room, key, event))
+
+    async def _ask(self, room: Room, key: tuple[Any, ...], event: Event) -> None:
+        await ask_consent(self.hs, room, event)
+        self._agreed.put(key, (time.monotonic(), event))
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
@@ -13135,11 +13251,34 @@ class DelayedEvents:
             if self.hs.config.rate_limit:
                 self.hs.router.limiter.check("message", delayed.user_nid)
             self.send_now(delayed)
+        except NeedsConsent as need:
+            self._postpone(delayed, DELAYED_RETRY_MS)
+            self.hs.background(self._ask(delayed, need))
         except MatrixError as error:
             if error.status >= 500:
                 raise
             with self.hs.db.write():
                 self._finish(delayed, error=json.dumps(error.to_json()))
+
+    def _postpone(self, delayed: DelayedEvent, wait_ms: int) -> None:
+        update = """
+            UPDATE delayed_events
+            SET due_ts = ?
+            WHERE delayed_nid = ? AND due_ts IS NOT NULL
+        """
+        with self.hs.db.write():
+            self.hs.db.execute(update, (now_ms() + wait_ms, delayed.nid))
+
+    async def _ask(self, delayed: DelayedEvent, need: NeedsConsent) -> None:
+        """Ask whether it may be sent, and then try again; who refuses does so for ever."""
+        try:
+            await need.ask()
+            self._postpone(delayed, 0)
+            self.arm()
+        except MatrixError as error:
+            if error.status < 500:
+                with self.hs.db.write():
+                    self._finish(delayed, error=json.dumps(error.to_json()))
 
     def _finish(
         self, delayed: DelayedEvent, event_id: str | None = None, error: str | None = None
@@ -16344,6 +16483,11 @@ async def ask_for_space(hs: Homeserver, server: str, room_id: str) -> Json | Non
     return found
 
 
+def allowed_in(summary: Json) -> list[str]:
+    """The rooms whose members may join, in another server's summary of a restricted room."""
+    return summary.get("allowed_room_ids") or []
+
+
 async def remote_room(
     hs: Homeserver, user_nid: UserNid | None, room_id: str, servers: Iterable[str]
 ) -> Json | None:
@@ -16359,11 +16503,6 @@ async def remote_room(
             may_know = is_open or any(in_allowed_room(hs, one, nid) for one in allowed)
             return found if may_know else None
     return None
-
-
-def allowed_in(summary: Json) -> list[str]:
-    """The rooms whose members may join, in another server's summary of a restricted room."""
-    return summary.get("allowed_room_ids") or []
 
 
 def is_lived_in(room: Room | None) -> bool:
@@ -16679,7 +16818,15 @@ class Receipts:
             (room_nid, since),
         )
 
-    def record(self, room: Room, user_nid: UserNid, kind: str, thread: str, event: Event) -> None:
+    def record(
+        self,
+        room: Room,
+        user_nid: UserNid,
+        kind: str,
+        thread: str,
+        event: Event,
+        ts: int | None = None,
+    ) -> None:
         """Move a user's receipt forward; one that would go back is dropped without a word."""
         db, key = self.hs.db, (room.nid, user_nid, kind, thread)
         old = db.value(
@@ -16698,7 +16845,7 @@ class Receipts:
                 *key,
                 event.event_id,
                 event_pos,
-                now_ms(),
+                now_ms() if ts is None else ts,
                 self.hs.stream.stamp(RECEIPT, room.nid),
             )
             db.execute("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
@@ -16911,6 +17058,8 @@ RESTART_GRACE_SECONDS = 60  # how long clients have to come back after a restart
 PRESENCE_SWEEP_SECONDS = 10
 MAX_STATUS_BYTES = 1024
 LAST_RUN = -1  # stands for the devices that were there before the restart
+ELSEWHERE = -2  # and for those on another server,
+ELSEWHERE_SECONDS = 1_800  # which are gone when that server is silent for so long
 
 
 @dataclass(slots=True)
@@ -16931,6 +17080,7 @@ class UserPresence:
     last_active: float = -math.inf
     pos: int = 0  # of the stream, when others were told
     joined_pos: int = 0  # and at the last join of a room
+    is_local: bool = True  # what is elsewhere is not stored
     devices: dict[int, DevicePresence] = field(default_factory=dict)
 
     def due(self, now: float) -> tuple[str, bool, str | None]:
@@ -16974,7 +17124,7 @@ class Presence:
         """A device syncs, asks to be shown so, and will wait `timeout` seconds at most."""
         if asked == "offline" or not self.hs.config.allow_local_presence:
             return
-        user, device, now = self._device(requester)
+        user, device, now = self._device(requester.nid, requester.device_nid or 0)
         device.until = now + timeout + SYNC_GRACE_SECONDS
         if device.asked != asked:
             device.asked = asked
@@ -16987,13 +17137,22 @@ class Presence:
         """The user says how they are."""
         if not self.hs.config.allow_local_presence:
             return
-        user, device, now = self._device(requester)
+        user, device, now = self._device(requester.nid, requester.device_nid or 0)
         device.state = state
         device.until = max(device.until, now + STATUS_GRACE_SECONDS)
         user.last_active, user.status_msg = now, status_msg
         self._show(requester.nid, user, now)
         self._unsaved.add(requester.nid)
         self.save()
+
+    def receive(
+        self, user_nid: UserNid, state: str, status_msg: str | None, quiet_seconds: float
+    ) -> None:
+        """Another server says how a user of its own is."""
+        user, device, now = self._device(user_nid, ELSEWHERE)
+        device.state, device.until = state, now + ELSEWHERE_SECONDS * (state != "offline")
+        user.last_active, user.status_msg, user.is_local = now - quiet_seconds, status_msg, False
+        self._show(user_nid, user, now)
 
     def touch(self, user_nid: UserNid) -> None:
         """The user did something: sent, typed or read; cheap, and no news to those who know."""
@@ -17022,7 +17181,8 @@ class Presence:
         if user_nid in self._users and self._users[user_nid].joined_pos > since:
             for room_nid, member in self.hs.rooms.memberships(user_nid).items():
                 if member.membership == "join" and member.join_pos > since:
-                    news |= self._present & self.hs.rooms.by_nid(room_nid).local_joined
+                    there = self.hs.rooms.by_nid(room_nid).membership_of
+                    news |= {other for other in self._present if there(other) == "join"}
         return news
 
     def sweep(self) -> None:
@@ -17050,15 +17210,15 @@ class Presence:
                 self.hs.db.execute("INSERT OR REPLACE INTO presence VALUES (?, ?, ?)", row)
         self._unsaved.clear()
 
-    def _device(self, requester: Requester) -> tuple[UserPresence, DevicePresence, float]:
-        """Make the requester's device present; also gives the time."""
-        nid, now = requester.nid, self._clock()
+    def _device(self, nid: UserNid, key: int) -> tuple[UserPresence, DevicePresence, float]:
+        """Make a user's device present; also gives the time."""
+        now = self._clock()
         if nid not in self._users:
             self._users[nid] = UserPresence()
             self._users.move_to_end(nid, last=False)  # nobody was told: position 0
         self._present.add(nid)
         self._arm()
-        user, key = self._users[nid], requester.device_nid or 0
+        user = self._users[nid]
         return user, user.devices.setdefault(key, DevicePresence("offline", now)), now
 
     def _arm(self) -> None:
@@ -17070,7 +17230,7 @@ class Presence:
         due = user.due(now)
         if due == user.shown:
             return
-        if due[0] != user.shown[0]:
+        if due[0] != user.shown[0] and user.is_local:
             self._unsaved.add(user_nid)
         user.shown = due
         self._tell(user_nid)
@@ -17718,6 +17878,8 @@ MAX_QUEUE_BYTES = 64 * 1024 * 1024  # per device; what comes later is refused, n
 MESSAGE_OVERHEAD = 200  # bytes that a waiting message takes besides its content
 KEYS: Final = "/_matrix/client/v3/keys"
 ROOM_KEYS: Final = "/_matrix/client/v3/room_keys"
+MAX_LIST_BYTES = 1_048_576  # of the devices of one user elsewhere
+MAX_LIST_FETCHES = 10  # at a time
 NOBODY: Final = UserNid(0)  # who sees what another server may see
 SEND_TO_DEVICE: Final = "/_matrix/client/v3/sendToDevice/{event_type}/{txn_id}"
 OLD: Final = ("unstable",)
@@ -17776,6 +17938,12 @@ CREATE TABLE to_device (
     device_nid INTEGER, pos INTEGER, sender_nid INTEGER NOT NULL,
     type TEXT NOT NULL, content BLOB NOT NULL, PRIMARY KEY (device_nid, pos)
 );
+CREATE TABLE remote_devices (     -- of users elsewhere who share a room with one of ours
+    user_nid INTEGER PRIMARY KEY,
+    stream_id INTEGER,            -- of the newest update, if that was told
+    stale INTEGER NOT NULL,       -- the position at which we missed an update; 0: complete
+    body BLOB NOT NULL            -- JSON: device id -> identity keys
+);
 CREATE TABLE dehydrated_devices (
     user_nid INTEGER PRIMARY KEY, device_nid INTEGER NOT NULL, data BLOB NOT NULL
 );
@@ -17794,6 +17962,8 @@ class KeyCache:
         self.lists_changed = position
         # Messages for devices elsewhere are a later chapter's: the composition root sets this.
         self.send_out: Callable[[str, str, Json], None] = lambda *_: None
+        self.fetching: set[UserNid] = set()  # whose devices another server is asked for
+        self.fetch_gate = asyncio.Semaphore(MAX_LIST_FETCHES)
         database.on_reset(self.counts.clear)
         database.on_reset(self.queues.clear)
 
@@ -17855,6 +18025,21 @@ def device_list_changed(
         hs.db.execute("INSERT OR REPLACE INTO device_updates VALUES (?, ?, ?, ?)", update)
 
 
+def forget_remote_devices(hs: Homeserver, room: Room, user_nid: UserNid) -> None:
+    """Somebody left: nobody may tell us any more of changes of these devices.
+
+    Trap: they may still share another room, and then are just asked for once more.
+    """
+    if not hs.rooms.is_local(user_nid):
+        hs.db.execute("DELETE FROM remote_devices WHERE user_nid = ?", (user_nid,))
+    elif not room.local_joined:
+        delete = """
+            DELETE FROM remote_devices
+            WHERE user_nid IN (SELECT user_nid FROM memberships WHERE room_nid = ?)
+        """
+        hs.db.execute(delete, (room.nid,))
+
+
 def note_membership(
     hs: Homeserver, room: Room, user_nid: UserNid, old: str | None, new: str
 ) -> None:
@@ -17863,6 +18048,8 @@ def note_membership(
         hs.keys.lists_changed = max(hs.keys.lists_changed, room.last_pos)
         move = (user_nid, room.nid, room.last_pos, new == "join")
         hs.db.execute("INSERT OR REPLACE INTO room_sharing VALUES (?, ?, ?, ?)", move)
+    if new != "join" == old:
+        forget_remote_devices(hs, room, user_nid)
 
 
 def device_list_changes(
@@ -18020,7 +18207,7 @@ def store_cross_signing(hs: Homeserver, user_nid: UserNid, keys: dict[str, Json]
     """Keep checked keys; with another master key, all that the old one signed goes."""
     before = cross_signing_keys_of(hs, user_nid)
     masters = [each["master"]["keys"] for each in (before, keys) if "master" in each]
-    after = keys if masters[0] != masters[-1] else {**before, **keys}
+    after = keys if masters[:1] != masters[-1:] else {**before, **keys}
     if after == before:
         return
     with hs.db.write():
@@ -18030,7 +18217,10 @@ def store_cross_signing(hs: Homeserver, user_nid: UserNid, keys: dict[str, Json]
         for usage, key in after.items():
             row = (user_nid, usage, bounded_json(key, "A key"))
             hs.db.execute("INSERT INTO cross_signing_keys VALUES (?, ?, ?)", row)
-        device_list_changed(hs, user_nid, "")
+        if hs.rooms.is_local(user_nid):
+            device_list_changed(hs, user_nid, "")
+        elif before:  # else they are new only to us
+            device_list_changed(hs, user_nid)
 
 
 @route("POST", KEYS + "/device_signing/upload", auth=USER, also=OLD, body=CROSS_SIGNING)
@@ -18080,20 +18270,6 @@ def add_signatures(hs: Homeserver, user: Requester, user_id: str, name: str, val
         if sum(hs.db.execute(insert, row).rowcount for row in rows):
             of_device = "" if usage == "user_signing" else name
             device_list_changed(hs, target_nid, of_device, viewer_nid=0 if is_own else user.nid)
-
-
-@route("POST", KEYS + "/signatures/upload", auth=USER, also=OLD, body={str: {str: dict}})
-async def upload_signatures(hs: Homeserver, request: Request) -> Json:
-    """Publish signatures on devices and master keys; what fails is answered for each key."""
-    failures: Json = {}
-    for user_id, targets in request.json.items():
-        for name, value in targets.items():
-            try:
-                add_signatures(hs, request.user, user_id, name, value)
-            except MatrixError as error:
-                failures.setdefault(user_id, {})[name] = error.to_json()
-        await asyncio.sleep(0)
-    return {"failures": failures}
 
 
 # ── 20.4  Uploading device keys and one-time keys ────────────────────────────
@@ -18204,6 +18380,7 @@ DEVICE_KEYS: Final = {
     **{"signatures": {str: {str: str}}, "unsigned?": dict},
 }
 KEY_PATHS: Final = {"device_keys": "/user/keys/query", "one_time_keys": "/user/keys/claim"}
+REMOTE_USAGES: Final = {"master_keys": "master", "self_signing_keys": "self_signing"}
 REMOTE_KEY_SHAPES: Final = {  # of what other servers answer: member, shape for each user
     "device_keys": {str: DEVICE_KEYS},
     "master_keys": {**SIGNED, "usage": [str]},
@@ -18230,11 +18407,14 @@ def fits_remote_key(member: str, user_id: str, value: Any) -> bool:
     try:
         check_canonical(value)
         check_shape(value, REMOTE_KEY_SHAPES[member], member)
+        if member in REMOTE_USAGES:
+            check_cross_signing_key(user_id, REMOTE_USAGES[member], value)
+            bounded_json(value, "A key")
     except MatrixError:
         return False
     if member == "device_keys":
         return all((user_id, name) == (d["user_id"], d["device_id"]) for name, d in value.items())
-    return bool(value.get("user_id", user_id) == user_id)
+    return True
 
 
 async def ask_for_keys(
@@ -18269,10 +18449,35 @@ async def ask_for_keys(
     return failures
 
 
+# The lists of users elsewhere are kept as long as their servers tell us of changes, which
+# is as long as they share a room with one of ours.
+
+
+class RemoteList(NamedTuple):
+    """A row of remote_devices."""
+
+    stream_id: int | None
+    stale: int
+    devices: Json
+
+
+def remote_list(hs: Homeserver, user_nid: UserNid) -> RemoteList | None:
+    """What is kept of the devices of a user elsewhere."""
+    query = "SELECT stream_id, stale, body FROM remote_devices WHERE user_nid = ?"
+    row = hs.db.one(query, (user_nid,))
+    return None if row is None else RemoteList(row[0], row[1], json.loads(row[2]))
+
+
+def is_near(hs: Homeserver, user_nid: UserNid | None) -> bool:
+    """Whether a user elsewhere is in a room with one of ours."""
+    rooms = () if user_nid is None else hs.rooms.joined_rooms(user_nid)
+    return any(hs.rooms.by_nid(nid).local_joined for nid in rooms)
+
+
 def add_keys_of(
     hs: Homeserver, result: Json, user_nid: UserNid, viewer_nid: UserNid, wanted: list[str]
 ) -> None:
-    """Put one local user's keys into the answer of a query: all devices when none is named.
+    """Put the keys of one user into the answer of a query: all devices when none is named.
 
     Spec: CS-API "Key and signature security": nobody sees another's user-signing key at work.
     """
@@ -18282,10 +18487,12 @@ def add_keys_of(
         FROM devices JOIN device_keys USING (device_nid)
         WHERE user_nid = ?
     """
+    elsewhere = None if hs.rooms.is_local(user_nid) else remote_list(hs, user_nid)
     for device_id, body, name in hs.db.all(devices, (user_nid,)):
-        if not wanted or device_id in wanted:
-            unsigned = {"device_display_name": name} if name else {}
-            objects[device_id] = {**json.loads(body), "unsigned": unsigned}
+        unsigned = {"device_display_name": name} if name else {}
+        objects[device_id] = {**json.loads(body), "unsigned": unsigned}
+    objects |= elsewhere.devices if elsewhere else {}
+    objects = {name: device for name, device in objects.items() if not wanted or name in wanted}
     result["device_keys"][user_id] = dict(objects)
     for usage, key in cross_signing_keys_of(hs, user_nid).items():
         if usage != "user_signing" or user_nid == viewer_nid:
@@ -18300,6 +18507,115 @@ def add_keys_of(
         if name in objects:
             signed = objects[name].setdefault("signatures", {})
             signed.setdefault(hs.db.user_id(signer_nid), {})[key_id] = signature
+
+
+LIST_ANSWER: Final = {
+    **{"user_id": str, "stream_id": int, "master_key?": dict, "self_signing_key?": dict},
+    "devices": [{"device_id": str, "keys": dict, "device_display_name?": ANY}],
+}
+
+
+def keep_remote_list(
+    hs: Homeserver, user_nid: UserNid, new: RemoteList, crossed: Mapping[str, Json]
+) -> None:
+    """Store the devices of a user elsewhere, unless they are absurdly many, and the other keys."""
+    raw = encode_json(new.devices)
+    with hs.db.write():
+        if len(raw) <= MAX_LIST_BYTES:
+            row = (user_nid, new.stream_id, new.stale, raw)
+            hs.db.execute("INSERT OR REPLACE INTO remote_devices VALUES (?, ?, ?, ?)", row)
+        else:
+            hs.db.execute("DELETE FROM remote_devices WHERE user_nid = ?", (user_nid,))
+        store_cross_signing(hs, user_nid, dict(crossed))
+
+
+def with_name(device: Json, name: Any) -> Json:
+    """The keys of a device elsewhere together with the name that its server tells."""
+    good = isinstance(name, str) and 0 < len(name) <= MAX_ID_BYTES
+    return {**device, "unsigned": {"device_display_name": name} if good else {}}
+
+
+def listed_devices(user_id: str, devices: Iterable[Json]) -> Json:
+    """The devices in an answer or an update, by id; those that clients could not read stay out."""
+    return {
+        each["device_id"]: with_name(each["keys"], each.get("device_display_name"))
+        for each in devices
+        if fits_remote_key("device_keys", user_id, {each["device_id"]: each["keys"]})
+    }
+
+
+async def fetch_remote_list(hs: Homeserver, user_nid: UserNid) -> None:
+    """Ask for all devices of a user elsewhere.  Spec: SS-API "Device Management".
+
+    Should that fail, the list stays stale, and the next key query asks again.
+    """
+    user_id = hs.db.user_id(user_nid)
+    path = f"{FEDERATION_API}/user/devices/{quote(user_id, safe='')}"
+    async with hs.keys.fetch_gate:
+        before = remote_list(hs, user_nid)
+        answer = await hs.federation.request(server_of(user_id), "GET", path)
+    check_shape(answer, LIST_ANSWER)
+    check_canonical(answer["stream_id"])
+    if before is None or before != remote_list(hs, user_nid) or not is_near(hs, user_nid):
+        return
+    usages = {usage: answer.get(f"{usage}_key") for usage in REMOTE_USAGES.values()}
+    crossed = {u: k for u, k in usages.items() if k and fits_remote_key(f"{u}_keys", user_id, k)}
+    new = RemoteList(answer["stream_id"], 0, listed_devices(user_id, answer["devices"]))
+    keep_remote_list(hs, user_nid, new, crossed)
+
+
+async def refresh_remote_list(hs: Homeserver, user_nid: UserNid) -> None:
+    """Fetch a stale list in the background, once more if it changes meanwhile."""
+    if user_nid in hs.keys.fetching or len(hs.keys.fetching) > 100 * MAX_LIST_FETCHES:
+        return
+    hs.keys.fetching.add(user_nid)
+    try:
+        for _ in range(3):
+            known = remote_list(hs, user_nid)
+            if known is not None and known.stale:
+                await fetch_remote_list(hs, user_nid)
+    except MatrixError as error:
+        log_federation.info("no devices of %s: %s", hs.db.user_id(user_nid), error.error)
+    finally:
+        hs.keys.fetching.discard(user_nid)
+
+
+async def remote_keys(
+    hs: Homeserver, viewer_nid: UserNid, body: Json, servers: dict[str, Json], result: Json
+) -> Json:
+    """Put the keys of users elsewhere into the result: kept ones, or what their servers say now.
+
+    Returns why some could not be asked; of their users goes out what was known last.
+    """
+    wanted = {user_id: devices for users in servers.values() for user_id, devices in users.items()}
+    nids = {u: n for u in wanted if (n := hs.db.find_user_nid(u)) is not None and is_near(hs, n)}
+    before = {user_id: remote_list(hs, nid) for user_id, nid in nids.items()}
+    fresh = {user_id for user_id, known in before.items() if known and not known.stale}
+    ask = {
+        server: {u: [] if u in nids else devices for u, devices in users.items() if u not in fresh}
+        for server, users in servers.items()
+    }
+    found: Json = {member: {} for member in ("device_keys", *REMOTE_USAGES)}
+    asked = {server: users for server, users in ask.items() if users}
+    failures = await ask_for_keys(hs, "device_keys", body, asked, found)
+    for user_id, devices in found["device_keys"].items():
+        nid = nids.get(user_id)
+        if nid is not None and remote_list(hs, nid) == before[user_id] and is_near(hs, nid):
+            named = {
+                name: with_name(device, device.get("unsigned", {}).get("device_display_name"))
+                for name, device in devices.items()
+            }
+            crossed = {
+                u: found[m][user_id] for m, u in REMOTE_USAGES.items() if user_id in found[m]
+            }
+            keep_remote_list(hs, nid, RemoteList(None, 0, named), crossed)
+    for member in result.keys() & found.keys():
+        result[member] |= found[member]
+    for user_id, nid in nids.items():
+        if result and remote_list(hs, nid) is not None:
+            add_keys_of(hs, result, nid, viewer_nid, wanted[user_id])
+            await asyncio.sleep(0)
+    return failures
 
 
 KEY_QUERY_BODY: Final = {"device_keys": {str: [str]}, "timeout?": int}
@@ -18321,8 +18637,24 @@ async def query_keys(hs: Homeserver, request: Request) -> Json:
     """Give the devices and cross-signing keys of users, with the signatures one may see."""
     local, remote = split_by_server(hs, request.json["device_keys"])
     result = await local_keys(hs, request.user.nid, local)
-    failures = await ask_for_keys(hs, "device_keys", request.json, remote, result)
+    failures = await remote_keys(hs, request.user.nid, request.json, remote, result)
     return {**result, "failures": failures}
+
+
+@route("POST", KEYS + "/signatures/upload", auth=USER, also=OLD, body={str: {str: dict}})
+async def upload_signatures(hs: Homeserver, request: Request) -> Json:
+    """Publish signatures on devices and master keys; what fails is answered for each key."""
+    failures: Json = {}
+    _, remote = split_by_server(hs, {user: [] for user in request.json if is_user_id(user)})
+    await remote_keys(hs, request.user.nid, {}, remote, {})
+    for user_id, targets in request.json.items():
+        for name, value in targets.items():
+            try:
+                add_signatures(hs, request.user, user_id, name, value)
+            except MatrixError as error:
+                failures.setdefault(user_id, {})[name] = error.to_json()
+        await asyncio.sleep(0)
+    return {"failures": failures}
 
 
 @route("POST", FEDERATION_API + "/user/keys/query", auth=FEDERATION, body=KEY_QUERY_BODY)
@@ -18865,6 +19197,634 @@ invariant(
     """,
 )
 # ═════════════════════════════════════════════════════════════════════════════
+#  54. RECEIVING
+#
+#  What other servers send: transactions of events and of news that pass. Each is
+#  on the disk before it is answered; then each room takes in its events in order,
+#  fetches what they stand on, and waits for nobody but itself. What is wrong with
+#  an item harms that item alone.
+#                            spec: SS-API "Transactions", "PDUs", "EDUs", "ACLs"
+# ═════════════════════════════════════════════════════════════════════════════
+
+schema("""
+CREATE TABLE inbox (                -- what came and waits for its room
+    item_nid INTEGER PRIMARY KEY,   -- rises in the order of arrival
+    room_nid INTEGER NOT NULL,
+    origin TEXT NOT NULL,           -- the server that sent it
+    event_id TEXT,                  -- NULL: receipts
+    body BLOB NOT NULL,             -- JSON: the checked PDU, or the receipts of the room
+    tries INTEGER NOT NULL DEFAULT 0,  -- how often the server began with it and ended
+    error TEXT                      -- why it was put aside; NULL: it waits
+);
+CREATE INDEX inbox_by_room ON inbox (room_nid, error, item_nid);
+CREATE TABLE received_transactions (
+    origin TEXT, txn_id TEXT, ts INTEGER NOT NULL, answer TEXT NOT NULL,
+    PRIMARY KEY (origin, txn_id)
+) WITHOUT ROWID;
+CREATE INDEX received_transactions_by_ts ON received_transactions (origin, ts);
+CREATE TABLE received_messages (    -- ids of to-device messages that came lately
+    sender_nid INTEGER, message_id TEXT, ts INTEGER NOT NULL,
+    PRIMARY KEY (sender_nid, message_id)
+) WITHOUT ROWID;
+CREATE INDEX received_messages_by_ts ON received_messages (ts);
+""")
+invariant(
+    "received items for rooms that are not there",
+    "SELECT item_nid FROM inbox WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
+)
+
+MAX_PDUS, MAX_EDUS = 50, 100  # in a transaction
+MAX_NEWS = 1_000  # users in one EDU
+MAX_TURNS = 4  # transactions of one server that wait while another of its is looked at
+KEPT_TRANSACTIONS = 10  # of each server: it repeats the last one, if any
+KEPT_MESSAGES_MS = 7 * 86_400_000
+MAX_WAITING = 1_000  # items of one room; later ones are refused, and fetched when they are missed
+MAX_TRIES = 3
+ITEM_SECONDS = 180.0  # for one item with all that it needs
+SLOW_SECONDS = 5.0  # when an item took longer, for ten times as long nothing is fetched
+PAUSES = 10_000  # remembered
+PAUSE_FACTOR = 10  # for that server's items in that room: it must not hold up the others there
+DISK_SECONDS = 5.0  # between two tries to write
+HELPERS = 4  # servers that are asked for what is missing
+MEMBERS_LOOKED_AT = 1_000  # to find them
+MAX_ROUNDS = 10  # of questions for missing events
+MAX_SINGLE_EVENTS = 50  # fetched one by one; more come with the whole state
+MAX_STATE_BYTES = 64 * 1024 * 1024
+STATE_SECONDS = 60.0
+TYPING_ELSEWHERE_SECONDS = 60.0  # other servers say it again before that
+
+
+# ── 54.1  What is missing ────────────────────────────────────────────────────
+
+STATE_IDS: Final = {"pdu_ids": [str], "auth_chain_ids": [str]}
+
+
+def helpers(hs: Homeserver, room: Room, *first: str) -> list[str]:
+    """Whom to ask about a room: those named first, then others in it."""
+    found = dict.fromkeys(first)
+    joined = (nid for nid, membership in room.members_by_nid.items() if membership == "join")
+    for nid in itertools.islice(joined, MEMBERS_LOOKED_AT):
+        if len(found) > HELPERS:
+            break
+        found[server_of(hs.db.user_id(nid))] = None
+    found.pop(hs.config.server_name, None)
+    return [server for server in found if acl_allows(room, server)][:HELPERS]
+
+
+async def checked(
+    hs: Homeserver, room: Room, pdus: Any, limit: int | None = None
+) -> dict[str, Event]:
+    """The good events of the room among what a server answered, by id."""
+    given = pdus[:limit] if isinstance(pdus, list) else []
+    events = await check_pdus(hs, room.version, given)
+    return {
+        event.event_id: event
+        for event in events
+        if isinstance(event, Event) and event.room_id == room.room_id
+    }
+
+
+class Fetcher:
+    """Fetches for one event of a room what must be here before it."""
+
+    def __init__(self, hs: Homeserver, room: Room, event: Event, server: str) -> None:
+        self.hs, self.room, self.event, self.server = hs, room, event, server
+
+    async def ask(self, what: str, **options: Any) -> Json:
+        """A GET that names the room, and the event as the last part of the path or an argument."""
+        path = f"{FEDERATION_API}/{what.format(quote(self.room.room_id, safe=''))}"
+        return await self.hs.federation.request(self.server, "GET", path, **options)
+
+    async def older(self, limit: int) -> list[Event]:
+        """The events between those that we have and this one, oldest first, as far as allowed."""
+        hs, room = self.hs, self.room
+        found: dict[str, Event] = {}
+        earliest = hs.rooms.ids_of(room.extremities)
+        latest, wanted = [self.event.event_id], self._unplaced([self.event])
+        path = f"{FEDERATION_API}/get_missing_events/{quote(room.room_id, safe='')}"
+        for _ in range(MAX_ROUNDS):
+            if not wanted or len(found) >= limit:
+                break
+            left = limit - len(found)
+            content = {"earliest_events": earliest, "latest_events": latest, "limit": left}
+            answer = await hs.federation.request(self.server, "POST", path, content=content)
+            given = await checked(hs, room, answer.get("events"), left)
+            fresh: dict[str, Event] = {}
+            while wanted & given.keys():
+                new = {key: given.pop(key) for key in wanted & given.keys()}
+                fresh |= new
+                wanted = (wanted | self._unplaced(new.values())) - fresh.keys() - found.keys()
+            if not fresh:
+                break
+            found |= fresh
+            latest = [key for key, one in fresh.items() if wanted.intersection(one.prev_events)]
+        order = in_order({key: one.prev_events for key, one in found.items()})
+        return [found[key] for key in order]
+
+    def _unplaced(self, events: Iterable[Event]) -> set[str]:
+        prevs = (key for event in events for key in event.prev_events)
+        return self.hs.rooms.missing(prevs, with_state=True)
+
+    async def before(self) -> list[list[str]]:
+        """Fetch what the event stands on; the state before it if a gap will stay below it."""
+        rooms, event_id = self.hs.rooms, self.event.event_id
+        if not self._unplaced([self.event]):
+            path = "event_auth/{}/" + quote(event_id, safe="")
+            answer = await self.ask(path, max_bytes=MAX_STATE_BYTES, timeout=STATE_SECONDS)
+            chain = await checked(self.hs, self.room, answer.get("auth_chain"))
+            await self._keep(chain)
+            return []
+        options: Json = {"query": {"event_id": event_id}, "timeout": STATE_SECONDS}
+        options["max_bytes"] = MAX_STATE_BYTES
+        answer = await self.ask("state_ids/{}", **options)
+        check_shape(answer, STATE_IDS)
+        state = answer["pdu_ids"]
+        wanted = {*state, *answer["auth_chain_ids"], *self.event.auth_events}
+        missing = rooms.missing(wanted)
+        if len(missing) <= MAX_SINGLE_EVENTS:
+            events = await self._single(missing)
+        else:
+            answer = await self.ask("state/{}", **options)
+            events = await checked(self.hs, self.room, answer.get("pdus"))
+            events |= await checked(self.hs, self.room, answer.get("auth_chain"))
+        await self._keep({key: one for key, one in events.items() if key in missing})
+        # Trap: of what a dead server once signed, the key may be lost; the rest must do.
+        return [list(rooms.nids_of(state))]
+
+    async def _single(self, event_ids: Iterable[str]) -> dict[str, Event]:
+        """Events one by one; what is not to be had is left out."""
+
+        async def single(event_id: str) -> Any:
+            path = f"{FEDERATION_API}/event/{quote(event_id, safe='')}"
+            with contextlib.suppress(MatrixError):
+                return (await self.hs.federation.request(self.server, "GET", path)).get("pdus")
+
+        answers = await asyncio.gather(*map(single, event_ids))
+        pdus = [pdu for answer in answers if isinstance(answer, list) for pdu in answer[:1]]
+        return await checked(self.hs, self.room, pdus)
+
+    async def _keep(self, events: Mapping[str, Event]) -> None:
+        """Store events outside of the timeline, in batches between which others have their turn."""
+        edges = {key: event.auth_events for key, event in events.items()}
+        order = await self.hs.db.in_thread(in_order, edges)
+        for start in range(0, len(order), IMPORT_BATCH):
+            batch = order[start : start + IMPORT_BATCH]
+            self.hs.rooms.outliers(self.room, (events[key] for key in batch))
+            await asyncio.sleep(0)
+
+
+# ── 54.2  One event ──────────────────────────────────────────────────────────
+
+
+async def admit_one(
+    hs: Homeserver, room: Room, origin: str, event: Event, *, fetch: bool = True
+) -> None:
+    """Let a checked event in; a gap below it gets the state from others, if they may be asked.
+
+    Spec: SS-API "Checks performed on receipt of a PDU"; check 7, the policy server's, is here.
+    """
+    is_soft = False
+    try:
+        await ask_consent(hs, room, event)
+    except MatrixError as error:
+        log_federation.info("%s: no consent to %s: %s", room.room_id, event.event_id, error.error)
+        is_soft = True
+    try:
+        hs.rooms.receive(room, event, soft_failed=is_soft)
+    except MissingEvents as error:
+        failure: MatrixError = error
+    else:
+        return
+    for server in helpers(hs, room, origin, server_of(event.sender)) if fetch else ():
+        try:
+            states = await Fetcher(hs, room, event, server).before()
+            hs.rooms.receive(room, event, states, soft_failed=is_soft)
+        except MatrixError as error:
+            failure = error
+        else:
+            return
+    raise failure
+
+
+async def admit(hs: Homeserver, room: Room, origin: str, event: Event, *, fetch: bool) -> None:
+    """Let a checked event in, after those before it that are missing."""
+    limit = hs.config.max_fetch_prev_events if fetch else 0
+    if limit and hs.rooms.missing(event.prev_events, with_state=True):
+        for server in helpers(hs, room, origin, server_of(event.sender)):
+            try:
+                older = await Fetcher(hs, room, event, server).older(limit)
+            except MatrixError as error:
+                log_federation.info("%s: nothing missing from %s: %s", room.room_id, server, error)
+                continue
+            for one in older:
+                with contextlib.suppress(MatrixError):
+                    await admit_one(hs, room, server, one)
+            if not hs.rooms.missing(event.prev_events, with_state=True):
+                break
+    await admit_one(hs, room, origin, event, fetch=fetch)
+
+
+# ── 54.3  News that pass ─────────────────────────────────────────────────────
+#
+# Each kind names a user for whom its server speaks; no server speaks for others.
+
+
+def user_of(hs: Homeserver, origin: str, user_id: str) -> UserNid:
+    """The user whom a server speaks of, if it is one of its own and near to ours."""
+    nid = hs.db.find_user_nid(user_id) if server_of(user_id) == origin else None
+    if nid is None or not is_near(hs, nid):
+        raise forbidden("This is not a user of the sender who shares a room with ours")
+    return nid
+
+
+def receive_typing(hs: Homeserver, origin: str, content: Json) -> None:
+    """Somebody elsewhere begins or ends to type."""
+    if not hs.config.allow_incoming_typing:
+        return
+    nid, room = user_of(hs, origin, content["user_id"]), hs.rooms.get(content["room_id"])
+    if room.membership_of(nid) != "join" or not acl_allows(room, origin):
+        raise forbidden("They are not in that room")
+    if content["typing"]:
+        hs.typing.start(room.nid, nid, TYPING_ELSEWHERE_SECONDS)
+    else:
+        hs.typing.stop(room.nid, nid)
+
+
+def receive_receipts(hs: Homeserver, origin: str, content: Json) -> None:
+    """Receipts wait in the queues of their rooms: the events may still be on the way."""
+    if not hs.config.allow_incoming_read_receipts:
+        return
+    for room_id, receipts in content.items():
+        room, users = hs.rooms.find(room_id), receipts.get(READ)
+        if room is not None and isinstance(users, dict) and acl_allows(room, origin):
+            hs.inbox.put(room, origin, None, users)
+
+
+def record_receipts(hs: Homeserver, room: Room, origin: str, users: Json) -> None:
+    """Move the receipts of a room's members elsewhere; what is not understood is left out."""
+    for user_id, receipt in itertools.islice(users.items(), MAX_NEWS):
+        with contextlib.suppress(MatrixError):
+            check_shape(receipt, {"event_ids": [str], "data": {"ts": int, "thread_id?": str}})
+            check_canonical(receipt)
+            nid = user_of(hs, origin, user_id)
+            if room.membership_of(nid) != "join" or len(receipt["event_ids"]) != 1:
+                continue
+            event = require_timeline_event(hs, room, receipt["event_ids"][0])
+            thread = receipt_thread(hs, READ, event, receipt["data"])
+            hs.receipts.record(room, nid, READ, thread, event, receipt["data"]["ts"])
+
+
+PRESENCE_UPDATE: Final = {
+    **{"user_id": str, "presence": str, "status_msg?": str, "last_active_ago?": int},
+    "currently_active?": bool,
+}
+
+
+def receive_presence(hs: Homeserver, origin: str, content: Json) -> None:
+    """Who is there elsewhere."""
+    if not (hs.config.allow_incoming_presence and hs.config.allow_local_presence):
+        return
+    for update in content["push"][:MAX_NEWS]:
+        with contextlib.suppress(MatrixError):
+            check_shape(update, PRESENCE_UPDATE)
+            nid, message = user_of(hs, origin, update["user_id"]), update.get("status_msg")
+            quiet = min(max(update.get("last_active_ago", 0), 0), MAX_CANONICAL_INT) / 1000
+            is_known = update["presence"] in PRESENCE_STATES
+            if is_known and byte_length(message or "") <= MAX_STATUS_BYTES:
+                hs.presence.receive(nid, update["presence"], message, quiet)
+
+
+def receive_to_device(hs: Homeserver, origin: str, content: Json) -> None:
+    """A message to devices of ours, which is delivered once however often it comes."""
+    sender, kind, message_id = content["sender"], content["type"], content["message_id"]
+    if server_of(sender) != origin or not is_user_id(sender):
+        raise forbidden("The sender is not a user of the sending server")
+    if max(byte_length(kind), byte_length(message_id)) > MAX_ID_BYTES:
+        raise invalid_param("The type or the id of the message is too long")
+    found = {
+        nid: {device: bounded_json(one, "A message") for device, one in named.items()}
+        for user_id, named in itertools.islice(content["messages"].items(), MAX_NEWS)
+        if hs.is_local(user_id) and (nid := hs.db.find_user_nid(user_id)) is not None
+    }
+    if not found:
+        return
+    sender_nid = hs.db.user_nid(sender)
+    row = (sender_nid, message_id, now_ms())
+    if hs.db.execute("INSERT OR IGNORE INTO received_messages VALUES (?, ?, ?)", row).rowcount:
+        for user_nid, messages in found.items():
+            queue_to_device(hs, sender_nid, kind, user_nid, messages)
+
+
+DEVICE_UPDATE: Final = {
+    **{"user_id": str, "device_id": str, "stream_id": int, "prev_id?": [int], "deleted?": bool},
+    **{"keys?": dict, "device_display_name?": ANY},
+}
+
+
+def receive_device_list(hs: Homeserver, origin: str, content: Json) -> None:
+    """A device elsewhere changed; after a gap all devices of its user are fetched anew.
+
+    Spec: SS-API "Device Management".
+    """
+    check_canonical(content)
+    user_id, device_id, stream_id = (content[key] for key in ("user_id", "device_id", "stream_id"))
+    nid = user_of(hs, origin, user_id)
+    known = remote_list(hs, nid)
+    if known is not None and known.stream_id is not None and stream_id < known.stream_id:
+        return
+    device_list_changed(hs, nid)
+    if known is None or known.stale or {*content.get("prev_id", ())} - {known.stream_id}:
+        devices = {} if known is None else known.devices
+        new = RemoteList(None, hs.keys.lists_changed, devices)
+    else:
+        devices = {name: one for name, one in known.devices.items() if name != device_id}
+        if "keys" in content and not content.get("deleted"):
+            devices |= listed_devices(user_id, [content])
+        new = RemoteList(stream_id, 0, devices)
+    keep_remote_list(hs, nid, new, {})
+    if known is not None and new.stale:
+        hs.background(refresh_remote_list(hs, nid))
+
+
+def receive_signing_keys(hs: Homeserver, origin: str, content: Json) -> None:
+    """Somebody elsewhere has new cross-signing keys."""
+    user_id = content["user_id"]
+    nid = user_of(hs, origin, user_id)
+    usages = {usage: content.get(f"{usage}_key") for usage in REMOTE_USAGES.values()}
+    crossed = {u: k for u, k in usages.items() if k and fits_remote_key(f"{u}_keys", user_id, k)}
+    store_cross_signing(hs, nid, crossed)
+    device_list_changed(hs, nid)
+
+
+EDUS: Final[dict[str, tuple[Any, Callable[[Homeserver, str, Json], None]]]] = {
+    "m.typing": ({"room_id": str, "user_id": str, "typing": bool}, receive_typing),
+    "m.receipt": ({str: dict}, receive_receipts),
+    "m.presence": ({"push": [ANY]}, receive_presence),
+    "m.direct_to_device": (
+        {"sender": str, "type": str, "message_id": str, "messages": {str: {str: dict}}},
+        receive_to_device,
+    ),
+    "m.device_list_update": (DEVICE_UPDATE, receive_device_list),
+    "m.signing_key_update": (
+        {"user_id": str, "master_key?": dict, "self_signing_key?": dict},
+        receive_signing_keys,
+    ),
+}
+
+
+def receive_edu(hs: Homeserver, origin: str, edu: Any) -> None:
+    """Take in a piece of news; what is wrong with it only keeps itself out."""
+    try:
+        check_shape(edu, {"edu_type": str, "content": dict}, "The EDU")
+        shape, handler = EDUS.get(edu["edu_type"], (ANY, None))
+        check_shape(edu["content"], shape, "The EDU")
+        if handler is not None:
+            with hs.db.write():
+                handler(hs, origin, edu["content"])
+    except MatrixError as error:
+        log_federation.info("an EDU of %s is left out: %s", origin, error.error)
+
+
+# ── 54.4  The inbox ──────────────────────────────────────────────────────────
+
+
+def refuse_pdu(verdicts: Json, version: RoomVersion | None, pdu: Any, error: str) -> None:
+    """Note why a PDU is refused under its id, if that can be told."""
+    event_id = pdu.get("event_id") if isinstance(pdu, dict) else None
+    if version is not None and not version.explicit_event_ids:
+        event = read_pdu(version, pdu)
+        event_id = event.event_id if isinstance(event, Event) else None
+    if isinstance(event_id, str) and byte_length(event_id) <= MAX_ID_BYTES:
+        verdicts.setdefault(event_id, {"error": error})
+
+
+class InboxItem(NamedTuple):
+    """A row of inbox, as far as its handling needs it."""
+
+    item_nid: int
+    origin: str
+    event_id: str | None
+    body: bytes
+
+
+class Inbox:
+    """What came from other servers and waits for its room; each room has a task while it has any.
+
+    The composition root calls start() and maintain().
+    """
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._waiting: Counter[str] = Counter()  # transactions, by server
+        self._sizes: Counter[RoomNid] = Counter()  # items, by room
+        self._working: set[RoomNid] = set()
+        self._pauses: LruCache[tuple[RoomNid, str], float] = LruCache(PAUSES)  # until when
+
+    def start(self) -> None:
+        """Go on where the last run ended; an item at which it ended again and again stays."""
+        with self.hs.db.write():
+            rows = self.hs.db.all(
+                """
+                SELECT room_nid, COUNT(*), MIN(item_nid)
+                FROM inbox
+                WHERE error IS NULL
+                GROUP BY room_nid
+                """
+            )
+            for _, _, first in rows:
+                update = "UPDATE inbox SET tries = tries + 1 WHERE item_nid = ?"
+                self.hs.db.execute(update, (first,))
+                update = "UPDATE inbox SET error = 'crash' WHERE item_nid = ? AND tries > ?"
+                self.hs.db.execute(update, (first, MAX_TRIES))
+        for room_nid, size, _ in rows:
+            self._sizes[room_nid] = size
+            self._wake(room_nid)
+
+    def maintain(self) -> None:
+        """Forget the ids of old messages."""
+        delete = "DELETE FROM received_messages WHERE ts < ?"
+        with self.hs.db.write():
+            self.hs.db.execute(delete, (now_ms() - KEPT_MESSAGES_MS,))
+
+    def forget_room(self, room: Room) -> None:
+        """Subscriber of the room store: a room is deleted."""
+        self.hs.db.execute("DELETE FROM inbox WHERE room_nid = ?", (room.nid,))
+        self._sizes.pop(room.nid, None)
+
+    # What comes
+
+    async def take(self, origin: str, txn_id: str, body: Json) -> Json:
+        """Take in a transaction, or answer a repeated one as before; 429 for too many at a time."""
+        if self._waiting[origin] >= MAX_TURNS:
+            raise limit_exceeded(1000, "One transaction after the other, please")
+        self._waiting[origin] += 1
+        try:
+            async with self._turns.setdefault(origin, asyncio.Lock()):
+                return await self._take(origin, txn_id, body)
+        finally:
+            self._waiting[origin] -= 1
+            self._waiting += Counter()  # drops zeros
+
+    async def _take(self, origin: str, txn_id: str, body: Json) -> Json:
+        db = self.hs.db
+        query = "SELECT answer FROM received_transactions WHERE origin = ? AND txn_id = ?"
+        known = db.value(query, (origin, txn_id))
+        if known is not None:
+            return cast(Json, json.loads(known))
+        verdicts, events = await self._judge(origin, body.get("pdus", []))
+        for edu in body.get("edus", []):  # they do no harm if the transaction comes again
+            receive_edu(self.hs, origin, edu)
+            await asyncio.sleep(0)
+        with db.write():
+            for event in events:
+                room = self.hs.rooms.find(event.room_id)
+                if room is not None:
+                    self.put(room, origin, event.event_id, event.pdu)
+            answer = {"pdus": verdicts}
+            row = (origin, txn_id, now_ms(), json.dumps(answer))
+            db.execute("INSERT INTO received_transactions VALUES (?, ?, ?, ?)", row)
+            delete = """
+                DELETE FROM received_transactions
+                WHERE origin = :origin AND txn_id IN (
+                    SELECT txn_id
+                    FROM received_transactions
+                    WHERE origin = :origin
+                    ORDER BY ts DESC
+                    LIMIT -1 OFFSET :kept
+                )
+            """
+            db.execute(delete, {"origin": origin, "kept": KEPT_TRANSACTIONS})
+        return answer
+
+    async def _judge(self, origin: str, pdus: list[Any]) -> tuple[Json, list[Event]]:
+        """What can be told of each PDU at once, by event id; and the events that may wait."""
+        verdicts: Json = {}
+        events: list[Event] = []
+        by_version: dict[str, list[Json]] = {}
+        for pdu in pdus:
+            room_id = pdu.get("room_id") if isinstance(pdu, dict) else None
+            room = self.hs.rooms.find(str(room_id))
+            refusal = self._refusal(origin, room)
+            if room is None or refusal is not None:
+                refuse_pdu(verdicts, room.version if room else None, pdu, str(refusal))
+            else:
+                by_version.setdefault(room.version.id, []).append(pdu)
+        for version_id, some in by_version.items():
+            version = ROOM_VERSIONS[version_id]
+            results = await check_pdus(self.hs, version, some)
+            for pdu, result in zip(some, results, strict=True):
+                if isinstance(result, Event):
+                    events.append(result)
+                    verdicts[result.event_id] = {}
+                else:
+                    refuse_pdu(verdicts, version, pdu, result.error)
+        return verdicts, events
+
+    def _refusal(self, origin: str, room: Room | None) -> str | None:
+        """Why a server may not send events into a room now."""
+        if room is None or not room.local_joined:
+            return "This server is not in that room"
+        if not acl_allows(room, origin):
+            return "The room's ACL keeps your server out"
+        return "Too much waits for that room" if self._sizes[room.nid] >= MAX_WAITING else None
+
+    def put(self, room: Room, origin: str, event_id: str | None, value: Json) -> None:
+        """Let an item wait for its room; inside a write block."""
+        if self._sizes[room.nid] >= MAX_WAITING:
+            return
+        insert = "INSERT INTO inbox (room_nid, origin, event_id, body) VALUES (?, ?, ?, ?)"
+        self.hs.db.execute(insert, (room.nid, origin, event_id, encode_json(value)))
+        self._sizes[room.nid] += 1
+        self._wake(room.nid)
+
+    # What is done with it
+
+    def _wake(self, room_nid: RoomNid) -> None:
+        if room_nid not in self._working:
+            self._working.add(room_nid)
+            self.hs.background(self._work(room_nid))
+
+    async def _work(self, room_nid: RoomNid) -> None:
+        """Handle what waits for one room, in order."""
+        query = """
+            SELECT item_nid, origin, event_id, body
+            FROM inbox
+            WHERE room_nid = ? AND error IS NULL
+            ORDER BY item_nid
+            LIMIT 1
+        """
+        try:
+            while row := self.hs.db.one(query, (room_nid,)):
+                item = InboxItem(*row)
+                try:
+                    self._done(room_nid, item, await self._handle(room_nid, item))
+                except MatrixError as error:  # the disk is full, say
+                    log_federation.error("the inbox waits: %s", error.error)
+                    await asyncio.sleep(DISK_SECONDS)
+                await asyncio.sleep(0)
+        finally:
+            self._working.discard(room_nid)
+
+    async def _handle(self, room_nid: RoomNid, item: InboxItem) -> str | None:
+        """Handle one item; why it must be put aside, if it must."""
+        room, value = self.hs.rooms.by_nid(room_nid), json.loads(item.body)
+        lost, started, key = self.hs.db.lost, time.monotonic(), (room_nid, item.origin)
+        fetch = started > (self._pauses.get(key) or -math.inf)
+        try:
+            if item.event_id is None:
+                record_receipts(self.hs, room, item.origin, value)
+            elif room.local_joined:
+                event = make_event(room.version, value, item.event_id)
+                work = admit(self.hs, room, item.origin, event, fetch=fetch)
+                await asyncio.wait_for(work, ITEM_SECONDS)
+        except asyncio.TimeoutError:
+            log_federation.warning("%s: %s took too long", room.room_id, item.event_id)
+        except MatrixError as error:
+            if self.hs.db.lost != lost or error.status == 507:
+                raise
+            log_federation.info("%s: %s: %s", room.room_id, item.event_id, error.error)
+        except Exception as error:  # a fault of ours: it must not stop the room
+            log_federation.exception("%s: %s is put aside", room.room_id, item.event_id)
+            return repr(error)[:1000]
+        finally:
+            taken = time.monotonic() - started
+            if taken > SLOW_SECONDS:
+                self._pauses.put(key, started + (1 + PAUSE_FACTOR) * taken)
+        return None
+
+    def _done(self, room_nid: RoomNid, item: InboxItem, error: str | None) -> None:
+        with self.hs.db.write():
+            if error is None:
+                self.hs.db.execute("DELETE FROM inbox WHERE item_nid = ?", (item.item_nid,))
+            else:
+                update = "UPDATE inbox SET error = ? WHERE item_nid = ?"
+                self.hs.db.execute(update, (error, item.item_nid))
+        self._sizes[room_nid] -= 1
+
+
+TRANSACTION: Final = {
+    **{"origin?": str, "origin_server_ts?": ANY, "pdus?": [ANY], "edus?": [ANY]},
+}
+
+
+@route("PUT", FEDERATION_API + "/send/{txn_id}", auth=FEDERATION, body=TRANSACTION)
+async def put_transaction(hs: Homeserver, request: Request, txn_id: str) -> Json:
+    """Events and news of another server.  Spec: SS-API "Transactions".
+
+    400 for more than 50 PDUs or 100 EDUs; what is wrong with one PDU is told for that one alone.
+    """
+    body = request.json
+    if len(body.get("pdus", ())) > MAX_PDUS or len(body.get("edus", ())) > MAX_EDUS:
+        raise bad_json(f"A transaction has at most {MAX_PDUS} PDUs and {MAX_EDUS} EDUs")
+    if body.get("origin", request.origin) != request.origin:
+        raise forbidden("The transaction is of another server than the request")
+    if byte_length(txn_id) > MAX_ID_BYTES:
+        raise invalid_param("The transaction id is too long")
+    return await hs.inbox.take(str(request.origin), txn_id, body)
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  55. SENDING
 #
 #  What happens here has to reach the other servers, in order, though half of them
@@ -18915,7 +19875,6 @@ invariant(
     "SELECT server FROM to_device_out WHERE server NOT IN (SELECT server FROM late_servers)",
 )
 
-MAX_PDUS, MAX_EDUS = 50, 100  # in one transaction, says the specification
 SEND_SECONDS = 60.0
 CATCH_UP = 1000  # who missed more of our events than this gets the newest of each room
 MAX_SUSPECTS = 5  # things in a row that a server may choke on while it takes the next
@@ -19016,6 +19975,28 @@ def rooms_shared(hs: Homeserver, user_nid: UserNid, server: str) -> bool:
     return any(server in hs.rooms.by_nid(nid).servers for nid in hs.rooms.joined_rooms(user_nid))
 
 
+def device_list_edu(
+    hs: Homeserver, user_nid: UserNid, device_id: str, pos: int, follows: int | None
+) -> Json:
+    """One device, or the cross-signing keys, of a user as they are now."""
+    user_id = hs.db.user_id(user_nid)
+    keys: Json = {f"{usage}_keys": {} for usage in ("device", *USAGES)}
+    add_keys_of(hs, keys, user_nid, NOBODY, [device_id])
+    content: Json = {"user_id": user_id}
+    if not device_id:
+        for usage in ("master", "self_signing"):
+            if user_id in keys[f"{usage}_keys"]:
+                content[f"{usage}_key"] = keys[f"{usage}_keys"][user_id]
+        return {"edu_type": "m.signing_key_update", "content": content}
+    device = keys["device_keys"][user_id].get(device_id)
+    content |= {"device_id": device_id, "stream_id": pos, "prev_id": [follows] if follows else []}
+    if device is None:
+        content["deleted"] = True
+    else:
+        content |= {**device.pop("unsigned"), "keys": device}
+    return {"edu_type": "m.device_list_update", "content": content}
+
+
 def waiting_device_lists(hs: Homeserver, server: str, after: int) -> tuple[list[Item], int]:
     """The next changes of device lists and cross-signing keys, likewise.
 
@@ -19038,28 +20019,6 @@ def waiting_device_lists(hs: Homeserver, server: str, after: int) -> tuple[list[
             items.append(Item(pos, "edus", edu))
             last |= {user_nid: pos} if device_id else {}
     return items, rows[-1][2] if len(rows) == MAX_EDUS else hs.stream.position
-
-
-def device_list_edu(
-    hs: Homeserver, user_nid: UserNid, device_id: str, pos: int, follows: int | None
-) -> Json:
-    """One device, or the cross-signing keys, of a user as they are now."""
-    user_id = hs.db.user_id(user_nid)
-    keys: Json = {f"{usage}_keys": {} for usage in ("device", *USAGES)}
-    add_keys_of(hs, keys, user_nid, NOBODY, [device_id])
-    content: Json = {"user_id": user_id}
-    if not device_id:
-        for usage in ("master", "self_signing"):
-            if user_id in keys[f"{usage}_keys"]:
-                content[f"{usage}_key"] = keys[f"{usage}_keys"][user_id]
-        return {"edu_type": "m.signing_key_update", "content": content}
-    device = keys["device_keys"][user_id].get(device_id)
-    content |= {"device_id": device_id, "stream_id": pos, "prev_id": [follows] if follows else []}
-    if device is None:
-        content["deleted"] = True
-    else:
-        content |= {**device.pop("unsigned"), "keys": device}
-    return {"edu_type": "m.device_list_update", "content": content}
 
 
 def next_items(hs: Homeserver, queue: Queue) -> tuple[list[Item], int]:
@@ -26682,10 +27641,11 @@ class Homeserver:
         self.receipts = Receipts(self)
         self.typing = Typing(self)
         self.presence = Presence(self)
-        self.http_client = HttpClient(self)
+        self._make_way_out()
         self.pushers = Pushers(self)
         self.keys = KeyCache(self.db, self.stream.position, scale)
         self.sender = Sender(self)
+        self.inbox = Inbox(self)
         self.notifier = Notifier(self.rooms, self.stream)
         self.lazy_members: LruCache[tuple[int | None, RoomNid], dict[str, tuple[EventNid, int]]] = (
             LruCache(LAZY_MEMBERS)
@@ -26694,15 +27654,19 @@ class Homeserver:
         self.sliding = Sliding(self)
         self.media = Media(self)
         self.previews = Previews(self)
-        self.discovery = Discovery(self)
-        self.server_keys = ServerKeys(self)
-        self.federation = Federation(self)
         self.appservices = Appservices(self)
         self.admin_room = AdminRoom(self)
         self.admin_jobs = AdminJobs(self)
         self.admin_socket = AdminSocket(self)
         self.router, self.http = self._open_doors()
         self._wire()
+
+    def _make_way_out(self) -> None:
+        """What asks other servers, and proves what they say."""
+        self.http_client = HttpClient(self)
+        self.discovery = Discovery(self)
+        self.server_keys = ServerKeys(self)
+        self.federation = Federation(self)
 
     def _open_doors(self) -> tuple[Router, HttpServer]:
         """What leads from the network to the handlers."""
@@ -26739,8 +27703,10 @@ class Homeserver:
         self.reports.subscribe(self.admin_room.announce)
         self.delayed_events.send = functools.partial(send_delayed, self)
         self.rooms.check_sender = functools.partial(check_sender, self)
+        self.rooms.check_consent = Consents(self).check
         self.rooms.subscribe_purge(functools.partial(forget_names, self))
         self.rooms.subscribe_purge(self.threads.forget_room)
+        self.rooms.subscribe_purge(self.inbox.forget_room)
         self.rooms.subscribe_history(self.search.forget_events)
         self.rooms.erased = self.accounts.erased
         self.keys.send_out = self.sender.send_to_devices
@@ -26777,6 +27743,7 @@ class Homeserver:
         self.pushers.start()
         self.appservices.start()
         self.sender.start()
+        self.inbox.start()
         await self.db.synced()
         tls = self.config.tls
         context = None if tls is None else tls_context(Path(tls.certs), Path(tls.key))
@@ -26846,6 +27813,7 @@ class Homeserver:
         self.media.maintain()
         self.delayed_events.maintain()
         self.sender.maintain()
+        self.inbox.maintain()
 
     async def _tidy_rooms(self) -> None:
         """Once a day: what rooms no longer need goes, in batches."""

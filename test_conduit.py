@@ -15412,6 +15412,9 @@ class FakeRooms:
         self.hs = hs
         self.joined: dict[int, set[int]] = {}
 
+    def is_local(self, user: int) -> bool:
+        return bool(user)
+
     def share_room(self, one: int, other: int) -> bool:
         return any({one, other} <= users for users in self.joined.values())
 
@@ -15425,7 +15428,7 @@ class FakeRooms:
         was = "join" if user in users else "leave"
         users ^= {user}
         position = self.hs.stream.stamp(conduit.ROOM_EVENT, nid)
-        room = cast(Any, types.SimpleNamespace(nid=nid, last_pos=position))
+        room = cast(Any, types.SimpleNamespace(nid=nid, last_pos=position, local_joined=users))
         conduit.note_membership(
             self.hs, room, cast(Any, user), was, "leave" if was == "join" else "join"
         )
@@ -16354,6 +16357,929 @@ def test_there_is_one_dehydrated_device(server: Server, alice: Client, bob: Clie
 
 
 # ═════════════════════════════════════════════════════════════════════════════
+#  54. RECEIVING
+#
+#  A peer with users in our rooms: what it sends rightly arrives in order and
+#  once; what it sends wrongly harms nobody, whatever it is.
+# ═════════════════════════════════════════════════════════════════════════════
+
+FEDERATION_V1: Final = "/_matrix/federation/v1"
+
+
+class Elsewhere(Peer):
+    """A peer that takes part in rooms of our server: it makes events, sends and serves them."""
+
+    def __init__(self, authority: Authority, server: Server) -> None:
+        self.server = server
+        self.events: dict[str, conduit.Event] = {}  # that it serves
+        self.states: dict[str, dict[conduit.StateKey, str]] = {}  # before each event
+        self.counts: Counter[str] = Counter()
+        self.delay = 0.0
+        self.lies: dict[str, Callable[[str, Json], Any]] = {}
+        super().__init__(authority)
+
+    async def handle(self, request: conduit.Request) -> conduit.Response:
+        """Serve events, with a delay and with lies as wished."""
+        served = request.segments[3:4] if request.segments[1:2] != ["key"] else []
+        if not served or request.path in self.answers:
+            return await super().handle(request)
+        raw = await request.stream.read()
+        what, *rest = request.segments[3:]
+        self.counts[what] += 1
+        self.asked.append(request)
+        await asyncio.sleep(self.delay)
+        asked = {"ids": rest, "body": json.loads(raw or b"null"), **request.query}
+        if what in self.lies:
+            answer = self.lies[what](what, asked)
+        else:
+            answer = getattr(self, f"serve_{what}")(asked)
+        return conduit.Response(200, json.dumps(answer).encode())
+
+    def serve_send(self, asked: Json) -> Json:
+        """It takes whatever it is sent."""
+        return {"pdus": {}}
+
+    def serve_get_missing_events(self, asked: Json) -> Json:
+        """What lies between, newest first, at most 20."""
+        have, found, queue = set(asked["body"]["earliest_events"]), list[str](), []
+        queue += asked["body"]["latest_events"]
+        while queue and len(found) < min(asked["body"]["limit"], 20):
+            for prev in self.events[queue.pop(0)].prev_events:
+                if prev in self.events and prev not in have and prev not in found:
+                    found.append(prev)
+                    queue.append(prev)
+        return {"events": [self.events[key].pdu for key in reversed(found)]}
+
+    def chain(self, ids: Iterable[str]) -> list[str]:
+        """All that events stand on."""
+        found, queue = list[str](), list(ids)
+        while queue:
+            for key in self.events[queue.pop()].auth_events:
+                if key not in found:
+                    found.append(key)
+                    queue.append(key)
+        return found
+
+    def serve_state_ids(self, asked: Json) -> Json:
+        """The state before an event."""
+        state = list(self.states[asked["event_id"][0]].values())
+        return {"pdu_ids": state, "auth_chain_ids": self.chain(state)}
+
+    def serve_state(self, asked: Json) -> Json:
+        """The same as a whole."""
+        ids = self.serve_state_ids(asked)
+        pdus = {what: [self.events[key].pdu for key in ids[f"{what}_ids"]] for what in ("pdu",)}
+        chain = [self.events[key].pdu for key in ids["auth_chain_ids"]]
+        return {"pdus": pdus["pdu"], "auth_chain": chain}
+
+    def serve_event(self, asked: Json) -> Json:
+        """One event."""
+        return {"origin": self.name, "pdus": [self.events[asked["ids"][0]].pdu]}
+
+    def serve_event_auth(self, asked: Json) -> Json:
+        """What an event stands on."""
+        chain = self.chain([asked["ids"][1]])
+        return {"auth_chain": [self.events[key].pdu for key in chain]}
+
+    def send(self, *pdus: Any, edus: Sequence[Any] = (), txn: str | None = None) -> httpx.Response:
+        """A transaction."""
+        made = [pdu.pdu if isinstance(pdu, conduit.Event) else pdu for pdu in pdus]
+        body = {"origin": self.name, "origin_server_ts": 1, "pdus": made, "edus": list(edus)}
+        return self.ask(self.server, "PUT", f"{FEDERATION_V1}/send/{txn or unique('t')}", body)
+
+    def tell(self, *pdus: Any) -> Json:
+        """Send events; the verdicts by event id."""
+        return cast(Json, ok(self.send(*pdus))["pdus"])
+
+    def edu(self, edu_type: str, content: Any) -> None:
+        """Send a piece of news."""
+        assert ok(self.send(edus=[{"edu_type": edu_type, "content": content}])) == {"pdus": {}}
+
+
+class Branch:
+    """A room as a peer sees it, with the newest event that it knows of."""
+
+    def __init__(self, peer: Elsewhere, room_id: str) -> None:
+        self.peer, self.room_id = peer, room_id
+        self.user = f"@eve:{peer.name}"
+        self.state: dict[conduit.StateKey, str] = {}
+        self.tip: conduit.Event | None = None
+        self.read()
+
+    def read(self) -> None:
+        """Take over the room from our server's database."""
+        path = f"file:{self.peer.server.database}?mode=ro"
+        with contextlib.closing(sqlite3.connect(path, uri=True)) as database:
+            where = "SELECT version FROM rooms WHERE room_id = ?"
+            (version,) = database.execute(where, (self.room_id,)).fetchone()
+            rows = database.execute(
+                "SELECT event_id, pdu FROM events JOIN rooms USING (room_nid)"
+                " WHERE room_id = ? AND pos IS NOT NULL ORDER BY pos",
+                (self.room_id,),
+            ).fetchall()
+        self.version = conduit.ROOM_VERSIONS[version]
+        for event_id, pdu in rows:
+            self.take(conduit.make_event(self.version, json.loads(pdu), event_id))
+
+    def take(self, event: conduit.Event) -> conduit.Event:
+        """Follow an event."""
+        self.peer.events[event.event_id] = event
+        self.peer.states[event.event_id] = dict(self.state)
+        if event.is_state:
+            self.state[event.key] = event.event_id
+        self.tip = event
+        return event
+
+    def make(self, event_type: str, content: Json, **fields: Any) -> conduit.Event:
+        """An event of the peer's user after the tip; fields may be false."""
+        assert self.tip is not None
+        sender, state_key = fields.get("sender", self.user), fields.get("state_key")
+        keys = conduit.auth_types_for_event(self.version, event_type, sender, state_key, content)
+        auth = [self.peer.events[self.state[key]] for key in keys if key in self.state]
+        made = {
+            **{"type": event_type, "sender": sender, "content": content, "room_id": self.room_id},
+            "origin_server_ts": conduit.now_ms(),
+            "prev_events": [conduit.event_reference(self.tip)],
+            "auth_events": [conduit.event_reference(event) for event in auth],
+            "depth": self.tip.depth + 1,
+            **fields,
+        }
+        return conduit.finish_event(self.version, made, self.peer.name, self.peer.key)
+
+    def add(self, event_type: str, content: Json, **fields: Any) -> conduit.Event:
+        """Make an event and follow it."""
+        return self.take(self.make(event_type, content, **fields))
+
+    def text(self, body: str, **fields: Any) -> conduit.Event:
+        """Say something."""
+        return self.add("m.room.message", {"msgtype": "m.text", "body": body}, **fields)
+
+    def join(self, user: str | None = None) -> conduit.Event:
+        """A user of the peer joins."""
+        name = user or self.user
+        member = {"membership": "join"}
+        return self.add("m.room.member", member, sender=name, state_key=name)
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Iterator[Server]:
+    """A server of ours to which peers send."""
+    folder = tmp_path_factory.mktemp("here")
+    running = federating(folder, authority, max_fetch_prev_events=60).start()
+    yield running
+    running.stop()
+    running.assert_clean_log()
+    running.check()
+
+
+@pytest.fixture
+def far(here: Server, authority: Authority) -> Iterator[Elsewhere]:
+    """A peer of this test's own."""
+    made = Elsewhere(authority, here)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def anna(here: Server) -> Client:
+    """A user of ours."""
+    return register(here)
+
+
+def shared(anna: Client, far: Elsewhere, version: str = "12", **fields: Any) -> tuple[str, Branch]:
+    """A room of ours in which the peer's user is as well."""
+    fields = {"preset": "public_chat", "room_version": version, **fields}
+    room_id = anna.create_room(**fields)
+    branch = Branch(far, room_id)
+    join = branch.join()
+    assert far.tell(join) == {join.event_id: {}}
+    eventually(lambda: branch.user in joined_in(anna, room_id))
+    return room_id, branch
+
+
+def joined_in(client: Client, room_id: str) -> Json:
+    """Who is in a room."""
+    return cast(Json, ok(client.get(("rooms", room_id, "joined_members")))["joined"])
+
+
+def arrives(client: Client, room_id: str, *bodies: str) -> None:
+    """These texts come, in that order, and are the newest."""
+    count = len(bodies)
+    eventually(lambda: client.bodies(room_id)[-count:] == list(bodies))
+
+
+# ── 54.1  Events ─────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("version", ["1", "5", "10", "11", "12"])
+def test_events_by_transaction(anna: Client, far: Elsewhere, version: str) -> None:
+    """Events come in order, once, and are answered one by one; so is a repeated transaction."""
+    room_id, branch = shared(anna, far, version)
+    events = [branch.text(f"{n}") for n in range(5)]
+    first = ok(far.send(*events, txn="again"))
+    assert first == {"pdus": {event.event_id: {} for event in events}}
+    arrives(anna, room_id, *"01234")
+    assert ok(far.send(branch.text("not this one"), txn="again")) == first
+    assert far.tell(*events) == first["pdus"]
+    arrives(anna, room_id, *"01234")
+    assert not far.counts
+
+
+def test_what_is_wrong_with_a_transaction(anna: Client, far: Elsewhere) -> None:
+    """Too many items, another's name, no JSON object: refused as a whole."""
+    _, branch = shared(anna, far)
+    event = branch.text("x")
+    fails(far.send(*[event] * 51), 400, "M_BAD_JSON")
+    fails(far.send(edus=[{}] * 101), 400, "M_BAD_JSON")
+    assert list(ok(far.send(*[event] * 50, edus=[{}] * 100))["pdus"]) == [event.event_id]
+    uri = f"{FEDERATION_V1}/send/x"
+    for body in (None, [], {"pdus": {}}, {"pdus": [], "edus": 1}):
+        fails(far.ask(far.server, "PUT", uri, body), 400)
+    other = {"pdus": [], "origin": "other.example"}
+    fails(far.ask(far.server, "PUT", uri, other), 403, "M_FORBIDDEN")
+    fails(far.ask(far.server, "PUT", f"{FEDERATION_V1}/send/{'x' * 300}", {"pdus": []}), 400)
+
+
+def test_unknown_rooms(anna: Client, far: Elsewhere) -> None:
+    """Rooms that we are not in, or not any more, take nothing."""
+    room_id, branch = shared(anna, far, "2")
+    event = branch.text("too late")
+    anna.leave(room_id)
+    assert list(far.tell(event).values()) == [{"error": "This server is not in that room"}]
+    assert far.tell({**event.pdu, "room_id": "!x:y"})[event.event_id]["error"]
+
+
+def test_sec_04_forged_events(anna: Client, far: Elsewhere, authority: Authority) -> None:
+    """Without the sender's own signature no event gets in; another content is taken away."""
+    room_id, branch = shared(anna, far, "11")
+    good = branch.make("m.room.message", {"msgtype": "m.text", "body": "good"})
+    altered = {**good.pdu, "content": {"msgtype": "m.text", "body": "evil"}}
+    unsigned = {**good.pdu, "signatures": {}}
+    other = conduit.SigningKey.generate()
+    mine = {far.name: {far.key.key_id: other.sign(b"x")}}
+    ours = branch.make("m.room.message", {"body": "of Anna"}, sender=anna.user_id)
+    third = Elsewhere(authority, far.server)
+    theirs = branch.make("m.room.message", {"body": "x"}, sender=f"@x:{third.name}")
+    for pdu in (unsigned, {**good.pdu, "signatures": mine}, ours, theirs):
+        assert all("error" in verdict for verdict in far.tell(pdu).values()) and far.tell(pdu)
+    assert far.tell(altered) == {good.event_id: {}}
+    arrives(anna, room_id, *anna.bodies(room_id))
+    event = eventually(lambda: anna.get(("rooms", room_id, "event", good.event_id)).json())
+    eventually(lambda: anna.get(("rooms", room_id, "event", good.event_id)).status_code == 200)
+    event = ok(anna.get(("rooms", room_id, "event", good.event_id)))
+    assert event["content"] == {}
+    kept = anna.messages(room_id, limit=100)["chunk"]
+    assert not {ours.event_id, theirs.event_id} & {one["event_id"] for one in kept}
+    third.close()
+
+
+def test_sec_05_events_after_the_end_of_a_key(anna: Client, far: Elsewhere) -> None:
+    """From room version 5 on, a key is good for what was signed in its time."""
+    _, branch = shared(anna, far, "11")
+    late = conduit.now_ms() + 8 * 86_400_000
+    (verdict,) = far.tell(branch.make("m.room.message", {}, origin_server_ts=late)).values()
+    assert "signed" in verdict["error"]
+
+
+def test_rejected_and_soft_failed(anna: Client, far: Elsewhere) -> None:
+    """What the rules refuse is stored out of sight, and is no error of the transaction."""
+    room_id, branch = shared(anna, far, "11")
+    old = Branch(far, room_id)
+    for key in (("m.room.name", "rejected"), ("m.room.topic", "rejected")):
+        event = branch.make(key[0], {"name": key[1], "topic": key[1]}, state_key="")
+        assert far.tell(event) == {event.event_id: {}}
+    ok(anna.post(("rooms", room_id, "ban"), {"user_id": branch.user}))
+    evasion = old.text("evasion")
+    assert far.tell(evasion) == {evasion.event_id: {}}
+    third = f"@third:{far.name}"
+    branch.read()
+    assert far.tell(branch.join(third))
+    eventually(lambda: third in joined_in(anna, room_id))
+    assert "evasion" not in anna.bodies(room_id)
+    fails(anna.get(("rooms", room_id, "state", "m.room.topic")), 404)
+
+
+WRONG_VALUES: Final = [
+    *(None, True, 0, -1, 2**53, 1.5, "", "x", "\0", "é" * 300, "x" * 70_000, [], {}),
+    *([None], [[]], [{}], {"a": []}, ["$x"] * 30, [["$x", {}]], {"sha256": 1}),
+    functools.reduce(lambda inner, _: [inner], range(90), [0]),
+]
+
+
+@pytest.mark.parametrize("version", ["1", "11"])
+def test_sec_15_wrong_types_in_every_field(anna: Client, far: Elsewhere, version: str) -> None:
+    """Each field of a PDU with each wrong value: nothing gets in, and what comes beside it does."""
+    room_id, branch = shared(anna, far, version)
+    good = branch.make("m.room.message", {"msgtype": "m.text", "body": "good"}).pdu
+    bad: list[Any] = [*WRONG_VALUES]
+    for field in good:
+        bad.extend({**good, field: value} for value in WRONG_VALUES if len(str(value)) < 60_000)
+        bad.append({key: value for key, value in good.items() if key != field})
+    bad += [{**good, "content": {"body": "x" * 70_000}}]
+    for start in range(0, len(bad), 49):
+        answer = far.send(*bad[start : start + 49], branch.text(f"beside {start}"))
+        assert ok(answer)["pdus"].pop(cast(conduit.Event, branch.tip).event_id) == {}
+        arrives(anna, room_id, f"beside {start}")
+    bodies = anna.bodies(room_id)
+    assert [body for body in bodies if not body.startswith("beside")] in ([], ["good"])
+
+
+def test_sec_38_deep_and_huge_bodies(anna: Client, far: Elsewhere) -> None:
+    """JSON of any depth and size is refused before it costs anything."""
+    room_id, branch = shared(anna, far)
+    path = f"{FEDERATION_V1}/send/x"
+    for raw in (b'{"pdus":' + b"[" * 200_000, b'{"pdus":["' + b"x" * 11_000_000 + b'"]}'):
+        with httpx.Client(verify=False, timeout=30) as client:  # noqa: S501  our own server
+            url = far.server.url.replace("127.0.0.1", "localhost") + path
+            header = f'X-Matrix origin="{far.name}",key="{far.key.key_id}",sig="AAAA"'
+            answer = client.request("PUT", url, content=raw, headers={"Authorization": header})
+            assert answer.status_code in (400, 401, 413)
+    far.tell(branch.text("alive"))
+    arrives(anna, room_id, "alive")
+
+
+# ── 54.2  What is missing ────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("version", ["1", "11", "12"])
+def test_missing_events_are_fetched(anna: Client, far: Elsewhere, version: str) -> None:
+    """A few missing events are asked for, in one go, and take their places."""
+    room_id, branch = shared(anna, far, version)
+    for n in range(10):
+        branch.text(f"{n}")
+    newest = branch.text("newest")
+    assert far.tell(newest) == {newest.event_id: {}}
+    arrives(anna, room_id, *"0123456789", "newest")
+    assert far.counts == {"get_missing_events": 1}
+
+
+def test_more_missing_events_than_one_answer_has(anna: Client, far: Elsewhere) -> None:
+    """Answers of 20 events each are put together up to max_fetch_prev_events."""
+    room_id, branch = shared(anna, far)
+    texts = [branch.text(f"{n}") for n in range(50)]
+    far.tell(texts[-1])
+    arrives(anna, room_id, *(f"{n}" for n in range(50)))
+    assert far.counts == {"get_missing_events": 3}
+
+
+def test_sec_14_a_thousand_missing_events(anna: Client, far: Elsewhere) -> None:
+    """Beyond the limit the state comes from the peer, and a gap stays."""
+    room_id, branch = shared(anna, far)
+    for n in range(1000):
+        branch.text(f"{n}")
+    name = branch.text("newest")
+    far.tell(name)
+    arrives(anna, room_id, "999", "newest")
+    assert sum(far.counts.values()) < 10
+    far.tell(branch.text("next"))
+    arrives(anna, room_id, "newest", "next")
+    assert anna.bodies(room_id).count("newest") == 1
+
+
+def test_state_from_behind_a_gap(anna: Client, far: Elsewhere) -> None:
+    """Members who came behind the gap are there afterwards, one by one or with the whole state."""
+    for count in (3, 70):
+        far.counts.clear()
+        room_id, branch = shared(anna, far)
+        users = [f"@u{n}:{far.name}" for n in range(count)]
+        for user in users:
+            branch.join(user)
+        for n in range(80):
+            branch.text(f"{n}")
+        far.tell(branch.text("newest", sender=users[-1]))
+        arrives(anna, room_id, "newest")
+        assert set(users) <= joined_in(anna, room_id).keys()
+        assert far.counts["event"] == (count if count < 50 else 0)
+        assert far.counts["state"] == (1 if count > 50 else 0)
+
+
+def test_missing_auth_events_are_fetched(anna: Client, far: Elsewhere) -> None:
+    """An event may stand on events that nobody has sent us, beside a known past."""
+    room_id, branch = shared(anna, far)
+    before = branch.tip
+    user = f"@other:{far.name}"
+    branch.join(user)
+    branch.tip = before
+    event = branch.text("from aside", sender=user)
+    assert far.tell(event) == {event.event_id: {}}
+    eventually(lambda: far.counts["event_auth"])
+    far.tell(branch.text("after", prev_events=[conduit.event_reference(cast(Any, before))]))
+    arrives(anna, room_id, "after")
+    assert "from aside" not in anna.bodies(room_id)
+
+
+LIES: Final[dict[str, Any]] = {
+    "nonsense": lambda _, __: {"events": [1, None, {}, []], "pdus": 3, "auth_chain": {"a": 1}},
+    "empty": lambda _, __: {},
+    "texts": lambda _, __: {"events": "x", "pdu_ids": "x", "auth_chain_ids": [1]},
+    "no object": lambda _, __: [],
+    "a fault": lambda _, __: conduit.parse_json(b"{"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_sec_15_lies_about_what_is_missing(anna: Client, far: Elsewhere, lie: str) -> None:
+    """A peer that answers questions with nonsense loses its event, and nothing else happens."""
+    room_id, branch = shared(anna, far)
+    good = Branch(far, room_id)
+    good.take(cast(conduit.Event, branch.tip))
+    branch.text("never seen")
+    far.lies = dict.fromkeys(("get_missing_events", "state_ids", "state", "event"), LIES[lie])
+    far.tell(branch.text("lost"))
+    far.tell(good.text("good"))
+    arrives(anna, room_id, "good")
+    assert not {"lost", "never seen"} & set(anna.bodies(room_id))
+
+
+def test_sec_04_forged_events_by_the_other_doors(anna: Client, far: Elsewhere) -> None:
+    """Events that answer our questions are checked like those that are sent."""
+    room_id, branch = shared(anna, far)
+    forged = branch.text("forged", sender=anna.user_id)  # signed by the peer alone
+    evil = branch.add("m.room.name", {"name": "evil"}, sender=anna.user_id, state_key="")
+    newest = branch.text("upon forgeries")
+    for _ in range(2):
+        far.tell(newest)
+        arrives(anna, room_id, "upon forgeries")
+        kept = {one["event_id"] for one in anna.messages(room_id, limit=100)["chunk"]}
+        assert not {forged.event_id, evil.event_id} & kept
+        fails(anna.get(("rooms", room_id, "state", "m.room.name")), 404)
+    assert far.counts["get_missing_events"] and far.counts["state_ids"]
+
+
+def test_sec_14_answers_that_were_not_asked_for(anna: Client, far: Elsewhere) -> None:
+    """Events beside what is missing, of other rooms, or in circles, stay out."""
+    room_id, branch = shared(anna, far, "2")
+    other_id, other = shared(anna, far, "2")
+    stray = other.text("stray")
+    aside = branch.make("m.room.message", {"msgtype": "m.text", "body": "aside"})
+    ids = [f"$circle{n}:{far.name}" for n in range(3)]
+    circle = [
+        branch.make(
+            "m.room.message",
+            {"msgtype": "m.text", "body": f"circle {n}"},
+            prev_events=[[ids[n - 1], {"sha256": "x"}]],
+            event_id=ids[n],
+        ).pdu
+        for n in range(3)
+    ]
+    given = [stray.pdu, aside.pdu, *circle]
+    far.lies["get_missing_events"] = lambda _, __: {"events": given}
+    newest = branch.make("m.room.message", {"body": "x"}, prev_events=[[ids[0], {"sha256": "x"}]])
+    far.states[newest.event_id] = dict(branch.state)
+    far.tell(newest)
+    eventually(lambda: far.counts["state_ids"])
+    far.lies.clear()
+    far.tell(branch.text("good"))
+    arrives(anna, room_id, "good")
+    assert "stray" not in anna.bodies(other_id) + anna.bodies(room_id)
+    assert not [body for body in anna.bodies(room_id) if body not in {"good", "x"}]
+
+
+def test_sec_14_more_than_was_asked_for(anna: Client, far: Elsewhere) -> None:
+    """An answer with more events than the limit is cut, and the rest is a gap."""
+    room_id, branch = shared(anna, far)
+    events = [branch.text(f"{n}") for n in range(300)]
+    every = [event.pdu for event in reversed(events[:-1])]
+    far.lies["get_missing_events"] = lambda _, __: {"events": every}
+    far.tell(events[-1])
+    arrives(anna, room_id, "298", "299")
+    assert far.counts["get_missing_events"] == 1
+    assert "200" not in anna.bodies(room_id)
+
+
+def test_sec_44_a_slow_room_holds_up_no_other(anna: Client, far: Elsewhere) -> None:
+    """While a room waits for a peer that does not answer, others are served at once."""
+    slow_id, slow = shared(anna, far)
+    room_id, branch = shared(anna, far)
+    far.delay = 3
+    slow.text("missing")
+    far.tell(slow.text("slow"))
+    started = time.monotonic()
+    for n in range(10):
+        far.tell(branch.text(f"{n}"))
+    arrives(anna, room_id, *"0123456789")
+    assert time.monotonic() - started < 2.5
+    arrives(anna, slow_id, "missing", "slow")
+
+
+def test_sec_44_a_slow_server_holds_up_its_room_but_once(anna: Client, far: Elsewhere) -> None:
+    """Who lets us wait for each of many events is not asked any more, and others go on."""
+    room_id, branch = shared(anna, far)
+    good = Branch(far, room_id)
+    good.take(cast(conduit.Event, branch.tip))
+    far.delay = 3
+    far.lies = dict.fromkeys(("get_missing_events", "state_ids"), lambda _, __: {})
+    bad = []
+    for number in range(20):
+        branch.text("never seen")
+        bad.append(branch.text(f"{number}"))
+        branch.tip = good.tip
+    far.tell(*bad, good.text("good"))
+    eventually(lambda: anna.bodies(room_id) == ["good"], 15)
+    assert sum(far.counts.values()) <= 4
+
+
+def test_sec_14_floods_of_one_server(anna: Client, far: Elsewhere) -> None:
+    """One transaction of a server at a time, few wait; the items that wait are bounded."""
+    room_id, branch = shared(anna, far)
+    events = [branch.text(f"{n}") for n in range(50)]
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda n: far.send(*events, txn=f"flood{n}"), range(40)))
+    assert {answer.status_code for answer in answers} <= {200, 429}
+    assert any(answer.status_code == 200 for answer in answers)
+    arrives(anna, room_id, *(f"{n}" for n in range(50)))
+
+
+def test_inbox_survives_kill_9(
+    tmp_path: Path, authority: Authority, new_server: Callable[..., Server]
+) -> None:
+    """What was answered is taken in after a crash; what ends the server again and again is not."""
+    ours = federating(tmp_path, authority).start()
+    anna, far = register(ours), Elsewhere(authority, ours)
+    room_id, branch = shared(anna, far)
+    far.delay = 30
+    branch.text("missing")
+    waiting = [branch.text("first"), branch.text("second")]
+    far.tell(*waiting)
+    eventually(lambda: far.counts["get_missing_events"])
+    ours.kill9()
+    far.delay = 0
+    with contextlib.closing(sqlite3.connect(ours.database)) as database, database:
+        rows = database.execute("SELECT room_nid, origin, body FROM inbox").fetchall()
+        assert len(rows) == 2
+        bad = (rows[0][0], far.name, "$bad", b'{"content": {}}')
+        database.execute(
+            "INSERT INTO inbox (item_nid, room_nid, origin, event_id, body) VALUES (0,?,?,?,?)", bad
+        )
+    ours.may_fail = True
+    ours.start()
+    arrives(anna, room_id, "missing", "first", "second")
+    assert "is put aside" in ours.log
+    far.tell(branch.text("third"))
+    arrives(anna, room_id, "second", "third")
+    ours.stop()
+    with contextlib.closing(sqlite3.connect(ours.database)) as database:
+        assert [row[0] for row in database.execute("SELECT event_id FROM inbox")] == ["$bad"]
+    ours.check()
+    far.close()
+
+
+# ── 54.3  News that pass ─────────────────────────────────────────────────────
+
+
+def ephemeral_now(client: Client, room_id: str, kind: str) -> Json:
+    """The newest ephemeral event of a kind in a room, by a full sync."""
+    room = client.sync()["rooms"]["join"].get(room_id, {})
+    found = [each for each in room["ephemeral"]["events"] if each["type"] == kind]
+    return cast(Json, found[-1]["content"]) if found else {}
+
+
+def receipt_of(user: str, event_id: str, kind: str = "m.read", **data: Any) -> Json:
+    """The content of an m.receipt for one room."""
+    return {kind: {user: {"event_ids": [event_id], "data": {"ts": 77, **data}}}}
+
+
+def test_typing_receipts_presence(anna: Client, far: Elsewhere) -> None:
+    room_id, branch = shared(anna, far)
+    user, root = branch.user, anna.send_text(room_id, "root")
+    relation = {"rel_type": "m.thread", "event_id": root}
+    message = {"msgtype": "m.text", "body": "reply", "m.relates_to": relation}
+    reply = anna.send(room_id, "m.room.message", message)
+    typing = {"room_id": room_id, "user_id": user, "typing": True}
+    far.edu("m.typing", typing)
+    assert ephemeral_now(anna, room_id, "m.typing") == {"user_ids": [user]}
+    far.edu("m.typing", {**typing, "typing": False})
+    assert ephemeral_now(anna, room_id, "m.typing") == {}
+    far.edu("m.receipt", {room_id: receipt_of(user, root)})
+    far.edu("m.receipt", {room_id: receipt_of(user, reply, thread_id=root)})
+    far.edu("m.receipt", {room_id: receipt_of(user, reply, "m.read.private")})
+    eventually(lambda: reply in ephemeral_now(anna, room_id, "m.receipt"))
+    assert ephemeral_now(anna, room_id, "m.receipt") == {
+        root: {"m.read": {user: {"ts": 77}}},
+        reply: {"m.read": {user: {"ts": 77, "thread_id": root}}},
+    }
+    anna.poll()
+    update = {"user_id": user, "presence": "unavailable", "last_active_ago": 60_000}
+    far.edu("m.presence", {"push": [1, {**update, "status_msg": "away"}, {"user_id": user}]})
+    (event,) = anna.poll()["presence"]["events"]
+    assert event["sender"] == user
+    assert event["content"]["presence"] == "unavailable"
+    assert event["content"]["status_msg"] == "away"
+    assert event["content"]["last_active_ago"] >= 60_000
+
+
+def test_receipts_wait_for_their_events(anna: Client, far: Elsewhere) -> None:
+    """A receipt that comes with its event, or for an event on the way, is not lost."""
+    room_id, branch = shared(anna, far)
+    event = branch.text("read")
+    edu = {"edu_type": "m.receipt", "content": {room_id: receipt_of(branch.user, event.event_id)}}
+    far.tell(event)
+    ok(far.send(edus=[edu]))
+    eventually(lambda: event.event_id in ephemeral_now(anna, room_id, "m.receipt"))
+
+
+def device_of(user_id: str, name: str = "D") -> tuple[KeyPair, Json]:
+    """The identity keys of a device elsewhere."""
+    device = CryptoDevice(cast(Client, SimpleNamespace(user_id=user_id, device_id=name)))
+    return device.identity, device.device_keys()
+
+
+def device_update(user: str, stream_id: int, *prev: int, **fields: Any) -> Json:
+    """The content of an m.device_list_update."""
+    made = {"user_id": user, "device_id": "D", "stream_id": stream_id, "prev_id": list(prev)}
+    return {**made, **fields}
+
+
+def test_device_lists_of_others(anna: Client, far: Elsewhere) -> None:
+    """Keys are asked for once; updates keep them right, and a gap fetches them anew."""
+    room_id, branch = shared(anna, far)
+    user = branch.user
+    _, first = device_of(user)
+    _, second = device_of(user, "E")
+    query_path = f"{FEDERATION_V1}/user/keys/query"
+    far.answers[query_path] = {"device_keys": {user: {"D": first}}}
+    whom = cast(Client, SimpleNamespace(user_id=user))
+
+    def known() -> Json:
+        return cast(Json, query(anna, whom)["device_keys"].get(user, {}))
+
+    def asked() -> int:
+        return sum(request.path == query_path for request in far.asked)
+
+    anna.poll()
+    assert known() == known() == {"D": {**first, "unsigned": {}}}
+    assert asked() == 1
+    assert changed(anna.poll()) == set()
+    listed = {"device_id": "E", "keys": second, "device_display_name": "Second"}
+    devices = {"user_id": user, "stream_id": 7, "devices": [listed, {**listed, "device_id": "X"}]}
+    far.answers[f"{FEDERATION_V1}/user/devices/{quote(user, safe='')}"] = devices
+    far.edu("m.device_list_update", device_update(user, 7, 6, device_id="E", keys=second))
+    assert changed(anna.poll()) == {user}
+    name = {"device_display_name": "Second"}
+    eventually(lambda: known() == {"E": {**second, "unsigned": name}})
+    asked_before = asked()
+    far.edu("m.device_list_update", device_update(user, 8, 7, keys=first))
+    assert changed(anna.poll()) == {user}
+    assert known().keys() == {"D", "E"}
+    far.edu("m.device_list_update", device_update(user, 9, 8, device_id="E", deleted=True))
+    assert known().keys() == {"D"}
+    far.edu("m.device_list_update", device_update(user, 3, 2, device_id="F", keys=second))
+    assert known().keys() == {"D"} and asked() == asked_before
+    far.tell(branch.add("m.room.member", {"membership": "leave"}, state_key=user))
+    eventually(lambda: user not in joined_in(anna, room_id))
+    far.answers[query_path] = {"device_keys": {user: {}}}
+    assert known() == {}
+    far.edu("m.device_list_update", device_update(user, 10, 9, keys=first))
+    assert changed(anna.poll()) == set()
+
+
+def test_signatures_across_servers(anna: Client, far: Elsewhere) -> None:
+    """Our user signs the master key of a user elsewhere, and sees that signature afterwards."""
+    _, branch = shared(anna, far)
+    user = branch.user
+    pair, device = device_of(user)
+    other = CryptoDevice(cast(Client, SimpleNamespace(user_id=user, device_id="D")))
+    other.identity = pair
+    cross = other.cross_signing_keys()
+    far.answers[f"{FEDERATION_V1}/user/keys/query"] = {
+        "device_keys": {user: {"D": device}},
+        "master_keys": {user: cross["master_key"]},
+        "self_signing_keys": {user: cross["self_signing_key"]},
+    }
+    mine = crypto(anna)
+    ok(anna.post("keys/device_signing/upload", mine.cross_signing_keys()))
+    master = other.cross["master"]
+    signed = mine.cross["user_signing"].sign(cross["master_key"], anna.user_id)
+    anna.poll()
+    body = {user: {master.public: signed}}
+    assert ok(anna.post("keys/signatures/upload", body)) == {"failures": {}}
+    assert changed(anna.poll()) == {user}
+    found = query(anna, cast(Client, SimpleNamespace(user_id=user)))
+    assert (
+        found["master_keys"][user]["signatures"][anna.user_id]
+        == (signed["signatures"][anna.user_id])
+    )
+    assert found["self_signing_keys"][user] == cross["self_signing_key"]
+    bert = register(far.server)
+    seen = query(bert, cast(Client, SimpleNamespace(user_id=user)))["master_keys"][user]
+    assert anna.user_id not in seen["signatures"]
+    fresh = other.cross_signing_keys()
+    far.edu("m.signing_key_update", {"user_id": user, "master_key": fresh["master_key"]})
+    assert changed(anna.poll()) == {user}
+    found = query(anna, cast(Client, SimpleNamespace(user_id=user)))
+    assert found["master_keys"][user] == fresh["master_key"]
+    assert user not in found["self_signing_keys"]
+
+
+def test_to_device_messages_come_once(anna: Client, far: Elsewhere) -> None:
+    content = {"sender": f"@eve:{far.name}", "type": "m.test", "message_id": "1"}
+    content["messages"] = {anna.user_id: {"*": {"n": 1}}, "@no:where": {"*": {}}}  # type: ignore[assignment]  mixed
+    anna.poll()
+    for _ in range(3):
+        far.edu("m.direct_to_device", content)
+    expected = {"sender": content["sender"], "type": "m.test", "content": {"n": 1}}
+    assert to_device(anna.poll()) == [expected]
+    far.edu("m.direct_to_device", {**content, "message_id": "2"})
+    assert to_device(anna.poll()) == [expected]
+
+
+def test_messages_between_devices_of_a_synapse_and_ours(anna: Client, synapse: Synapse) -> None:
+    """A real transaction of another program: what its users send to devices of ours arrives."""
+    theirs = register(synapse)
+    anna.poll()
+    for number in range(3):
+        tell_devices(theirs, "m.test", {anna.user_id: {anna.device_id: {"n": number}}})
+    found: list[Json] = []
+
+    def come() -> bool:
+        found.extend(to_device(anna.poll()))
+        return len(found) >= 3
+
+    eventually(come, 20)
+    assert [event["content"]["n"] for event in found] == [0, 1, 2]
+    assert {event["sender"] for event in found} == {theirs.user_id}
+
+
+def news_of(user: str, room_id: str, event_id: str, anna: Client) -> dict[str, Json]:
+    """One piece of news of each kind, of a user."""
+    _, keys = device_of(user)
+    pair = KeyPair()
+    master = {"user_id": user, "usage": ["master"], "keys": {pair.id: pair.public}}
+    return {
+        "m.typing": {"room_id": room_id, "user_id": user, "typing": True},
+        "m.receipt": {room_id: receipt_of(user, event_id)},
+        "m.presence": {"push": [{"user_id": user, "presence": "online", "last_active_ago": 1}]},
+        "m.direct_to_device": {
+            **{"sender": user, "type": "m.test", "message_id": unique("m")},
+            "messages": {anna.user_id: {"*": {}}},
+        },
+        "m.device_list_update": device_update(user, 1, keys=keys),
+        "m.signing_key_update": {"user_id": user, "master_key": master},
+    }
+
+
+def news_seen(client: Client, room_id: str) -> set[str]:
+    """Which kinds of news a user hears of since the last poll."""
+    result = client.poll()
+    room = result.get("rooms", {}).get("join", {}).get(room_id, {})
+    found = {event["type"] for event in room.get("ephemeral", {}).get("events", [])}
+    found |= {event["type"] for event in result.get("presence", {}).get("events", [])}
+    found |= {"m.direct_to_device"} if to_device(result) else set()
+    return found | ({"devices"} if changed(result) else set())
+
+
+@pytest.mark.parametrize("kind", conduit.EDUS)
+def test_sec_03_nobody_speaks_for_the_users_of_others(
+    anna: Client, far: Elsewhere, authority: Authority, kind: str
+) -> None:
+    """News of each kind from a server that is not the user's are left out."""
+    room_id, branch = shared(anna, far)
+    liar = Elsewhere(authority, far.server)
+    event_id = anna.send_text(room_id, "hello")
+    register(far.server)
+    news_seen(anna, room_id)
+    content = news_of(branch.user, room_id, event_id, anna)[kind]
+    liar.edu(kind, content)
+    liar.edu(kind, news_of(anna.user_id, room_id, event_id, anna)[kind])
+    time.sleep(0.1)
+    assert news_seen(anna, room_id) == set()
+    far.edu(kind, content)
+    eventually(lambda: news_seen(anna, room_id))
+    liar.close()
+
+
+@pytest.mark.parametrize("kind", conduit.EDUS)
+def test_sec_15_news_of_wrong_types(anna: Client, far: Elsewhere, kind: str) -> None:
+    """Each field with each wrong value, and the good ones beside them are heard."""
+    room_id, branch = shared(anna, far)
+    event_id = anna.send_text(room_id, "hello")
+    good = news_of(branch.user, room_id, event_id, anna)[kind]
+    bad: list[Any] = [value for value in WRONG_VALUES if len(str(value)) < 60_000]
+    contents = [*bad, *({**good, field: value} for field in good for value in bad)]
+    for name, inner in good.items():
+        if isinstance(inner, list) and inner:
+            contents += [{**good, name: [{**inner[0], f: v}]} for f in inner[0] for v in bad]
+    edus = [{"edu_type": kind, "content": content} for content in contents]
+    edus += [{"edu_type": value, "content": good} for value in bad] + cast("list[Any]", bad)
+    for start in range(0, len(edus), 99):
+        last = {"edu_type": kind, "content": news_of(branch.user, room_id, event_id, anna)[kind]}
+        assert ok(far.send(edus=[*edus[start : start + 99], last])) == {"pdus": {}}
+    eventually(lambda: news_seen(anna, room_id))
+    assert far.server.running
+
+
+def test_sec_48_acls_hold_for_events_and_news(anna: Client, far: Elsewhere) -> None:
+    """A server that the ACL keeps out is told so for each event; its news are left out."""
+    room_id, branch = shared(anna, far, "11")
+    acl = {"allow": ["*"], "deny": ["LOCAL*"]}
+    event_id = anna.send_text(room_id, "hello")
+    anna.set_state(room_id, "m.room.server_acl", {**acl, "deny": []})
+    branch.read()
+    far.tell(branch.text("still here"))
+    arrives(anna, room_id, "hello", "still here")
+    anna.set_state(room_id, "m.room.server_acl", acl)
+    news_seen(anna, room_id)
+    branch.read()
+    (verdict,) = far.tell(branch.text("kept out")).values()
+    assert "ACL" in verdict["error"]
+    for kind in ("m.typing", "m.receipt"):
+        far.edu(kind, news_of(branch.user, room_id, event_id, anna)[kind])
+    time.sleep(0.2)
+    assert news_seen(anna, room_id) == set()
+    assert "kept out" not in anna.bodies(room_id)
+
+
+def test_switches_for_news(tmp_path: Path, authority: Authority) -> None:
+    """allow_incoming_typing, _read_receipts and _presence."""
+    switches = ("typing", "read_receipts", "presence")
+    off = {f"allow_incoming_{name}": False for name in switches}
+    ours = federating(tmp_path, authority, **off).start()
+    anna, far = register(ours), Elsewhere(authority, ours)
+    room_id, branch = shared(anna, far)
+    event_id = anna.send_text(room_id, "hello")
+    news_seen(anna, room_id)
+    for kind in ("m.typing", "m.receipt", "m.presence"):
+        far.edu(kind, news_of(branch.user, room_id, event_id, anna)[kind])
+    time.sleep(0.2)
+    assert news_seen(anna, room_id) == set()
+    ours.stop()
+    ours.assert_clean_log()
+    far.close()
+
+
+# ── 54.4  Policy servers ─────────────────────────────────────────────────────
+
+
+def test_policy_servers_decide_what_is_seen(anna: Client, far: Elsewhere) -> None:
+    """Events without the policy server's signature are asked about, and else are not shown."""
+    room_id, branch = shared(anna, far, "11")
+    policy = conduit.SigningKey.generate()
+
+    def sign(event: conduit.Event) -> str:
+        return policy.sign(conduit.reference_bytes(event.version, event.pdu))
+
+    anna.set_state(
+        room_id, "m.room.policy", {"via": far.name, "public_keys": {"ed25519": policy.public}}
+    )
+    branch.read()
+    far.answers["/_matrix/policy/v1/sign"] = {}
+    far.tell(branch.make("m.room.message", {"msgtype": "m.text", "body": "spam"}))
+    signed = branch.make("m.room.message", {"msgtype": "m.text", "body": "signed"})
+    signed.pdu["signatures"][far.name]["ed25519:policy_server"] = sign(signed)
+    far.tell(branch.take(signed))
+    arrives(anna, room_id, "signed")
+    assert [request.path for request in far.asked].count("/_matrix/policy/v1/sign") == 1
+    asked = branch.text("asked")
+    marks = {"ed25519:policy_server": sign(asked)}
+    far.answers["/_matrix/policy/v1/sign"] = {far.name: marks}
+    far.tell(asked)
+    arrives(anna, room_id, "signed", "asked")
+    assert "spam" not in anna.bodies(room_id)
+
+
+def test_our_events_need_the_consent_of_policy_servers(anna: Client, far: Elsewhere) -> None:
+    """What the policy server refuses is not sent, its error is handed on; the rest is signed."""
+    room_id, branch = shared(anna, far, "11")
+    policy = conduit.SigningKey.generate()
+    content = {"via": far.name, "public_keys": {"ed25519": policy.public}}
+    anna.set_state(room_id, "m.room.policy", content)
+    path = ("rooms", room_id, "send", "m.room.message", "txn1")
+    message = {"msgtype": "m.text", "body": "hello"}
+    error = b'{"errcode":"M_FORBIDDEN","error":"This is spam"}'
+    far.answers["/_matrix/policy/v1/sign"] = conduit.Response(400, error)
+    assert fails(anna.put(path, message), 400, "M_FORBIDDEN")["error"] == "This is spam"
+    far.answers["/_matrix/policy/v1/sign"] = {}
+    fails(anna.put(path, message), 403, "M_FORBIDDEN")
+    far.answers["/_matrix/policy/v1/sign"] = {far.name: {"ed25519:policy_server": "AAAA"}}
+    fails(anna.put(path, message), 403, "M_FORBIDDEN")
+    del far.answers["/_matrix/policy/v1/sign"]
+    far.lies["sign"] = lambda _, asked: {
+        far.name: {
+            "ed25519:policy_server": policy.sign(
+                conduit.reference_bytes(conduit.ROOM_VERSIONS["11"], asked["body"])
+            )
+        }
+    }
+    first = ok(anna.put(path, message))
+    assert ok(anna.put(path, message)) == first
+    second = anna.send_text(room_id, "hello")
+    assert second != first["event_id"]
+    anna.redact(room_id, second)
+    delayed = ("rooms", room_id, "send", "m.room.message", "txn2")
+    later = {"msgtype": "m.text", "body": "later"}
+    ok(anna.put(delayed, later, params={"org.matrix.msc4140.delay": 100}))
+    eventually(lambda: "later" in anna.bodies(room_id), 5)
+    ok(anna.post(("rooms", room_id, "kick"), {"user_id": branch.user}))
+    assert far.counts["sign"] == 5
+    branch.read()
+    for event in list(far.events.values())[-5:]:
+        assert conduit.has_consent(event, far.name, policy.public)
+    far.lies.clear()
+    anna.send_text(room_id, "nobody of that server is here any more")
+    anna.set_state(room_id, "m.room.policy", {})
+
+
+# ═════════════════════════════════════════════════════════════════════════════
 #  55. SENDING
 #
 #  A peer in the tests' hands gets what a server sends, and answers as it is told:
@@ -16473,7 +17399,7 @@ def receiver(authority: Authority) -> Destination:
 
 
 @pytest.fixture
-def shared(sending: Server, receiver: Destination) -> tuple[Client, str]:
+def met(sending: Server, receiver: Destination) -> tuple[Client, str]:
     """Alice, and a public room that she shares with eve of the receiver."""
     alice = register(sending, unique("alice"))
     room_id = alice.create_room(preset="public_chat")
@@ -16485,10 +17411,10 @@ def shared(sending: Server, receiver: Destination) -> tuple[Client, str]:
 
 
 def test_events_come_in_order_and_once(
-    shared: tuple[Client, str], receiver: Destination, sending: Server
+    met: tuple[Client, str], receiver: Destination, sending: Server
 ) -> None:
     """At most 50 in a transaction, each signed, and none that was there before eve was."""
-    alice, room_id = shared
+    alice, room_id = met
     private = alice.create_room()
     alice.send_text(private, "not for eve")
     sent = [f"{n}" for n in range(70)]
@@ -16506,10 +17432,10 @@ def test_events_come_in_order_and_once(
 
 
 def test_the_kick_is_the_last_that_a_server_hears(
-    shared: tuple[Client, str], receiver: Destination, authority: Authority, sending: Server
+    met: tuple[Client, str], receiver: Destination, authority: Authority, sending: Server
 ) -> None:
     """Who was only invited, or knocks, hears of the refusal too, by their server."""
-    alice, room_id = shared
+    alice, room_id = met
     other = Destination(authority)
     come(sending, room_id, other)
     ok(alice.post(("rooms", room_id, "kick"), {"user_id": receiver.user()}))
@@ -16550,10 +17476,10 @@ def test_who_missed_much_gets_the_newest_of_each_room(
 
 
 def test_who_comes_back_gets_what_it_missed(
-    shared: tuple[Client, str], receiver: Destination, sending: Server
+    met: tuple[Client, str], receiver: Destination, sending: Server
 ) -> None:
     """The wait survives a restart, and ends when the other side asks us something."""
-    alice, room_id = shared
+    alice, room_id = met
     receiver.verdict = lambda _: 502
     for n in range(3):
         alice.send_text(room_id, f"{n}")
@@ -16584,9 +17510,9 @@ def database_rows(server: Server, query: str) -> list[Any]:
 
 
 def test_typing_and_receipts_go_out(
-    shared: tuple[Client, str], receiver: Destination, sending: Server
+    met: tuple[Client, str], receiver: Destination, sending: Server
 ) -> None:
-    alice, room_id = shared
+    alice, room_id = met
     alice.poll()
     root = alice.send_text(room_id, "root")
     relation = {"rel_type": "m.thread", "event_id": root}
@@ -16609,9 +17535,9 @@ def test_typing_and_receipts_go_out(
 
 
 def test_switched_off_nothing_goes_out(
-    shared: tuple[Client, str], receiver: Destination, sending: Server
+    met: tuple[Client, str], receiver: Destination, sending: Server
 ) -> None:
-    alice, room_id = shared
+    alice, room_id = met
     off = ("allow_outgoing_typing", "allow_outgoing_read_receipts", "allow_outgoing_presence")
     sending.write_config(**dict.fromkeys(off, False))
     sending.restart()
@@ -16631,10 +17557,10 @@ def test_switched_off_nothing_goes_out(
 
 @pytest.mark.parametrize("status", [400, 500])
 def test_sec_15_poison_is_left_out_and_its_neighbours_are_not(
-    shared: tuple[Client, str], receiver: Destination, sending: Server, status: int
+    met: tuple[Client, str], receiver: Destination, sending: Server, status: int
 ) -> None:
     """One event and one message that the other side chokes on, in the middle of others."""
-    alice, room_id = shared
+    alice, room_id = met
     receiver.verdict = lambda content: status if "poison" in json.dumps(content) else 200
     with_gate = receiver.verdict
     receiver.verdict = lambda _: 429
@@ -16657,10 +17583,10 @@ def test_sec_15_poison_is_left_out_and_its_neighbours_are_not(
 
 
 def test_a_server_in_trouble_loses_nothing(
-    shared: tuple[Client, str], receiver: Destination, sending: Server
+    met: tuple[Client, str], receiver: Destination, sending: Server
 ) -> None:
     """Who answers 500 to everything does not choke on something."""
-    alice, room_id = shared
+    alice, room_id = met
     receiver.verdict = lambda _: 500
     for n in range(4):
         alice.send_text(room_id, f"{n}")
@@ -16675,10 +17601,10 @@ def test_a_server_in_trouble_loses_nothing(
 
 
 def test_kill_between_sending_and_the_answer(
-    shared: tuple[Client, str], receiver: Destination, sending: Server
+    met: tuple[Client, str], receiver: Destination, sending: Server
 ) -> None:
     """Nothing is lost; what comes again is known by its event id or message_id."""
-    alice, room_id = shared
+    alice, room_id = met
     seen: list[Json] = []
 
     def take_and_be_silent(content: Json) -> int:
@@ -16709,10 +17635,10 @@ def test_kill_between_sending_and_the_answer(
 
 
 def test_messages_for_devices_elsewhere(
-    shared: tuple[Client, str], receiver: Destination, sending: Server
+    met: tuple[Client, str], receiver: Destination, sending: Server
 ) -> None:
     """Large ones in parts; nothing to names that are no users; not twice for one transaction."""
-    alice, _ = shared
+    alice, _ = met
     big = {f"D{n}": {"x": "y" * 40_000} for n in range(4)}
     messages = {receiver.user(): big, alice.user_id: {"*": {}}, "nobody": {"*": {}}}
     for _ in range(2):
@@ -16729,10 +17655,10 @@ def test_messages_for_devices_elsewhere(
 
 
 def test_device_lists_go_out(
-    shared: tuple[Client, str], receiver: Destination, sending: Server, authority: Authority
+    met: tuple[Client, str], receiver: Destination, sending: Server, authority: Authority
 ) -> None:
     """Each update names the one before it; a deleted device and cross-signing keys go out too."""
-    alice, _ = shared
+    alice, _ = met
     first, second = crypto(alice), crypto(alice.login())
     ok(alice.put(("devices", second.device_id), {"display_name": "Phone"}))
     keys = second.cross_signing_keys()
@@ -24670,6 +25596,8 @@ SCANS: Final = {
     "SELECT user_nid, user_id FROM accounts JOIN users USING (user_nid)": "a bridge is registered",
     "SELECT DISTINCT room_nid FROM network_rooms": "bridged networks; an index of few rows",
     "SELECT DISTINCT room_nid FROM memberships": "an admin asks for the list",
+    "SELECT room_nid, COUNT(*), MIN(item_nid) FROM inbox WHERE error IS NULL"
+    " GROUP BY room_nid": "at the start; the table is a queue",
     "SELECT user_id, COUNT(*), SUM(size) AS total FROM media JOIN users USING (user_nid)"
     " GROUP BY user_nid ORDER BY total DESC": "an admin asks, in a thread",
     "UPDATE one_time_keys SET used = 1, body = NULL WHERE NOT fallback": "after a restore",
