@@ -15184,7 +15184,7 @@ async def add_signature(hs: Homeserver, event: Event, server: str, answer: objec
     return make_event(event.version, {**event.pdu, "signatures": signatures}, event.event_id)
 
 
-STRIPPED: Final[Json] = {"type": str, "state_key": str, "sender": str, "content": dict}
+STRIPPED_SHAPE: Final[Json] = {"type": str, "state_key": str, "sender": str, "content": dict}
 
 
 def stripped_from(entries: object) -> list[Json]:
@@ -15192,8 +15192,8 @@ def stripped_from(entries: object) -> list[Json]:
     found, size = [], 0
     for entry in entries[:MAX_TOLD] if isinstance(entries, list) else ():
         with contextlib.suppress(MatrixError):
-            check_shape(entry, STRIPPED)
-            stripped = {name: entry[name] for name in STRIPPED}
+            check_shape(entry, STRIPPED_SHAPE)
+            stripped = {name: entry[name] for name in STRIPPED_SHAPE}
             size += len(encode_json(stripped))
             found += [stripped] if size <= MAX_STRIPPED_BYTES else []
     return found
@@ -27949,11 +27949,10 @@ class Homeserver:
         self.sliding = Sliding(self)
         self.media = Media(self)
         self.previews = Previews(self)
-        self.discovery = Discovery(self)
+        self.discovery, self.backfill = Discovery(self), Backfill(self)
         self.server_keys = ServerKeys(self)
-        self.federation = Federation(self)
+        self.federation, self.joining = Federation(self), Joining(self)
         self.appservices = Appservices(self)
-        self.joining, self.backfill = Joining(self), Backfill(self)
         self.admin_room = AdminRoom(self)
         self.admin_jobs = AdminJobs(self)
         self.admin_socket = AdminSocket(self)
