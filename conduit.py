@@ -90,6 +90,7 @@ import asyncio
 import base64
 import binascii
 import bisect
+import codecs
 import contextlib
 import dataclasses
 import difflib
@@ -4117,6 +4118,10 @@ CREATE TABLE memberships (
     PRIMARY KEY (user_nid, room_nid)
 ) WITHOUT ROWID;
 CREATE INDEX memberships_room ON memberships (room_nid, membership);
+CREATE TABLE stripped_states (      -- of rooms that we are not in, as they came with an event
+    event_nid INTEGER PRIMARY KEY,  -- an invite to the room, or a knock on it
+    state TEXT NOT NULL
+);
 CREATE TABLE relations (
     room_nid INTEGER NOT NULL,
     parent_id TEXT NOT NULL,
@@ -4193,6 +4198,10 @@ invariant(
 invariant(
     "relations of events that are not there",
     "SELECT nid FROM relations WHERE nid NOT IN (SELECT nid FROM events)",
+)
+invariant(
+    "stripped states of events that are not there",
+    "SELECT event_nid FROM stripped_states WHERE event_nid NOT IN (SELECT nid FROM events)",
 )
 invariant(
     "memberships from events that are not there",
@@ -4432,16 +4441,32 @@ class RoomReader:
 
     # Rooms
 
-    def find(self, room_id: str) -> Room | None:
-        """The room with that id, or None."""
+    def heard_of(self, room_id: str) -> Room | None:
+        """The room with that id, even if all we have of it is that somebody was invited."""
         nid = self._room_nids.get(room_id)
         if nid is None:
             nid = self.database.value("SELECT room_nid FROM rooms WHERE room_id = ?", (room_id,))
             if nid is None:
                 return None
             self._room_nids.put(room_id, nid)
-        room = self.by_nid(nid)
-        return None if room.group is None else room  # on its way in or out
+        return self.by_nid(nid)
+
+    def find(self, room_id: str) -> Room | None:
+        """The room with that id, or None."""
+        room = self.heard_of(room_id)
+        return None if room is None or room.group is None else room  # on its way in or out
+
+    def is_in(self, room: Room, user_id: str = "") -> bool:
+        """Whether what we know of a room is what is so now: one of us is in it, or nobody at all.
+
+        Of a room that `user_id` was invited to from outside, others know more than we.
+        """
+        if room.local_joined or room.group is None:
+            return bool(room.local_joined)
+        nid = self.database.find_user_nid(user_id)
+        member = None if nid is None else self.memberships(nid).get(room.nid)
+        told = None if member is None else room.state.get((MEMBER, user_id), member.event_nid)
+        return not room.joined_count and (member is None or told == member.event_nid)
 
     def get(self, room_id: str) -> Room:
         """The room with that id, or 404."""
@@ -4475,10 +4500,9 @@ class RoomReader:
             return
         room.room_id, version, group, room.last_pos, extremities = row
         room.version, room.group, room.power = ROOM_VERSIONS[version], group or None, None
-        if not group:  # there is no create event yet
-            return
         room.extremities = json.loads(extremities)
-        room.state = self.groups.named(self.groups.read(group))
+        # Without a group there is no create event yet, but perhaps somebody is invited.
+        room.state = self.groups.named(self.groups.read(group)) if group else {}
         for kept in (room.members_by_nid, room.counts, room.local_joined, room.servers):
             kept.clear()
         rows = self.database.execute(
@@ -4749,6 +4773,15 @@ class StoredAuthGraph(AuthGraph):
             yield event_id
 
 
+class Draft(NamedTuple):
+    """An event that is not signed yet: its fields, the state before it, and what it follows."""
+
+    fields: Json
+    group: int | None
+    auth: dict[StateKey, Event]
+    followed: set[EventNid]
+
+
 class RoomResolver(RoomReader):
     """States that come from several branches, and what events stand on."""
 
@@ -4869,6 +4902,57 @@ class RoomResolver(RoomReader):
             found.setdefault(pos, []).append(event_id)
         return found
 
+    # Events to be
+
+    def tips(self, room: Room) -> list[Event]:
+        """The extremities that a new event follows: all, or the newest and the oldest of many."""
+        nids, half = room.extremities, MAX_PREV_EVENTS // 2
+        chosen = nids if len(nids) <= MAX_PREV_EVENTS else nids[:half] + nids[-half:]
+        return self.events_by_nids(chosen)
+
+    def draft(
+        self,
+        room: Room,
+        sender: str,
+        event_type: str,
+        content: Json,
+        *,
+        state_key: str | None = None,
+        redacts: str | None = None,
+        timestamp: int | None = None,
+    ) -> Draft:
+        """An event as it would be if the user sent it now; nobody has asked yet if they may."""
+        version, before, group = room.version, self.tips(room), room.group
+        if redacts is not None and version.redacts_in_content:
+            content = {**content, "redacts": redacts}
+        if len(before) < len(room.extremities):
+            group = self.resolve(room, (event.state_group for event in before))
+        keys = auth_types_for_event(version, event_type, sender, state_key, content)
+        auth_state = self.entries(room, group, keys)
+        fields = {
+            "type": event_type,
+            "sender": sender,
+            "content": content,
+            "room_id": room.room_id,
+            "origin_server_ts": now_ms() if timestamp is None else timestamp,
+            "prev_events": [event_reference(event) for event in before],
+            "auth_events": [event_reference(event) for event in auth_state.values()],
+            "depth": min(1 + max((event.depth for event in before), default=0), MAX_DEPTH),
+        }
+        if state_key is not None:
+            fields["state_key"] = state_key
+        if redacts is not None and not version.redacts_in_content:
+            fields["redacts"] = redacts
+        return Draft(fields, group, auth_state, {entry.nid for entry in before})
+
+    def check_draft(self, room: Room, draft: Draft, event: Event) -> None:
+        """403 unless the rules let the event of a draft pass.
+
+        Version 12 leaves the create event out of auth_events, but the rules still look at it.
+        """
+        created = cast(Event, room.state_event(*CREATE_KEY))
+        check_auth(room.version, event, {CREATE_KEY: created, **draft.auth})
+
 
 # ── 10.4  Writing ────────────────────────────────────────────────────────────
 
@@ -4907,6 +4991,7 @@ class RoomWriter(RoomResolver):
         self.signing_key = signing_key
         self._listeners: list[RoomListener] = []
         self._sent_listeners: list[RoomListener] = []
+        self._outside_listeners: list[RoomListener] = []
         self._state_listeners: list[StateListener] = []
         self._membership_listeners: list[MembershipListener] = []
         self._relation_listeners: list[RelationListener] = []
@@ -4921,8 +5006,15 @@ class RoomWriter(RoomResolver):
         self._listeners.append(listener)
 
     def subscribe_sent(self, listener: RoomListener) -> None:
-        """Call back for each event that we made, also those that are not for clients."""
+        """Call back for each event that other servers hear of from us, whoever is to see it.
+
+        Those are the events that we made, and those by which users of others entered through us.
+        """
         self._sent_listeners.append(listener)
+
+    def subscribe_outside(self, listener: RoomListener) -> None:
+        """Call back for each membership of a local user in a room that we are not in."""
+        self._outside_listeners.append(listener)
 
     def subscribe_state(self, listener: StateListener) -> None:
         """Call back with all changes of a room's current state, by whatever they came about."""
@@ -4961,11 +5053,16 @@ class RoomWriter(RoomResolver):
             self.append(room, event, None, (), is_ours=True)
         return room
 
-    def tips(self, room: Room) -> list[Event]:
-        """The extremities that a new event follows: all, or the newest and the oldest of many."""
-        nids, half = room.extremities, MAX_PREV_EVENTS // 2
-        chosen = nids if len(nids) <= MAX_PREV_EVENTS else nids[:half] + nids[-half:]
-        return self.events_by_nids(chosen)
+    def build(
+        self, room: Room, sender: str, event_type: str, content: Json, **more: Any
+    ) -> tuple[Event, Draft]:
+        """An event of a local user, authorised and signed, and its draft; see `send`."""
+        checked = (more.get("state_key"), more.get("redacts"))
+        self.check_sender(room, sender, event_type, content, *checked)
+        draft = self.draft(room, sender, event_type, content, **more)
+        event = finish_event(room.version, draft.fields, self.server_name, self.signing_key)
+        self.check_draft(room, draft, event)
+        return event, draft
 
     def send(
         self,
@@ -4974,53 +5071,35 @@ class RoomWriter(RoomResolver):
         event_type: str,
         content: Json,
         *,
-        state_key: str | None = None,
-        redacts: str | None = None,
-        timestamp: int | None = None,
         transaction: SentAs = None,
+        **more: Any,
     ) -> Event:
         """Build, authorise, sign and store an event of a local user: the only way we make events.
 
-        Raises MatrixError when the rules refuse it.
+        `more` are state_key, redacts and timestamp (ms). Raises MatrixError when the rules refuse
+        it.
         """
-        version, before, group = room.version, self.tips(room), room.group
-        self.check_sender(room, sender, event_type, content, state_key, redacts)
-        if redacts is not None and version.redacts_in_content:
-            content = {**content, "redacts": redacts}
-        if len(before) < len(room.extremities):
-            group = self.resolve(room, (event.state_group for event in before))
-        keys = auth_types_for_event(version, event_type, sender, state_key, content)
-        auth_state = self.entries(room, group, keys)
-        fields = {
-            "type": event_type,
-            "sender": sender,
-            "content": content,
-            "room_id": room.room_id,
-            "origin_server_ts": now_ms() if timestamp is None else timestamp,
-            "prev_events": [event_reference(event) for event in before],
-            "auth_events": [event_reference(event) for event in auth_state.values()],
-            "depth": min(1 + max((event.depth for event in before), default=0), MAX_DEPTH),
-        }
-        if state_key is not None:
-            fields["state_key"] = state_key
-        if redacts is not None and not version.redacts_in_content:
-            fields["redacts"] = redacts
-        event = finish_event(version, fields, self.server_name, self.signing_key)
-        # Version 12 leaves the create event out of auth_events, but the rules still look at it.
-        created = cast(Event, room.state_event(*CREATE_KEY))
-        check_auth(version, event, {CREATE_KEY: created, **auth_state})
-        agreed, auth = self.check_consent(room, event), list(auth_state.values())
-        if agreed is not event:  # it was made a moment ago
-            event, before = agreed, self.events_by_ids(agreed.prev_events)
-            auth, group = (
-                self._auth_of(event)[0],
-                self.resolve(room, (one.state_group for one in before)),
-            )
+        event, draft = self._with_consent(
+            room, *self.build(room, sender, event_type, content, **more)
+        )
         if transaction is not None:
             event.txn_device, event.txn_id = transaction
-        followed = {entry.nid for entry in before}
-        self.append(room, event, group, auth, followed, is_ours=True)
+        self.put(room, event, draft)
         return event
+
+    def _with_consent(self, room: Room, event: Event, draft: Draft) -> tuple[Event, Draft]:
+        """The event, or the same as it was made and agreed to a moment ago."""
+        agreed = self.check_consent(room, event)
+        if agreed is event:
+            return event, draft
+        before, auth = self.events_by_ids(agreed.prev_events), self._auth_of(agreed)[0]
+        group = self.resolve(room, (one.state_group for one in before))
+        by_key, followed = {one.key: one for one in auth}, {one.nid for one in before}
+        return agreed, draft._replace(group=group, auth=by_key, followed=followed)
+
+    def put(self, room: Room, event: Event, draft: Draft) -> None:
+        """Let an event that we built into the room."""
+        self.append(room, event, draft.group, draft.auth.values(), draft.followed, is_ours=True)
 
     def append(
         self,
@@ -5054,8 +5133,12 @@ class RoomWriter(RoomResolver):
             for listener in self._listeners:
                 listener(room, event)
         if is_ours:
-            for listener in self._sent_listeners:
-                listener(room, event)
+            self.pass_on(room, event)
+
+    def pass_on(self, room: Room, event: Event) -> None:
+        """Let those know who tell other servers."""
+        for listener in self._sent_listeners:
+            listener(room, event)
 
     def _store(
         self, room: Room, event: Event, before: int | None, auth: Iterable[Event], pos: int | None
@@ -5521,6 +5604,52 @@ class RoomReceiver(RoomWriter):
             "DELETE FROM backward_extremities WHERE event_id = ?", (event.event_id,)
         )
 
+    # A room that we are not in
+
+    def put_late(self, room: Room, event: Event, draft: Draft) -> None:
+        """Let an event that we built a moment ago into the room, if it still may."""
+        if room.group is None or not self._fits_now(room, event, draft.group):
+            raise forbidden("The room has changed meanwhile")
+        self.put(room, event, draft)
+
+    def outside(self, room: Room, event: Event, state: Sequence[Json] = ()) -> None:
+        """Note the membership of a local user in a room that we are not in: only that is known.
+
+        `state` is the stripped state that came with an invite, or with the answer to a knock.
+        """
+        user_nid = self.database.user_nid(cast(str, event.state_key))
+        if self.event(event.event_id) is not None:
+            return
+        with self.database.write():
+            previous = self.memberships(user_nid).get(room.nid)
+            event.replaces = None if previous is None else previous.event_nid
+            event.nid = EventNid(self.stream.stamp(ROOM_EVENT, room.nid))
+            event.room_nid = room.nid
+            self._insert(event, self.events_by_ids(event.auth_events))
+            if event.membership in {"invite", "knock"}:
+                row = (event.nid, encode_json(state).decode())
+                self.database.execute("INSERT INTO stripped_states VALUES (?, ?)", row)
+            self._change_membership(room, user_nid, event.nid, cast(str, event.membership))
+            for listener in self._outside_listeners:
+                listener(room, event)
+
+    def room_for(self, room_id: str, version: RoomVersion) -> Room:
+        """The room with that id, of which we may know nothing yet; 429 while it is deleted."""
+        room = self.heard_of(room_id)
+        if room is None:
+            with self.database.write():
+                return self.new_room(room_id, version)
+        if room.nid in self.purging:
+            raise limit_exceeded(10_000, "The room is being deleted")
+        if room.version is not version:
+            if room.group is not None:
+                raise bad_json(f"The room is of version {room.version.id}")
+            with self.database.write():  # an invite that came earlier was wrong about it
+                update = "UPDATE rooms SET version = ? WHERE room_nid = ?"
+                self.database.execute(update, (version.id, room.nid))
+                room.version = version
+        return room
+
     # A room that we enter
 
     def enter(self, room: Room, join: Event, state: Iterable[str]) -> None:
@@ -5547,6 +5676,10 @@ class RoomReceiver(RoomWriter):
             self._meet(room, [join.nid], pos)
             self._note_gap(room, join, missing, floor)
             self._tell(room, join, is_ours=False)
+
+
+# What is wrong with each of some events, None for those that are right.
+EventsCheck = Callable[[Sequence[Event]], Awaitable[Sequence[MatrixError | None]]]
 
 
 class RoomImport:
@@ -5591,34 +5724,33 @@ class RoomImport:
         self._file.seek(start)
         return make_event(self.version, json.loads(self._file.read(length)), event_id)
 
-    def _room(self) -> Room:
-        database = self.rooms.database
-        nid = database.value("SELECT room_nid FROM rooms WHERE room_id = ?", (self.room_id,))
-        if nid in self.rooms.purging:
-            raise limit_exceeded(10_000, "The room is being deleted")
-        if nid is not None:
-            return self.rooms.by_nid(nid)
-        with database.write():
-            return self.rooms.new_room(self.room_id, self.version)
-
-    async def finish(self, join: Event) -> Room:
+    async def finish(self, join: Event, check: EventsCheck | None = None) -> Room:
         """Judge and store all, then enter the room with the join; other work goes on meanwhile.
 
-        403 M_FORBIDDEN or 400 M_BAD_JSON when that does not make a room; the rest of it is taken
-        away by maintenance.
+        `check` says of a batch of events what is wrong with each, if they come unchecked: such ones
+        are left out. 403 M_FORBIDDEN or 400 M_BAD_JSON when that does not make a room; the rest of
+        it is taken away by maintenance.
         """
+        rooms = self.rooms
         with contextlib.closing(self._file):
-            order = await self.rooms.database.in_thread(in_order, self._edges)
-            room = self._room()
-            self.rooms.importing[room.nid] += 1
+            order = await rooms.database.in_thread(in_order, self._edges)
+            room = rooms.room_for(self.room_id, self.version)
+            rooms.importing[room.nid] += 1
             try:
                 for start in range(0, len(order), IMPORT_BATCH):
-                    batch = order[start : start + IMPORT_BATCH]
-                    self.rooms.outliers(room, map(self._event, batch))
+                    batch = [self._event(key) for key in order[start : start + IMPORT_BATCH]]
+                    problems = await check(batch) if check else [None] * len(batch)
+                    pairs = zip(batch, problems, strict=True)
+                    rooms.outliers(room, [event for event, problem in pairs if problem is None])
                     await asyncio.sleep(0)
-                self.rooms.enter(room, join, self._state)
+                if room.local_joined:  # one more of us enters by way of another server
+                    join = rooms.receive(room, join, [rooms.nids_of(self._state)])
+                    if join.rejected or join.soft_failed:
+                        raise forbidden(join.rejected or "The room does not let you in now")
+                else:
+                    rooms.enter(room, join, self._state)
             finally:
-                self.rooms.importing[room.nid] -= 1
+                rooms.importing[room.nid] -= 1
         return room
 
 
@@ -5626,6 +5758,7 @@ class RoomImport:
 
 PURGE_BATCH = 200
 EVENT_ROWS = (
+    "DELETE FROM stripped_states WHERE event_nid IN (SELECT value FROM json_each(?))",
     "DELETE FROM relations WHERE nid IN (SELECT value FROM json_each(?))",
     "DELETE FROM pending_redactions WHERE redaction IN (SELECT value FROM json_each(?))",
     "DELETE FROM backward_extremities WHERE nid IN (SELECT value FROM json_each(?))",
@@ -5925,8 +6058,18 @@ class RoomKeeper(RoomReceiver):
             room = self.by_nid(nid)
             if room.group is not None:
                 await self.delete_unused_groups(room)
-            elif not self.importing[nid]:
-                await self.purge_room(room)
+            else:
+                await self.drop_empty(room)
+
+    async def drop_empty(self, room: Room) -> None:
+        """Delete what is left of a room that we did not get into, or that a restart came upon.
+
+        One that had no timeline yet, but that somebody is invited to, is kept.
+        """
+        query = "SELECT 1 FROM memberships WHERE room_nid = ? AND forgotten = 0 LIMIT 1"
+        awaited = not room.last_pos and self.database.one(query, (room.nid,)) is not None
+        if room.group is None and not awaited and not self.importing[room.nid]:
+            await self.purge_room(room)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -6138,11 +6281,22 @@ def stripped_event(event: Event) -> Json:
     return {**members, "content": event.content, "sender": event.sender}
 
 
-def stripped_state(room: Room, *members: str) -> list[Json]:
-    """What an invited or knocking user is shown of the room.  Spec: "Stripped state"."""
+def telling_state(room: Room, *members: str) -> list[Event]:
+    """The events by which someone outside of a room can recognise it.  Spec: "Stripped state"."""
     keys = [(event_type, "") for event_type in STRIPPED_TYPES]
     keys += [(MEMBER, user_id) for user_id in members]
-    return [stripped_event(event) for key in keys if (event := room.state_event(*key)) is not None]
+    return [event for key in keys if (event := room.state_event(*key)) is not None]
+
+
+def stripped_state(rooms: RoomReader, room: Room, member: Member) -> list[Json]:
+    """What an invited or knocking user is shown of the room: as they were told, or as it is now."""
+    query = "SELECT state FROM stripped_states WHERE event_nid = ?"
+    told = rooms.database.value(query, (member.event_nid,))
+    event = cast(Event, rooms.event_by_nid(member.event_nid))
+    if told is not None:
+        return [*json.loads(told), stripped_event(event)]
+    people = dict.fromkeys((event.sender, cast(str, event.state_key)))
+    return [stripped_event(entry) for entry in telling_state(room, *people)]
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
@@ -8943,9 +9097,8 @@ def signature_problems(
     return problems
 
 
-async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixError | None]:
-    """What is wrong with the signatures of each event; keys are fetched for all of them at once."""
-    await hs.server_keys.fetch(servers_to_ask(events, hs.server_keys))
+async def verify_by_known(hs: Homeserver, events: Sequence[Event]) -> list[MatrixError | None]:
+    """What is wrong with the signatures of each event, by the keys that we have."""
     problems: list[MatrixError | None] = []
     for start in range(0, len(events), PDU_BATCH):
         part = events[start : start + PDU_BATCH]
@@ -8953,6 +9106,12 @@ async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixE
         keys = {server: hs.server_keys.known(server) for server in signers}
         problems += await hs.db.in_thread(signature_problems, part, keys)
     return problems
+
+
+async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixError | None]:
+    """What is wrong with the signatures of each event; keys are fetched for all of them at once."""
+    await hs.server_keys.fetch(servers_to_ask(events, hs.server_keys))
+    return await verify_by_known(hs, events)
 
 
 def read_pdu(version: RoomVersion, pdu: Any) -> Event | MatrixError:
@@ -13424,6 +13583,10 @@ async def act_on_delayed_event(
 
 MAX_INVITES = 200  # in one createRoom
 MAX_PAGE = 1000  # events in one answer of /messages
+MAX_FILLS = 5  # times that events are fetched from other servers for one page
+VALIDITY_QUESTION_SECONDS = (
+    10.0  # for the question whether a key of an identity server is still good
+)
 MAX_SCAN = 5000  # events looked at for one page; the token leads on behind them
 DEFAULT_PAGE = 10
 ROOM_PATH = "/_matrix/client/v3/rooms/{room_id}"
@@ -13626,10 +13789,16 @@ def with_reason(content: Json, reason: str | None) -> Json:
     return content if reason is None else {**content, "reason": reason}
 
 
+def own_content(hs: Homeserver, request: Request, content: Json) -> Json:
+    """The content of a member event of the requester's, with their profile and their reason."""
+    profile = member_profile(hs, request.user.user_id)
+    return with_reason({**content, **profile}, request.json.get("reason"))
+
+
 def set_own_membership(hs: Homeserver, request: Request, room: Room, content: Json) -> None:
-    """Send a member event of the requester's, with their profile and the reason in the body."""
+    """Send a member event of the requester's."""
     user_id = request.user.user_id
-    content = with_reason({**content, **member_profile(hs, user_id)}, request.json.get("reason"))
+    content = own_content(hs, request, content)
     hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
 
 
@@ -13666,12 +13835,12 @@ def require_invitable(hs: Homeserver, user_id: str) -> None:
     if not is_user_id(user_id):
         raise invalid_param(f"{user_id[:MAX_ID_BYTES]} is not a user id")
     if not hs.is_local(user_id):
-        raise forbidden(f"This server does not federate with {server_of(user_id)}")
-    if not hs.accounts.exists_local(user_id):
+        hs.discovery.check(server_of(user_id))
+    elif not hs.accounts.exists_local(user_id):
         raise not_found(f"There is no user {user_id}")
 
 
-def invite(
+def invite_content(
     hs: Homeserver,
     room: Room,
     sender: str,
@@ -13679,18 +13848,26 @@ def invite(
     *,
     reason: str | None = None,
     is_direct: bool = False,
-) -> None:
-    """Invite a user; inviting someone who is invited already changes nothing."""
+) -> Json | None:
+    """The content of an invite; None for someone who is invited already, which changes nothing."""
     refuse_blocked(hs, room.room_id)
     membership = room.membership(invitee)
     if membership == "join":
         raise forbidden(f"{invitee} is in the room already")
-    if membership != "invite":
-        require_inviting_allowed(hs, invitee, sender)
-        content = {"membership": "invite", **member_profile(hs, invitee)}
-        if is_direct:
-            content["is_direct"] = True
-        hs.rooms.send(room, sender, MEMBER, with_reason(content, reason), state_key=invitee)
+    if membership == "invite":
+        return None
+    require_inviting_allowed(hs, invitee, sender)
+    content = {"membership": "invite", **member_profile(hs, invitee)}
+    if is_direct:
+        content["is_direct"] = True
+    return with_reason(content, reason)
+
+
+def invite(hs: Homeserver, room: Room, sender: str, invitee: str, **more: Any) -> None:
+    """Invite a user of this server; those of others have to be asked, see chapter 56."""
+    content = invite_content(hs, room, sender, invitee, **more)
+    if content is not None:
+        hs.rooms.send(room, sender, MEMBER, content, state_key=invitee)
 
 
 @route("POST", ROOM_PATH + "/invite", auth=USER, limit="invite", body=INVITE_BODY)
@@ -13710,7 +13887,8 @@ async def post_invite(hs: Homeserver, request: Request, room_id: str) -> Json:
     room = hs.rooms.get(room_id)
     require_joined(room, request.user.nid)
     require_invitable(hs, body["user_id"])
-    invite(hs, room, request.user.user_id, body["user_id"], reason=body.get("reason"))
+    more = {"reason": body.get("reason")}
+    await hs.joining.invite(room, request.user.user_id, body["user_id"], **more)
     return {}
 
 
@@ -13725,6 +13903,12 @@ async def room_named(hs: Homeserver, request: Request, name: str) -> tuple[str, 
         raise invalid_param("That is neither a room id nor a room alias")
     refuse_blocked(hs, room_id)
     return room_id, [*given, *servers]
+
+
+def own_room_with(hs: Homeserver, room_id: str, user_id: str) -> Room | None:
+    """The room if this server can decide by itself who of its users enters it or leaves."""
+    room = hs.rooms.find(room_id)
+    return room if room is not None and hs.rooms.is_in(room, user_id) else None
 
 
 def room_by_name(hs: Homeserver, name: str) -> Room:
@@ -13748,13 +13932,25 @@ def in_allowed_room(hs: Homeserver, condition: object, user_nid: UserNid) -> boo
         return False
     room_id = condition.get("room_id")
     room = hs.rooms.find(room_id) if isinstance(room_id, str) else None
-    return room is not None and room.membership_of(user_nid) == "join"
+    is_known = room is not None and hs.rooms.is_in(room)
+    return is_known and cast(Room, room).membership_of(user_nid) == "join"
+
+
+def is_out_of_sight(hs: Homeserver, condition: object) -> bool:
+    """Whether a condition is of a room of whose members this server knows nothing."""
+    room_id = condition.get("room_id") if isinstance(condition, dict) else None
+    room = hs.rooms.find(room_id) if isinstance(room_id, str) else None
+    return is_room_id(room_id) and (room is None or not hs.rooms.is_in(room))
+
+
+UNABLE = ("M_UNABLE_TO_AUTHORISE_JOIN", "M_UNABLE_TO_GRANT_JOIN")
 
 
 def join_authorisation(hs: Homeserver, room: Room, user_nid: UserNid) -> Json:
     """For a restricted room: who of its members vouches for the join, if a condition is met.
 
-    Spec: CS-API "Restricted rooms"; rooms/v8.  403 when none of the conditions is met.
+    Spec: CS-API and SS-API "Restricted rooms"; rooms/v8.  403 when none of the conditions is met;
+    400 M_UNABLE_TO_AUTHORISE_JOIN or M_UNABLE_TO_GRANT_JOIN when another server may know better.
     """
     rule = room.join_rule
     if "restricted" not in rule or rule not in known_join_rules(room.version):
@@ -13764,12 +13960,14 @@ def join_authorisation(hs: Homeserver, room: Room, user_nid: UserNid) -> Json:
     allow = room.content(JOIN_RULES).get("allow")
     conditions = allow if isinstance(allow, list) else []
     if not any(in_allowed_room(hs, condition, user_nid) for condition in conditions):
+        if any(is_out_of_sight(hs, condition) for condition in conditions):
+            raise MatrixError(400, UNABLE[0], "Whether you may join cannot be seen from here")
         raise forbidden("You are in none of the rooms whose members may join this one")
     levels = room.power_levels()
     for voucher in map(hs.db.user_id, sorted(room.local_joined)):
         if levels.user(voucher) >= levels.invite:
             return {"join_authorised_via_users_server": voucher}
-    raise MatrixError(403, "M_UNABLE_TO_GRANT_JOIN", "Nobody here may let you in")
+    raise MatrixError(400, UNABLE[1], "Nobody here may let you in")
 
 
 GUEST_ACCESS = ("m.room.guest_access", "guest_access")
@@ -13784,41 +13982,80 @@ def require_guest_access(room: Room, user: Requester) -> None:
 THIRD_PARTY_SIGNED: Final[Json] = {"sender": str, "mxid": str, "token": str, "signatures": dict}
 
 
-def accept_third_party_invite(hs: Homeserver, room: Room, user: Requester, signed: Json) -> None:
-    """Make the pending invite of an address one of the user to whom it turned out to belong.
-
-    Spec: CS-API "Third-party invites"; the signature is rule 5.4.1's business.  Trap: a key with a
-    key_validity_url has to be asked after first, which takes an HTTP client, so it is refused.
-    """
+def pending_invite(room: Room, user_id: str, signed: Json) -> Event:
+    """The invite of an address that `signed` says to be the user's. 403 if there is none."""
     check_shape(signed, THIRD_PARTY_SIGNED, "third_party_signed")
     pending = room.state_event(THIRD_PARTY_INVITE, signed["token"])
-    if pending is None or signed["mxid"] != user.user_id or signed["sender"] != pending.sender:
+    if pending is None or signed["mxid"] != user_id or signed["sender"] != pending.sender:
         raise forbidden("third_party_signed belongs to no pending invite of yours")
-    if not hs.is_local(pending.sender):
-        raise forbidden(f"This server does not federate with {server_of(pending.sender)}")
-    if any("key_validity_url" in entry for entry in invite_entries(pending)):
-        raise forbidden("Whether the key of this invite is still valid cannot be asked from here")
+    return pending
+
+
+async def require_valid_key(hs: Homeserver, pending: Event, signed: Json) -> None:
+    """403 unless a key of the invite that signed is still good, as its key_validity_url says.
+
+    Spec: CS-API "Third-party invites", m.room.third_party_invite.
+    """
+    for entry in invite_entries(pending):
+        key, url = entry.get("public_key"), entry.get("key_validity_url")
+        if not isinstance(key, str) or not is_signed_by_any(signed, [key]):
+            continue
+        if url is None:
+            return
+        with contextlib.suppress(MatrixError):
+            query = encode_query({"public_key": key}) if isinstance(url, str) else ""
+            answer = await hs.http_client.request(
+                "GET", f"{url}{query}", timeout=VALIDITY_QUESTION_SECONDS
+            )
+            if answer.status == 200 and answer.json().get("valid") is True:
+                return
+    raise forbidden("No key of this invite that is still good has signed third_party_signed")
+
+
+def third_party_content(pending: Event, signed: Json) -> Json:
+    """The content of the invite that an invite of an address becomes."""
     name = pending.content.get("display_name")
     invite = {"display_name": name if isinstance(name, str) else "", "signed": signed}
-    content = {"membership": "invite", "third_party_invite": invite}
-    content.update(member_profile(hs, user.user_id))
+    return {"membership": "invite", "third_party_invite": invite}
+
+
+async def accept_third_party_invite(
+    hs: Homeserver, room: Room, user: Requester, signed: Json
+) -> None:
+    """Make the pending invite of an address one of the user to whom it turned out to belong.
+
+    Spec: CS-API "Third-party invites"; the signature is rule 5.4.1's business.
+    """
+    pending = pending_invite(room, user.user_id, signed)
+    await require_valid_key(hs, pending, signed)
+    content = {**third_party_content(pending, signed), **member_profile(hs, user.user_id)}
     hs.rooms.send(room, pending.sender, MEMBER, content, state_key=user.user_id)
 
 
-def join(hs: Homeserver, request: Request, room: Room) -> None:
-    """Let the requester join; who is in already stays as they are."""
+async def join_here(hs: Homeserver, request: Request, room: Room) -> bool:
+    """Let the requester join, by what is known here; who is in already stays as they are.
+
+    False when another server has to decide.
+    """
     user, signed = request.user, request.json.get("third_party_signed")
     if room.membership_of(user.nid) == "join":
-        return
-    refuse_suspended(hs, user)
-    refuse_blocked(hs, room.room_id)
+        return True
     require_guest_access(room, user)
     if signed is not None and room.membership_of(user.nid) != "invite":
-        accept_third_party_invite(hs, room, user, signed)
-    content = {"membership": "join", **join_authorisation(hs, room, user.nid)}
+        check_shape(signed, THIRD_PARTY_SIGNED, "third_party_signed")
+        if not hs.is_local(pending_invite(room, user.user_id, signed).sender):
+            return False
+        await accept_third_party_invite(hs, room, user, signed)
+    try:
+        content = {"membership": "join", **join_authorisation(hs, room, user.nid)}
+    except MatrixError as error:
+        if error.errcode not in UNABLE or room.joined_count == len(room.local_joined):
+            raise
+        return False
     if user.is_guest:
         content["kind"] = "guest"
     set_own_membership(hs, request, room, content)
+    return True
 
 
 @route("POST", JOIN_PATH, auth=GUEST, limit="join", body=JOIN_BODY)
@@ -13827,10 +14064,20 @@ async def post_join(hs: Homeserver, request: Request, room: str) -> Json:
     """Join a room by its id or one of its aliases.  Spec: CS-API "Joining rooms"."""
     await hs.directory.summon(room)
     hs.accounts.check_logged_in(request.user)
-    found = room_by_name(hs, room)
-    with hs.db.write():
-        join(hs, request, found)
-    return {"room_id": found.room_id}
+    user, signed = request.user, request.json.get("third_party_signed")
+    refuse_suspended(hs, user)
+    room_id, servers = await room_named(hs, request, room)
+    found = own_room_with(hs, room_id, user.user_id)
+    if found is not None and await join_here(hs, request, found):
+        return {"room_id": room_id}
+    if user.is_guest:  # whether the room lets guests in is only known to who is in it
+        raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests cannot join this room")
+    if signed is not None:
+        check_shape(signed, THIRD_PARTY_SIGNED, "third_party_signed")
+        servers.insert(0, await hs.joining.exchange(room_id, user.user_id, signed))
+    content = own_content(hs, request, {"membership": "join"})
+    await hs.joining.join(room_id, user.user_id, servers, content)
+    return {"room_id": room_id}
 
 
 def auto_join(hs: Homeserver, user_nid: UserNid) -> None:
@@ -13839,6 +14086,9 @@ def auto_join(hs: Homeserver, user_nid: UserNid) -> None:
     if hs.accounts.is_puppet(user_nid):
         return
     for alias in hs.config.auto_join_rooms:
+        if server_of(alias) != hs.config.server_name:
+            hs.background(hs.joining.auto_join(user_id, alias))
+            continue
         try:
             room = room_by_name(hs, alias)
             refuse_blocked(hs, room.room_id)
@@ -13852,12 +14102,16 @@ def auto_join(hs: Homeserver, user_nid: UserNid) -> None:
 @route("POST", KNOCK_PATH, auth=USER, limit="join", body=REASON)
 async def post_knock(hs: Homeserver, request: Request, room: str) -> Json:
     """Ask to be let into a room.  Spec: CS-API "Knocking on rooms"."""
-    refuse_suspended(hs, request.user)
-    found = room_by_name(hs, room)
-    refuse_blocked(hs, found.room_id)
-    if found.membership_of(request.user.nid) != "knock":
+    user = request.user
+    refuse_suspended(hs, user)
+    room_id, servers = await room_named(hs, request, room)
+    found = own_room_with(hs, room_id, user.user_id)
+    if found is None:
+        content = own_content(hs, request, {"membership": "knock"})
+        await hs.joining.knock(room_id, user.user_id, servers, content)
+    elif found.membership_of(user.nid) != "knock":
         set_own_membership(hs, request, found, {"membership": "knock"})
-    return {"room_id": found.room_id}
+    return {"room_id": room_id}
 
 
 def leave(hs: Homeserver, room: Room, user_id: str, reason: str | None = None) -> None:
@@ -13870,13 +14124,28 @@ def leave(hs: Homeserver, room: Room, user_id: str, reason: str | None = None) -
         hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
 
 
+def membership_in(hs: Homeserver, room_id: str, user_nid: UserNid) -> tuple[Room, Member | None]:
+    """A room that the user is or was in or invited to, known or not, and their membership. 404."""
+    room = hs.rooms.heard_of(room_id)
+    member = None if room is None else hs.rooms.memberships(user_nid).get(room.nid)
+    if room is None or (room.group is None and member is None):
+        raise not_found("There is no such room")
+    return room, member
+
+
 @route("POST", ROOM_PATH + "/leave", auth=GUEST, body=REASON)
 async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Leave a room, reject its invite or take back a knock; leaving twice is no error.
 
     Spec: CS-API "Leaving rooms".
     """
-    leave(hs, hs.rooms.get(room_id), request.user.user_id, request.json.get("reason"))
+    user, reason = request.user, request.json.get("reason")
+    room, member = membership_in(hs, room_id, user.nid)
+    is_outside = member is not None and member.membership in {"invite", "knock"}
+    if is_outside and own_room_with(hs, room_id, user.user_id) is None:
+        await hs.joining.leave(room, user.user_id, with_reason({"membership": "leave"}, reason))
+    else:
+        leave(hs, room, user.user_id, reason)
     return {}
 
 
@@ -13931,7 +14200,7 @@ async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
 
     Spec: CS-API "Leaving rooms".
     """
-    room = hs.rooms.get(room_id)
+    room, _ = membership_in(hs, room_id, request.user.nid)
     membership = room.membership_of(request.user.nid)
     if membership in {"join", "invite", "knock"}:
         raise MatrixError(400, "M_UNKNOWN", "Leave the room before you forget it")
@@ -14143,7 +14412,7 @@ def create_room(hs: Homeserver, creator: str, body: Json) -> Room:
                 set_alias(hs, alias, room, creator)
             for event_type, state_key, state in initial_state(hs, body, preset, alias):
                 hs.rooms.send(room, creator, event_type, state, state_key=state_key)
-            for invitee in invitees:
+            for invitee in filter(hs.is_local, invitees):
                 invite(hs, room, creator, invitee, is_direct=body.get("is_direct") is True)
             if body.get("visibility") == "public":
                 publish_room(hs, room, "public")
@@ -14165,7 +14434,16 @@ async def post_create_room(hs: Homeserver, request: Request) -> Json:
         await hs.accounts.summon(invitee)
     hs.accounts.check_logged_in(request.user)
     refuse_creation(hs, request.user)
-    return {"room_id": create_room(hs, request.user.user_id, request.json).room_id}
+    user_id, body = request.user.user_id, request.json
+    room = create_room(hs, user_id, body)
+    others = [one for one in dict.fromkeys(body.get("invite", ())) if not hs.is_local(one)]
+    more = {"is_direct": body.get("is_direct") is True}
+    invites = [hs.joining.invite(room, user_id, invitee, **more) for invitee in others]
+    for failure in filter(None, await asyncio.gather(*invites, return_exceptions=True)):
+        if not isinstance(failure, MatrixError):
+            raise failure
+        log_rooms.info("an invite to %s failed: %s", room.room_id, failure.error)
+    return {"room_id": room.room_id}
 
 
 # ── 17.5  Replacing a room ───────────────────────────────────────────────────
@@ -14524,6 +14802,8 @@ def checked_member_content(
         refuse_blocked(hs, room.room_id)
     if after == "invite" and before != "invite":
         require_invitable(hs, target)
+        if not hs.is_local(target):
+            raise forbidden("The invited user's server has to sign this: POST .../invite asks it")
         require_inviting_allowed(hs, target, user.user_id)
     if after == "join" and before != "join" and target == user.user_id:
         require_guest_access(room, user)
@@ -14570,8 +14850,14 @@ async def put_state(
     delay = delay_of(request)
     if delay is not None:
         return schedule_once(hs, request, room_id, event_type, delay=delay, state_key=state_key)
-    place, timestamp = (room_id, event_type, state_key), massaged_time(request)
-    event = set_state(hs, request.user, *place, request.json, timestamp=timestamp)
+    is_invite = (event_type, request.json.get("membership")) == (MEMBER, "invite")
+    if is_invite and is_user_id(state_key) and not hs.is_local(state_key):
+        refuse_suspended(hs, request.user)
+        invites = hs.joining.invite_elsewhere
+        event = await invites(hs.rooms.get(room_id), request.user.user_id, state_key, request.json)
+    else:
+        place, timestamp = (room_id, event_type, state_key), massaged_time(request)
+        event = set_state(hs, request.user, *place, request.json, timestamp=timestamp)
     return {"event_id": event.event_id}
 
 
@@ -14771,6 +15057,24 @@ def read_page(
     return collect(read, keep, span, limit, backwards=backwards)
 
 
+async def read_filled(
+    hs: Homeserver,
+    user_nid: UserNid,
+    room: Room,
+    span: tuple[int, int],
+    wanted: EventFilter,
+    limit: int,
+) -> Page:
+    """The same backwards, where events that we do not have are fetched from other servers."""
+    for _ in range(MAX_FILLS):
+        page = read_page(hs, user_nid, room, span, wanted, limit, backwards=True)
+        # A gap is just below the event that it is known by; one below the last of a page can wait.
+        gaps = hs.rooms.gaps(room, page.end + page.more, span[1] + 1)
+        if not gaps or not await hs.backfill.fill(room, max(gaps)):
+            break
+    return page
+
+
 def page_span(
     request: Request, room: Room, direction: str | None = None
 ) -> tuple[int, tuple[int, int], bool]:
@@ -14808,7 +15112,8 @@ async def get_messages(hs: Homeserver, request: Request, room_id: str) -> Json:
     room = viewable_room(hs, request, room_id)
     start, span, backwards = page_span(request, room)
     wanted = page_filter(request)
-    page = read_page(hs, request.user.nid, room, span, wanted, wanted.limit, backwards=backwards)
+    reading = hs, request.user.nid, room, span, wanted, wanted.limit
+    page = await read_filled(*reading) if backwards else read_page(*reading, backwards=False)
     result: Json = {"start": stream_token(start), "chunk": as_clients(hs, request, page.events)}
     if page.more:
         result["end"] = stream_token(page.end)
@@ -14829,7 +15134,7 @@ async def get_context(hs: Homeserver, request: Request, room_id: str, event_id: 
     wanted = page_filter(request)
     nid, half = request.user.nid, wanted.limit // 2
     past, future = (MIN_POSITION, event.pos - 1), (event.pos, room.last_pos)
-    before = read_page(hs, nid, room, past, wanted, half, backwards=True)
+    before = await read_filled(hs, nid, room, past, wanted, half)
     after = read_page(hs, nid, room, future, wanted, half, backwards=False)
     shown = [*before.events, event, *after.events]
     senders = {one.sender for one in shown} if wanted.lazy_load_members else None
@@ -14847,6 +15152,962 @@ async def get_context(hs: Homeserver, request: Request, room_id: str, event_id: 
         "events_after": as_clients(hs, request, after.events),
         "state": as_clients(hs, request, hs.rooms.events_by_nids(nids)),
     }
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  56. JOINING ROOMS ELSEWHERE
+#
+#  Who is in a room lets others in. A server that wants in asks one that is there
+#  for a template, builds and signs the event itself, and sends it back; what we
+#  sign is made of a few fields that we looked at, never of bytes we were handed.
+#  Both sides of that are here, invites that cross servers, and how the past of a
+#  room is fetched.
+#    spec: SS-API "Joining Rooms", "Knocking upon a room", "Inviting to a room",
+#  "Leaving Rooms", "Third-party invites", "Backfilling"
+# ═════════════════════════════════════════════════════════════════════════════
+
+MAX_CANDIDATES = 20  # servers that are tried in turn
+LEAVE_SERVERS = 3  # the same for who wants out
+JOIN_SECONDS = 900.0  # for the whole of a room's state to come
+JOIN_BYTES = 2**30
+SIGNER_SECONDS = 60.0  # for the keys of all servers that signed it
+HANDSHAKE_SECONDS = 30.0
+JSON_WINDOW = 2**18  # characters; no event is longer, however it is escaped
+MAX_TOLD = 100  # events looked at in an invite, besides itself
+MAX_STRIPPED_BYTES = 2**16  # kept of what an invite says about a room
+BACKFILL_LIMIT = 100  # events fetched at a time
+BACKFILL_SECONDS = 15.0
+BACKFILL_SERVERS = 3
+MAX_STATES_ASKED = 5  # for one batch of old events
+MAX_EVENTS_ASKED = 200  # one by one; beyond, the whole state is asked for
+GAP_RETRY_SECONDS = 300.0  # before servers are asked again for what none of them had
+GAPS_REMEMBERED = 10_000
+HEROES_SENT = 5
+
+# ── 56.1  JSON that comes in pieces ──────────────────────────────────────────
+
+JSON_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class JsonStream:
+    """Reads a large JSON object as it comes: `members` yields it piece by piece.
+
+    Of the text only a window is in memory, always at least as long as the longest event.
+    """
+
+    def __init__(self, blocks: AsyncIterator[bytes]) -> None:
+        self._blocks = blocks
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._text, self._at, self._ended = "", 0, False
+
+    async def _fill(self) -> None:
+        """Skip space, and have a whole value at hand, unless the text ends before."""
+        while True:
+            self._at = cast(re.Match[str], JSON_SPACE.match(self._text, self._at)).end()
+            if self._ended or len(self._text) - self._at >= JSON_WINDOW:
+                return
+            parts = [self._text[self._at :]]
+            size = len(parts[0])
+            while size < 2 * JSON_WINDOW and not self._ended:
+                block = await anext(self._blocks, b"")
+                self._ended = not block
+                parts.append(self._decode(block, self._ended))
+                size += len(parts[-1])
+            self._text, self._at = "".join(parts), 0
+
+    async def _take(self, chars: str) -> str:
+        """The next character, which must be one of these."""
+        await self._fill()
+        found = self._text[self._at : self._at + 1]
+        if not found or found not in chars:
+            raise bad_json(f"{chars!r} is missing in the JSON")
+        self._at += 1
+        return found
+
+    async def _value(self) -> Any:
+        await self._fill()
+        start = self._at
+        try:
+            value, self._at = PLAIN_DECODER.raw_decode(self._text, start)
+        except RecursionError:
+            raise bad_json("JSON is nested too deeply") from None
+        depth = (self._text.count(bracket, start, self._at) for bracket in "[{")
+        if sum(depth) > MAX_JSON_DEPTH:
+            check_depth(value)
+        return value
+
+    async def _items(self) -> AsyncIterator[Any]:
+        """The items of the array that comes next."""
+        await self._take("[")
+        await self._fill()
+        if self._text.startswith("]", self._at):
+            self._at += 1
+            return
+        while True:
+            yield await self._value()
+            if await self._take(",]") == "]":
+                return
+
+    async def members(self, *lists: str) -> AsyncIterator[tuple[str, Any]]:
+        """Each member of the object, or of the one in `[200, {}]`; `lists` item by item."""
+        await self._fill()
+        if self._text.startswith("[", self._at):  # so did the first version of the API answer
+            await self._take("[")
+            await self._value()
+            await self._take(",")
+        await self._take("{")
+        await self._fill()
+        if self._text.startswith("}", self._at):
+            return
+        while True:
+            name = await self._value()
+            await self._take(":")
+            if name in lists:
+                async for item in self._items():
+                    yield name, item
+            else:
+                yield str(name), await self._value()
+            if await self._take(",}") == "}":
+                return
+
+
+# ── 56.2  Checks ─────────────────────────────────────────────────────────────
+
+
+def incompatible(version: object) -> MatrixError:
+    """400 M_INCOMPATIBLE_ROOM_VERSION, which names the version."""
+    name = str(version)[:MAX_ID_BYTES]
+    error = f"This server does not know room version {name}"
+    return MatrixError(400, "M_INCOMPATIBLE_ROOM_VERSION", error, room_version=name)
+
+
+def event_from_template(
+    hs: Homeserver, answer: Json, room_id: str, user_id: str, content: Json
+) -> Event:
+    """Our event, with what a template says of its place in the room. 502 for a false template.
+
+    Spec: `GET /make_join`.  Trap: whoever signs the template itself signs whatever a server likes,
+    power levels of a room of ours, say (CVE-2026-24471).
+    """
+    version, template = answer.get("room_version", "1"), object_in(answer, "event")
+    if version not in ROOM_VERSIONS:
+        raise incompatible(version)
+    theirs = object_in(template, "content")
+    wanted = {"type": MEMBER, "room_id": room_id, "sender": user_id, "state_key": user_id}
+    is_same = all(template.get(name) == value for name, value in wanted.items())
+    if not is_same or theirs.get("membership") != content["membership"]:
+        raise bad_json("The template is not of the event that was asked for")
+    voucher = theirs.get("join_authorised_via_users_server")
+    is_vouched = ROOM_VERSIONS[version].restricted and content["membership"] == "join"
+    if is_vouched and is_user_id(voucher):
+        content = {**content, "join_authorised_via_users_server": voucher}
+    place = {name: template.get(name) for name in ("prev_events", "auth_events", "depth")}
+    fields = {**wanted, **place, "content": content, "origin_server_ts": now_ms()}
+    return finish_event(ROOM_VERSIONS[version], fields, hs.config.server_name, hs.signing_key)
+
+
+async def add_signature(hs: Homeserver, event: Event, server: str, answer: object) -> Event:
+    """Our event with the signature that another server has added. 502 if that is none.
+
+    Nothing else is taken from the event that the server gives back.
+    """
+    marks = signatures_by(answer, server) if isinstance(answer, dict) else {}
+    covered = reference_bytes(event.version, event.pdu)
+    known = hs.server_keys.known(server)
+    if not known.keys() & marks.keys():
+        await hs.server_keys.fetch({server})
+        known = hs.server_keys.known(server)
+    good = {
+        key_id: mark
+        for key_id, mark in marks.items()
+        if (key := key_for(event, known.get(key_id))) and verify_signature(key, mark, covered)
+    }
+    if not good:
+        raise unreachable(f"{server} has not signed the event")
+    signatures = {**event.pdu["signatures"], server: good}
+    return make_event(event.version, {**event.pdu, "signatures": signatures}, event.event_id)
+
+
+STRIPPED_SHAPE: Final[Json] = {"type": str, "state_key": str, "sender": str, "content": dict}
+
+
+def stripped_from(entries: object) -> list[Json]:
+    """What of a list are pieces of stripped state; odd ones, and too many, are left out."""
+    found, size = [], 0
+    for entry in entries[:MAX_TOLD] if isinstance(entries, list) else ():
+        with contextlib.suppress(MatrixError):
+            check_shape(entry, STRIPPED_SHAPE)
+            stripped = {name: entry[name] for name in STRIPPED_SHAPE}
+            size += len(encode_json(stripped))
+            found += [stripped] if size <= MAX_STRIPPED_BYTES else []
+    return found
+
+
+def servers_in(room: Room) -> list[str]:
+    """The servers whose users are in a room, those with the most users first."""
+    return [server for server, _ in room.servers.most_common()]
+
+
+# ── 56.3  Entering, knocking, leaving ────────────────────────────────────────
+
+Attempt = Callable[[str], Awaitable[Result]]
+
+
+def weight_of(error: MatrixError) -> int:
+    """Which of several servers' errors says most: a refusal, then "not found", then silence."""
+    return error.status == 404 if error.status < 500 else 2
+
+
+class Handshakes:
+    """How other servers are asked to let a user of ours in or out, and which."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+
+    def candidates(self, room_id: str, user_id: str, given: Iterable[str]) -> list[str]:
+        """The servers to try: those named, who invited the user, the room's own, its members'."""
+        found, hs = list(given), self.hs
+        room = hs.rooms.heard_of(room_id)
+        if room is not None:
+            member = hs.rooms.memberships(hs.db.user_nid(user_id)).get(room.nid)
+            event = None if member is None else hs.rooms.event_by_nid(member.event_nid)
+            found += [] if event is None else [server_of(event.sender)]
+        found += [room_id.partition(":")[2]] if ":" in room_id else []
+        found += [] if room is None else servers_in(room)
+        others = (one for one in found if is_server_name(one) and one != hs.config.server_name)
+        return list(dict.fromkeys(others))[:MAX_CANDIDATES]
+
+    async def _try_each(self, servers: Iterable[str], attempt: Attempt[Result]) -> Result:
+        """The result of the first server with which it works; else the error that says most."""
+        failures = []
+        for server in servers:
+            try:
+                return await attempt(server)
+            except MatrixError as error:
+                log_rooms.info("%s: %s", server, error.error)
+                is_odd = error.errcode in {"M_MISSING_PARAM", "M_INVALID_PARAM", "M_BAD_JSON"}
+                failures.append(unreachable(f"{server}: {error.error}") if is_odd else error)
+        raise min(
+            failures, key=weight_of, default=not_found("No server is known to be in the room")
+        )
+
+    def turn(self, room_id: str) -> asyncio.Lock:
+        """Held by whoever brings a user into a room: one at a time."""
+        return self._turns.setdefault(room_id, asyncio.Lock())
+
+    async def _make(self, server: str, room_id: str, user_id: str, content: Json) -> Event:
+        """Our event, made with the template that a server gives for it."""
+        path = f"{FEDERATION_API}/make_{content['membership']}/{quote(room_id, '')}"
+        query = {"ver": [*ROOM_VERSIONS]} if content["membership"] != "leave" else {}
+        answer = await self.hs.federation.request(
+            server,
+            "GET",
+            f"{path}/{quote(user_id, '')}",
+            query=query,
+            timeout=HANDSHAKE_SECONDS,
+        )
+        with as_unreachable(server):
+            try:
+                return event_from_template(self.hs, answer, room_id, user_id, content)
+            except MatrixError as error:
+                if error.errcode != "M_INCOMPATIBLE_ROOM_VERSION":
+                    raise
+                refusal = error
+        raise refusal
+
+    @contextlib.asynccontextmanager
+    async def _put(
+        self, server: str, action: str, event: Event, bodies: Mapping[str, Json], **options: Any
+    ) -> AsyncIterator[JsonStream]:
+        """Hand a server an event; `bodies` are those for the versions of the API to try in turn."""
+        place = f"{quote(event.room_id, '')}/{quote(event.event_id, '')}"
+        options = {"timeout": HANDSHAKE_SECONDS, **options}
+        failures = []
+        for version, body in bodies.items():
+            path = f"/_matrix/federation/{version}/{action}/{place}"
+            call = self.hs.federation.stream(server, "PUT", path, content=body, **options)
+            async with call as response:
+                if response.status == 200:
+                    with as_unreachable(server):
+                        yield JsonStream(response)
+                    return
+                response.limit = MAX_JSON_BODY
+                response.body = await response.read()
+            failures.append(peer_error(server, response))
+            is_old = response.status in {404, 405} and failures[-1].errcode != "M_NOT_FOUND"
+            if not is_old and (action, response.status) != ("invite", 400):
+                break
+        raise failures[0]
+
+    async def _send(self, server: str, event: Event) -> Json:
+        """Hand a server an event of ours, and return its answer."""
+        versions = ("v1",) if event.membership == "knock" else ("v2", "v1")
+        bodies = dict.fromkeys(versions, event.pdu)
+        async with self._put(server, f"send_{event.membership}", event, bodies) as answer:
+            return {name: value async for name, value in answer.members()}
+
+
+class Joining(Handshakes):
+    """Brings our users into rooms of other servers and out again, and those of others into ours."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        super().__init__(hs)
+        self._joins: Flights[tuple[str, str], None] = Flights()
+
+    async def join(self, room_id: str, user_id: str, servers: Iterable[str], content: Json) -> None:
+        """Let a user of ours join a room by way of a server that is in it.
+
+        It goes on if the client gives up, and is done once for those who ask twice. At most one
+        join of a room is under way; who waited may find that we are in the room already.
+        """
+        work = functools.partial(self._join, room_id, user_id, list(servers), content)
+        await self._joins.join((room_id, user_id), work)
+
+    async def _join(self, room_id: str, user_id: str, servers: list[str], content: Json) -> None:
+        async with self.turn(room_id):
+            room = own_room_with(self.hs, room_id, user_id)
+            if room is not None and self._join_own(room, user_id, content):
+                return
+            attempt = functools.partial(self._join_through, room_id, user_id, content)
+            try:
+                await self._try_each(self.candidates(room_id, user_id, servers), attempt)
+            finally:
+                left = self.hs.rooms.heard_of(room_id)
+                if left is not None:
+                    await self.hs.rooms.drop_empty(left)
+
+    def _join_own(self, room: Room, user_id: str, content: Json) -> bool:
+        """Join a room that we came into while waiting; False if others have to decide."""
+        user_nid = self.hs.db.user_nid(user_id)
+        if room.membership_of(user_nid) == "join":
+            return True
+        with contextlib.suppress(MatrixError):
+            content = {**content, **join_authorisation(self.hs, room, user_nid)}
+            self.hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
+            return True
+        return False
+
+    async def _join_through(self, room_id: str, user_id: str, content: Json, server: str) -> None:
+        """Join by way of one server: its template, our event, and its answer with the state."""
+        event = await self._make(server, room_id, user_id, content)
+        arriving = RoomImport(self.hs.rooms, event.version.id, room_id)
+        try:
+            rest = await self._receive_state(server, event, arriving)
+            voucher = event.content.get("join_authorised_via_users_server")
+            if voucher is not None:
+                event = await add_signature(self.hs, event, server_of(voucher), rest.get("event"))
+            await arriving.finish(event, functools.partial(verify_by_known, self.hs))
+        finally:
+            arriving.close()
+
+    async def _receive_state(self, server: str, event: Event, arriving: RoomImport) -> Json:
+        """Send our join, take the state of the room as it comes, and fetch the keys for it.
+
+        What else counts in the answer is returned.
+        """
+        bodies = dict.fromkeys(("v2", "v1"), event.pdu)
+        options = {"timeout": JOIN_SECONDS, "max_bytes": JOIN_BYTES}
+        creates, unknown, rest = set[str](), set[str](), cast(Json, {})
+        batch: list[tuple[bool, Any]] = []
+        async with self._put(server, "send_join", event, bodies, **options) as answer:
+            async for name, value in answer.members("state", "auth_chain"):
+                if name not in {"state", "auth_chain"}:
+                    rest |= {name: value} if name in {"event", "members_omitted"} else {}
+                    continue
+                batch.append((name == "state", value))
+                if len(batch) == PDU_BATCH:
+                    await self._take_batch(event, batch, arriving, creates, unknown)
+                    batch = []
+            await self._take_batch(event, batch, arriving, creates, unknown)
+            if len(creates) != 1:
+                raise bad_json(f"A room with {len(creates)} create events")
+            if rest.get("members_omitted") is True:
+                raise bad_json("Not all of the state is there")
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.hs.server_keys.fetch(unknown), SIGNER_SECONDS)
+        return rest
+
+    async def _take_batch(
+        self,
+        join: Event,
+        batch: list[tuple[bool, Any]],
+        arriving: RoomImport,
+        creates: set[str],
+        unknown: set[str],
+    ) -> None:
+        """Put events aside, and note create events and the servers whose keys are needed."""
+        version, pdus = join.version, [pdu for _, pdu in batch]
+        read = await self.hs.db.in_thread(read_pdus, version, pdus)
+        pairs = zip(batch, read, strict=True)
+        events = [(is_state, one) for (is_state, _), one in pairs if isinstance(one, Event)]
+        for is_state, event in events:
+            if event.type == CREATE:
+                creates.add(event.event_id)
+                if event.content.get("room_version", "1") != version.id:
+                    raise bad_json("The room is of another version than was said")
+            arriving.add(event, is_state=is_state)
+        unknown |= servers_to_ask([event for _, event in events], self.hs.server_keys)
+
+    async def auto_join(self, user_id: str, alias: str) -> None:
+        """Let a new user into a room of another server that the configuration names."""
+        try:
+            room_id, servers = await look_up_alias(self.hs, alias)
+            refuse_blocked(self.hs, room_id)
+            content = {"membership": "join", **member_profile(self.hs, user_id)}
+            await self.join(room_id, user_id, servers, content)
+        except MatrixError as error:
+            log_rooms.warning("%s cannot join %s: %s", user_id, alias, error.error)
+
+    # Knocking and leaving
+
+    def outside(self, event: Event, state: Sequence[Json] = ()) -> None:
+        """Note a membership of a user of ours in a room that we are not in."""
+        with self.hs.db.write():
+            self.hs.rooms.outside(
+                self.hs.rooms.room_for(event.room_id, event.version), event, state
+            )
+
+    async def knock(
+        self, room_id: str, user_id: str, servers: Iterable[str], content: Json
+    ) -> None:
+        """Ask to be let into a room of other servers."""
+
+        async def attempt(server: str) -> None:
+            event = await self._make(server, room_id, user_id, content)
+            answer = await self._send(server, event)
+            state = answer.get("knock_room_state", answer.get("knock_state_events"))
+            self.outside(event, stripped_from(state))
+
+        async with self.turn(room_id):
+            await self._try_each(self.candidates(room_id, user_id, servers), attempt)
+
+    async def leave(self, room: Room, user_id: str, content: Json) -> None:
+        """Reject an invite to a room that we are not in, or take back a knock.
+
+        If no server helps, the user is rid of it all the same, with an event that nobody gets.
+        """
+
+        async def attempt(server: str) -> None:
+            event = await self._make(server, room.room_id, user_id, content)
+            await self._send(server, event)
+            self.outside(event)
+
+        async with self.turn(room.room_id):
+            if room.membership(user_id) not in {"invite", "knock"}:
+                return
+            try:
+                servers = self.candidates(room.room_id, user_id, ())[:LEAVE_SERVERS]
+                await self._try_each(servers, attempt)
+            except MatrixError as error:
+                log_rooms.info("%s leaves %s alone: %s", user_id, room.room_id, error.error)
+                self._leave_alone(room, user_id, content)
+
+    def _leave_alone(self, room: Room, user_id: str, content: Json) -> None:
+        member = self.hs.rooms.memberships(self.hs.db.user_nid(user_id))[room.nid]
+        before = cast(Event, self.hs.rooms.event_by_nid(member.event_nid))
+        reference = [event_reference(before)]
+        fields = {
+            **{"type": MEMBER, "room_id": room.room_id, "sender": user_id, "state_key": user_id},
+            **{"prev_events": reference, "auth_events": reference, "content": content},
+            **{"origin_server_ts": now_ms(), "depth": min(before.depth + 1, MAX_DEPTH)},
+        }
+        own = self.hs.config.server_name
+        self.outside(finish_event(room.version, fields, own, self.hs.signing_key))
+
+    def note_removal(self, event: Event) -> bool:
+        """Take in that a user of ours was removed from a room that we are not in.
+
+        `event` has been checked like any event. It counts if it stands on the membership that we
+        know of, which only those in the room know. False if it is nothing of that kind.
+        """
+        room = self.hs.rooms.heard_of(event.room_id)
+        user_nid = self.hs.db.find_user_nid(event.state_key or "")
+        if room is None or user_nid is None or event.membership not in {"leave", "ban"}:
+            return False
+        member = self.hs.rooms.memberships(user_nid).get(room.nid)
+        if member is None or member.membership not in {"invite", "knock"} or room.local_joined:
+            return False
+        known = self.hs.rooms.id_of(member.event_nid)
+        if not self.hs.is_local(cast(str, event.state_key)) or known not in event.auth_events:
+            return False
+        self.outside(event)
+        return True
+
+    # Inviting
+
+    async def invite(self, room: Room, sender: str, invitee: str, **more: Any) -> None:
+        """Invite a user of any server; someone who is invited already is left alone."""
+        content = invite_content(self.hs, room, sender, invitee, **more)
+        if content is not None and self.hs.is_local(invitee):
+            self.hs.rooms.send(room, sender, MEMBER, content, state_key=invitee)
+        elif content is not None:
+            await self.invite_elsewhere(room, sender, invitee, content)
+
+    async def invite_elsewhere(self, room: Room, sender: str, invitee: str, content: Json) -> Event:
+        """Invite a user of another server, which sees the invite first and has to sign it too."""
+        refuse_blocked(self.hs, room.room_id)
+        server = server_of(invitee)
+        event, draft = self.hs.rooms.build(room, sender, MEMBER, content, state_key=invitee)
+        shown = [entry.pdu for entry in telling_state(room, sender)]
+        body = {"event": event.pdu, "room_version": room.version.id, "invite_room_state": shown}
+        bodies = {"v2": body}
+        if room.version.explicit_event_ids:
+            bodies["v1"] = {**event.pdu, "unsigned": {"invite_room_state": shown}}
+        async with self._put(server, "invite", event, bodies) as answer:
+            found = {name: value async for name, value in answer.members()}
+        event = await add_signature(self.hs, event, server, found.get("event"))
+        self.hs.rooms.put_late(room, event, draft)
+        return event
+
+    async def exchange(self, room_id: str, user_id: str, signed: Json) -> str:
+        """Have the server that invited an address make it an invite of our user; that server."""
+        server = server_of(signed["sender"])
+        body = {
+            **{"type": MEMBER, "room_id": room_id, "sender": signed["sender"]},
+            **{"state_key": user_id, "content": {"membership": "invite"}},
+        }
+        body["content"]["third_party_invite"] = {"display_name": user_id, "signed": signed}
+        path = f"{FEDERATION_API}/exchange_third_party_invite/{quote(room_id, '')}"
+        await self.hs.federation.request(
+            server, "PUT", path, content=body, timeout=HANDSHAKE_SECONDS
+        )
+        return server
+
+
+# ── 56.4  The past of a room ─────────────────────────────────────────────────
+
+
+class Backfill:
+    """Fetches what came before the events that we have."""
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._fills: Flights[tuple[RoomNid, int], bool] = Flights()
+        self._given_up: LruCache[tuple[RoomNid, int], float] = LruCache(GAPS_REMEMBERED)
+
+    async def fill(self, room: Room, position: int) -> bool:
+        """Fetch some of what is missing just below a timeline event; whether anything came.
+
+        Servers are asked at most once in a while for what none of them had, and who waits for it
+        does not wait for long.
+        """
+        key = (room.nid, position)
+        again = (self._given_up.get(key) or -math.inf) + GAP_RETRY_SECONDS
+        if not room.local_joined or time.monotonic() < again:
+            return False
+        work = functools.partial(self._fill, room, position)
+        try:
+            return await asyncio.wait_for(self._fills.join(key, work), BACKFILL_SECONDS)
+        except asyncio.TimeoutError:
+            return False
+
+    async def _fill(self, room: Room, position: int) -> bool:
+        missing = self.hs.rooms.gaps(room, position - 1, position).get(position, [])
+        event = self.hs.rooms.event_at(room, position)
+        if event is not None and missing:
+            servers = dict.fromkeys([server_of(event.sender), *servers_in(room)])
+            servers.pop(self.hs.config.server_name, None)
+            for server in list(servers)[:BACKFILL_SERVERS]:
+                with contextlib.suppress(MatrixError):
+                    if await self._backfill(server, room, missing[:MAX_PREV_EVENTS]):
+                        return True
+        self._given_up.put((room.nid, position), time.monotonic())
+        return False
+
+    async def _backfill(self, server: str, room: Room, missing: list[str]) -> bool:
+        """Fetch old events from a server, with the state before those that follow still others."""
+        path = f"{FEDERATION_API}/backfill/{quote(room.room_id, '')}"
+        query = {"v": missing, "limit": BACKFILL_LIMIT}
+        answer = await self._ask(server, path, query, BACKFILL_LIMIT * MAX_EVENT_BYTES * 2)
+        pdus = answer.get("pdus")
+        found = await self._checked(room, pdus[:BACKFILL_LIMIT] if isinstance(pdus, list) else [])
+        events = {event.event_id: event for event in found}
+        prevs = {prev for event in found for prev in event.prev_events}
+        far = self.hs.rooms.missing(prevs - events.keys(), with_state=True)
+        edges = [event for event in found if not far.isdisjoint(event.prev_events)]
+        states = {}
+        for event in sorted(edges, key=lambda one: -one.depth)[:MAX_STATES_ASKED]:
+            with contextlib.suppress(MatrixError):
+                states[event.event_id] = [await self._fetch_state(server, room, event)]
+        return bool(self.hs.rooms.backfill(room, found, states))
+
+    async def _ask(
+        self, server: str, path: str, query: Mapping[str, Any], max_bytes: int = MAX_JSON_BODY
+    ) -> Json:
+        """The answer to a question that may be long; a thread reads it."""
+        options: Json = {"query": query, "timeout": HANDSHAKE_SECONDS, "max_bytes": max_bytes}
+        async with self.hs.federation.stream(server, "GET", path, **options) as response:
+            response.body = await response.read()
+        if response.status != 200:
+            raise peer_error(server, response)
+        return cast(Json, await self.hs.db.in_thread(response.json))
+
+    async def _checked(self, room: Room, pdus: Sequence[Any]) -> list[Event]:
+        """Those of the PDUs that are events of the room and rightly signed."""
+        found = await check_pdus(self.hs, room.version, pdus)
+        return [one for one in found if isinstance(one, Event) and one.room_id == room.room_id]
+
+    async def _fetch_state(self, server: str, room: Room, event: Event) -> list[str]:
+        """The state before an event, as ids of events that are stored now."""
+        place, query = quote(room.room_id, ""), {"event_id": event.event_id}
+        answer = await self._ask(
+            server, f"{FEDERATION_API}/state_ids/{place}", query, JOIN_BYTES // 16
+        )
+        lists = [answer.get(name) for name in ("pdu_ids", "auth_chain_ids")]
+        state, chain = ([i for i in one or () if is_event_id(i)] for one in lists)
+        missing = self.hs.rooms.missing([*state, *chain])
+        pdus: list[Any] = []
+        if len(missing) > MAX_EVENTS_ASKED:
+            path = f"{FEDERATION_API}/state/{place}"
+            answer = await self._ask(server, path, query, JOIN_BYTES // 4)
+            lists = [answer.get(name) for name in ("pdus", "auth_chain")]
+            pdus = [pdu for one in lists if isinstance(one, list) for pdu in one]
+        else:
+            for event_id in missing:
+                path = f"{FEDERATION_API}/event/{quote(event_id, '')}"
+                with contextlib.suppress(MatrixError):
+                    one = (await self._ask(server, path, {})).get("pdus")
+                    pdus += one[:1] if isinstance(one, list) else []
+        for start in range(0, len(pdus), PDU_BATCH):
+            part = await self._checked(room, pdus[start : start + PDU_BATCH])
+            self.hs.rooms.outliers(room, part)
+        return [*self.hs.rooms.nids_of(state)]
+
+
+# ── 56.5  Letting others in ──────────────────────────────────────────────────
+
+
+def served_room(hs: Homeserver, request: Request, room_id: str) -> Room:
+    """A room that we are in and the asking server may take part in. 404 and 403."""
+    room = hs.rooms.find(room_id)
+    if room is None or not room.local_joined:
+        raise not_found("This server is not in that room")
+    if not acl_allows(room, request.origin):
+        raise forbidden("The room's access control list excludes your server")
+    return room
+
+
+def vouched(hs: Homeserver, room: Room, user_id: str, content: Json) -> Json:
+    """The content of a join, with the user of ours who vouches for it where one is needed."""
+    if content["membership"] != "join":
+        return content
+    return {**content, **join_authorisation(hs, room, hs.db.user_nid(user_id))}
+
+
+HANDSHAKES = ("join", "leave", "knock")
+MAKE_PATHS = [f"{FEDERATION_API}/make_{name}/{{room_id}}/{{user_id}}" for name in HANDSHAKES]
+SEND_PATHS = [f"{FEDERATION_API}/send_{name}/{{room_id}}/{{event_id}}" for name in HANDSHAKES]
+SEND_PATHS.append(SEND_PATHS[1].replace("v1", "v2"))
+
+
+@route("GET", MAKE_PATHS[0], auth=FEDERATION, also=MAKE_PATHS[1:])
+async def make_membership(hs: Homeserver, request: Request, room_id: str, user_id: str) -> Json:
+    """A template for the event by which a user of another server enters, leaves or knocks.
+
+    Spec: SS-API "Joining Rooms", "Restricted rooms".  400 M_INCOMPATIBLE_ROOM_VERSION,
+    M_UNABLE_TO_AUTHORISE_JOIN, M_UNABLE_TO_GRANT_JOIN; 403 when the room's rules refuse it.
+    """
+    room, membership = served_room(hs, request, room_id), request.segments[3].partition("_")[2]
+    if not is_sender_id(user_id) or server_of(user_id) != request.origin:
+        raise forbidden("This is no user of your server")
+    if membership != "leave" and room.version.id not in request.query.get("ver", ["1"]):
+        raise incompatible(room.version.id)
+    content = vouched(hs, room, user_id, {"membership": membership})
+    draft = hs.rooms.draft(room, user_id, MEMBER, content, state_key=user_id)
+    hs.rooms.check_draft(room, draft, Event(room.version, draft.fields, "$"))
+    return {
+        "room_version": room.version.id,
+        "event": {**draft.fields, "origin": hs.config.server_name},
+    }
+
+
+async def read_member_event(
+    hs: Homeserver, version: RoomVersion, pdu: Any, membership: str, request: Request
+) -> Event:
+    """The event that another server hands us, if it is what the path says. 400 M_INVALID_PARAM.
+
+    Its signatures are not checked yet.
+    """
+    event = read_pdu(version, pdu)
+    if isinstance(event, MatrixError):
+        raise event
+    room_id, event_id = request.segments[4:6]
+    is_own = event.state_key == event.sender or membership == "invite"
+    facts = (event.room_id, event.event_id, event.type, event.membership)
+    if facts != (room_id, event_id, MEMBER, membership) or not is_own:
+        raise invalid_param(f"This is not the {membership} that the path names")
+    if server_of(event.sender) != request.origin or not content_hash_ok(pdu):
+        raise invalid_param("The event is not your user's, or has been altered")
+    return event
+
+
+def with_own_signature(hs: Homeserver, event: Event) -> Event:
+    """The event, signed by us as well."""
+    own, key = hs.config.server_name, hs.signing_key
+    mark = {key.key_id: key.sign(reference_bytes(event.version, event.pdu))}
+    signatures = {**event.pdu["signatures"], own: mark}
+    return make_event(event.version, {**event.pdu, "signatures": signatures}, event.event_id)
+
+
+def vouch(hs: Homeserver, room: Room, event: Event) -> Event:
+    """Sign a join for which one of us vouches, if it meets the conditions and rules of the room."""
+    voucher = event.content.get("join_authorised_via_users_server")
+    is_ours = isinstance(voucher, str) and is_user_id(voucher) and hs.is_local(voucher)
+    if event.membership != "join" or not room.version.restricted or not is_ours:
+        return event
+    join_authorisation(hs, room, hs.db.user_nid(event.sender))
+    state = hs.rooms.entries(room, room.group, (CREATE_KEY, *auth_types_of(event)))
+    check_auth(room.version, event, state)
+    return with_own_signature(hs, event)
+
+
+async def require_signed(hs: Homeserver, event: Event) -> None:
+    """400 M_INVALID_PARAM unless those who must have signed the event."""
+    problem = (await verify_events(hs, [event]))[0]
+    if problem is not None:
+        raise invalid_param(problem.error)
+
+
+NAMES = {("m.room.name", ""), ("m.room.canonical_alias", "")}
+
+
+def partial_state(
+    room: Room, state: Mapping[StateKey, EventNid], user_id: str
+) -> dict[StateKey, EventNid]:
+    """A state without its members, but for those after whom a nameless room is called."""
+    heroes = set[str]()
+    if NAMES.isdisjoint(state):
+        others = (one for one in (*room.members(), *room.members("invite")) if one != user_id)
+        heroes = set(itertools.islice(others, HEROES_SENT))
+    return {key: nid for key, nid in state.items() if key[0] != MEMBER or key[1] in heroes}
+
+
+CHAIN_BELOW = """
+    WITH RECURSIVE chain (nid) AS (
+        SELECT auth.value
+        FROM json_each(?) AS given
+        JOIN events ON nid = given.value
+        JOIN json_each(events.auth) AS auth
+        UNION
+        SELECT auth.value
+        FROM chain
+        JOIN events USING (nid)
+        JOIN json_each(events.auth) AS auth
+    )
+    SELECT nid
+    FROM chain
+"""
+PDUS_OF = "SELECT pdu FROM json_each(?) JOIN events ON nid = value"
+
+
+async def pdu_blocks(hs: Homeserver, nids: Sequence[EventNid]) -> AsyncIterator[bytes]:
+    """The events as the items of a JSON array, as they are read."""
+    for start in range(0, len(nids), PDU_BATCH):
+        rows = hs.db.all(PDUS_OF, (json.dumps(nids[start : start + PDU_BATCH]),))
+        yield (b"," if start else b"") + b",".join(row[0] for row in rows)
+
+
+async def join_answer(hs: Homeserver, room: Room, event: Event, request: Request) -> Response:
+    """The state before a join with what it stands on, sent as it is read.
+
+    Spec: `PUT /send_join`.  With omit_members only what shows the room, and who is to be asked.
+    """
+    before = hs.rooms.state_before(event)
+    state = before
+    more: Json = {"origin": hs.config.server_name, "event": event.pdu, "members_omitted": False}
+    if request.bool_arg("omit_members", False):
+        state = partial_state(room, before, event.sender)
+        more |= {"members_omitted": True, "servers_in_room": servers_in(room)}
+    nids = list(state.values())
+    await hs.db.synced()
+    given = json.dumps([*nids, event.nid])
+    rows = await hs.db.read_in_thread(lambda db: db.execute(CHAIN_BELOW, (given,)).fetchall())
+    unsent = {row[0] for row in rows} - set(nids if more["members_omitted"] else ())
+
+    async def blocks() -> AsyncIterator[bytes]:
+        is_first = request.segments[2] == "v1"
+        yield (b"[200," if is_first else b"") + encode_json(more)[:-1] + b',"state":['
+        async for block in pdu_blocks(hs, nids):
+            yield block
+        yield b'],"auth_chain":['
+        async for block in pdu_blocks(hs, sorted(unsent)):
+            yield block
+        yield b"]}]" if is_first else b"]}"
+
+    return Response(body=blocks())
+
+
+@route("PUT", SEND_PATHS[0], auth=FEDERATION, also=("v2", *SEND_PATHS[1:]))
+async def send_membership(
+    hs: Homeserver, request: Request, room_id: str, event_id: str
+) -> Response | Json | list[Any]:
+    """Let a user of another server enter, leave or knock, with the event that the server signed.
+
+    Spec: SS-API "Joining Rooms", "Leaving Rooms", "Knocking upon a room".  400 M_INVALID_PARAM for
+    other events; 403 when the room's rules refuse it.
+    """
+    room, membership = served_room(hs, request, room_id), request.segments[3].partition("_")[2]
+    event = await read_member_event(hs, room.version, request.json, membership, request)
+    known = hs.rooms.missing([event_id]) == set()
+    if not known:
+        event = vouch(hs, room, event)
+        await require_signed(hs, event)
+    with hs.db.write():
+        event = hs.rooms.receive(room, event)
+        if (server_of(event.sender), event.membership) != (request.origin, membership):
+            raise invalid_param("Another event has this id")
+        if event.rejected or event.soft_failed:
+            raise forbidden(event.rejected or "The room does not let you in now")
+        if not known:
+            hs.rooms.pass_on(room, event)
+    is_first = request.segments[2] == "v1"
+    if membership == "leave":
+        return [200, {}] if is_first else {}
+    if membership == "knock":
+        return {"knock_room_state": [entry.pdu for entry in telling_state(room)]}
+    return await join_answer(hs, room, event, request)
+
+
+# ── 56.6  Being invited ──────────────────────────────────────────────────────
+
+
+def checked_room_state(version: RoomVersion, room_id: str, entries: object) -> list[Json]:
+    """The stripped state in an invite. From version 12 the create event must prove which room.
+
+    Spec: SS-API "Inviting to a room", `invite_room_state`.
+    """
+    stripped = stripped_from(entries)
+    if version.room_id_is_hash:
+        found = read_pdus(version, entries[:MAX_TOLD] if isinstance(entries, list) else [])
+        creates = [one for one in found if isinstance(one, Event) and one.type == CREATE]
+        if [create.room_id for create in creates] != [room_id]:
+            raise invalid_param("invite_room_state has no create event of the room")
+    return stripped
+
+
+def require_welcome(hs: Homeserver, event: Event) -> None:
+    """Refuse an invite that its receiver, or an admin of this server, does not want."""
+    user_id = cast(str, event.state_key)
+    if not is_user_id(user_id) or not hs.is_local(user_id):
+        raise invalid_param("The invited user is not of this server")
+    if not hs.accounts.is_active(user_id):
+        raise not_found(f"There is no user {user_id}")
+    refuse_blocked(hs, event.room_id)
+    require_inviting_allowed(hs, user_id, event.sender)
+
+
+async def take_invite(
+    hs: Homeserver, request: Request, version: RoomVersion, pdu: Any, shown: object
+) -> Json:
+    """Check an invite of one of our users, note it, and return it with our signature."""
+    event = await read_member_event(hs, version, pdu, "invite", request)
+    require_welcome(hs, event)
+    room = hs.rooms.heard_of(event.room_id)
+    if room is not None and not acl_allows(room, request.origin):
+        raise forbidden("The room's access control list excludes your server")
+    if room is not None and room.local_joined and room.membership(str(event.state_key)) == "join":
+        raise forbidden("The user is in the room already")
+    stripped = checked_room_state(version, event.room_id, shown)
+    await require_signed(hs, event)
+    signed = with_own_signature(hs, event)
+    if room is None or not room.local_joined:  # else it comes like all events of the room
+        hs.joining.outside(make_event(version, signed.pdu, event.event_id), stripped)
+    return {**pdu, "signatures": signed.pdu["signatures"]}
+
+
+INVITE_PATH = FEDERATION_API + "/invite/{room_id}/{event_id}"
+SIGNED_INVITE: Final[Json] = {"event": dict, "room_version": str, "invite_room_state?": ANY}
+
+
+@route("PUT", INVITE_PATH.replace("v1", "v2"), auth=FEDERATION, limit="invite", body=SIGNED_INVITE)
+async def put_invite(hs: Homeserver, request: Request, room_id: str, event_id: str) -> Json:
+    """Take an invite of one of our users.  Spec: SS-API "Inviting to a room".
+
+    400 M_INCOMPATIBLE_ROOM_VERSION, M_INVALID_PARAM for what is no invite; 403 M_INVITE_BLOCKED.
+    """
+    body = request.json
+    version = ROOM_VERSIONS.get(body["room_version"])
+    if version is None:
+        raise incompatible(body["room_version"])
+    shown = body.get("invite_room_state")
+    return {"event": await take_invite(hs, request, version, body["event"], shown)}
+
+
+@route("PUT", INVITE_PATH, auth=FEDERATION, limit="invite", body=ANY_OBJECT)
+async def put_invite_v1(hs: Homeserver, request: Request, room_id: str, event_id: str) -> list[Any]:
+    """The same as old servers ask, for rooms of versions 1 and 2."""
+    shown = object_in(request.json, "unsigned").get("invite_room_state")
+    event = await take_invite(hs, request, ROOM_VERSIONS["1"], request.json, shown)
+    return [200, {"event": event}]
+
+
+# ── 56.7  Invites of addresses ───────────────────────────────────────────────
+
+SIGNED_TOKEN: Final[Json] = {"mxid": str, "token": str, "signatures": dict}
+EXCHANGE: Final[Json] = {
+    **{"type": str, "room_id": str, "sender": str, "state_key": str},
+    "content": {"membership": str, "third_party_invite": {"signed": SIGNED_TOKEN}},
+}
+EXCHANGE_PATH = FEDERATION_API + "/exchange_third_party_invite/{room_id}"
+
+
+async def redeem(hs: Homeserver, room: Room, user_id: str, signed: Json) -> None:
+    """Make an invite of an address, by a user of ours, one of the user that it belongs to."""
+    pending = room.state_event(THIRD_PARTY_INVITE, signed["token"])
+    if pending is None or not hs.is_local(pending.sender) or signed["mxid"] != user_id:
+        raise forbidden("This belongs to no pending invite of ours")
+    await require_valid_key(hs, pending, signed)
+    content = third_party_content(pending, signed)
+    if hs.is_local(user_id):
+        hs.rooms.send(room, pending.sender, MEMBER, content, state_key=user_id)
+    else:
+        await hs.joining.invite_elsewhere(room, pending.sender, user_id, content)
+
+
+@route("PUT", EXCHANGE_PATH, auth=FEDERATION, limit="invite", body=EXCHANGE)
+async def exchange_third_party_invite(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """Invite the user of another server to whom an address turned out to belong.
+
+    Spec: SS-API "Third-party invites".
+    """
+    body, room = request.json, served_room(hs, request, room_id)
+    content = body["content"]
+    if (body["type"], body["room_id"], content["membership"]) != (MEMBER, room_id, "invite"):
+        raise invalid_param("This is not the invite that the path names")
+    if not is_user_id(body["state_key"]) or server_of(body["state_key"]) != request.origin:
+        raise forbidden("This is no user of your server")
+    await redeem(hs, room, body["state_key"], content["third_party_invite"]["signed"])
+    return {}
+
+
+BOUND: Final[Json] = {
+    **{"medium": str, "address": str, "mxid": str},
+    "invites": [{"mxid": str, "room_id": str, "sender": str, "signed": SIGNED_TOKEN}],
+}
+
+
+@route("PUT", FEDERATION_API + "/3pid/onbind", auth=NONE, limit="invite", body=BOUND)
+async def on_bind(hs: Homeserver, request: Request) -> Json:
+    """An identity server tells that an address, perhaps with invites, belongs to a user of ours.
+
+    Spec: SS-API "Third-party invites".  Whether that is true is for the invites' keys to say.
+    """
+    body = request.json
+    user_id = body["mxid"]
+    if not is_user_id(user_id) or not hs.is_local(user_id) or not hs.accounts.is_active(user_id):
+        raise not_found("There is no such user")
+    for one in body["invites"][:MAX_INVITES]:
+        room = own_room_with(hs, one["room_id"], user_id)
+        try:
+            if not hs.is_local(one["sender"]):
+                signed = {**one["signed"], "sender": one["sender"]}
+                await hs.joining.exchange(one["room_id"], user_id, signed)
+            elif room is not None:
+                await redeem(hs, room, user_id, one["signed"])
+        except MatrixError as error:
+            log_rooms.info("an invite of %s to %s: %s", user_id, one["room_id"], error.error)
+    return {}
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -17468,6 +18729,7 @@ class Pushers:
         self._load()
         hs.db.on_reset(self._load)
         hs.rooms.subscribe(self._event_sent)
+        hs.rooms.subscribe_outside(self._event_sent)
         hs.unread.on_read(self._badge_may_change)
         hs.accounts.on_device_deleted(self._device_deleted)
         hs.accounts.on_deactivated(self._deactivated)
@@ -21056,7 +22318,7 @@ def changes_in_tables(ask: SyncReader, since: int) -> Changes:
     """The same for a token older than the log: all kinds, and each room with a newer event."""
     rows = ask.hs.db.all(
         """
-        SELECT room_nid, last_pos
+        SELECT room_nid, MAX(last_pos, event_nid)
         FROM memberships
         JOIN rooms USING (room_nid)
         WHERE user_nid = ?
@@ -21423,12 +22685,12 @@ def room_section(
     if member.membership == "invite":
         event = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
         if is_new and not hides_invite(ask, event):
-            state = stripped_state(room, event.sender, ask.user.user_id)
+            state = stripped_state(ask.hs.rooms, room, member)
             section = {"invite_state": {"events": state}}
         return "invite", section
     if member.membership == "knock":
         if is_new:
-            section = {"knock_state": {"events": stripped_state(room, ask.user.user_id)}}
+            section = {"knock_state": {"events": stripped_state(ask.hs.rooms, room, member)}}
         return "knock", section
     wanted = ask.since is not None or ask.wanted.include_leave
     if is_new and wanted and not member.forgotten:
@@ -22431,9 +23693,7 @@ def invited_section(
     now = SentRoom(None, 0, config.state, False, ())
     if sent is not None and member.event_nid <= begin_of(ask, sent):
         return {}, now
-    event = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
-    people = dict.fromkeys((event.sender, ask.user.user_id))
-    stripped = stripped_state(room, *people)
+    stripped = stripped_state(ask.hs.rooms, room, member)
     name = "stripped_state" if ask.accepted else "invite_state"
     return {"initial": True, name: stripped, "bump_stamp": max(0, member.event_nid)}, now
 
@@ -27664,9 +28924,9 @@ class Homeserver:
     def _make_way_out(self) -> None:
         """What asks other servers, and proves what they say."""
         self.http_client = HttpClient(self)
-        self.discovery = Discovery(self)
+        self.discovery, self.backfill = Discovery(self), Backfill(self)
         self.server_keys = ServerKeys(self)
-        self.federation = Federation(self)
+        self.federation, self.joining = Federation(self), Joining(self)
 
     def _open_doors(self) -> tuple[Router, HttpServer]:
         """What leads from the network to the handlers."""

@@ -7820,7 +7820,8 @@ def test_streams_are_read_block_by_block(tmp_path: Path) -> None:
 class Peer(Web):
     """Another server in the hands of a test: it publishes its key and answers as it is told.
 
-    `answers` has for a path what to answer (JSON, or a Response); `asked` has what came in.
+    `answers` has for a path, or for its part behind the version, what to answer (JSON, or a
+    Response); `asked` has what came in.
     """
 
     def __init__(self, authority: Authority, **options: Any) -> None:
@@ -7846,8 +7847,10 @@ class Peer(Web):
     async def handle(self, request: conduit.Request) -> conduit.Response:
         """Answer as told; 404 M_UNRECOGNIZED for the rest."""
         self.asked.append(request)
-        await request.stream.read()
-        answer = self.answers.get(request.path)
+        raw = await request.stream.read(1 << 24)
+        request.json = json.loads(raw) if raw else None
+        names = (request.path, *request.segments[3:4])
+        answer = next((self.answers[name] for name in names if name in self.answers), None)
         if callable(answer):
             answer = answer(request)
         if isinstance(answer, conduit.Response):
@@ -11805,7 +11808,7 @@ def test_invite_of_nobody_is_refused(server: Server, alice: Client) -> None:
     room_id = alice.create_room()
     for user_id, status in (
         (f"@{unique('nobody')}:{server.name}", 404),
-        ("@a:elsewhere.test", 403),
+        ("@a:127.0.0.1:1", 502),
     ):
         response = alice.post(("rooms", room_id, "invite"), {"user_id": user_id})
         assert response.status_code == status
@@ -11867,7 +11870,7 @@ def test_who_vouches_may_invite(server: Server, alice: Client, bob: Client) -> N
     joined = alice.state(room_id, "m.room.member", first.user_id)
     assert joined["join_authorised_via_users_server"] == alice.user_id
     alice.leave(room_id)
-    fails(second.post(("join", room_id)), 403, "M_UNABLE_TO_GRANT_JOIN")
+    fails(second.post(("join", room_id)), 400, "M_UNABLE_TO_GRANT_JOIN")
 
 
 @pytest.mark.parametrize("rule", ["private", "nonsense"])
@@ -12638,6 +12641,565 @@ def test_new_users_find_themselves_in_the_rooms_of_the_house(
     guest = register(one)
     assert ok(guest.get("joined_rooms"))["joined_rooms"] == [hall]
     assert "cannot join #cellar:localhost" in one.log
+
+
+# ═════════════════════════════════════════════════════════════════════════════
+#  56. JOINING ROOMS ELSEWHERE
+#
+#  With a second server of ours, with a Synapse, and with peers that lie.
+# ═════════════════════════════════════════════════════════════════════════════
+
+FEDERATION: Final = "/_matrix/federation"
+
+
+def via(*servers: Server | Peer) -> str:
+    """The query that names servers to enter through."""
+    return "&".join(f"via={quote(server.name)}" for server in servers)
+
+
+def join_via(client: Client, room_id: str, *servers: Server | Peer, **body: Any) -> httpx.Response:
+    """Join a room through servers."""
+    return client.post(f"join/{quote(room_id)}?{via(*servers)}", body)
+
+
+def people(*servers: Server) -> list[Client]:
+    """A new user on each server; what a Synapse answers is its own affair."""
+    clients = [register(server) for server in servers]
+    for client in clients:
+        client.checked = not isinstance(client.server, Synapse)
+    return clients
+
+
+def section(client: Client, name: str, room_id: str) -> Any:
+    """A room in a section of a full sync, or None."""
+    wanted = {"room": {"include_leave": True}}
+    timeout = secrets.randbelow(100)  # Synapse answers what it was asked before from its memory
+    return client.sync(filter=wanted, timeout=timeout).get("rooms", {}).get(name, {}).get(room_id)
+
+
+def membership(client: Client, room_id: str, user: Client) -> str | None:
+    """The membership of a user, as another sees it."""
+    response = client.get(("rooms", room_id, "state", "m.room.member", user.user_id))
+    return cast("str | None", response.json().get("membership"))
+
+
+VERSIONS: Final = [str(number) for number in range(1, 13)]
+
+
+@pytest.fixture(params=["ours", "to synapse", "from synapse"])
+def sides(
+    request: pytest.FixtureRequest, pair: tuple[Server, Server], synapse: Synapse
+) -> tuple[Server, Server]:
+    """A server with a room, and one that wants in."""
+    ways = {"ours": pair, "to synapse": (pair[0], synapse), "from synapse": (synapse, pair[0])}
+    return ways[request.param]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_joins_in_all_versions(sides: tuple[Server, Server], version: str) -> None:
+    """By id and by alias; both see the same members, and the joiner the state."""
+    alice, bob = people(*sides)
+    name = unique("room")
+    room_id = alice.create_room(
+        preset="public_chat", room_version=version, name="Over there", room_alias_name=name
+    )
+    bob.join(f"#{name}:{sides[0].name}")
+    assert membership(alice, room_id, bob) == "join"
+    if isinstance(sides[1], Synapse):  # it goes on to fetch the members that it did not ask for
+        return
+    assert membership(bob, room_id, bob) == membership(bob, room_id, alice) == "join"
+    assert bob.state(room_id, "m.room.name") == {"name": "Over there"}
+    assert bob.state(room_id, "m.room.create").get("room_version", "1") == version
+    assert section(bob, "join", room_id)["timeline"]["events"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_invites_are_taken_and_refused(sides: tuple[Server, Server], version: str) -> None:
+    """The invited user is shown the room; joins; another refuses."""
+    alice, bob = people(*sides)
+    carol = people(sides[1])[0]
+    room_id = alice.create_room(bob, carol, room_version=version, name="Come in")
+    shown = eventually(lambda: section(bob, "invite", room_id))
+    found = {event["type"]: event for event in shown["invite_state"]["events"]}
+    assert found["m.room.name"]["content"] == {"name": "Come in"}
+    assert found["m.room.member"]["sender"] == alice.user_id
+    since = carol.sync()["next_batch"]
+    carol.leave(room_id)
+    assert membership(alice, room_id, carol) == "leave"
+    assert section(carol, "invite", room_id) is None
+    assert room_id in carol.sync(since=since)["rooms"]["leave"]
+    bob.join(room_id)
+    assert membership(alice, room_id, bob) == "join"
+
+
+# ── 56.2  A peer with a room ─────────────────────────────────────────────────
+
+
+class PeerRoom:
+    """A room on a peer, which answers handshakes for it: rightly, or with what `lies` do to it."""
+
+    def __init__(self, peer: Peer, version: str = "11", rule: str = "public") -> None:
+        self.peer, self.version = peer, conduit.ROOM_VERSIONS[version]
+        self.owner = f"@owner:{peer.name}"
+        self.room_id = f"!{unique('far')}:{peer.name}"
+        self.state: dict[conduit.StateKey, conduit.Event] = {}
+        self.events: list[conduit.Event] = []
+        self.given: list[Json] = []  # the events that we were handed
+        creator = {"creator": self.owner} if self.version.creator_in_content else {}
+        self.room_id = self.put("m.room.create", {"room_version": version, **creator}).room_id
+        self.put("m.room.member", {"membership": "join"}, self.owner)
+        self.put("m.room.join_rules", {"join_rule": rule})
+
+    def put(
+        self, event_type: str, content: Json, state_key: str | None = "", **more: Any
+    ) -> conduit.Event:
+        """An event of the owner, at the end of the room."""
+        event = self.make(event_type, content, state_key, **more)
+        self.events.append(event)
+        if event.state_key is not None:
+            self.state[event.key] = event
+        return event
+
+    def make(
+        self, event_type: str, content: Json, state_key: str | None = "", **more: Any
+    ) -> conduit.Event:
+        """The same, but it stays out of the room."""
+        sender = more.pop("sender", self.owner)
+        key = more.pop("key", self.peer.key)
+        fields = {**self.fields(event_type, content, state_key, sender), **more}
+        if self.version.room_id_is_hash and event_type == "m.room.create":
+            del fields["room_id"]
+        return conduit.finish_event(self.version, fields, self.peer.name, key)
+
+    def fields(self, event_type: str, content: Json, state_key: str | None, sender: str) -> Json:
+        keys = conduit.auth_types_for_event(self.version, event_type, sender, state_key, content)
+        auth = [conduit.event_reference(self.state[key]) for key in keys if key in self.state]
+        return {
+            **{"type": event_type, "sender": sender, "content": content, "room_id": self.room_id},
+            **({} if state_key is None else {"state_key": state_key}),
+            **{"prev_events": [conduit.event_reference(event) for event in self.events[-1:]]},
+            **{"auth_events": auth, "depth": 1 + len(self.events)},
+            **{"origin_server_ts": conduit.now_ms()},
+        }
+
+    def serve(self, **lies: Callable[[Json], Any]) -> PeerRoom:
+        """Answer make_* and send_* for all users, changed by the lies told for them."""
+
+        def told(name: str, made: Json) -> Any:
+            return lies[name](made) if name in lies else made
+
+        def make(request: conduit.Request) -> Any:
+            name, user_id = request.segments[3].partition("_")[2], request.segments[5]
+            fields = self.fields("m.room.member", {"membership": name}, user_id, user_id)
+            return told("template", {"room_version": self.version.id, "event": fields})
+
+        def send(request: conduit.Request) -> Any:
+            self.given.append(request.json)
+            state = [event.pdu for event in self.state.values()]
+            return told("answer", {"state": state, "auth_chain": state, "knock_room_state": state})
+
+        for name in ("join", "leave", "knock"):
+            self.peer.answers[f"make_{name}"] = make
+            self.peer.answers[f"send_{name}"] = send
+        return self
+
+    def invite(self, server: Server, user_id: str, **lies: Any) -> httpx.Response:
+        """Invite a user, or with lies do something that looks like it."""
+        content = lies.pop("content", {"membership": "invite"})
+        event_type = lies.pop("type", "m.room.member")
+        state_key = lies.pop("state_key", user_id)
+        room_id, event_id = lies.pop("room_id", self.room_id), lies.pop("event_id", None)
+        shown = lies.pop("shown", [event.pdu for event in self.state.values()])
+        version = lies.pop("room_version", self.version.id)
+        event = self.make(event_type, content, state_key, **lies)
+        path = f"{FEDERATION}/v2/invite/{quote(room_id)}/{quote(event_id or event.event_id, '')}"
+        body = {"event": event.pdu, "room_version": version, "invite_room_state": shown}
+        return self.peer.ask(server, "PUT", path, body)
+
+
+def rows_of(server: Server, query: str, *values: Any) -> list[Any]:
+    """What a server's database says."""
+    with sqlite3.connect(server.database) as database:
+        return database.execute(query, values).fetchall()
+
+
+def knows(server: Server, room_id: str) -> bool:
+    """Whether any event of a room is stored."""
+    query = "SELECT 1 FROM events JOIN rooms USING (room_nid) WHERE room_id = ?"
+    return bool(rows_of(server, query, room_id))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_peer_lets_us_in(pair: tuple[Server, Server], peer: Peer, version: str) -> None:
+    """What we hand it is what we were asked for, signed; nothing of the template's content."""
+    alice = register(pair[0])
+    room = PeerRoom(peer, version).serve(
+        template=lambda made: {
+            **made,
+            "event": {**made["event"], "content": {"membership": "join", "evil": 1}, "more": 2},
+        }
+    )
+    ok(join_via(alice, room.room_id, peer))
+    pdu = room.given[0]
+    assert set(pdu["content"]) == {"membership", "displayname"} and "more" not in pdu
+    event = conduit.make_event(room.version, pdu)
+    assert event.sender == event.state_key == alice.user_id
+    assert pair[0].name in pdu["signatures"] and peer.name not in pdu["signatures"]
+    assert membership(alice, room.room_id, alice) == "join"
+    ok(join_via(alice, room.room_id, peer))
+    assert len(room.given) == 1  # we know that we are in
+
+
+EVIL_TEMPLATES: Final = {
+    "another sender": {"sender": "@other:here.test"},
+    "another room": {"room_id": "!other:here.test"},
+    "another type": {"type": "m.room.power_levels", "content": {"users": {}}},
+    "another state key": {"state_key": "@other:here.test"},
+    "no state key": {"state_key": None},
+    "another membership": {"content": {"membership": "ban"}},
+    "no content": {"content": []},
+    "odd prev_events": {"prev_events": [{}]},
+    "odd auth_events": {"auth_events": 5},
+    "odd depth": {"depth": "1"},
+    "negative depth": {"depth": -1},
+}
+
+
+@pytest.mark.parametrize("lie", EVIL_TEMPLATES)
+@pytest.mark.parametrize("action", ["join", "knock", "leave"])
+def test_sec_01_we_sign_only_what_we_built(
+    pair: tuple[Server, Server], peer: Peer, action: str, lie: str
+) -> None:
+    """A template of another event is thrown away: nothing is signed, sent or stored."""
+    alice = register(pair[0])
+    room = PeerRoom(peer, rule="knock" if action == "knock" else "public").serve(
+        template=lambda made: {**made, "event": {**made["event"], **EVIL_TEMPLATES[lie]}}
+    )
+    if action == "leave":
+        ok(room.invite(pair[0], alice.user_id))
+        alice.leave(room.room_id)  # the user is rid of it all the same
+        assert membership(alice, room.room_id, alice) is None
+    else:
+        path = f"{action}/{quote(room.room_id)}?{via(peer)}"
+        fails(alice.post(path, {}), 502, "M_UNREACHABLE")
+        assert not knows(pair[0], room.room_id)
+    assert not room.given
+
+
+def test_sec_01_invites_that_are_none(pair: tuple[Server, Server], peer: Peer) -> None:
+    """We sign nothing but an invite of a user of ours, by a user of the one who asks."""
+    alice = register(pair[0])
+    room = PeerRoom(peer)
+    refused: list[tuple[Json, int]] = [
+        ({"type": "m.room.power_levels"}, 400),
+        ({"content": {"membership": "join"}}, 400),
+        ({"content": {}}, 400),
+        ({"state_key": f"@a:{peer.name}"}, 400),
+        ({"state_key": f"@nobody_here:{pair[0].name}"}, 404),
+        ({"state_key": None}, 400),
+        ({"sender": alice.user_id}, 400),
+        ({"sender": "@a:elsewhere.example"}, 400),
+        ({"room_version": "99"}, 400),
+        ({"room_id": "!other:here.test"}, 400),
+        ({"event_id": "$other"}, 400),
+        ({"key": conduit.SigningKey.generate()}, 400),
+    ]
+    for lies, status in refused:
+        answer = room.invite(pair[0], alice.user_id, **lies)
+        assert answer.status_code == status, (lies, answer.text)
+        assert "signatures" not in answer.text
+    assert not knows(pair[0], room.room_id)
+    fails(
+        room.invite(pair[0], alice.user_id, room_version="99"), 400, "M_INCOMPATIBLE_ROOM_VERSION"
+    )
+    signed = ok(room.invite(pair[0], alice.user_id))["event"]
+    assert set(signed["signatures"]) == {peer.name, pair[0].name}
+
+
+def evil_answers(room: PeerRoom) -> dict[str, Callable[[Json], Any]]:
+    """What a resident server could say to a join."""
+    other = PeerRoom(room.peer, room.version.id)
+    topic = room.make("m.room.topic", {"topic": "evil"})
+    forged = room.make("m.room.topic", {"topic": "evil"}, key=conduit.SigningKey.generate())
+    foreign = room.make("m.room.topic", {"topic": "evil"}, sender="@a:elsewhere.example")
+    bare = {**topic.pdu, "signatures": {}}
+    create = room.make("m.room.create", {**room.events[0].content, "x": 1}, prev_events=[])
+    first = room.events[0].pdu
+
+    def state(*events: Any) -> Callable[[Json], Any]:
+        return lambda made: {**made, "state": [*made["state"], *events]}
+
+    def without(made: Json) -> Json:
+        kept = [pdu for pdu in made["state"] if pdu["type"] != "m.room.create"]
+        return {**made, "state": kept, "auth_chain": kept}
+
+    return {
+        "unsigned": state(bare),
+        "forged": state(forged.pdu),
+        "of another server": state(foreign.pdu),
+        "of another room": state(other.events[1].pdu),
+        "two creates": state(create.pdu),
+        "another create": lambda made: {
+            "state": [create.pdu, *made["state"][1:]],
+            "auth_chain": [create.pdu],
+        },
+        "no create": without,
+        "another version": lambda made: json.loads(
+            json.dumps(made).replace(f'"room_version": "{room.version.id}"', '"room_version": "5"')
+        ),
+        "no members": lambda made: {**made, "members_omitted": True},
+        "no state": lambda made: {"state": [], "auth_chain": []},
+        "no lists": lambda made: {"state": {}, "auth_chain": 5},
+        "nothing": lambda made: {},
+        "no object": lambda made: conduit.Response(200, b"[200, 5]"),
+        "no JSON": lambda made: conduit.Response(200, b'{"state":[{"a":'),
+        "no UTF-8": lambda made: conduit.Response(200, b'{"state":["\xff"]}'),
+        "deep": lambda made: conduit.Response(200, b'{"state":[' + b"[" * 100_000),
+        "one long value": lambda made: conduit.Response(200, b'{"a":"' + b"x" * 900_000 + b'"}'),
+        "ours altered": lambda made: {**made, "event": {**first, "content": {"evil": 1}}},
+    }
+
+
+HARMLESS: Final = {"unsigned", "forged", "of another server", "ours altered"}
+
+
+@pytest.mark.parametrize("version", ["6", "11", "12"])
+def test_sec_02_answers_to_a_join_that_lie(
+    pair: tuple[Server, Server], peer: Peer, version: str
+) -> None:
+    """Nothing false enters the database: the join fails, or the false event is left out."""
+    alice = register(pair[0])
+    for lie in evil_answers(PeerRoom(peer, version)):
+        room = PeerRoom(peer, version)
+        room.serve(answer=evil_answers(room)[lie])
+        response = join_via(alice, room.room_id, peer)
+        if lie in HARMLESS:
+            ok(response)
+            assert "evil" not in json.dumps(alice.state(room.room_id)), lie
+        else:
+            assert response.status_code in {403, 502}, (lie, response.text)
+            fails(alice.get(("rooms", room.room_id, "state")), 403)
+            assert not knows(pair[0], room.room_id), lie
+    query = (
+        "SELECT 1 FROM events WHERE CAST(pdu AS TEXT) LIKE '%evil%' AND CAST(pdu AS TEXT) LIKE ?"
+    )
+    assert not rows_of(pair[0], query, f"%{peer.name}%")
+
+
+def test_sec_06_paths_that_differ_from_bodies(pair: tuple[Server, Server], peer: Peer) -> None:
+    """Room, event, user and membership in a path are those of the event, and of the server."""
+    server = pair[0]
+    alice = register(server)
+    room_id = alice.create_room(preset="public_chat", room_version="11")
+    user, before = f"@eve:{peer.name}", len(alice.state(room_id))
+    version = conduit.ROOM_VERSIONS["11"]
+
+    def handed(action: str, event: conduit.Event, **path: str) -> httpx.Response:
+        place = (path.get("room_id", room_id), path.get("event_id", event.event_id))
+        uri = f"{FEDERATION}/v2/{action}/" + "/".join(quote(part, "") for part in place)
+        return peer.ask(server, "PUT", uri, event.pdu)
+
+    made = ok(
+        peer.ask(server, "GET", f"{FEDERATION}/v1/make_join/{quote(room_id)}/{quote(user)}?ver=11")
+    )
+    fields = {**made["event"], "origin_server_ts": conduit.now_ms()}
+    del fields["origin"]
+
+    def event(**changes: Any) -> conduit.Event:
+        return conduit.finish_event(version, {**fields, **changes}, peer.name, peer.key)
+
+    good = event()
+    other = alice.create_room(preset="public_chat", room_version="11")
+    fails(handed("send_join", good, event_id="$other"), 400, "M_INVALID_PARAM")
+    fails(handed("send_join", good, room_id=other), 400, "M_INVALID_PARAM")
+    fails(handed("send_leave", good), 400, "M_INVALID_PARAM")
+    for changes in (
+        {"state_key": alice.user_id},
+        {"type": "m.room.power_levels"},
+        {"sender": alice.user_id, "state_key": alice.user_id},
+        {"content": {"membership": "ban"}},
+        {"content": {}},
+    ):
+        fails(handed("send_join", event(**changes)), 400, "M_INVALID_PARAM")
+    altered = conduit.make_event(version, {**good.pdu, "content": {"membership": "join", "x": 1}})
+    fails(handed("send_join", altered), 400, "M_INVALID_PARAM")
+    fails(handed("send_join", good, room_id="!nowhere:x"), 404, "M_NOT_FOUND")
+    assert len(alice.state(room_id)) == before
+    answer = ok(handed("send_join", good))
+    assert answer["event"]["state_key"] == user and answer["members_omitted"] is False
+    assert len(answer["state"]) == before
+    assert ok(handed("send_join", good))["state"] == answer["state"]
+    for name in ("make_join", "make_leave"):
+        uri = f"{FEDERATION}/v1/{name}/{quote(room_id)}/{quote(alice.user_id)}?ver=11"
+        fails(peer.ask(server, "GET", uri), 403, "M_FORBIDDEN")
+    old = f"{FEDERATION}/v1/make_join/{quote(room_id)}/{quote(user)}"
+    assert (
+        fails(peer.ask(server, "GET", old), 400, "M_INCOMPATIBLE_ROOM_VERSION")["room_version"]
+        == "11"
+    )
+
+
+def test_sec_43_odd_invites(pair: tuple[Server, Server], peer: Peer) -> None:
+    """Stripped state of the wrong shape is left out, and sync goes on to work."""
+    alice = register(pair[0])
+    odd: list[Any] = [5, None, {}, {"type": 1}, {"type": "m.room.name", "content": 5}, [[]]]
+    good = {"type": "m.room.name", "state_key": "", "sender": "@a:b", "content": {"name": "N"}}
+    for shown in (
+        "text",
+        5,
+        {},
+        [*odd, good],
+        [good] * 5000,
+        [{**good, "content": {"x": "y" * 70_000}}],
+    ):
+        room = PeerRoom(peer)
+        ok(room.invite(pair[0], alice.user_id, shown=shown))
+        events = section(alice, "invite", room.room_id)["invite_state"]["events"]
+        assert events[-1]["type"] == "m.room.member" and len(events) <= 101
+        alice.leave(room.room_id)
+    room = PeerRoom(peer, "12")
+    fails(room.invite(pair[0], alice.user_id, shown=[]), 400, "M_INVALID_PARAM")
+    fails(room.invite(pair[0], alice.user_id, shown=[good]), 400, "M_INVALID_PARAM")
+    other = [event.pdu for event in PeerRoom(peer, "12").events]
+    fails(room.invite(pair[0], alice.user_id, shown=other), 400, "M_INVALID_PARAM")
+    ok(room.invite(pair[0], alice.user_id))
+
+
+def test_sec_44_one_join_of_a_room_at_a_time(pair: tuple[Server, Server], peer: Peer) -> None:
+    """Who comes while another enters waits, and then needs no other server."""
+    users = [register(pair[0]) for _ in range(5)]
+    room = PeerRoom(peer).serve()
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda user: join_via(user, room.room_id, peer), users))
+    assert [answer.status_code for answer in answers] == [200] * 5
+    assert len(room.given) == 1
+    assert all(membership(users[0], room.room_id, user) == "join" for user in users)
+
+
+def test_invites_blocked_and_rescinded(pair: tuple[Server, Server], peer: Peer) -> None:
+    """What a user or an admin does not want is refused; a rejection reaches the other server."""
+    alice = register(pair[0])
+    blocked = {"ignored_servers": [], "blocked_users": [f"@owner:{peer.name}"], "enabled": True}
+    path = ("user", alice.user_id, "account_data", "m.invite_permission_config")
+    ok(alice.put(path, blocked))
+    room = PeerRoom(peer).serve()
+    fails(room.invite(pair[0], alice.user_id), 403, "M_INVITE_BLOCKED")
+    ok(alice.put(path, {}))
+    ok(room.invite(pair[0], alice.user_id))
+    since = alice.sync()["next_batch"]
+    alice.leave(room.room_id)
+    assert room.given[0]["content"] == {"membership": "leave"}
+    assert room.room_id in alice.sync(since=since)["rooms"]["leave"]
+    ok(alice.post(("rooms", room.room_id, "forget")))
+    eventually(lambda: not knows(pair[0], room.room_id))
+    ok(room.invite(pair[0], alice.user_id))
+    peer.answers["make_leave"] = conduit.Response(500, b"{}")
+    alice.leave(room.room_id)  # nobody helps, and yet
+    assert section(alice, "invite", room.room_id) is None
+
+
+def test_an_invite_outlives_a_restart(tmp_path: Path, authority: Authority, peer: Peer) -> None:
+    """It is in the next sync, in sliding sync, and can be accepted; maintenance leaves it alone."""
+    server = federating(tmp_path, authority).start()
+    alice = register(server)
+    room = PeerRoom(peer).serve()
+    since = alice.sync()["next_batch"]
+    ok(room.invite(server, alice.user_id))
+    server.stop()
+    server.start()
+    assert room.room_id in alice.sync(since=since)["rooms"]["invite"]
+    body = {"lists": {"a": {"ranges": [[0, 9]], "timeline_limit": 1, "required_state": []}}}
+    found = ok(alice.post("/_matrix/client/unstable/org.matrix.simplified_msc3575/sync", body))
+    assert found["rooms"][room.room_id]["invite_state"]
+    ok(alice.post(("join", room.room_id)))
+    assert membership(alice, room.room_id, alice) == "join"
+    server.stop()
+    server.assert_clean_log()
+
+
+def test_knocks(sides: tuple[Server, Server]) -> None:
+    """A knock is shown to both; the answer to it is an invite."""
+    alice, bob = people(*sides)
+    rule = {"type": "m.room.join_rules", "state_key": "", "content": {"join_rule": "knock"}}
+    room_id = alice.create_room(room_version="11", initial_state=[rule], name="Knock")
+    ok(bob.post(f"knock/{quote(room_id)}?{via(sides[0])}", {"reason": "please"}))
+    assert membership(alice, room_id, bob) == "knock"
+    shown = section(bob, "knock", room_id)["knock_state"]["events"]
+    assert {"name": "Knock"} in [event["content"] for event in shown]
+    alice.invite(room_id, bob)
+    assert eventually(lambda: section(bob, "invite", room_id))
+    bob.join(room_id)
+    assert membership(alice, room_id, bob) == "join"
+    carol = people(sides[1])[0]
+    ok(carol.post(f"knock/{quote(room_id)}?{via(sides[0])}", {}))
+    if not isinstance(sides[1], Synapse):  # which is in the room by now, and has yet to tell us
+        assert section(carol, "knock", room_id) is not None
+        fails(carol.post(f"knock/{quote('!nowhere:' + sides[0].name)}?{via(sides[0])}", {}), 404)
+
+
+@pytest.mark.parametrize("version", ["8", "10", "12"])
+def test_restricted_rooms_between_servers(sides: tuple[Server, Server], version: str) -> None:
+    """Who is in the space gets in, vouched for by the room's server; others do not."""
+    alice, bob = people(*sides)
+    carol = people(sides[1])[0]
+    space = alice.create_room(preset="public_chat", room_version=version)
+    allow = [{"type": "m.room_membership", "room_id": space}]
+    rule = {"type": "m.room.join_rules", "content": {"join_rule": "restricted", "allow": allow}}
+    room_id = alice.create_room(room_version=version, initial_state=[rule])
+    fails(join_via(carol, room_id, sides[0]), 403, "M_FORBIDDEN")
+    ok(join_via(bob, space, sides[0]))
+    # A Synapse may be waiting for us, if it did not like an earlier answer.
+    eventually(lambda: join_via(bob, room_id, sides[0]).status_code == 200)
+    joined = alice.state(room_id, "m.room.member", bob.user_id)
+    assert joined["join_authorised_via_users_server"] == alice.user_id
+
+
+def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> None:
+    """Each error of the specification for restricted rooms; with several servers, all are tried."""
+    alice, server = register(pair[0]), pair[0]
+    user = f"@eve:{peer.name}"
+
+    def asked(allow: str) -> httpx.Response:
+        content = {
+            "join_rule": "restricted",
+            "allow": [{"type": "m.room_membership", "room_id": allow}],
+        }
+        rule = {"type": "m.room.join_rules", "content": content}
+        room_id = alice.create_room(room_version="11", initial_state=[rule])
+        uri = f"{FEDERATION}/v1/make_join/{quote(room_id)}/{quote(user)}?ver=11"
+        return peer.ask(server, "GET", uri)
+
+    fails(asked("!unknown:elsewhere.example"), 400, "M_UNABLE_TO_AUTHORISE_JOIN")
+    fails(asked(alice.create_room()), 403, "M_FORBIDDEN")
+    room = PeerRoom(peer).serve()
+    dead = SimpleNamespace(name=f"localhost:{free_port()}")
+    ok(join_via(alice, room.room_id, cast("Any", dead), peer))
+    fails(alice.post("join/" + quote("!" + "a" * 43)), 404, "M_NOT_FOUND")
+    refuse = conduit.encode_json({"errcode": "M_FORBIDDEN", "error": "not you"})
+    other = PeerRoom(peer)
+    peer.answers["make_join"] = conduit.Response(403, refuse)
+    fails(join_via(alice, other.room_id, peer, cast("Any", dead)), 403, "M_FORBIDDEN")
+    peer.answers["make_join"] = {"room_version": "99", "event": {}}
+    fails(join_via(alice, other.room_id, peer), 400, "M_INCOMPATIBLE_ROOM_VERSION")
+
+
+def test_history_is_fetched(pair: tuple[Server, Server], synapse: Synapse) -> None:
+    """All 500 messages from before we came, in their order, page by page."""
+    bob, alice = people(synapse, pair[0])
+    room_id = bob.create_room(preset="public_chat", room_version="11")
+    texts = [f"number {number}" for number in range(500)]
+    for text in texts:
+        bob.send_text(room_id, text)
+    ok(join_via(alice, room_id, synapse))
+    found, token = [], section(alice, "join", room_id)["timeline"]["prev_batch"]
+    for _ in range(40):
+        page = alice.messages(room_id, limit=50, **{"from": token})
+        found += [event["content"]["body"] for event in page["chunk"] if "body" in event["content"]]
+        token = page.get("end")
+        if token is None:
+            break
+    assert found == texts[::-1]
+    assert page["chunk"][-1]["type"] == "m.room.create"
 
 
 # ═════════════════════════════════════════════════════════════════════════════
