@@ -15783,6 +15783,8 @@ def served_room(hs: Homeserver, request: Request, room_id: str) -> Room:
     room = hs.rooms.find(room_id)
     if room is None or not room.local_joined:
         raise not_found("This server is not in that room")
+    if room.room_id in hs.sender.disabled:
+        raise forbidden("This server takes no part in that room")
     if not acl_allows(room, request.origin):
         raise forbidden("The room's access control list excludes your server")
     return room
@@ -15918,7 +15920,8 @@ async def join_answer(hs: Homeserver, room: Room, event: Event, request: Request
     more: Json = {"origin": hs.config.server_name, "event": event.pdu, "members_omitted": False}
     if request.bool_arg("omit_members", False):
         state = partial_state(room, before, event.sender)
-        more |= {"members_omitted": True, "servers_in_room": servers_in(room)}
+        joiner = Counter({server_of(event.sender): 1})  # who cannot tell anything yet
+        more |= {"members_omitted": True, "servers_in_room": [*(room.servers - joiner)]}
     nids = list(state.values())
     await hs.db.synced()
     given = json.dumps([*nids, event.nid])
@@ -20941,8 +20944,10 @@ class Inbox:
         with db.write():
             for event in events:
                 room = self.hs.rooms.find(event.room_id)
-                if room is not None:
+                if room is not None and room.local_joined:
                     self.put(room, origin, event.event_id, event.pdu)
+                else:
+                    self.hs.joining.note_removal(event)
             answer = {"pdus": verdicts}
             row = (origin, txn_id, now_ms(), json.dumps(answer))
             db.execute("INSERT INTO received_transactions VALUES (?, ?, ?, ?)", row)
@@ -20965,8 +20970,7 @@ class Inbox:
         events: list[Event] = []
         by_version: dict[str, list[Json]] = {}
         for pdu in pdus:
-            room_id = pdu.get("room_id") if isinstance(pdu, dict) else None
-            room = self.hs.rooms.find(str(room_id))
+            room = self._room_of(pdu)
             refusal = self._refusal(origin, room)
             if room is None or refusal is not None:
                 refuse_pdu(verdicts, room.version if room else None, pdu, str(refusal))
@@ -20983,10 +20987,23 @@ class Inbox:
                     refuse_pdu(verdicts, version, pdu, result.error)
         return verdicts, events
 
+    def _room_of(self, pdu: Any) -> Room | None:
+        """The room of a PDU, if we are in it, or if one of our users is put out of it."""
+        if not isinstance(pdu, dict):
+            return None
+        room_id = str(pdu.get("room_id"))
+        room = self.hs.rooms.find(room_id)
+        if room is not None and room.local_joined:
+            return room
+        is_ours = pdu.get("type") == MEMBER and self.hs.is_local(str(pdu.get("state_key")))
+        return self.hs.rooms.heard_of(room_id) if is_ours else None
+
     def _refusal(self, origin: str, room: Room | None) -> str | None:
         """Why a server may not send events into a room now."""
-        if room is None or not room.local_joined:
+        if room is None:
             return "This server is not in that room"
+        if room.room_id in self.hs.sender.disabled:
+            return "This server takes no part in that room"
         if not acl_allows(room, origin):
             return "The room's ACL keeps your server out"
         return "Too much waits for that room" if self._sizes[room.nid] >= MAX_WAITING else None
