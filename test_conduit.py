@@ -22737,6 +22737,566 @@ def test_two_encrypted_clients_over_a_restart(
     asyncio.run(encrypted_conversation(new_server(), tmp_path, 200))
 
 
+# ── A family's evening ───────────────────────────────────────────────────────
+#
+# matrix-js-sdk with its Rust cryptography, which Element is made of: each device is a Node
+# process of its own that takes orders, and the family's matrix-nio sits at the same table.
+
+JS_DEVICE: Final = """
+const say = (message) => process.stdout.write(JSON.stringify(message ?? null) + "\\n");
+for (const name of ["log", "info", "debug", "warn", "trace"]) console[name] = console.error;
+globalThis.crypto ??= (await import("node:crypto")).webcrypto;
+const sdk = await import("matrix-js-sdk");
+const { decodeRecoveryKey, VerificationPhase } = await import(
+  "matrix-js-sdk/lib/crypto-api/index.js");
+const { createInterface } = await import("node:readline");
+
+let baseUrl, client, secretKey, request, verifier, emoji, done;
+const failed = new Map();  // events that could not be decrypted so far: id -> why
+
+const until = async (condition) => {
+  for (let turn = 0; turn < 1200; turn++) {
+    const value = await condition();
+    if (value) return value;
+    await new Promise((resume) => setTimeout(resume, 25));
+  }
+  throw new Error(`did not come: ${condition}`);
+};
+const cryptoCallbacks = {
+  getSecretStorageKey: async ({ keys }) => [Object.keys(keys)[0], secretKey],
+  cacheSecretStorageKey: (id, info, key) => { secretKey = key; },
+};
+
+const begin = async ({ user_id, access_token, device_id }) => {
+  client = sdk.createClient({ baseUrl, userId: user_id, accessToken: access_token,
+    deviceId: device_id, cryptoCallbacks, verificationMethods: ["m.sas.v1"] });
+  await client.initRustCrypto({ useIndexedDB: false });
+  client.on("crypto.verificationRequestReceived", follow);
+  client.on("Event.decrypted", (event) => event.isDecryptionFailure()
+    ? failed.set(event.getId(), event.decryptionFailureReason)
+    : failed.delete(event.getId()));
+  await client.startClient({ threadSupport: true, initialSyncLimit: 20, pollTimeout: 5000 });
+  await until(() => client.isInitialSyncComplete());
+  await until(async () => (await client.downloadKeysForUsers([user_id]))
+    .device_keys[user_id]?.[device_id]);
+  return { user_id, access_token, device_id };
+};
+
+// Comparing emoji. The one who asked begins; the other accepts.
+const watch = (it) => {
+  if (!it || it === verifier) return;
+  verifier = it;
+  it.on("show_sas", (shown) => { emoji = shown; });
+  done = it.verify();
+  done.catch(() => {});
+};
+const follow = (it) => {
+  [request, verifier, emoji] = [it, undefined, undefined];
+  const step = async () => {
+    if (it.phase === VerificationPhase.Requested && !it.initiatedByMe && !it.accepting) {
+      await it.accept();
+    } else if (it.phase === VerificationPhase.Ready && it.initiatedByMe && !verifier) {
+      watch(await it.startVerification("m.sas.v1"));
+    } else if (it.phase === VerificationPhase.Started) watch(it.verifier);
+  };
+  it.on("change", step);
+  step();
+};
+
+const view = async (event) => {
+  await client.decryptEventIfNeeded(event);
+  return { id: event.getId(), type: event.getType(), sender: event.getSender(),
+    content: event.getContent(), encrypted: event.isEncrypted(),
+    failure: event.isDecryptionFailure() ? event.decryptionFailureReason : null,
+    thread: event.threadRootId ?? null, redacted: event.isRedacted() };
+};
+
+const orders = {
+  register: async (username, password, token) => {
+    const anyone = sdk.createClient({ baseUrl });
+    const body = { username, password, initial_device_display_name: "js" };
+    const { session } = await anyone.registerRequest(body).catch((error) => error.data);
+    const auth = { type: "m.login.registration_token", token, session };
+    return begin(await anyone.registerRequest({ ...body, auth }));
+  },
+  login: async (user, password) => begin(await sdk.createClient({ baseUrl }).loginRequest({
+    type: "m.login.password", identifier: { type: "m.id.user", user }, password })),
+  // Cross-signing, secret storage and key backup anew; the recovery key.
+  secure: async () => {
+    const crypto = client.getCrypto();
+    const made = await crypto.createRecoveryKeyFromPassphrase();
+    await crypto.bootstrapCrossSigning({ setupNewCrossSigning: true,
+      authUploadDeviceSigningKeys: (send) => send(null) });
+    await crypto.bootstrapSecretStorage({ createSecretStorageKey: async () => made,
+      setupNewSecretStorage: true, setupNewKeyBackup: true });
+    return made.encodedPrivateKey;
+  },
+  // What a new device does with the recovery key; how many room keys it found.
+  unlock: async (recoveryKey) => {
+    secretKey = decodeRecoveryKey(recoveryKey);
+    const crypto = client.getCrypto();
+    await crypto.bootstrapCrossSigning({});
+    await crypto.loadSessionBackupPrivateKeyFromSecretStorage();
+    await crypto.checkKeyBackupAndEnable();
+    return (await crypto.restoreKeyBackup()).imported;
+  },
+  // A device that was verified by another one gets the key of the backup from it.
+  restore: async () => {
+    const crypto = client.getCrypto();
+    await until(() => crypto.getSessionBackupPrivateKey());
+    await crypto.checkKeyBackupAndEnable();
+    return (await crypto.restoreKeyBackup()).imported;
+  },
+  // The key backup has all room keys, which the device sends some seconds late.
+  backed_up: async () => until(async () => {
+    const { count } = await client.http.authedRequest("GET", "/room_keys/version");
+    return count === (await client.getCrypto().exportRoomKeys()).length;
+  }),
+  verify: async (user, device) => {
+    const crypto = client.getCrypto();
+    await until(async () => (await crypto.getUserDeviceInfo([user])).get(user)?.has(device));
+    follow(await crypto.requestDeviceVerification(user, device));
+  },
+  verify_in: async (user, room) => follow(
+    await client.getCrypto().requestVerificationDM(user, room)),
+  emoji: async () => (await until(() => emoji)).sas.emoji,
+  confirm: async () => { emoji.confirm(); },
+  verified: async () => { await done; },
+  trusts: async (user, device) => (device
+    ? await client.getCrypto().getDeviceVerificationStatus(user, device)
+    : await client.getCrypto().getUserVerificationStatus(user)).crossSigningVerified,
+  search: async (term) => (await client.searchRoomEvents({ term })).results
+    .map((each) => each.context.ourEvent.getId()),
+  join: async (room) => { await client.joinRoom(room); },
+  call: async (method, ...rest) => client[method](...rest),
+  crypto: async (method, ...rest) => client.getCrypto()[method](...rest),
+  upload: async (data, type) => (await client.uploadContent(
+    Buffer.from(data, "base64"), { type })).content_uri,
+  download: async (mxc, width) => {
+    const method = width ? "scale" : undefined;
+    const url = client.mxcUrlToHttp(mxc, width, width, method, false, true, true);
+    const headers = { Authorization: `Bearer ${client.getAccessToken()}` };
+    const answer = await fetch(url, { headers });
+    if (!answer.ok) throw new Error(`${url}: ${answer.status}`);
+    return Buffer.from(await answer.arrayBuffer()).toString("base64");
+  },
+  // All that the room's view and its threads show, oldest first.
+  timeline: async (room) => {
+    const it = client.getRoom(room);
+    const threads = it.getThreads().flatMap((thread) => thread.events);
+    const events = [...it.getLiveTimeline().getEvents(), ...threads];
+    return Promise.all([...new Map(events.map((each) => [each.getId(), each])).values()].map(view));
+  },
+  backwards: async (room) => {
+    const timeline = client.getRoom(room).getLiveTimeline();
+    while (await client.paginateEventTimeline(timeline, { backwards: true, limit: 20 }));
+  },
+  reactions: async (room, id) => Object.fromEntries((client.getRoom(room).relations
+    .getChildEventsForEvent(id, "m.annotation", "m.reaction")?.getSortedAnnotationsByKey() ?? [])
+    .map(([key, events]) => [key, events.size])),
+  votes: async (room, id) => {
+    const poll = client.getRoom(room).polls.get(id);
+    const answers = (await poll?.getResponses())?.getRelations() ?? [];
+    return { ended: poll?.isEnded ?? null, votes: answers.map((each) => each.getSender()).sort() };
+  },
+  room: async (id) => {
+    const it = client.getRoom(id);
+    return it && { name: it.name, membership: it.getMyMembership(),
+      typing: it.getMembers().filter((each) => each.typing).map((each) => each.userId),
+      members: it.getJoinedMembers().map((each) => each.userId).sort(),
+      unread: it.getUnreadNotificationCount(), mentions: it.getUnreadNotificationCount("highlight"),
+      threads: it.getThreads().map((each) => [each.id, each.length,
+        it.getThreadUnreadNotificationCount(each.id)]),
+      fully_read: it.getAccountData("m.fully_read")?.getContent().event_id ?? null };
+  },
+  read: async (room, id) => {
+    const it = client.getRoom(room);
+    await client.setRoomReadMarkers(room, id, it.findEventById(id));
+  },
+  read_up_to: async (room, user) => client.getRoom(room).getEventReadUpTo(user),
+  failed: async () => Object.fromEntries(failed),
+};
+
+baseUrl = process.argv[1];
+for await (const line of createInterface({ input: process.stdin })) {
+  const [order, ...rest] = JSON.parse(line);
+  try {
+    say({ answer: (await orders[order](...rest)) ?? null });
+  } catch (error) {
+    say({ error: `${error?.stack ?? error}` });
+  }
+}
+process.exit(0);
+"""
+NODE_MODULES: Final = ROOT / ".venv-test" / "node"
+
+
+@contextlib.contextmanager
+def validating(server: Server, folder: Path) -> Iterator[str]:
+    """The URL of a proxy that holds whatever passes against the specification, if there is one."""
+    if load_checker() is None:
+        yield server.url
+        return
+    port, report = free_port(), folder / "exchanges"
+    command = [sys.executable, str(SPEC_TOOLS / "spec_check.py"), "proxy", "--listen", str(port)]
+    command += ["--upstream", server.url, "--report", str(report)]
+    proxy = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # noqa: S603  our own program
+    try:
+        eventually(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        proxy.kill()
+        proxy.wait()
+    exchanges = [json.loads(line) for line in report.read_text("utf-8").splitlines()]
+    assert len(exchanges) > 100
+    wrong = [
+        (each["endpoint"], each["status"], finding)
+        for each in exchanges
+        for finding in each["findings"]
+        if finding["severity"] == "error" or finding["kind"] == "cors"
+    ]
+    assert not wrong
+    assert not [each for each in exchanges if each["status"] >= 500]
+
+
+class JsDevice:
+    """One matrix-js-sdk device in a Node process; orders go in and answers come out as lines."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.user_id = self.device_id = ""
+        node = shutil.which("node")
+        assert node, "Node.js is missing: Debian: apt install nodejs npm"
+        with open(folder / f"{unique('js')}.log", "w") as log:
+            self.process = subprocess.Popen(  # noqa: S603  our own program
+                [node, "--input-type=module", "-e", JS_DEVICE, url],
+                cwd=NODE_MODULES,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def __call__(self, order: str, *rest: Any, seconds: float = 60) -> Any:
+        """Give an order, wait for its answer."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps([order, *rest]) + "\n")
+        self.process.stdin.flush()
+        readable, _, _ = select.select([self.process.stdout], [], [], seconds)
+        assert readable, f"no answer to {order} {rest} in {seconds} s"
+        answer = json.loads(self.process.stdout.readline())
+        assert "error" not in answer, f"{order} {rest}: {answer['error']}"
+        return answer["answer"]
+
+    def enter(self, order: str, *rest: str) -> JsDevice:
+        """Register or log in, and start to sync."""
+        answer = self(order, *rest)
+        self.user_id, self.device_id = answer["user_id"], answer["device_id"]
+        return self
+
+    def send(self, room_id: str, content: Json, event_type: str = "m.room.message") -> str:
+        """Send an event, encrypted where the room is; its id."""
+        return str(self("call", "sendEvent", room_id, event_type, content)["event_id"])
+
+    def say(self, room_id: str, text: str, **fields: Any) -> str:
+        """Send a text."""
+        return self.send(room_id, {"msgtype": "m.text", "body": text, **fields})
+
+    def sees(self, room_id: str, event_id: str, seconds: float = 30) -> Json:
+        """The event as this device shows it, as soon as it came and could be read."""
+
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            events = {event["id"]: event for event in self("timeline", room_id)}
+            if (event := events.get(event_id)) and not event["failure"]:
+                return cast("Json", event)
+            time.sleep(0.1)
+        pytest.fail(f"{self.user_id} cannot read {event_id}: {event}")
+
+    def shows(self, order: str, *rest: Any, **wanted: Any) -> Json:
+        """The answer to an order as soon as it has these members."""
+        return cast(
+            "Json",
+            eventually(
+                lambda: (answer := self(order, *rest)) and {**answer, **wanted} == answer and answer,
+                30,
+            ),
+        )
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+def compare_emoji(asking: JsDevice, asked: JsDevice, room_id: str | None = None) -> None:
+    """Two devices verify each other by emoji: in a room, or else by to-device messages."""
+    if room_id:
+        asking("verify_in", asked.user_id, room_id)
+    else:
+        asking("verify", asked.user_id, asked.device_id)
+    assert len(asking("emoji")) == 7
+    assert asking("emoji") == asked("emoji")
+    for order in ("confirm", "verified"):
+        for device in (asking, asked):
+            device(order)
+
+
+def sealed_file(device: JsDevice, data: bytes, mimetype: str) -> Json:
+    """Encrypt and upload a file; the `file` member of the event."""
+    sealed, keys = nio.crypto.encrypt_attachment(data)
+    mxc = device("upload", base64.b64encode(sealed).decode(), "application/octet-stream")
+    return {"url": mxc, "mimetype": mimetype, **keys}
+
+
+def opened_file(device: JsDevice, file: Json) -> bytes:
+    """Download a file and decrypt it."""
+    sealed = base64.b64decode(device("download", file["url"]))
+    opened = nio.crypto.decrypt_attachment(
+        sealed, file["key"]["k"], file["hashes"]["sha256"], file["iv"]
+    )
+    return cast("bytes", opened)
+
+
+def relates(rel_type: str, event_id: str, **fields: Any) -> Json:
+    """The member of a content that points at another event."""
+    return {"m.relates_to": {"rel_type": rel_type, "event_id": event_id, **fields}}
+
+
+class Evening:
+    """The family at the table: mum and dad with matrix-js-sdk, the kid with matrix-nio."""
+
+    def __init__(self, server: Server, folder: Path, url: str) -> None:
+        self.server = server
+        self.folder = folder
+        self.url = url  # of the server, or of the proxy before it
+        self.devices: list[JsDevice] = []
+        self.mum = self.device().enter("register", "mum", PASSWORD, "supper")
+        self.dad = self.device().enter("register", "dad", PASSWORD, "supper")
+        self.kid = Device(server, register(server, "kid").user_id, folder / "kid")
+        self.kid.nio.homeserver = url
+        self.room_id = ""
+        self.said: dict[str, str] = {}  # what everybody must have read in the end
+        self.keys: dict[str, str] = {}  # recovery keys
+
+    def device(self) -> JsDevice:
+        """A new device, not yet logged in."""
+        self.devices.append(JsDevice(self.url, self.folder))
+        return self.devices[-1]
+
+    def say(self, device: JsDevice, text: str, **fields: Any) -> str:
+        """Somebody says something that all will read."""
+        event_id = device.say(self.room_id, text, **fields)
+        self.said[event_id] = text
+        return event_id
+
+    async def all_have_read(self) -> None:
+        """Whatever was said so far is readable everywhere."""
+        for device in (self.mum, self.dad):
+            for event_id, text in self.said.items():
+                assert device.sees(self.room_id, event_id)["content"]["body"] == text
+        await self.kid.sync()
+        assert self.kid.texts().items() >= self.said.items()
+        assert not self.kid.unreadable
+
+    async def arrive(self) -> None:
+        """Everybody makes keys; mum makes the room; all come in; mum and dad compare emoji."""
+        self.keys = {each.user_id: each("secure") for each in (self.mum, self.dad)}
+        content: Json = {"name": "Family", "preset": "private_chat", "initial_state": [ENCRYPTED]}
+        content["invite"] = [self.dad.user_id, self.kid.nio.user_id]
+        self.room_id = self.mum("call", "createRoom", content)["room_id"]
+        self.dad.shows("room", self.room_id, membership="invite", name="Family")
+        self.dad("join", self.room_id)
+        self.dad.shows("room", self.room_id, membership="join")
+        await self.kid.sync()
+        assert isinstance(await self.kid.nio.join(self.room_id), nio.JoinResponse)
+        for _ in range(2):
+            await self.kid.sync()
+            self.kid.trust_everyone()
+        compare_emoji(self.mum, self.dad)
+        for one, other in ((self.mum, self.dad), (self.dad, self.mum)):
+            assert eventually(lambda a=one, b=other: a("trusts", b.user_id))
+            assert one("trusts", other.user_id, other.device_id)
+
+    async def talk(self, words: str) -> None:
+        """Everybody says something, all read it."""
+        self.say(self.mum, f"mum: {words}")
+        self.say(self.dad, f"dad: {words}")
+        self.kid.trust_everyone()
+        self.said |= await self.kid.talk(self.room_id, [f"kid: {words}"])
+        await self.all_have_read()
+
+    async def relate(self) -> None:
+        """Edit, reaction, reply, thread, redaction."""
+        mum, dad, room_id = self.mum, self.dad, self.room_id
+        first = mum.say(room_id, "Super at seven")
+        assert dad.sees(room_id, first)["encrypted"]
+        new = {"msgtype": "m.text", "body": "Supper at seven"}
+        mum.say(room_id, "* Supper", **{"m.new_content": new}, **relates("m.replace", first))
+        eventually(lambda: dad.sees(room_id, first)["content"]["body"] == "Supper at seven", 30)
+        dad.send(room_id, relates("m.annotation", first, key="🍲"), "m.reaction")
+        mum.shows("reactions", room_id, first, **{"🍲": 1})
+        self.said[first] = "Supper at seven"
+        reply = {"m.relates_to": {"m.in_reply_to": {"event_id": first}}}
+        self.say(dad, "On my way", **reply)
+        for number, device in enumerate((dad, mum, dad)):
+            self.say(device, f"What is there? {number}", **relates("m.thread", first))
+        for device in (mum, dad):
+            eventually(lambda d=device: d("room", room_id)["threads"][0][:2] == [first, 3], 30)
+        slip = dad.say(room_id, "Tpyo")
+        dad("call", "redactEvent", room_id, slip)
+        eventually(lambda: mum.sees(room_id, slip)["redacted"], 30)
+        await self.kid.sync()
+        self.kid.read[first].body = "Supper at seven"  # matrix-nio leaves edits to its user
+
+    async def show(self) -> None:
+        """A picture with its thumbnail, a voice message, a poll that ends."""
+        mum, dad, room_id = self.mum, self.dad, self.room_id
+        picture = random.Random(5).randbytes(200_000)  # noqa: S311  any bytes will do
+        file = sealed_file(mum, picture, "image/png")
+        info = {"mimetype": "image/png", "w": 10, "h": 10, "size": len(picture)}
+        info["thumbnail_file"] = sealed_file(mum, picture[:5000], "image/png")
+        info["thumbnail_info"] = {"mimetype": "image/png", "w": 2, "h": 2, "size": 5000}
+        content = {"msgtype": "m.image", "body": "soup.png", "file": file, "info": info}
+        shown = dad.sees(room_id, mum.send(room_id, content))["content"]
+        assert opened_file(dad, shown["file"]) == picture
+        assert opened_file(dad, shown["info"]["thumbnail_file"]) == picture[:5000]
+        voice = {"msgtype": "m.audio", "body": "Voice message", "org.matrix.msc3245.voice": {}}
+        voice |= {"file": sealed_file(dad, picture[:30_000], "audio/ogg"), "info": {"size": 30_000}}
+        voice["org.matrix.msc1767.audio"] = {"duration": 5000, "waveform": [0, 512, 1024]}
+        shown = mum.sees(room_id, dad.send(room_id, voice))["content"]
+        assert opened_file(mum, shown["file"]) == picture[:30_000]
+        mxc = await send_picture(self.kid, room_id, picture)
+        assert opened_file(mum, mum.sees(room_id, mxc)["content"]["file"]) == picture
+        await self.vote()
+
+    async def vote(self) -> None:
+        """A poll: both vote, dad twice; it ends."""
+        mum, dad, room_id = self.mum, self.dad, self.room_id
+        answers = [{"id": each, "org.matrix.msc1767.text": each} for each in ("soup", "stew")]
+        question: Json = {"question": {"org.matrix.msc1767.text": "What?"}, "answers": answers}
+        question |= {"kind": "org.matrix.msc3381.poll.disclosed", "max_selections": 1}
+        start = {"org.matrix.msc3381.poll.start": question, "org.matrix.msc1767.text": "What?"}
+        poll = mum.send(room_id, start, "org.matrix.msc3381.poll.start")
+        dad.sees(room_id, poll)
+        for device, choice in ((dad, "soup"), (mum, "stew"), (dad, "stew")):
+            vote = {"org.matrix.msc3381.poll.response": {"answers": [choice]}}
+            vote |= relates("m.reference", poll)
+            device.send(room_id, vote, "org.matrix.msc3381.poll.response")
+        voters = sorted([dad.user_id, dad.user_id, mum.user_id])
+        for device in (mum, dad):
+            device.shows("votes", room_id, poll, votes=voters, ended=False)
+        end = {"org.matrix.msc3381.poll.end": {}, **relates("m.reference", poll)}
+        mum.send(room_id, end, "org.matrix.msc3381.poll.end")
+        dad.shows("votes", room_id, poll, votes=voters, ended=True)
+
+    async def notice(self) -> None:
+        """Typing, unread counts with a mention, receipts and read markers."""
+        mum, dad, room_id = self.mum, self.dad, self.room_id
+        mum("call", "sendTyping", room_id, True, 20_000)
+        dad.shows("room", room_id, typing=[mum.user_id])
+        mum("call", "sendTyping", room_id, False, 0)
+        dad.shows("room", room_id, typing=[])
+        before = self.say(mum, "Bring bread")
+        dad.sees(room_id, before)
+        dad("read", room_id, before)
+        dad.shows("room", room_id, unread=0, mentions=0, fully_read=before)
+        eventually(lambda: mum("read_up_to", room_id, dad.user_id) == before, 30)
+        calling = {"m.mentions": {"user_ids": [dad.user_id]}}
+        last = self.say(mum, "dad, and butter", **calling)
+        dad.shows("room", room_id, unread=1, mentions=1)
+        dad.sees(room_id, last)
+        dad("read", room_id, last)
+        dad.shows("room", room_id, unread=0, mentions=0, fully_read=last)
+        await self.all_have_read()
+
+    def look_for(self) -> None:
+        """Search finds what was said where nothing is encrypted."""
+        mum, dad = self.mum, self.dad
+        shopping = {"name": "Shopping", "preset": "private_chat", "invite": [dad.user_id]}
+        room_id = mum("call", "createRoom", shopping)["room_id"]
+        dad.shows("room", room_id, membership="invite")
+        dad("join", room_id)
+        wanted = [mum.say(room_id, f"rye bread {number}") for number in range(3)]
+        dad.say(room_id, "butter")
+
+        def found() -> bool:
+            results = dad("search", "bread")
+            return sorted(results) == sorted(wanted)
+
+        eventually(found)
+
+    async def leave_and_return(self) -> None:
+        """Dad leaves, is invited again; what was said in between is not for him."""
+        mum, dad, room_id = self.mum, self.dad, self.room_id
+        dad("call", "leave", room_id)
+        family = sorted([mum.user_id, dad.user_id, self.kid.nio.user_id])
+        mum.shows("room", room_id, members=[each for each in family if each != dad.user_id])
+        await self.kid.sync()
+        secret = mum.say(room_id, "A cake for dad")
+        mum("call", "invite", room_id, dad.user_id)
+        dad.shows("room", room_id, membership="invite")
+        dad("join", room_id)
+        for device in (mum, dad):
+            device.shows("room", room_id, members=family)
+        await self.kid.sync()
+        await self.talk("back again")
+        dad("backwards", room_id)
+        reasons = dad("failed")
+        assert reasons == {secret: "HISTORICAL_MESSAGE_USER_NOT_JOINED"}
+
+    def new_devices(self) -> None:
+        """Mum's new phone has the recovery key, dad's tablet is verified by his other device."""
+        for device in (self.mum, self.dad):
+            device("backed_up")
+        phone = self.device().enter("login", "mum", PASSWORD)
+        assert phone("unlock", self.keys[self.mum.user_id]) > 0
+        tablet = self.device().enter("login", "dad", PASSWORD)
+        compare_emoji(tablet, self.dad)
+        assert tablet("restore") > 0
+        for device in (phone, tablet):
+            device("backwards", self.room_id)
+            for event_id, text in self.said.items():
+                assert device.sees(self.room_id, event_id)["content"]["body"] == text
+        assert eventually(lambda: self.dad("trusts", phone.user_id, phone.device_id), 30)
+        late = phone.say(self.room_id, "From my new phone")
+        for device in self.devices:
+            assert device.sees(self.room_id, late)["content"]["body"] == "From my new phone"
+
+
+async def family_evening(evening: Evening) -> None:
+    """The whole story, with a restart and a SIGKILL of the server in its midst."""
+    async with logged_in(evening.kid):
+        await evening.arrive()
+        await evening.talk("good evening")
+        await evening.relate()
+        evening.server.restart()
+        await evening.talk("after a restart")
+        await evening.show()
+        evening.server.kill9()
+        evening.server.start()
+        await evening.talk("after a fall")
+        await evening.notice()
+        evening.look_for()
+        await evening.leave_and_return()
+        evening.new_devices()
+        await evening.all_have_read()
+
+
+@slow
+def test_an_evening_of_a_family(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    server = new_server(registration_token="supper", rate_limit=True)
+    with validating(server, tmp_path) as url:
+        evening = Evening(server, tmp_path, url)
+        try:
+            asyncio.run(family_evening(evening))
+        finally:
+            for device in evening.devices:
+                device.stop()
+    server.stop()
+    server.check()
+
+
 # ── The pulled plug ──────────────────────────────────────────────────────────
 #
 # The server runs under a few lines of Python that note in an append-only file what each
