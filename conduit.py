@@ -6067,17 +6067,31 @@ def sent_as(rooms: RoomReader, event: Event, device_nid: int) -> Json:
     return {"org.matrix.msc4140.delay_id": event.txn_id} if is_own else {}
 
 
+def membership_then(rooms: RoomReader, event: Event, reader: Requester) -> Json:
+    """The reader's `membership` at the event: why its key is missing, clients can say with it.
+
+    Spec: CS-API `UnsignedData`, where it may be left out if it costs much: for old state.
+    """
+    member = rooms.memberships(reader.nid).get(event.room_nid)
+    is_joined = member is not None and member.membership == "join"
+    if member is not None and is_joined and event.pos == event.nid >= member.join_pos:
+        return {"membership": "join"}  # by far the most frequent case
+    if event.state_group is None or (event.is_state and event.state_key != reader.user_id):
+        return {}
+    return {"membership": rooms.membership_at(event, reader.user_id) or "leave"}
+
+
 def client_event(
     rooms: RoomReader,
     event: Event,
-    device_nid: int | None = None,
+    reader: Requester | None = None,
     *,
     room_id: bool = True,
     nested: bool = False,
 ) -> Json:
     """An event as clients get it.  Spec: CS-API "Room event format".
 
-    `device_nid` is the reader's device: the one that sent the event also gets its transaction_id.
+    The reader's device gets the transaction_id of what it sent.
     `nested` is what stands in another event's `unsigned`, and has no further event in its own.
     """
     result: Json = {
@@ -6096,8 +6110,10 @@ def client_event(
         result["redacts"] = event.redacts
         result["content"] = {**event.content, "redacts": event.redacts}
     unsigned = result["unsigned"] = {"age": max(0, now_ms() - event.origin_server_ts)}
-    if device_nid is not None and event.txn_id is not None:
-        unsigned |= sent_as(rooms, event, device_nid)
+    if reader is not None:
+        unsigned |= membership_then(rooms, event, reader)
+        if reader.device_nid is not None and event.txn_id is not None:
+            unsigned |= sent_as(rooms, event, reader.device_nid)
     if event.replaces is not None:
         replaced = rooms.event_by_nid(event.replaces)
         if replaced is not None:
@@ -12824,7 +12840,7 @@ class Reader(NamedTuple):
 def sum_up_edits(reader: Reader, event: Event) -> Json | None:
     """The newest edit.  Spec: "Server-side aggregation of `m.replace` relationships"."""
     edit = latest_edit(reader.hs, event, reader.viewer.may_read)
-    return None if edit is None else client_event(reader.hs.rooms, edit, reader.user.device_nid)
+    return None if edit is None else client_event(reader.hs.rooms, edit, reader.user)
 
 
 def sum_up_references(reader: Reader, event: Event) -> Json | None:
@@ -12922,7 +12938,7 @@ def client_events(hs: Homeserver, user: Requester, events: Iterable[Event]) -> l
     """Events in the client format for one user, with their aggregations."""
     events = list(events)
     sums = aggregations(hs, user, events)
-    shown = [client_event(hs.rooms, event, user.device_nid) for event in events]
+    shown = [client_event(hs.rooms, event, user) for event in events]
     for event, one in zip(events, shown, strict=True):
         if event.nid in sums:
             one["unsigned"]["m.relations"] = sums[event.nid]
@@ -20035,7 +20051,7 @@ class SyncReader:
 
     def format(self, event: Event, relations: Json | None = None) -> Json:
         """An event of a room's section, in the form for this reader."""
-        whole = client_event(self.hs.rooms, event, self.user.device_nid, room_id=False)
+        whole = client_event(self.hs.rooms, event, self.user, room_id=False)
         if relations is not None:
             whole["unsigned"]["m.relations"] = relations
         return whole
