@@ -26021,7 +26021,7 @@ h1{font-size:clamp(1.5rem,5.5vw,2.3rem);line-height:1.15;margin:0;overflow-wrap:
 header p{margin:.25rem 0 0;color:var(--soft)}
 h2{font-size:1.15rem;margin:0 0 .7rem}
 section{background:var(--card);border:1px solid var(--line);border-radius:14px;
-padding:1.4rem 1.5rem;margin:1.1rem 0}
+padding:clamp(1rem,5vw,1.4rem) clamp(1rem,5vw,1.5rem);margin:1.1rem 0}
 p{margin:.6rem 0}
 .status{border-left:4px solid var(--accent);background:var(--tint);border-radius:8px;
 padding:.7rem 1rem;margin:1rem 0 0}

@@ -89,6 +89,8 @@ from aiosmtpd.smtp import AuthResult
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service as ChromeService
 from prometheus_client.parser import text_string_to_metric_families
 
 import conduit
@@ -21969,6 +21971,174 @@ def test_the_login_page(nobody: Client) -> None:
     assert page.text.count("<script>") == 1
     assert "connect-src 'self'" in policy_of(page)
 
+# ── 24.5  In a browser ───────────────────────────────────────────────────────
+
+
+class Browser:
+    """A headless Chromium of its own; what its console says is complained about."""
+
+    def __init__(self, folder: Path) -> None:
+        options = webdriver.ChromeOptions()
+        wanted = ["headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync"]
+        wanted += ["disable-background-networking", "disable-component-update"]
+        for name in (*wanted, f"user-data-dir={folder}"):
+            options.add_argument(f"--{name}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        service = ChromeService(shutil.which("chromedriver"))
+        self.driver = webdriver.Chrome(options=options, service=service)
+
+    def open(self, url: str) -> None:
+        """Open a page; its icon must have loaded."""
+        self.driver.get(url)
+        assert self.js("return document.querySelector('header img').naturalWidth") > 0
+
+    def js(self, code: str) -> Any:
+        """What a script says in the page."""
+        return self.driver.execute_script(code)
+
+    def fill(self, selector: str, text: str) -> None:
+        """Type into a field, in the place of what was there."""
+        field = self.driver.find_element("css selector", selector)
+        field.clear()
+        field.send_keys(text)
+
+    def click(self, selector: str = "button") -> None:
+        """Press something."""
+        self.driver.find_element("css selector", selector).click()
+
+    def says(self, text: str) -> None:
+        """Wait until the page shows this text."""
+        eventually(lambda: text in self.js("return document.querySelector('main')?.innerText || ''"))
+
+    def looks_good(self) -> None:
+        """Readable in light and dark, and on the narrowest phone nothing sticks out."""
+        for scheme in ("light", "dark"):
+            feature = {"name": "prefers-color-scheme", "value": scheme}
+            self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            worst, where = self.js(WORST_CONTRAST)
+            assert worst >= 4.5, f"{scheme}: contrast {worst} of {where}"
+        size = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert self.js("return document.documentElement.scrollWidth") <= 320
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+    def complaints(self) -> list[str]:
+        """What the console has said since, the refused requests of a form aside."""
+        lines = [str(entry["message"]) for entry in self.driver.get_log("browser")]
+        return [line for line in lines if "the server responded with a status of 40" not in line]
+
+
+# The least contrast of a text with what is behind it, as WCAG 2 counts it: 4.5 is asked for.
+WORST_CONTRAST: Final = """
+const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+const light = ([red, green, blue]) => [red, green, blue].map((part) => part / 255).map(
+  (part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0);
+const behind = (node) => {
+  for (; node; node = node.parentElement) {
+    const colour = parts(getComputedStyle(node).backgroundColor);
+    if (colour.length < 4 || colour[3] > 0) return colour;
+  }
+  return [255, 255, 255];
+};
+let worst = [21, ""];
+for (const node of document.querySelectorAll("main *")) {
+  if (![...node.childNodes].some((one) => one.nodeType === 3 && one.data.trim())) continue;
+  const [a, b] = [light(parts(getComputedStyle(node).color)), light(behind(node))];
+  const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (contrast < worst[0]) worst = [contrast, node.outerHTML.slice(0, 200)];
+}
+return worst;
+"""
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The browser that the tests of a process share."""
+    need("chromium", "chromedriver")
+    shared = Browser(tmp_path_factory.mktemp("browser"))
+    yield shared
+    shared.driver.quit()
+
+
+@slow
+def test_the_landing_page_in_a_browser(browser: Browser, server: Server) -> None:
+    browser.open(server.url + "/")
+    assert server.name in browser.driver.title
+    browser.says("What to do next")
+    browser.looks_good()
+    assert not browser.complaints()
+
+
+@slow
+def test_signing_in_with_a_browser(browser: Browser, alice: Client) -> None:
+    hook = "window.matrixLogin = {onLogin: (answer) => {window.answer = answer}}"
+    script = {"source": hook}
+    added = browser.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", script)
+    name = alice.user_id[1:].partition(":")[0]
+    query = "?device_id=KITCHEN&initial_device_display_name=Kitchen%20%3Cb%3E"
+    browser.open(f"{alice.server.url}/_matrix/static/client/login/{query}")
+    browser.looks_good()
+    browser.fill("#user", name)
+    browser.fill("#password", "not this one")
+    browser.click()
+    eventually(lambda: browser.js("return !document.getElementById('problem').hidden"))
+    assert browser.js("return window.answer") is None
+    browser.looks_good()
+    browser.fill("#password", PASSWORD)
+    browser.click()
+    browser.says(f"signed in as {alice.user_id}")
+    answer = browser.js("return window.answer")
+    assert (answer["user_id"], answer["device_id"]) == (alice.user_id, "KITCHEN")
+    device = ok(Client(alice.server, answer["access_token"]).get("devices/KITCHEN"))
+    assert device["display_name"] == "Kitchen <b>"
+    browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+    assert not browser.complaints()
+
+
+@slow
+def test_registering_with_a_browser(browser: Browser, new_server: Callable[..., Server]) -> None:
+    server = new_server(registration_token="open-sesame", terms=[HOUSE_RULES])
+    anyone, body = Client(server), {"username": "alice", "password": PASSWORD}
+    answer = anyone.post("register", body).json()
+    for stage in answer["flows"][0]["stages"]:
+        page = f"{server.url}{CLIENT}auth/{stage}/fallback/web?session={answer['session']}"
+        browser.open(page)
+        browser.looks_good()
+        if stage == "m.login.terms":
+            browser.says(HOUSE_RULES["name"])
+            browser.click()  # not yet: the box must be ticked
+            assert not browser.js("return document.querySelector('form').checkValidity()")
+            browser.click("[type=checkbox]")
+        else:
+            browser.fill("#token", "open-barley")
+            browser.click()
+            browser.says("That was not right.")
+            browser.looks_good()
+            browser.fill("#token", "open-sesame")
+        browser.click()
+        browser.says("that is done")
+        browser.looks_good()
+    ok(anyone.post("register", {**body, "auth": {"session": answer["session"]}}))
+    browser.open(page)
+    browser.says("out of date")
+    assert not browser.complaints()
+
+
+@slow
+def test_confirming_an_address_with_a_browser(browser: Browser, mail: MailServer) -> None:
+    address = f"{unique('alice')}@example.org"
+    proof = ask_by_mail(Client(mail.server), "register", address)
+    browser.open(link_in(mail, address))
+    browser.says(address)
+    browser.looks_good()
+    browser.click()
+    browser.says("that is done")
+    assert proof["sid"]
+    browser.open(link_in(mail, address))
+    browser.says("out of date")
+    assert not browser.complaints()
+
 
 # ═════════════════════════════════════════════════════════════════════════════
 #  53. METRICS AND TRACING
@@ -22988,7 +23158,7 @@ class JsDevice:
         self.user_id = self.device_id = ""
         with open(folder / f"{unique('js')}.log", "w") as log:
             self.process = subprocess.Popen(  # noqa: S603  our own program
-                ["node", "--input-type=module", "-e", JS_DEVICE, url],
+                [shutil.which("node") or "node", "--input-type=module", "-e", JS_DEVICE, url],
                 cwd=NODE_MODULES,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
