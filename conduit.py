@@ -7109,11 +7109,12 @@ class Requester:
 
 
 def access_token(request: Request) -> str | None:
-    """The token from the Authorization header, or from the query, where old clients put it."""
+    """The token from the Authorization header, not from the query, which ends up in logs.
+
+    Spec: CS-API "Using access tokens".
+    """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token:
-        return token.strip(" ")
-    return request.arg("access_token") or None
+    return (token.strip(" ") or None) if scheme.lower() == "bearer" else None
 
 
 def check_caller(auth: Auth, requester: Requester | None) -> None:
@@ -12331,12 +12332,16 @@ def move_to_replacement(hs: Homeserver, old: Room, new: Room) -> set[str]:
 VISIBILITY = V3 + "/directory/list/room/{room_id}"
 
 
+def visibility_of(hs: Homeserver, room_nid: RoomNid) -> str:
+    """Whether a room is in the list, in the specification's words."""
+    row = hs.db.one("SELECT 1 FROM published_rooms WHERE room_nid = ?", (room_nid,))
+    return "private" if row is None else "public"
+
+
 @route("GET", VISIBILITY, auth=NONE)
 async def get_visibility(hs: Homeserver, _request: Request, room_id: str) -> Json:
     """Whether a room is in the list. 404 M_NOT_FOUND for an unknown room."""
-    nid = hs.rooms.get(room_id).nid
-    row = hs.db.one("SELECT 1 FROM published_rooms WHERE room_nid = ?", (nid,))
-    return {"visibility": "private" if row is None else "public"}
+    return {"visibility": visibility_of(hs, hs.rooms.get(room_id).nid)}
 
 
 @route("PUT", VISIBILITY, auth=USER, limit="create", body={"visibility?": str})
@@ -12852,7 +12857,7 @@ def sum_up_references(reader: Reader, event: Event) -> Json | None:
 
 def latest_reply(reader: Reader, event: Event) -> Json:
     """The newest reply of a thread, with its own aggregations."""
-    shown = client_event(reader.hs.rooms, event, reader.user.device_nid)
+    shown = client_event(reader.hs.rooms, event, reader.user)
     sums = {REPLACE: sum_up_edits(reader, event), REFERENCE: sum_up_references(reader, event)}
     if found := {kind: summed for kind, summed in sums.items() if summed is not None}:
         shown["unsigned"]["m.relations"] = found
@@ -20609,6 +20614,125 @@ async def get_sync(hs: Homeserver, request: Request) -> Json:
         hs.accounts.check_logged_in(request.user)
         if is_late:
             return (await sync_once(ask))[0]
+
+
+# ── 21.8  The old form ───────────────────────────────────────────────────────
+#
+#  What there was before /sync: deprecated, but for a look into rooms that one is not in.
+
+MAX_OLD_EVENTS = 100
+PEEK_SECONDS = 1.0  # nobody wakes those who look in from outside
+
+
+def room_snapshot(hs: Homeserver, request: Request, room: Room, limit: int, upto: int) -> Json:
+    """A room's newest events and its state, as of now or when the user left."""
+    nid, (_, left) = request.user.nid, readable_room(hs, request, room.room_id)
+    end = upto if left is None else left.pos or left.nid
+    span, anything = (MIN_POSITION, end), EventFilter({})
+    page = read_page(hs, nid, room, span, anything, limit, backwards=True)
+    state = hs.rooms.events_by_nids(state_for(hs, room, left).values())
+    result = {
+        "room_id": room.room_id,
+        "messages": {
+            "start": stream_token(page.end),
+            "end": stream_token(end),
+            "chunk": as_clients(hs, request, page.events[::-1]),
+        },
+        "state": as_clients(hs, request, state),
+        "visibility": visibility_of(hs, room.nid),
+        "account_data": room_account_data_of(hs, nid, room.nid),
+    }
+    member = hs.rooms.memberships(nid).get(room.nid)
+    if member is not None and not member.forgotten and member.membership != "knock":
+        result["membership"] = member.membership
+    return result
+
+
+@route("GET", ROOM_PATH + "/initialSync", auth=GUEST)
+async def room_initial_sync(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """A room at a glance, also from outside where everyone may look.  Spec: "Room previews"."""
+    limit = request.int_arg("limit", DEFAULT_PAGE, 0, MAX_PAGE)
+    return room_snapshot(hs, request, known_room(hs, room_id), limit, hs.stream.position)
+
+
+def old_invite(hs: Homeserver, request: Request, room: Room, invite: Event) -> Json:
+    """An invitation in the old form."""
+    event = client_event(hs.rooms, invite, request.user)
+    return {"room_id": room.room_id, "membership": "invite", "invite": event}
+
+
+@route("GET", V3 + "/initialSync", auth=GUEST)
+async def initial_sync(hs: Homeserver, request: Request) -> Json:
+    """All rooms of the user, with their newest events and their state; deprecated."""
+    limit = request.int_arg("limit", DEFAULT_PAGE, 0, MAX_PAGE)
+    archived = request.bool_arg("archived", False)
+    ask, upto = SyncReader(hs, request, SyncFilter({})), hs.stream.position
+    rooms = []
+    for nid in list(hs.rooms.memberships(ask.nid)):
+        await asyncio.sleep(0)  # others get a turn
+        member = hs.rooms.memberships(ask.nid)[nid]
+        room, event = hs.rooms.by_nid(nid), hs.rooms.event_by_nid(member.event_nid)
+        is_left = archived and not member.forgotten and departure(hs, event) is not None
+        if member.membership == "invite" and event is not None and not hides_invite(ask, event):
+            rooms.append(old_invite(hs, request, room, event))
+        elif member.membership == "join" or is_left:
+            rooms.append(room_snapshot(hs, request, room, limit, upto))
+    rules = push_rules_account_data(hs, ask.nid)
+    return {
+        "end": stream_token(upto),
+        "presence": presence_since(hs, ask.nid),
+        "rooms": rooms,
+        "account_data": [*global_account_data(hs, ask.nid, 0), *([rules] if rules else [])],
+    }
+
+
+def events_after(ask: SyncReader, rooms: Iterable[Room], since: int) -> tuple[list[Event], int]:
+    """The next events of some rooms in the stream's order, and up to where they are all."""
+    events: list[Event] = []
+    upto, span = ask.upto, (since, ask.upto)
+    for room in rooms:
+        anything, limit = ask.wanted.timeline, MAX_OLD_EVENTS
+        page = read_page(ask.hs, ask.nid, room, span, anything, limit, backwards=False)
+        events += page.events
+        upto = min(upto, page.end) if page.more else upto
+    events = sorted((one for one in events if cast(int, one.pos) <= upto), key=lambda one: cast(int, one.pos))
+    if len(events) > MAX_OLD_EVENTS:
+        events = events[:MAX_OLD_EVENTS]
+        upto = cast(int, events[-1].pos)
+    return events, upto
+
+
+@route("GET", V3 + "/events", auth=GUEST, limit=None)
+async def get_events(hs: Homeserver, request: Request) -> Json:
+    """The next events of all rooms of the user, or of one to look into; waits for them."""
+    text, room_id = request.arg("from"), request.arg("room_id")
+    ask = SyncReader(hs, request, SyncFilter({}))
+    since = ask.upto if text is None else parse_token(text)
+    timeout = min(request.int_arg("timeout", 0, 0, 2**53), MAX_SYNC_TIMEOUT_MS)
+    ends = time.monotonic() + timeout / 1000
+    while True:
+        ask.upto = hs.stream.position
+        if room_id is not None:
+            rooms = [viewable_room(hs, request, room_id)]
+        else:
+            rooms = [hs.rooms.by_nid(nid) for nid in changes_since(ask, since).rooms]
+        events, upto = events_after(ask, rooms, since)
+        left = ends - time.monotonic()
+        if events or upto < ask.upto or left <= 0:
+            chunk = as_clients(hs, request, events)
+            return {"start": stream_token(since), "end": stream_token(upto), "chunk": chunk}
+        await hs.notifier.wait(request, left if room_id is None else min(left, PEEK_SECONDS))
+        hs.accounts.check_logged_in(request.user)
+
+
+@route("GET", V3 + "/events/{event_id}", auth=GUEST)
+async def get_one_event(hs: Homeserver, request: Request, event_id: str) -> Json:
+    """One event of any room; 404 also for what the user may not see.  Deprecated."""
+    found = hs.rooms.event(event_id)
+    if found is None:
+        raise not_found("There is no such event")
+    room_id = hs.rooms.by_nid(found.room_nid).room_id
+    return as_clients(hs, request, [visible_event(hs, request, room_id, event_id)[1]])[0]
 
 
 # ═════════════════════════════════════════════════════════════════════════════

@@ -73,6 +73,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Final, NamedTuple, cast
 from urllib.parse import quote, unquote
 
+import aiohttp
 import httpx
 import mautrix.appservice
 import mautrix.client.state_store
@@ -6791,16 +6792,14 @@ WHO_MAY: Final = {
 }
 
 
-@pytest.mark.parametrize("where", ["header", "query"])
 @pytest.mark.parametrize("auth", list(WHO_MAY))  # servers sign: see FEDERATION REQUESTS
-def test_who_may_call(auth: conduit.Auth, where: str) -> None:
-    """The whole table, with the token in the header and in the query."""
+def test_who_may_call(auth: conduit.Auth) -> None:
+    """The whole table."""
     made = Routes()
     made.add("GET", "/x", auth=auth)
     for token, status in WHO_MAY[auth].items():
-        lines = [f"Authorization: Bearer {token}"] if token and where == "header" else []
-        target = f"/x?access_token={token}" if token and where == "query" else "/x"
-        answer = made.ask("GET", target, b"", *lines)
+        lines = [f"Authorization: Bearer {token}"] if token else []
+        answer = made.ask("GET", "/x", b"", *lines)
         assert answer.status == status, token
         if status == 200 and auth is not conduit.NONE:
             assert answer.json()["user"] == (KNOWN_TOKENS[token].user_id if token else None)
@@ -6811,7 +6810,7 @@ def test_who_may_call(auth: conduit.Auth, where: str) -> None:
 
 
 def test_forms_of_the_authorization_header() -> None:
-    """The scheme in any case; other schemes are no token; the header goes before the query."""
+    """The scheme in any case; other schemes are no token, nor is what the query has."""
     made = Routes()
     made.add("GET", "/x", auth=conduit.USER)
     cases = {
@@ -6827,6 +6826,8 @@ def test_forms_of_the_authorization_header() -> None:
         assert made.ask("GET", "/x", b"", f"Authorization: {value}").status == status, value
     answer = made.ask("GET", "/x?access_token=admin", b"", "Authorization: Bearer user")
     assert answer.json()["user"] == "@user:x"
+    answer = made.ask("GET", "/x?access_token=admin", b"")
+    assert (answer.status, answer.json()["errcode"]) == (401, "M_MISSING_TOKEN")
 
 
 def test_every_route_says_who_may_call() -> None:
@@ -9634,7 +9635,7 @@ def test_sec_30_no_secret_in_database_or_log(new_server: Callable[..., Server]) 
     """Class 30: tokens are hashed at rest, and neither they nor passwords are in the log."""
     server = new_server(log="debug")
     alice = register(server, "alice", refresh_token=True)
-    ok(Client(server).get("account/whoami", access_token=alice.token))
+    fails(Client(server).get("account/whoami", access_token=alice.token), 401, "M_MISSING_TOKEN")
     short = login_token(alice)
     new_password = "a different pass phrase"
     session = alice.post("account/password", {"new_password": new_password}).json()["session"]
@@ -17503,6 +17504,90 @@ def act_at_random(person: Client, host: Client, room_id: str, action: str) -> No
         person.post(("rooms", room_id, "leave"))
 
 
+# ── The old form ─────────────────────────────────────────────────────────────
+
+
+def test_initial_sync_shows_rooms_as_of_now_or_of_leaving(alice: Client, bob: Client) -> None:
+    rooms = [alice.room_with(bob, name=f"Room {number}") for number in range(3)]
+    invited, hidden = alice.create_room(bob), alice.create_room()
+    for room_id in rooms:
+        alice.send_text(room_id, "before")
+    bob.leave(rooms[1])
+    bob.leave(rooms[2])
+    ok(bob.post(("rooms", rooms[2], "forget")))
+    alice.send_text(rooms[1], "after")
+    alice.set_state(rooms[1], "m.room.name", {"name": "New name"})
+    ok(bob.put(("user", bob.user_id, "account_data", "org.example"), {"a": 1}))
+    ok(bob.put(("user", bob.user_id, "rooms", rooms[0], "tags", "u.x"), {}))
+    shown = ok(bob.get("initialSync", limit=2))
+    by_id = {room["room_id"]: room for room in shown["rooms"]}
+    assert by_id.keys() == {rooms[0], invited}
+    assert by_id[invited]["invite"]["content"]["membership"] == "invite"
+    room = by_id[rooms[0]]
+    assert (room["membership"], room["visibility"]) == ("join", "private")
+    assert [event["type"] for event in room["messages"]["chunk"]][-1] == "m.room.message"
+    assert len(room["messages"]["chunk"]) == 2
+    assert room["account_data"] == [{"type": "m.tag", "content": {"tags": {"u.x": {}}}}]
+    assert {"org.example", "m.push_rules"} <= {one["type"] for one in shown["account_data"]}
+    older = bob.messages(rooms[0], **{"from": room["messages"]["start"]})["chunk"]
+    assert not {e["event_id"] for e in older} & {e["event_id"] for e in room["messages"]["chunk"]}
+    archived = ok(bob.get("initialSync", archived="true"))["rooms"]
+    left = next(room for room in archived if room["room_id"] == rooms[1])
+    assert left["membership"] == "leave"
+    assert ok(bob.get(("rooms", rooms[1], "initialSync")))["membership"] == "leave"
+    assert "after" not in json.dumps(left)
+    assert "New name" not in json.dumps(left)
+    for room_id in (rooms[2], hidden, invited, "!none:x"):
+        fails(bob.get(("rooms", room_id, "initialSync")), 403, "M_FORBIDDEN")
+
+
+def test_events_come_once_and_in_order(alice: Client, bob: Client) -> None:
+    rooms = [alice.room_with(bob) for _ in range(3)]
+    private = alice.create_room()
+    start = ok(bob.get("initialSync", limit=0))["end"]
+    sent = [alice.send_text(rooms[number % 3], str(number)) for number in range(250)]
+    alice.send_text(private, "not for bob")
+    got: list[str] = []
+    for _ in range(3):
+        page = ok(bob.get("events", **{"from": start}))
+        assert page["start"] == start
+        assert len(page["chunk"]) <= 100
+        got += [event["event_id"] for event in page["chunk"]]
+        start = page["end"]
+    assert got == sent
+    assert ok(bob.get("events", params={"timeout": 50, "from": start}))["chunk"] == []
+    with ThreadPoolExecutor(1) as pool:
+        query = {"from": start, "timeout": 20_000}
+        waiting = pool.submit(bob.get, "events", params=query)
+        time.sleep(0.2)
+        last = alice.send_text(rooms[0], "awaited")
+        assert [e["event_id"] for e in ok(waiting.result(10))["chunk"]] == [last]
+    assert ok(bob.get(("events", last)))["content"]["body"] == "awaited"
+    secret = alice.send_text(private, "secret")
+    for event_id in (secret, "$none"):
+        fails(bob.get(("events", event_id)), 404, "M_NOT_FOUND")
+    fails(bob.get("events", **{"from": "nonsense"}), 400, "M_INVALID_PARAM")
+
+
+def test_a_look_into_a_room_from_outside(alice: Client, bob: Client) -> None:
+    state = [{"type": "m.room.history_visibility", "content": {"history_visibility": "world_readable"}}]
+    room_id, closed = alice.create_room(initial_state=state), alice.create_room()
+    alice.send_text(room_id, "look")
+    room = ok(bob.get(("rooms", room_id, "initialSync")))
+    assert "membership" not in room
+    assert room["messages"]["chunk"][-1]["content"]["body"] == "look"
+    start = room["messages"]["end"]
+    with ThreadPoolExecutor(1) as pool:
+        query = {"from": start, "room_id": room_id, "timeout": 20_000}
+        waiting = pool.submit(bob.get, "events", params=query)
+        time.sleep(0.2)
+        event_id = alice.send_text(room_id, "live")
+        assert [e["event_id"] for e in ok(waiting.result(10))["chunk"]] == [event_id]
+    fails(bob.get("events", room_id=closed), 403, "M_FORBIDDEN")
+    alice.set_state(room_id, "m.room.history_visibility", {"history_visibility": "joined"})
+    fails(bob.get("events", room_id=room_id), 403, "M_FORBIDDEN")
+
+
 # ── What a filter or a lost answer must not take away ────────────────────────
 
 
@@ -23494,6 +23579,233 @@ def test_an_evening_of_a_family(new_server: Callable[..., Server], tmp_path: Pat
         finally:
             for device in evening.devices:
                 device.stop()
+    server.stop()
+    server.check()
+
+
+# ── A whole street at once ───────────────────────────────────────────────────
+#
+# Many users in many rooms, each with a client of either kind of sync, all at random. In the
+# end each client must have had every event of each of its rooms, once, in the room's order.
+
+
+class Watcher:
+    """One client that syncs all the time, and fills the gaps as clients do."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, account: Client, kind: str) -> None:
+        self.http = http
+        self.url = url
+        self.account = account
+        self.kind = kind
+        self.since = ""
+        self.rooms: dict[str, list[str]] = defaultdict(list)
+        self.answers: Counter[int] = Counter()
+
+    async def request(self, method: str, path: str, body: Json | None = None, **query: Any) -> Json:
+        """A request that must succeed; a leave of who has left before is no failure."""
+        headers = {"Authorization": f"Bearer {self.account.token}"}
+        url = self.url + path_of(path)
+        asked = self.http.request(method, url, json=body, params=query, headers=headers)
+        async with asked as answer:
+            self.answers[answer.status] += 1
+            text = await answer.text()
+            assert answer.status in (200, 403), f"{method} {url}: {answer.status} {text}"
+            return cast("Json", json.loads(text))
+
+    async def turn(self, timeout: int) -> None:
+        """One sync."""
+        news = await (self.v3(timeout) if self.kind == "v3" else self.slide(timeout))
+        for room_id, events, gap, start in news:
+            await self.take(room_id, [event["event_id"] for event in events], gap, start)
+
+    async def v3(self, timeout: int) -> list[tuple[str, list[Json], bool, str]]:
+        """(room, timeline, whether there is a gap before it, where it starts) by /sync."""
+        since = {"since": self.since} if self.since else {}
+        answer = await self.request("GET", "sync", timeout=timeout, **since)
+        self.since = answer["next_batch"]
+        sections = answer.get("rooms", {})
+        parts = {**sections.get("leave", {}), **sections.get("join", {})}
+        lines = {room_id: part["timeline"] for room_id, part in parts.items() if "timeline" in part}
+        return [
+            (room_id, line["events"], line["limited"], line.get("prev_batch", ""))
+            for room_id, line in lines.items()
+        ]
+
+    async def slide(self, timeout: int) -> list[tuple[str, list[Json], bool, str]]:
+        """The same by sliding sync."""
+        pos = {"pos": self.since} if self.since else {}
+        lists = {"all": {"ranges": [[0, 999]], "timeline_limit": 5, "required_state": []}}
+        answer = await self.request("POST", SLIDING, {"lists": lists}, timeout=timeout, **pos)
+        self.since = answer["pos"]
+        return [
+            (room_id, room.get("timeline", []), gap, room.get("prev_batch", ""))
+            for room_id, room in answer["rooms"].items()
+            for gap in [bool(room.get("limited") or room.get("initial"))]
+        ]
+
+    async def take(self, room_id: str, new: list[str], gap: bool, start: str) -> None:
+        """Put events behind those known, with what the gap has hidden."""
+        known = self.rooms[room_id]
+        path = f"rooms/{quote(room_id)}/messages"
+        while gap and start and not set(new).intersection(known):
+            page = await self.request("GET", path, dir="b", limit=50, **{"from": start})
+            new = [event["event_id"] for event in reversed(page.get("chunk", []))] + new
+            start = page.get("end", "")
+        if gap and known:
+            new = new[new.index(known[-1]) + 1 :] if known[-1] in new else new
+        assert not set(new).intersection(known), f"{self.kind}: an event came twice in {room_id}"
+        assert len(set(new)) == len(new)
+        known += new
+
+
+DOINGS: Final = (
+    *("say", "say", "say", "say", "say", "say", "say", "say"),
+    *("react", "read", "read", "type", "topic", "leave", "join", "name"),
+)
+
+
+class Neighbour:
+    """A user with both clients, who does something now and then."""
+
+    def __init__(self, watchers: list[Watcher], rooms: list[str], chance: random.Random) -> None:
+        self.watchers = watchers
+        self.rooms = rooms
+        self.chance = chance
+        self.home = chance.sample(rooms, min(len(rooms), 8))
+        self.user_id = watchers[0].account.user_id
+
+    async def act(self) -> None:
+        """Something, somewhere."""
+        client, room_id = self.watchers[0], self.chance.choice(self.home)
+        room, user = f"rooms/{quote(room_id)}", quote(self.user_id)
+        doing, txn = self.chance.choice(DOINGS), unique("txn")
+        latest = (client.rooms[room_id] or ["$none"])[-1]
+        relation = {"rel_type": "m.annotation", "event_id": latest, "key": txn}
+        hello = {"msgtype": "m.text", "body": txn}
+        deeds: dict[str, tuple[str, str, Json]] = {
+            "say": ("PUT", f"{room}/send/m.room.message/{txn}", hello),
+            "react": ("PUT", f"{room}/send/m.reaction/{txn}", {"m.relates_to": relation}),
+            "read": ("POST", f"{room}/receipt/m.read/{quote(latest)}", {}),
+            "type": ("PUT", f"{room}/typing/{user}", {"typing": True, "timeout": 3000}),
+            "topic": ("PUT", f"{room}/state/m.room.topic/", {"topic": txn}),
+            "leave": ("POST", f"{room}/leave", {}),
+            "join": ("POST", f"join/{quote(room_id)}", {}),
+            "name": ("PUT", f"profile/{user}/displayname", {"displayname": txn}),
+        }
+        if doing != "read" or latest != "$none":
+            await client.request(*deeds[doing])
+
+
+class Street:
+    """All neighbours and rooms of one server."""
+
+    def __init__(self, server: Server, users: int, rooms: int) -> None:
+        self.server = server
+        self.chance = random.Random(users)  # noqa: S311  chance for tests
+        self.accounts = [register(server) for _ in range(users)]
+        for account in self.accounts:
+            account.checked = False
+        public = {"preset": "public_chat", "power_level_content_override": {"state_default": 0}}
+        hosts = [self.chance.choice(self.accounts) for _ in range(rooms)]
+        self.rooms = {host.create_room(**public): host for host in hosts}
+        self.neighbours: list[Neighbour] = []
+        self.acting = True
+        self.memory: list[float] = []
+
+    async def move_in(self, http: aiohttp.ClientSession) -> None:
+        """Everybody logs a second device in, joins the rooms of their home, syncs once."""
+        for account in self.accounts:
+            other = await asyncio.to_thread(account.login)
+            kinds = ((account, "v3"), (other, "sliding"))
+            watchers = [Watcher(http, self.server.url, each, kind) for each, kind in kinds]
+            one = Neighbour(watchers, list(self.rooms), self.chance)
+            self.neighbours.append(one)
+            for room_id in one.home:
+                await watchers[0].request("POST", f"join/{quote(room_id)}", {})
+            for watcher in watchers:
+                await watcher.turn(0)
+
+    async def live(self, one: Neighbour, pause: float) -> None:
+        """Act at random until the time is over."""
+        while self.acting:
+            await asyncio.sleep(self.chance.uniform(0, 2 * pause))
+            await one.act()
+
+    async def watch(self, watcher: Watcher) -> None:
+        """Sync until everybody is silent."""
+        while self.acting:
+            await watcher.turn(3000)
+            await asyncio.sleep(self.chance.uniform(0, 0.2))
+
+    async def clock(self, seconds: float) -> None:
+        """The memory after a quarter of the time and at the end, which is the end of all acts."""
+        for share in (0.25, 0.75):
+            await asyncio.sleep(seconds * share)
+            self.memory.append(self.server.rss())
+        self.acting = False
+
+    async def evening(self, seconds: float, pause: float) -> None:
+        """Everybody at once."""
+        watchers = [watcher for one in self.neighbours for watcher in one.watchers]
+        lives = [self.live(one, pause) for one in self.neighbours]
+        await asyncio.gather(self.clock(seconds), *lives, *map(self.watch, watchers))
+
+    async def reckon(self) -> int:
+        """Each client of each member has each event of each room; how many deliveries that was."""
+        total = 0
+        for room_id, host in self.rooms.items():
+            events = await asyncio.to_thread(whole, host, room_id)
+            order = [event["event_id"] for event in reversed(events)]
+            members = ok(host.get(("rooms", room_id, "joined_members")))["joined"]
+            for one in self.neighbours:
+                if one.user_id not in members:
+                    continue
+                for watcher in one.watchers:
+                    had = watcher.rooms[room_id]
+                    assert had == order, f"{watcher.kind}: {len(had)} of {len(order)} in {room_id}"
+                    total += len(order)
+        return total
+
+
+def whole(client: Client, room_id: str) -> list[Json]:
+    """All events of a room, the newest first."""
+    events, page = [], client.messages(room_id, limit=1000)
+    while page["chunk"]:
+        events += page["chunk"]
+        if "end" not in page:
+            break
+        page = client.messages(room_id, limit=1000, **{"from": page["end"]})
+    return events
+
+
+async def street_life(server: Server, users: int, rooms: int, seconds: float, pause: float) -> Json:
+    """The whole story; its figures."""
+    street = Street(server, users, rooms)
+    timeout = aiohttp.ClientTimeout(total=120)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
+        await street.move_in(http)
+        cpu = server.cpu()
+        await street.evening(seconds, pause)
+        cpu = server.cpu() - cpu
+        watchers = [watcher for one in street.neighbours for watcher in one.watchers]
+        for _ in range(2):  # what the last answers had no room for
+            await asyncio.gather(*(watcher.turn(0) for watcher in watchers))
+        delivered = await street.reckon()
+    answers = sum((watcher.answers for watcher in watchers), Counter[int]())
+    return {"delivered": delivered, "answers": answers, "MiB": street.memory, "cpu": cpu}
+
+
+@slow
+def test_a_street_at_once(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    is_deep = bool(os.environ.get("DEEP"))
+    sizes = (100, 200, 600, 5.0) if is_deep else (20, 40, 15, 0.5)
+    figures = asyncio.run(street_life(server, *sizes))
+    print(figures)
+    assert figures["delivered"] > 1000
+    assert not [status for status in figures["answers"] if status >= 429]
+    assert figures["MiB"][1] <= 1.2 * figures["MiB"][0]
     server.stop()
     server.check()
 
