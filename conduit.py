@@ -20695,7 +20695,9 @@ def events_after(ask: SyncReader, rooms: Iterable[Room], since: int) -> tuple[li
         page = read_page(ask.hs, ask.nid, room, span, anything, limit, backwards=False)
         events += page.events
         upto = min(upto, page.end) if page.more else upto
-    events = sorted((one for one in events if cast(int, one.pos) <= upto), key=lambda one: cast(int, one.pos))
+    events = sorted(
+        (one for one in events if cast(int, one.pos) <= upto), key=lambda one: cast(int, one.pos)
+    )
     if len(events) > MAX_OLD_EVENTS:
         events = events[:MAX_OLD_EVENTS]
         upto = cast(int, events[-1].pos)

@@ -90,9 +90,9 @@ from aiosmtpd.smtp import AuthResult
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service as ChromeService
-from prometheus_client.parser import text_string_to_metric_families
 
 import conduit
 
@@ -17570,7 +17570,9 @@ def test_events_come_once_and_in_order(alice: Client, bob: Client) -> None:
 
 
 def test_a_look_into_a_room_from_outside(alice: Client, bob: Client) -> None:
-    state = [{"type": "m.room.history_visibility", "content": {"history_visibility": "world_readable"}}]
+    state = [
+        {"type": "m.room.history_visibility", "content": {"history_visibility": "world_readable"}}
+    ]
     room_id, closed = alice.create_room(initial_state=state), alice.create_room()
     alice.send_text(room_id, "look")
     room = ok(bob.get(("rooms", room_id, "initialSync")))
@@ -22056,6 +22058,7 @@ def test_the_login_page(nobody: Client) -> None:
     assert page.text.count("<script>") == 1
     assert "connect-src 'self'" in policy_of(page)
 
+
 # ── 24.5  In a browser ───────────────────────────────────────────────────────
 
 
@@ -22093,7 +22096,9 @@ class Browser:
 
     def says(self, text: str) -> None:
         """Wait until the page shows this text."""
-        eventually(lambda: text in self.js("return document.querySelector('main')?.innerText || ''"))
+        eventually(
+            lambda: text in self.js("return document.querySelector('main')?.innerText || ''")
+        )
 
     def looks_good(self) -> None:
         """Readable in light and dark, and on the narrowest phone nothing sticks out."""
@@ -23807,6 +23812,99 @@ def test_a_street_at_once(new_server: Callable[..., Server]) -> None:
     assert not [status for status in figures["answers"] if status >= 429]
     assert figures["MiB"][1] <= 1.2 * figures["MiB"][0]
     server.stop()
+    server.check()
+
+
+# ── Every endpoint of the specification ──────────────────────────────────────
+
+# What this run cannot have: by the reason the answer, and the endpoints. All else must work.
+REFUSED: Final[dict[str, tuple[str, list[str]]]] = {
+    "nobody else signs our users in": (
+        "404 M_NOT_FOUND",
+        ["GET v3/login/sso/redirect", "GET v3/login/sso/redirect/{idpId}"],
+    ),
+    "the bridge of this run knows of nothing": (
+        "404 M_NOT_FOUND",
+        [
+            f"GET v3/thirdparty/{kind}{protocol}"
+            for kind in ("location", "user")
+            for protocol in ("", "/{protocol}")
+        ],
+    ),
+    "no identity server is trusted": (
+        "400 M_SERVER_NOT_TRUSTED",
+        ["POST v3/account/3pid", "POST v3/account/3pid/bind"],
+    ),
+    "nobody has opened the link in the e-mail": (
+        "403 M_THREEPID_AUTH_FAILED",
+        ["POST v3/account/3pid/add"],
+    ),
+    "there are no text messages": (
+        "400 M_THREEPID_MEDIUM_NOT_SUPPORTED",
+        [
+            f"POST v3/{purpose}/msisdn/requestToken"
+            for purpose in ("account/3pid", "account/password", "register")
+        ],
+    ),
+}
+FROZEN: Final = "GET /_matrix/media/v3/"  # what was never to be had without a token: 404
+NEEDS_OAUTH: Final = ("org.matrix.msc4108", "io.element.msc4388")  # signing in by QR code
+
+
+def spec_server(folder: Path, mailbox: Mailbox, plain_port: int) -> Server:
+    """A server on which as much of the specification as can be is switched on."""
+    bridge = folder / "bridge.yaml"
+    fields: Json = {"id": "spec_check", "url": f"http://127.0.0.1:{plain_port}"}
+    fields |= {"as_token": "as-token", "hs_token": "hs-token", "sender_localpart": "spec_bot"}
+    fields |= {"namespaces": {"users": [{"regex": "@spec_.*", "exclusive": False}]}}
+    bridge.write_text(yaml.safe_dump({**fields, "protocols": ["specproto"]}))
+    return Server(
+        folder,
+        registration_token="supper",
+        appservice_config_files=[str(bridge)],
+        url_preview_allowlist=["*"],
+        ip_range_denylist=[],
+        support_contact="admin@example.org",
+        smtp={"host": "127.0.0.1", "port": mailbox.controller.port, "from": "a@test.example"},
+    ).start()
+
+
+@slow
+def test_every_endpoint_of_the_specification(tmp_path: Path) -> None:
+    if load_checker() is None:
+        pytest.skip("needs the specification's checker")
+    mailbox, port, result = Mailbox(), free_port(), tmp_path / "coverage.json"
+    mailbox.controller.start()
+    server = spec_server(tmp_path, mailbox, port)
+    command = [sys.executable, str(SPEC_TOOLS / "spec_check.py"), "coverage", server.url, "--fuzz"]
+    command += ["--registration-token", "supper", "--as-token", "as-token", "--as-id", "spec_check"]
+    command += ["--plain-listen", str(port), "--no-federation", "--json", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  fixed
+    server.stop()
+    mailbox.controller.stop()
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(result.read_text("utf-8"))
+    ours = [one for one in found["endpoints"] if one["api"] in ("client-server", "msc")]
+    assert len(ours) > 180
+    wrong = {
+        one["endpoint"]: f"{one['status']} {one['errcode']}"
+        for one in ours
+        if one["verdict"] not in ("ok", "optional")
+        and not any(extension in one["endpoint"] for extension in NEEDS_OAUTH)
+    }
+    refused = {
+        endpoint.replace(" v3/", f" {CLIENT}"): answer
+        for answer, endpoints in REFUSED.values()
+        for endpoint in endpoints
+    }
+    for name in ("download/{}", "download/{}/{{fileName}}", "thumbnail/{}"):
+        refused[FROZEN + name.format("{serverName}/{mediaId}")] = "404 M_NOT_FOUND"
+    assert wrong == refused
+    errors = [one for one in found["violations"] if one["severity"] == "error"]
+    assert not errors
+    assert all(probe["ok"] for probe in found["probes"].values()), found["probes"]
+    assert not found["crashes"]
+    server.assert_clean_log()
     server.check()
 
 
