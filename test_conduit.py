@@ -23707,12 +23707,11 @@ class Street:
     def __init__(self, server: Server, users: int, rooms: int) -> None:
         self.server = server
         self.chance = random.Random(users)  # noqa: S311  chance for tests
-        self.accounts = [register(server) for _ in range(users)]
-        for account in self.accounts:
+        self.landlord, *self.accounts = [register(server) for _ in range(users + 1)]
+        for account in (self.landlord, *self.accounts):
             account.checked = False
         public = {"preset": "public_chat", "power_level_content_override": {"state_default": 0}}
-        hosts = [self.chance.choice(self.accounts) for _ in range(rooms)]
-        self.rooms = {host.create_room(**public): host for host in hosts}
+        self.rooms = [self.landlord.create_room(**public) for _ in range(rooms)]
         self.neighbours: list[Neighbour] = []
         self.acting = True
         self.memory: list[float] = []
@@ -23723,7 +23722,7 @@ class Street:
             other = await asyncio.to_thread(account.login)
             kinds = ((account, "v3"), (other, "sliding"))
             watchers = [Watcher(http, self.server.url, each, kind) for each, kind in kinds]
-            one = Neighbour(watchers, list(self.rooms), self.chance)
+            one = Neighbour(watchers, self.rooms, self.chance)
             self.neighbours.append(one)
             for room_id in one.home:
                 await watchers[0].request("POST", f"join/{quote(room_id)}", {})
@@ -23758,10 +23757,10 @@ class Street:
     async def reckon(self) -> int:
         """Each client of each member has each event of each room; how many deliveries that was."""
         total = 0
-        for room_id, host in self.rooms.items():
-            events = await asyncio.to_thread(whole, host, room_id)
+        for room_id in self.rooms:
+            events = await asyncio.to_thread(whole, self.landlord, room_id)
             order = [event["event_id"] for event in reversed(events)]
-            members = ok(host.get(("rooms", room_id, "joined_members")))["joined"]
+            members = ok(self.landlord.get(("rooms", room_id, "joined_members")))["joined"]
             for one in self.neighbours:
                 if one.user_id not in members:
                     continue
