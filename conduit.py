@@ -16882,6 +16882,12 @@ class Typing:
             timer.cancel()
             self.hs.stream.stamp(TYPING, room_nid)
 
+    def close(self) -> None:
+        """Let nobody's time run out any more."""
+        for users in self._rooms.values():
+            for timer in users.values():
+                timer.cancel()
+
     def _membership_changed(self, room: Room, user_nid: UserNid, _: str | None, new: str) -> None:
         if new != "join":
             self.stop(room.nid, user_nid)
@@ -17045,6 +17051,11 @@ class Presence:
                 if member.membership == "join" and member.join_pos > since:
                     news |= self._present & self.hs.rooms.by_nid(room_nid).local_joined
         return news
+
+    def close(self) -> None:
+        """Sweep no more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def sweep(self) -> None:
         """Let devices go that do not come back, let users become idle, store what changed."""
@@ -26961,6 +26972,8 @@ class Homeserver:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.http_client.close()
+        self.typing.close()
+        self.presence.close()
         with contextlib.suppress(MatrixError), self.db.write():
             self._save()
             self.stream.save()

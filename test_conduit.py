@@ -6196,7 +6196,7 @@ def test_slow_makers_of_answers_are_not_cut_off(hasty: Web) -> None:
 
     async def blocks() -> AsyncIterator[bytes]:
         yield bytes(4 << 20)
-        await asyncio.sleep(1.5)
+        await conduit.asyncio.sleep(1.5)
         yield b"end"
 
     async def handler(_request: conduit.Request) -> conduit.Response:
@@ -14496,6 +14496,29 @@ def test_typing_that_is_refused(alice: Client, bob: Client) -> None:
     fails(set_typing(alice, room, timeout="long"), 400, "M_BAD_JSON")
     ok(set_typing(alice, room, timeout=-5))
     ok(set_typing(alice, room, timeout=2**60))
+
+
+def linger_when_closed() -> None:
+    """Runs in the server's process: its last act takes a while, as on a slow disk."""
+    close = conduit.Database.close
+
+    async def close_slowly(self: conduit.Database) -> None:
+        await close(self)
+        await conduit.asyncio.sleep(1.5)
+
+    vars(conduit)["Database"].close = close_slowly
+    sys.exit(conduit.main())
+
+
+def test_nobodys_typing_ends_while_the_server_stops(new_server: Callable[..., Server]) -> None:
+    server = new_server(start=False)
+    run_under(server, linger_when_closed)
+    alice = register(server.start())
+    for _ in range(5):
+        path = ("rooms", alice.create_room(), "typing", alice.user_id)
+        ok(alice.put(path, {"typing": True, "timeout": 1000}))
+    server.stop()
+    server.assert_clean_log()
 
 
 # ── 19.4  Presence ───────────────────────────────────────────────────────────
