@@ -20384,6 +20384,7 @@ def events_section(
 
 
 COUNT_NAMES = ("notification_count", "highlight_count")
+MAX_RETURNS = 100  # own member events looked back at
 
 
 def unread_sums(ask: SyncReader, room: Room) -> Json:
@@ -20407,6 +20408,22 @@ def unread_section(ask: SyncRequest, room: Room) -> Json:
     }
 
 
+def known_until(ask: SyncReader, member: Member) -> int | None:
+    """Up to where a client has the events of a room that its user came back to; None: it has none.
+
+    What it was sent before the user left is not sent again, and what came after is no gap.
+    """
+    rooms, since = ask.hs.rooms, ask.since
+    event = rooms.event_by_nid(EventNid(member.join_pos))
+    for _ in range(MAX_RETURNS):
+        if since is None or event is None or event.replaces is None:
+            return None
+        later, event = event, rooms.event_by_nid(event.replaces)
+        if event is not None and event.membership == "join" and (event.pos or event.nid) <= since:
+            return min(since, later.pos or later.nid)
+    return None
+
+
 def joined_section(
     ask: SyncRequest, room: Room, member: Member, changes: Changes | None, data: list[Json]
 ) -> Json | None:
@@ -20416,7 +20433,8 @@ def joined_section(
         since = None  # joined meanwhile: everything is new
     fresh = since is None or ask.full_state
     if fresh or changes is None or room.nid in changes.rooms:
-        timeline = timeline_of(ask, room, since, ask.upto)
+        low = known_until(ask, member) if since is None else since
+        timeline = timeline_of(ask, room, low, ask.upto)
         timeline = timeline if since is not None else without_gap(ask, room, timeline)
         state = state_section(ask, room, None if fresh else since, timeline, ask.upto)
     else:

@@ -17527,6 +17527,37 @@ def act_at_random(person: Client, host: Client, room_id: str, action: str) -> No
         person.post(("rooms", room_id, "leave"))
 
 
+@pytest.mark.parametrize("synced", [True, False])
+def test_who_comes_back_gets_no_event_twice_and_misses_none(
+    alice: Client, bob: Client, synced: bool
+) -> None:
+    room_id = alice.room_with(bob)
+    got = [event["event_id"] for event in bob.timeline(room_id, bob.poll())]
+    for count in (3, 15):
+        alice.send_text(room_id, "before")
+        bob.leave(room_id)
+        if synced:
+            left = bob.poll()["rooms"]["leave"][room_id]
+            got += [event["event_id"] for event in left["timeline"]["events"]]
+        for number in range(count):
+            alice.send_text(room_id, f"while away {number}")
+        alice.invite(room_id, bob)
+        if synced:
+            bob.poll()
+        bob.join(room_id)
+        line = bob.poll()["rooms"]["join"][room_id]["timeline"]
+        new = [event["event_id"] for event in line["events"]]
+        start = line["prev_batch"]
+        while line["limited"] and got[-1] not in new:
+            page = bob.messages(room_id, **{"from": start, "limit": 3})
+            new, start = [e["event_id"] for e in reversed(page["chunk"])] + new, page["end"]
+        new = new[new.index(got[-1]) + 1 :] if line["limited"] else new
+        assert not set(new) & set(got)
+        got += new
+    everything = [event["event_id"] for event in reversed(alice.messages(room_id)["chunk"])]
+    assert got == everything[-len(got) :]
+
+
 # ── The old form ─────────────────────────────────────────────────────────────
 
 
@@ -23826,9 +23857,11 @@ async def street_life(server: Server, users: int, rooms: int, seconds: float, pa
 @slow
 def test_a_street_at_once(new_server: Callable[..., Server]) -> None:
     server = new_server()
-    is_deep = bool(os.environ.get("DEEP"))
-    sizes = (100, 200, 600, 5.0) if is_deep else (20, 40, 15, 0.5)
-    figures = asyncio.run(street_life(server, *sizes))
+    users, rooms, seconds, pause = (
+        (100, 200, 600, 5.0) if os.environ.get("DEEP") else (20, 40, 15, 0.5)
+    )
+    seconds = int(os.environ.get("STREET_SECONDS", seconds))
+    figures = asyncio.run(street_life(server, users, rooms, seconds, pause))
     print(figures)
     assert figures["delivered"] > 1000
     assert not [status for status in figures["answers"] if status >= 429]
