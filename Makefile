@@ -16,12 +16,14 @@ TOKEN_FILE := $(CONDUIT_DATABASE_PATH)/registration_token
 
 QUIET   := --quiet --disable-pip-version-check
 NO_VENV := Python cannot make virtual environments here. Debian: sudo apt install python3-venv
+NO_NPM  := No tests with matrix-js-sdk, which needs Node.js. Debian: sudo apt install nodejs npm
 
 RUN_NEEDS  := pynacl "tomli; python_version < '3.11'"
 LINT_NEEDS := ruff mypy
 TEST_NEEDS := $(RUN_NEEDS) $(LINT_NEEDS) pytest pytest-xdist hypothesis httpx aiohttp aiosmtpd \
               "matrix-nio[e2e]" pillow pyyaml jsonschema matrix-synapse trustme mautrix \
-              prometheus-client
+              prometheus-client selenium
+NODE_NEEDS := matrix-js-sdk@37.5.0  # the newest that Node.js 20 runs
 
 # What ruff looks for, and what we let pass:
 #   D105 D107  the docstring of the class says what __init__ and its like do
@@ -92,6 +94,9 @@ $(TOKEN_FILE):
 .venv-test/ready: Makefile
 	@$(PYTHON) -m venv .venv-test || { echo '$(NO_VENV)'; exit 1; }
 	@.venv-test/bin/python -m pip install $(QUIET) $(TEST_NEEDS)
+	@if command -v npm > /dev/null; then \
+	  npm install --prefix .venv-test/node --no-audit --no-fund --silent $(NODE_NEEDS); \
+	else echo '$(NO_NPM)'; fi
 	@touch $@
 
 # ── Checking ─────────────────────────────────────────────────────────────────

@@ -6221,17 +6221,31 @@ def sent_as(rooms: RoomReader, event: Event, device_nid: int) -> Json:
     return {"org.matrix.msc4140.delay_id": event.txn_id} if is_own else {}
 
 
+def membership_then(rooms: RoomReader, event: Event, reader: Requester) -> Json:
+    """The reader's `membership` at the event: why its key is missing, clients can say with it.
+
+    Spec: CS-API `UnsignedData`, where it may be left out if it costs much: for old state.
+    """
+    member = rooms.memberships(reader.nid).get(event.room_nid)
+    is_joined = member is not None and member.membership == "join"
+    if member is not None and is_joined and event.pos == event.nid >= member.join_pos:
+        return {"membership": "join"}  # by far the most frequent case
+    if event.state_group is None or (event.is_state and event.state_key != reader.user_id):
+        return {}
+    return {"membership": rooms.membership_at(event, reader.user_id) or "leave"}
+
+
 def client_event(
     rooms: RoomReader,
     event: Event,
-    device_nid: int | None = None,
+    reader: Requester | None = None,
     *,
     room_id: bool = True,
     nested: bool = False,
 ) -> Json:
     """An event as clients get it.  Spec: CS-API "Room event format".
 
-    `device_nid` is the reader's device: the one that sent the event also gets its transaction_id.
+    The reader's device gets the transaction_id of what it sent.
     `nested` is what stands in another event's `unsigned`, and has no further event in its own.
     """
     result: Json = {
@@ -6250,8 +6264,10 @@ def client_event(
         result["redacts"] = event.redacts
         result["content"] = {**event.content, "redacts": event.redacts}
     unsigned = result["unsigned"] = {"age": max(0, now_ms() - event.origin_server_ts)}
-    if device_nid is not None and event.txn_id is not None:
-        unsigned |= sent_as(rooms, event, device_nid)
+    if reader is not None:
+        unsigned |= membership_then(rooms, event, reader)
+        if reader.device_nid is not None and event.txn_id is not None:
+            unsigned |= sent_as(rooms, event, reader.device_nid)
     if event.replaces is not None:
         replaced = rooms.event_by_nid(event.replaces)
         if replaced is not None:
@@ -7258,11 +7274,12 @@ class Requester:
 
 
 def access_token(request: Request) -> str | None:
-    """The token from the Authorization header, or from the query, where old clients put it."""
+    """The token from the Authorization header, not from the query, which ends up in logs.
+
+    Spec: CS-API "Using access tokens".
+    """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token:
-        return token.strip(" ")
-    return request.arg("access_token") or None
+    return (token.strip(" ") or None) if scheme.lower() == "bearer" else None
 
 
 def check_caller(auth: Auth, requester: Requester | None) -> None:
@@ -12590,12 +12607,16 @@ def move_to_replacement(hs: Homeserver, old: Room, new: Room) -> set[str]:
 VISIBILITY = V3 + "/directory/list/room/{room_id}"
 
 
+def visibility_of(hs: Homeserver, room_nid: RoomNid) -> str:
+    """Whether a room is in the list, in the specification's words."""
+    row = hs.db.one("SELECT 1 FROM published_rooms WHERE room_nid = ?", (room_nid,))
+    return "private" if row is None else "public"
+
+
 @route("GET", VISIBILITY, auth=NONE)
 async def get_visibility(hs: Homeserver, _request: Request, room_id: str) -> Json:
     """Whether a room is in the list. 404 M_NOT_FOUND for an unknown room."""
-    nid = hs.rooms.get(room_id).nid
-    row = hs.db.one("SELECT 1 FROM published_rooms WHERE room_nid = ?", (nid,))
-    return {"visibility": "private" if row is None else "public"}
+    return {"visibility": visibility_of(hs, hs.rooms.get(room_id).nid)}
 
 
 @route("PUT", VISIBILITY, auth=USER, limit="create", body={"visibility?": str})
@@ -13099,7 +13120,7 @@ class Reader(NamedTuple):
 def sum_up_edits(reader: Reader, event: Event) -> Json | None:
     """The newest edit.  Spec: "Server-side aggregation of `m.replace` relationships"."""
     edit = latest_edit(reader.hs, event, reader.viewer.may_read)
-    return None if edit is None else client_event(reader.hs.rooms, edit, reader.user.device_nid)
+    return None if edit is None else client_event(reader.hs.rooms, edit, reader.user)
 
 
 def sum_up_references(reader: Reader, event: Event) -> Json | None:
@@ -13111,7 +13132,7 @@ def sum_up_references(reader: Reader, event: Event) -> Json | None:
 
 def latest_reply(reader: Reader, event: Event) -> Json:
     """The newest reply of a thread, with its own aggregations."""
-    shown = client_event(reader.hs.rooms, event, reader.user.device_nid)
+    shown = client_event(reader.hs.rooms, event, reader.user)
     sums = {REPLACE: sum_up_edits(reader, event), REFERENCE: sum_up_references(reader, event)}
     if found := {kind: summed for kind, summed in sums.items() if summed is not None}:
         shown["unsigned"]["m.relations"] = found
@@ -13197,7 +13218,7 @@ def client_events(hs: Homeserver, user: Requester, events: Iterable[Event]) -> l
     """Events in the client format for one user, with their aggregations."""
     events = list(events)
     sums = aggregations(hs, user, events)
-    shown = [client_event(hs.rooms, event, user.device_nid) for event in events]
+    shown = [client_event(hs.rooms, event, user) for event in events]
     for event, one in zip(events, shown, strict=True):
         if event.nid in sums:
             one["unsigned"]["m.relations"] = sums[event.nid]
@@ -18272,6 +18293,12 @@ class Typing:
             timer.cancel()
             self.hs.stream.stamp(TYPING, room_nid)
 
+    def close(self) -> None:
+        """Let nobody's time run out any more."""
+        for users in self._rooms.values():
+            for timer in users.values():
+                timer.cancel()
+
     def _membership_changed(self, room: Room, user_nid: UserNid, _: str | None, new: str) -> None:
         if new != "join":
             self.stop(room.nid, user_nid)
@@ -18448,6 +18475,11 @@ class Presence:
                     there = self.hs.rooms.by_nid(room_nid).membership_of
                     news |= {other for other in self._present if there(other) == "join"}
         return news
+
+    def close(self) -> None:
+        """Sweep no more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def sweep(self) -> None:
         """Let devices go that do not come back, let users become idle, store what changed."""
@@ -22273,7 +22305,7 @@ class SyncReader:
 
     def format(self, event: Event, relations: Json | None = None) -> Json:
         """An event of a room's section, in the form for this reader."""
-        whole = client_event(self.hs.rooms, event, self.user.device_nid, room_id=False)
+        whole = client_event(self.hs.rooms, event, self.user, room_id=False)
         if relations is not None:
             whole["unsigned"]["m.relations"] = relations
         return whole
@@ -22590,6 +22622,7 @@ def events_section(
 
 
 COUNT_NAMES = ("notification_count", "highlight_count")
+MAX_RETURNS = 100  # own member events looked back at
 
 
 def unread_sums(ask: SyncReader, room: Room) -> Json:
@@ -22613,6 +22646,22 @@ def unread_section(ask: SyncRequest, room: Room) -> Json:
     }
 
 
+def known_until(ask: SyncReader, member: Member) -> int | None:
+    """Up to where a client has the events of a room that its user came back to; None: it has none.
+
+    What it was sent before the user left is not sent again, and what came after is no gap.
+    """
+    rooms, since = ask.hs.rooms, ask.since
+    event = rooms.event_by_nid(EventNid(member.join_pos))
+    for _ in range(MAX_RETURNS):
+        if since is None or event is None or event.replaces is None:
+            return None
+        later, event = event, rooms.event_by_nid(event.replaces)
+        if event is not None and event.membership == "join" and (event.pos or event.nid) <= since:
+            return min(since, later.pos or later.nid)
+    return None
+
+
 def joined_section(
     ask: SyncRequest, room: Room, member: Member, changes: Changes | None, data: list[Json]
 ) -> Json | None:
@@ -22622,7 +22671,8 @@ def joined_section(
         since = None  # joined meanwhile: everything is new
     fresh = since is None or ask.full_state
     if fresh or changes is None or room.nid in changes.rooms:
-        timeline = timeline_of(ask, room, since, ask.upto)
+        low = known_until(ask, member) if since is None else since
+        timeline = timeline_of(ask, room, low, ask.upto)
         timeline = timeline if since is not None else without_gap(ask, room, timeline)
         state = state_section(ask, room, None if fresh else since, timeline, ask.upto)
     else:
@@ -22831,6 +22881,127 @@ async def get_sync(hs: Homeserver, request: Request) -> Json:
         hs.accounts.check_logged_in(request.user)
         if is_late:
             return (await sync_once(ask))[0]
+
+
+# ── 21.8  The old form ───────────────────────────────────────────────────────
+#
+#  What there was before /sync: deprecated, but for a look into rooms that one is not in.
+
+MAX_OLD_EVENTS = 100
+PEEK_SECONDS = 1.0  # nobody wakes those who look in from outside
+
+
+def room_snapshot(hs: Homeserver, request: Request, room: Room, limit: int, upto: int) -> Json:
+    """A room's newest events and its state, as of now or when the user left."""
+    nid, (_, left) = request.user.nid, readable_room(hs, request, room.room_id)
+    end = upto if left is None else left.pos or left.nid
+    span, anything = (MIN_POSITION, end), EventFilter({})
+    page = read_page(hs, nid, room, span, anything, limit, backwards=True)
+    state = hs.rooms.events_by_nids(state_for(hs, room, left).values())
+    result = {
+        "room_id": room.room_id,
+        "messages": {
+            "start": stream_token(page.end),
+            "end": stream_token(end),
+            "chunk": as_clients(hs, request, page.events[::-1]),
+        },
+        "state": as_clients(hs, request, state),
+        "visibility": visibility_of(hs, room.nid),
+        "account_data": room_account_data_of(hs, nid, room.nid),
+    }
+    member = hs.rooms.memberships(nid).get(room.nid)
+    if member is not None and not member.forgotten and member.membership != "knock":
+        result["membership"] = member.membership
+    return result
+
+
+@route("GET", ROOM_PATH + "/initialSync", auth=GUEST)
+async def room_initial_sync(hs: Homeserver, request: Request, room_id: str) -> Json:
+    """A room at a glance, also from outside where everyone may look.  Spec: "Room previews"."""
+    limit = request.int_arg("limit", DEFAULT_PAGE, 0, MAX_PAGE)
+    return room_snapshot(hs, request, known_room(hs, room_id), limit, hs.stream.position)
+
+
+def old_invite(hs: Homeserver, request: Request, room: Room, invite: Event) -> Json:
+    """An invitation in the old form."""
+    event = client_event(hs.rooms, invite, request.user)
+    return {"room_id": room.room_id, "membership": "invite", "invite": event}
+
+
+@route("GET", V3 + "/initialSync", auth=GUEST)
+async def initial_sync(hs: Homeserver, request: Request) -> Json:
+    """All rooms of the user, with their newest events and their state; deprecated."""
+    limit = request.int_arg("limit", DEFAULT_PAGE, 0, MAX_PAGE)
+    archived = request.bool_arg("archived", False)
+    ask, upto = SyncReader(hs, request, SyncFilter({})), hs.stream.position
+    rooms = []
+    for nid in list(hs.rooms.memberships(ask.nid)):
+        await asyncio.sleep(0)  # others get a turn
+        member = hs.rooms.memberships(ask.nid)[nid]
+        room, event = hs.rooms.by_nid(nid), hs.rooms.event_by_nid(member.event_nid)
+        is_left = archived and not member.forgotten and departure(hs, event) is not None
+        if member.membership == "invite" and event is not None and not hides_invite(ask, event):
+            rooms.append(old_invite(hs, request, room, event))
+        elif member.membership == "join" or is_left:
+            rooms.append(room_snapshot(hs, request, room, limit, upto))
+    rules = push_rules_account_data(hs, ask.nid)
+    return {
+        "end": stream_token(upto),
+        "presence": presence_since(hs, ask.nid),
+        "rooms": rooms,
+        "account_data": [*global_account_data(hs, ask.nid, 0), *([rules] if rules else [])],
+    }
+
+
+def events_after(ask: SyncReader, rooms: Iterable[Room], since: int) -> tuple[list[Event], int]:
+    """The next events of some rooms in the stream's order, and up to where they are all."""
+    events: list[Event] = []
+    upto, span = ask.upto, (since, ask.upto)
+    for room in rooms:
+        anything, limit = ask.wanted.timeline, MAX_OLD_EVENTS
+        page = read_page(ask.hs, ask.nid, room, span, anything, limit, backwards=False)
+        events += page.events
+        upto = min(upto, page.end) if page.more else upto
+    events = sorted(
+        (one for one in events if cast(int, one.pos) <= upto), key=lambda one: cast(int, one.pos)
+    )
+    if len(events) > MAX_OLD_EVENTS:
+        events = events[:MAX_OLD_EVENTS]
+        upto = cast(int, events[-1].pos)
+    return events, upto
+
+
+@route("GET", V3 + "/events", auth=GUEST, limit=None)
+async def get_events(hs: Homeserver, request: Request) -> Json:
+    """The next events of all rooms of the user, or of one to look into; waits for them."""
+    text, room_id = request.arg("from"), request.arg("room_id")
+    ask = SyncReader(hs, request, SyncFilter({}))
+    since = ask.upto if text is None else parse_token(text)
+    timeout = min(request.int_arg("timeout", 0, 0, 2**53), MAX_SYNC_TIMEOUT_MS)
+    ends = time.monotonic() + timeout / 1000
+    while True:
+        ask.upto = hs.stream.position
+        if room_id is not None:
+            rooms = [viewable_room(hs, request, room_id)]
+        else:
+            rooms = [hs.rooms.by_nid(nid) for nid in changes_since(ask, since).rooms]
+        events, upto = events_after(ask, rooms, since)
+        left = ends - time.monotonic()
+        if events or upto < ask.upto or left <= 0:
+            chunk = as_clients(hs, request, events)
+            return {"start": stream_token(since), "end": stream_token(upto), "chunk": chunk}
+        await hs.notifier.wait(request, left if room_id is None else min(left, PEEK_SECONDS))
+        hs.accounts.check_logged_in(request.user)
+
+
+@route("GET", V3 + "/events/{event_id}", auth=GUEST)
+async def get_one_event(hs: Homeserver, request: Request, event_id: str) -> Json:
+    """One event of any room; 404 also for what the user may not see.  Deprecated."""
+    found = hs.rooms.event(event_id)
+    if found is None:
+        raise not_found("There is no such event")
+    room_id = hs.rooms.by_nid(found.room_nid).room_id
+    return as_clients(hs, request, [visible_event(hs, request, room_id, event_id)[1]])[0]
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -28241,7 +28412,7 @@ h1{font-size:clamp(1.5rem,5.5vw,2.3rem);line-height:1.15;margin:0;overflow-wrap:
 header p{margin:.25rem 0 0;color:var(--soft)}
 h2{font-size:1.15rem;margin:0 0 .7rem}
 section{background:var(--card);border:1px solid var(--line);border-radius:14px;
-padding:1.4rem 1.5rem;margin:1.1rem 0}
+padding:clamp(1rem,5vw,1.4rem) clamp(1rem,5vw,1.5rem);margin:1.1rem 0}
 p{margin:.6rem 0}
 .status{border-left:4px solid var(--accent);background:var(--tint);border-radius:8px;
 padding:.7rem 1rem;margin:1rem 0 0}
@@ -29063,6 +29234,8 @@ class Homeserver:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self.http_client.close()
+        self.typing.close()
+        self.presence.close()
         with contextlib.suppress(MatrixError), self.db.write():
             self._save()
             self.stream.save()

@@ -73,6 +73,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar, Final, NamedTuple, cast
 from urllib.parse import quote, unquote
 
+import aiohttp
 import httpx
 import mautrix.appservice
 import mautrix.client.state_store
@@ -90,6 +91,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service as ChromeService
 
 import conduit
 
@@ -5388,6 +5391,33 @@ def test_own_leave_is_seen_whatever_the_visibility(
     assert [event["content"]["membership"] for event in left["timeline"]["events"]] == ["leave"]
 
 
+def test_events_tell_the_readers_membership_of_then(alice: Client, bob: Client) -> None:
+    room_id = alice.create_room(initial_state=[ENCRYPTED])
+    told = [(alice.send_text(room_id, "alone"), "leave")]
+    alice.invite(room_id, bob)
+    told.append((alice.send_text(room_id, "invited"), "invite"))
+    bob.join(room_id)
+    told.append((alice.send_text(room_id, "joined"), "join"))
+    bob.leave(room_id)
+    told.append((alice.send_text(room_id, "gone"), "leave"))
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+    told.append((bob.send_text(room_id, "back"), "join"))
+    doors = [bob.messages(room_id)["chunk"], bob.timeline(room_id, bob.sync())]
+    doors.append([ok(bob.get(("rooms", room_id, "event", event_id))) for event_id, _ in told])
+    for events in doors:
+        found = {event["event_id"]: event["unsigned"].get("membership") for event in events}
+        assert {event_id: found[event_id] for event_id, _ in told if event_id in found} == {
+            event_id: membership for event_id, membership in told if event_id in found
+        }
+        own = [e for e in events if e.get("state_key") == bob.user_id]
+        assert [e["unsigned"]["membership"] for e in own] == [
+            e["content"]["membership"] for e in own
+        ]
+    assert len(doors[2]) == len(told) <= len(doors[0])
+    assert all(e["unsigned"]["membership"] == "join" for e in alice.timeline(room_id, alice.sync()))
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  12. HTTP SERVER
 #
@@ -6166,7 +6196,7 @@ def test_slow_makers_of_answers_are_not_cut_off(hasty: Web) -> None:
 
     async def blocks() -> AsyncIterator[bytes]:
         yield bytes(4 << 20)
-        await asyncio.sleep(1.5)
+        await conduit.asyncio.sleep(1.5)
         yield b"end"
 
     async def handler(_request: conduit.Request) -> conduit.Response:
@@ -6762,16 +6792,14 @@ WHO_MAY: Final = {
 }
 
 
-@pytest.mark.parametrize("where", ["header", "query"])
 @pytest.mark.parametrize("auth", list(WHO_MAY))  # servers sign: see FEDERATION REQUESTS
-def test_who_may_call(auth: conduit.Auth, where: str) -> None:
-    """The whole table, with the token in the header and in the query."""
+def test_who_may_call(auth: conduit.Auth) -> None:
+    """The whole table."""
     made = Routes()
     made.add("GET", "/x", auth=auth)
     for token, status in WHO_MAY[auth].items():
-        lines = [f"Authorization: Bearer {token}"] if token and where == "header" else []
-        target = f"/x?access_token={token}" if token and where == "query" else "/x"
-        answer = made.ask("GET", target, b"", *lines)
+        lines = [f"Authorization: Bearer {token}"] if token else []
+        answer = made.ask("GET", "/x", b"", *lines)
         assert answer.status == status, token
         if status == 200 and auth is not conduit.NONE:
             assert answer.json()["user"] == (KNOWN_TOKENS[token].user_id if token else None)
@@ -6782,7 +6810,7 @@ def test_who_may_call(auth: conduit.Auth, where: str) -> None:
 
 
 def test_forms_of_the_authorization_header() -> None:
-    """The scheme in any case; other schemes are no token; the header goes before the query."""
+    """The scheme in any case; other schemes are no token, nor is what the query has."""
     made = Routes()
     made.add("GET", "/x", auth=conduit.USER)
     cases = {
@@ -6798,6 +6826,8 @@ def test_forms_of_the_authorization_header() -> None:
         assert made.ask("GET", "/x", b"", f"Authorization: {value}").status == status, value
     answer = made.ask("GET", "/x?access_token=admin", b"", "Authorization: Bearer user")
     assert answer.json()["user"] == "@user:x"
+    answer = made.ask("GET", "/x?access_token=admin", b"")
+    assert (answer.status, answer.json()["errcode"]) == (401, "M_MISSING_TOKEN")
 
 
 def test_every_route_says_who_may_call() -> None:
@@ -9608,7 +9638,7 @@ def test_sec_30_no_secret_in_database_or_log(new_server: Callable[..., Server]) 
     """Class 30: tokens are hashed at rest, and neither they nor passwords are in the log."""
     server = new_server(log="debug")
     alice = register(server, "alice", refresh_token=True)
-    ok(Client(server).get("account/whoami", access_token=alice.token))
+    fails(Client(server).get("account/whoami", access_token=alice.token), 401, "M_MISSING_TOKEN")
     short = login_token(alice)
     new_password = "a different pass phrase"
     session = alice.post("account/password", {"new_password": new_password}).json()["session"]
@@ -15030,6 +15060,29 @@ def test_typing_that_is_refused(alice: Client, bob: Client) -> None:
     ok(set_typing(alice, room, timeout=2**60))
 
 
+def linger_when_closed() -> None:
+    """Runs in the server's process: its last act takes a while, as on a slow disk."""
+    close = conduit.Database.close
+
+    async def close_slowly(self: conduit.Database) -> None:
+        await close(self)
+        await conduit.asyncio.sleep(1.5)
+
+    vars(conduit)["Database"].close = close_slowly
+    sys.exit(conduit.main())
+
+
+def test_nobodys_typing_ends_while_the_server_stops(new_server: Callable[..., Server]) -> None:
+    server = new_server(start=False)
+    run_under(server, linger_when_closed)
+    alice = register(server.start())
+    for _ in range(5):
+        path = ("rooms", alice.create_room(), "typing", alice.user_id)
+        ok(alice.put(path, {"typing": True, "timeout": 1000}))
+    server.stop()
+    server.assert_clean_log()
+
+
 # ── 19.4  Presence ───────────────────────────────────────────────────────────
 
 
@@ -18960,6 +19013,123 @@ def act_at_random(person: Client, host: Client, room_id: str, action: str) -> No
         person.post(("join", room_id))
     elif action == "leave" and person is not host:
         person.post(("rooms", room_id, "leave"))
+
+
+@pytest.mark.parametrize("synced", [True, False])
+def test_who_comes_back_gets_no_event_twice_and_misses_none(
+    alice: Client, bob: Client, synced: bool
+) -> None:
+    room_id = alice.room_with(bob)
+    got = [event["event_id"] for event in bob.timeline(room_id, bob.poll())]
+    for count in (3, 15):
+        alice.send_text(room_id, "before")
+        bob.leave(room_id)
+        if synced:
+            left = bob.poll()["rooms"]["leave"][room_id]
+            got += [event["event_id"] for event in left["timeline"]["events"]]
+        for number in range(count):
+            alice.send_text(room_id, f"while away {number}")
+        alice.invite(room_id, bob)
+        if synced:
+            bob.poll()
+        bob.join(room_id)
+        line = bob.poll()["rooms"]["join"][room_id]["timeline"]
+        new = [event["event_id"] for event in line["events"]]
+        start = line["prev_batch"]
+        while line["limited"] and got[-1] not in new:
+            page = bob.messages(room_id, **{"from": start, "limit": 3})
+            new, start = [e["event_id"] for e in reversed(page["chunk"])] + new, page["end"]
+        new = new[new.index(got[-1]) + 1 :] if line["limited"] else new
+        assert not set(new) & set(got)
+        got += new
+    everything = [event["event_id"] for event in reversed(alice.messages(room_id)["chunk"])]
+    assert got == everything[-len(got) :]
+
+
+# ── The old form ─────────────────────────────────────────────────────────────
+
+
+def test_initial_sync_shows_rooms_as_of_now_or_of_leaving(alice: Client, bob: Client) -> None:
+    rooms = [alice.room_with(bob, name=f"Room {number}") for number in range(3)]
+    invited, hidden = alice.create_room(bob), alice.create_room()
+    for room_id in rooms:
+        alice.send_text(room_id, "before")
+    bob.leave(rooms[1])
+    bob.leave(rooms[2])
+    ok(bob.post(("rooms", rooms[2], "forget")))
+    alice.send_text(rooms[1], "after")
+    alice.set_state(rooms[1], "m.room.name", {"name": "New name"})
+    ok(bob.put(("user", bob.user_id, "account_data", "org.example"), {"a": 1}))
+    ok(bob.put(("user", bob.user_id, "rooms", rooms[0], "tags", "u.x"), {}))
+    shown = ok(bob.get("initialSync", limit=2))
+    by_id = {room["room_id"]: room for room in shown["rooms"]}
+    assert by_id.keys() == {rooms[0], invited}
+    assert by_id[invited]["invite"]["content"]["membership"] == "invite"
+    room = by_id[rooms[0]]
+    assert (room["membership"], room["visibility"]) == ("join", "private")
+    assert [event["type"] for event in room["messages"]["chunk"]][-1] == "m.room.message"
+    assert len(room["messages"]["chunk"]) == 2
+    assert room["account_data"] == [{"type": "m.tag", "content": {"tags": {"u.x": {}}}}]
+    assert {"org.example", "m.push_rules"} <= {one["type"] for one in shown["account_data"]}
+    older = bob.messages(rooms[0], **{"from": room["messages"]["start"]})["chunk"]
+    assert not {e["event_id"] for e in older} & {e["event_id"] for e in room["messages"]["chunk"]}
+    archived = ok(bob.get("initialSync", archived="true"))["rooms"]
+    left = next(room for room in archived if room["room_id"] == rooms[1])
+    assert left["membership"] == "leave"
+    assert ok(bob.get(("rooms", rooms[1], "initialSync")))["membership"] == "leave"
+    assert "after" not in json.dumps(left)
+    assert "New name" not in json.dumps(left)
+    for room_id in (rooms[2], hidden, invited, "!none:x"):
+        fails(bob.get(("rooms", room_id, "initialSync")), 403, "M_FORBIDDEN")
+
+
+def test_events_come_once_and_in_order(alice: Client, bob: Client) -> None:
+    rooms = [alice.room_with(bob) for _ in range(3)]
+    private = alice.create_room()
+    start = ok(bob.get("initialSync", limit=0))["end"]
+    sent = [alice.send_text(rooms[number % 3], str(number)) for number in range(250)]
+    alice.send_text(private, "not for bob")
+    got: list[str] = []
+    for _ in range(3):
+        page = ok(bob.get("events", **{"from": start}))
+        assert page["start"] == start
+        assert len(page["chunk"]) <= 100
+        got += [event["event_id"] for event in page["chunk"]]
+        start = page["end"]
+    assert got == sent
+    assert ok(bob.get("events", params={"timeout": 50, "from": start}))["chunk"] == []
+    with ThreadPoolExecutor(1) as pool:
+        query = {"from": start, "timeout": 20_000}
+        waiting = pool.submit(bob.get, "events", params=query)
+        time.sleep(0.2)
+        last = alice.send_text(rooms[0], "awaited")
+        assert [e["event_id"] for e in ok(waiting.result(10))["chunk"]] == [last]
+    assert ok(bob.get(("events", last)))["content"]["body"] == "awaited"
+    secret = alice.send_text(private, "secret")
+    for event_id in (secret, "$none"):
+        fails(bob.get(("events", event_id)), 404, "M_NOT_FOUND")
+    fails(bob.get("events", **{"from": "nonsense"}), 400, "M_INVALID_PARAM")
+
+
+def test_a_look_into_a_room_from_outside(alice: Client, bob: Client) -> None:
+    state = [
+        {"type": "m.room.history_visibility", "content": {"history_visibility": "world_readable"}}
+    ]
+    room_id, closed = alice.create_room(initial_state=state), alice.create_room()
+    alice.send_text(room_id, "look")
+    room = ok(bob.get(("rooms", room_id, "initialSync")))
+    assert "membership" not in room
+    assert room["messages"]["chunk"][-1]["content"]["body"] == "look"
+    start = room["messages"]["end"]
+    with ThreadPoolExecutor(1) as pool:
+        query = {"from": start, "room_id": room_id, "timeout": 20_000}
+        waiting = pool.submit(bob.get, "events", params=query)
+        time.sleep(0.2)
+        event_id = alice.send_text(room_id, "live")
+        assert [e["event_id"] for e in ok(waiting.result(10))["chunk"]] == [event_id]
+    fails(bob.get("events", room_id=closed), 403, "M_FORBIDDEN")
+    alice.set_state(room_id, "m.room.history_visibility", {"history_visibility": "joined"})
+    fails(bob.get("events", room_id=room_id), 403, "M_FORBIDDEN")
 
 
 # ── What a filter or a lost answer must not take away ────────────────────────
@@ -23431,6 +23601,177 @@ def test_the_login_page(nobody: Client) -> None:
     assert "connect-src 'self'" in policy_of(page)
 
 
+# ── 24.5  In a browser ───────────────────────────────────────────────────────
+
+
+class Browser:
+    """A headless Chromium of its own; what its console says is complained about."""
+
+    def __init__(self, folder: Path) -> None:
+        options = webdriver.ChromeOptions()
+        wanted = ["headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-sync"]
+        wanted += ["disable-background-networking", "disable-component-update"]
+        for name in (*wanted, f"user-data-dir={folder}"):
+            options.add_argument(f"--{name}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        service = ChromeService(shutil.which("chromedriver"))
+        self.driver = webdriver.Chrome(options=options, service=service)
+
+    def open(self, url: str) -> None:
+        """Open a page; its icon must have loaded."""
+        self.driver.get(url)
+        assert self.js("return document.querySelector('header img').naturalWidth") > 0
+
+    def js(self, code: str) -> Any:
+        """What a script says in the page."""
+        return self.driver.execute_script(code)
+
+    def fill(self, selector: str, text: str) -> None:
+        """Type into a field, in the place of what was there."""
+        field = self.driver.find_element("css selector", selector)
+        field.clear()
+        field.send_keys(text)
+
+    def click(self, selector: str = "button") -> None:
+        """Press something."""
+        self.driver.find_element("css selector", selector).click()
+
+    def says(self, text: str) -> None:
+        """Wait until the page shows this text."""
+        eventually(
+            lambda: text in self.js("return document.querySelector('main')?.innerText || ''")
+        )
+
+    def looks_good(self) -> None:
+        """Readable in light and dark, and on the narrowest phone nothing sticks out."""
+        for scheme in ("light", "dark"):
+            feature = {"name": "prefers-color-scheme", "value": scheme}
+            self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            worst, where = self.js(WORST_CONTRAST)
+            assert worst >= 4.5, f"{scheme}: contrast {worst} of {where}"
+        size = {"width": 320, "height": 640, "deviceScaleFactor": 1, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        assert self.js("return document.documentElement.scrollWidth") <= 320
+        self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+    def complaints(self) -> list[str]:
+        """What the console has said since, the refused requests of a form aside."""
+        lines = [str(entry["message"]) for entry in self.driver.get_log("browser")]
+        return [line for line in lines if "the server responded with a status of 40" not in line]
+
+
+# The least contrast of a text with what is behind it, as WCAG 2 counts it: 4.5 is asked for.
+WORST_CONTRAST: Final = """
+const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
+const light = ([red, green, blue]) => [red, green, blue].map((part) => part / 255).map(
+  (part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0);
+const behind = (node) => {
+  for (; node; node = node.parentElement) {
+    const colour = parts(getComputedStyle(node).backgroundColor);
+    if (colour.length < 4 || colour[3] > 0) return colour;
+  }
+  return [255, 255, 255];
+};
+let worst = [21, ""];
+for (const node of document.querySelectorAll("main *")) {
+  if (![...node.childNodes].some((one) => one.nodeType === 3 && one.data.trim())) continue;
+  const [a, b] = [light(parts(getComputedStyle(node).color)), light(behind(node))];
+  const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  if (contrast < worst[0]) worst = [contrast, node.outerHTML.slice(0, 200)];
+}
+return worst;
+"""
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The browser that the tests of a process share."""
+    need("chromium", "chromedriver")
+    shared = Browser(tmp_path_factory.mktemp("browser"))
+    yield shared
+    shared.driver.quit()
+
+
+@slow
+def test_the_landing_page_in_a_browser(browser: Browser, server: Server) -> None:
+    browser.open(server.url + "/")
+    assert server.name in browser.driver.title
+    browser.says("What to do next")
+    browser.looks_good()
+    assert not browser.complaints()
+
+
+@slow
+def test_signing_in_with_a_browser(browser: Browser, alice: Client) -> None:
+    hook = "window.matrixLogin = {onLogin: (answer) => {window.answer = answer}}"
+    script = {"source": hook}
+    added = browser.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", script)
+    name = alice.user_id[1:].partition(":")[0]
+    query = "?device_id=KITCHEN&initial_device_display_name=Kitchen%20%3Cb%3E"
+    browser.open(f"{alice.server.url}/_matrix/static/client/login/{query}")
+    browser.looks_good()
+    browser.fill("#user", name)
+    browser.fill("#password", "not this one")
+    browser.click()
+    eventually(lambda: browser.js("return !document.getElementById('problem').hidden"))
+    assert browser.js("return window.answer") is None
+    browser.looks_good()
+    browser.fill("#password", PASSWORD)
+    browser.click()
+    browser.says(f"signed in as {alice.user_id}")
+    answer = browser.js("return window.answer")
+    assert (answer["user_id"], answer["device_id"]) == (alice.user_id, "KITCHEN")
+    device = ok(Client(alice.server, answer["access_token"]).get("devices/KITCHEN"))
+    assert device["display_name"] == "Kitchen <b>"
+    browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+    assert not browser.complaints()
+
+
+@slow
+def test_registering_with_a_browser(browser: Browser, new_server: Callable[..., Server]) -> None:
+    server = new_server(registration_token="open-sesame", terms=[HOUSE_RULES])
+    anyone, body = Client(server), {"username": "alice", "password": PASSWORD}
+    answer = anyone.post("register", body).json()
+    for stage in answer["flows"][0]["stages"]:
+        page = f"{server.url}{CLIENT}auth/{stage}/fallback/web?session={answer['session']}"
+        browser.open(page)
+        browser.looks_good()
+        if stage == "m.login.terms":
+            browser.says(HOUSE_RULES["name"])
+            browser.click()  # not yet: the box must be ticked
+            assert not browser.js("return document.querySelector('form').checkValidity()")
+            browser.click("[type=checkbox]")
+        else:
+            browser.fill("#token", "open-barley")
+            browser.click()
+            browser.says("That was not right.")
+            browser.looks_good()
+            browser.fill("#token", "open-sesame")
+        browser.click()
+        browser.says("that is done")
+        browser.looks_good()
+    ok(anyone.post("register", {**body, "auth": {"session": answer["session"]}}))
+    browser.open(page)
+    browser.says("out of date")
+    assert not browser.complaints()
+
+
+@slow
+def test_confirming_an_address_with_a_browser(browser: Browser, mail: MailServer) -> None:
+    address = f"{unique('alice')}@example.org"
+    proof = ask_by_mail(Client(mail.server), "register", address)
+    browser.open(link_in(mail, address))
+    browser.says(address)
+    browser.looks_good()
+    browser.click()
+    browser.says("that is done")
+    assert proof["sid"]
+    browser.open(link_in(mail, address))
+    browser.says("out of date")
+    assert not browser.complaints()
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  53. METRICS AND TRACING
 # ═════════════════════════════════════════════════════════════════════════════
@@ -24223,6 +24564,893 @@ def test_two_encrypted_clients_over_a_restart(
     new_server: Callable[..., Server], tmp_path: Path
 ) -> None:
     asyncio.run(encrypted_conversation(new_server(), tmp_path, 200))
+
+
+# ── A family's evening ───────────────────────────────────────────────────────
+#
+# matrix-js-sdk with its Rust cryptography, which Element is made of: each device is a Node
+# process of its own that takes orders, and the family's matrix-nio sits at the same table.
+
+JS_DEVICE: Final = """
+const say = (message) => process.stdout.write(JSON.stringify(message ?? null) + "\\n");
+for (const name of ["log", "info", "debug", "warn", "trace"]) console[name] = console.error;
+globalThis.crypto ??= (await import("node:crypto")).webcrypto;
+const sdk = await import("matrix-js-sdk");
+const { decodeRecoveryKey, VerificationPhase } = await import(
+  "matrix-js-sdk/lib/crypto-api/index.js");
+const { createInterface } = await import("node:readline");
+
+let baseUrl, client, secretKey, request, verifier, emoji, done;
+
+const until = async (condition) => {
+  for (let turn = 0; turn < 1200; turn++) {
+    const value = await condition();
+    if (value) return value;
+    await new Promise((resume) => setTimeout(resume, 25));
+  }
+  throw new Error(`did not come: ${condition}`);
+};
+const cryptoCallbacks = {
+  getSecretStorageKey: async ({ keys }) => [Object.keys(keys)[0], secretKey],
+  cacheSecretStorageKey: (id, info, key) => { secretKey = key; },
+};
+
+const begin = async ({ user_id, access_token, device_id }) => {
+  client = sdk.createClient({ baseUrl, userId: user_id, accessToken: access_token,
+    deviceId: device_id, cryptoCallbacks, verificationMethods: ["m.sas.v1"] });
+  await client.initRustCrypto({ useIndexedDB: false });
+  client.on("crypto.verificationRequestReceived", follow);
+  await client.startClient({ threadSupport: true, initialSyncLimit: 20, pollTimeout: 5000 });
+  await until(() => client.isInitialSyncComplete());
+  await until(async () => (await client.downloadKeysForUsers([user_id]))
+    .device_keys[user_id]?.[device_id]);
+  return { user_id, access_token, device_id };
+};
+
+// Comparing emoji. The one who asked begins; the other accepts.
+const watch = (it) => {
+  if (!it || it === verifier) return;
+  verifier = it;
+  it.on("show_sas", (shown) => { emoji = shown; });
+  done = it.verify();
+  done.catch(() => {});
+};
+const follow = (it) => {
+  [request, verifier, emoji] = [it, undefined, undefined];
+  const step = async () => {
+    if (it.phase === VerificationPhase.Requested && !it.initiatedByMe && !it.accepting) {
+      await it.accept();
+    } else if (it.phase === VerificationPhase.Ready && it.initiatedByMe && !verifier) {
+      watch(await it.startVerification("m.sas.v1"));
+    } else if (it.phase === VerificationPhase.Started) watch(it.verifier);
+  };
+  it.on("change", step);
+  step();
+};
+
+const view = async (event) => {
+  await client.decryptEventIfNeeded(event);
+  return { id: event.getId(), type: event.getType(), sender: event.getSender(),
+    content: event.getContent(), encrypted: event.isEncrypted(),
+    failure: event.isDecryptionFailure() ? event.decryptionFailureReason : null,
+    thread: event.threadRootId ?? null, redacted: event.isRedacted() };
+};
+
+const orders = {
+  register: async (username, password, token) => {
+    const anyone = sdk.createClient({ baseUrl });
+    const body = { username, password, initial_device_display_name: "js" };
+    const { session } = await anyone.registerRequest(body).catch((error) => error.data);
+    const auth = { type: "m.login.registration_token", token, session };
+    return begin(await anyone.registerRequest({ ...body, auth }));
+  },
+  login: async (user, password) => begin(await sdk.createClient({ baseUrl }).loginRequest({
+    type: "m.login.password", identifier: { type: "m.id.user", user }, password })),
+  // Cross-signing, secret storage and key backup anew; the recovery key.
+  secure: async () => {
+    const crypto = client.getCrypto();
+    const made = await crypto.createRecoveryKeyFromPassphrase();
+    await crypto.bootstrapCrossSigning({ setupNewCrossSigning: true,
+      authUploadDeviceSigningKeys: (send) => send(null) });
+    await crypto.bootstrapSecretStorage({ createSecretStorageKey: async () => made,
+      setupNewSecretStorage: true, setupNewKeyBackup: true });
+    return made.encodedPrivateKey;
+  },
+  // What a new device does with the recovery key; how many room keys it found.
+  unlock: async (recoveryKey) => {
+    secretKey = decodeRecoveryKey(recoveryKey);
+    const crypto = client.getCrypto();
+    await crypto.bootstrapCrossSigning({});
+    await crypto.loadSessionBackupPrivateKeyFromSecretStorage();
+    await crypto.checkKeyBackupAndEnable();
+    return (await crypto.restoreKeyBackup()).imported;
+  },
+  // A device that was verified by another one gets the key of the backup from it.
+  restore: async () => {
+    const crypto = client.getCrypto();
+    await until(() => crypto.getSessionBackupPrivateKey());
+    await crypto.checkKeyBackupAndEnable();
+    return (await crypto.restoreKeyBackup()).imported;
+  },
+  // The key backup has all room keys, which the device sends some seconds late.
+  backed_up: async () => until(async () => {
+    const { count } = await client.http.authedRequest("GET", "/room_keys/version");
+    return count === (await client.getCrypto().exportRoomKeys()).length;
+  }),
+  verify: async (user, device) => {
+    const crypto = client.getCrypto();
+    await until(async () => (await crypto.getUserDeviceInfo([user])).get(user)?.has(device));
+    follow(await crypto.requestDeviceVerification(user, device));
+  },
+  verify_in: async (user, room) => follow(
+    await client.getCrypto().requestVerificationDM(user, room)),
+  emoji: async () => (await until(() => emoji)).sas.emoji,
+  confirm: async () => { emoji.confirm(); },
+  verified: async () => { await done; },
+  trusts: async (user, device) => (device
+    ? await client.getCrypto().getDeviceVerificationStatus(user, device)
+    : await client.getCrypto().getUserVerificationStatus(user)).crossSigningVerified,
+  search: async (term) => (await client.searchRoomEvents({ term })).results
+    .map((each) => each.context.ourEvent.getId()),
+  join: async (room) => { await client.joinRoom(room); },
+  call: async (method, ...rest) => client[method](...rest),
+  crypto: async (method, ...rest) => client.getCrypto()[method](...rest),
+  upload: async (data, type) => (await client.uploadContent(
+    Buffer.from(data, "base64"), { type })).content_uri,
+  download: async (mxc, width) => {
+    const method = width ? "scale" : undefined;
+    const url = client.mxcUrlToHttp(mxc, width, width, method, false, true, true);
+    const headers = { Authorization: `Bearer ${client.getAccessToken()}` };
+    const answer = await fetch(url, { headers });
+    if (!answer.ok) throw new Error(`${url}: ${answer.status}`);
+    return Buffer.from(await answer.arrayBuffer()).toString("base64");
+  },
+  // All that the room's view and its threads show, oldest first.
+  timeline: async (room) => {
+    const it = client.getRoom(room);
+    const threads = it.getThreads().flatMap((thread) => thread.events);
+    const events = [...it.getLiveTimeline().getEvents(), ...threads];
+    return Promise.all([...new Map(events.map((each) => [each.getId(), each])).values()].map(view));
+  },
+  backwards: async (room) => {
+    const timeline = client.getRoom(room).getLiveTimeline();
+    while (await client.paginateEventTimeline(timeline, { backwards: true, limit: 20 }));
+  },
+  reactions: async (room, id) => Object.fromEntries((client.getRoom(room).relations
+    .getChildEventsForEvent(id, "m.annotation", "m.reaction")?.getSortedAnnotationsByKey() ?? [])
+    .map(([key, events]) => [key, events.size])),
+  votes: async (room, id) => {
+    const poll = client.getRoom(room).polls.get(id);
+    const answers = (await poll?.getResponses())?.getRelations() ?? [];
+    return { ended: poll?.isEnded ?? null, votes: answers.map((each) => each.getSender()).sort() };
+  },
+  room: async (id) => {
+    const it = client.getRoom(id);
+    return it && { name: it.name, membership: it.getMyMembership(),
+      typing: it.getMembers().filter((each) => each.typing).map((each) => each.userId),
+      members: it.getJoinedMembers().map((each) => each.userId).sort(),
+      unread: it.getUnreadNotificationCount(), mentions: it.getUnreadNotificationCount("highlight"),
+      threads: it.getThreads().map((each) => [each.id, each.length,
+        it.getThreadUnreadNotificationCount(each.id)]),
+      fully_read: it.getAccountData("m.fully_read")?.getContent().event_id ?? null };
+  },
+  read: async (room, id) => {
+    const it = client.getRoom(room);
+    await client.setRoomReadMarkers(room, id, it.findEventById(id));
+  },
+  read_up_to: async (room, user) => client.getRoom(room).getEventReadUpTo(user),
+};
+
+baseUrl = process.argv[1];
+for await (const line of createInterface({ input: process.stdin })) {
+  const [order, ...rest] = JSON.parse(line);
+  try {
+    say({ answer: (await orders[order](...rest)) ?? null });
+  } catch (error) {
+    say({ error: `${error?.stack ?? error}` });
+  }
+}
+process.exit(0);
+"""
+NODE_MODULES: Final = ROOT / ".venv-test" / "node"
+
+
+@contextlib.contextmanager
+def validating(server: Server, folder: Path) -> Iterator[str]:
+    """The URL of a proxy that holds whatever passes against the specification, if there is one."""
+    if load_checker() is None:
+        yield server.url
+        return
+    port, report = free_port(), folder / "exchanges"
+    command = [sys.executable, str(SPEC_TOOLS / "spec_check.py"), "proxy", "--listen", str(port)]
+    command += ["--upstream", server.url, "--report", str(report)]
+    proxy = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # noqa: S603  our own program
+    try:
+        eventually(lambda: not socket.socket().connect_ex(("127.0.0.1", port)))
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        proxy.kill()
+        proxy.wait()
+    exchanges = [json.loads(line) for line in report.read_text("utf-8").splitlines()]
+    assert len(exchanges) > 100
+    wrong = [
+        (each["endpoint"], each["status"], finding)
+        for each in exchanges
+        for finding in each["findings"]
+        if finding["severity"] == "error" or finding["kind"] == "cors"
+    ]
+    assert not wrong
+    assert not [each for each in exchanges if each["status"] >= 500]
+
+
+class JsDevice:
+    """One matrix-js-sdk device in a Node process; orders go in and answers come out as lines."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.user_id = self.device_id = ""
+        with open(folder / f"{unique('js')}.log", "w") as log:
+            self.process = subprocess.Popen(  # noqa: S603  our own program
+                [shutil.which("node") or "node", "--input-type=module", "-e", JS_DEVICE, url],
+                cwd=NODE_MODULES,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def __call__(self, order: str, *rest: Any, seconds: float = 60) -> Any:
+        """Give an order, wait for its answer."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps([order, *rest]) + "\n")
+        self.process.stdin.flush()
+        readable, _, _ = select.select([self.process.stdout], [], [], seconds)
+        assert readable, f"no answer to {order} {rest} in {seconds} s"
+        answer = json.loads(self.process.stdout.readline())
+        assert "error" not in answer, f"{order} {rest}: {answer['error']}"
+        return answer["answer"]
+
+    def enter(self, order: str, *rest: str) -> JsDevice:
+        """Register or log in, and start to sync."""
+        answer = self(order, *rest)
+        self.user_id, self.device_id = answer["user_id"], answer["device_id"]
+        return self
+
+    def send(self, room_id: str, content: Json, event_type: str = "m.room.message") -> str:
+        """Send an event, encrypted where the room is; its id."""
+        return str(self("call", "sendEvent", room_id, event_type, content)["event_id"])
+
+    def say(self, room_id: str, text: str, **fields: Any) -> str:
+        """Send a text."""
+        return self.send(room_id, {"msgtype": "m.text", "body": text, **fields})
+
+    def sees(self, room_id: str, event_id: str, seconds: float = 30) -> Json:
+        """The event as this device shows it, as soon as it came and could be read."""
+
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            events = {event["id"]: event for event in self("timeline", room_id)}
+            if (event := events.get(event_id)) and not event["failure"]:
+                return cast("Json", event)
+            time.sleep(0.1)
+        pytest.fail(f"{self.user_id} cannot read {event_id}: {event}")
+
+    def unreadable(self, room_id: str) -> dict[str, str]:
+        """What it cannot decrypt of all that it shows, and why."""
+        events = self("timeline", room_id)
+        return {event["id"]: event["failure"] for event in events if event["failure"]}
+
+    def shows(self, order: str, *rest: Any, **wanted: Any) -> Json:
+        """The answer to an order as soon as it has these members."""
+        return cast(
+            "Json",
+            eventually(
+                lambda: (
+                    (answer := self(order, *rest)) and {**answer, **wanted} == answer and answer
+                ),
+                30,
+            ),
+        )
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+def compare_emoji(asking: JsDevice, asked: JsDevice, room_id: str | None = None) -> None:
+    """Two devices verify each other by emoji: in a room, or else by to-device messages."""
+    if room_id:
+        asking("verify_in", asked.user_id, room_id)
+    else:
+        asking("verify", asked.user_id, asked.device_id)
+    assert len(asking("emoji")) == 7
+    assert asking("emoji") == asked("emoji")
+    for order in ("confirm", "verified"):
+        for device in (asking, asked):
+            device(order)
+
+
+def sealed_file(device: JsDevice, data: bytes, mimetype: str) -> Json:
+    """Encrypt and upload a file; the `file` member of the event."""
+    sealed, keys = nio.crypto.encrypt_attachment(data)
+    mxc = device("upload", base64.b64encode(sealed).decode(), "application/octet-stream")
+    return {"url": mxc, "mimetype": mimetype, **keys}
+
+
+def opened_file(device: JsDevice, file: Json) -> bytes:
+    """Download a file and decrypt it."""
+    sealed = base64.b64decode(device("download", file["url"]))
+    opened = nio.crypto.decrypt_attachment(
+        sealed, file["key"]["k"], file["hashes"]["sha256"], file["iv"]
+    )
+    return cast("bytes", opened)
+
+
+def relates(rel_type: str, event_id: str, **fields: Any) -> Json:
+    """The member of a content that points at another event."""
+    return {"m.relates_to": {"rel_type": rel_type, "event_id": event_id, **fields}}
+
+
+class Evening:
+    """The family at the table: mum and dad with matrix-js-sdk, the kid with matrix-nio."""
+
+    def __init__(self, server: Server, folder: Path, url: str) -> None:
+        self.server = server
+        self.folder = folder
+        self.url = url  # of the server, or of the proxy before it
+        self.devices: list[JsDevice] = []
+        self.mum = self.device().enter("register", "mum", PASSWORD, "supper")
+        self.dad = self.device().enter("register", "dad", PASSWORD, "supper")
+        self.kid = Device(server, register(server, "kid").user_id, folder / "kid")
+        self.kid.nio.homeserver = url
+        self.room_id = ""
+        self.said: dict[str, str] = {}  # what everybody must have read in the end
+        self.keys: dict[str, str] = {}  # recovery keys
+
+    def device(self) -> JsDevice:
+        """A new device, not yet logged in."""
+        self.devices.append(JsDevice(self.url, self.folder))
+        return self.devices[-1]
+
+    def say(self, device: JsDevice, text: str, **fields: Any) -> str:
+        """Somebody says something that all will read."""
+        event_id = device.say(self.room_id, text, **fields)
+        self.said[event_id] = text
+        return event_id
+
+    async def all_have_read(self) -> None:
+        """Whatever was said so far is readable everywhere."""
+        for device in (self.mum, self.dad):
+            for event_id, text in self.said.items():
+                assert device.sees(self.room_id, event_id)["content"]["body"] == text
+        await self.kid.sync()
+        assert self.kid.texts().items() >= self.said.items()
+        assert not self.kid.unreadable
+
+    async def arrive(self) -> None:
+        """Everybody makes keys; mum makes the room; all come in; mum and dad compare emoji."""
+        self.keys = {each.user_id: each("secure") for each in (self.mum, self.dad)}
+        content: Json = {"name": "Family", "preset": "private_chat", "initial_state": [ENCRYPTED]}
+        content["invite"] = [self.dad.user_id, self.kid.nio.user_id]
+        self.room_id = self.mum("call", "createRoom", content)["room_id"]
+        self.dad.shows("room", self.room_id, membership="invite", name="Family")
+        self.dad("join", self.room_id)
+        self.dad.shows("room", self.room_id, membership="join")
+        await self.kid.sync()
+        assert isinstance(await self.kid.nio.join(self.room_id), nio.JoinResponse)
+        for _ in range(2):
+            await self.kid.sync()
+            self.kid.trust_everyone()
+        compare_emoji(self.mum, self.dad)
+        for one, other in ((self.mum, self.dad), (self.dad, self.mum)):
+            assert eventually(lambda a=one, b=other: a("trusts", b.user_id))
+            assert one("trusts", other.user_id, other.device_id)
+
+    async def talk(self, words: str) -> None:
+        """Everybody says something, all read it."""
+        self.say(self.mum, f"mum: {words}")
+        self.say(self.dad, f"dad: {words}")
+        self.kid.trust_everyone()
+        self.said |= await self.kid.talk(self.room_id, [f"kid: {words}"])
+        await self.all_have_read()
+
+    async def relate(self) -> None:
+        """Edit, reaction, reply, thread, redaction."""
+        mum, dad, room_id = self.mum, self.dad, self.room_id
+        first = mum.say(room_id, "Super at seven")
+        assert dad.sees(room_id, first)["encrypted"]
+        new = {"msgtype": "m.text", "body": "Supper at seven"}
+        mum.say(room_id, "* Supper", **{"m.new_content": new}, **relates("m.replace", first))
+        eventually(lambda: dad.sees(room_id, first)["content"]["body"] == "Supper at seven", 30)
+        dad.send(room_id, relates("m.annotation", first, key="🍲"), "m.reaction")
+        mum.shows("reactions", room_id, first, **{"🍲": 1})
+        self.said[first] = "Supper at seven"
+        reply = {"m.relates_to": {"m.in_reply_to": {"event_id": first}}}
+        self.say(dad, "On my way", **reply)
+        for number, device in enumerate((dad, mum, dad)):
+            self.say(device, f"What is there? {number}", **relates("m.thread", first))
+        for device in (mum, dad):
+            eventually(lambda d=device: d("room", room_id)["threads"][0][:2] == [first, 3], 30)
+        slip = dad.say(room_id, "Tpyo")
+        dad("call", "redactEvent", room_id, slip)
+        eventually(lambda: mum.sees(room_id, slip)["redacted"], 30)
+        await self.kid.sync()
+        self.kid.read[first].body = "Supper at seven"  # matrix-nio leaves edits to its user
+
+    async def show(self) -> None:
+        """A picture with its thumbnail, a voice message, a poll that ends."""
+        mum, dad, room_id = self.mum, self.dad, self.room_id
+        picture = random.Random(5).randbytes(200_000)  # noqa: S311  any bytes will do
+        file = sealed_file(mum, picture, "image/png")
+        info = {"mimetype": "image/png", "w": 10, "h": 10, "size": len(picture)}
+        info["thumbnail_file"] = sealed_file(mum, picture[:5000], "image/png")
+        info["thumbnail_info"] = {"mimetype": "image/png", "w": 2, "h": 2, "size": 5000}
+        content = {"msgtype": "m.image", "body": "soup.png", "file": file, "info": info}
+        shown = dad.sees(room_id, mum.send(room_id, content))["content"]
+        assert opened_file(dad, shown["file"]) == picture
+        assert opened_file(dad, shown["info"]["thumbnail_file"]) == picture[:5000]
+        voice = {"msgtype": "m.audio", "body": "Voice message", "org.matrix.msc3245.voice": {}}
+        voice |= {"file": sealed_file(dad, picture[:30_000], "audio/ogg"), "info": {"size": 30_000}}
+        voice["org.matrix.msc1767.audio"] = {"duration": 5000, "waveform": [0, 512, 1024]}
+        shown = mum.sees(room_id, dad.send(room_id, voice))["content"]
+        assert opened_file(mum, shown["file"]) == picture[:30_000]
+        mxc = await send_picture(self.kid, room_id, picture)
+        assert opened_file(mum, mum.sees(room_id, mxc)["content"]["file"]) == picture
+        await self.vote()
+
+    async def vote(self) -> None:
+        """A poll: both vote, dad twice; it ends."""
+        mum, dad, room_id = self.mum, self.dad, self.room_id
+        answers = [{"id": each, "org.matrix.msc1767.text": each} for each in ("soup", "stew")]
+        question: Json = {"question": {"org.matrix.msc1767.text": "What?"}, "answers": answers}
+        question |= {"kind": "org.matrix.msc3381.poll.disclosed", "max_selections": 1}
+        start = {"org.matrix.msc3381.poll.start": question, "org.matrix.msc1767.text": "What?"}
+        poll = mum.send(room_id, start, "org.matrix.msc3381.poll.start")
+        dad.sees(room_id, poll)
+        for device, choice in ((dad, "soup"), (mum, "stew"), (dad, "stew")):
+            vote = {"org.matrix.msc3381.poll.response": {"answers": [choice]}}
+            vote |= relates("m.reference", poll)
+            device.send(room_id, vote, "org.matrix.msc3381.poll.response")
+        voters = sorted([dad.user_id, dad.user_id, mum.user_id])
+        for device in (mum, dad):
+            device.shows("votes", room_id, poll, votes=voters, ended=False)
+        end = {"org.matrix.msc3381.poll.end": {}, **relates("m.reference", poll)}
+        mum.send(room_id, end, "org.matrix.msc3381.poll.end")
+        dad.shows("votes", room_id, poll, votes=voters, ended=True)
+
+    async def notice(self) -> None:
+        """Typing, unread counts with a mention, receipts and read markers."""
+        mum, dad, room_id = self.mum, self.dad, self.room_id
+        mum("call", "sendTyping", room_id, True, 20_000)
+        dad.shows("room", room_id, typing=[mum.user_id])
+        mum("call", "sendTyping", room_id, False, 0)
+        dad.shows("room", room_id, typing=[])
+        before = self.say(mum, "Bring bread")
+        dad.sees(room_id, before)
+        dad("read", room_id, before)
+        dad.shows("room", room_id, unread=0, mentions=0, fully_read=before)
+        eventually(lambda: mum("read_up_to", room_id, dad.user_id) == before, 30)
+        calling = {"m.mentions": {"user_ids": [dad.user_id]}}
+        last = self.say(mum, "dad, and butter", **calling)
+        dad.shows("room", room_id, unread=1, mentions=1)
+        dad.sees(room_id, last)
+        dad("read", room_id, last)
+        dad.shows("room", room_id, unread=0, mentions=0, fully_read=last)
+        await self.all_have_read()
+
+    def look_for(self) -> None:
+        """Search finds what was said where nothing is encrypted."""
+        mum, dad = self.mum, self.dad
+        shopping = {"name": "Shopping", "preset": "private_chat", "invite": [dad.user_id]}
+        room_id = mum("call", "createRoom", shopping)["room_id"]
+        dad.shows("room", room_id, membership="invite")
+        dad("join", room_id)
+        wanted = [mum.say(room_id, f"rye bread {number}") for number in range(3)]
+        dad.say(room_id, "butter")
+
+        def found() -> bool:
+            results = dad("search", "bread")
+            return sorted(results) == sorted(wanted)
+
+        eventually(found)
+
+    async def leave_and_return(self) -> None:
+        """Dad leaves, is invited again; what was said in between is not for him."""
+        mum, dad, room_id = self.mum, self.dad, self.room_id
+        dad("call", "leave", room_id)
+        family = sorted([mum.user_id, dad.user_id, self.kid.nio.user_id])
+        mum.shows("room", room_id, members=[each for each in family if each != dad.user_id])
+        await self.kid.sync()
+        secret = mum.say(room_id, "A cake for dad")
+        mum("call", "invite", room_id, dad.user_id)
+        dad.shows("room", room_id, membership="invite")
+        dad("join", room_id)
+        for device in (mum, dad):
+            device.shows("room", room_id, members=family)
+        await self.kid.sync()
+        await self.talk("back again")
+        dad("backwards", room_id)
+        assert dad.unreadable(room_id) == {secret: "HISTORICAL_MESSAGE_USER_NOT_JOINED"}
+        assert not mum.unreadable(room_id)
+
+    def new_devices(self) -> None:
+        """Mum's new phone has the recovery key, dad's tablet is verified by his other device."""
+        for device in (self.mum, self.dad):
+            device("backed_up")
+        phone = self.device().enter("login", "mum", PASSWORD)
+        assert phone("unlock", self.keys[self.mum.user_id]) > 0
+        tablet = self.device().enter("login", "dad", PASSWORD)
+        compare_emoji(tablet, self.dad)
+        assert tablet("restore") > 0
+        for device in (phone, tablet):
+            device("backwards", self.room_id)
+            for event_id, text in self.said.items():
+                assert device.sees(self.room_id, event_id)["content"]["body"] == text
+        assert eventually(lambda: self.dad("trusts", phone.user_id, phone.device_id), 30)
+        late = phone.say(self.room_id, "From my new phone")
+        for device in self.devices:
+            assert device.sees(self.room_id, late)["content"]["body"] == "From my new phone"
+        for device in (self.mum, phone):
+            assert not device.unreadable(self.room_id)
+        assert self.dad.unreadable(self.room_id) == tablet.unreadable(self.room_id)
+
+
+async def family_evening(evening: Evening) -> None:
+    """The whole story, with a restart and a SIGKILL of the server in its midst."""
+    async with logged_in(evening.kid):
+        await evening.arrive()
+        await evening.talk("good evening")
+        await evening.relate()
+        evening.server.restart()
+        await evening.talk("after a restart")
+        await evening.show()
+        evening.server.kill9()
+        evening.server.start()
+        await evening.talk("after a fall")
+        await evening.notice()
+        evening.look_for()
+        await evening.leave_and_return()
+        evening.new_devices()
+        await evening.all_have_read()
+
+
+@slow
+def test_an_evening_of_a_family(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    need("node")
+    if not NODE_MODULES.is_dir():
+        pytest.skip("needs matrix-js-sdk, which the Makefile installs where there is npm")
+    server = new_server(registration_token="supper", rate_limit=True)
+    with validating(server, tmp_path) as url:
+        evening = Evening(server, tmp_path, url)
+        try:
+            asyncio.run(family_evening(evening))
+        finally:
+            for device in evening.devices:
+                device.stop()
+    server.stop()
+    server.check()
+
+
+# ── A whole street at once ───────────────────────────────────────────────────
+#
+# Many users in many rooms, each with a client of either kind of sync, all at random. In the
+# end each client must have had every event of each of its rooms, once, in the room's order.
+
+
+class Watcher:
+    """One client that syncs all the time, and fills the gaps as clients do."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, account: Client, kind: str) -> None:
+        self.http = http
+        self.url = url
+        self.account = account
+        self.kind = kind
+        self.since = ""
+        self.rooms: dict[str, list[str]] = defaultdict(list)
+        self.answers: Counter[int] = Counter()
+
+    async def request(self, method: str, path: str, body: Json | None = None, **query: Any) -> Json:
+        """A request that must succeed; a leave of who has left before is no failure."""
+        headers = {"Authorization": f"Bearer {self.account.token}"}
+        url = self.url + path_of(path)
+        asked = self.http.request(method, url, json=body, params=query, headers=headers)
+        async with asked as answer:
+            self.answers[answer.status] += 1
+            text = await answer.text()
+            assert answer.status in (200, 403), f"{method} {url}: {answer.status} {text}"
+            return cast("Json", json.loads(text))
+
+    async def turn(self, timeout: int) -> None:
+        """One sync."""
+        news = await (self.v3(timeout) if self.kind == "v3" else self.slide(timeout))
+        for room_id, events, gap, start in news:
+            await self.take(room_id, [event["event_id"] for event in events], gap, start)
+
+    async def v3(self, timeout: int) -> list[tuple[str, list[Json], bool, str]]:
+        """(room, timeline, whether there is a gap before it, where it starts) by /sync."""
+        since = {"since": self.since} if self.since else {}
+        answer = await self.request("GET", "sync", timeout=timeout, **since)
+        self.since = answer["next_batch"]
+        sections = answer.get("rooms", {})
+        parts = {**sections.get("leave", {}), **sections.get("join", {})}
+        lines = {room_id: part["timeline"] for room_id, part in parts.items() if "timeline" in part}
+        return [
+            (room_id, line["events"], line["limited"], line.get("prev_batch", ""))
+            for room_id, line in lines.items()
+        ]
+
+    async def slide(self, timeout: int) -> list[tuple[str, list[Json], bool, str]]:
+        """The same by sliding sync."""
+        pos = {"pos": self.since} if self.since else {}
+        lists = {"all": {"ranges": [[0, 999]], "timeline_limit": 5, "required_state": []}}
+        answer = await self.request("POST", SLIDING, {"lists": lists}, timeout=timeout, **pos)
+        self.since = answer["pos"]
+        return [
+            (room_id, room.get("timeline", []), gap, room.get("prev_batch", ""))
+            for room_id, room in answer["rooms"].items()
+            for gap in [bool(room.get("limited") or room.get("initial"))]
+        ]
+
+    async def take(self, room_id: str, new: list[str], gap: bool, start: str) -> None:
+        """Put events behind those known, with what the gap has hidden."""
+        known = self.rooms[room_id]
+        path = f"rooms/{quote(room_id)}/messages"
+        while gap and start and not set(new).intersection(known):
+            page = await self.request("GET", path, dir="b", limit=50, **{"from": start})
+            new = [event["event_id"] for event in reversed(page.get("chunk", []))] + new
+            start = page.get("end", "")
+        if gap and known:
+            new = new[new.index(known[-1]) + 1 :] if known[-1] in new else new
+        assert not set(new).intersection(known), f"{self.kind}: an event came twice in {room_id}"
+        assert len(set(new)) == len(new)
+        known += new
+
+
+DOINGS: Final = (
+    *("say", "say", "say", "say", "say", "say", "say", "say"),
+    *("react", "read", "read", "type", "topic", "leave", "join", "name"),
+)
+
+
+class Neighbour:
+    """A user with both clients, who does something now and then."""
+
+    def __init__(self, watchers: list[Watcher], rooms: list[str], chance: random.Random) -> None:
+        self.watchers = watchers
+        self.rooms = rooms
+        self.chance = chance
+        self.home = chance.sample(rooms, min(len(rooms), 8))
+        self.user_id = watchers[0].account.user_id
+
+    async def act(self) -> None:
+        """Something, somewhere."""
+        client, room_id = self.watchers[0], self.chance.choice(self.home)
+        room, user = f"rooms/{quote(room_id)}", quote(self.user_id)
+        doing, txn = self.chance.choice(DOINGS), unique("txn")
+        latest = (client.rooms[room_id] or ["$none"])[-1]
+        relation = {"rel_type": "m.annotation", "event_id": latest, "key": txn}
+        hello = {"msgtype": "m.text", "body": txn}
+        deeds: dict[str, tuple[str, str, Json]] = {
+            "say": ("PUT", f"{room}/send/m.room.message/{txn}", hello),
+            "react": ("PUT", f"{room}/send/m.reaction/{txn}", {"m.relates_to": relation}),
+            "read": ("POST", f"{room}/receipt/m.read/{quote(latest)}", {}),
+            "type": ("PUT", f"{room}/typing/{user}", {"typing": True, "timeout": 3000}),
+            "topic": ("PUT", f"{room}/state/m.room.topic/", {"topic": txn}),
+            "leave": ("POST", f"{room}/leave", {}),
+            "join": ("POST", f"join/{quote(room_id)}", {}),
+            "name": ("PUT", f"profile/{user}/displayname", {"displayname": txn}),
+        }
+        if doing != "read" or latest != "$none":
+            await client.request(*deeds[doing])
+
+
+class Street:
+    """All neighbours and rooms of one server."""
+
+    def __init__(self, server: Server, users: int, rooms: int) -> None:
+        self.server = server
+        self.chance = random.Random(users)  # noqa: S311  chance for tests
+        self.landlord, *self.accounts = [register(server) for _ in range(users + 1)]
+        for account in (self.landlord, *self.accounts):
+            account.checked = False
+        public = {"preset": "public_chat", "power_level_content_override": {"state_default": 0}}
+        self.rooms = [self.landlord.create_room(**public) for _ in range(rooms)]
+        self.neighbours: list[Neighbour] = []
+        self.acting = True
+        self.memory: list[float] = []
+
+    async def move_in(self, http: aiohttp.ClientSession) -> None:
+        """Everybody logs a second device in, joins the rooms of their home, syncs once."""
+        for account in self.accounts:
+            other = await asyncio.to_thread(account.login)
+            kinds = ((account, "v3"), (other, "sliding"))
+            watchers = [Watcher(http, self.server.url, each, kind) for each, kind in kinds]
+            one = Neighbour(watchers, self.rooms, self.chance)
+            self.neighbours.append(one)
+            for room_id in one.home:
+                await watchers[0].request("POST", f"join/{quote(room_id)}", {})
+            for watcher in watchers:
+                await watcher.turn(0)
+
+    async def live(self, one: Neighbour, pause: float) -> None:
+        """Act at random until the time is over."""
+        while self.acting:
+            await asyncio.sleep(self.chance.uniform(0, 2 * pause))
+            await one.act()
+
+    async def watch(self, watcher: Watcher) -> None:
+        """Sync until everybody is silent."""
+        while self.acting:
+            await watcher.turn(3000)
+            await asyncio.sleep(self.chance.uniform(0, 0.2))
+
+    async def clock(self, seconds: float) -> None:
+        """The memory after a quarter of the time and at the end, which is the end of all acts."""
+        for share in (0.25, 0.75):
+            await asyncio.sleep(seconds * share)
+            self.memory.append(self.server.rss())
+        self.acting = False
+
+    async def evening(self, seconds: float, pause: float) -> None:
+        """Everybody at once."""
+        watchers = [watcher for one in self.neighbours for watcher in one.watchers]
+        lives = [self.live(one, pause) for one in self.neighbours]
+        await asyncio.gather(self.clock(seconds), *lives, *map(self.watch, watchers))
+
+    async def reckon(self) -> int:
+        """Each client of each member has each event of each room; how many deliveries that was."""
+        total = 0
+        for room_id in self.rooms:
+            events = await asyncio.to_thread(whole, self.landlord, room_id)
+            order = [event["event_id"] for event in reversed(events)]
+            members = ok(self.landlord.get(("rooms", room_id, "joined_members")))["joined"]
+            for one in self.neighbours:
+                if one.user_id not in members:
+                    continue
+                for watcher in one.watchers:
+                    had = watcher.rooms[room_id]
+                    assert had == order, f"{watcher.kind}: {len(had)} of {len(order)} in {room_id}"
+                    total += len(order)
+        return total
+
+
+def whole(client: Client, room_id: str) -> list[Json]:
+    """All events of a room, the newest first."""
+    events, page = [], client.messages(room_id, limit=1000)
+    while page["chunk"]:
+        events += page["chunk"]
+        if "end" not in page:
+            break
+        page = client.messages(room_id, limit=1000, **{"from": page["end"]})
+    return events
+
+
+async def street_life(server: Server, users: int, rooms: int, seconds: float, pause: float) -> Json:
+    """The whole story; its figures."""
+    street = Street(server, users, rooms)
+    timeout = aiohttp.ClientTimeout(total=120)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as http:
+        await street.move_in(http)
+        cpu = server.cpu()
+        await street.evening(seconds, pause)
+        cpu = server.cpu() - cpu
+        watchers = [watcher for one in street.neighbours for watcher in one.watchers]
+        for _ in range(2):  # what the last answers had no room for
+            await asyncio.gather(*(watcher.turn(0) for watcher in watchers))
+        delivered = await street.reckon()
+    answers = sum((watcher.answers for watcher in watchers), Counter[int]())
+    return {"delivered": delivered, "answers": answers, "MiB": street.memory, "cpu": cpu}
+
+
+@slow
+def test_a_street_at_once(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    users, rooms, seconds, pause = (
+        (100, 200, 600, 5.0) if os.environ.get("DEEP") else (20, 40, 15, 0.5)
+    )
+    seconds = int(os.environ.get("STREET_SECONDS", seconds))
+    figures = asyncio.run(street_life(server, users, rooms, seconds, pause))
+    print(figures)
+    assert figures["delivered"] > 1000
+    assert not [status for status in figures["answers"] if status >= 429]
+    assert figures["MiB"][1] <= 1.2 * figures["MiB"][0]
+    server.stop()
+    server.check()
+
+
+# ── Every endpoint of the specification ──────────────────────────────────────
+
+# What this run cannot have: by the reason the answer, and the endpoints. All else must work.
+REFUSED: Final[dict[str, tuple[str, list[str]]]] = {
+    "nobody else signs our users in": (
+        "404 M_NOT_FOUND",
+        ["GET v3/login/sso/redirect", "GET v3/login/sso/redirect/{idpId}"],
+    ),
+    "the bridge of this run knows of nothing": (
+        "404 M_NOT_FOUND",
+        [
+            f"GET v3/thirdparty/{kind}{protocol}"
+            for kind in ("location", "user")
+            for protocol in ("", "/{protocol}")
+        ],
+    ),
+    "no identity server is trusted": (
+        "400 M_SERVER_NOT_TRUSTED",
+        ["POST v3/account/3pid", "POST v3/account/3pid/bind"],
+    ),
+    "nobody has opened the link in the e-mail": (
+        "403 M_THREEPID_AUTH_FAILED",
+        ["POST v3/account/3pid/add"],
+    ),
+    "there are no text messages": (
+        "400 M_THREEPID_MEDIUM_NOT_SUPPORTED",
+        [
+            f"POST v3/{purpose}/msisdn/requestToken"
+            for purpose in ("account/3pid", "account/password", "register")
+        ],
+    ),
+}
+FROZEN: Final = "GET /_matrix/media/v3/"  # what was never to be had without a token: 404
+NEEDS_OAUTH: Final = ("org.matrix.msc4108", "io.element.msc4388")  # signing in by QR code
+
+
+def spec_server(folder: Path, mailbox: Mailbox, plain_port: int) -> Server:
+    """A server on which as much of the specification as can be is switched on."""
+    bridge = folder / "bridge.yaml"
+    fields: Json = {"id": "spec_check", "url": f"http://127.0.0.1:{plain_port}"}
+    fields |= {"as_token": "as-token", "hs_token": "hs-token", "sender_localpart": "spec_bot"}
+    fields |= {"namespaces": {"users": [{"regex": "@spec_.*", "exclusive": False}]}}
+    bridge.write_text(yaml.safe_dump({**fields, "protocols": ["specproto"]}))
+    return Server(
+        folder,
+        registration_token="supper",
+        appservice_config_files=[str(bridge)],
+        url_preview_allowlist=["*"],
+        ip_range_denylist=[],
+        support_contact="admin@example.org",
+        smtp={"host": "127.0.0.1", "port": mailbox.controller.port, "from": "a@test.example"},
+    ).start()
+
+
+@slow
+def test_every_endpoint_of_the_specification(tmp_path: Path) -> None:
+    if load_checker() is None:
+        pytest.skip("needs the specification's checker")
+    mailbox, port, result = Mailbox(), free_port(), tmp_path / "coverage.json"
+    mailbox.controller.start()
+    server = spec_server(tmp_path, mailbox, port)
+    command = [sys.executable, str(SPEC_TOOLS / "spec_check.py"), "coverage", server.url, "--fuzz"]
+    command += ["--registration-token", "supper", "--as-token", "as-token", "--as-id", "spec_check"]
+    command += ["--plain-listen", str(port), "--no-federation", "--json", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  fixed
+    server.stop()
+    mailbox.controller.stop()
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(result.read_text("utf-8"))
+    ours = [one for one in found["endpoints"] if one["api"] in ("client-server", "msc")]
+    assert len(ours) > 180
+    wrong = {
+        one["endpoint"]: f"{one['status']} {one['errcode']}"
+        for one in ours
+        if one["verdict"] not in ("ok", "optional")
+        and not any(extension in one["endpoint"] for extension in NEEDS_OAUTH)
+    }
+    refused = {
+        endpoint.replace(" v3/", f" {CLIENT}"): answer
+        for answer, endpoints in REFUSED.values()
+        for endpoint in endpoints
+    }
+    for name in ("download/{}", "download/{}/{{fileName}}", "thumbnail/{}"):
+        refused[FROZEN + name.format("{serverName}/{mediaId}")] = "404 M_NOT_FOUND"
+    assert wrong == refused
+    errors = [one for one in found["violations"] if one["severity"] == "error"]
+    assert not errors
+    assert all(probe["ok"] for probe in found["probes"].values()), found["probes"]
+    assert not found["crashes"]
+    server.assert_clean_log()
+    server.check()
 
 
 # ── The pulled plug ──────────────────────────────────────────────────────────
