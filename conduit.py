@@ -7274,12 +7274,11 @@ class Requester:
 
 
 def access_token(request: Request) -> str | None:
-    """The token from the Authorization header, not from the query, which ends up in logs.
-
-    Spec: CS-API "Using access tokens".
-    """
+    """The token from the Authorization header, or from the query, where old clients put it."""
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return (token.strip(" ") or None) if scheme.lower() == "bearer" else None
+    if scheme.lower() == "bearer" and token:
+        return token.strip(" ")
+    return request.arg("access_token") or None
 
 
 def check_caller(auth: Auth, requester: Requester | None) -> None:

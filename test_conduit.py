@@ -6792,14 +6792,16 @@ WHO_MAY: Final = {
 }
 
 
+@pytest.mark.parametrize("where", ["header", "query"])
 @pytest.mark.parametrize("auth", list(WHO_MAY))  # servers sign: see FEDERATION REQUESTS
-def test_who_may_call(auth: conduit.Auth) -> None:
-    """The whole table."""
+def test_who_may_call(auth: conduit.Auth, where: str) -> None:
+    """The whole table, with the token in the header and in the query."""
     made = Routes()
     made.add("GET", "/x", auth=auth)
     for token, status in WHO_MAY[auth].items():
-        lines = [f"Authorization: Bearer {token}"] if token else []
-        answer = made.ask("GET", "/x", b"", *lines)
+        lines = [f"Authorization: Bearer {token}"] if token and where == "header" else []
+        target = f"/x?access_token={token}" if token and where == "query" else "/x"
+        answer = made.ask("GET", target, b"", *lines)
         assert answer.status == status, token
         if status == 200 and auth is not conduit.NONE:
             assert answer.json()["user"] == (KNOWN_TOKENS[token].user_id if token else None)
@@ -6810,7 +6812,7 @@ def test_who_may_call(auth: conduit.Auth) -> None:
 
 
 def test_forms_of_the_authorization_header() -> None:
-    """The scheme in any case; other schemes are no token, nor is what the query has."""
+    """The scheme in any case; other schemes are no token; the header goes before the query."""
     made = Routes()
     made.add("GET", "/x", auth=conduit.USER)
     cases = {
@@ -6826,8 +6828,6 @@ def test_forms_of_the_authorization_header() -> None:
         assert made.ask("GET", "/x", b"", f"Authorization: {value}").status == status, value
     answer = made.ask("GET", "/x?access_token=admin", b"", "Authorization: Bearer user")
     assert answer.json()["user"] == "@user:x"
-    answer = made.ask("GET", "/x?access_token=admin", b"")
-    assert (answer.status, answer.json()["errcode"]) == (401, "M_MISSING_TOKEN")
 
 
 def test_every_route_says_who_may_call() -> None:
@@ -9638,7 +9638,7 @@ def test_sec_30_no_secret_in_database_or_log(new_server: Callable[..., Server]) 
     """Class 30: tokens are hashed at rest, and neither they nor passwords are in the log."""
     server = new_server(log="debug")
     alice = register(server, "alice", refresh_token=True)
-    fails(Client(server).get("account/whoami", access_token=alice.token), 401, "M_MISSING_TOKEN")
+    ok(Client(server).get("account/whoami", access_token=alice.token))
     short = login_token(alice)
     new_password = "a different pass phrase"
     session = alice.post("account/password", {"new_password": new_password}).json()["session"]
@@ -25447,6 +25447,8 @@ def test_every_endpoint_of_the_specification(tmp_path: Path) -> None:
     assert wrong == refused
     errors = [one for one in found["violations"] if one["severity"] == "error"]
     assert not errors
+    # Deprecated since v1.11 and gone with what follows v1.19: clients of before still do it.
+    assert not found["probes"].pop("token in the query string")["ok"]
     assert all(probe["ok"] for probe in found["probes"].values()), found["probes"]
     assert not found["crashes"]
     server.assert_clean_log()
