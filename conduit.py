@@ -24760,8 +24760,8 @@ class Media:
             query = "SELECT media_nid FROM media WHERE user_nid = ? AND last_access_ts < ?"
         return [nid for (nid,) in self.db.all(query, (user_nid or of, before))]
 
-    def of_event(self, event: Event) -> list[int]:
-        """The media that an event names, with the thumbnails that their servers made of them."""
+    def named_in(self, content: Any) -> list[int]:
+        """The media that a content names, with the thumbnails that their servers made of them."""
         query = """
             SELECT media_nid
             FROM media
@@ -24769,7 +24769,7 @@ class Media:
               AND (media_id = :id OR (media_id > :id || '/' AND media_id < :id || '0'))
         """
         found: set[int] = set()
-        for server, media_id in media_in(event.content):
+        for server, media_id in media_in(content):
             of = "" if server == self.server_name else server
             found.update(nid for (nid,) in self.db.all(query, {"server": of, "id": media_id}))
         return sorted(found)
@@ -26721,6 +26721,30 @@ def local_account(hs: Homeserver, name: str) -> tuple[str, UserNid]:
     return user_id, account.nid
 
 
+DAY_MS = 86_400_000
+
+
+def count_of(arguments: Arguments, option: str) -> int | None:
+    """The number that an option has, where it is given."""
+    text = arguments.get(option)
+    if text is not None and not re.fullmatch("[0-9]{1,6}", text):
+        raise UsageError(f"{option} wants a number, of six digits at most")
+    return None if text is None else int(text)
+
+
+def minute_of(timestamp: int) -> str:
+    """A time for people, in UTC."""
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(timestamp / 1000))
+
+
+def wanted_event(hs: Homeserver, event_id: str) -> Event:
+    """An event of any room, or 404."""
+    event = hs.rooms.event(event_id)
+    if event is None:
+        raise not_found("There is no such event")
+    return event
+
+
 def caches_of(hs: Homeserver) -> dict[str, LruCache[Any, Any]]:
     """All caches of the server, by the attributes that lead to them, such as rooms.events."""
     found: dict[str, LruCache[Any, Any]] = {}
@@ -26767,10 +26791,13 @@ async def help_command(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("list-local-users")
 async def list_local_users(hs: Homeserver, arguments: Arguments) -> Reply:
     """List the accounts of this server."""
-    users = hs.accounts.list_local_users()
-    admins = {user for user in users if hs.accounts.is_admin(hs.db.user_nid(user))}
-    rows = [(user, "admin" if user in admins else "") for user in users]
-    return reply_table(f"Found {len(users)} local user account(s):", ("User", ""), rows)
+    rows = []
+    for user_id in hs.accounts.list_local_users():
+        account = cast(Account, hs.accounts.find(user_id))
+        marks = {"admin": account.is_admin, "locked": account.locked}
+        marks["suspended"] = user_id in hs.accounts.suspended
+        rows.append((user_id, ", ".join(mark for mark, is_set in marks.items() if is_set)))
+    return reply_table(f"Found {len(rows)} local user account(s):", ("User", ""), rows)
 
 
 @command("create-user NAME [PASSWORD]")
@@ -26864,35 +26891,38 @@ async def reload_command(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_text("Done. The log names keys that wait for a restart.")
 
 
-def send_notice(hs: Homeserver, user_nid: UserNid, text: str) -> None:
-    """Tell one user something in a room that they have for that.  Spec: "Server Notices"."""
+def notice_room(hs: Homeserver, user_nid: UserNid) -> Room:
+    """The room in which the server speaks to a user, into which it asks them again if they left.
+
+    Spec: CS-API "Server Notices".
+    """
     bot, user_id = hs.accounts.bot_id, hs.db.user_id(user_nid)
-    with hs.db.write():
-        room_nid = hs.db.value("SELECT room_nid FROM notice_rooms WHERE user_nid = ?", (user_nid,))
-        room = None if room_nid is None else hs.rooms.by_nid(room_nid)
-        if room is None or room.membership_of(user_nid) not in ("join", "invite"):
-            body = {"preset": "private_chat", "name": f"Notices of {hs.config.server_name}"}
-            levels = {"users_default": -10}  # it is for reading
-            override = {"power_level_content_override": levels}
-            room = create_room(hs, bot, {**body, **override, "invite": [user_id]})
-            set_room_account_data(
-                hs, user_nid, room.nid, "m.tag", {"tags": {"m.server_notice": {}}}
-            )
-            row = (user_nid, room.nid)
-            hs.db.execute("INSERT OR REPLACE INTO notice_rooms VALUES (?, ?)", row)
-        content = {"msgtype": "m.server_notice", "body": text}
-        content["server_notice_type"] = "m.server_notice.admin"
-        hs.rooms.send(room, bot, "m.room.message", content)
+    known = hs.db.value("SELECT room_nid FROM notice_rooms WHERE user_nid = ?", (user_nid,))
+    if known is not None:
+        room = hs.rooms.by_nid(known)
+        if room.membership_of(user_nid) not in ("join", "invite"):
+            invite(hs, room, bot, user_id)
+        return room
+    levels = {"users_default": -10, "events_default": 0}  # it is for reading
+    body: Json = {"preset": "private_chat", "name": "Server Notices", "invite": [user_id]}
+    body |= {"creation_content": {"m.federate": False}, "power_level_content_override": levels}
+    room = create_room(hs, bot, body)
+    hs.db.execute("INSERT INTO notice_rooms VALUES (?, ?)", (user_nid, room.nid))
+    hs.account_data.put(user_nid, room.nid, "m.tag", {"tags": {"m.server_notice": {}}})
+    return room
 
 
 @command("notice-all TEXT...")
 async def notice_all(hs: Homeserver, arguments: Arguments) -> Reply:
     """Tell all users of this server something, each in a room of their own."""
-    told = 0
+    content, told = {"msgtype": "m.server_notice", "body": arguments["TEXT"]}, 0
+    content["server_notice_type"] = "m.server_notice.admin"
     for user_id in hs.accounts.list_local_users():
         nid = hs.db.user_nid(user_id)
         if user_id != hs.accounts.bot_id and not hs.accounts.is_puppet(nid):
-            send_notice(hs, nid, arguments["TEXT"])
+            with hs.db.write():
+                room = notice_room(hs, nid)
+                hs.rooms.send(room, hs.accounts.bot_id, "m.room.message", content)
             told += 1
         await asyncio.sleep(0)
     return reply_text(f"{told} user(s) were told.")
@@ -26911,11 +26941,9 @@ async def backup_command(hs: Homeserver, arguments: Arguments) -> Reply:
 
     With --keep only so many archives stay in the folder.
     """
-    keep = arguments.get("--keep", "0")
-    if not keep.isdecimal():
-        raise UsageError("COUNT is a number")
+    file, keep = Path(arguments["FILE"]), count_of(arguments, "--keep") or 0
     try:
-        target = await hs.db.in_thread(back_up, hs.db.folder, Path(arguments["FILE"]), int(keep))
+        target = await hs.db.in_thread(back_up, hs.db.folder, file, keep)
     except (DatabaseRefused, OSError, sqlite3.Error) as error:
         return reply_text(f"There is no backup: {error}", failed=True)
     return reply_text(f"Everything is in {target}, {mebibytes(target.stat().st_size)}.")
@@ -27038,24 +27066,121 @@ async def list_blocked_rooms(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_table(f"Found {len(rows)} blocked room(s):", ("Room", "Since"), rows)
 
 
+async def put_out(
+    hs: Homeserver, room: Room, left: list[str], stayed: list[str], new_room: Room | None = None
+) -> None:
+    """Make all users of this server leave a room, for another one if there is one."""
+    for nid in sorted(nid for nid in room.members_by_nid if hs.rooms.is_local(nid)):
+        user_id = hs.db.user_id(nid)
+        if room.membership_of(nid) not in ("join", "invite", "knock"):
+            continue
+        try:
+            with hs.db.write():
+                leave(hs, room, user_id, "The room was closed")
+                if new_room is not None and new_room.membership_of(nid) != "join":
+                    joins = {"membership": "join", **member_profile(hs, user_id)}
+                    hs.rooms.send(new_room, user_id, MEMBER, joins, state_key=user_id)
+            left.append(user_id)
+        except MatrixError as error:
+            log_admin.warning("%s stays in %s: %s", user_id, room.room_id, error)
+            stayed.append(user_id)
+        await asyncio.sleep(0)
+
+
+def unlist(hs: Homeserver, room: Room) -> list[str]:
+    """Take away a room's aliases, which are returned, and its place in the list of rooms."""
+    rows = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
+    with hs.db.write():
+        for (alias,) in rows:
+            delete_alias(hs, alias)
+        publish_room(hs, room, "private")
+    return [alias for (alias,) in rows]
+
+
+async def close_down(hs: Homeserver, name: str) -> tuple[Room, Reply]:
+    """Close a room that is not needed; the room, and what there is to say."""
+    room = room_by_name(hs, name)
+    if room.room_id == hs.admin_room.room_id:
+        raise forbidden("This room is needed")
+    stayed: list[str] = []
+    await put_out(hs, room, [], stayed)
+    unlist(hs, room)
+    title = f"{room.room_id} is closed; {len(stayed)} user(s) could not leave:"
+    return room, reply_table(title, ("User",), [(user_id,) for user_id in stayed])
+
+
 @command("close-room ROOM")
 async def close_room(hs: Homeserver, arguments: Arguments) -> Reply:
     """Make all users of this server leave a room, and take away its aliases and its listing."""
-    room = room_by_name(hs, arguments["ROOM"])
-    if room.room_id == hs.admin_room.room_id:
-        raise forbidden("This room is needed")
-    publish_room(hs, room, "private")
-    for (alias,) in hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,)):
-        delete_alias(hs, alias)
-    stayed = []
-    for user_id in map(hs.db.user_id, list(room.local_joined)):
+    return (await close_down(hs, arguments["ROOM"]))[1]
+
+
+@command("delete-room ROOM [--block]")
+async def delete_room(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Close a room and delete all its events; with --block nobody of this server comes back."""
+    room, closed = await close_down(hs, arguments["ROOM"])
+    if "--block" in arguments:
+        block_room(hs, room.room_id, hs.accounts.bot_id)
+    if room.local_joined:  # it cannot go while somebody is in it
+        return closed._replace(failed=True)
+    await hs.rooms.purge_room(room)
+    return reply_text(f"{room.room_id} is deleted.")
+
+
+def event_position(hs: Homeserver, room: Room, event_id: str) -> int:
+    """Where an event stands in the timeline of a room, or 404."""
+    event = hs.rooms.event(event_id)
+    if event is None or event.room_nid != room.nid or event.pos is None:
+        raise not_found("There is no such event in this room")
+    return event.pos
+
+
+@command("purge-history ROOM UNTIL")
+async def purge_history_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Delete the messages of a room before an event, or before a day (UTC) such as 2026-01-31.
+
+    What users of this server sent goes too, and nobody else may have kept it. State stays.
+    """
+    room, until = room_by_name(hs, arguments["ROOM"]), arguments["UNTIL"]
+    if until.startswith("$"):
+        before = event_position(hs, room, until)
+    else:
         try:
-            leave(hs, room, user_id, "The room was closed")
-        except MatrixError as error:
-            stayed.append((user_id, error.error))
+            day = datetime.strptime(until, "%Y-%m-%d").replace(tzinfo=timezone.utc)
+        except ValueError:
+            raise UsageError(f"{until} is neither an event nor a day") from None
+        before = hs.rooms.position_at(room, int(day.timestamp()) * 1000)
+    count = await hs.rooms.purge_history(room, before)
+    return reply_text(f"{count} event(s) are gone from {room.room_id}.")
+
+
+@command("list-bans ROOM")
+async def list_bans(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List who is banned from a room, by whom and why."""
+    room, rows = room_by_name(hs, arguments["ROOM"]), []
+    for user_id in sorted(room.members("ban")):
+        event = cast(Event, room.state_event(MEMBER, user_id))
+        rows.append((user_id, event.sender, str(event.content.get("reason", ""))[:200]))
         await asyncio.sleep(0)
-    title = f"{room.room_id} is closed; {len(stayed)} user(s) could not leave:"
-    return reply_table(title, ("User", "Why not"), stayed)
+    return reply_table(f"Found {len(rows)} ban(s):", ("User", "By", "Why"), rows)
+
+
+@command("list-extremities ROOM")
+async def list_extremities(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List the events of a room without a successor; more than a few of them slow it down."""
+    room = room_by_name(hs, arguments["ROOM"])
+    rows = [
+        (event.event_id, event.type, event.sender, minute_of(event.origin_server_ts))
+        for event in hs.rooms.extremities(room)
+    ]
+    return reply_table(f"Found {len(rows)}:", ("Event", "Type", "Sender", "Sent (UTC)"), rows)
+
+
+@command("shrink-extremities ROOM")
+async def shrink_extremities(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Leave only one event of a room without a successor."""
+    gone = hs.rooms.shrink_extremities(room_by_name(hs, arguments["ROOM"]))
+    return reply_text(f"{gone} extremities are gone.")
 
 
 @command("list-devices USER")
@@ -27064,10 +27189,9 @@ async def list_devices_of(hs: Homeserver, arguments: Arguments) -> Reply:
     user_id, nid = local_account(hs, arguments["USER"])
     rows = []
     for device in hs.accounts.devices(nid):
-        seen = time.gmtime(device.get("last_seen_ts", 0) // 1000)
-        seen_text = time.strftime("%Y-%m-%d %H:%M", seen)
         texts = device.get("display_name", ""), device.get("last_seen_ip", "")
-        rows.append((device["device_id"], *texts, seen_text))
+        seen = minute_of(device.get("last_seen_ts", 0))
+        rows.append((device["device_id"], *texts, seen))
     return reply_table(f"Devices of {user_id}:", ("Device", "Name", "Address", "Seen (UTC)"), rows)
 
 
@@ -27081,16 +27205,83 @@ async def log_out_user(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_text(f"{len(chosen)} device(s) of {user_id} logged out.", failed=not chosen)
 
 
+def set_admin(hs: Homeserver, user_id: str, is_admin: bool) -> None:
+    """Make a user an admin, who finds themselves in the admin room, or one no longer."""
+    nid = hs.db.user_nid(user_id)
+    if hs.accounts.is_admin(nid) == is_admin:
+        return
+    with hs.db.write():
+        hs.accounts.set_admin(nid, is_admin)
+        room = hs.rooms.find(hs.admin_room.room_id)
+        if is_admin:
+            hs.admin_room.bring_in(nid)
+        elif room is not None and room.membership_of(nid) in ("join", "invite"):
+            leave(hs, room, user_id)
+
+
 @command("make-admin USER [--undo]")
 async def make_admin(hs: Homeserver, arguments: Arguments) -> Reply:
-    """Make a user an admin who finds this room, or an admin one no longer."""
+    """Make a user an admin who finds this room; or one no longer, and put them out of it."""
+    user_id, _ = local_account(hs, arguments["USER"])
+    is_admin = "--undo" not in arguments
+    set_admin(hs, user_id, is_admin)
+    return reply_text(f"{user_id} is {'an admin' if is_admin else 'no admin any more'}.")
+
+
+def mark_account(hs: Homeserver, arguments: Arguments, mark: str) -> Reply:
+    """Lock or suspend an account, or take that back; no admin, who could not undo it."""
     user_id, nid = local_account(hs, arguments["USER"])
-    if "--undo" in arguments:
-        hs.accounts.set_admin(nid, False)
-        return reply_text(f"{user_id} is no admin any more.")
-    hs.accounts.set_admin(nid, True)
-    hs.admin_room.bring_in(nid)
-    return reply_text(f"{user_id} is an admin.")
+    undo = "--undo" in arguments
+    if not undo and hs.accounts.is_admin(nid):
+        raise forbidden("This is an admin")
+    hs.accounts.set_mark(nid, mark, not undo)
+    return reply_text(f"{user_id} is {'no longer ' if undo else ''}{mark}.")
+
+
+@command("lock-user USER [--undo]")
+async def lock_user(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Keep a user out until that is undone; their sessions stay."""
+    return mark_account(hs, arguments, "locked")
+
+
+@command("suspend-user USER [--undo]")
+async def suspend_user(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Let a user read, but not write, join or invite, until that is undone."""
+    return mark_account(hs, arguments, "suspended")
+
+
+@command("list-tokens")
+async def list_tokens(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List the registration tokens made here, how often they were used, and until when."""
+    rows = []
+    for row in hs.registration_tokens.all():
+        uses = f"{row.completed} of {'any' if row.uses_allowed is None else row.uses_allowed}"
+        until = "" if row.expires_ts is None else minute_of(row.expires_ts)
+        good = "" if hs.registration_tokens.is_good(row) else "no longer good"
+        rows.append((row.token, uses, until, good))
+    return reply_table("Registration tokens:", ("Token", "Used", "Until (UTC)", ""), rows)
+
+
+@command("create-token [TOKEN] [--uses=COUNT] [--days=DAYS]")
+async def create_token(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Make a token with which others can register, for so many accounts and so many days."""
+    token = arguments.get("TOKEN") or random_token(16)
+    uses, days = count_of(arguments, "--uses"), count_of(arguments, "--days")
+    if hs.registration_tokens.find(token) is not None:
+        raise invalid_param("There is such a token already")
+    until = None if days is None else now_ms() + days * DAY_MS
+    hs.registration_tokens.put(RegistrationToken(token, uses, 0, until))
+    hint = "" if hs.config.allow_registration else "\nIt waits for allow_registration = true."
+    return reply_text(f"The token is {token}{hint}")
+
+
+@command("revoke-token TOKEN")
+async def revoke_token(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Delete a registration token; the accounts made with it stay."""
+    was_there = hs.registration_tokens.delete(arguments["TOKEN"])
+    return reply_text(
+        "It is gone." if was_there else "There is no such token.", failed=not was_there
+    )
 
 
 @command("list-joined-rooms USER")
@@ -27119,19 +27310,127 @@ async def deactivate_all(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_table(title, ("Account", "Why not"), passed)
 
 
+MEDIA_USAGE = """
+    SELECT IFNULL(user_id, server), COUNT(*), SUM(size) AS total
+    FROM media
+    LEFT JOIN users USING (user_nid)
+    GROUP BY user_nid, server
+    ORDER BY total DESC
+"""
+MEDIA_LIST = """
+    SELECT server, media_id, IFNULL(user_id, ''), IFNULL(size, 0), IFNULL(content_type, ''),
+        last_access_ts, quarantined
+    FROM media
+    LEFT JOIN users USING (user_nid)
+    WHERE media_nid IN (SELECT value FROM json_each(?))
+    ORDER BY last_access_ts DESC
+    LIMIT 1000
+"""
+
+
 @command("media-usage")
 async def media_usage(hs: Homeserver, arguments: Arguments) -> Reply:
-    """Show how much each user has uploaded."""
-    sql = """
-        SELECT user_id, COUNT(*), SUM(size) AS total
-        FROM media
-        JOIN users USING (user_nid)
-        GROUP BY user_nid
-        ORDER BY total DESC
-    """
-    found = await hs.db.read_in_thread(lambda db: db.execute(sql).fetchall())
-    rows = [(user_id, str(count), mebibytes(total or 0)) for user_id, count, total in found]
-    return reply_table("Uploaded media:", ("User", "Files", "Size"), rows)
+    """Show how much each user has uploaded, and how much came from each other server."""
+    found = await hs.db.read_in_thread(lambda db: db.execute(MEDIA_USAGE).fetchall())
+    rows = [(of or "previews", str(count), mebibytes(total or 0)) for of, count, total in found]
+    return reply_table("Media:", ("User or server", "Files", "Size"), rows)
+
+
+@command("media-budget [MB]")
+async def media_budget(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show or set, until the next reload, how much of other servers' media is kept."""
+    megabytes = count_of(arguments, "MB")
+    if megabytes is not None:
+        hs.config = dataclasses.replace(hs.config, media_budget_mb=max(1, megabytes))
+    query = "SELECT SUM(size) FROM media WHERE fetched = 1"
+    used = await hs.db.read_in_thread(lambda db: db.execute(query).fetchone()[0])
+    limit = hs.config.media_budget_mb
+    budget = "there is no budget" if limit is None else f"the budget is {limit} MB"
+    return reply_text(f"{(used or 0) / 1_000_000:.1f} MB came from elsewhere; {budget}.")
+
+
+def chosen_media(hs: Homeserver, arguments: Arguments) -> list[int]:
+    """The media that WHAT names: mxc://…, all of an event, of a user, or of a server."""
+    what, own = arguments["WHAT"], hs.config.server_name
+    before = now_ms() + 1 - (count_of(arguments, "--days") or 0) * DAY_MS
+    hs.media.maintain()  # what was used a moment ago counts
+    if what.startswith("$"):
+        return hs.media.named_in(wanted_event(hs, what).content)
+    if what.startswith("mxc://"):
+        return hs.media.named_in(what)
+    if not what.startswith("@"):
+        return hs.media.select(server="" if what == own else what, before=before)
+    nid = hs.db.find_user_nid(what)
+    return [] if nid is None else hs.media.select(user_nid=nid, before=before)
+
+
+@command("list-media WHAT [--days=DAYS]")
+async def list_media(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List media: one (mxc://…), or of an event, a user or a server; not used for some days."""
+    chosen = json.dumps(chosen_media(hs, arguments))
+    await hs.db.synced()
+    found = await hs.db.read_in_thread(lambda db: db.execute(MEDIA_LIST, (chosen,)).fetchall())
+    rows = [
+        (
+            f"mxc://{server or hs.config.server_name}/{media_id}",
+            *(of, mebibytes(size), kind, minute_of(used), "quarantined" if hidden else ""),
+        )
+        for server, media_id, of, size, kind, used, hidden in found
+    ]
+    heads = ("Media", "User", "Size", "Type", "Used (UTC)", "")
+    return reply_table(f"Found {len(rows)}:", heads, rows)
+
+
+@command("delete-media WHAT [--days=DAYS]")
+async def delete_media(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Delete media: one (mxc://…), or of an event, a user or a server; not used for some days."""
+    count = hs.media.delete(chosen_media(hs, arguments))
+    await hs.media.sweep()
+    return reply_text(f"{count} deleted.", failed=not count)
+
+
+@command("quarantine-media WHAT [--undo]")
+async def quarantine_media(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Let nobody have media any more: one (mxc://…), those of an event, a user or a server."""
+    undo, chosen = "--undo" in arguments, chosen_media(hs, arguments)
+    hs.media.quarantine(chosen, not undo)
+    state = "can be had again" if undo else "in quarantine"
+    return reply_text(f"{len(chosen)} {state}.", failed=not chosen)
+
+
+def other_server(hs: Homeserver, name: str) -> str:
+    """The name of another server; 400 for what is none."""
+    if not is_server_name(name) or name == hs.config.server_name:
+        raise invalid_param("This is not the name of another server")
+    return name
+
+
+@command("resolve-server SERVER")
+async def resolve_server(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show where another server is to be found, and by which steps."""
+    steps: list[str] = []
+    try:
+        for target in await hs.discovery.targets(
+            other_server(hs, arguments["SERVER"]), steps.append
+        ):
+            steps.append(f"It is at {target.place}, with a certificate for {target.tls_name}")
+    except MatrixError as error:
+        return reply_text("\n".join([*steps, error.error]), failed=True)
+    return reply_text("\n".join(steps))
+
+
+@command("ping-server SERVER")
+async def ping_server(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Ask another server for its version, also one that is being left alone after failures."""
+    server, started = other_server(hs, arguments["SERVER"]), time.monotonic()
+    response = await hs.discovery.request(server, "GET", "/_matrix/federation/v1/version")
+    if response.status != 200:
+        raise peer_error(server, response)
+    says = response.json().get("server")
+    found = says if isinstance(says, dict) else {}
+    hs.federation.succeeded(server)
+    version = f"{found.get('name')} {found.get('version')}"[:200]
+    return reply_text(f"{server} runs {version}; {time.monotonic() - started:.2f} s.")
 
 
 @command("register-appservice {YAML}")
@@ -27163,9 +27462,7 @@ async def list_appservices(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("get-pdu EVENT_ID")
 async def get_pdu(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show an event as it is stored."""
-    event = hs.rooms.event(arguments["EVENT_ID"])
-    if event is None:
-        raise not_found("There is no such event")
+    event = wanted_event(hs, arguments["EVENT_ID"])
     return reply_code("json", json.dumps(event.pdu, indent=2, ensure_ascii=False))
 
 
@@ -27488,14 +27785,6 @@ class AdminSocket:
 #                            spec: none; Synapse's documentation of its Admin API
 # ═════════════════════════════════════════════════════════════════════════════
 
-schema("""
-CREATE TABLE server_notices (user_nid INTEGER PRIMARY KEY, room_nid INTEGER NOT NULL);
-""")
-invariant(
-    "notices in rooms that are not there",
-    "SELECT user_nid FROM server_notices WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
-
 ADMIN_API = "/_synapse/admin"
 MAX_ROWS = 1000  # in one page of an answer
 
@@ -27639,20 +27928,6 @@ async def admin_get_user(hs: Homeserver, _request: Request, user_id: str) -> Jso
         **{"threepids": hs.emails.of(nid), "external_ids": [], "appservice_id": None},
         **{"consent_version": version, "consent_ts": accepted_ts},
     }
-
-
-def set_admin(hs: Homeserver, user_id: str, is_admin: bool) -> None:
-    """Make a user an admin, who finds themselves in the admin room, or one no longer."""
-    nid = hs.db.user_nid(user_id)
-    if hs.accounts.is_admin(nid) == is_admin:
-        return
-    with hs.db.write():
-        hs.accounts.set_admin(nid, is_admin)
-        room = hs.rooms.find(hs.admin_room.room_id)
-        if is_admin:
-            hs.admin_room.bring_in(nid)
-        elif room is not None and room.membership_of(nid) in ("join", "invite"):
-            leave(hs, room, user_id)
 
 
 USER_CHANGES = {
@@ -28000,10 +28275,7 @@ async def admin_room_state(hs: Homeserver, request: Request, room_id: str) -> Js
 @admin_route("GET", "/v1/fetch_event/{event_id}")
 async def admin_event(hs: Homeserver, request: Request, event_id: str) -> Json:
     """One event of any room."""
-    event = hs.rooms.event(event_id)
-    if event is None:
-        raise not_found("Event not found")
-    return {"event": as_clients(hs, request, [event])[0]}
+    return {"event": as_clients(hs, request, [wanted_event(hs, event_id)])[0]}
 
 
 @admin_route("GET", "/v1/rooms/{room_id}/forward_extremities")
@@ -28015,9 +28287,15 @@ async def admin_extremities(hs: Homeserver, _request: Request, room_id: str) -> 
             **{"event_id": event.event_id, "state_group": event.state_group},
             **{"depth": event.depth, "received_ts": event.origin_server_ts},
         }
-        for event in hs.rooms.events_by_nids(room.extremities)
+        for event in hs.rooms.extremities(room)
     ]
     return {"count": len(results), "results": results}
+
+
+@admin_route("DELETE", "/v1/rooms/{room_id}/forward_extremities")
+async def admin_shrink(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """Leave only one event of a room without a successor."""
+    return {"deleted": hs.rooms.shrink_extremities(hs.rooms.get(room_id))}
 
 
 @admin_route("POST", "/v1/join/{room}", limit="join", body={"user_id": str})
@@ -28130,27 +28408,8 @@ async def shut_down(hs: Homeserver, room: Room, body: Json, result: Json, user: 
     result["new_room_id"] = new_room and new_room.room_id
     if body.get("block"):
         block_room(hs, room.room_id, user.user_id)
-    for nid in sorted(nid for nid in room.members_by_nid if hs.rooms.is_local(nid)):
-        user_id = hs.db.user_id(nid)
-        if room.membership_of(nid) not in ("join", "invite", "knock"):
-            continue
-        try:
-            with hs.db.write():
-                leave(hs, room, user_id)
-                if new_room is not None and new_room.membership_of(nid) != "join":
-                    joins = {"membership": "join", **member_profile(hs, user_id)}
-                    hs.rooms.send(new_room, user_id, MEMBER, joins, state_key=user_id)
-            result["kicked_users"].append(user_id)
-        except MatrixError as error:
-            log_admin.warning("%s stays in %s: %s", user_id, room.room_id, error)
-            result["failed_to_kick_users"].append(user_id)
-        await asyncio.sleep(0)
-    rows = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
-    with hs.db.write():
-        for (alias,) in rows:
-            delete_alias(hs, alias)
-        publish_room(hs, room, "private")
-    result["local_aliases"] = [alias for (alias,) in rows]
+    await put_out(hs, room, result["kicked_users"], result["failed_to_kick_users"], new_room)
+    result["local_aliases"] = unlist(hs, room)
     if body.get("purge", True) and not room.local_joined:
         await hs.rooms.purge_room(room)
 
@@ -28212,10 +28471,7 @@ def purge_limit(hs: Homeserver, room: Room, body: Json, event_id: str | None) ->
     """The position before which a history is to be deleted."""
     event_id = event_id or body.get("purge_up_to_event_id")
     if event_id is not None:
-        event = hs.rooms.event(event_id)
-        if event is None or event.room_nid != room.nid or event.pos is None:
-            raise not_found("There is no such event in this room")
-        return event.pos
+        return event_position(hs, room, event_id)
     if "purge_up_to_ts" not in body:
         raise bad_json("purge_up_to_event_id or purge_up_to_ts is missing")
     return hs.rooms.position_at(room, body["purge_up_to_ts"])
@@ -28250,33 +28506,219 @@ async def admin_purge(
     return {"purge_id": hs.admin_jobs.begin({"status": "active"}, purge)}
 
 
-# ── 48.7  The server ─────────────────────────────────────────────────────────
+# ── 48.7  Media and pushers ──────────────────────────────────────────────────
+
+USER_MEDIA = "/v1/users/{user_id}/media"
+ONE_MEDIA = "{server}/{media_id}"
+ROOM_MEDIA_BATCH = 1000  # events of a room read at a time
+
+
+USER_MEDIA_ROWS = """
+    SELECT media_id, content_type, size, filename, created_ts, last_access_ts, quarantined
+    FROM media
+    WHERE user_nid = ?
+"""
+MEDIA_ORDER = (
+    *("media_id", "media_type", "media_length", "upload_name", "created_ts", "last_access_ts"),
+    "quarantined_by",
+)
+
+
+def media_json(hs: Homeserver, row: Sequence[Any]) -> Json:
+    """A row of USER_MEDIA_ROWS as Synapse shows it; who quarantined it is not on record."""
+    by = hs.accounts.bot_id if row[-1] else None
+    shown = dict(zip(MEDIA_ORDER, (*row[:-1], by), strict=True))
+    return {**shown, "safe_from_quarantine": False}
+
+
+@admin_route("GET", USER_MEDIA)
+async def admin_user_media(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """What a user has uploaded, sorted, page by page."""
+    order = request.arg("order_by", "created_ts") or ""
+    if order not in MEDIA_ORDER:
+        raise invalid_param(f"order_by is one of {', '.join(MEDIA_ORDER)}")
+    nid = admin_target(hs, user_id).nid
+    await hs.db.synced()
+    query = USER_MEDIA_ROWS
+    rows = await hs.db.read_in_thread(lambda db: db.execute(query, (nid,)).fetchall())
+    media = [media_json(hs, row) for row in rows]
+    newest_first = "order_by" not in request.query and request.arg("dir") is None
+    media.sort(key=sort_key(order), reverse=newest_first or request.arg("dir") == "b")
+    _, page, end = rows_page(request, media)
+    answer: Json = {"media": page, "total": len(media)}
+    return answer if end is None else {**answer, "next_token": end}
+
+
+async def deleted(hs: Homeserver, nids: Sequence[int]) -> Json:
+    """Delete media, and say which."""
+    query = "SELECT media_id FROM media WHERE media_nid = ?"
+    names = [hs.db.value(query, (nid,)) for nid in nids]
+    total = hs.media.delete(nids)
+    await hs.media.sweep()
+    return {"deleted_media": names, "total": total}
+
+
+@admin_route("DELETE", USER_MEDIA)
+async def admin_delete_user_media(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """Delete all that a user has uploaded."""
+    nid = admin_target(hs, user_id).nid
+    return await deleted(hs, hs.media.select(user_nid=nid, before=now_ms() + 1))
+
+
+@admin_route("DELETE", "/v1/media/" + ONE_MEDIA)
+async def admin_delete_media(hs: Homeserver, _request: Request, server: str, media_id: str) -> Json:
+    """Delete one file. 404 when there is none."""
+    nids = hs.media.named_in(f"mxc://{server}/{media_id}")
+    if not nids:
+        raise not_found("Unknown media")
+    return await deleted(hs, nids)
+
+
+def unused_since(hs: Homeserver, request: Request) -> int:
+    """The time in the query; who used what until then is on record."""
+    check_shape(request.query, {"before_ts": [str]}, "The query")
+    hs.media.maintain()
+    return request.int_arg("before_ts", 0, 0, MAX_CANONICAL_INT)
+
+
+def avatars(hs: Homeserver) -> set[int]:
+    """The media that are pictures of users or rooms, now."""
+    profiles = hs.db.all("SELECT value FROM profiles WHERE field = 'avatar_url'")
+    rooms = hs.db.all("SELECT room_nid FROM rooms WHERE state_group > 0")
+    names = [json.loads(value) for (value,) in profiles]
+    for (nid,) in rooms:
+        names.append(hs.rooms.by_nid(nid).setting("m.room.avatar", "url", ""))
+    return set(hs.media.named_in(names))
+
+
+@admin_route("POST", "/v1/media/delete", also=(f"{ADMIN_API}/v1/media/{{server}}/delete",))
+async def admin_delete_old_media(
+    hs: Homeserver, request: Request, server: str | None = None
+) -> Json:
+    """Delete what was uploaded here and not used since, if it is large; avatars stay if told so."""
+    larger = request.int_arg("size_gt", 0, 0, MAX_CANONICAL_INT)
+    kept = set() if flag_arg(request, "keep_profiles") is False else avatars(hs)
+    query = "SELECT 1 FROM media WHERE media_nid = ? AND size > ?"
+    old = hs.media.select(before=unused_since(hs, request))
+    found = [nid for nid in old if hs.db.value(query, (nid, larger))]
+    return await deleted(hs, [nid for nid in found if nid not in kept])
+
+
+@admin_route("POST", "/v1/purge_media_cache")
+async def admin_purge_media(hs: Homeserver, request: Request) -> Json:
+    """Delete what came from other servers and was not used since."""
+    query = "SELECT media_nid FROM media WHERE fetched = 1 AND last_access_ts < ?"
+    total = hs.media.delete(nid for (nid,) in hs.db.all(query, (unused_since(hs, request),)))
+    await hs.media.sweep()
+    return {"deleted": total}
+
+
+async def media_of_room(hs: Homeserver, room: Room) -> set[tuple[str, str]]:
+    """The media that a room's events name, as far as they can be read."""
+    query = """
+        SELECT pos, pdu
+        FROM events
+        WHERE room_nid = ?
+          AND pos > ?
+        ORDER BY pos
+        LIMIT ?
+    """
+
+    def batch(after: int, db: sqlite3.Connection) -> tuple[int | None, set[tuple[str, str]]]:
+        rows = db.execute(query, (room.nid, after, ROOM_MEDIA_BATCH)).fetchall()
+        named = {one for _, pdu in rows for one in media_in(json.loads(pdu).get("content"))}
+        return (rows[-1][0] if rows else None), named
+
+    found: set[tuple[str, str]] = set()
+    position: int | None = MIN_POSITION
+    await hs.db.synced()
+    while position is not None:
+        position, named = await hs.db.read_in_thread(functools.partial(batch, position))
+        found |= named
+    return found
+
+
+@admin_route("GET", "/v1/room/{room_id}/media")
+async def admin_room_media(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """The media that the unencrypted events of a room name."""
+    found = sorted(await media_of_room(hs, hs.rooms.get(room_id)))
+    places: dict[str, list[str]] = {"local": [], "remote": []}
+    for server, media_id in found:
+        place = "local" if server == hs.config.server_name else "remote"
+        places[place].append(f"mxc://{server}/{media_id}")
+    return places
+
+
+@admin_route("POST", "/v1/room/{room_id}/media/quarantine")
+async def admin_quarantine_room(hs: Homeserver, _request: Request, room_id: str) -> Json:
+    """Let nobody have the media of a room any more."""
+    found = await media_of_room(hs, hs.rooms.get(room_id))
+    nids = hs.media.named_in([f"mxc://{server}/{media_id}" for server, media_id in found])
+    hs.media.quarantine(nids)
+    return {"num_quarantined": len(nids)}
+
+
+@admin_route("POST", "/v1/user/{user_id}/media/quarantine")
+async def admin_quarantine_user(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """Let nobody have what a user has uploaded."""
+    nids = hs.media.select(user_nid=admin_target(hs, user_id).nid, before=now_ms() + 1)
+    hs.media.quarantine(nids)
+    return {"num_quarantined": len(nids)}
+
+
+@admin_route("POST", "/v1/media/quarantine/" + ONE_MEDIA)
+@admin_route("POST", "/v1/media/unquarantine/" + ONE_MEDIA)
+async def admin_quarantine(hs: Homeserver, request: Request, server: str, media_id: str) -> Json:
+    """Let nobody have one file any more, or everybody again."""
+    hides = request.segments[-3] == "quarantine"
+    hs.media.quarantine(hs.media.named_in(f"mxc://{server}/{media_id}"), hides)
+    return {}
+
+
+@admin_route("GET", "/v1/statistics/users/media")
+async def admin_media_statistics(hs: Homeserver, request: Request) -> Json:
+    """How much each user has uploaded, most first, page by page."""
+    query = """
+        SELECT user_id, COUNT(*), IFNULL(SUM(size), 0),
+            (SELECT value FROM profiles WHERE profiles.user_nid = media.user_nid
+                AND field = 'displayname')
+        FROM media
+        JOIN users USING (user_nid)
+        GROUP BY user_nid
+    """
+    await hs.db.synced()
+    found = await hs.db.read_in_thread(lambda db: db.execute(query).fetchall())
+    users = [
+        {
+            **{"user_id": user_id, "media_count": count, "media_length": size},
+            "displayname": None if name is None else json.loads(name),
+        }
+        for user_id, count, size, name in found
+        if (request.arg("search_term") or "") in user_id
+    ]
+    order = request.arg("order_by", "user_id")
+    if order not in ("user_id", "displayname", "media_count", "media_length"):
+        raise invalid_param("order_by is user_id, displayname, media_count or media_length")
+    users.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
+    _, page, end = rows_page(request, users)
+    answer: Json = {"users": page, "total": len(users)}
+    return answer if end is None else {**answer, "next_token": end}
+
+
+@admin_route("GET", "/v1/users/{user_id}/pushers")
+async def admin_pushers(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """The pushers of a user."""
+    found = [pusher.body for pusher in hs.pushers.of(admin_target(hs, user_id).nid)]
+    return {"pushers": found, "total": len(found)}
+
+
+# ── 48.8  The server ─────────────────────────────────────────────────────────
 
 
 @route("GET", ADMIN_API + "/v1/server_version", auth=NONE)
 async def admin_version(_hs: Homeserver, _request: Request) -> Json:
     """What runs here; tools ask for it before they have a token."""
     return {"server_version": f"conduit.py {VERSION}"}
-
-
-def notice_room(hs: Homeserver, user_id: str, nid: UserNid) -> Room:
-    """The room in which the server speaks to a user, into which it asks them again if they left.
-
-    Spec: CS-API "Server Notices".
-    """
-    known = hs.db.value("SELECT room_nid FROM server_notices WHERE user_nid = ?", (nid,))
-    if known is not None:
-        room = hs.rooms.by_nid(known)
-        if room.membership_of(nid) not in ("join", "invite"):
-            invite(hs, room, hs.accounts.bot_id, user_id)
-        return room
-    levels = {"users_default": -10, "events_default": 0}
-    body: Json = {"preset": "private_chat", "name": "Server Notices", "invite": [user_id]}
-    body |= {"creation_content": {"m.federate": False}, "power_level_content_override": levels}
-    room = create_room(hs, hs.accounts.bot_id, body)
-    hs.db.execute("INSERT INTO server_notices VALUES (?, ?)", (nid, room.nid))
-    hs.account_data.put(nid, room.nid, "m.tag", {"tags": {"m.server_notice": {}}})
-    return room
 
 
 NOTICE = {"user_id": str, "content": dict, "type?": str, "state_key?": str}
@@ -28293,7 +28735,7 @@ async def admin_notice(hs: Homeserver, request: Request, txn_id: str | None = No
     if known:
         return {"event_id": known}
     with hs.db.write():
-        room = notice_room(hs, body["user_id"], nid)
+        room = notice_room(hs, nid)
         event_type, key = body.get("type", "m.room.message"), body.get("state_key")
         sender = hs.accounts.bot_id
         event = hs.rooms.send(room, sender, event_type, body["content"], state_key=key)
@@ -29043,7 +29485,6 @@ LAZY_MEMBERS = 50_000  # member events remembered as sent, over all devices
 SYNC_FILTERS = 500
 HARD_STOP_SECONDS = 4.0
 WATCH_SECONDS = 1.0
-DAY_MS = 86_400_000
 LATE_SECONDS = 0.25
 
 log_server = logging.getLogger("conduit.server")

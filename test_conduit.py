@@ -21308,7 +21308,7 @@ def test_media_for_admins_to_delete(inner: Callable[..., InnerServer]) -> None:
     room_id = alice.create_room()
     contents = {"url": mxc, "x": [mxc, f"mxc://far.example/{there}", "mxc://test.example/none"]}
     event = server.do(server.hs.rooms.event, alice.send(room_id, "m.room.message", contents))
-    assert sorted(server.do(server.hs.media.of_event, event)) == sorted([own, *theirs])
+    assert sorted(server.do(server.hs.media.named_in, event.content)) == sorted([own, *theirs])
     content = {"url": mxc, "info": {"thumbnail_url": "mxc://a/b", "x": ["mxc://c/d/e", 5]}}
     assert sorted(conduit.media_in(content)) == sorted([("a", "b"), tuple(mxc[6:].split("/"))])
 
