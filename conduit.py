@@ -728,6 +728,7 @@ class Config:
     )
     pdu_cache_capacity: int = setting("events kept in memory", 150_000, bounds=(1, 10**9))
     cleanup_second_interval: int = setting("seconds between clean-ups", 60, bounds=(1, 86_400))
+    checkpoints: bool = setting("false: Litestream copies the write-ahead log, not we", True)
     metrics: bool = setting(
         "figures for Prometheus on /_conduit/metrics, for this machine or with a token", False
     )
@@ -1734,8 +1735,11 @@ class Database:
     once and durable once `await synced()` returns.
     """
 
-    def __init__(self, folder: Path, server_name: str, cache_mb: float) -> None:
+    def __init__(
+        self, folder: Path, server_name: str, cache_mb: float, *, checkpoints: bool = True
+    ) -> None:
         self.folder = folder
+        self._checkpoints = checkpoints
         self._lock = claim_folder(folder)
         try:
             self.connection = open_database(folder, server_name, cache_mb / PAGE_CACHE_SHARE)
@@ -1884,7 +1888,8 @@ class Database:
         self._commit()
         self._commits += 1
         is_long = os.fstat(self._wal).st_size > WAL_BYTES
-        if (is_long or self._commits >= CHECKPOINT_COMMITS) and not self._copying:
+        is_time = self._checkpoints and (is_long or self._commits >= CHECKPOINT_COMMITS)
+        if is_time and not self._copying:
             self._commits, self._copying = 0, True
             copying = self.pool.submit(checkpoint, self.folder / DATABASE_FILE)
             copying.add_done_callback(lambda _: setattr(self, "_mostly_copied", True))
@@ -1923,8 +1928,9 @@ class Database:
         self._jobs.put(None)
         self._syncer.join()
         self.pool.shutdown()
-        with contextlib.suppress(sqlite3.Error):
-            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if self._checkpoints:
+            with contextlib.suppress(sqlite3.Error):
+                self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self.connection.close()
         os.close(self._lock)
 
@@ -2021,8 +2027,11 @@ class Stream:
 # ── 4.5  The check ───────────────────────────────────────────────────────────
 
 
-def check_database(folder: Path) -> list[str]:
-    """What is wrong with a database, which may be in use: SQLite's check, then every chapter's."""
+def check_database(folder: Path, *, files: bool = True) -> list[str]:
+    """What is wrong with a database, which may be in use: SQLite's check, then every chapter's.
+
+    Without `files` nobody looks at what else there should be in the folder.
+    """
     path = folder / DATABASE_FILE
     if not path.exists():
         return [f"there is no database in {folder}"]
@@ -2033,7 +2042,7 @@ def check_database(folder: Path) -> list[str]:
             for what, sql in INVARIANTS:
                 if rows := connection.execute(sql).fetchmany(5):
                     found.append(f"{what}: {', '.join(str(row[0]) for row in rows)}")
-            for function in CHECKERS:
+            for function in CHECKERS if files else ():
                 found += function(folder, connection)
             return found
     except sqlite3.DatabaseError as error:
@@ -2113,6 +2122,9 @@ def back_up(folder: Path, target: Path, keep: int = 0) -> Path:
 def unpack(archive: Path, folder: Path) -> None:
     """Write what a backup holds into a folder. DatabaseRefused for a file that is none."""
     try:
+        if archive.suffix == ".db":
+            copy_database(archive, folder / DATABASE_FILE)
+            return
         with tarfile.open(archive) as members:
             for member in members:
                 is_known = member.name == DATABASE_FILE or MEDIA_MEMBER.fullmatch(member.name)
@@ -2126,13 +2138,13 @@ def unpack(archive: Path, folder: Path) -> None:
                     )
                     output.flush()
                     os.fsync(output.fileno())
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, sqlite3.Error) as error:
         raise DatabaseRefused(f"{archive} cannot be read: {error}") from error
     if not (folder / DATABASE_FILE).exists():
         raise DatabaseRefused(f"{archive} has no {DATABASE_FILE} in it: it is no backup")
 
 
-def make_safe(folder: Path, server_name: str) -> None:
+def make_safe(folder: Path, server_name: str, *, files: bool) -> None:
     """Check a database that was restored, and let every chapter see to its own.
 
     Trap: clients know positions of the stream from after the backup. None of them may come again,
@@ -2146,7 +2158,7 @@ def make_safe(folder: Path, server_name: str) -> None:
         for function in RESTORERS:
             function(connection, position)
         connection.execute("COMMIT")
-    problems = check_database(folder)
+    problems = check_database(folder, files=files)
     if problems:
         raise DatabaseRefused("the backup is damaged: " + "; ".join(problems))
 
@@ -2154,6 +2166,7 @@ def make_safe(folder: Path, server_name: str) -> None:
 def restore_folder(archive: Path, folder: Path, server_name: str) -> None:
     """Fill an empty folder from a backup; nothing comes into it before all is found good.
 
+    Beside a database alone, such as a standby has, the media may be there already.
     Trap: the folder may be a mount point, so it is filled, and not put in its place as a whole.
     """
     if not archive.exists():
@@ -2162,12 +2175,13 @@ def restore_folder(archive: Path, folder: Path, server_name: str) -> None:
     fresh = folder / "restoring"
     try:
         harmless = {"conduit.lock", "bytecode", fresh.name}  # what starting this leaves behind
-        if {path.name for path in folder.iterdir()} - harmless:
+        alone = archive.suffix == ".db"
+        if {path.name for path in folder.iterdir()} - harmless - ({"media"} if alone else set()):
             raise DatabaseRefused(f"{folder} is not empty: move what is in it to another place")
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(mode=0o700)
         unpack(archive, fresh)
-        make_safe(fresh, server_name)
+        make_safe(fresh, server_name, files=not alone)
         for path in sorted(fresh.iterdir(), key=lambda path: path.name == DATABASE_FILE):
             path.replace(folder / path.name)
         sync_path(folder)
@@ -29503,7 +29517,10 @@ class Homeserver:
         self.flame: FlameSampler | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self.db = Database(
-            Path(config.database_path), config.server_name, config.db_cache_capacity_mb
+            Path(config.database_path),
+            config.server_name,
+            config.db_cache_capacity_mb,
+            checkpoints=config.checkpoints,
         )
         self.stream = Stream(self.db)
         self.signing_key = self._load_signing_key()

@@ -15393,6 +15393,9 @@ class World:
             return found
         return Outcome(status=200, headers={}, body=json.dumps(found).encode())
 
+    def close(self) -> None:
+        """No connection was ever open."""
+
     @property
     def pushes(self) -> list[Json]:
         """The notifications that gateways were sent."""
@@ -22677,8 +22680,112 @@ def test_admins_are_made_and_unmade(admin: Client, alice: Client) -> None:
     assert "is an admin" in order(admin, f"make-admin {alice.user_id}")
     assert "Found" in order(alice, "list-local-users")
     assert "no admin any more" in order(admin, f"make-admin --undo {alice.user_id}")
-    room_id = admin_room(admin)
-    stays_silent(admin, room_id, alice.send_text(room_id, "version"))
+    fails(
+        alice.get(("rooms", admin_room(admin), "joined_members")), 403
+    )  # passwords are told there
+    assert "is an admin" in order(admin, f"make-admin {alice.user_id}")
+    assert "Found" in order(alice, "list-local-users")
+    order(admin, f"make-admin --undo {alice.user_id}")
+
+
+def test_accounts_are_locked_and_suspended(admin: Client, alice: Client) -> None:
+    room_id = alice.create_room()
+    assert "is locked" in order(admin, f"lock-user {alice.user_id}")
+    fails(alice.get("account/whoami"), 401, "M_USER_LOCKED")
+    assert re.search(rf"{re.escape(alice.user_id)} +locked", order(admin, "list-local-users"))
+    assert "no longer locked" in order(admin, f"lock-user {alice.user_id} --undo")
+    assert "is suspended" in order(admin, f"suspend-user {alice.user_id}")
+    path = ("rooms", room_id, "send", "m.room.message", unique())
+    fails(alice.put(path, {"msgtype": "m.text", "body": "a"}), 403, "M_USER_SUSPENDED")
+    assert "no longer suspended" in order(admin, f"suspend-user {alice.user_id} --undo")
+    alice.send_text(room_id, "again")
+    assert "This is an admin" in order(admin, f"lock-user {admin.user_id}")
+
+
+def test_tokens_are_made_listed_and_revoked(new_server: Callable[..., Server]) -> None:
+    server = new_server(registration_token="sesame")
+    admin = register(server)
+    made = order(admin, "create-token --uses=1 --days=2").rpartition(" ")[2]
+    assert "already" in order(admin, f"create-token {made}")
+    assert "wants a number" in order(admin, "create-token --uses=many")
+    assert "up to 64" in order(admin, "create-token 'two words'")
+    assert re.search(rf"{made} +0 of 1 +20\d\d-\d\d-\d\d \d\d:\d\d", order(admin, "list-tokens"))
+    server.config["registration_token"] = made  # what register() says
+    register(server)
+    assert re.search(rf"{made} +1 of 1 .*no longer good", order(admin, "list-tokens"))
+    assert "is gone" in order(admin, f"revoke-token {made}")
+    assert "no such token" in order(admin, f"revoke-token {made}")
+    assert "mine" in order(admin, "create-token mine")
+    assert "mine   0 of any" in order(admin, "list-tokens")
+
+
+def test_rooms_are_deleted_and_purged(admin: Client, alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    old = alice.send_text(room_id, "old")
+    new = alice.send_text(room_id, "new")
+    alice.send_text(room_id, "newest")
+    assert "neither an event nor a day" in order(admin, f"purge-history {room_id} 2020-13-01")
+    assert "0 event(s)" in order(admin, f"purge-history {room_id} 2020-01-01")
+    assert re.match(r"[1-9]\d* event", order(admin, f"purge-history {room_id} {new}"))
+    fails(alice.get(("rooms", room_id, "event", old)), 404)
+    assert alice.bodies(room_id) == ["new", "newest"]
+    assert "no such event in this room" in order(admin, f"purge-history {room_id} {old}")
+    ok(alice.post(("rooms", room_id, "ban"), {"user_id": bob.user_id, "reason": "spam"}))
+    bans = order(admin, f"list-bans {room_id}")
+    assert re.search(rf"{re.escape(bob.user_id)} +{re.escape(alice.user_id)} +spam", bans)
+    assert "Found 1" in order(admin, f"list-extremities {room_id}")
+    assert "0 extremities" in order(admin, f"shrink-extremities {room_id}")
+    assert "is needed" in order(admin, f"delete-room {admin_room(admin)}")
+    assert "is deleted" in order(admin, f"delete-room {room_id} --block")
+    assert "is blocked" in order(admin, f"room-info {room_id}")
+    assert "is open" in order(admin, f"block-room {room_id} --undo")
+    assert "no such room" in order(admin, f"room-info {room_id}")
+    fails(alice.get(("rooms", room_id, "joined_members")), 403)
+
+
+def test_media_are_listed_hidden_and_deleted(admin: Client, alice: Client) -> None:
+    first, second = alice.upload(b"a" * 1000, "text/plain"), alice.upload(b"b" * 1000)
+    event_id = alice.send(alice.create_room(), "m.room.message", {"body": "f", "url": first})
+    listing = order(admin, f"list-media {alice.user_id}")
+    assert first in listing
+    assert second in listing
+    assert second not in order(admin, f"list-media {event_id}")
+    assert "Found 0" in order(admin, f"list-media {alice.user_id} --days=1")
+    assert re.search(rf"{re.escape(alice.user_id)} +2 ", order(admin, "media-usage"))
+    assert "1 in quarantine" in order(admin, f"quarantine-media {event_id}")
+    assert alice.download(first).status_code == 404
+    assert "quarantined" in order(admin, f"list-media {first}")
+    assert "1 can be had again" in order(admin, f"quarantine-media {first} --undo")
+    assert alice.download(first).content == b"a" * 1000
+    assert "1 deleted" in order(admin, f"delete-media {first}")
+    assert alice.download(first).status_code == 404
+    assert "1 deleted" in order(admin, f"delete-media {alice.user_id}")
+    assert "0 deleted" in order(admin, "delete-media elsewhere.example")
+    assert "0 deleted" in order(admin, f"delete-media {admin.server.name} --days=1")
+    assert "no such event" in order(admin, "delete-media $nothing")
+    assert "no budget" in order(admin, "media-budget")
+    assert "the budget is 50 MB" in order(admin, "media-budget 50")
+    assert "budget is" not in (order(admin, "reload") + order(admin, "media-budget"))
+
+
+def test_other_servers_are_resolved_and_pinged(
+    tmp_path: Path, authority: Authority, peer: Peer
+) -> None:
+    server = federating(tmp_path, authority).start()
+    try:
+        admin = register(server)
+        assert "not the name of another" in order(admin, "ping-server 'a b'")
+        assert "not the name of another" in order(admin, f"resolve-server {server.name}")
+        assert f"It is at {peer.name}, with" in order(admin, f"resolve-server {peer.name}")
+        assert "Unrecognized request" in order(admin, f"ping-server {peer.name}")
+        version = "/_matrix/federation/v1/version"
+        peer.answers[version] = {"server": {"name": "Peer", "version": "1"}}
+        assert f"{peer.name} runs Peer 1; 0." in order(admin, f"ping-server {peer.name}")
+        peer.answers[version] = {"server": 5}
+        assert "None None" in order(admin, f"ping-server {peer.name}")
+        assert "cannot be reached" in order(admin, f"ping-server localhost:{free_port()}")
+    finally:
+        server.stop()
 
 
 def test_many_accounts_are_closed_at_once(admin: Client) -> None:
@@ -22704,7 +22811,7 @@ def test_the_server_is_looked_after(admin: Client, tmp_path: Path) -> None:
     assert "MiB" in order(admin, f"backup {tmp_path}/a.tar")
     assert "exists already" in order(admin, f"backup {tmp_path}/a.tar")
     assert "no backup" in order(admin, "backup /nowhere/at/all.tar")
-    assert "COUNT is a number" in order(admin, f"backup {tmp_path} --keep x")
+    assert "--keep wants a number" in order(admin, f"backup {tmp_path} --keep x")
 
 
 def test_notices_reach_everybody(new_server: Callable[..., Server]) -> None:
@@ -23292,6 +23399,58 @@ def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Serve
     server.check()
 
 
+def test_admins_look_after_media(admin: Client, alice: Client) -> None:
+    api, name = "/_synapse/admin/v1", alice.server.name
+    mxcs = [alice.upload(b"x" * size, "text/plain") for size in (10, 2000, 30)]
+    ids = [mxc.rpartition("/")[2] for mxc in mxcs]
+    path = f"{api}/users/{alice.user_id}/media"
+    found = ok(admin.get(path, order_by="media_length", limit=2))
+    assert [media["media_length"] for media in found["media"]] == [10, 30]
+    assert (found["total"], found["next_token"]) == (3, 2)
+    assert [media["media_id"] for media in ok(admin.get(path))["media"]] == ids[::-1]
+    fails(admin.get(path, order_by="colour"), 400, "M_INVALID_PARAM")
+    fails(admin.get(f"{api}/users/@nobody:{name}/media"), 404, "M_NOT_FOUND")
+    usage = ok(admin.get(f"{api}/statistics/users/media", search_term=alice.user_id))["users"]
+    assert [(one["media_count"], one["media_length"]) for one in usage] == [(3, 2040)]
+
+    room_id = alice.create_room()
+    alice.send(room_id, "m.room.message", {"body": "a", "url": mxcs[0], "x": "mxc://far/away"})
+    room_media = f"{api}/room/{room_id}/media"
+    assert ok(admin.get(room_media)) == {"local": [mxcs[0]], "remote": ["mxc://far/away"]}
+    assert ok(admin.post(f"{room_media}/quarantine", {})) == {"num_quarantined": 1}
+    assert alice.download(mxcs[0]).status_code == 404
+    shown = ok(admin.get(path, order_by="media_length"))["media"]
+    assert [bool(media["quarantined_by"]) for media in shown] == [True, False, False]
+    ok(admin.post(f"{api}/media/unquarantine/{name}/{ids[0]}", {}))
+    assert alice.download(mxcs[0]).content == b"x" * 10
+    ok(admin.post(f"{api}/media/quarantine/{name}/{ids[0]}", {}))
+    assert alice.download(mxcs[0]).status_code == 404
+    everything = ok(admin.post(f"{api}/user/{alice.user_id}/media/quarantine", {}))
+    assert everything == {"num_quarantined": 3}
+
+    answer = ok(admin.request("DELETE", f"{api}/media/{name}/{ids[0]}"))
+    assert answer == {"deleted_media": [ids[0]], "total": 1}
+    fails(admin.request("DELETE", f"{api}/media/{name}/{ids[0]}"), 404, "M_NOT_FOUND")
+    fails(admin.post(f"{api}/media/delete", {}), 400)
+    later = int(time.time() * 1000) + 1000
+    ok(alice.put(("profile", alice.user_id, "avatar_url"), {"avatar_url": mxcs[1]}))
+    options = {"before_ts": later, "size_gt": 1000}
+    kept = ok(admin.post(f"{api}/media/delete", {}, params=options))["deleted_media"]
+    assert not {*kept} & {*ids}  # the large one is a picture of hers, the small one is small
+    options["keep_profiles"] = "false"
+    gone = ok(admin.post(f"{api}/media/delete", {}, params=options))
+    assert ids[1] in gone["deleted_media"]
+    assert ok(admin.request("DELETE", path)) == {"deleted_media": [ids[2]], "total": 1}
+    assert ok(admin.post(f"{api}/purge_media_cache", {}, params={"before_ts": 1})) == {"deleted": 0}
+    assert ok(admin.get(f"{api}/users/{alice.user_id}/pushers")) == {"pushers": [], "total": 0}
+    ok(alice.post("pushers/set", pusher()))
+    (one,) = ok(admin.get(f"{api}/users/{alice.user_id}/pushers"))["pushers"]
+    assert one["app_id"] == "org.app"
+    extremities = f"{api}/rooms/{room_id}/forward_extremities"
+    assert ok(admin.request("DELETE", extremities)) == {"deleted": 0}
+    fails(alice.get(path), 403, "M_FORBIDDEN")
+
+
 def test_the_server_speaks_to_a_user(admin: Client, alice: Client) -> None:
     content = {"msgtype": "m.text", "body": "tidy up"}
     body = {"user_id": alice.user_id, "content": content}
@@ -23841,9 +24000,11 @@ def test_sec_50_nothing_of_the_house_is_open_through_a_proxy(
     fails(user.get(path, headers=outside), 403, "M_FORBIDDEN")
     assert scrape(server, Authorization=f"Bearer {admin.token}", **outside)
     fails(Client(server, "wrong").get(path), 401, "M_UNKNOWN_TOKEN")
-    for admin_path in ("register", "users", "rooms"):
-        reply = Client(server).get(f"/_synapse/admin/v1/{admin_path}", headers=outside)
-        assert reply.status_code in (401, 403, 404, 405), admin_path
+    for admin_path in ("v1/rooms", "v2/users", "v1/registration_tokens", "v1/purge_media_cache"):
+        reply = admin.get(f"/_synapse/admin/{admin_path}", headers=outside)
+        assert reply.status_code in (403, 405), admin_path
+    off = Client(server).get("/_synapse/admin/v1/register", headers=outside)
+    assert off.status_code == 404
     server.stop()
     server.write_config(metrics=False)
     fails(Client(server.start()).get(path), 404, "M_UNRECOGNIZED")
@@ -24110,6 +24271,110 @@ def test_backups_in_a_folder(new_server: Callable[..., Server], tmp_path: Path) 
     assert {"conduit-20200102-000000.tar", "other.tar"} < set(names)
 
 
+def test_a_database_alone_is_restored(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    """What `--backup FILE.db` made, beside media that are there already, or come later."""
+    server = new_server()
+    alice = register(server)
+    mxc = alice.upload(b"a picture" * 1000, "image/png")
+    upload_keys(alice, "A")
+    assert server.run_command("--backup", str(tmp_path / "a.db")).returncode == 0
+    server.stop()
+    server.data.rename(tmp_path / "old")
+    server.data.mkdir(mode=0o700)
+    (tmp_path / "old" / "media").rename(server.data / "media")
+    (tmp_path / "rubbish.db").write_bytes(b"rubbish " * 1000)
+    for name in ("rubbish.db", "none.db"):
+        result = server.run_command("--restore", str(tmp_path / name))
+        assert (result.returncode, "Traceback" in result.stderr) == (1, False), name
+    restored = server.run_command("--restore", str(tmp_path / "a.db"))
+    assert restored.returncode == 0, restored.stderr
+    server.check()
+    server.start()
+    assert alice.download(mxc).content == b"a picture" * 1000
+    assert claimed_key(alice, alice) is None  # it may have been handed out
+
+
+def test_checkpoints_are_left_to_others(new_server: Callable[..., Server]) -> None:
+    """With `checkpoints = false` nothing is copied back into the database."""
+    for mode in (True, False):
+        server = new_server(checkpoints=mode)
+        user = register(server)
+        room_id, before = user.create_room(), server.database.stat().st_size
+        for _ in range(conduit.CHECKPOINT_COMMITS + 50):
+            user.send_text(room_id, "x" * 100)
+        wal = server.database.with_name(f"{server.database.name}-wal")
+        eventually(lambda: (server.database.stat().st_size > before) == mode)
+        server.kill9()
+        assert wal.stat().st_size > 0
+
+
+def litestream() -> str:
+    """The program, from the path or from where `go install` puts it."""
+    found = shutil.which("litestream", path=f"{os.environ['PATH']}:{Path.home()}/go/bin")
+    if found is None:
+        pytest.skip("litestream is not installed")
+    return found
+
+
+@slow
+def test_a_standby_by_litestream_takes_over(
+    new_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """Killed under load, nothing is lost but what had not been shipped; keys are made safe."""
+    program, server = litestream(), new_server(checkpoints=False)
+    alice, bob = register(server), register(server)
+    room_id = alice.room_with(bob)
+    upload_keys(alice, "A", "B")
+    replica = f"file://{tmp_path}/replica"
+    shipping = subprocess.Popen([program, "replicate", str(server.database), replica])
+    try:
+        bodies = [f"message {number}" for number in range(1500)]
+        for number, body in enumerate(bodies):
+            alice.send_text(room_id, body)
+            if number == 1000:
+                assert claimed_key(bob, alice) == "A"
+        wal = server.database.with_name(f"{server.database.name}-wal")
+        assert wal.stat().st_size < 4 * conduit.WAL_BYTES  # Litestream does copy it back
+        time.sleep(3)  # it ships once a second
+    finally:
+        server.kill9()
+        shipping.kill()
+        shipping.wait()
+    server.data.rename(tmp_path / "burnt")
+    run(program, "restore", "-o", str(tmp_path / "standby.db"), replica)
+    restored = server.run_command("--restore", str(tmp_path / "standby.db"))
+    assert restored.returncode == 0, restored.stderr
+    server.start()
+    sql = "SELECT COUNT(*) FROM events WHERE CAST(pdu AS TEXT) LIKE '%\"message %'"
+    with contextlib.closing(sqlite3.connect(server.database)) as connection:
+        assert connection.execute(sql).fetchone() == (len(bodies),)
+    assert alice.bodies(room_id)[-1] == bodies[-1]
+    assert claimed_key(bob, alice) is None
+    alice.send_text(room_id, "and on")
+    server.check()
+
+
+def test_a_standby_by_shipping_the_log_by_hand(
+    new_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """A copy of the database and of what was appended to its log since is a standby."""
+    server = new_server(checkpoints=False)
+    alice = register(server)
+    room_id = alice.create_room()
+    shutil.copy(server.database, tmp_path / "standby.db")
+    for number in range(50):
+        alice.send_text(room_id, f"{number}")
+        wal = server.database.with_name(f"{server.database.name}-wal")
+        shutil.copy(wal, tmp_path / "standby.db-wal")
+    alice.send_text(room_id, "not shipped")
+    server.kill9()
+    server.data.rename(tmp_path / "burnt")
+    restored = server.run_command("--restore", str(tmp_path / "standby.db"))
+    assert restored.returncode == 0, restored.stderr
+    server.start()
+    assert alice.bodies(room_id) == [f"{number}" for number in range(50)]
+
+
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "media/aa/../../evil", "conduit.toml"])
 def test_a_hostile_archive_is_refused(
     new_server: Callable[..., Server], tmp_path: Path, name: str
@@ -24143,7 +24408,7 @@ def test_check_of_nothing_and_of_rubbish(new_server: Callable[..., Server]) -> N
     assert (missing.returncode, "no database" in missing.stdout) == (1, True)
     assert fresh.run_command("--backup", str(fresh.folder / "copy")).returncode == 1
     assert fresh.run_command("--restore", str(fresh.folder / "copy")).returncode == 1
-    fresh.data.mkdir()
+    fresh.data.mkdir(exist_ok=True)
     (fresh.data / conduit.DATABASE_FILE).write_bytes(b"rubbish " * 1000)
     broken = fresh.run_command("--check")
     assert broken.returncode == 1
