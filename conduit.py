@@ -29513,6 +29513,7 @@ class Homeserver:
         self.config = config
         self.started = time.monotonic()
         self.late = 0.0  # seconds by which the loop was late just now
+        self._next_news = 0.0
         self.request_counts = RequestCounts()
         self.flame: FlameSampler | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -29728,6 +29729,30 @@ class Homeserver:
             self.db.set_meta("rooms_tidied", now_ms())
             await self.rooms.tidy()
 
+    async def _look_for_news(self) -> None:
+        """Once a day, and at the start: tell the admins what is new at check_for_updates_url.
+
+        It is JSON, {"updates": [{"id": 1, "message": "…", "date": "…"}]}, with growing ids.
+        """
+        url = self.config.check_for_updates_url
+        if not (self.config.allow_check_for_updates and url) or time.monotonic() < self._next_news:
+            return
+        self._next_news = time.monotonic() + DAY_MS / 1000
+        try:
+            answer = await self.http_client.request("GET", url, max_bytes=100_000, trusted=True)
+            check_shape(found := answer.json(), {"updates": list}, "The news")
+        except MatrixError as error:
+            log_server.warning("%s does not tell any news: %s", url, error)
+            return
+        known = self.db.meta("news_told") or 0
+        for news in found["updates"]:
+            with contextlib.suppress(MatrixError):
+                check_shape(news, {"id": int, "message": str, "date?": str}, "The news")
+                if news["id"] > known:
+                    date = f" ({news['date'][:30]})" if "date" in news else ""
+                    self.admin_room.announce(f"News of this server{date}: {news['message'][:2000]}")
+                    self.db.set_meta("news_told", max(news["id"], self.db.meta("news_told") or 0))
+
     async def _maintain(self) -> None:
         """Every cleanup_second_interval: save, expire, and give free pages back to the disk."""
         while True:
@@ -29743,6 +29768,7 @@ class Homeserver:
                 await self.media.sweep()
                 self.emails.expire()
                 await self._tidy_rooms()
+                await self._look_for_news()
                 with self.db.write():
                     self.db.execute("PRAGMA incremental_vacuum(200)").fetchall()
             except MatrixError as error:

@@ -22384,6 +22384,133 @@ def test_third_party_networks(
     order(admin, f"unregister-appservice {bridge.id}")
 
 
+# ── 52.8  A real bridge ──────────────────────────────────────────────────────
+
+
+class IrcUser:
+    """Somebody on IRC, who keeps what they hear."""
+
+    def __init__(self, port: int, nick: str) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.heard: list[str] = []
+        self.say(f"NICK {nick}", f"USER {nick} 0 * :{nick}")
+        threading.Thread(target=self._listen, daemon=True).start()
+        eventually(lambda: self.hears(" 001 "))
+
+    def _listen(self) -> None:
+        for line in self.socket.makefile(encoding="utf-8", errors="replace"):
+            self.heard.append(line.strip())
+            if line.startswith("PING"):
+                self.say(line.strip().replace("PING", "PONG"))
+
+    def say(self, *lines: str) -> None:
+        """Send lines."""
+        self.socket.sendall("".join(f"{line}\r\n" for line in lines).encode())
+
+    def hears(self, text: str) -> list[str]:
+        """The lines with this in them."""
+        return [line for line in list(self.heard) if text in line]
+
+
+IRC_SERVER: Final = """
+[Global]
+Name = irc.test
+Info = A server for tests
+Listen = 127.0.0.1
+Ports = {port}
+[Limits]
+MaxConnectionsIP = 0
+[Options]
+DNS = no
+Ident = no
+PAM = no
+"""
+
+
+@contextlib.contextmanager
+def running(*command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that runs until the end of the block."""
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=quiet, stderr=quiet)  # noqa: S603  a test's own
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+@slow
+def test_heisenbridge_with_ngircd(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    """Messages both ways; when bridge or server restart, neither side loses any."""
+    ngircd = shutil.which("ngircd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if ngircd is None:
+        pytest.skip("ngircd is not installed")
+    port, irc_port, registration = free_port(), free_port(), tmp_path / "heisenbridge.yaml"
+    bridge = [sys.executable, "-m", "heisenbridge", "-c", str(registration)]
+    run(*bridge, "-p", str(port), "--generate-compat")
+    server = new_server()
+    admin = register(server)
+    code = f"```yaml\n{registration.read_text()}\n```"
+    assert "heisenbridge" in order(admin, f"register-appservice\n{code}")
+    bridge += ["-p", str(port), "-o", admin.user_id, server.url]
+    (tmp_path / "ngircd.conf").write_text(IRC_SERVER.format(port=irc_port))
+
+    def invited(name: str) -> str:
+        """The room of this name to which the bridge invites."""
+
+        def find() -> str | None:
+            rooms = admin.sync()["rooms"].get("invite", {})
+            names = {
+                room_id: [e["content"].get("name") for e in room["invite_state"]["events"]]
+                for room_id, room in rooms.items()
+            }
+            return next((room_id for room_id in names if name in names[room_id]), None)
+
+        room_id = str(eventually(find, 30))
+        admin.join(room_id)
+        return room_id
+
+    def told(room_id: str, *texts: str) -> None:
+        eventually(lambda: {*texts} <= {*admin.bodies(room_id)}, 60)
+
+    with running(ngircd, "-n", "-f", tmp_path / "ngircd.conf"):
+        with running(*bridge):
+            control = admin.create_room(is_direct=True, invite=[f"@heisenbridge:{server.name}"])
+            eventually(lambda: admin.bodies(control), 30)
+            for line in ("ADDNETWORK t", f"ADDSERVER t 127.0.0.1 {irc_port}", "OPEN t"):
+                admin.send_text(control, line)
+            network = invited("t")
+            for line in ("NICK alice", "CONNECT"):
+                admin.send_text(network, line)
+            eventually(lambda: any("alice" in body for body in admin.bodies(network)), 30)
+            bob = eventually(lambda: IrcUser(irc_port, "bob"), 10)
+            bob.say("JOIN #cats")
+            admin.send_text(network, "JOIN #cats")
+            channel = invited("#cats (t)")
+            admin.send_text(channel, "from Matrix")
+            eventually(lambda: bob.hears("PRIVMSG #cats :from Matrix"), 30)
+            bob.say("PRIVMSG #cats :from IRC")
+            told(channel, "from IRC")
+            admin.send_text(channel, "last words")
+            server.kill9()  # what IRC says now heisenbridge does not repeat: it never came to us
+            server.start()
+            bob.say("PRIVMSG #cats :back again")
+            told(channel, "from IRC", "back again")
+            eventually(lambda: bob.hears("last words"), 60)
+        admin.send_text(channel, "while the bridge is down")
+        with running(*bridge):
+            eventually(lambda: bob.hears("while the bridge is down"), 60)
+            for attempt in range(20):  # it may answer before it listens again
+                bob.say(f"PRIVMSG #cats :and on {attempt}")
+                time.sleep(1)
+                if any(body.startswith("and on") for body in admin.bodies(channel)):
+                    break
+            else:
+                pytest.fail("the bridge is deaf")
+    assert len(bob.hears("from Matrix")) == 1
+    server.may_fail = True
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  23. THE ADMIN ROOM
 # ═════════════════════════════════════════════════════════════════════════════
@@ -23700,6 +23827,39 @@ def test_what_carries_group_calls(new_server: Callable[..., Server], alice: Clie
     fails(Client(caller.server).get(path), 401, "M_MISSING_TOKEN")
 
 
+def test_a_call_as_element_call_makes_it(new_server: Callable[..., Server]) -> None:
+    """The way to LiveKit, who asks for a token there, and a membership that ends by itself."""
+    focus = {"type": "livekit", "livekit_service_url": "https://rtc.example"}
+    server = new_server(rtc_foci=[focus])
+    alice, bob = register(server), register(server)
+    room_id = alice.room_with(bob)
+    known = ok(Client(server).get("/.well-known/matrix/client"))
+    assert known["org.matrix.msc4143.rtc_foci"] == [focus]
+    # LiveKit's token service gets this from the client, and asks the server of that name for it.
+    openid = ok(alice.post(("user", alice.user_id, "openid", "request_token")))
+    assert {"access_token", "token_type", "matrix_server_name", "expires_in"} == openid.keys()
+    assert openid["matrix_server_name"] == server.name
+    who = Client(server).get(
+        "/_matrix/federation/v1/openid/userinfo", access_token=openid["access_token"]
+    )
+    assert ok(who) == {"sub": alice.user_id}
+    # The membership, and beforehand its end, which is put off for as long as the client lives.
+    kind, key = "org.matrix.msc3401.call.member", f"_{alice.user_id}_{alice.device_id}"
+    path = ("rooms", room_id, "state", kind, key)
+    late = ok(alice.put(path, {}, params={"org.matrix.msc4140.delay": 1500}))["delay_id"]
+    content = {"application": "m.call", "call_id": "", "device_id": alice.device_id}
+    ok(alice.put(path, {**content, "foci_preferred": [focus], "scope": "m.room"}))
+    for _ in range(4):
+        time.sleep(0.6)
+        ok(alice.post(f"{DELAYED}delayed_events/{late}", {"action": "restart"}))
+    assert bob.state(room_id, kind, key)["call_id"] == ""
+    notify = {"notify_type": "ring", "application": "m.call", "call_id": ""}
+    alice.send(room_id, "org.matrix.msc4075.call.notify", notify)
+    server.kill9()
+    server.start()
+    eventually(lambda: bob.state(room_id, kind, key) == {}, 5)
+
+
 # ── 24.4  Pages for signing in ───────────────────────────────────────────────
 
 
@@ -24150,6 +24310,36 @@ def test_second_server_on_one_database(new_server: Callable[..., Server]) -> Non
     assert first.answers()
 
 
+def test_news_are_told_to_admins_once(authority: Authority, tmp_path: Path, peer: Peer) -> None:
+    """What the file at check_for_updates_url says; nothing with allow_check_for_updates off."""
+    news = [{"id": 2, "message": "Version <2> is out", "date": "2026-01-01"}, {"id": 1}, 7]
+    peer.answers["/news"] = {"updates": news}
+    url = f"https://{peer.name}/news"
+    server = federating(tmp_path, authority, check_for_updates_url=url)
+    server.write_config(allow_check_for_updates=True, cleanup_second_interval=1)
+    server.start()
+    try:
+        admin = register(server)
+        room_id = admin_room(admin)
+
+        def told() -> list[str]:
+            return [body for body in admin.bodies(room_id) if "is out" in body]
+
+        eventually(told)
+        assert told() == ["News of this server (2026-01-01): Version <2> is out"]
+        peer.answers["/news"] = {"updates": [*news, {"id": 3, "message": "Three is out"}]}
+        server.restart()
+        eventually(lambda: len(told()) == 2)
+        server.stop()
+        peer.asked.clear()
+        server.write_config(allow_check_for_updates=False)
+        server.start()
+        time.sleep(2)
+        assert peer.asked == []
+    finally:
+        server.stop()
+
+
 # ── 26.2  Check and backup ───────────────────────────────────────────────────
 
 
@@ -24303,7 +24493,8 @@ def test_checkpoints_are_left_to_others(new_server: Callable[..., Server]) -> No
         for _ in range(conduit.CHECKPOINT_COMMITS + 50):
             user.send_text(room_id, "x" * 100)
         wal = server.database.with_name(f"{server.database.name}-wal")
-        eventually(lambda: (server.database.stat().st_size > before) == mode)
+        time.sleep(0.5)
+        assert (server.database.stat().st_size > before) == mode
         server.kill9()
         assert wal.stat().st_size > 0
 
@@ -24326,8 +24517,7 @@ def test_a_standby_by_litestream_takes_over(
     room_id = alice.room_with(bob)
     upload_keys(alice, "A", "B")
     replica = f"file://{tmp_path}/replica"
-    shipping = subprocess.Popen([program, "replicate", str(server.database), replica])
-    try:
+    with running(program, "replicate", server.database, replica):
         bodies = [f"message {number}" for number in range(1500)]
         for number, body in enumerate(bodies):
             alice.send_text(room_id, body)
@@ -24336,10 +24526,7 @@ def test_a_standby_by_litestream_takes_over(
         wal = server.database.with_name(f"{server.database.name}-wal")
         assert wal.stat().st_size < 4 * conduit.WAL_BYTES  # Litestream does copy it back
         time.sleep(3)  # it ships once a second
-    finally:
         server.kill9()
-        shipping.kill()
-        shipping.wait()
     server.data.rename(tmp_path / "burnt")
     run(program, "restore", "-o", str(tmp_path / "standby.db"), replica)
     restored = server.run_command("--restore", str(tmp_path / "standby.db"))
