@@ -29739,7 +29739,7 @@ class Homeserver:
             return
         self._next_news = time.monotonic() + DAY_MS / 1000
         try:
-            answer = await self.http_client.request("GET", url, max_bytes=100_000, trusted=True)
+            answer = await self.http_client.request("GET", url, max_bytes=100_000)
             check_shape(found := answer.json(), {"updates": list}, "The news")
         except MatrixError as error:
             log_server.warning("%s does not tell any news: %s", url, error)

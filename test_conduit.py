@@ -35,6 +35,7 @@ import re
 import resource
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import smtplib
@@ -48,6 +49,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import threading
 import time
 import types
@@ -1151,6 +1153,87 @@ def config_table(table: type = conduit.Config, prefix: str = "") -> str:
 
 def test_the_readme_has_the_table_of_keys() -> None:
     assert config_table() in (ROOT / "README.md").read_text("utf-8")
+
+
+# The test that shows what a key does; for a table, of each of its keys.
+KEY_TESTS: Final = {
+    "server_name": "test_our_keys_and_their_rotation",
+    "database_path": "test_sec_a4_disk_full_on_a_small_disk",
+    "database_backend": "test_all_mistakes_are_reported_at_once",
+    "address": "test_unix_socket",
+    "port": "test_port_in_use",
+    "tls": "test_tls_and_its_reload",
+    "well_known": "test_well_known_as_configured_and_reloaded",
+    "trusted_proxies": "test_sec_29_forwarded_addresses",
+    "allow_registration": "test_registration_can_be_off",
+    "registration_token": "test_registration_token_and_its_validity",
+    "allow_open_registration": "test_sec_31_open_registration_needs_a_second_switch",
+    "registration_shared_secret": "test_registration_by_shared_secret",
+    "admin_api_allowlist": "test_sec_50_the_admin_api_is_not_open_to_the_world",
+    "enable_lightning_bolt": "test_lightning_bolt",
+    "auto_join_rooms": "test_new_users_find_themselves_in_the_rooms_of_the_house",
+    "terms": "test_consent_is_asked_for_and_kept",
+    "emergency_password": "test_the_emergency_password",
+    "jwt_secret": "test_sec_33_forged_json_web_tokens",
+    "allow_room_creation": "test_switches",
+    "allow_encryption": "test_switches",
+    "allow_unstable_room_versions": "test_unstable_versions_can_be_switched_off",
+    "default_room_version": "test_unstable_versions_can_be_switched_off",
+    "max_request_size": "test_sec_38_unbounded_upload",
+    "rate_limit": "test_limits_by_user_and_by_address",
+    "allow_local_presence": "test_presence_can_be_switched_off",
+    "allow_federation": "test_federation_that_is_off",
+    "trusted_servers": "test_notaries_count_only_with_both_signatures",
+    "max_concurrent_requests": "test_the_bounds_on_requests_hold",
+    "ip_range_denylist": "test_sec_34_rebinding_and_redirects",
+    "proxy": "test_requests_through_a_proxy",
+    "proxy.by_domain": "test_which_proxy",
+    "turn_uris": "test_turn_server_over_the_wire_and_reloaded",
+    "turn_secret": "test_coturn_gives_a_relay",
+    "turn_username": "test_turn_server_over_the_wire_and_reloaded",
+    "turn_password": "test_turn_server_over_the_wire_and_reloaded",
+    "turn_ttl": "test_turn_server_over_the_wire_and_reloaded",
+    "rtc_foci": "test_a_call_as_element_call_makes_it",
+    "url_preview_allowlist": "test_sec_34_only_listed_pages_are_looked_at",
+    "media_retention_remote_days": "test_clean_ups_keep_to_what_is_configured",
+    "media_budget_mb": "test_clean_ups_keep_to_what_is_configured",
+    "appservice_config_files": "test_services_from_files",
+    "support_contact": "test_well_known_as_configured_and_reloaded",
+    "support_page": "test_well_known_as_configured_and_reloaded",
+    "smtp": "test_mail_goes_through_tls_with_a_password",
+    "allow_check_for_updates": "test_news_are_told_to_admins_once",
+    "check_for_updates_url": "test_news_are_told_to_admins_once",
+    "log": "test_each_request_is_a_line_at_debug",
+    "db_cache_capacity_mb": "test_caches_are_as_large_as_configured",
+    "conduit_cache_capacity_modifier": "test_caches_are_as_large_as_configured",
+    "pdu_cache_capacity": "test_caches_are_as_large_as_configured",
+    "cleanup_second_interval": "test_clean_ups_keep_to_what_is_configured",
+    "checkpoints": "test_checkpoints_are_left_to_others",
+    "metrics": "test_metrics",
+    "allow_jaeger": "test_traces",
+    "tracing_endpoint": "test_traces",
+    "tracing_flame": "test_a_flame_graph_is_recorded",
+    "rocksdb_max_open_files": "test_spellings_of_old_files",
+}
+# What there is of these keys comes with rooms shared with other servers, as the README says.
+WAITING_KEYS: Final = {
+    "max_fetch_prev_events",
+    *(
+        f"allow_{way}_{what}"
+        for way in ("incoming", "outgoing")
+        for what in ("presence", "typing", "read_receipts")
+    ),
+}
+
+
+def test_every_key_has_a_test_that_shows_its_effect() -> None:
+    keys = {key for key in conduit.known_keys(conduit.Config) if not key.endswith("_file")}
+    shown = {key: KEY_TESTS.get(key) or KEY_TESTS.get(key.partition(".")[0]) for key in keys}
+    assert {key for key in keys if shown[key] is None} == WAITING_KEYS
+    for key, name in shown.items():
+        if name is not None:
+            test = globals().get(name)
+            assert callable(test), f"{key}: there is no {name}"
 
 
 # ── 2.2  Where values come from ──────────────────────────────────────────────
@@ -21278,6 +21361,32 @@ def test_fetched_media_stays_within_its_budget(inner: Callable[..., InnerServer]
     assert media_left(server) == [own, *ids[2:]]
 
 
+def test_clean_ups_keep_to_what_is_configured(inner: Callable[..., InnerServer]) -> None:
+    """Every cleanup_second_interval, what is older or more than configured goes."""
+    limits = {"media_retention_remote_days": 3, "media_budget_mb": 1}
+    server = inner(accept, cleanup_second_interval=1, **limits)
+    own = fetched(server, b"own", "", 400)
+    for age in (4, 2, 1):  # too old, too much, and what stays
+        last = fetched(server, bytes([age]) * 600_000, "far.example", age)
+    query = "SELECT media_id FROM media ORDER BY media_nid"
+    eventually(lambda: server.do(server.hs.db.all, query) == [(own,), (last,)])
+
+
+def test_caches_are_as_large_as_configured(inner: Callable[..., InnerServer]) -> None:
+    found = []
+    for scale in (1.0, 0.5):
+        sizes = {"db_cache_capacity_mb": 64.0 * scale, "pdu_cache_capacity": int(5000 * scale)}
+        server = inner(accept, conduit_cache_capacity_modifier=scale, **sizes)
+        caches = server.do(conduit.caches_of, server.hs)
+        pages = -server.do(server.hs.db.value, "PRAGMA cache_size")
+        found.append((pages, {name: cache.capacity for name, cache in caches.items()}))
+    (large_pages, large), (small_pages, small) = found
+    assert large_pages == 2 * small_pages
+    assert large["rooms.groups.cache"] == 4 * small["rooms.groups.cache"]  # both keys count
+    assert large["keys.counts"] == 2 * small["keys.counts"]
+    assert small["rooms.events"] < large["rooms.events"]
+
+
 def test_a_file_goes_with_its_last_media_id(inner: Callable[..., InnerServer]) -> None:
     server = inner(accept)
     alice = register(server)
@@ -22689,6 +22798,13 @@ def test_help_names_every_command(admin: Client) -> None:
         "show-config",
     ):
         assert name in text
+
+
+def test_the_readme_has_the_table_of_commands() -> None:
+    rows = ["| command | what it does |", "| --- | --- |"]
+    for usage, function in conduit.COMMANDS.values():
+        rows.append(f"| `{usage}` | {str(function.__doc__).strip().splitlines()[0]} |")
+    assert "\n".join(rows) in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_users_are_made_listed_and_deactivated(admin: Client) -> None:
@@ -27529,6 +27645,97 @@ def test_compose_files_are_in_order() -> None:
         assert {key.removeprefix("CONDUIT_") for key in set_keys} - known == {"CONFIG"}
         for volume in services.get("well-known", {}).get("volumes", []):
             assert (DEPLOY / volume.partition(":")[0]).exists()
+
+
+def readme_blocks() -> list[str]:
+    """The indented blocks of the README: what there is to type."""
+    text = (ROOT / "README.md").read_text("utf-8").split("## How the file is organised")[0]
+    found = re.findall(r"(?m)(?:^    .*\n)+", text)
+    return [textwrap.dedent(block) for block in found]
+
+
+# How each block of the README that is no TOML is run, by the words that it begins with.
+BLOCK_TESTS: Final = {
+    "make run": "test_make_run_on_a_clean_checkout",
+    "sudo apt install python3-nacl": "test_the_way_on_a_pi",
+    "sudo adduser": "test_the_package_is_installed_upgraded_removed_and_purged",
+    "docker build": "test_the_steps_of_the_dockerfile",
+    "example.org, example.org:8448 {": "test_a_server_behind_a_proxy",
+    "/.well-known/matrix/server": "test_well_known_by_default",
+    "register-appservice": "test_heisenbridge_with_ngircd",
+    "python3 conduit.py --admin": "test_commands_of_the_readme",
+    "python3 conduit.py --backup": "test_commands_of_the_readme",
+    "python3 conduit.py --restore": "test_commands_of_the_readme",
+    "python3 conduit.py --check": "test_commands_of_the_readme",
+    "litestream replicate": "test_a_standby_by_litestream_takes_over",
+    "litestream restore": "test_a_standby_by_litestream_takes_over",
+}
+
+
+def test_every_block_of_the_readme_is_tried(tmp_path: Path) -> None:
+    """TOML is read by the server; the rest has a test that does what the block says."""
+    for block in readme_blocks():
+        named = [name for start, name in BLOCK_TESTS.items() if block.startswith(start)]
+        if re.match(r"\[global\.\w+\]|\w+ = ", block):
+            for name in ("fullchain.pem", "privkey.pem"):
+                (tmp_path / name).write_text("")
+            text = block.replace("/etc/letsencrypt/live/example.org", str(tmp_path))
+            assert config_and_warnings(text, tmp_path)[1] == [], block
+        else:
+            assert len(named) == 1, f"nothing runs\n{block}"
+            assert callable(globals().get(named[0])), named[0]
+
+
+def test_commands_of_the_readme(new_server: Callable[..., Server], tmp_path: Path) -> None:
+    """As they stand there and in that order, but for the folder of the backups."""
+    server, folder = new_server(), tmp_path / "backup"
+    folder.mkdir()
+    alice = register(server)
+    room_id = alice.create_room()
+    alice.send_text(room_id, "kept")
+    said = {}
+    for block in readme_blocks():
+        words = shlex.split(block)
+        if words[:2] != ["python3", "conduit.py"] or len(words) < 3:
+            continue
+        if words[2] == "--restore":
+            server.stop()
+            server.data.rename(tmp_path / "old")
+            words[3] = str(next(folder.glob("*.tar")))
+        words = [word.replace("/mnt/backup", str(folder)) for word in words]
+        done = subprocess.run(  # noqa: S603  the README's
+            [sys.executable, *words[1:]],
+            cwd=ROOT,
+            env=server.process_environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        said[words[2]] = done.stdout
+    assert alice.user_id in said["--admin"]
+    assert said["--check"] == "the database is sound\n"
+    server.start()
+    assert alice.bodies(room_id) == ["kept"]
+
+
+def test_the_way_on_a_pi(tmp_path: Path) -> None:
+    """The example file, edited where it says EDIT, and `python3 conduit.py` in its folder."""
+    shutil.copy(ROOT / "conduit.py", tmp_path)
+    port, text = free_port(), EXAMPLE.replace("YOU-NEED-TO-EDIT-THIS", "a-token-of-mine")
+    text = re.sub(r"(?m)^#?server_name = .*$", 'server_name = "pi.example"', text, count=1)
+    text = re.sub(r"(?m)^database_path = .*$", f'database_path = "{tmp_path}/data"', text)
+    text = re.sub(r"(?m)^#?port = .*$", f"port = {port}", text, count=1)
+    (tmp_path / "conduit.toml").write_text(text)
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("CONDUIT_")}
+    process = subprocess.Popen(
+        [sys.executable, "conduit.py"], cwd=tmp_path, env=kept, stderr=subprocess.DEVNULL
+    )
+    try:
+        eventually(lambda: b"200" in first_line(port), 60)
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def documented_keys() -> set[str]:
