@@ -28595,13 +28595,15 @@ def unused_since(hs: Homeserver, request: Request) -> int:
     return request.int_arg("before_ts", 0, 0, MAX_CANONICAL_INT)
 
 
-def avatars(hs: Homeserver) -> set[int]:
+async def avatars(hs: Homeserver) -> set[int]:
     """The media that are pictures of users or rooms, now."""
-    profiles = hs.db.all("SELECT value FROM profiles WHERE field = 'avatar_url'")
-    rooms = hs.db.all("SELECT room_nid FROM rooms WHERE state_group > 0")
+    query = "SELECT value FROM profiles WHERE field = 'avatar_url'"
+    await hs.db.synced()
+    profiles = await hs.db.read_in_thread(lambda db: db.execute(query).fetchall())
     names = [json.loads(value) for (value,) in profiles]
-    for (nid,) in rooms:
+    for (nid,) in hs.db.all("SELECT room_nid FROM rooms WHERE state_group > 0"):
         names.append(hs.rooms.by_nid(nid).setting("m.room.avatar", "url", ""))
+        await asyncio.sleep(0)
     return set(hs.media.named_in(names))
 
 
@@ -28611,7 +28613,7 @@ async def admin_delete_old_media(
 ) -> Json:
     """Delete what was uploaded here and not used since, if it is large; avatars stay if told so."""
     larger = request.int_arg("size_gt", 0, 0, MAX_CANONICAL_INT)
-    kept = set() if flag_arg(request, "keep_profiles") is False else avatars(hs)
+    kept = set() if flag_arg(request, "keep_profiles") is False else await avatars(hs)
     query = "SELECT 1 FROM media WHERE media_nid = ? AND size > ?"
     old = hs.media.select(before=unused_since(hs, request))
     found = [nid for nid in old if hs.db.value(query, (nid, larger))]
@@ -28689,17 +28691,20 @@ async def admin_quarantine(hs: Homeserver, request: Request, server: str, media_
     return {}
 
 
+MEDIA_STATISTICS = """
+    SELECT user_id, COUNT(*), IFNULL(SUM(size), 0),
+        (SELECT value FROM profiles WHERE profiles.user_nid = media.user_nid
+            AND field = 'displayname')
+    FROM media
+    JOIN users USING (user_nid)
+    GROUP BY user_nid
+"""
+
+
 @admin_route("GET", "/v1/statistics/users/media")
 async def admin_media_statistics(hs: Homeserver, request: Request) -> Json:
     """How much each user has uploaded, most first, page by page."""
-    query = """
-        SELECT user_id, COUNT(*), IFNULL(SUM(size), 0),
-            (SELECT value FROM profiles WHERE profiles.user_nid = media.user_nid
-                AND field = 'displayname')
-        FROM media
-        JOIN users USING (user_nid)
-        GROUP BY user_nid
-    """
+    query = MEDIA_STATISTICS
     await hs.db.synced()
     found = await hs.db.read_in_thread(lambda db: db.execute(query).fetchall())
     users = [

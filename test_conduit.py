@@ -15476,9 +15476,6 @@ class World:
             return found
         return Outcome(status=200, headers={}, body=json.dumps(found).encode())
 
-    def close(self) -> None:
-        """No connection was ever open."""
-
     @property
     def pushes(self) -> list[Json]:
         """The notifications that gateways were sent."""
@@ -21618,10 +21615,22 @@ def test_previews_are_off_by_default(alice: Client) -> None:
     assert shown["io.element.msc4452.preview_url"] == {"enabled": False}
 
 
+def violations_of_call(path: str, body: bytes) -> list[str]:
+    """What the specification has against a call of the server, where the checker is to be found."""
+    checker = load_checker()
+    if checker is None:
+        return []
+    answer = ({"Content-Type": "application/json"}, b'{"rejected": []}')
+    exchange = checker.Exchange("POST", path, body, "application/json", 200, *answer)
+    _, findings = checker.Spec().check(exchange)
+    return [f"{one}" for one in findings if one.severity == "error"]
+
+
 class OutsideWorld(http.server.BaseHTTPRequestHandler):
     """A push gateway and a web site over TLS."""
 
     pushes: ClassVar[list[Json]] = []
+    wrong: ClassVar[list[str]] = []  # what the specification has against what it was sent
 
     def answer(self, data: bytes, kind: str = "text/html", status: int = 200) -> None:
         self.send_response(status)
@@ -21632,8 +21641,9 @@ class OutsideWorld(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_POST(self) -> None:
-        sent = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.pushes.append(sent["notification"])
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.pushes.append(json.loads(body)["notification"])
+        self.wrong.extend(violations_of_call(self.path, body))
         self.answer(b'{"rejected": []}', "application/json")
 
     def do_GET(self) -> None:
@@ -21679,6 +21689,7 @@ def test_sec_34_pushes_and_previews_go_out_but_not_to_refused_addresses(
         ok(alice.post("pushers/set", pusher(data={"url": f"{outside}/_matrix/push/v1/notify"})))
         ids = [bob.send_text(room_id, f"{n}") for n in range(3)]
         eventually(lambda: [push.get("event_id") for push in OutsideWorld.pushes] == ids)
+        assert OutsideWorld.wrong == []
         server.kill9()
         server.start()
         ok(alice.post(("rooms", room_id, "receipt", "m.read", ids[-1])))
@@ -22493,7 +22504,42 @@ def test_third_party_networks(
     order(admin, f"unregister-appservice {bridge.id}")
 
 
-# ── 52.8  A real bridge ──────────────────────────────────────────────────────
+# ── 52.6  Held against the specification ─────────────────────────────────────
+
+
+@slow
+@pytest.mark.skipif(not (SPEC_TOOLS / "spec_check.py").exists(), reason="no checker here")
+def test_calls_to_services_are_valid(
+    new_server: Callable[..., Server], new_bridge: Callable[..., Bridge], tmp_path: Path
+) -> None:
+    """The checker plays a service, and calls every endpoint meanwhile.
+
+    Its push gateway has no TLS, so it hears nothing; see test_sec_34_pushes_and_previews.
+    """
+    server, port = new_server(ip_range_denylist=[]), free_port()
+    server.may_fail = True
+    admin, result = register(server), tmp_path / "result.json"
+    namespaces = {"users": [{"regex": "@spec_.*", "exclusive": True}], "aliases": []}
+    fields = {"url": f"http://127.0.0.1:{port}", "protocols": ["spec"], "receive_ephemeral": True}
+    service = new_bridge(id="spec_check", namespaces=namespaces, **fields).register_at(admin)
+    tool = [sys.executable, str(SPEC_TOOLS / "spec_check.py"), "coverage", server.url]
+    options = ["--plain-listen", str(port), "--as-token", str(service.fields["as_token"])]
+    report = ["--json", str(result), "--report", str(tmp_path / "all.jsonl")]
+    subprocess.run(  # noqa: S603  the checker
+        [*tool, *options, *report], capture_output=True, check=False, timeout=400
+    )
+    found = json.loads(result.read_text())
+    calls = {name.split(" ")[1] for name in found["outgoing"]}
+    assert {"/_matrix/app/v1/transactions/{txnId}", "/_matrix/app/v1/ping"} <= calls
+    ours = [
+        one
+        for one in found["violations"]
+        if re.search(r"/_matrix/(app|push)/", one["endpoint"]) and one["severity"] == "error"
+    ]
+    assert ours == []
+
+
+# ── 52.7  A real bridge ──────────────────────────────────────────────────────
 
 
 class IrcUser:
@@ -28049,8 +28095,9 @@ SCANS: Final = {
     "SELECT DISTINCT room_nid FROM memberships": "an admin asks for the list",
     "SELECT room_nid, COUNT(*), MIN(item_nid) FROM inbox WHERE error IS NULL"
     " GROUP BY room_nid": "at the start; the table is a queue",
-    "SELECT user_id, COUNT(*), SUM(size) AS total FROM media JOIN users USING (user_nid)"
-    " GROUP BY user_nid ORDER BY total DESC": "an admin asks, in a thread",
+    " ".join(conduit.MEDIA_USAGE.split()): "an admin asks, in a thread",
+    " ".join(conduit.MEDIA_STATISTICS.split()): "an admin asks, in a thread",
+    "SELECT value FROM profiles WHERE field = 'avatar_url'": "an admin deletes media; in a thread",
     "UPDATE one_time_keys SET used = 1, body = NULL WHERE NOT fallback": "after a restore",
     "UPDATE one_time_keys SET used = 1 WHERE fallback": "after a restore",
     "INSERT OR REPLACE INTO device_changes SELECT user_nid, 0, ? FROM accounts": "after a restore",
