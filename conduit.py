@@ -27447,6 +27447,35 @@ async def ping_server(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_text(f"{server} runs {version}; {time.monotonic() - started:.2f} s.")
 
 
+@command("list-queues")
+async def list_queues(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List the servers for which something waits, those that are stuck for longest first."""
+    rows = [
+        (
+            *(each.server, str(each.events), str(each.messages), str(each.failures)),
+            minute_of(each.retry_ts) if each.retry_ts else "",
+        )
+        for each in queues_by_lateness(hs)
+    ]
+    heads = ("Server", "Events", "To devices", "Failures", "Next try (UTC)")
+    return reply_table(f"Found {len(rows)}:", heads, rows)
+
+
+@command("reset-queue SERVER")
+async def reset_queue_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Throw away what waits for a server."""
+    did = reset_queue(hs, other_server(hs, arguments["SERVER"]))
+    return reply_text("Done." if did else "Nothing waits for it.", failed=not did)
+
+
+@command("disable-federation ROOM [--undo]")
+async def disable_federation(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Let nothing of a room go to other servers, or come from them."""
+    room, undo = room_by_name(hs, arguments["ROOM"]), "--undo" in arguments
+    set_room_federation(hs, room.room_id, enabled=undo)
+    return reply_text(f"{room.room_id} {'federates again' if undo else 'stays here'}.")
+
+
 @command("register-appservice {YAML}")
 async def register_appservice(hs: Homeserver, arguments: Arguments) -> Reply:
     """Register an application service, such as a bridge, by the YAML that it has made."""
@@ -29516,9 +29545,8 @@ class Homeserver:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.started = time.monotonic()
+        self.started, self._next_news = time.monotonic(), 0.0
         self.late = 0.0  # seconds by which the loop was late just now
-        self._next_news = 0.0
         self.request_counts = RequestCounts()
         self.flame: FlameSampler | None = None
         self._tasks: set[asyncio.Task[Any]] = set()

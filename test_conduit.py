@@ -1188,6 +1188,9 @@ KEY_TESTS: Final = {
     "ip_range_denylist": "test_sec_34_rebinding_and_redirects",
     "proxy": "test_requests_through_a_proxy",
     "proxy.by_domain": "test_which_proxy",
+    "allow_outgoing_presence": "test_switched_off_nothing_goes_out",
+    "allow_outgoing_typing": "test_switched_off_nothing_goes_out",
+    "allow_outgoing_read_receipts": "test_switched_off_nothing_goes_out",
     "turn_uris": "test_turn_server_over_the_wire_and_reloaded",
     "turn_secret": "test_coturn_gives_a_relay",
     "turn_username": "test_turn_server_over_the_wire_and_reloaded",
@@ -1218,11 +1221,7 @@ KEY_TESTS: Final = {
 # What there is of these keys comes with rooms shared with other servers, as the README says.
 WAITING_KEYS: Final = {
     "max_fetch_prev_events",
-    *(
-        f"allow_{way}_{what}"
-        for way in ("incoming", "outgoing")
-        for what in ("presence", "typing", "read_receipts")
-    ),
+    *(f"allow_incoming_{what}" for what in ("presence", "typing", "read_receipts")),
 }
 
 
@@ -23057,6 +23056,15 @@ def test_media_are_listed_hidden_and_deleted(admin: Client, alice: Client) -> No
     assert "budget is" not in (order(admin, "reload") + order(admin, "media-budget"))
 
 
+def test_queues_and_rooms_that_stay_here(admin: Client) -> None:
+    room_id = admin.create_room()
+    assert "stays here" in order(admin, f"disable-federation {room_id}")
+    assert "federates again" in order(admin, f"disable-federation {room_id} --undo")
+    assert "no such room" in order(admin, "disable-federation !none:x.example")
+    assert "Found 0" in order(admin, "list-queues")
+    assert "Nothing waits" in order(admin, "reset-queue elsewhere.example")
+
+
 def test_other_servers_are_resolved_and_pinged(
     tmp_path: Path, authority: Authority, peer: Peer
 ) -> None:
@@ -23072,7 +23080,7 @@ def test_other_servers_are_resolved_and_pinged(
         assert f"{peer.name} runs Peer 1; 0." in order(admin, f"ping-server {peer.name}")
         peer.answers[version] = {"server": 5}
         assert "None None" in order(admin, f"ping-server {peer.name}")
-        assert "cannot be reached" in order(admin, f"ping-server localhost:{free_port()}")
+        assert "is out of reach" in order(admin, f"ping-server localhost:{free_port()}")
     finally:
         server.stop()
 
