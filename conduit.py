@@ -71,6 +71,8 @@ How a message travels, by chapters
      4  The transaction is committed to the write-ahead log and a thread syncs it, one
         sync for all that came together. Until then no answer goes out (12), not the
         sender's, nor that of any reader who could know of the event.
+    55  Each other server in the room has a queue, which sends what it lacks, signed (46);
+    54  what comes from there is stored, answered, checked, and let in room by room (10).
     21  Each waiting sync finds the room in the stream's log, reads the new events, asks
     11  which of them its user may see (history visibility), adds unread counts (18),
         receipts (19) and keys (20), and answers with a token: the stream's position.
