@@ -28894,7 +28894,7 @@ STYLE = """
 @media(prefers-color-scheme:dark){:root{--page:#0f1514;--card:#182120;--text:#e8efed;--soft:#9db0aa;
 --line:#2a3735;--accent:#5eead4;--tint:#123330;--code:#22302d}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--text);
+body{margin:0;overflow-wrap:anywhere;background:var(--page);color:var(--text);
 font:17px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
 main{max-width:46rem;margin:0 auto;padding:3.5rem 1.25rem 2rem}
 header{display:flex;gap:1.1rem;align-items:center;margin-bottom:1.6rem}

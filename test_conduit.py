@@ -12855,7 +12855,9 @@ class PeerRoom:
         self.events: list[conduit.Event] = []
         self.given: list[Json] = []  # the events that we were handed
         creator = {"creator": self.owner} if self.version.creator_in_content else {}
-        self.room_id = self.put("m.room.create", {"room_version": version, **creator}).room_id
+        self.room_id = self.put(
+            "m.room.create", {"room_version": version, "nonce": unique(), **creator}
+        ).room_id
         self.put("m.room.member", {"membership": "join"}, self.owner)
         self.put("m.room.join_rules", {"join_rule": rule})
 
@@ -23101,7 +23103,7 @@ def test_the_server_is_looked_after(admin: Client, tmp_path: Path) -> None:
     assert "log is at info" in order(admin, "log-level")
     assert "Done" in order(admin, "reload")
     assert "is sound" in order(admin, "check")
-    assert "media" in order(admin, "media-usage")
+    assert "User or server" in order(admin, "media-usage")
     assert "MiB" in order(admin, f"backup {tmp_path}/a.tar")
     assert "exists already" in order(admin, f"backup {tmp_path}/a.tar")
     assert "no backup" in order(admin, "backup /nowhere/at/all.tar")
@@ -25279,6 +25281,7 @@ const orders = {
   unlock: async (recoveryKey) => {
     secretKey = decodeRecoveryKey(recoveryKey);
     const crypto = client.getCrypto();
+    await crypto.userHasCrossSigningKeys(client.getUserId(), true);
     await crypto.bootstrapCrossSigning({});
     await crypto.loadSessionBackupPrivateKeyFromSecretStorage();
     await crypto.checkKeyBackupAndEnable();
