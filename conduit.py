@@ -26106,9 +26106,12 @@ class AppserviceQueues(AppserviceRegistry):
         service.wake.set()
 
     def waiting(self, service: Appservice) -> int:
-        """How many items wait in a service's queue."""
-        sql = "SELECT COUNT(*) FROM appservice_queue WHERE appservice = ?"
-        return cast(int, self.db.value(sql, (service.id,)))
+        """How many items wait for a service; what is on its way, or tried again, counts as one."""
+        sql = """
+            SELECT (SELECT COUNT(*) FROM appservice_queue WHERE appservice = :id)
+                 + (SELECT COUNT(*) FROM appservice_txns WHERE appservice = :id)
+        """
+        return cast(int, self.db.value(sql, {"id": service.id}))
 
     # Transactions
 

@@ -22655,7 +22655,7 @@ def test_heisenbridge_with_ngircd(new_server: Callable[..., Server], tmp_path: P
         def waiting() -> int:
             return int(order(admin, "list-appservices").split()[-1])
 
-        assert waiting() > 0
+        eventually(lambda: waiting() > 0)
         with running(*bridge):
             # It takes what waits at once, and lets fall what comes before it is on IRC again.
             eventually(lambda: waiting() == 0, 60)
