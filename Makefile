@@ -22,7 +22,7 @@ RUN_NEEDS  := pynacl "tomli; python_version < '3.11'"
 LINT_NEEDS := ruff mypy
 TEST_NEEDS := $(RUN_NEEDS) $(LINT_NEEDS) pytest pytest-xdist hypothesis httpx aiohttp aiosmtpd \
               "matrix-nio[e2e]" pillow pyyaml jsonschema matrix-synapse trustme mautrix \
-              prometheus-client selenium heisenbridge
+              prometheus-client selenium heisenbridge pytest-rerunfailures
 NODE_NEEDS := matrix-js-sdk@37.5.0  # the newest that Node.js 20 runs
 
 # What ruff looks for, and what we let pass:
