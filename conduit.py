@@ -18152,6 +18152,10 @@ class Receipts:
             if user_nid in room.local_joined:
                 self.hs.unread.mark_read(user_nid, room, event_pos, thread or None)
 
+    def forget_room(self, room: Room) -> None:
+        """Subscriber of the room store: a room is deleted."""
+        self.hs.db.execute("DELETE FROM receipts WHERE room_nid = ?", (room.nid,))
+
 
 def receipts_since(
     hs: Homeserver,
@@ -25510,6 +25514,8 @@ CREATE TABLE appservice_queue (     -- what is to be told, in order
     user_id TEXT                    -- a user whose devices changed
 );
 CREATE INDEX appservice_queue_by_service ON appservice_queue (appservice, item_nid);
+CREATE INDEX appservice_queue_by_event ON appservice_queue (event_nid)
+    WHERE event_nid IS NOT NULL;
 CREATE TABLE appservice_txns (      -- what is being told; a retry must not differ
     appservice TEXT PRIMARY KEY,
     txn_id TEXT NOT NULL,
@@ -25521,6 +25527,7 @@ CREATE TABLE network_rooms (        -- rooms listed under a bridged network
     room_nid INTEGER,
     PRIMARY KEY (appservice, network_id, room_nid)
 ) WITHOUT ROWID;
+CREATE INDEX network_rooms_by_room ON network_rooms (room_nid);
 """)
 invariant(
     "events for application services that are not there",
@@ -26036,6 +26043,8 @@ class AppserviceQueues(AppserviceRegistry):
         super().__init__(hs)
         hs.rooms.subscribe(self._on_event)
         hs.rooms.subscribe_membership(self._on_membership)
+        hs.rooms.subscribe_purge(self._forget_room)
+        hs.rooms.subscribe_history(self._forget_events)
         hs.stream.subscribe(self._on_stamp)
 
     def _told(self) -> Iterator[Appservice]:
@@ -26067,6 +26076,19 @@ class AppserviceQueues(AppserviceRegistry):
             is_target = target is not None and service.claims("users", target)
             if self.sees(service, room) or (is_target and self.hs.is_local(str(target))):
                 self._put(service, event.nid, None)
+
+    def _forget_room(self, room: Room) -> None:
+        self.db.execute("DELETE FROM network_rooms WHERE room_nid = ?", (room.nid,))
+        for service in self.services.values():
+            service.typing.discard(room.nid)
+            service.receipts.pop(room.nid, None)
+
+    def _forget_events(self, _: Room, nids: list[EventNid]) -> None:
+        delete = """
+            DELETE FROM appservice_queue
+            WHERE event_nid IN (SELECT value FROM json_each(?))
+        """
+        self.db.execute(delete, (json.dumps(nids),))
 
     def _on_membership(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
         if (old == "join") == (new == "join"):
@@ -26509,7 +26531,7 @@ CREATE TABLE admin_invitations (   -- an admin asked them in; joining makes them
 );
 CREATE TABLE notice_rooms (        -- where each user hears from the server
     user_nid INTEGER PRIMARY KEY,
-    room_nid INTEGER NOT NULL
+    room_nid INTEGER NOT NULL UNIQUE
 );
 """)
 invariant(
@@ -26926,6 +26948,11 @@ def notice_room(hs: Homeserver, user_nid: UserNid) -> Room:
     hs.db.execute("INSERT INTO notice_rooms VALUES (?, ?)", (user_nid, room.nid))
     hs.account_data.put(user_nid, room.nid, "m.tag", {"tags": {"m.server_notice": {}}})
     return room
+
+
+def forget_notice_room(hs: Homeserver, room: Room) -> None:
+    """Subscriber of the room store: the next notice makes a new room."""
+    hs.db.execute("DELETE FROM notice_rooms WHERE room_nid = ?", (room.nid,))
 
 
 @command("notice-all TEXT...")
@@ -29646,6 +29673,8 @@ class Homeserver:
         self.rooms.check_sender = functools.partial(check_sender, self)
         self.rooms.check_consent = Consents(self).check
         self.rooms.subscribe_purge(functools.partial(forget_names, self))
+        self.rooms.subscribe_purge(functools.partial(forget_notice_room, self))
+        self.rooms.subscribe_purge(self.receipts.forget_room)
         self.rooms.subscribe_purge(self.threads.forget_room)
         self.rooms.subscribe_purge(self.inbox.forget_room)
         self.rooms.subscribe_history(self.search.forget_events)

@@ -23755,6 +23755,47 @@ def test_admins_look_after_media(admin: Client, alice: Client) -> None:
     fails(alice.get(path), 403, "M_FORBIDDEN")
 
 
+def test_a_deleted_room_leaves_nothing_that_points_to_it(
+    new_server: Callable[..., Server], new_bridge: Callable[..., Bridge]
+) -> None:
+    """What waits for a bridge, its lists, the room for notices, receipts."""
+    server = new_server()
+    admin, alice = register(server, "admin"), register(server, "alice")
+    bridge = new_bridge(**{"de.sorunome.msc2409.push_ephemeral": True}).register_at(admin)
+    ghost = bridge.user(server)
+    bridge.status = 500
+    room = alice.room_with(ghost)
+    notice = {"user_id": alice.user_id, "content": {"msgtype": "m.text", "body": "hello"}}
+    ok(admin.post(ADMIN_API + "v1/send_server_notice", notice))
+    order(admin, "notice-all hello")
+    rooms = [room, *alice.sync()["rooms"]["invite"]]
+    assert len(rooms) == 2, "there is one room for all notices"
+    for each in rooms:
+        alice.join(each)
+        ok(alice.put(("user", alice.user_id, "rooms", each, "tags", "m.favourite"), {}))
+        newest = alice.messages(each)["chunk"][0]["event_id"]
+        ok(alice.post(("rooms", each, "receipt", "m.read", newest)))
+    network = f"/_matrix/client/v3/directory/list/appservice/net/{quote(room)}"
+    ok(bridge.client(server).put(network, {"visibility": "public"}))
+    since = alice.sync()["next_batch"]
+    ok(ghost.put(("rooms", room, "typing", ghost.user_id), {"typing": True, "timeout": 30_000}))
+    alice.send_text(room, "for the bridge")
+    for each in rooms:
+        ok(admin.delete(f"{ADMIN_API}v1/rooms/{quote(each)}", {}))
+    assert not conduit.check_database(server.data)
+    assert "join" not in alice.sync(since).get("rooms", {})
+    ok(admin.post(ADMIN_API + "v1/send_server_notice", notice))
+    order(admin, "notice-all hello again")
+    assert len(alice.sync()["rooms"]["invite"]) == 1
+    bridge.status = 200
+    told = ok(alice.post("createRoom", {"invite": [ghost.user_id]}))["room_id"]
+    eventually(lambda: [e for e in bridge.events if e["room_id"] == told])
+    with contextlib.closing(sqlite3.connect(server.database)) as database:
+        for table in ("receipts", "unread"):
+            left = f"SELECT * FROM {table} WHERE room_nid NOT IN (SELECT room_nid FROM rooms)"
+            assert database.execute(left).fetchall() == [], table
+
+
 def test_the_server_speaks_to_a_user(admin: Client, alice: Client) -> None:
     content = {"msgtype": "m.text", "body": "tidy up"}
     body = {"user_id": alice.user_id, "content": content}
