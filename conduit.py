@@ -19690,6 +19690,7 @@ async def upload_keys(hs: Homeserver, request: Request) -> Json:
 # ── 20.5  Querying and claiming ──────────────────────────────────────────────
 
 
+KEYS_BATCH = 50  # users whose keys are read at once
 KEY_SECONDS = (1.0, 10.0, 30.0)  # that other servers get to answer: least, usual, most
 DEVICE_KEYS: Final = {
     **{"user_id": str, "device_id": str, "algorithms": [str], "keys": {str: str}},
@@ -19790,39 +19791,71 @@ def is_near(hs: Homeserver, user_nid: UserNid | None) -> bool:
     return any(hs.rooms.by_nid(nid).local_joined for nid in rooms)
 
 
+def named_devices(
+    hs: Homeserver, wanted: Mapping[UserNid, list[str]]
+) -> Iterator[tuple[UserNid, str, Json]]:
+    """The devices of some users that are asked for, ours and those elsewhere: all if none is named.
+
+    The queries are for all users at once: one for each costs three times as much.
+    """
+    query = """
+        SELECT user_nid, device_id, body, display_name
+        FROM devices JOIN device_keys USING (device_nid)
+        WHERE user_nid IN (SELECT value FROM json_each(?))
+    """
+    for nid, device_id, body, name in hs.db.all(query, (json.dumps([*wanted]),)):
+        if not wanted[nid] or device_id in wanted[nid]:
+            unsigned = {"device_display_name": name} if name else {}
+            yield nid, device_id, {**json.loads(body), "unsigned": unsigned}
+    for nid in itertools.filterfalse(hs.rooms.is_local, wanted):
+        known = remote_list(hs, nid)
+        for device_id, device in known.devices.items() if known else ():
+            if not wanted[nid] or device_id in wanted[nid]:
+                yield nid, device_id, device
+
+
 def add_keys_of(
-    hs: Homeserver, result: Json, user_nid: UserNid, viewer_nid: UserNid, wanted: list[str]
+    hs: Homeserver, result: Json, viewer_nid: UserNid, wanted: Mapping[UserNid, list[str]]
 ) -> None:
-    """Put the keys of one user into the answer of a query: all devices when none is named.
+    """Put the keys of users into the answer of a query: all devices where none is named.
 
     Spec: CS-API "Key and signature security": nobody sees another's user-signing key at work.
     """
-    user_id, objects = hs.db.user_id(user_nid), {}  # by the name under which they are signed
-    devices = """
-        SELECT device_id, body, display_name
-        FROM devices JOIN device_keys USING (device_nid)
-        WHERE user_nid = ?
+    names = {nid: hs.db.user_id(nid) for nid in wanted}
+    objects: dict[tuple[UserNid, str], Json] = {}  # by the name under which they are signed
+    result["device_keys"] |= {user_id: {} for user_id in names.values()}
+    for nid, device_id, device in named_devices(hs, wanted):
+        result["device_keys"][names[nid]][device_id] = objects[nid, device_id] = device
+    users = {"users": json.dumps([*wanted]), "viewer": viewer_nid}
+    keys = """
+        SELECT user_nid, usage, body
+        FROM cross_signing_keys
+        WHERE user_nid IN (SELECT value FROM json_each(:users))
+          AND (usage <> 'user_signing' OR user_nid = :viewer)
     """
-    elsewhere = None if hs.rooms.is_local(user_nid) else remote_list(hs, user_nid)
-    for device_id, body, name in hs.db.all(devices, (user_nid,)):
-        unsigned = {"device_display_name": name} if name else {}
-        objects[device_id] = {**json.loads(body), "unsigned": unsigned}
-    objects |= elsewhere.devices if elsewhere else {}
-    objects = {name: device for name, device in objects.items() if not wanted or name in wanted}
-    result["device_keys"][user_id] = dict(objects)
-    for usage, key in cross_signing_keys_of(hs, user_nid).items():
-        if usage != "user_signing" or user_nid == viewer_nid:
-            result[f"{usage}_keys"][user_id] = objects[public_key(key)] = key
+    for nid, usage, body in hs.db.all(keys, users):
+        key = json.loads(body)
+        result[f"{usage}_keys"][names[nid]] = objects[nid, public_key(key)] = key
     signatures = """
-        SELECT target_key, signer_nid, signer_key, signature
+        SELECT target_nid, target_key, signer_nid, signer_key, signature
         FROM key_signatures
-        WHERE target_nid = :target AND signer_nid IN (:target, :viewer)
+        WHERE target_nid IN (SELECT value FROM json_each(:users))
+          AND signer_nid IN (target_nid, :viewer)
     """
-    parameters = {"target": user_nid, "viewer": viewer_nid}
-    for name, signer_nid, key_id, signature in hs.db.all(signatures, parameters):
-        if name in objects:
-            signed = objects[name].setdefault("signatures", {})
+    for nid, name, signer_nid, key_id, signature in hs.db.all(signatures, users):
+        if (nid, name) in objects:
+            signed = objects[nid, name].setdefault("signatures", {})
             signed.setdefault(hs.db.user_id(signer_nid), {})[key_id] = signature
+
+
+async def add_keys_of_all(
+    hs: Homeserver, result: Json, viewer_nid: UserNid, wanted: Mapping[UserNid, list[str]]
+) -> None:
+    """The same for any number of users, in batches between which others have their turn."""
+    users = iter(wanted.items())
+    while batch := dict(itertools.islice(users, KEYS_BATCH)):
+        add_keys_of(hs, result, viewer_nid, batch)
+        await asyncio.sleep(0)
 
 
 LIST_ANSWER: Final = {
@@ -19927,10 +19960,8 @@ async def remote_keys(
             keep_remote_list(hs, nid, RemoteList(None, 0, named), crossed)
     for member in result.keys() & found.keys():
         result[member] |= found[member]
-    for user_id, nid in nids.items():
-        if result and remote_list(hs, nid) is not None:
-            add_keys_of(hs, result, nid, viewer_nid, wanted[user_id])
-            await asyncio.sleep(0)
+    kept = {n: wanted[u] for u, n in nids.items() if result and remote_list(hs, n) is not None}
+    await add_keys_of_all(hs, result, viewer_nid, kept)
     return failures
 
 
@@ -19940,11 +19971,8 @@ KEY_QUERY_BODY: Final = {"device_keys": {str: [str]}, "timeout?": int}
 async def local_keys(hs: Homeserver, viewer_nid: UserNid, wanted: Json) -> Json:
     """The keys of local users, as the viewer may see them; 0 is another server."""
     result: Json = {f"{usage}_keys": {} for usage in ("device", *USAGES)}
-    for user_id, devices in wanted.items():
-        user_nid = hs.db.find_user_nid(user_id)
-        if user_nid is not None:
-            add_keys_of(hs, result, user_nid, viewer_nid, devices)
-        await asyncio.sleep(0)
+    known = {nid: wanted[u] for u in wanted if (nid := hs.db.find_user_nid(u)) is not None}
+    await add_keys_of_all(hs, result, viewer_nid, known)
     return result
 
 
@@ -21311,7 +21339,7 @@ def device_list_edu(
     """One device, or the cross-signing keys, of a user as they are now."""
     user_id = hs.db.user_id(user_nid)
     keys: Json = {f"{usage}_keys": {} for usage in ("device", *USAGES)}
-    add_keys_of(hs, keys, user_nid, NOBODY, [device_id])
+    add_keys_of(hs, keys, NOBODY, {user_nid: [device_id]})
     content: Json = {"user_id": user_id}
     if not device_id:
         for usage in ("master", "self_signing"):
