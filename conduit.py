@@ -17597,19 +17597,24 @@ def result_states(
 
 async def search_page(
     hs: Homeserver, request: Request, hits: list[Hit], wanted: EventFilter, place: SearchPlace
-) -> tuple[list[Event], SearchPlace | None]:
-    """The next results, and the place behind them unless there is nothing more."""
-    limit = min(wanted.limit, MAX_SEARCH_PAGE)
+) -> tuple[list[Event], SearchPlace | None, int]:
+    """The next results, the place behind them unless there is nothing more, and how many in all.
+
+    Trap: to count what the user may not see would tell them whether it is there.
+    """
+    limit, count, rest = min(wanted.limit, MAX_SEARCH_PAGE), 0, None
     found: list[Event] = []
-    for at in range(place.at, len(hits)):
-        events = hs.rooms.events_by_nids([hits[at][0]])
-        chosen = [*chosen_events(hs, request, events, wanted, place)]
-        if chosen and len(found) == limit:
-            return found, place._replace(at=at)
-        found += chosen
-        if at % MAX_SEARCH_PAGE == 0:
-            await asyncio.sleep(0)
-    return found, None
+    for start in range(0, len(hits), MAX_SEARCH_PAGE):
+        places = {nid: at for at, (nid, _) in enumerate(hits[start:][:MAX_SEARCH_PAGE], start)}
+        events = hs.rooms.events_by_nids(places)
+        for event in chosen_events(hs, request, events, wanted, place):
+            at, count = places[event.nid], count + 1
+            if at >= place.at and len(found) < limit:
+                found.append(event)
+            elif at >= place.at:
+                rest = rest or place._replace(at=at)
+        await asyncio.sleep(0)
+    return found, rest, count
 
 
 @route("POST", V3 + "/search", auth=USER, limit="search", body=SEARCH_BODY)
@@ -17631,7 +17636,7 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
     words = re.findall(r"\w+", wanted["search_term"].casefold())[:MAX_SEARCH_WORDS]
     search_groups(wanted, [], None)  # refuses what is no group before anything is done
     hits = await search_hits(hs, request, wanted, place, words)
-    events, rest = await search_page(hs, request, hits, EventFilter(definition), place)
+    events, rest, count = await search_page(hs, request, hits, EventFilter(definition), place)
     ranks = dict(hits)
     results: list[Json] = [
         {"rank": ranks[event.nid], "result": shown}
@@ -17641,7 +17646,7 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
         for event, result in zip(events, results, strict=True):
             result["context"] = search_context(hs, request, event, wanted["event_context"])
     answer = {
-        "count": len(hits),
+        "count": count,
         "highlights": words,
         "results": results,
         "groups": search_groups(wanted, events, rest),

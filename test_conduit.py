@@ -5208,6 +5208,22 @@ AT: Final[dict[str, Cells]] = {
 NEWEST: Final[dict[str, Cells]] = {
     visibility: tuple(seen[-1:] for seen in cells) for visibility, cells in EVENTS.items()
 }
+# A thread is summed up below its first message, for those who see that.
+SUMMED_UP: Final = {
+    visibility: tuple(seen if "0" in seen else "" for seen in cells)
+    for visibility, cells in EVENTS.items()
+}
+# Rooms that one was never in, or has forgotten, are not searched.
+SEARCHED: Final = {
+    visibility: ("", cells[1], "", *cells[3:7], "") for visibility, cells in EVENTS.items()
+}
+# Sliding sync knows no gap: who rejoined gets what they may see of before.
+SLID: Final = {
+    visibility: (*cells[:5], EVENTS[visibility][5], *cells[6:])
+    for visibility, cells in SYNCED.items()
+}
+# With the state comes what only those hear who are or were in.
+INITIAL: Final = {**EVENTS, "invited": ("", "", "", *EVENTS["invited"][3:])}
 
 
 @dataclass
@@ -5218,14 +5234,27 @@ class RoomStory:
     room_id: str
     people: dict[str, Client]
     sent: list[str] = dataclasses.field(default_factory=list)
+    times: list[int] = dataclasses.field(default_factory=list)  # of the messages, no other's
+    replies: list[str] = dataclasses.field(default_factory=list)  # to the first message
     tokens: list[str] = dataclasses.field(default_factory=list)
 
     def moment(self) -> None:
         number = str(len(self.sent))
         content = {"membership": "join", "displayname": number}
         self.host.set_state(self.room_id, "m.room.member", content, self.host.user_id)
-        self.sent.append(self.host.send_text(self.room_id, number))
+        time.sleep(0.005)
+        self.sent.append(self.host.send_text(self.room_id, f"moment {number}"))
+        path = ("rooms", self.room_id, "event", self.sent[-1])
+        self.times.append(ok(self.host.get(path))["origin_server_ts"])
+        self.replies.append(self.reply(self.sent[0]))
+        if self.sent[1:]:
+            self.reply(self.sent[-1])
         self.tokens.append(self.host.sync()["next_batch"])
+
+    def reply(self, root: str) -> str:
+        relation = {"rel_type": "m.thread", "event_id": root}
+        content = {"msgtype": "m.text", "body": "a reply", "m.relates_to": relation}
+        return self.host.send(self.room_id, "m.room.message", content)
 
     def name_in(self, events: Iterable[Json]) -> str:
         """The moment that a list of state or member events is of."""
@@ -5358,6 +5387,63 @@ def seen_by_joined_members(reader: Client, story: RoomStory) -> str:
     return str(joined.get(story.host.user_id, {}).get("display_name", ""))
 
 
+def seen_by_old_event(reader: Client, story: RoomStory) -> str:
+    answers = {i: answer_or_none(reader.get(("events", i)), 404) for i in story.sent}
+    return story.numbers({i for i, answer in answers.items() if answer})
+
+
+def seen_by_old_initial_sync(reader: Client, story: RoomStory) -> str:
+    path = ("rooms", story.room_id, "initialSync")
+    answer = answer_or_none(reader.get(path, params={"limit": 100}), 403) or {}
+    chunk = answer.get("messages", {"chunk": []})["chunk"]
+    return story.numbers({event["event_id"] for event in chunk})
+
+
+def seen_by_relations(reader: Client, story: RoomStory) -> str:
+    paths = {i: v1("rooms", story.room_id, "relations", i) for i in story.sent}
+    answers = {i: answer_or_none(reader.get(path), 404) for i, path in paths.items()}
+    return story.numbers({i for i, answer in answers.items() if answer and answer["chunk"]})
+
+
+def seen_by_threads(reader: Client, story: RoomStory) -> str:
+    answer = answer_or_none(reader.get(v1("rooms", story.room_id, "threads")), 403)
+    return story.numbers({event["event_id"] for event in (answer or {"chunk": []})["chunk"]})
+
+
+def seen_by_thread_summary(reader: Client, story: RoomStory) -> str:
+    """The replies to the first message that can be seen from it: their number, and the newest."""
+    path = ("rooms", story.room_id, "event", story.sent[0])
+    answer = answer_or_none(reader.get(path), 404)
+    if answer is None:
+        return ""
+    thread = answer["unsigned"]["m.relations"]["m.thread"]
+    newest = story.replies.index(thread["latest_event"]["event_id"])
+    return "".join(str(n) for n in range(newest - thread["count"] + 1, newest + 1))
+
+
+def seen_by_search(reader: Client, story: RoomStory) -> str:
+    wanted = {"search_term": "moment", "filter": {"rooms": [story.room_id]}}
+    answer = ok(reader.post("search", {"search_categories": {"room_events": wanted}}))
+    found = answer["search_categories"]["room_events"]
+    assert found["count"] == len(found["results"]), "the number of hits tells what is hidden"
+    return story.numbers({result["result"]["event_id"] for result in found["results"]})
+
+
+def seen_by_time(reader: Client, story: RoomStory) -> str:
+    path, found = v1("rooms", story.room_id, "timestamp_to_event"), set[str]()
+    for ts, direction in itertools.product(story.times, "fb"):
+        answer = answer_or_none(reader.get(path, ts=ts, dir=direction), 403, 404)
+        found |= {answer["event_id"]} if answer else set()
+    return story.numbers(found)
+
+
+def seen_by_sliding_sync(reader: Client, story: RoomStory) -> str:
+    wanted = {"timeline_limit": 100, "required_state": []}
+    sync = Slider(reader, room_subscriptions={story.room_id: wanted})
+    timeline = sync()["rooms"].get(story.room_id, {}).get("timeline", [])
+    return story.numbers({event["event_id"] for event in timeline})
+
+
 # A door is a function from a reader and a story to the moments seen, and the table of what it is
 # to show.
 DOORS: Final[list[tuple[Callable[[Client, RoomStory], str], Mapping[str, Cells]]]] = [
@@ -5373,6 +5459,14 @@ DOORS: Final[list[tuple[Callable[[Client, RoomStory], str], Mapping[str, Cells]]
     (seen_by_members, SETTINGS_SEEN),
     (seen_by_members_at, AT),
     (seen_by_joined_members, MEMBERS_ONLY),
+    (seen_by_old_event, EVENTS),
+    (seen_by_old_initial_sync, INITIAL),
+    (seen_by_relations, EVENTS),
+    (seen_by_threads, EVENTS),
+    (seen_by_thread_summary, SUMMED_UP),
+    (seen_by_search, SEARCHED),
+    (seen_by_time, EVENTS),
+    (seen_by_sliding_sync, SLID),
 ]
 
 
