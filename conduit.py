@@ -29785,9 +29785,11 @@ class Homeserver:
         self.delayed_events.stop()
         self.pushers.stop()
         self.sender.stop()
-        for task in list(self._tasks):
+        # What goes on without a caller, such as a join, must not outlive the database either.
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*left, return_exceptions=True)
         self.http_client.close()
         self.typing.close()
         self.presence.close()

@@ -24981,6 +24981,54 @@ def test_reload(new_server: Callable[..., Server]) -> None:
     running.write_config(port=good)
 
 
+def test_the_end_comes_in_time_whatever_hangs(
+    new_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """SIGTERM while a server, a gateway, a bridge and a web site leave all requests unanswered."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as hole:
+        far = f"127.0.0.1:{hole.getsockname()[1]}"
+        path = tmp_path / "bridge.yaml"
+        path.write_text(REGISTRATIONS["draupnir"])
+        registration = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump({**registration, "url": f"http://{far}"}))
+        server = new_server(
+            ip_range_denylist=[], url_preview_allowlist=["*"], appservice_config_files=[str(path)]
+        )
+        alice, bob = register(server), register(server)
+        room_id = alice.room_with(bob)
+        ok(bob.post("pushers/set", pusher(data={"url": f"https://{far}/_matrix/push/v1/notify"})))
+        alice.send_text(room_id, "to be pushed")
+        message = {"messages": {f"@x:{far}": {"*": {}}}}
+        ok(alice.put(("sendToDevice", "m.x", unique()), message))
+        delay = {"org.matrix.msc4140.delay": 3000}
+        ok(alice.put(("rooms", room_id, "send", "m.x", unique()), {}, params=delay))
+        asks: list[Callable[[], httpx.Response]] = [
+            lambda: alice.post(("join", f"!r:{far}"), server_name=far),
+            lambda: alice.post(("knock", f"!r:{far}"), server_name=far),
+            lambda: alice.post(("rooms", room_id, "invite"), {"user_id": f"@x:{far}"}),
+            lambda: alice.post("keys/query", {"device_keys": {f"@x:{far}": []}}),
+            lambda: alice.get(("profile", f"@x:{far}")),
+            lambda: alice.get(f"/_matrix/client/v1/media/download/{far}/abc"),
+            lambda: alice.get("/_matrix/client/v1/media/preview_url", url=f"http://{far}/"),
+            lambda: alice.get("publicRooms", server=far),
+            lambda: alice.get("thirdparty/protocols"),
+            lambda: bob.get("sync", since=bob.sync()["next_batch"], timeout=30_000),
+        ]
+        with ThreadPoolExecutor(len(asks)) as pool:
+            answers = [pool.submit(ask) for ask in asks]
+            time.sleep(1.5)
+            began = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() - began < 5
+            for answer in answers:
+                with contextlib.suppress(httpx.TransportError):
+                    answer.result()
+        server.assert_clean_log()
+        server.check()
+        server.start()
+        assert server.stop() == 0
+
+
 @needs_openssl
 def test_reload_of_the_certificate(new_server: Callable[..., Server], tmp_path: Path) -> None:
     """A new certificate in the same file is served after SIGHUP; a broken one is not taken."""
