@@ -18941,20 +18941,22 @@ class Pushers:
     async def _deliver(self, nid: int) -> None:
         """Send what waits for one pusher, the oldest first, until the queue or a try ends."""
         try:
-            while nid in self._pushers and (entry := self._next(nid)) is not None:
-                await self.hs.db.synced()
+            while (pusher := self._pushers.get(nid)) and (entry := self._next(nid)) is not None:
                 event_nid, ts, tweaks = entry
-                pusher = self._pushers[nid]
                 badge = unread_in_all(self.hs, pusher.user_nid)
                 notification = None
                 if pusher.enabled and ts > now_ms() - PUSH_KEPT_MS:
                     notification = self._notification(pusher, event_nid, json.loads(tweaks), badge)
+                await self.hs.db.synced()
                 error = notification and await self._push(pusher, notification)
                 now = self._pushers.get(nid)  # the pusher may have been changed, or removed
                 if error or now is None:
                     self._failed(now, error or "")
                     break
                 self._sent(now, event_nid, None if notification is None else badge)
+        except MatrixError as error:  # the disk is full, say
+            log_push.warning("pushes wait: %s", error)
+            await asyncio.sleep(PUSH_RETRY_MS[0] / 1000)
         finally:
             self._sending.discard(nid)
         self.start()

@@ -15645,6 +15645,27 @@ def accept(_url: str, _sent: Json | None) -> Json:
     return {"rejected": []}
 
 
+def test_a_push_is_tried_again_when_the_disk_was_full(
+    inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    room_id = alice.room_with(bob)
+    ok(bob.post("pushers/set", pusher()))
+    pushers, full = server.hs.pushers, [conduit.MatrixError(507, "M_UNKNOWN", "The disk is full")]
+    sent = pushers._sent
+
+    def refuse_once(*args: Any) -> None:
+        if full:
+            raise full.pop()
+        sent(*args)
+
+    monkeypatch.setattr(pushers, "_sent", refuse_once)
+    event_id = alice.send_text(room_id, "hello")
+    eventually(lambda: [p.get("event_id") for p in server.world.pushes] == [event_id, event_id])
+    eventually(lambda: not server.do(server.hs.db.all, "SELECT * FROM push_queue"))
+
+
 def test_pushers_are_set_changed_listed_and_deleted(alice: Client) -> None:
     ok(alice.post("pushers/set", pusher(profile_tag="tag", append=True)))
     (shown,) = ok(alice.get("pushers"))["pushers"]
