@@ -21833,16 +21833,18 @@ class Sender(Queues):
         Spec: SS-API "Device Management". One update will do: it follows one that they do not know,
         so they ask for the whole list.
         """
-        others = [nid for nid in self.hs.rooms.joined_rooms(user_nid) if nid != room.nid]
-        known = set[str]().union(*(self.hs.rooms.by_nid(nid).servers for nid in others))
+        strangers = room.servers.keys() - {self._own}
+        rooms = self.hs.rooms.joined_rooms(user_nid) if strangers else []
+        others = (self.hs.rooms.by_nid(nid) for nid in rooms if nid != room.nid)
+        strangers = strangers.difference(*(other.servers for other in others))
         query = """
             SELECT device_id
             FROM device_updates
             WHERE user_nid = ? AND device_id <> ''
             LIMIT 1
         """
-        device_id = self.db.value(query, (user_nid,))
-        if device_id is not None and room.servers.keys() - known - {self._own}:
+        device_id = self.db.value(query, (user_nid,)) if strangers else None
+        if device_id is not None:
             device_list_changed(self.hs, user_nid, device_id)
 
     def _forget_room(self, room: Room) -> None:

@@ -18221,6 +18221,21 @@ def met(sending: Server, receiver: Destination) -> tuple[Client, str]:
 # ── 55.1  What waits for a server ────────────────────────────────────────────
 
 
+def test_a_local_room_costs_the_same_with_many_others(inner: Callable[..., InnerServer]) -> None:
+    """No other room of its members is looked into, which may have to be read from the disk."""
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    for _ in range(20):
+        alice.room_with(bob)
+    rooms, read = server.hs.rooms, list[int]()
+    server.do(rooms._rooms.clear)
+    read_room = rooms._read
+    rooms._read = lambda room: (read.append(room.nid), read_room(room))
+    room_id = alice.room_with(bob)
+    alice.send_text(room_id, "hello")
+    assert len(set(read)) <= 2, f"{len(set(read))} rooms were read"
+
+
 def test_events_come_in_order_and_once(
     met: tuple[Client, str], receiver: Destination, sending: Server
 ) -> None:
