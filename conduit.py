@@ -6370,6 +6370,7 @@ HEAD_SECONDS = 15.0  # from the first byte of a request to the end of its head
 IDLE_SECONDS = 75.0  # between two requests
 BODY_SECONDS = 20.0  # of silence at most while a body arrives; earned again by bytes
 WRITE_SECONDS = 30.0  # for an answer, and what MIN_RATE gives its size
+FAREWELL_SECONDS = 0.5  # the same at the end: over TLS, a client may never say goodbye
 LINGER_SECONDS = 2.0  # to read what still comes in, so that the refusal is not lost in a reset
 SWEEP_SECONDS = 1.0  # between two looks at all deadlines
 MIN_RATE = 1_024  # bytes a second, below which a client is hung up on
@@ -7039,6 +7040,12 @@ class Connection:
         self.phase, self.deadline = CLOSING, math.inf
         self.writer.transport.abort()
 
+    def close_idle(self) -> None:
+        """Close if nothing is under way, as the server stops."""
+        if self.phase == IDLE:
+            self._limit(CLOSING, FAREWELL_SECONDS)
+            self.writer.close()
+
     async def _linger(self) -> None:
         """Say that nothing more will come, and read on for a moment.
 
@@ -7053,7 +7060,7 @@ class Connection:
 
     async def close(self) -> None:
         """Close after what is in the buffer has been sent, if that does not take too long."""
-        self._limit(CLOSING, WRITE_SECONDS)
+        self._limit(CLOSING, FAREWELL_SECONDS if self.server.stopping else WRITE_SECONDS)
         self.writer.close()
         try:
             await self.writer.wait_closed()
@@ -7236,8 +7243,7 @@ class HttpServer:
                 os.unlink(path)
         for connection in self._connections:
             give_up(connection.waiting)
-            if connection.phase == IDLE:
-                connection.writer.close()
+            connection.close_idle()
         tasks = list(self._connections.values())
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)

@@ -6667,6 +6667,21 @@ def test_graceful_stop() -> None:
     web.close()
 
 
+@needs_openssl
+def test_stop_does_not_wait_for_a_farewell(tmp_path: Path) -> None:
+    """Over TLS a client that is idle never says goodbye, for nobody reads there."""
+    certs, key = self_signed(tmp_path, "idle.example")
+    web = Web(tls=conduit.tls_context(certs, key))
+    context = ssl.create_default_context(cafile=certs)
+    with context.wrap_socket(web.connect(), server_hostname="idle.example") as sock:
+        sock.sendall(request_bytes("GET", "/x"))
+        assert answers_in(sock.recv(4096))[0].status == 200
+        started = time.monotonic()
+        web.run(web.http.stop(4))
+        assert time.monotonic() - started < 2.5
+    web.close()
+
+
 def test_stop_does_not_wait_for_ever() -> None:
     """A handler that hangs is cancelled when the time is over."""
     begun, cancelled = [], []
