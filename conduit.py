@@ -6370,6 +6370,7 @@ HEAD_SECONDS = 15.0  # from the first byte of a request to the end of its head
 IDLE_SECONDS = 75.0  # between two requests
 BODY_SECONDS = 20.0  # of silence at most while a body arrives; earned again by bytes
 WRITE_SECONDS = 30.0  # for an answer, and what MIN_RATE gives its size
+FAREWELL_SECONDS = 0.5  # the same at the end: over TLS, a client may never say goodbye
 LINGER_SECONDS = 2.0  # to read what still comes in, so that the refusal is not lost in a reset
 SWEEP_SECONDS = 1.0  # between two looks at all deadlines
 MIN_RATE = 1_024  # bytes a second, below which a client is hung up on
@@ -7039,6 +7040,12 @@ class Connection:
         self.phase, self.deadline = CLOSING, math.inf
         self.writer.transport.abort()
 
+    def close_idle(self) -> None:
+        """Close if nothing is under way, as the server stops."""
+        if self.phase == IDLE:
+            self._limit(CLOSING, FAREWELL_SECONDS)
+            self.writer.close()
+
     async def _linger(self) -> None:
         """Say that nothing more will come, and read on for a moment.
 
@@ -7053,7 +7060,7 @@ class Connection:
 
     async def close(self) -> None:
         """Close after what is in the buffer has been sent, if that does not take too long."""
-        self._limit(CLOSING, WRITE_SECONDS)
+        self._limit(CLOSING, FAREWELL_SECONDS if self.server.stopping else WRITE_SECONDS)
         self.writer.close()
         try:
             await self.writer.wait_closed()
@@ -7236,8 +7243,7 @@ class HttpServer:
                 os.unlink(path)
         for connection in self._connections:
             give_up(connection.waiting)
-            if connection.phase == IDLE:
-                connection.writer.close()
+            connection.close_idle()
         tasks = list(self._connections.values())
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
@@ -17597,19 +17603,24 @@ def result_states(
 
 async def search_page(
     hs: Homeserver, request: Request, hits: list[Hit], wanted: EventFilter, place: SearchPlace
-) -> tuple[list[Event], SearchPlace | None]:
-    """The next results, and the place behind them unless there is nothing more."""
-    limit = min(wanted.limit, MAX_SEARCH_PAGE)
+) -> tuple[list[Event], SearchPlace | None, int]:
+    """The next results, the place behind them unless there is nothing more, and how many in all.
+
+    Trap: to count what the user may not see would tell them whether it is there.
+    """
+    limit, count, rest = min(wanted.limit, MAX_SEARCH_PAGE), 0, None
     found: list[Event] = []
-    for at in range(place.at, len(hits)):
-        events = hs.rooms.events_by_nids([hits[at][0]])
-        chosen = [*chosen_events(hs, request, events, wanted, place)]
-        if chosen and len(found) == limit:
-            return found, place._replace(at=at)
-        found += chosen
-        if at % MAX_SEARCH_PAGE == 0:
-            await asyncio.sleep(0)
-    return found, None
+    for start in range(0, len(hits), MAX_SEARCH_PAGE):
+        places = {nid: at for at, (nid, _) in enumerate(hits[start:][:MAX_SEARCH_PAGE], start)}
+        events = hs.rooms.events_by_nids(places)
+        for event in chosen_events(hs, request, events, wanted, place):
+            at, count = places[event.nid], count + 1
+            if at >= place.at and len(found) < limit:
+                found.append(event)
+            elif at >= place.at:
+                rest = rest or place._replace(at=at)
+        await asyncio.sleep(0)
+    return found, rest, count
 
 
 @route("POST", V3 + "/search", auth=USER, limit="search", body=SEARCH_BODY)
@@ -17631,7 +17642,7 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
     words = re.findall(r"\w+", wanted["search_term"].casefold())[:MAX_SEARCH_WORDS]
     search_groups(wanted, [], None)  # refuses what is no group before anything is done
     hits = await search_hits(hs, request, wanted, place, words)
-    events, rest = await search_page(hs, request, hits, EventFilter(definition), place)
+    events, rest, count = await search_page(hs, request, hits, EventFilter(definition), place)
     ranks = dict(hits)
     results: list[Json] = [
         {"rank": ranks[event.nid], "result": shown}
@@ -17641,7 +17652,7 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
         for event, result in zip(events, results, strict=True):
             result["context"] = search_context(hs, request, event, wanted["event_context"])
     answer = {
-        "count": len(hits),
+        "count": count,
         "highlights": words,
         "results": results,
         "groups": search_groups(wanted, events, rest),
@@ -18151,6 +18162,10 @@ class Receipts:
             db.execute("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             if user_nid in room.local_joined:
                 self.hs.unread.mark_read(user_nid, room, event_pos, thread or None)
+
+    def forget_room(self, room: Room) -> None:
+        """Subscriber of the room store: a room is deleted."""
+        self.hs.db.execute("DELETE FROM receipts WHERE room_nid = ?", (room.nid,))
 
 
 def receipts_since(
@@ -18932,20 +18947,22 @@ class Pushers:
     async def _deliver(self, nid: int) -> None:
         """Send what waits for one pusher, the oldest first, until the queue or a try ends."""
         try:
-            while nid in self._pushers and (entry := self._next(nid)) is not None:
-                await self.hs.db.synced()
+            while (pusher := self._pushers.get(nid)) and (entry := self._next(nid)) is not None:
                 event_nid, ts, tweaks = entry
-                pusher = self._pushers[nid]
                 badge = unread_in_all(self.hs, pusher.user_nid)
                 notification = None
                 if pusher.enabled and ts > now_ms() - PUSH_KEPT_MS:
                     notification = self._notification(pusher, event_nid, json.loads(tweaks), badge)
+                await self.hs.db.synced()
                 error = notification and await self._push(pusher, notification)
                 now = self._pushers.get(nid)  # the pusher may have been changed, or removed
                 if error or now is None:
                     self._failed(now, error or "")
                     break
                 self._sent(now, event_nid, None if notification is None else badge)
+        except MatrixError as error:  # the disk is full, say
+            log_push.warning("pushes wait: %s", error)
+            await asyncio.sleep(PUSH_RETRY_MS[0] / 1000)
         finally:
             self._sending.discard(nid)
         self.start()
@@ -19686,6 +19703,7 @@ async def upload_keys(hs: Homeserver, request: Request) -> Json:
 # ── 20.5  Querying and claiming ──────────────────────────────────────────────
 
 
+KEYS_BATCH = 50  # users whose keys are read at once
 KEY_SECONDS = (1.0, 10.0, 30.0)  # that other servers get to answer: least, usual, most
 DEVICE_KEYS: Final = {
     **{"user_id": str, "device_id": str, "algorithms": [str], "keys": {str: str}},
@@ -19786,39 +19804,71 @@ def is_near(hs: Homeserver, user_nid: UserNid | None) -> bool:
     return any(hs.rooms.by_nid(nid).local_joined for nid in rooms)
 
 
+def named_devices(
+    hs: Homeserver, wanted: Mapping[UserNid, list[str]]
+) -> Iterator[tuple[UserNid, str, Json]]:
+    """The devices of some users that are asked for, ours and those elsewhere: all if none is named.
+
+    The queries are for all users at once: one for each costs three times as much.
+    """
+    query = """
+        SELECT user_nid, device_id, body, display_name
+        FROM devices JOIN device_keys USING (device_nid)
+        WHERE user_nid IN (SELECT value FROM json_each(?))
+    """
+    for nid, device_id, body, name in hs.db.all(query, (json.dumps([*wanted]),)):
+        if not wanted[nid] or device_id in wanted[nid]:
+            unsigned = {"device_display_name": name} if name else {}
+            yield nid, device_id, {**json.loads(body), "unsigned": unsigned}
+    for nid in itertools.filterfalse(hs.rooms.is_local, wanted):
+        known = remote_list(hs, nid)
+        for device_id, device in known.devices.items() if known else ():
+            if not wanted[nid] or device_id in wanted[nid]:
+                yield nid, device_id, device
+
+
 def add_keys_of(
-    hs: Homeserver, result: Json, user_nid: UserNid, viewer_nid: UserNid, wanted: list[str]
+    hs: Homeserver, result: Json, viewer_nid: UserNid, wanted: Mapping[UserNid, list[str]]
 ) -> None:
-    """Put the keys of one user into the answer of a query: all devices when none is named.
+    """Put the keys of users into the answer of a query: all devices where none is named.
 
     Spec: CS-API "Key and signature security": nobody sees another's user-signing key at work.
     """
-    user_id, objects = hs.db.user_id(user_nid), {}  # by the name under which they are signed
-    devices = """
-        SELECT device_id, body, display_name
-        FROM devices JOIN device_keys USING (device_nid)
-        WHERE user_nid = ?
+    names = {nid: hs.db.user_id(nid) for nid in wanted}
+    objects: dict[tuple[UserNid, str], Json] = {}  # by the name under which they are signed
+    result["device_keys"] |= {user_id: {} for user_id in names.values()}
+    for nid, device_id, device in named_devices(hs, wanted):
+        result["device_keys"][names[nid]][device_id] = objects[nid, device_id] = device
+    users = {"users": json.dumps([*wanted]), "viewer": viewer_nid}
+    keys = """
+        SELECT user_nid, usage, body
+        FROM cross_signing_keys
+        WHERE user_nid IN (SELECT value FROM json_each(:users))
+          AND (usage <> 'user_signing' OR user_nid = :viewer)
     """
-    elsewhere = None if hs.rooms.is_local(user_nid) else remote_list(hs, user_nid)
-    for device_id, body, name in hs.db.all(devices, (user_nid,)):
-        unsigned = {"device_display_name": name} if name else {}
-        objects[device_id] = {**json.loads(body), "unsigned": unsigned}
-    objects |= elsewhere.devices if elsewhere else {}
-    objects = {name: device for name, device in objects.items() if not wanted or name in wanted}
-    result["device_keys"][user_id] = dict(objects)
-    for usage, key in cross_signing_keys_of(hs, user_nid).items():
-        if usage != "user_signing" or user_nid == viewer_nid:
-            result[f"{usage}_keys"][user_id] = objects[public_key(key)] = key
+    for nid, usage, body in hs.db.all(keys, users):
+        key = json.loads(body)
+        result[f"{usage}_keys"][names[nid]] = objects[nid, public_key(key)] = key
     signatures = """
-        SELECT target_key, signer_nid, signer_key, signature
+        SELECT target_nid, target_key, signer_nid, signer_key, signature
         FROM key_signatures
-        WHERE target_nid = :target AND signer_nid IN (:target, :viewer)
+        WHERE target_nid IN (SELECT value FROM json_each(:users))
+          AND signer_nid IN (target_nid, :viewer)
     """
-    parameters = {"target": user_nid, "viewer": viewer_nid}
-    for name, signer_nid, key_id, signature in hs.db.all(signatures, parameters):
-        if name in objects:
-            signed = objects[name].setdefault("signatures", {})
+    for nid, name, signer_nid, key_id, signature in hs.db.all(signatures, users):
+        if (nid, name) in objects:
+            signed = objects[nid, name].setdefault("signatures", {})
             signed.setdefault(hs.db.user_id(signer_nid), {})[key_id] = signature
+
+
+async def add_keys_of_all(
+    hs: Homeserver, result: Json, viewer_nid: UserNid, wanted: Mapping[UserNid, list[str]]
+) -> None:
+    """The same for any number of users, in batches between which others have their turn."""
+    users = iter(wanted.items())
+    while batch := dict(itertools.islice(users, KEYS_BATCH)):
+        add_keys_of(hs, result, viewer_nid, batch)
+        await asyncio.sleep(0)
 
 
 LIST_ANSWER: Final = {
@@ -19923,10 +19973,8 @@ async def remote_keys(
             keep_remote_list(hs, nid, RemoteList(None, 0, named), crossed)
     for member in result.keys() & found.keys():
         result[member] |= found[member]
-    for user_id, nid in nids.items():
-        if result and remote_list(hs, nid) is not None:
-            add_keys_of(hs, result, nid, viewer_nid, wanted[user_id])
-            await asyncio.sleep(0)
+    kept = {n: wanted[u] for u, n in nids.items() if result and remote_list(hs, n) is not None}
+    await add_keys_of_all(hs, result, viewer_nid, kept)
     return failures
 
 
@@ -19936,11 +19984,8 @@ KEY_QUERY_BODY: Final = {"device_keys": {str: [str]}, "timeout?": int}
 async def local_keys(hs: Homeserver, viewer_nid: UserNid, wanted: Json) -> Json:
     """The keys of local users, as the viewer may see them; 0 is another server."""
     result: Json = {f"{usage}_keys": {} for usage in ("device", *USAGES)}
-    for user_id, devices in wanted.items():
-        user_nid = hs.db.find_user_nid(user_id)
-        if user_nid is not None:
-            add_keys_of(hs, result, user_nid, viewer_nid, devices)
-        await asyncio.sleep(0)
+    known = {nid: wanted[u] for u in wanted if (nid := hs.db.find_user_nid(u)) is not None}
+    await add_keys_of_all(hs, result, viewer_nid, known)
     return result
 
 
@@ -21307,7 +21352,7 @@ def device_list_edu(
     """One device, or the cross-signing keys, of a user as they are now."""
     user_id = hs.db.user_id(user_nid)
     keys: Json = {f"{usage}_keys": {} for usage in ("device", *USAGES)}
-    add_keys_of(hs, keys, user_nid, NOBODY, [device_id])
+    add_keys_of(hs, keys, NOBODY, {user_nid: [device_id]})
     content: Json = {"user_id": user_id}
     if not device_id:
         for usage in ("master", "self_signing"):
@@ -21794,16 +21839,18 @@ class Sender(Queues):
         Spec: SS-API "Device Management". One update will do: it follows one that they do not know,
         so they ask for the whole list.
         """
-        others = [nid for nid in self.hs.rooms.joined_rooms(user_nid) if nid != room.nid]
-        known = set[str]().union(*(self.hs.rooms.by_nid(nid).servers for nid in others))
+        strangers = room.servers.keys() - {self._own}
+        rooms = self.hs.rooms.joined_rooms(user_nid) if strangers else []
+        others = (self.hs.rooms.by_nid(nid) for nid in rooms if nid != room.nid)
+        strangers = strangers.difference(*(other.servers for other in others))
         query = """
             SELECT device_id
             FROM device_updates
             WHERE user_nid = ? AND device_id <> ''
             LIMIT 1
         """
-        device_id = self.db.value(query, (user_nid,))
-        if device_id is not None and room.servers.keys() - known - {self._own}:
+        device_id = self.db.value(query, (user_nid,)) if strangers else None
+        if device_id is not None:
             device_list_changed(self.hs, user_nid, device_id)
 
     def _forget_room(self, room: Room) -> None:
@@ -25510,6 +25557,8 @@ CREATE TABLE appservice_queue (     -- what is to be told, in order
     user_id TEXT                    -- a user whose devices changed
 );
 CREATE INDEX appservice_queue_by_service ON appservice_queue (appservice, item_nid);
+CREATE INDEX appservice_queue_by_event ON appservice_queue (event_nid)
+    WHERE event_nid IS NOT NULL;
 CREATE TABLE appservice_txns (      -- what is being told; a retry must not differ
     appservice TEXT PRIMARY KEY,
     txn_id TEXT NOT NULL,
@@ -25521,6 +25570,7 @@ CREATE TABLE network_rooms (        -- rooms listed under a bridged network
     room_nid INTEGER,
     PRIMARY KEY (appservice, network_id, room_nid)
 ) WITHOUT ROWID;
+CREATE INDEX network_rooms_by_room ON network_rooms (room_nid);
 """)
 invariant(
     "events for application services that are not there",
@@ -26036,6 +26086,8 @@ class AppserviceQueues(AppserviceRegistry):
         super().__init__(hs)
         hs.rooms.subscribe(self._on_event)
         hs.rooms.subscribe_membership(self._on_membership)
+        hs.rooms.subscribe_purge(self._forget_room)
+        hs.rooms.subscribe_history(self._forget_events)
         hs.stream.subscribe(self._on_stamp)
 
     def _told(self) -> Iterator[Appservice]:
@@ -26067,6 +26119,19 @@ class AppserviceQueues(AppserviceRegistry):
             is_target = target is not None and service.claims("users", target)
             if self.sees(service, room) or (is_target and self.hs.is_local(str(target))):
                 self._put(service, event.nid, None)
+
+    def _forget_room(self, room: Room) -> None:
+        self.db.execute("DELETE FROM network_rooms WHERE room_nid = ?", (room.nid,))
+        for service in self.services.values():
+            service.typing.discard(room.nid)
+            service.receipts.pop(room.nid, None)
+
+    def _forget_events(self, _: Room, nids: list[EventNid]) -> None:
+        delete = """
+            DELETE FROM appservice_queue
+            WHERE event_nid IN (SELECT value FROM json_each(?))
+        """
+        self.db.execute(delete, (json.dumps(nids),))
 
     def _on_membership(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
         if (old == "join") == (new == "join"):
@@ -26512,7 +26577,7 @@ CREATE TABLE admin_invitations (   -- an admin asked them in; joining makes them
 );
 CREATE TABLE notice_rooms (        -- where each user hears from the server
     user_nid INTEGER PRIMARY KEY,
-    room_nid INTEGER NOT NULL
+    room_nid INTEGER NOT NULL UNIQUE
 );
 """)
 invariant(
@@ -26929,6 +26994,11 @@ def notice_room(hs: Homeserver, user_nid: UserNid) -> Room:
     hs.db.execute("INSERT INTO notice_rooms VALUES (?, ?)", (user_nid, room.nid))
     hs.account_data.put(user_nid, room.nid, "m.tag", {"tags": {"m.server_notice": {}}})
     return room
+
+
+def forget_notice_room(hs: Homeserver, room: Room) -> None:
+    """Subscriber of the room store: the next notice makes a new room."""
+    hs.db.execute("DELETE FROM notice_rooms WHERE room_nid = ?", (room.nid,))
 
 
 @command("notice-all TEXT...")
@@ -29649,6 +29719,8 @@ class Homeserver:
         self.rooms.check_sender = functools.partial(check_sender, self)
         self.rooms.check_consent = Consents(self).check
         self.rooms.subscribe_purge(functools.partial(forget_names, self))
+        self.rooms.subscribe_purge(functools.partial(forget_notice_room, self))
+        self.rooms.subscribe_purge(self.receipts.forget_room)
         self.rooms.subscribe_purge(self.threads.forget_room)
         self.rooms.subscribe_purge(self.inbox.forget_room)
         self.rooms.subscribe_history(self.search.forget_events)
@@ -29726,9 +29798,11 @@ class Homeserver:
         self.delayed_events.stop()
         self.pushers.stop()
         self.sender.stop()
-        for task in list(self._tasks):
+        # What goes on without a caller, such as a join, must not outlive the database either.
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*left, return_exceptions=True)
         self.http_client.close()
         self.typing.close()
         self.presence.close()

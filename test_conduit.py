@@ -5208,6 +5208,22 @@ AT: Final[dict[str, Cells]] = {
 NEWEST: Final[dict[str, Cells]] = {
     visibility: tuple(seen[-1:] for seen in cells) for visibility, cells in EVENTS.items()
 }
+# A thread is summed up below its first message, for those who see that.
+SUMMED_UP: Final = {
+    visibility: tuple(seen if "0" in seen else "" for seen in cells)
+    for visibility, cells in EVENTS.items()
+}
+# Rooms that one was never in, or has forgotten, are not searched.
+SEARCHED: Final = {
+    visibility: ("", cells[1], "", *cells[3:7], "") for visibility, cells in EVENTS.items()
+}
+# Sliding sync knows no gap: who rejoined gets what they may see of before.
+SLID: Final = {
+    visibility: (*cells[:5], EVENTS[visibility][5], *cells[6:])
+    for visibility, cells in SYNCED.items()
+}
+# With the state comes what only those hear who are or were in.
+INITIAL: Final = {**EVENTS, "invited": ("", "", "", *EVENTS["invited"][3:])}
 
 
 @dataclass
@@ -5218,14 +5234,27 @@ class RoomStory:
     room_id: str
     people: dict[str, Client]
     sent: list[str] = dataclasses.field(default_factory=list)
+    times: list[int] = dataclasses.field(default_factory=list)  # of the messages, no other's
+    replies: list[str] = dataclasses.field(default_factory=list)  # to the first message
     tokens: list[str] = dataclasses.field(default_factory=list)
 
     def moment(self) -> None:
         number = str(len(self.sent))
         content = {"membership": "join", "displayname": number}
         self.host.set_state(self.room_id, "m.room.member", content, self.host.user_id)
-        self.sent.append(self.host.send_text(self.room_id, number))
+        time.sleep(0.005)
+        self.sent.append(self.host.send_text(self.room_id, f"moment {number}"))
+        path = ("rooms", self.room_id, "event", self.sent[-1])
+        self.times.append(ok(self.host.get(path))["origin_server_ts"])
+        self.replies.append(self.reply(self.sent[0]))
+        if self.sent[1:]:
+            self.reply(self.sent[-1])
         self.tokens.append(self.host.sync()["next_batch"])
+
+    def reply(self, root: str) -> str:
+        relation = {"rel_type": "m.thread", "event_id": root}
+        content = {"msgtype": "m.text", "body": "a reply", "m.relates_to": relation}
+        return self.host.send(self.room_id, "m.room.message", content)
 
     def name_in(self, events: Iterable[Json]) -> str:
         """The moment that a list of state or member events is of."""
@@ -5358,6 +5387,63 @@ def seen_by_joined_members(reader: Client, story: RoomStory) -> str:
     return str(joined.get(story.host.user_id, {}).get("display_name", ""))
 
 
+def seen_by_old_event(reader: Client, story: RoomStory) -> str:
+    answers = {i: answer_or_none(reader.get(("events", i)), 404) for i in story.sent}
+    return story.numbers({i for i, answer in answers.items() if answer})
+
+
+def seen_by_old_initial_sync(reader: Client, story: RoomStory) -> str:
+    path = ("rooms", story.room_id, "initialSync")
+    answer = answer_or_none(reader.get(path, params={"limit": 100}), 403) or {}
+    chunk = answer.get("messages", {"chunk": []})["chunk"]
+    return story.numbers({event["event_id"] for event in chunk})
+
+
+def seen_by_relations(reader: Client, story: RoomStory) -> str:
+    paths = {i: v1("rooms", story.room_id, "relations", i) for i in story.sent}
+    answers = {i: answer_or_none(reader.get(path), 404) for i, path in paths.items()}
+    return story.numbers({i for i, answer in answers.items() if answer and answer["chunk"]})
+
+
+def seen_by_threads(reader: Client, story: RoomStory) -> str:
+    answer = answer_or_none(reader.get(v1("rooms", story.room_id, "threads")), 403)
+    return story.numbers({event["event_id"] for event in (answer or {"chunk": []})["chunk"]})
+
+
+def seen_by_thread_summary(reader: Client, story: RoomStory) -> str:
+    """The replies to the first message that can be seen from it: their number, and the newest."""
+    path = ("rooms", story.room_id, "event", story.sent[0])
+    answer = answer_or_none(reader.get(path), 404)
+    if answer is None:
+        return ""
+    thread = answer["unsigned"]["m.relations"]["m.thread"]
+    newest = story.replies.index(thread["latest_event"]["event_id"])
+    return "".join(str(n) for n in range(newest - thread["count"] + 1, newest + 1))
+
+
+def seen_by_search(reader: Client, story: RoomStory) -> str:
+    wanted = {"search_term": "moment", "filter": {"rooms": [story.room_id]}}
+    answer = ok(reader.post("search", {"search_categories": {"room_events": wanted}}))
+    found = answer["search_categories"]["room_events"]
+    assert found["count"] == len(found["results"]), "the number of hits tells what is hidden"
+    return story.numbers({result["result"]["event_id"] for result in found["results"]})
+
+
+def seen_by_time(reader: Client, story: RoomStory) -> str:
+    path, found = v1("rooms", story.room_id, "timestamp_to_event"), set[str]()
+    for ts, direction in itertools.product(story.times, "fb"):
+        answer = answer_or_none(reader.get(path, ts=ts, dir=direction), 403, 404)
+        found |= {answer["event_id"]} if answer else set()
+    return story.numbers(found)
+
+
+def seen_by_sliding_sync(reader: Client, story: RoomStory) -> str:
+    wanted = {"timeline_limit": 100, "required_state": []}
+    sync = Slider(reader, room_subscriptions={story.room_id: wanted})
+    timeline = sync()["rooms"].get(story.room_id, {}).get("timeline", [])
+    return story.numbers({event["event_id"] for event in timeline})
+
+
 # A door is a function from a reader and a story to the moments seen, and the table of what it is
 # to show.
 DOORS: Final[list[tuple[Callable[[Client, RoomStory], str], Mapping[str, Cells]]]] = [
@@ -5373,6 +5459,14 @@ DOORS: Final[list[tuple[Callable[[Client, RoomStory], str], Mapping[str, Cells]]
     (seen_by_members, SETTINGS_SEEN),
     (seen_by_members_at, AT),
     (seen_by_joined_members, MEMBERS_ONLY),
+    (seen_by_old_event, EVENTS),
+    (seen_by_old_initial_sync, INITIAL),
+    (seen_by_relations, EVENTS),
+    (seen_by_threads, EVENTS),
+    (seen_by_thread_summary, SUMMED_UP),
+    (seen_by_search, SEARCHED),
+    (seen_by_time, EVENTS),
+    (seen_by_sliding_sync, SLID),
 ]
 
 
@@ -6570,6 +6664,21 @@ def test_graceful_stop() -> None:
     assert finished
     with pytest.raises(ConnectionError):
         web.connect()
+    web.close()
+
+
+@needs_openssl
+def test_stop_does_not_wait_for_a_farewell(tmp_path: Path) -> None:
+    """Over TLS a client that is idle never says goodbye, for nobody reads there."""
+    certs, key = self_signed(tmp_path, "idle.example")
+    web = Web(tls=conduit.tls_context(certs, key))
+    context = ssl.create_default_context(cafile=certs)
+    with context.wrap_socket(web.connect(), server_hostname="idle.example") as sock:
+        sock.sendall(request_bytes("GET", "/x"))
+        assert answers_in(sock.recv(4096))[0].status == 200
+        started = time.monotonic()
+        web.run(web.http.stop(4))
+        assert time.monotonic() - started < 2.5
     web.close()
 
 
@@ -15551,6 +15660,27 @@ def accept(_url: str, _sent: Json | None) -> Json:
     return {"rejected": []}
 
 
+def test_a_push_is_tried_again_when_the_disk_was_full(
+    inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    room_id = alice.room_with(bob)
+    ok(bob.post("pushers/set", pusher()))
+    pushers, full = server.hs.pushers, [conduit.MatrixError(507, "M_UNKNOWN", "The disk is full")]
+    sent = pushers._sent
+
+    def refuse_once(*args: Any) -> None:
+        if full:
+            raise full.pop()
+        sent(*args)
+
+    monkeypatch.setattr(pushers, "_sent", refuse_once)
+    event_id = alice.send_text(room_id, "hello")
+    eventually(lambda: [p.get("event_id") for p in server.world.pushes] == [event_id, event_id])
+    eventually(lambda: not server.do(server.hs.db.all, "SELECT * FROM push_queue"))
+
+
 def test_pushers_are_set_changed_listed_and_deleted(alice: Client) -> None:
     ok(alice.post("pushers/set", pusher(profile_tag="tag", append=True)))
     (shown,) = ok(alice.get("pushers"))["pushers"]
@@ -18104,6 +18234,21 @@ def met(sending: Server, receiver: Destination) -> tuple[Client, str]:
 
 
 # ── 55.1  What waits for a server ────────────────────────────────────────────
+
+
+def test_a_local_room_costs_the_same_with_many_others(inner: Callable[..., InnerServer]) -> None:
+    """No other room of its members is looked into, which may have to be read from the disk."""
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    for _ in range(20):
+        alice.room_with(bob)
+    rooms, read = server.hs.rooms, list[int]()
+    server.do(rooms._rooms.clear)
+    read_room = rooms._read
+    rooms._read = lambda room: (read.append(room.nid), read_room(room))
+    room_id = alice.room_with(bob)
+    alice.send_text(room_id, "hello")
+    assert len(set(read)) <= 2, f"{len(set(read))} rooms were read"
 
 
 def test_events_come_in_order_and_once(
@@ -23755,6 +23900,47 @@ def test_admins_look_after_media(admin: Client, alice: Client) -> None:
     fails(alice.get(path), 403, "M_FORBIDDEN")
 
 
+def test_a_deleted_room_leaves_nothing_that_points_to_it(
+    new_server: Callable[..., Server], new_bridge: Callable[..., Bridge]
+) -> None:
+    """What waits for a bridge, its lists, the room for notices, receipts."""
+    server = new_server()
+    admin, alice = register(server, "admin"), register(server, "alice")
+    bridge = new_bridge(**{"de.sorunome.msc2409.push_ephemeral": True}).register_at(admin)
+    ghost = bridge.user(server)
+    bridge.status = 500
+    room = alice.room_with(ghost)
+    notice = {"user_id": alice.user_id, "content": {"msgtype": "m.text", "body": "hello"}}
+    ok(admin.post(ADMIN_API + "v1/send_server_notice", notice))
+    order(admin, "notice-all hello")
+    rooms = [room, *alice.sync()["rooms"]["invite"]]
+    assert len(rooms) == 2, "there is one room for all notices"
+    for each in rooms:
+        alice.join(each)
+        ok(alice.put(("user", alice.user_id, "rooms", each, "tags", "m.favourite"), {}))
+        newest = alice.messages(each)["chunk"][0]["event_id"]
+        ok(alice.post(("rooms", each, "receipt", "m.read", newest)))
+    network = f"/_matrix/client/v3/directory/list/appservice/net/{quote(room)}"
+    ok(bridge.client(server).put(network, {"visibility": "public"}))
+    since = alice.sync()["next_batch"]
+    ok(ghost.put(("rooms", room, "typing", ghost.user_id), {"typing": True, "timeout": 30_000}))
+    alice.send_text(room, "for the bridge")
+    for each in rooms:
+        ok(admin.delete(f"{ADMIN_API}v1/rooms/{quote(each)}", {}))
+    assert not conduit.check_database(server.data)
+    assert "join" not in alice.sync(since).get("rooms", {})
+    ok(admin.post(ADMIN_API + "v1/send_server_notice", notice))
+    order(admin, "notice-all hello again")
+    assert len(alice.sync()["rooms"]["invite"]) == 1
+    bridge.status = 200
+    told = ok(alice.post("createRoom", {"invite": [ghost.user_id]}))["room_id"]
+    eventually(lambda: [e for e in bridge.events if e["room_id"] == told])
+    with contextlib.closing(sqlite3.connect(server.database)) as database:
+        for table in ("receipts", "unread"):
+            left = f"SELECT * FROM {table} WHERE room_nid NOT IN (SELECT room_nid FROM rooms)"
+            assert database.execute(left).fetchall() == [], table
+
+
 def test_the_server_speaks_to_a_user(admin: Client, alice: Client) -> None:
     content = {"msgtype": "m.text", "body": "tidy up"}
     body = {"user_id": alice.user_id, "content": content}
@@ -24844,6 +25030,54 @@ def test_reload(new_server: Callable[..., Server]) -> None:
     eventually(lambda: "stays as it was" in running.log)
     assert running.answers()
     running.write_config(port=good)
+
+
+def test_the_end_comes_in_time_whatever_hangs(
+    new_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """SIGTERM while a server, a gateway, a bridge and a web site leave all requests unanswered."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as hole:
+        far = f"127.0.0.1:{hole.getsockname()[1]}"
+        path = tmp_path / "bridge.yaml"
+        path.write_text(REGISTRATIONS["draupnir"])
+        registration = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump({**registration, "url": f"http://{far}"}))
+        server = new_server(
+            ip_range_denylist=[], url_preview_allowlist=["*"], appservice_config_files=[str(path)]
+        )
+        alice, bob = register(server), register(server)
+        room_id = alice.room_with(bob)
+        ok(bob.post("pushers/set", pusher(data={"url": f"https://{far}/_matrix/push/v1/notify"})))
+        alice.send_text(room_id, "to be pushed")
+        message = {"messages": {f"@x:{far}": {"*": {}}}}
+        ok(alice.put(("sendToDevice", "m.x", unique()), message))
+        delay = {"org.matrix.msc4140.delay": 3000}
+        ok(alice.put(("rooms", room_id, "send", "m.x", unique()), {}, params=delay))
+        asks: list[Callable[[], httpx.Response]] = [
+            lambda: alice.post(("join", f"!r:{far}"), server_name=far),
+            lambda: alice.post(("knock", f"!r:{far}"), server_name=far),
+            lambda: alice.post(("rooms", room_id, "invite"), {"user_id": f"@x:{far}"}),
+            lambda: alice.post("keys/query", {"device_keys": {f"@x:{far}": []}}),
+            lambda: alice.get(("profile", f"@x:{far}")),
+            lambda: alice.get(f"/_matrix/client/v1/media/download/{far}/abc"),
+            lambda: alice.get("/_matrix/client/v1/media/preview_url", url=f"http://{far}/"),
+            lambda: alice.get("publicRooms", server=far),
+            lambda: alice.get("thirdparty/protocols"),
+            lambda: bob.get("sync", since=bob.sync()["next_batch"], timeout=30_000),
+        ]
+        with ThreadPoolExecutor(len(asks)) as pool:
+            answers = [pool.submit(ask) for ask in asks]
+            time.sleep(1.5)
+            began = time.monotonic()
+            assert server.stop() == 0
+            assert time.monotonic() - began < 5
+            for answer in answers:
+                with contextlib.suppress(httpx.TransportError):
+                    answer.result()
+        server.assert_clean_log()
+        server.check()
+        server.start()
+        assert server.stop() == 0
 
 
 @needs_openssl
