@@ -13061,6 +13061,35 @@ def children(hs: Homeserver, parent: Event, rel_type: str, limit: int) -> list[E
     return hs.rooms.events_by_nids(row[0] for row in hs.db.all(CHILDREN_NEWEST, key))
 
 
+OWN_ANNOTATIONS = """
+    SELECT nid
+    FROM relations
+    WHERE room_nid = ?
+      AND parent_id = ?
+      AND rel_type = 'm.annotation'
+      AND sender_nid = ?
+    ORDER BY pos DESC
+    LIMIT ?
+"""
+
+
+def refuse_second_annotation(
+    hs: Homeserver, room: Room, user_nid: UserNid, event_type: str, content: Json
+) -> None:
+    """400 M_DUPLICATE_ANNOTATION for a reaction that the user gave to the same event already.
+
+    Spec: CS-API "Avoiding duplicate annotations".
+    """
+    kind, parent_id = relation_in(content) or ("", "")
+    if kind != "m.annotation":
+        return
+    key = content["m.relates_to"].get("key")
+    rows = hs.db.all(OWN_ANNOTATIONS, (room.nid, parent_id, user_nid, MAX_COUNTED))
+    for event in hs.rooms.events_by_nids(row[0] for row in rows):
+        if event.type == event_type and event.content["m.relates_to"].get("key") == key:
+            raise MatrixError(400, "M_DUPLICATE_ANNOTATION", "You reacted with this already")
+
+
 def is_accepted(event: Event) -> bool:
     """Whether an event counts in its room."""
     return event.rejected is None and not event.soft_failed
@@ -14771,6 +14800,7 @@ def send_message(
         refuse_suspended(hs, user)
         room = hs.rooms.get(room_id)
         require_thread_root(hs, room, content)
+        refuse_second_annotation(hs, room, user.nid, event_type, content)
         how: Json = {"transaction": transaction, "timestamp": timestamp}
         return hs.rooms.send(room, user.user_id, event_type, content, **how)
     target = content.get("redacts")

@@ -14240,6 +14240,28 @@ def test_relations_by_type_direction_and_page(alice: Client) -> None:
     fails(alice.get(v1("rooms", room_id, "relations", "$nothing")), 404, "M_NOT_FOUND")
 
 
+def test_nobody_reacts_twice_in_the_same_way(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    text, other = alice.send_text(room_id, "text"), alice.send_text(room_id, "other")
+
+    def react(client: Client, to: str, key: str, kind: str = "m.reaction") -> httpx.Response:
+        relation = {"rel_type": "m.annotation", "event_id": to, "key": key}
+        path = ("rooms", room_id, "send", kind, unique("txn"))
+        return client.put(path, {"m.relates_to": relation})
+
+    first = ok(react(bob, text, "x"))["event_id"]
+    fails(react(bob, text, "x"), 400, "M_DUPLICATE_ANNOTATION")
+    for answer in (
+        react(bob, text, "y"),
+        react(bob, other, "x"),
+        react(bob, text, "x", "com.example.mood"),
+        react(alice, text, "x"),
+    ):
+        ok(answer)
+    bob.redact(room_id, first)
+    ok(react(bob, text, "x"))
+
+
 def test_sec_47_relations_recurse_three_levels_and_end(alice: Client) -> None:
     room_id = alice.create_room()
     chain = [alice.send_text(room_id, "root")]
