@@ -17476,6 +17476,7 @@ class SearchPlace(NamedTuple):
 
     at: int  # how many hits were looked at
     upto: int  # what came later does not count, or the hits would move
+    seen: int = 0  # how many results were given
     group: str = ""  # only hits of this group go on:
     value: str = ""
 
@@ -17489,12 +17490,12 @@ def search_place(hs: Homeserver, token: str | None) -> SearchPlace:
     if token is None:
         return SearchPlace(0, hs.stream.position)
     try:
-        at, upto, group, value = json.loads(b64decode(token))
+        at, upto, seen, group, value = json.loads(b64decode(token))
     except (ValueError, TypeError, RecursionError) as error:
         raise invalid_param("next_batch is not a token of this server") from error
-    place = SearchPlace(at, upto, group, value)
+    place = SearchPlace(at, upto, seen, group, value)
     kinds = tuple(map(type, place))
-    if kinds != (int, int, str, str) or at < 0 or abs(upto) > MAX_POSITION:
+    if kinds != (int, int, int, str, str) or min(at, seen) < 0 or abs(upto) > MAX_POSITION:
         raise invalid_param("next_batch is not a token of this server")
     return place
 
@@ -17627,19 +17628,21 @@ def result_states(
 
 async def search_page(
     hs: Homeserver, request: Request, hits: list[Hit], wanted: EventFilter, place: SearchPlace
-) -> tuple[list[Event], SearchPlace | None]:
-    """The next results, and the place behind them unless there is nothing more."""
+) -> tuple[list[Event], SearchPlace | None, int]:
+    """The next results, the place behind them unless there is nothing more, and how many are left.
+
+    All hits are looked at: a count of what the user may not see would tell what is said there.
+    """
     limit = min(wanted.limit, MAX_SEARCH_PAGE)
     found: list[Event] = []
-    for at in range(place.at, len(hits)):
-        events = hs.rooms.events_by_nids([hits[at][0]])
-        chosen = [*chosen_events(hs, request, events, wanted, place)]
-        if chosen and len(found) == limit:
-            return found, place._replace(at=at)
-        found += chosen
-        if at % MAX_SEARCH_PAGE == 0:
-            await asyncio.sleep(0)
-    return found, None
+    for start in range(place.at, len(hits), MAX_SEARCH_PAGE):
+        events = hs.rooms.events_by_nids(nid for nid, _ in hits[start : start + MAX_SEARCH_PAGE])
+        found += chosen_events(hs, request, events, wanted, place)
+        await asyncio.sleep(0)
+    if len(found) <= limit:
+        return found, None, len(found)
+    at = [nid for nid, _ in hits].index(found[limit].nid)
+    return found[:limit], place._replace(at=at, seen=place.seen + limit), len(found)
 
 
 @route("POST", V3 + "/search", auth=USER, limit="search", body=SEARCH_BODY)
@@ -17661,7 +17664,7 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
     words = re.findall(r"\w+", wanted["search_term"].casefold())[:MAX_SEARCH_WORDS]
     search_groups(wanted, [], None)  # refuses what is no group before anything is done
     hits = await search_hits(hs, request, wanted, place, words)
-    events, rest = await search_page(hs, request, hits, EventFilter(definition), place)
+    events, rest, left = await search_page(hs, request, hits, EventFilter(definition), place)
     ranks = dict(hits)
     results: list[Json] = [
         {"rank": ranks[event.nid], "result": shown}
@@ -17671,7 +17674,7 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
         for event, result in zip(events, results, strict=True):
             result["context"] = search_context(hs, request, event, wanted["event_context"])
     answer = {
-        "count": len(hits),
+        "count": place.seen + left,
         "highlights": words,
         "results": results,
         "groups": search_groups(wanted, events, rest),

@@ -14519,6 +14519,23 @@ def test_sec_17_redacted_content_is_nowhere(new_server: Callable[..., Server]) -
     assert secret not in dump
 
 
+def test_sec_19_a_count_of_hits_tells_nothing_of_what_is_hidden(alice: Client, bob: Client) -> None:
+    word = f"word{secrets.token_hex(8)}"
+    room_id = alice.create_room()
+    alice.set_state(room_id, "m.room.history_visibility", {"history_visibility": "joined"})
+    alice.send_text(room_id, word)
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+    assert search(bob, word)["count"] == 0
+    for number in range(5):
+        alice.send_text(room_id, f"{word} {number}")
+    page = search(bob, word, filter={"limit": 2})
+    assert (page["count"], len(page["results"])) == (5, 2)
+    for left in (2, 1):
+        page = search(bob, word, page["next_batch"], filter={"limit": 2})
+        assert (page["count"], len(page["results"])) == (5, left)
+
+
 def test_encrypted_rooms_have_nothing_to_search(alice: Client) -> None:
     room_id = alice.create_room()
     alice.send_text(room_id, "a potoroo")
