@@ -23882,7 +23882,8 @@ def describe(ask: SlidingRequest, view: RoomView, *, is_joined: bool) -> Json:
 def timeline_members(ask: SlidingRequest, view: RoomView) -> Json:
     """The timeline of a room and what goes with it."""
     events, since = view.timeline.events, ask.since
-    live = [event for event in events if since is not None and cast(int, event.pos) > since]
+    places = (event.nid if event.pos is None else event.pos for event in events)  # none: see at
+    live = [place for place in places if since is not None and place > since]
     result: Json = {
         "limited": view.timeline.limited,
         "prev_batch": view.timeline.prev_batch,

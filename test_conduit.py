@@ -19626,6 +19626,29 @@ def test_room_that_ends_is_shown_once(alice: Client, bob: Client, end: str) -> N
     assert bodies_in(sync()["rooms"][room_id]) == ["welcome"]
 
 
+@pytest.mark.parametrize("end", ["refused", "taken back", "knock denied"])
+def test_an_invite_or_knock_elsewhere_ends_in_the_open_connection(
+    pair: tuple[Server, Server], end: str
+) -> None:
+    alice, bob = people(*pair)
+    knock = {"type": "m.room.join_rules", "state_key": "", "content": {"join_rule": "knock"}}
+    room_id = alice.create_room(initial_state=[knock])
+    sync = slide(bob, limit=1, state=[["m.room.member", "$ME"]])
+    sync()
+    if end == "knock denied":
+        ok(bob.post(("knock", room_id), via=pair[0].name))
+    else:
+        alice.invite(room_id, bob)
+    assert "invite_state" in sync(timeout=9000)["rooms"][room_id]
+    if end == "refused":
+        bob.leave(room_id)
+    else:
+        ok(alice.post(("rooms", room_id, "kick"), {"user_id": bob.user_id}))
+    room = sync(timeout=9000)["rooms"][room_id]
+    assert room["required_state"][0]["content"]["membership"] == "leave"
+    assert (room["num_live"], len(room["timeline"])) == (1, 1)
+
+
 def test_sec_20_nothing_after_a_kick_on_an_open_connection(alice: Client, bob: Client) -> None:
     """CVE-2024-53867: a connection that had the room goes on to get its state."""
     room_id = alice.room_with(bob, name="Before")
