@@ -5010,6 +5010,7 @@ class RoomWriter(RoomResolver):
         self._outside_listeners: list[RoomListener] = []
         self._state_listeners: list[StateListener] = []
         self._membership_listeners: list[MembershipListener] = []
+        self._old_listeners: list[RoomListener] = []
         self._relation_listeners: list[RelationListener] = []
         self.check_sender: SenderCheck = lambda *_: None
         # Gives the event that goes out in place of one just made; it may raise NeedsConsent.
@@ -5020,6 +5021,10 @@ class RoomWriter(RoomResolver):
     def subscribe(self, listener: RoomListener) -> None:
         """Call back for each new timeline event, inside the transaction that stores it."""
         self._listeners.append(listener)
+
+    def subscribe_old(self, listener: RoomListener) -> None:
+        """Call back for each event that comes into the timeline below others, as backfill does."""
+        self._old_listeners.append(listener)
 
     def subscribe_sent(self, listener: RoomListener) -> None:
         """Call back for each event that other servers hear of from us, whoever is to see it.
@@ -5145,8 +5150,8 @@ class RoomWriter(RoomResolver):
             self._redact_target(room, event)
         if not is_ours:  # nobody can have redacted an event that we make just now
             self._redact_if_pending(room, event)
-        if event.pos is not None and not is_old:
-            for listener in self._listeners:
+        if event.pos is not None:
+            for listener in self._old_listeners if is_old else self._listeners:
                 listener(room, event)
         if is_ours:
             self.pass_on(room, event)
@@ -17387,6 +17392,12 @@ class Search:
             if self.has_index:
                 self.db.set_meta("search_indexed", nids[-1])
         return True
+
+    def take_old(self, _room: Room, event: Event) -> None:
+        """Take in an event that was put below those that are in the index; inside a write block."""
+        if event.nid <= self._upto():
+            for changed in self._changed_by(event):
+                self._refresh(changed)
 
     def _changed_by(self, event: Event) -> list[Event]:
         """The events whose text is another since an event came: itself, or what it changes."""
@@ -29683,6 +29694,7 @@ class Homeserver:
         self.rooms.subscribe_purge(self.threads.forget_room)
         self.rooms.subscribe_purge(self.inbox.forget_room)
         self.rooms.subscribe_history(self.search.forget_events)
+        self.rooms.subscribe_old(self.search.take_old)
         self.rooms.erased = self.accounts.erased
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive

@@ -14536,6 +14536,22 @@ def test_sec_19_a_count_of_hits_tells_nothing_of_what_is_hidden(alice: Client, b
         assert (page["count"], len(page["results"])) == (5, left)
 
 
+def test_search_finds_what_was_fetched_later(pair: tuple[Server, Server]) -> None:
+    alice, bob = people(*pair)
+    word = f"word{secrets.token_hex(8)}"
+    room_id = alice.create_room(preset="public_chat", name=word)
+    edited, gone = alice.send_text(room_id, "old text"), alice.send_text(room_id, word)
+    say(alice, room_id, edit_of(edited, f"{word} edited"))
+    alice.redact(room_id, gone)
+    assert found_bodies(bob, word) == []
+    ok(bob.post(("join", room_id), via=pair[0].name))
+    found_bodies(bob, word)  # the index is ahead of what comes now
+    assert "old text" in bob.bodies(room_id)
+    found = {event["result"]["event_id"]: event["result"] for event in search(bob, word)["results"]}
+    assert edited in found
+    assert sorted(event["type"] for event in found.values()) == ["m.room.message", "m.room.name"]
+
+
 def test_encrypted_rooms_have_nothing_to_search(alice: Client) -> None:
     room_id = alice.create_room()
     alice.send_text(room_id, "a potoroo")
