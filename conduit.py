@@ -10805,9 +10805,10 @@ async def login(hs: Homeserver, request: Request) -> Json:
 
 
 GET_TOKEN = "/_matrix/client/v1/login/get_token"  # noqa: S105  a path
+MSC3882_PATH = "/_matrix/client/unstable/org.matrix.msc3882/login/get_token"
 
 
-@route("POST", GET_TOKEN, auth=USER, limit="login", body={"auth?": dict})
+@route("POST", GET_TOKEN, auth=USER, limit="login", body={"auth?": dict}, also=(MSC3882_PATH,))
 async def get_login_token(hs: Homeserver, request: Request) -> Json:
     """A token with which one other device can log in as the same user, after asking for consent."""
     await user_interactive_auth(hs, request)
@@ -11657,9 +11658,10 @@ async def user_by_jwt(hs: Homeserver, request: Request) -> UserNid | None:
 # ── 47.7  Moderating accounts ────────────────────────────────────────────────
 
 MARKS = {"lock": "locked", "suspend": "suspended"}
-MARK_PATHS = (
-    "/_matrix/client/v1/admin/lock/{user_id}",
-    "/_matrix/client/v1/admin/suspend/{user_id}",
+MARK_PATHS = tuple(
+    f"/_matrix/client/{version}/admin/{mark}/{{user_id}}"
+    for version in ("v1", "unstable/uk.timedout.msc4323")
+    for mark in MARKS
 )
 
 
@@ -17832,6 +17834,13 @@ def allowed_in(summary: Json) -> list[str]:
     return summary.get("allowed_room_ids") or []
 
 
+def own_membership(hs: Homeserver, room_id: str, user_nid: UserNid) -> str | None:
+    """What a user of ours is in a room, also in one in which nobody of ours is."""
+    room = hs.rooms.heard_of(room_id)
+    member = None if room is None else hs.rooms.memberships(user_nid).get(room.nid)
+    return None if member is None else member.membership
+
+
 async def remote_room(
     hs: Homeserver, user_nid: UserNid | None, room_id: str, servers: Iterable[str]
 ) -> Json | None:
@@ -17845,7 +17854,7 @@ async def remote_room(
             allowed = ({"type": "m.room_membership", "room_id": one} for one in allowed_in(found))
             nid = UserNid(0) if user_nid is None else user_nid
             may_know = is_open or any(in_allowed_room(hs, one, nid) for one in allowed)
-            return found if may_know else None
+            return found if may_know or own_membership(hs, room_id, nid) == "invite" else None
     return None
 
 
@@ -17877,7 +17886,7 @@ async def get_room_summary(hs: Homeserver, request: Request, room: str) -> Json:
         summary = room_summary(found)
     if user_nid is None:
         return summary
-    membership = None if found is None else found.membership_of(user_nid)
+    membership = own_membership(hs, room_id, user_nid)
     return {**summary, "membership": membership or "leave"}
 
 
@@ -22216,7 +22225,10 @@ def server_may_preview(hs: Homeserver, room: Room, server: str) -> bool:
         return True
     conditions = (one for one in allow_conditions(room) if isinstance(one, dict))
     allowed = (hs.rooms.find(str(one.get("room_id"))) for one in conditions)
-    return room.join_rule in OPEN_RULES or any(one and server in one.servers for one in allowed)
+    if room.join_rule in OPEN_RULES or any(one and server in one.servers for one in allowed):
+        return True
+    invited = (hs.db.user_id(nid) for nid, one in room.members_by_nid.items() if one == "invite")
+    return any(server_of(user_id) == server for user_id in invited)
 
 
 @route("GET", FEDERATION_API + "/hierarchy/{room_id}", auth=FEDERATION)
@@ -29869,7 +29881,7 @@ class Homeserver:
 
 # ── 25.2  What this server speaks ────────────────────────────────────────────
 
-SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 12)]
+SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 20)]
 UNSTABLE_FEATURES = {
     "org.matrix.e2e_cross_signing": True,
     "org.matrix.msc2285.stable": True,
@@ -29879,8 +29891,10 @@ UNSTABLE_FEATURES = {
     "org.matrix.msc3440.stable": True,
     "org.matrix.msc3771": True,
     "org.matrix.msc3773": True,
+    "org.matrix.msc3827.stable": True,
     "org.matrix.msc3874": True,
     "org.matrix.msc3881": True,
+    "org.matrix.msc3882": True,
     "org.matrix.msc3916.stable": True,
     "org.matrix.msc3981": True,
     "org.matrix.msc4140": True,
@@ -29888,10 +29902,12 @@ UNSTABLE_FEATURES = {
     "org.matrix.msc4155": True,
     "org.matrix.msc4222": True,
     "org.matrix.msc4306": True,
+    "org.matrix.msc4380.stable": True,
     "org.matrix.simplified_msc3575": True,
     "uk.half-shot.msc2666.query_mutual_rooms.stable": True,
     "uk.tcpip.msc4133": True,
     "uk.tcpip.msc4133.stable": True,
+    "uk.timedout.msc4323": True,
 }
 
 

@@ -14758,6 +14758,21 @@ def test_children_are_ordered_as_in_the_specification() -> None:
     assert [event.state_key for event in ranked] == ["!b", "!a", "!c", "!e", "!d"]
 
 
+def test_the_invited_may_know_a_room_elsewhere(pair: tuple[Server, Server]) -> None:
+    alice, bob = people(*pair)
+    carol = people(pair[1])[0]
+    room_id = alice.create_room(bob, name="Come and see")
+    eventually(lambda: section(bob, "invite", room_id))
+    summary, via = v1("room_summary", room_id), pair[0].name
+    seen = ok(bob.get(summary, via=via))
+    assert (seen["name"], seen["membership"]) == ("Come and see", "invite")
+    rooms = ok(bob.get(v1("rooms", room_id, "hierarchy"), via=via))["rooms"]
+    assert [room["room_id"] for room in rooms] == [room_id]
+    fails(carol.get(summary, via=via), 404, "M_NOT_FOUND")
+    bob.leave(room_id)
+    fails(bob.get(summary, via=via), 404, "M_NOT_FOUND")
+
+
 def test_sec_47_spaces_in_a_circle_end(alice: Client) -> None:
     one, two = space(alice), space(alice)
     add_child(alice, one, two)
@@ -24479,6 +24494,32 @@ def test_each_request_is_a_line_at_debug(new_server: Callable[..., Server]) -> N
     Client(server).get("/_matrix/client/versions")
     found = re.findall(r"http: #(\d+) GET /_matrix/client/versions: 200, [\d.]+ ms", server.log)
     assert len(set(found)) == len(found) >= 1
+
+
+def test_what_is_announced_is_there(new_server: Callable[..., Server]) -> None:
+    """The versions of the specification, and the old paths of what a flag stands for."""
+    server = new_server()
+    admin, other = register(server), register(server)
+    said = ok(admin.get("/_matrix/client/versions"))
+    assert said["versions"] == [f"v1.{minor}" for minor in range(1, 20)]
+    flags, unstable = said["unstable_features"], "/_matrix/client/unstable/"
+    assert flags["uk.timedout.msc4323"]
+    path = f"{unstable}uk.timedout.msc4323/admin/suspend/{quote(other.user_id)}"
+    ok(admin.put(path, {"suspended": True}))
+    assert ok(admin.get(v1("admin", "suspend", other.user_id))) == {"suspended": True}
+    assert flags["org.matrix.msc3882"]
+    assert "login_token" in ok(admin.uia("POST", f"{unstable}org.matrix.msc3882/login/get_token"))
+    assert flags["org.matrix.msc4380.stable"]
+    config = ("user", other.user_id, "account_data", "m.invite_permission_config")
+    ok(other.put(config, {"default_action": "block"}))
+    invite = admin.post("createRoom", {"invite": [other.user_id]})
+    fails(invite, 403, "M_INVITE_BLOCKED")
+    assert flags["org.matrix.msc3827.stable"]
+    creation = {"preset": "public_chat", "visibility": "public"}
+    space = admin.create_room(**creation, creation_content={"type": "m.space"})
+    admin.create_room(**creation)
+    found = ok(admin.post("publicRooms", {"filter": {"room_types": ["m.space"]}}))["chunk"]
+    assert [room["room_id"] for room in found] == [space]
 
 
 # ═════════════════════════════════════════════════════════════════════════════
