@@ -17799,6 +17799,21 @@ def test_device_lists_of_others(anna: Client, far: Elsewhere) -> None:
     assert changed(anna.poll()) == set()
 
 
+def test_sec_23_nobody_learns_from_us_whom_else_we_know(
+    here: Server, anna: Client, far: Elsewhere, peer: Peer
+) -> None:
+    """The keys of users elsewhere that we keep are for our own users only."""
+    user = shared(anna, far)[1].user
+    query_path = f"{FEDERATION_V1}/user/keys/query"
+    far.answers[query_path] = {"device_keys": {user: {"D": device_of(user)[1]}}}
+    whom = cast(Client, SimpleNamespace(user_id=user))
+    assert query(anna, whom)["device_keys"][user].keys() == {"D"}
+    asked = {"device_keys": {user: [], f"@nobody:{here.name}": []}}
+    assert ok(peer.ask(here, "POST", query_path, asked))["device_keys"] == {}
+    for name in (user, f"@nobody:{here.name}"):
+        fails(peer.ask(here, "GET", f"{FEDERATION_V1}/user/devices/{quote(name)}"), 404)
+
+
 def test_signatures_across_servers(anna: Client, far: Elsewhere) -> None:
     """Our user signs the master key of a user elsewhere, and sees that signature afterwards."""
     _, branch = shared(anna, far)
