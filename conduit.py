@@ -5010,6 +5010,7 @@ class RoomWriter(RoomResolver):
         self._outside_listeners: list[RoomListener] = []
         self._state_listeners: list[StateListener] = []
         self._membership_listeners: list[MembershipListener] = []
+        self._old_listeners: list[RoomListener] = []
         self._relation_listeners: list[RelationListener] = []
         self.check_sender: SenderCheck = lambda *_: None
         # Gives the event that goes out in place of one just made; it may raise NeedsConsent.
@@ -5020,6 +5021,10 @@ class RoomWriter(RoomResolver):
     def subscribe(self, listener: RoomListener) -> None:
         """Call back for each new timeline event, inside the transaction that stores it."""
         self._listeners.append(listener)
+
+    def subscribe_old(self, listener: RoomListener) -> None:
+        """Call back for each event that comes into the timeline below others, as backfill does."""
+        self._old_listeners.append(listener)
 
     def subscribe_sent(self, listener: RoomListener) -> None:
         """Call back for each event that other servers hear of from us, whoever is to see it.
@@ -5145,8 +5150,8 @@ class RoomWriter(RoomResolver):
             self._redact_target(room, event)
         if not is_ours:  # nobody can have redacted an event that we make just now
             self._redact_if_pending(room, event)
-        if event.pos is not None and not is_old:
-            for listener in self._listeners:
+        if event.pos is not None:
+            for listener in self._old_listeners if is_old else self._listeners:
                 listener(room, event)
         if is_ours:
             self.pass_on(room, event)
@@ -10806,9 +10811,10 @@ async def login(hs: Homeserver, request: Request) -> Json:
 
 
 GET_TOKEN = "/_matrix/client/v1/login/get_token"  # noqa: S105  a path
+MSC3882_PATH = "/_matrix/client/unstable/org.matrix.msc3882/login/get_token"
 
 
-@route("POST", GET_TOKEN, auth=USER, limit="login", body={"auth?": dict})
+@route("POST", GET_TOKEN, auth=USER, limit="login", body={"auth?": dict}, also=(MSC3882_PATH,))
 async def get_login_token(hs: Homeserver, request: Request) -> Json:
     """A token with which one other device can log in as the same user, after asking for consent."""
     await user_interactive_auth(hs, request)
@@ -11658,9 +11664,10 @@ async def user_by_jwt(hs: Homeserver, request: Request) -> UserNid | None:
 # ── 47.7  Moderating accounts ────────────────────────────────────────────────
 
 MARKS = {"lock": "locked", "suspend": "suspended"}
-MARK_PATHS = (
-    "/_matrix/client/v1/admin/lock/{user_id}",
-    "/_matrix/client/v1/admin/suspend/{user_id}",
+MARK_PATHS = tuple(
+    f"/_matrix/client/{version}/admin/{mark}/{{user_id}}"
+    for version in ("v1", "unstable/uk.timedout.msc4323")
+    for mark in MARKS
 )
 
 
@@ -13065,6 +13072,35 @@ def children(hs: Homeserver, parent: Event, rel_type: str, limit: int) -> list[E
     """What relates to an event in one way, the newest first."""
     key = (parent.room_nid, parent.event_id, rel_type, limit)
     return hs.rooms.events_by_nids(row[0] for row in hs.db.all(CHILDREN_NEWEST, key))
+
+
+OWN_ANNOTATIONS = """
+    SELECT nid
+    FROM relations
+    WHERE room_nid = ?
+      AND parent_id = ?
+      AND rel_type = 'm.annotation'
+      AND sender_nid = ?
+    ORDER BY pos DESC
+    LIMIT ?
+"""
+
+
+def refuse_second_annotation(
+    hs: Homeserver, room: Room, user_nid: UserNid, event_type: str, content: Json
+) -> None:
+    """400 M_DUPLICATE_ANNOTATION for a reaction that the user gave to the same event already.
+
+    Spec: CS-API "Avoiding duplicate annotations".
+    """
+    kind, parent_id = relation_in(content) or ("", "")
+    if kind != "m.annotation":
+        return
+    key = content["m.relates_to"].get("key")
+    rows = hs.db.all(OWN_ANNOTATIONS, (room.nid, parent_id, user_nid, MAX_COUNTED))
+    for event in hs.rooms.events_by_nids(row[0] for row in rows):
+        if event.type == event_type and event.content["m.relates_to"].get("key") == key:
+            raise MatrixError(400, "M_DUPLICATE_ANNOTATION", "You reacted with this already")
 
 
 def is_accepted(event: Event) -> bool:
@@ -14777,6 +14813,7 @@ def send_message(
         refuse_suspended(hs, user)
         room = hs.rooms.get(room_id)
         require_thread_root(hs, room, content)
+        refuse_second_annotation(hs, room, user.nid, event_type, content)
         how: Json = {"transaction": transaction, "timestamp": timestamp}
         return hs.rooms.send(room, user.user_id, event_type, content, **how)
     target = content.get("redacts")
@@ -17364,6 +17401,12 @@ class Search:
                 self.db.set_meta("search_indexed", nids[-1])
         return True
 
+    def take_old(self, _room: Room, event: Event) -> None:
+        """Take in an event that was put below those that are in the index; inside a write block."""
+        if event.nid <= self._upto():
+            for changed in self._changed_by(event):
+                self._refresh(changed)
+
     def _changed_by(self, event: Event) -> list[Event]:
         """The events whose text is another since an event came: itself, or what it changes."""
         kind, parent_id = relation_of(event) or ("", "")
@@ -17452,6 +17495,7 @@ class SearchPlace(NamedTuple):
 
     at: int  # how many hits were looked at
     upto: int  # what came later does not count, or the hits would move
+    seen: int = 0  # how many results were given
     group: str = ""  # only hits of this group go on:
     value: str = ""
 
@@ -17465,12 +17509,12 @@ def search_place(hs: Homeserver, token: str | None) -> SearchPlace:
     if token is None:
         return SearchPlace(0, hs.stream.position)
     try:
-        at, upto, group, value = json.loads(b64decode(token))
+        at, upto, seen, group, value = json.loads(b64decode(token))
     except (ValueError, TypeError, RecursionError) as error:
         raise invalid_param("next_batch is not a token of this server") from error
-    place = SearchPlace(at, upto, group, value)
+    place = SearchPlace(at, upto, seen, group, value)
     kinds = tuple(map(type, place))
-    if kinds != (int, int, str, str) or at < 0 or abs(upto) > MAX_POSITION:
+    if kinds != (int, int, int, str, str) or min(at, seen) < 0 or abs(upto) > MAX_POSITION:
         raise invalid_param("next_batch is not a token of this server")
     return place
 
@@ -17604,23 +17648,20 @@ def result_states(
 async def search_page(
     hs: Homeserver, request: Request, hits: list[Hit], wanted: EventFilter, place: SearchPlace
 ) -> tuple[list[Event], SearchPlace | None, int]:
-    """The next results, the place behind them unless there is nothing more, and how many in all.
+    """The next results, the place behind them unless there is nothing more, and how many are left.
 
-    Trap: to count what the user may not see would tell them whether it is there.
+    All hits are looked at: a count of what the user may not see would tell what is said there.
     """
-    limit, count, rest = min(wanted.limit, MAX_SEARCH_PAGE), 0, None
+    limit = min(wanted.limit, MAX_SEARCH_PAGE)
     found: list[Event] = []
-    for start in range(0, len(hits), MAX_SEARCH_PAGE):
-        places = {nid: at for at, (nid, _) in enumerate(hits[start:][:MAX_SEARCH_PAGE], start)}
-        events = hs.rooms.events_by_nids(places)
-        for event in chosen_events(hs, request, events, wanted, place):
-            at, count = places[event.nid], count + 1
-            if at >= place.at and len(found) < limit:
-                found.append(event)
-            elif at >= place.at:
-                rest = rest or place._replace(at=at)
+    for start in range(place.at, len(hits), MAX_SEARCH_PAGE):
+        events = hs.rooms.events_by_nids(nid for nid, _ in hits[start : start + MAX_SEARCH_PAGE])
+        found += chosen_events(hs, request, events, wanted, place)
         await asyncio.sleep(0)
-    return found, rest, count
+    if len(found) <= limit:
+        return found, None, len(found)
+    at = [nid for nid, _ in hits].index(found[limit].nid)
+    return found[:limit], place._replace(at=at, seen=place.seen + limit), len(found)
 
 
 @route("POST", V3 + "/search", auth=USER, limit="search", body=SEARCH_BODY)
@@ -17642,7 +17683,7 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
     words = re.findall(r"\w+", wanted["search_term"].casefold())[:MAX_SEARCH_WORDS]
     search_groups(wanted, [], None)  # refuses what is no group before anything is done
     hits = await search_hits(hs, request, wanted, place, words)
-    events, rest, count = await search_page(hs, request, hits, EventFilter(definition), place)
+    events, rest, left = await search_page(hs, request, hits, EventFilter(definition), place)
     ranks = dict(hits)
     results: list[Json] = [
         {"rank": ranks[event.nid], "result": shown}
@@ -17652,7 +17693,7 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
         for event, result in zip(events, results, strict=True):
             result["context"] = search_context(hs, request, event, wanted["event_context"])
     answer = {
-        "count": count,
+        "count": place.seen + left,
         "highlights": words,
         "results": results,
         "groups": search_groups(wanted, events, rest),
@@ -17799,6 +17840,13 @@ def allowed_in(summary: Json) -> list[str]:
     return summary.get("allowed_room_ids") or []
 
 
+def own_membership(hs: Homeserver, room_id: str, user_nid: UserNid) -> str | None:
+    """What a user of ours is in a room, also in one in which nobody of ours is."""
+    room = hs.rooms.heard_of(room_id)
+    member = None if room is None else hs.rooms.memberships(user_nid).get(room.nid)
+    return None if member is None else member.membership
+
+
 async def remote_room(
     hs: Homeserver, user_nid: UserNid | None, room_id: str, servers: Iterable[str]
 ) -> Json | None:
@@ -17812,7 +17860,7 @@ async def remote_room(
             allowed = ({"type": "m.room_membership", "room_id": one} for one in allowed_in(found))
             nid = UserNid(0) if user_nid is None else user_nid
             may_know = is_open or any(in_allowed_room(hs, one, nid) for one in allowed)
-            return found if may_know else None
+            return found if may_know or own_membership(hs, room_id, nid) == "invite" else None
     return None
 
 
@@ -17844,7 +17892,7 @@ async def get_room_summary(hs: Homeserver, request: Request, room: str) -> Json:
         summary = room_summary(found)
     if user_nid is None:
         return summary
-    membership = None if found is None else found.membership_of(user_nid)
+    membership = own_membership(hs, room_id, user_nid)
     return {**summary, "membership": membership or "leave"}
 
 
@@ -22219,7 +22267,10 @@ def server_may_preview(hs: Homeserver, room: Room, server: str) -> bool:
         return True
     conditions = (one for one in allow_conditions(room) if isinstance(one, dict))
     allowed = (hs.rooms.find(str(one.get("room_id"))) for one in conditions)
-    return room.join_rule in OPEN_RULES or any(one and server in one.servers for one in allowed)
+    if room.join_rule in OPEN_RULES or any(one and server in one.servers for one in allowed):
+        return True
+    invited = (hs.db.user_id(nid) for nid, one in room.members_by_nid.items() if one == "invite")
+    return any(server_of(user_id) == server for user_id in invited)
 
 
 @route("GET", FEDERATION_API + "/hierarchy/{room_id}", auth=FEDERATION)
@@ -23896,7 +23947,8 @@ def describe(ask: SlidingRequest, view: RoomView, *, is_joined: bool) -> Json:
 def timeline_members(ask: SlidingRequest, view: RoomView) -> Json:
     """The timeline of a room and what goes with it."""
     events, since = view.timeline.events, ask.since
-    live = [event for event in events if since is not None and cast(int, event.pos) > since]
+    places = (event.nid if event.pos is None else event.pos for event in events)  # none: see at
+    live = [place for place in places if since is not None and place > since]
     result: Json = {
         "limited": view.timeline.limited,
         "prev_batch": view.timeline.prev_batch,
@@ -29724,6 +29776,7 @@ class Homeserver:
         self.rooms.subscribe_purge(self.threads.forget_room)
         self.rooms.subscribe_purge(self.inbox.forget_room)
         self.rooms.subscribe_history(self.search.forget_events)
+        self.rooms.subscribe_old(self.search.take_old)
         self.rooms.erased = self.accounts.erased
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive
@@ -29900,7 +29953,7 @@ class Homeserver:
 
 # ── 25.2  What this server speaks ────────────────────────────────────────────
 
-SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 12)]
+SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 20)]
 UNSTABLE_FEATURES = {
     "org.matrix.e2e_cross_signing": True,
     "org.matrix.msc2285.stable": True,
@@ -29910,8 +29963,10 @@ UNSTABLE_FEATURES = {
     "org.matrix.msc3440.stable": True,
     "org.matrix.msc3771": True,
     "org.matrix.msc3773": True,
+    "org.matrix.msc3827.stable": True,
     "org.matrix.msc3874": True,
     "org.matrix.msc3881": True,
+    "org.matrix.msc3882": True,
     "org.matrix.msc3916.stable": True,
     "org.matrix.msc3981": True,
     "org.matrix.msc4140": True,
@@ -29919,10 +29974,12 @@ UNSTABLE_FEATURES = {
     "org.matrix.msc4155": True,
     "org.matrix.msc4222": True,
     "org.matrix.msc4306": True,
+    "org.matrix.msc4380.stable": True,
     "org.matrix.simplified_msc3575": True,
     "uk.half-shot.msc2666.query_mutual_rooms.stable": True,
     "uk.tcpip.msc4133": True,
     "uk.tcpip.msc4133.stable": True,
+    "uk.timedout.msc4323": True,
 }
 
 

@@ -14349,6 +14349,28 @@ def test_relations_by_type_direction_and_page(alice: Client) -> None:
     fails(alice.get(v1("rooms", room_id, "relations", "$nothing")), 404, "M_NOT_FOUND")
 
 
+def test_nobody_reacts_twice_in_the_same_way(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob)
+    text, other = alice.send_text(room_id, "text"), alice.send_text(room_id, "other")
+
+    def react(client: Client, to: str, key: str, kind: str = "m.reaction") -> httpx.Response:
+        relation = {"rel_type": "m.annotation", "event_id": to, "key": key}
+        path = ("rooms", room_id, "send", kind, unique("txn"))
+        return client.put(path, {"m.relates_to": relation})
+
+    first = ok(react(bob, text, "x"))["event_id"]
+    fails(react(bob, text, "x"), 400, "M_DUPLICATE_ANNOTATION")
+    for answer in (
+        react(bob, text, "y"),
+        react(bob, other, "x"),
+        react(bob, text, "x", "com.example.mood"),
+        react(alice, text, "x"),
+    ):
+        ok(answer)
+    bob.redact(room_id, first)
+    ok(react(bob, text, "x"))
+
+
 def test_sec_47_relations_recurse_three_levels_and_end(alice: Client) -> None:
     room_id = alice.create_room()
     chain = [alice.send_text(room_id, "root")]
@@ -14606,6 +14628,39 @@ def test_sec_17_redacted_content_is_nowhere(new_server: Callable[..., Server]) -
     assert secret not in dump
 
 
+def test_sec_19_a_count_of_hits_tells_nothing_of_what_is_hidden(alice: Client, bob: Client) -> None:
+    word = f"word{secrets.token_hex(8)}"
+    room_id = alice.create_room()
+    alice.set_state(room_id, "m.room.history_visibility", {"history_visibility": "joined"})
+    alice.send_text(room_id, word)
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+    assert search(bob, word)["count"] == 0
+    for number in range(5):
+        alice.send_text(room_id, f"{word} {number}")
+    page = search(bob, word, filter={"limit": 2})
+    assert (page["count"], len(page["results"])) == (5, 2)
+    for left in (2, 1):
+        page = search(bob, word, page["next_batch"], filter={"limit": 2})
+        assert (page["count"], len(page["results"])) == (5, left)
+
+
+def test_search_finds_what_was_fetched_later(pair: tuple[Server, Server]) -> None:
+    alice, bob = people(*pair)
+    word = f"word{secrets.token_hex(8)}"
+    room_id = alice.create_room(preset="public_chat", name=word)
+    edited, gone = alice.send_text(room_id, "old text"), alice.send_text(room_id, word)
+    say(alice, room_id, edit_of(edited, f"{word} edited"))
+    alice.redact(room_id, gone)
+    assert found_bodies(bob, word) == []
+    ok(bob.post(("join", room_id), via=pair[0].name))
+    found_bodies(bob, word)  # the index is ahead of what comes now
+    assert "old text" in bob.bodies(room_id)
+    found = {event["result"]["event_id"]: event["result"] for event in search(bob, word)["results"]}
+    assert edited in found
+    assert sorted(event["type"] for event in found.values()) == ["m.room.message", "m.room.name"]
+
+
 def test_encrypted_rooms_have_nothing_to_search(alice: Client) -> None:
     room_id = alice.create_room()
     alice.send_text(room_id, "a potoroo")
@@ -14810,6 +14865,21 @@ def test_children_are_ordered_as_in_the_specification() -> None:
     ]
     ranked = sorted(cast(Any, events), key=conduit.child_rank)
     assert [event.state_key for event in ranked] == ["!b", "!a", "!c", "!e", "!d"]
+
+
+def test_the_invited_may_know_a_room_elsewhere(pair: tuple[Server, Server]) -> None:
+    alice, bob = people(*pair)
+    carol = people(pair[1])[0]
+    room_id = alice.create_room(bob, name="Come and see")
+    eventually(lambda: section(bob, "invite", room_id))
+    summary, via = v1("room_summary", room_id), pair[0].name
+    seen = ok(bob.get(summary, via=via))
+    assert (seen["name"], seen["membership"]) == ("Come and see", "invite")
+    rooms = ok(bob.get(v1("rooms", room_id, "hierarchy"), via=via))["rooms"]
+    assert [room["room_id"] for room in rooms] == [room_id]
+    fails(carol.get(summary, via=via), 404, "M_NOT_FOUND")
+    bob.leave(room_id)
+    fails(bob.get(summary, via=via), 404, "M_NOT_FOUND")
 
 
 def test_sec_47_spaces_in_a_circle_end(alice: Client) -> None:
@@ -17859,6 +17929,21 @@ def test_device_lists_of_others(anna: Client, far: Elsewhere) -> None:
     assert changed(anna.poll()) == set()
 
 
+def test_sec_23_nobody_learns_from_us_whom_else_we_know(
+    here: Server, anna: Client, far: Elsewhere, peer: Peer
+) -> None:
+    """The keys of users elsewhere that we keep are for our own users only."""
+    user = shared(anna, far)[1].user
+    query_path = f"{FEDERATION_V1}/user/keys/query"
+    far.answers[query_path] = {"device_keys": {user: {"D": device_of(user)[1]}}}
+    whom = cast(Client, SimpleNamespace(user_id=user))
+    assert query(anna, whom)["device_keys"][user].keys() == {"D"}
+    asked = {"device_keys": {user: [], f"@nobody:{here.name}": []}}
+    assert ok(peer.ask(here, "POST", query_path, asked))["device_keys"] == {}
+    for name in (user, f"@nobody:{here.name}"):
+        fails(peer.ask(here, "GET", f"{FEDERATION_V1}/user/devices/{quote(name)}"), 404)
+
+
 def test_signatures_across_servers(anna: Client, far: Elsewhere) -> None:
     """Our user signs the master key of a user elsewhere, and sees that signature afterwards."""
     _, branch = shared(anna, far)
@@ -19730,6 +19815,29 @@ def test_room_that_ends_is_shown_once(alice: Client, bob: Client, end: str) -> N
     assert "last words" in bodies_in(back)
     alice.send_text(room_id, "welcome")
     assert bodies_in(sync()["rooms"][room_id]) == ["welcome"]
+
+
+@pytest.mark.parametrize("end", ["refused", "taken back", "knock denied"])
+def test_an_invite_or_knock_elsewhere_ends_in_the_open_connection(
+    pair: tuple[Server, Server], end: str
+) -> None:
+    alice, bob = people(*pair)
+    knock = {"type": "m.room.join_rules", "state_key": "", "content": {"join_rule": "knock"}}
+    room_id = alice.create_room(initial_state=[knock])
+    sync = slide(bob, limit=1, state=[["m.room.member", "$ME"]])
+    sync()
+    if end == "knock denied":
+        ok(bob.post(("knock", room_id), via=pair[0].name))
+    else:
+        alice.invite(room_id, bob)
+    assert "invite_state" in sync(timeout=9000)["rooms"][room_id]
+    if end == "refused":
+        bob.leave(room_id)
+    else:
+        ok(alice.post(("rooms", room_id, "kick"), {"user_id": bob.user_id}))
+    room = sync(timeout=9000)["rooms"][room_id]
+    assert room["required_state"][0]["content"]["membership"] == "leave"
+    assert (room["num_live"], len(room["timeline"])) == (1, 1)
 
 
 def test_sec_20_nothing_after_a_kick_on_an_open_connection(alice: Client, bob: Client) -> None:
@@ -24587,6 +24695,32 @@ def test_each_request_is_a_line_at_debug(new_server: Callable[..., Server]) -> N
     Client(server).get("/_matrix/client/versions")
     found = re.findall(r"http: #(\d+) GET /_matrix/client/versions: 200, [\d.]+ ms", server.log)
     assert len(set(found)) == len(found) >= 1
+
+
+def test_what_is_announced_is_there(new_server: Callable[..., Server]) -> None:
+    """The versions of the specification, and the old paths of what a flag stands for."""
+    server = new_server()
+    admin, other = register(server), register(server)
+    said = ok(admin.get("/_matrix/client/versions"))
+    assert said["versions"] == [f"v1.{minor}" for minor in range(1, 20)]
+    flags, unstable = said["unstable_features"], "/_matrix/client/unstable/"
+    assert flags["uk.timedout.msc4323"]
+    path = f"{unstable}uk.timedout.msc4323/admin/suspend/{quote(other.user_id)}"
+    ok(admin.put(path, {"suspended": True}))
+    assert ok(admin.get(v1("admin", "suspend", other.user_id))) == {"suspended": True}
+    assert flags["org.matrix.msc3882"]
+    assert "login_token" in ok(admin.uia("POST", f"{unstable}org.matrix.msc3882/login/get_token"))
+    assert flags["org.matrix.msc4380.stable"]
+    config = ("user", other.user_id, "account_data", "m.invite_permission_config")
+    ok(other.put(config, {"default_action": "block"}))
+    invite = admin.post("createRoom", {"invite": [other.user_id]})
+    fails(invite, 403, "M_INVITE_BLOCKED")
+    assert flags["org.matrix.msc3827.stable"]
+    creation = {"preset": "public_chat", "visibility": "public"}
+    space = admin.create_room(**creation, creation_content={"type": "m.space"})
+    admin.create_room(**creation)
+    found = ok(admin.post("publicRooms", {"filter": {"room_types": ["m.space"]}}))["chunk"]
+    assert [room["room_id"] for room in found] == [space]
 
 
 # ═════════════════════════════════════════════════════════════════════════════
