@@ -13214,25 +13214,6 @@ def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> No
     fails(join_via(alice, other.room_id, peer), 400, "M_INCOMPATIBLE_ROOM_VERSION")
 
 
-def test_history_is_fetched(pair: tuple[Server, Server], synapse: Synapse) -> None:
-    """All 500 messages from before we came, in their order, page by page."""
-    bob, alice = people(synapse, pair[0])
-    room_id = bob.create_room(preset="public_chat", room_version="11")
-    texts = [f"number {number}" for number in range(500)]
-    for text in texts:
-        bob.send_text(room_id, text)
-    ok(join_via(alice, room_id, synapse))
-    found, token = [], section(alice, "join", room_id)["timeline"]["prev_batch"]
-    for _ in range(40):
-        page = alice.messages(room_id, limit=50, **{"from": token})
-        found += [event["content"]["body"] for event in page["chunk"] if "body" in event["content"]]
-        token = page.get("end")
-        if token is None:
-            break
-    assert found == texts[::-1]
-    assert page["chunk"][-1]["type"] == "m.room.create"
-
-
 # ═════════════════════════════════════════════════════════════════════════════
 #  18. PUSH RULES AND UNREAD COUNTS
 # ═════════════════════════════════════════════════════════════════════════════
@@ -25139,7 +25120,7 @@ def test_an_evening_of_a_family(new_server: Callable[..., Server], tmp_path: Pat
 # other way round. What counts in the end is that both servers tell the same of it.
 
 Sides = tuple[Client, Client]
-PLAYED: Final = VERSIONS if os.environ.get("DEEP") else ["1", "5", "10", "12"]
+PLAYED: Final = VERSIONS if os.environ.get("DEEP") else ["1", "10", "12"]
 
 
 @pytest.fixture(scope="module")
@@ -25259,12 +25240,7 @@ def test_a_room_of_two_programs(two: Sides, version: str) -> None:
     guest.redact(room_id, said[host])  # a moderator may
     agree(room_id, *two)
     for action, wanted in (("kick", "leave"), ("ban", "ban"), ("unban", "leave")):
-        body = (
-            {"user_id": guest.user_id, "reason": action}
-            if action != "unban"
-            else {"user_id": guest.user_id}
-        )
-        ok(host.post(("rooms", room_id, action), body))
+        ok(host.post(("rooms", room_id, action), {"user_id": guest.user_id, "reason": action}))
         eventually(lambda: section(guest, "leave", room_id))
         expected = 403 if wanted == "ban" else 200
         assert join_via(guest, room_id, host.server).status_code == expected
@@ -25275,22 +25251,33 @@ def test_a_room_of_two_programs(two: Sides, version: str) -> None:
     becomes(host, room_id, guest, "leave")
 
 
-def test_invites_that_are_taken_back(two: Sides) -> None:
-    """Rescinded, refused, refused by the ban of a knock; and the rest of the room goes on."""
+@pytest.mark.parametrize("version", ["10", "12"])
+def test_invites_and_knocks_that_are_taken_back(two: Sides, version: str) -> None:
+    """By whoever made them, or refused.
+
+    A Synapse tells the other server only of invites that are taken back; nothing of bans, and
+    nothing of knocks.
+    """
     host, guest = two
     rule = {"type": "m.room.join_rules", "state_key": "", "content": {"join_rule": "knock"}}
-    room_id = host.create_room(guest, initial_state=[rule])
-    eventually(lambda: section(guest, "invite", room_id), 20)
-    ok(host.post(("rooms", room_id, "kick"), {"user_id": guest.user_id}))
-    eventually(lambda: not section(guest, "invite", room_id), 20)
-    for refusal in ("kick", "ban"):
-        ok(guest.post(f"knock/{quote(room_id)}?{via(host.server)}", {}))
-        becomes(host, room_id, guest, "knock")
-        ok(host.post(("rooms", room_id, refusal), {"user_id": guest.user_id}))
+    room_id = host.create_room(guest, initial_state=[rule], room_version=version)
+    place, user = f"knock/{quote(room_id)}?{via(host.server)}", {"user_id": guest.user_id}
+    for action in ("kick", "ban"):
+        eventually(lambda: section(guest, "invite", room_id), 20)
+        ok(host.post(("rooms", room_id, action), user))
+        if action == "kick":
+            eventually(lambda: not section(guest, "invite", room_id), 20)
+            host.invite(room_id, guest)
+    fails(guest.post(place), 403, "M_FORBIDDEN")
+    ok(host.post(("rooms", room_id, "unban"), user))
+    ok(guest.post(place))
+    becomes(host, room_id, guest, "knock")
+    ok(host.post(("rooms", room_id, "kick"), user))
+    if isinstance(guest.server, Synapse):
         eventually(lambda: not section(guest, "knock", room_id), 20)
-    fails(guest.post(f"knock/{quote(room_id)}?{via(host.server)}", {}), 403)
-    ok(host.post(("rooms", room_id, "unban"), {"user_id": guest.user_id}))
-    ok(guest.post(f"knock/{quote(room_id)}?{via(host.server)}", {}))
+        return
+    ok(guest.post(place))
+    becomes(host, room_id, guest, "knock")
     guest.leave(room_id)
     becomes(host, room_id, guest, "leave")
 
@@ -25313,8 +25300,9 @@ def test_what_passes_between_two_programs(two: Sides) -> None:
     room_id = enter(guest, host)
     root = host.send_text(room_id, "root")
     relation = {"rel_type": "m.thread", "event_id": root}
-    reply = host.send(room_id, "m.room.message", {"body": "r", "m.relates_to": relation})
-    reads(guest, room_id, "root", "r")
+    content = {"msgtype": "m.text", "body": "reply", "m.relates_to": relation}
+    reply = host.send(room_id, "m.room.message", content)
+    reads(guest, room_id, "root", "reply")
     for one, other in (two, two[::-1]):
         for typing in (True, False):
             body = {"typing": typing, "timeout": 20_000} if typing else {"typing": False}
