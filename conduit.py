@@ -15392,7 +15392,7 @@ class Handshakes:
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def candidates(self, room_id: str, user_id: str, given: Iterable[str]) -> list[str]:
-        """The servers to try: those named, of who told the user of it, the room's own, its members'."""
+        """The servers to try: those named, who told the user of it, those of its id and members."""
         found, hs = list(given), self.hs
         room = hs.rooms.heard_of(room_id)
         if room is not None:

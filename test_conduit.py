@@ -25304,82 +25304,81 @@ def test_what_passes_between_two_programs(two: Sides) -> None:
     reply = host.send(room_id, "m.room.message", content)
     reads(guest, room_id, "root", "reply")
     for one, other in (two, two[::-1]):
-        for typing in (True, False):
-            body = {"typing": typing, "timeout": 20_000} if typing else {"typing": False}
-            ok(one.put(("rooms", room_id, "typing", one.user_id), body))
-            expected = {"user_ids": [one.user_id] if typing else []}
-            other.wait_for(lambda it, e=expected: e in ephemeral(it, room_id, "m.typing"), 20)
+        for typing in ({"typing": True, "timeout": 20_000}, {"typing": False}):
+            ok(one.put(("rooms", room_id, "typing", one.user_id), typing))
+            shown = {"user_ids": [one.user_id] * bool(typing["typing"])}
+            other.wait_for(lambda it, shown=shown: ephemeral(it, room_id, "m.typing") == shown, 20)
         for event_id, thread in ((root, "main"), (reply, root)):
-            path = ("rooms", room_id, "receipt", "m.read", event_id)
-            ok(one.post(path, {"thread_id": thread}))
-            eventually(lambda e=event_id, t=thread: has_read(other, room_id, one, e, t), 20)
+            ok(one.post(("rooms", room_id, "receipt", "m.read", event_id), {"thread_id": thread}))
+            wait_for_receipt(other, room_id, one, event_id, thread)
         status = {"presence": "unavailable", "status_msg": f"at {one.user_id}"}
         ok(one.put(("presence", one.user_id, "status"), status))
-        other.wait_for(lambda it, s=status, u=one: presence_in(it, u).items() >= s.items(), 20)
+        wait_for_presence(other, one, status)
 
 
-def ephemeral(result: Json, room_id: str, kind: str) -> list[Json]:
-    """The contents of one type that a sync has for a room."""
-    room = result.get("rooms", {}).get("join", {}).get(room_id, {})
-    events = room.get("ephemeral", {}).get("events", [])
-    return [event["content"] for event in events if event["type"] == kind]
+def wait_for_receipt(
+    client: Client, room_id: str, user: Client, event_id: str, thread: str
+) -> None:
+    """Wait until a user hears what another has read."""
+
+    def heard(result: Json) -> bool:
+        shown = ephemeral(result, room_id, "m.receipt") or {}
+        mark = shown.get(event_id, {}).get("m.read", {}).get(user.user_id, {})
+        return bool(mark.get("thread_id") == thread)
+
+    client.wait_for(heard, 20)
 
 
-def has_read(client: Client, room_id: str, user: Client, event_id: str, thread: str) -> bool:
-    """Whether a full sync has a receipt of a user."""
-    found = ephemeral(client.sync(timeout=secrets.randbelow(100)), room_id, "m.receipt")
-    marks = [each.get(event_id, {}).get("m.read", {}).get(user.user_id) for each in found]
-    return any(mark and mark.get("thread_id") == thread for mark in marks)
+def wait_for_presence(client: Client, user: Client, wanted: Json) -> None:
+    """Wait until a user hears this of the presence of another."""
 
+    def heard(result: Json) -> bool:
+        events = result.get("presence", {}).get("events", [])
+        shown = [event["content"] for event in events if event["sender"] == user.user_id]
+        return any(wanted.items() <= each.items() for each in shown)
 
-def presence_in(result: Json, user: Client) -> Json:
-    """What a sync says of the presence of a user."""
-    events = result.get("presence", {}).get("events", [])
-    found = [event["content"] for event in events if event["sender"] == user.user_id]
-    return found[-1] if found else {}
+    client.wait_for(heard, 20)
 
 
 def test_devices_of_two_programs(two: Sides) -> None:
     """New devices, cross-signing, claimed keys, messages to devices, and a device that goes."""
     enter(two[1], two[0])
-    for one, other in (two, two[::-1]):
-        phone = one.login()
-        for client in (one, phone, other):
-            client.checked = not isinstance(client.server, Synapse)
-        news = lambda it, user=one: user.user_id in changed(it)  # noqa: E731  said three times
-        other.poll()
-        first = crypto(one)
-        other.wait_for(news, 20)
-        second = crypto(phone, 2)
-        other.wait_for(news, 20)
-        keys = first.cross_signing_keys()
-        ok(one.uia("POST", "keys/device_signing/upload", keys))
-        other.wait_for(news, 20)
-        found = eventually(lambda user=one, it=other: query(it, user)["master_keys"], 20)
-        assert found[one.user_id]["keys"] == keys["master_key"]["keys"]
-        listed = query(other, one)
-        assert listed["device_keys"][one.user_id].keys() >= {one.device_id, phone.device_id}
-        claims = [claim(other, second) for _ in range(3)]
-        assert [len(each) for each in claims] == [1, 1, 0] and claims[0] != claims[1]
-        phone.poll()
-        for number in range(3):
-            messages = {one.user_id: {phone.device_id: {"n": number}}}
-            tell_devices(other, "m.test", messages)
-        got: list[int] = []
-        arrived = lambda it, got=got: (
-            got.extend(e["content"]["n"] for e in to_device(it)) or got[2:]
-        )  # noqa: E731  short
-        phone.wait_for(arrived, 20)
-        assert got == [0, 1, 2]
-        other.poll()
-        ok(phone.post("logout", {}))
-        other.wait_for(news, 20)
-        eventually(
-            lambda user=one, it=other, gone=phone: (
-                gone.device_id not in query(it, user)["device_keys"][user.user_id]
-            ),
-            20,
-        )
+    devices_are_seen(*two)
+    devices_are_seen(*two[::-1])
+
+
+def devices_are_seen(one: Client, other: Client) -> None:
+    """What one does with devices is seen by the other."""
+    phone = one.login()
+    phone.checked = one.checked
+
+    def news(result: Json) -> bool:
+        return one.user_id in changed(result)
+
+    other.poll()
+    first = crypto(one)
+    other.wait_for(news, 20)
+    second = crypto(phone, 2)
+    other.wait_for(news, 20)
+    keys = first.cross_signing_keys()
+    ok(one.uia("POST", "keys/device_signing/upload", keys))
+    other.wait_for(news, 20)
+    found = eventually(lambda: query(other, one)["master_keys"], 20)
+    assert found[one.user_id]["keys"] == keys["master_key"]["keys"]
+    listed = query(other, one)["device_keys"][one.user_id]
+    assert listed.keys() >= {one.device_id, phone.device_id}
+    claims = [claim(other, second) for _ in range(3)]
+    assert [len(each) for each in claims] == [1, 1, 0] and claims[0] != claims[1]
+    phone.poll()
+    for number in range(3):
+        tell_devices(other, "m.test", {one.user_id: {phone.device_id: {"n": number}}})
+    got: list[Json] = []
+    eventually(lambda: got.extend(to_device(phone.poll())) or got[2:], 20)
+    assert [event["content"]["n"] for event in got] == [0, 1, 2]
+    other.poll()
+    ok(phone.post("logout", {}))
+    other.wait_for(news, 20)
+    eventually(lambda: phone.device_id not in query(other, one)["device_keys"][one.user_id], 20)
 
 
 def test_spaces_of_two_programs(two: Sides) -> None:
