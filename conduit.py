@@ -2558,6 +2558,11 @@ def check_references(version: RoomVersion, pdu: Json, name: str, limit: int) -> 
             raise bad_json(f"{name} has an entry that is no event id")
 
 
+def without_unsigned(pdu: Json) -> Json:
+    """A PDU but for what its sender likes to say besides."""
+    return {key: value for key, value in pdu.items() if key != "unsigned"}
+
+
 def check_fields(version: RoomVersion, pdu: Json) -> None:
     """The part of the format that an event has before it is hashed and signed."""
     event_type = check_text(pdu, "type")
@@ -2576,7 +2581,7 @@ def check_fields(version: RoomVersion, pdu: Json) -> None:
     if not version.redacts_in_content and not isinstance(pdu.get("redacts", ""), str):
         raise bad_json("redacts is not a string")
     if version.strict_json:
-        check_canonical({key: value for key, value in pdu.items() if key != "unsigned"})
+        check_canonical(without_unsigned(pdu))
 
 
 def check_hashes(hashes: object) -> None:
@@ -2598,14 +2603,15 @@ def check_format(version: RoomVersion, pdu: Any) -> None:
     """Refuse what is no event of this room version: 400 M_BAD_JSON, or 413 M_TOO_LARGE.
 
     Spec: SS-API "Checks performed on receipt of a PDU", check 1.
-    Trap: `unsigned` is whatever the sender likes; nothing may be concluded from it.
+    Trap: `unsigned` is whatever the sender likes; nothing may be concluded from it. A Synapse puts
+    the content that a state event replaced there, which may double the size of the PDU.
     """
     if not isinstance(pdu, dict):
         raise bad_json("An event is an object")
     check_fields(version, pdu)
     check_hashes(pdu.get("hashes"))
     check_signatures(pdu.get("signatures"))
-    if len(canonical_json(pdu)) > MAX_EVENT_BYTES:
+    if len(canonical_json(without_unsigned(pdu))) > MAX_EVENT_BYTES:
         raise too_large("The event is larger than 65536 bytes")
 
 
@@ -15251,7 +15257,7 @@ JOIN_SECONDS = 900.0  # for the whole of a room's state to come
 JOIN_BYTES = 2**30
 SIGNER_SECONDS = 60.0  # for the keys of all servers that signed it
 HANDSHAKE_SECONDS = 30.0
-JSON_WINDOW = 2**18  # characters; no event is longer, however it is escaped
+JSON_WINDOW = 2**19  # characters; no event is longer, with what it replaced, however escaped
 MAX_TOLD = 100  # events looked at in an invite, besides itself
 MAX_STRIPPED_BYTES = 2**16  # kept of what an invite says about a room
 BACKFILL_LIMIT = 100  # events fetched at a time
@@ -15445,13 +15451,13 @@ class Handshakes:
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     def candidates(self, room_id: str, user_id: str, given: Iterable[str]) -> list[str]:
-        """The servers to try: those named, who invited the user, the room's own, its members'."""
+        """The servers to try: those named, who told the user of it, those of its id and members."""
         found, hs = list(given), self.hs
         room = hs.rooms.heard_of(room_id)
         if room is not None:
             member = hs.rooms.memberships(hs.db.user_nid(user_id)).get(room.nid)
-            event = None if member is None else hs.rooms.event_by_nid(member.event_nid)
-            found += [] if event is None else [server_of(event.sender)]
+            told = [] if member is None else stripped_state(hs.rooms, room, member)
+            found += [server_of(each["sender"]) for each in reversed(told)]
         found += [room_id.partition(":")[2]] if ":" in room_id else []
         found += [] if room is None else servers_in(room)
         others = (one for one in found if is_server_name(one) and one != hs.config.server_name)

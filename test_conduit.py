@@ -881,7 +881,7 @@ class Synapse(Server):
             "report_stats": False,
             "bcrypt_rounds": 4,
             "presence": {"enabled": True},
-            "enable_room_list_search": True,
+            "room_list_publication_rules": [{"action": "allow"}],
             "allow_public_rooms_over_federation": True,
             "allow_public_rooms_without_auth": True,
             "experimental_features": {"msc3266_enabled": True},
@@ -8288,7 +8288,7 @@ def test_a_silent_server_is_left_alone_for_a_while(pair: tuple[Server, Server], 
 def test_profiles_aliases_and_lists_of_other_servers(
     pair: tuple[Server, Server], synapse: Synapse
 ) -> None:
-    """What users of one server see of another, in all directions; Synapse's list is closed."""
+    """What users of one server see of another, in all directions."""
     ours, other = pair
     for mine, theirs in ((ours, other), (ours, synapse), (synapse, ours)):
         alice, bob = register(mine), register(theirs)
@@ -8307,9 +8307,8 @@ def test_profiles_aliases_and_lists_of_other_servers(
         query = {"filter": {"generic_search_term": title}}
         path = f"publicRooms?server={quote(theirs.name)}"
         page = ok(alice.post(path, query))
-        listed = [room_id] if theirs is not synapse else []
-        assert [each["room_id"] for each in page["chunk"]] == listed
-        assert ok(alice.get("publicRooms", server=theirs.name, limit=1))["chunk"][:1] or not listed
+        assert [each["room_id"] for each in page["chunk"]] == [room_id]
+        assert ok(alice.get("publicRooms", server=theirs.name, limit=1))["chunk"]
     fails(Client(ours).get("publicRooms", server=other.name), 401)
 
 
@@ -12963,10 +12962,10 @@ class PeerRoom:
         self.state: dict[conduit.StateKey, conduit.Event] = {}
         self.events: list[conduit.Event] = []
         self.given: list[Json] = []  # the events that we were handed
+        # Two rooms of one moment are still two, where the id is a hash of this.
+        content = {"room_version": version, "org.example.room": self.room_id}
         creator = {"creator": self.owner} if self.version.creator_in_content else {}
-        self.room_id = self.put(
-            "m.room.create", {"room_version": version, "nonce": unique(), **creator}
-        ).room_id
+        self.room_id = self.put("m.room.create", {**content, **creator}).room_id
         self.put("m.room.member", {"membership": "join"}, self.owner)
         self.put("m.room.join_rules", {"join_rule": rule})
 
@@ -13401,25 +13400,6 @@ def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> No
     fails(join_via(alice, other.room_id, peer, cast("Any", dead)), 403, "M_FORBIDDEN")
     peer.answers["make_join"] = {"room_version": "99", "event": {}}
     fails(join_via(alice, other.room_id, peer), 400, "M_INCOMPATIBLE_ROOM_VERSION")
-
-
-def test_history_is_fetched(pair: tuple[Server, Server], synapse: Synapse) -> None:
-    """All 500 messages from before we came, in their order, page by page."""
-    bob, alice = people(synapse, pair[0])
-    room_id = bob.create_room(preset="public_chat", room_version="11")
-    texts = [f"number {number}" for number in range(500)]
-    for text in texts:
-        bob.send_text(room_id, text)
-    ok(join_via(alice, room_id, synapse))
-    found, token = [], section(alice, "join", room_id)["timeline"]["prev_batch"]
-    for _ in range(40):
-        page = alice.messages(room_id, limit=50, **{"from": token})
-        found += [event["content"]["body"] for event in page["chunk"] if "body" in event["content"]]
-        token = page.get("end")
-        if token is None:
-            break
-    assert found == texts[::-1]
-    assert page["chunk"][-1]["type"] == "m.room.create"
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -26128,6 +26108,389 @@ def test_an_evening_of_a_family(new_server: Callable[..., Server], tmp_path: Pat
                 device.stop()
     server.stop()
     server.check()
+
+
+# ── With a Synapse ───────────────────────────────────────────────────────────
+#
+# Each conversation in both directions: a room of ours that users of a Synapse come to, and the
+# other way round. What counts in the end is that both servers tell the same of it.
+
+Sides = tuple[Client, Client]
+PLAYED: Final = VERSIONS if os.environ.get("DEEP") else ["1", "10", "12"]
+
+
+@pytest.fixture(scope="module")
+def beside(
+    tmp_path_factory: pytest.TempPathFactory, authority: Authority, synapse: Synapse
+) -> Iterator[Server]:
+    """A server of ours that talks with the shared Synapse of everything, presence included."""
+    ours = federating(
+        tmp_path_factory.mktemp("beside"), authority, allow_outgoing_presence=True
+    ).start()
+    yield ours
+    ours.stop()
+    ours.assert_clean_log()
+    ours.check()
+
+
+@pytest.fixture(params=["ours", "theirs"])
+def hosts(request: pytest.FixtureRequest, beside: Server, synapse: Synapse) -> list[Server]:
+    """The server where the rooms are made, and the other."""
+    return [beside, synapse] if request.param == "ours" else [synapse, beside]
+
+
+@pytest.fixture
+def two(hosts: list[Server]) -> Sides:
+    """A user on each: the host of the rooms, and the guest."""
+    host, guest = people(*hosts)
+    return host, guest
+
+
+def history(client: Client, room_id: str) -> dict[str, Json]:
+    """All events of a room that a user may see, by their ids."""
+    page = client.messages(room_id)
+    events = page["chunk"]
+    while page.get("end"):
+        page = client.messages(room_id, **{"from": page["end"]})
+        events += page["chunk"]
+    return {event["event_id"]: event for event in events}
+
+
+def view(client: Client, room_id: str) -> Json:
+    """What a user sees of a room, in the words that both servers must have in common."""
+    reply = client.get(("rooms", room_id, "state"))
+    if reply.status_code != 200:
+        return {"status": reply.status_code}
+    state = {f"{e['type']} {e['state_key']}": e["event_id"] for e in reply.json()}
+    told = ("type", "sender", "state_key", "content", "origin_server_ts")
+    events = history(client, room_id).items()
+    return state | {event_id: {name: e.get(name) for name in told} for event_id, e in events}
+
+
+def agree(room_id: str, *clients: Client, seconds: float = 30) -> Json:
+    """Wait until all see the same state and events in a room; what they see."""
+    deadline = time.monotonic() + seconds
+    while True:
+        first, *others = (view(client, room_id) for client in clients)
+        if all(first == other for other in others):
+            return first
+        if time.monotonic() > deadline:
+            odd = [
+                {key: (first.get(key), other.get(key)) for key in first | other} for other in others
+            ]
+            odd = [{k: v for k, v in each.items() if v[0] != v[1]} for each in odd]
+            pytest.fail(f"no agreement on {room_id}: {odd}")
+        time.sleep(0.2)
+
+
+def enter(guest: Client, host: Client, **fields: Any) -> str:
+    """A public room of the host that the guest has joined."""
+    room_id = host.create_room(preset="public_chat", **fields)
+    ok(join_via(guest, room_id, host.server))
+    return room_id
+
+
+def reads(client: Client, room_id: str, *texts: str) -> None:
+    """Wait until the user has these messages."""
+    eventually(lambda: {*texts} <= {*client.bodies(room_id)}, 20)
+
+
+def is_now(client: Client, room_id: str, event_type: str, content: Json, key: str = "") -> None:
+    """Wait until the user sees this state."""
+    path = ("rooms", room_id, "state", event_type, key)
+    eventually(lambda: content.items() <= client.get(path).json().items(), 20)
+
+
+def becomes(client: Client, room_id: str, user: Client, wanted: str) -> None:
+    """Wait until a user sees this membership of another."""
+    is_now(client, room_id, "m.room.member", {"membership": wanted}, user.user_id)
+
+
+@pytest.mark.parametrize("version", PLAYED)
+def test_a_room_of_two_programs(two: Sides, version: str) -> None:
+    """Messages, state, edits, redactions, kick, ban and a new name: both tell the same of it."""
+    host, guest = two
+    room_id = enter(guest, host, room_version=version, name="Both")
+    levels = host.state(room_id, "m.room.power_levels")
+    levels["users"] = {**levels.get("users", {}), guest.user_id: 50}
+    host.set_state(room_id, "m.room.power_levels", levels)
+    is_now(guest, room_id, "m.room.power_levels", {"users": levels["users"]})
+    said = {}
+    for one, other in (two, two[::-1]):
+        text = f"{one.user_id}: ä \U0001f600"
+        said[one] = one.send_text(room_id, text)
+        reads(other, room_id, text)
+        new = {"msgtype": "m.text", "body": "new"}
+        relation = {"rel_type": "m.replace", "event_id": said[one]}
+        edit = {**new, "body": f"* {text}", "m.new_content": new, "m.relates_to": relation}
+        one.send(room_id, "m.room.message", edit)
+        one.set_state(room_id, "m.room.topic", {"topic": text})
+        is_now(other, room_id, "m.room.topic", {"topic": text})
+        one.set_state(room_id, "org.example.long", {"n": 2**53 - 1, "s": "x" * 50_000}, "key")
+        ok(one.put(("profile", one.user_id, "displayname"), {"displayname": f"New {text}"}))
+        is_now(other, room_id, "m.room.member", {"displayname": f"New {text}"}, one.user_id)
+        slip = one.send_text(room_id, f"slip of {text}")
+        reads(other, room_id, f"slip of {text}")
+        one.redact(room_id, slip, "a slip")
+        eventually(lambda slip=slip, other=other: not history(other, room_id)[slip]["content"], 20)
+    guest.redact(room_id, said[host])  # a moderator may
+    agree(room_id, *two)
+    for action, wanted in (("kick", "leave"), ("ban", "ban"), ("unban", "leave")):
+        ok(host.post(("rooms", room_id, action), {"user_id": guest.user_id, "reason": action}))
+        eventually(lambda: section(guest, "leave", room_id))
+        expected = 403 if wanted == "ban" else 200
+        assert join_via(guest, room_id, host.server).status_code == expected
+    host.send_text(room_id, "last")
+    reads(guest, room_id, "last")
+    agree(room_id, *two)
+    guest.leave(room_id)
+    becomes(host, room_id, guest, "leave")
+
+
+@pytest.mark.parametrize("version", ["10", "12"])
+def test_invites_and_knocks_that_are_taken_back(two: Sides, version: str) -> None:
+    """By whoever made them, or refused.
+
+    A Synapse tells the other server only of invites that are taken back; nothing of bans, and
+    nothing of knocks.
+    """
+    host, guest = two
+    rule = {"type": "m.room.join_rules", "state_key": "", "content": {"join_rule": "knock"}}
+    room_id = host.create_room(guest, initial_state=[rule], room_version=version)
+    place, user = f"knock/{quote(room_id)}?{via(host.server)}", {"user_id": guest.user_id}
+    for action in ("kick", "ban"):
+        eventually(lambda: section(guest, "invite", room_id), 20)
+        ok(host.post(("rooms", room_id, action), user))
+        if action == "kick":
+            eventually(lambda: not section(guest, "invite", room_id), 20)
+            host.invite(room_id, guest)
+    fails(guest.post(place), 403, "M_FORBIDDEN")
+    ok(host.post(("rooms", room_id, "unban"), user))
+    ok(guest.post(place))
+    becomes(host, room_id, guest, "knock")
+    ok(host.post(("rooms", room_id, "kick"), user))
+    if isinstance(guest.server, Synapse):
+        eventually(lambda: not section(guest, "knock", room_id), 20)
+        return
+    ok(guest.post(place))
+    becomes(host, room_id, guest, "knock")
+    guest.leave(room_id)
+    becomes(host, room_id, guest, "leave")
+
+
+def test_500_events_of_before(two: Sides) -> None:
+    """Who comes late pages back through all of them, in their order."""
+    host, guest = two
+    room_id = host.create_room(preset="public_chat")
+    texts = [f"{number}" for number in range(500)]
+    for text in texts:
+        host.send_text(room_id, text)
+    ok(join_via(guest, room_id, host.server))
+    eventually(lambda: guest.bodies(room_id) == texts, 60)
+    agree(room_id, *two)
+
+
+def test_what_passes_between_two_programs(two: Sides) -> None:
+    """Typing, receipts (also of threads), presence, in both directions."""
+    host, guest = two
+    room_id = enter(guest, host)
+    root = host.send_text(room_id, "root")
+    relation = {"rel_type": "m.thread", "event_id": root}
+    content = {"msgtype": "m.text", "body": "reply", "m.relates_to": relation}
+    reply = host.send(room_id, "m.room.message", content)
+    reads(guest, room_id, "root", "reply")
+    for one, other in (two, two[::-1]):
+        for typing in ({"typing": True, "timeout": 20_000}, {"typing": False}):
+            ok(one.put(("rooms", room_id, "typing", one.user_id), typing))
+            shown = {"user_ids": [one.user_id] * bool(typing["typing"])}
+            other.wait_for(lambda it, shown=shown: ephemeral(it, room_id, "m.typing") == shown, 20)
+        for event_id, thread in ((root, "main"), (reply, root)):
+            ok(one.post(("rooms", room_id, "receipt", "m.read", event_id), {"thread_id": thread}))
+            wait_for_receipt(other, room_id, one, event_id, thread)
+        status = {"presence": "unavailable", "status_msg": f"at {one.user_id}"}
+        ok(one.put(("presence", one.user_id, "status"), status))
+        wait_for_presence(other, one, status)
+
+
+def wait_for_receipt(
+    client: Client, room_id: str, user: Client, event_id: str, thread: str
+) -> None:
+    """Wait until a user hears what another has read."""
+
+    def heard(result: Json) -> bool:
+        shown = ephemeral(result, room_id, "m.receipt") or {}
+        mark = shown.get(event_id, {}).get("m.read", {}).get(user.user_id, {})
+        return bool(mark.get("thread_id") == thread)
+
+    client.wait_for(heard, 20)
+
+
+def wait_for_presence(client: Client, user: Client, wanted: Json) -> None:
+    """Wait until a user hears this of the presence of another."""
+
+    def heard(result: Json) -> bool:
+        events = result.get("presence", {}).get("events", [])
+        shown = [event["content"] for event in events if event["sender"] == user.user_id]
+        return any(wanted.items() <= each.items() for each in shown)
+
+    client.wait_for(heard, 20)
+
+
+def test_devices_of_two_programs(two: Sides) -> None:
+    """New devices, cross-signing, claimed keys, messages to devices, and a device that goes."""
+    enter(two[1], two[0])
+    devices_are_seen(*two)
+    devices_are_seen(*two[::-1])
+
+
+def devices_are_seen(one: Client, other: Client) -> None:
+    """What one does with devices is seen by the other."""
+    phone = one.login()
+    phone.checked = one.checked
+
+    def news(result: Json) -> bool:
+        return one.user_id in changed(result)
+
+    other.poll()
+    first = crypto(one)
+    other.wait_for(news, 20)
+    second = crypto(phone, 2)
+    other.wait_for(news, 20)
+    keys = first.cross_signing_keys()
+    ok(one.uia("POST", "keys/device_signing/upload", keys))
+    other.wait_for(news, 20)
+    found = eventually(lambda: query(other, one)["master_keys"], 20)
+    assert found[one.user_id]["keys"] == keys["master_key"]["keys"]
+    listed = query(other, one)["device_keys"][one.user_id]
+    assert listed.keys() >= {one.device_id, phone.device_id}
+    claims = [claim(other, second) for _ in range(3)]
+    assert [len(each) for each in claims] == [1, 1, 0] and claims[0] != claims[1]
+    phone.poll()
+    for number in range(3):
+        tell_devices(other, "m.test", {one.user_id: {phone.device_id: {"n": number}}})
+    got: list[Json] = []
+    eventually(lambda: got.extend(to_device(phone.poll())) or got[2:], 20)
+    assert [event["content"]["n"] for event in got] == [0, 1, 2]
+    other.poll()
+    ok(phone.post("logout", {}))
+    other.wait_for(news, 20)
+    eventually(lambda: phone.device_id not in query(other, one)["device_keys"][one.user_id], 20)
+
+
+def test_spaces_of_two_programs(two: Sides) -> None:
+    """The guest's server has the space, and asks the host's for the rooms that it has not."""
+    host, guest = two
+    rooms = [host.create_room(preset="public_chat", name=f"Room {n}") for n in range(3)]
+    inner = host.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    hidden = host.create_room(name="Hidden")
+    space = host.create_room(preset="public_chat", creation_content={"type": "m.space"})
+    for parent, children in ((inner, rooms[1:]), (space, [rooms[0], inner, hidden])):
+        for child in children:
+            host.set_state(parent, "m.space.child", {"via": [host.server.name]}, child)
+    ok(join_via(guest, space, host.server))
+
+    def shown() -> set[str]:
+        path = f"/_matrix/client/v1/rooms/{quote(space)}/hierarchy"
+        return {each["room_id"] for each in ok(guest.get(path))["rooms"]}
+
+    eventually(lambda: shown() == {space, inner, *rooms}, 20)
+    path = f"/_matrix/client/v1/room_summary/{quote(rooms[1])}?{via(host.server)}"
+    assert ok(guest.get(path))["name"] == "Room 1"
+
+
+@pytest.mark.parametrize("version", ["11", "12"])
+def test_a_room_is_replaced(two: Sides, version: str) -> None:
+    """The tombstone leads the guest to the new room, which is like the old one."""
+    host, guest = two
+    old = enter(guest, host, room_version="6", name="Old")
+    new = ok(host.post(("rooms", old, "upgrade"), {"new_version": version}))["replacement_room"]
+    is_now(guest, old, "m.room.tombstone", {"replacement_room": new})
+    ok(join_via(guest, new, host.server))
+    is_now(guest, new, "m.room.name", {"name": "Old"})
+    assert guest.state(new, "m.room.create")["predecessor"]["room_id"] == old
+    agree(new, *two)
+    agree(old, *two)
+
+
+def test_each_is_down_for_a_while(tmp_path: Path, authority: Authority) -> None:
+    """Each speaks while the other is down, of state as well; afterwards both know everything."""
+    theirs = Synapse(tmp_path / "theirs", authority).start()
+    ours = federating(tmp_path / "ours", authority).start()
+    host, guest = people(ours, theirs)
+    room_id = enter(guest, host)
+    levels = host.state(room_id, "m.room.power_levels")
+    host.set_state(room_id, "m.room.power_levels", {**levels, "state_default": 0})
+    is_now(guest, room_id, "m.room.power_levels", {"state_default": 0})
+    ours.kill9()
+    for number in range(60):
+        guest.send_text(room_id, f"theirs {number}")
+    guest.set_state(room_id, "m.room.topic", {"topic": "theirs"})
+    guest.set_state(room_id, "org.example.theirs", {})
+    theirs.stop()
+    ours.start()
+    for number in range(60):
+        host.send_text(room_id, f"ours {number}")
+    host.set_state(room_id, "m.room.topic", {"topic": "ours"})
+    host.set_state(room_id, "org.example.ours", {})
+    theirs.start()
+    host.send_text(room_id, "back")
+    guest.send_text(room_id, "again")
+    seen = agree(room_id, host, guest, seconds=60)
+    assert {"org.example.ours ", "org.example.theirs "} <= seen.keys()
+    assert len(host.bodies(room_id)) == 122
+    for each in (ours, theirs):
+        each.stop()
+    ours.assert_clean_log()
+    ours.check()
+
+
+@slow
+def test_sealed_words_between_two_programs(
+    beside: Server,
+    synapse: Synapse,
+    authority: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two devices of matrix-js-sdk compare emoji, in a room and without, and then talk."""
+    need("node")
+    if not NODE_MODULES.is_dir():
+        pytest.skip("needs matrix-js-sdk, which the Makefile installs where there is npm")
+    monkeypatch.setenv("NODE_EXTRA_CA_CERTS", str(authority.file))
+    devices = []
+    try:
+        for server in (beside, synapse):
+            user = register(server).user_id
+            devices.append(JsDevice(server.url, tmp_path).enter("login", user, PASSWORD))
+            devices[-1]("secure")
+        sealed_conversation(*devices)
+    finally:
+        for device in devices:
+            device.stop()
+
+
+def sealed_conversation(mum: JsDevice, dad: JsDevice) -> None:
+    """The whole story."""
+    content: Json = {"preset": "private_chat", "initial_state": [ENCRYPTED]}
+    content |= {"invite": [dad.user_id], "is_direct": True}
+    room_id = mum("call", "createRoom", content)["room_id"]
+    dad.shows("room", room_id, membership="invite")
+    dad("join", room_id)
+    for device in (mum, dad):
+        device.shows("room", room_id, members=sorted([mum.user_id, dad.user_id]))
+    compare_emoji(mum, dad, room_id)
+    for one, other in ((mum, dad), (dad, mum)):
+        assert eventually(lambda a=one, b=other: a("trusts", b.user_id), 30)
+        assert one("trusts", other.user_id, other.device_id)
+        for text in ("soup", "stew"):
+            event_id = one.say(room_id, text)
+            assert other.sees(room_id, event_id)["content"]["body"] == text
+        data = os.urandom(100_000)
+        file = sealed_file(one, data, "image/png")
+        event_id = one.send(room_id, {"msgtype": "m.image", "body": "a", "file": file})
+        assert opened_file(other, other.sees(room_id, event_id)["content"]["file"]) == data
+    compare_emoji(dad, mum)
+    assert not mum.unreadable(room_id) and not dad.unreadable(room_id)
 
 
 # ── A whole street at once ───────────────────────────────────────────────────
