@@ -18935,7 +18935,8 @@ class Pushers:
             while nid in self._pushers and (entry := self._next(nid)) is not None:
                 await self.hs.db.synced()
                 event_nid, ts, tweaks = entry
-                pusher = self._pushers[nid]
+                if (pusher := self._pushers.get(nid)) is None:
+                    break
                 badge = unread_in_all(self.hs, pusher.user_nid)
                 notification = None
                 if pusher.enabled and ts > now_ms() - PUSH_KEPT_MS:
