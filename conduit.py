@@ -7390,6 +7390,7 @@ RATE_LIMITS = {  # requests a second for ever, and how many at once after a paus
     "media": (100, 500),  # opening a room shows many thumbnails at once
     "upload": (5, 100),
     "search": (2, 20),
+    "claim": (0.5, 30),  # fewer than a device has one-time keys
     "login": (0.5, 20),  # wrong passwords have limits of their own, in chapter 14
     "register": (0.2, 10),
     "report": (0.2, 10),
@@ -15756,7 +15757,8 @@ async def stated_events(
     options["max_bytes"] = MAX_STATE_BYTES
     async with hs.federation.stream(server, "GET", path, **options) as response:
         if response.status != 200:
-            response.limit, response.body = MAX_JSON_BODY, await response.read()
+            response.limit = MAX_JSON_BODY
+            response.body = await response.read()
             raise peer_error(server, response)
         with as_unreachable(server):
             async for name, value in JsonStream(response).members("pdus", "auth_chain"):
@@ -20109,7 +20111,7 @@ async def claim_local_keys(hs: Homeserver, wanted: Json) -> Json:
     return found
 
 
-@route("POST", KEYS + "/claim", auth=GUEST, also=OLD, body=CLAIM_BODY)
+@route("POST", KEYS + "/claim", auth=GUEST, limit="claim", also=OLD, body=CLAIM_BODY)
 async def claim_keys(hs: Homeserver, request: Request) -> Json:
     """Hand out one-time keys, each to one caller only; else the fallback key."""
     local, remote = split_by_server(hs, request.json["one_time_keys"])
@@ -20121,6 +20123,8 @@ async def claim_keys(hs: Homeserver, request: Request) -> Json:
 @route("POST", FEDERATION_API + "/user/keys/claim", auth=FEDERATION, body=CLAIM_BODY)
 async def claim_keys_for(hs: Homeserver, request: Request) -> Json:
     """The same for another server, of our users."""
+    if hs.config.rate_limit:
+        hs.router.limiter.check("claim", request.origin)
     local, _ = split_by_server(hs, request.json["one_time_keys"])
     return {"one_time_keys": await claim_local_keys(hs, local)}
 
@@ -25038,7 +25042,8 @@ async def fetch_media(
             if location := headers.get("location"):
                 return await fetch_from_elsewhere(hs, location, max_bytes)
             return await keep_answer(hs, headers, parts.blocks())
-        response.limit, response.body = MAX_ANSWER_BYTES, await response.read()
+        response.limit = MAX_ANSWER_BYTES
+        response.body = await response.read()
     error = peer_error(server, response)
     if error.errcode != "M_UNRECOGNIZED":
         raise error

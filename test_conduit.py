@@ -7952,7 +7952,7 @@ class Peer(Web):
         self.key = conduit.SigningKey.generate()
         self.answers: dict[str, Any] = {}
         self.asked: list[conduit.Request] = []
-        certs = authority.certify("localhost", "127.0.0.1")
+        certs = authority.certify(*options.pop("certified", ("localhost", "127.0.0.1")))
         super().__init__(self.handle, tls=conduit.tls_context(*certs), **options)
         self.name = f"localhost:{self.place[1]}"
         self.answers["/_matrix/key/v2/server"] = self.keys()
@@ -17106,6 +17106,8 @@ class Elsewhere(Peer):
             answer = self.lies[what](what, asked)
         else:
             answer = getattr(self, f"serve_{what}")(asked)
+        if isinstance(answer, conduit.Response):
+            return answer
         return conduit.Response(200, json.dumps(answer).encode())
 
     def serve_send(self, asked: Json) -> Json:
@@ -17990,6 +17992,264 @@ def test_our_events_need_the_consent_of_policy_servers(anna: Client, far: Elsewh
     far.lies.clear()
     anna.send_text(room_id, "nobody of that server is here any more")
     anna.set_state(room_id, "m.room.policy", {})
+
+
+# ── 54.5  A peer that lies ───────────────────────────────────────────────────
+
+
+def others_are_served(anna: Client, far: Elsewhere, lie: Callable[[], Any]) -> None:
+    """While a lie is told, messages of another room come at once, and memory stays bounded."""
+    room_id, branch = shared(anna, far)
+    before = far.server.peak_rss()
+    lie()
+    slowest = 0.0
+    for number in range(10):
+        started = time.monotonic()
+        far.tell(branch.text(f"{number}"))
+        arrives(anna, room_id, f"{number}")
+        slowest = max(slowest, time.monotonic() - started)
+        time.sleep(0.1)
+    assert slowest < 2.5
+    assert far.server.peak_rss() - before < 80
+
+
+def endless(start: bytes, block: bytes, pause: float = 0) -> conduit.Response:
+    """An answer that does not end."""
+
+    async def blocks() -> AsyncIterator[bytes]:
+        yield start
+        while True:
+            yield block
+            await asyncio.sleep(pause)
+
+    return conduit.Response(200, blocks())
+
+
+ENDLESS: Final[dict[str, Callable[[], Any]]] = {
+    "space": lambda: endless(b"{", b" " * 65536),
+    "empty lists": lambda: endless(b'{"events":[],"pdus":[', b"[]," * 20_000),
+    "empty objects": lambda: endless(b'{"pdu_ids":[],"auth_chain":[', b"{}," * 20_000),
+    "texts": lambda: endless(b'{"auth_chain_ids":[],"pdu_ids":["', b"x" * 65536),
+    "depth": lambda: endless(b'{"pdus":', b"[" * 65536),
+    "numbers": lambda: endless(b'{"pdus":[', b"9" * 65536),
+    "dribble": lambda: endless(b'{"pdus":[', b" ", 0.2),
+    "no end": lambda: conduit.Response(200, b'{"pdus":[{"a":'),
+}
+
+
+@pytest.mark.parametrize("door", ["get_missing_events", "state_ids", "state", "event"])
+@pytest.mark.parametrize("what", ENDLESS)
+def test_sec_38_answers_without_end(anna: Client, far: Elsewhere, what: str, door: str) -> None:
+    """Endless, deep and tiny things in answers: not read to their end, and nobody else waits."""
+    _, branch = shared(anna, far)
+    branch.text("never seen")
+    unknown = [f"${n:043}" for n in range(60 if door == "state" else 3)]
+    far.lies["get_missing_events"] = lambda _, __: {"events": []}
+    far.lies["state_ids"] = lambda _, __: {"pdu_ids": unknown, "auth_chain_ids": []}
+    far.lies[door] = lambda _, __: ENDLESS[what]()
+    newest = branch.text("lost")
+    others_are_served(anna, far, lambda: far.tell(newest))
+    assert far.counts[door]
+    far.close()  # or the server would wait for what dribbles
+    assert "lost" not in anna.bodies(branch.room_id)
+
+
+def test_sec_38_bodies_of_a_million_values(anna: Client, far: Elsewhere) -> None:
+    """`[[],[],[]]` is thirty times its size in memory, so it is not read."""
+    body = b'{"pdus":[' + b"[]," * 3_000_000 + b"1]}"
+    url = far.server.url.replace("127.0.0.1", "localhost") + f"{FEDERATION_V1}/send/x"
+    header = f'X-Matrix origin="{far.name}",key="{far.key.key_id}",sig="AAAA"'
+    with httpx.Client(verify=False, timeout=30) as client:  # noqa: S501  our own server
+
+        def lie() -> None:
+            for _ in range(3):
+                answer = client.put(url, content=body, headers={"Authorization": header})
+                assert answer.status_code == 400
+
+        others_are_served(anna, far, lie)
+    fails(anna.put("user/x/account_data/y", content=body[: 2**22]), 400, "M_NOT_JSON")
+
+
+@pytest.mark.parametrize("door", ["send", "event_auth", "state"])
+def test_sec_14_circles_of_auth_events(anna: Client, far: Elsewhere, door: str) -> None:
+    """In old rooms a server names its events itself, so they can stand on each other."""
+    room_id, branch = shared(anna, far, "2")
+    good = Branch(far, room_id)
+    good.take(cast(conduit.Event, branch.tip))
+    ids = [f"$auth{n}{unique()}:{far.name}" for n in range(3)]
+    member = {"membership": "join"}
+    circle = [
+        branch.make(
+            *("m.room.member", {**member, "n": n}),
+            **{"state_key": branch.user, "event_id": ids[n]},
+            auth_events=[[ids[n - 1], {"sha256": "x"}]],
+        )
+        for n in range(3)
+    ]
+    newest = branch.make(
+        *("m.room.message", {"msgtype": "m.text", "body": "on a circle"}),
+        auth_events=[[ids[0], {"sha256": "x"}]],
+        **({} if door != "state" else {"prev_events": [["$unknown:x", {"sha256": "x"}]]}),
+    )
+    pdus = [event.pdu for event in circle]
+    far.lies["get_missing_events"] = lambda _, __: {"events": pdus}
+    far.lies["event_auth"] = lambda _, __: {"auth_chain": pdus}
+    far.lies["state_ids"] = lambda _, __: {"pdu_ids": ids, "auth_chain_ids": ids}
+    far.lies["event"] = lambda _, asked: {"pdus": [pdus[ids.index(asked["ids"][0])]]}
+    far.tell(*([*circle, newest] if door == "send" else [newest]))
+    far.lies.clear()
+    far.tell(good.text("good"))
+    arrives(anna, room_id, "good")
+    assert "on a circle" not in anna.bodies(room_id)
+    query = "SELECT 1 FROM events WHERE event_id = ?"
+    assert not [key for key in ids if rows_of(far.server, query, key)]
+
+
+@pytest.mark.parametrize("door", ["backfill", "event", "event_auth", "state"])
+def test_sec_04_forged_events_by_each_door(anna: Client, far: Elsewhere, door: str) -> None:
+    """An event of ours that we never made, and one of a server that never did, come in nowhere."""
+    room_id, branch = shared(anna, far)
+    beside = cast(conduit.Event, branch.tip)
+    forged = [
+        branch.make("m.room.topic", {"topic": "forged"}, sender=sender, state_key="")
+        for sender in (anna.user_id, f"@x:localhost:{free_port()}")
+    ]
+    forged.append(branch.make("m.room.topic", {"topic": "forged"}, state_key=""))
+    forged[2].pdu["signatures"] = {far.name: {far.key.key_id: "A" * 86}}
+    pdus = [event.pdu for event in forged]
+    ids = [event.event_id for event in forged]
+    for n in range(80):
+        branch.text(f"{n}")
+    unknown = [f"${n:043}" for n in range(60)] if door == "state" else []
+    far.lies["backfill"] = lambda _, __: {"pdus": pdus}
+    far.lies["event"] = lambda _, asked: {"pdus": [pdus[ids.index(asked["ids"][0])]]}
+    far.lies["event_auth"] = lambda _, __: {"auth_chain": pdus}
+    far.lies["state"] = lambda _, __: {"pdus": pdus, "auth_chain": pdus}
+    if door in ("event", "state"):
+        far.lies["state_ids"] = lambda _, asked: {
+            "pdu_ids": [*branch.state.values(), *ids, *unknown],
+            "auth_chain_ids": [],
+        }
+    if door == "event_auth":
+        fields = {"prev_events": [conduit.event_reference(beside)]}
+        auth = [*(key for key in branch.state.values()), ids[0]]
+        far.tell(branch.make("m.room.message", {"body": "x"}, auth_events=auth, **fields))
+    else:
+        far.tell(branch.text("newest"))
+        arrives(anna, room_id, "newest")
+    page = anna.messages(room_id, limit=1000)
+    while page.get("end") and page["chunk"]:
+        page = anna.messages(room_id, limit=1000, **{"from": page["end"]})
+    eventually(lambda: far.counts[door])
+    time.sleep(0.3)
+    fails(anna.get(("rooms", room_id, "state", "m.room.topic")), 404)
+    query = "SELECT 1 FROM events WHERE event_id = ?"
+    assert not [key for key in ids if rows_of(far.server, query, key)]
+
+
+def test_sec_34_certificates_of_others(anna: Client, authority: Authority, tmp_path: Path) -> None:
+    """A server with the certificate of another, or of nobody we know, is not spoken to."""
+    liars = [
+        Peer(authority, certified=("other.example",)),
+        Peer(Authority(tmp_path)),
+    ]
+    for liar in liars:
+        fails(anna.get(("directory", "room", f"#x:{liar.name}")), 502)
+        fails(liar.ask(anna.server, "GET", PROFILE_OF + quote(anna.user_id)), 401)
+        assert not liar.asked
+        liar.close()
+
+
+def test_sec_34_media_is_not_fetched_from_forbidden_places(
+    authority: Authority, tmp_path: Path
+) -> None:
+    """Not even if the answer of a server says that it is there."""
+    ours = federating(tmp_path, authority, ip_range_denylist=["127.0.0.2/31"]).start()
+    anna, peer = register(ours), Peer(authority)
+    mixed = 'multipart/mixed; boundary="X"'
+    door = f"{FEDERATION_V1}/media/download/x"
+    for host in ("127.0.0.2", "[::ffff:127.0.0.3]", "2130706434", "127.0.0.2."):
+        parts = (
+            "--X\r\nContent-Type: application/json\r\n\r\n{}\r\n--X\r\n"
+            f"Location: https://{host}:{peer.place[1]}/stolen\r\n\r\n\r\n--X--"
+        )
+        peer.answers[door] = conduit.Response(200, parts.encode(), content_type=mixed)
+        peer.answers["/stolen"] = conduit.Response(200, b"stolen", content_type="text/plain")
+        fails(anna.download(f"mxc://{peer.name}/x"), 502)
+        away = {"Location": f"https://{host}:{peer.place[1]}/stolen"}
+        peer.answers["/moved"] = conduit.Response(302, b"", away)
+        moved = parts.replace(f"{host}:{peer.place[1]}/stolen", f"{peer.name}/moved")
+        peer.answers[door] = conduit.Response(200, moved.encode(), content_type=mixed)
+        fails(anna.download(f"mxc://{peer.name}/x"), 502)
+    assert "/stolen" not in {request.path for request in peer.asked}
+    peer.close()
+    ours.stop()
+    ours.assert_clean_log()
+
+
+def test_sec_44_events_of_many_silent_servers(
+    anna: Client, far: Elsewhere, authority: Authority
+) -> None:
+    """Who names servers that never answer holds up no others: not even one that is named too."""
+    _, branch = shared(anna, far)
+    named = Elsewhere(authority, far.server)
+    with socket.create_server(("0.0.0.0", 0), backlog=200) as silent:
+        port = silent.getsockname()[1]
+        senders = [f"@x:127.0.7.{n}:{port}" for n in range(1, 45)] + [f"@x:{named.name}"]
+        pdus = [branch.make("m.room.message", {}, sender=sender) for sender in senders]
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(far.send, *pdus)
+            time.sleep(0.5)
+            started = time.monotonic()
+            uri = PROFILE_OF + quote(anna.user_id)
+            assert named.ask(far.server, "GET", uri).status_code == 200
+            assert time.monotonic() - started < 3
+            third = Elsewhere(authority, far.server)
+            others_are_served(anna, third, lambda: None)
+            assert not waiting.done() or waiting.result().status_code == 200
+            silent.close()
+    named.close()
+    third.close()
+
+
+def test_sec_49_strangers_do_not_use_up_keys(tmp_path: Path, authority: Authority) -> None:
+    """A server may claim so many keys at a time, and no more; then the fallback key serves."""
+    ours = federating(tmp_path, authority, rate_limit=True).start()
+    anna, peer = register(ours), Peer(authority)
+    device = crypto(anna, 50)
+    fallback = device.one_time_keys(1, fallback=True)
+    ok(device.upload(fallback_keys=fallback))
+    wanted = {"one_time_keys": {anna.user_id: {anna.device_id: "signed_curve25519"}}}
+    path = f"{FEDERATION_V1}/user/keys/claim"
+    answers = [peer.ask(ours, "POST", path, wanted).status_code for _ in range(60)]
+    assert set(answers) == {200, 429} and 25 < answers.count(200) < 45
+    assert anna.poll()["device_one_time_keys_count"]["signed_curve25519"] > 5
+    other = Peer(authority)
+    found = [ok(other.ask(ours, "POST", path, wanted))["one_time_keys"] for _ in range(25)]
+    assert found[-1] == {anna.user_id: {anna.device_id: fallback}}
+    peer.close()
+    other.close()
+    ours.stop()
+    ours.assert_clean_log()
+
+
+def test_sec_06_an_invite_by_address_is_of_its_path(anna: Client, far: Elsewhere) -> None:
+    """Of the room in the path, for a user of the one who asks, and an invite."""
+    room_id, _ = shared(anna, far)
+    signed = {"mxid": f"@new:{far.name}", "token": "t", "signatures": {}}
+    third: Json = {"third_party_invite": {"display_name": "x", "signed": signed}}
+    good = {"type": "m.room.member", "room_id": room_id, "sender": f"@eve:{far.name}"}
+    good |= {"state_key": f"@new:{far.name}", "content": {"membership": "invite", **third}}
+    place = f"{FEDERATION_V1}/exchange_third_party_invite/{quote(room_id, '')}"
+    for changes, status in (
+        ({"room_id": "!other:x"}, 400),
+        ({"type": "m.room.name"}, 400),
+        ({"content": {"membership": "join", **third}}, 400),
+        ({"state_key": f"@new:{far.server.name}"}, 403),
+        ({}, 403),
+    ):
+        fails(far.ask(far.server, "PUT", place, {**good, **changes}), status)
+    assert f"@new:{far.name}" not in str(anna.state(room_id))
 
 
 # ═════════════════════════════════════════════════════════════════════════════
