@@ -1158,6 +1158,7 @@ def check_canonical(value: Any) -> None:
 # ── 3.2  Reading JSON ────────────────────────────────────────────────────────
 
 MAX_JSON_DEPTH = 100  # nested arrays and objects; an honest event has fewer than ten
+MAX_JSON_VALUES = 2**18  # about; `[[],[],[]]` would take thirty times its size in memory
 MAX_JSON_DIGITS = 4300  # of an integer; more would cost quadratic time
 SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -1234,10 +1235,13 @@ def parse_json(raw: bytes, *, strict: bool = False) -> Any:
     """The value that the bytes spell.
 
     Every way to fail is a MatrixError: 400 M_NOT_JSON when the bytes are no JSON, 400 M_BAD_JSON
-    when they are JSON that we refuse: too deep, lone surrogates, 1e400. `strict` also refuses what
-    canonical JSON has no room for: floats, -0, integers beyond 2^53 - 1, an object's key twice.
+    when they are JSON that we refuse: too deep, too many values, lone surrogates, 1e400. `strict`
+    also refuses what canonical JSON has no room for: floats, -0, integers beyond 2^53 - 1, an
+    object's key twice.
     Trap: json.loads alone accepts NaN, turns 1e400 into infinity and guesses UTF-16.
     """
+    if raw.count(b",") > MAX_JSON_VALUES:
+        raise bad_json("JSON has too many values")
     decoder = STRICT_DECODER if strict else PLAIN_DECODER
     try:
         value = decoder.decode(raw.decode("utf-8"))
@@ -7403,6 +7407,7 @@ RATE_LIMITS = {  # requests a second for ever, and how many at once after a paus
     "media": (100, 500),  # opening a room shows many thumbnails at once
     "upload": (5, 100),
     "search": (2, 20),
+    "claim": (0.5, 30),  # fewer than a device has one-time keys
     "login": (0.5, 20),  # wrong passwords have limits of their own, in chapter 14
     "register": (0.2, 10),
     "report": (0.2, 10),
@@ -8672,6 +8677,7 @@ KNOWN_DELEGATIONS = 5_000
 KEY_LIFETIME_MS = 7 * 86_400_000  # at most; what servers claim beyond is not believed
 OWN_KEY_LIFETIME_MS = 86_400_000
 KEY_RETRY_SECONDS = 10.0  # before a server is asked for keys once more
+KEY_ANSWER_SECONDS = 15.0  # for one server's answer
 KEYS_CACHED = 20_000
 MAX_KEYS = 100  # of one server, in one answer
 MAX_NOTARY_QUERY = 100  # servers in one query
@@ -8914,13 +8920,19 @@ def keys_in(answer: Json) -> dict[str, ServerKey]:
 
 
 class ServerKeys:
-    """The keys of other servers: in the database, fetched when needed, one fetch at a time each."""
+    """The keys of other servers: in the database, fetched when needed, one fetch at a time each.
+
+    Anybody can name servers that never answer, so looking for keys takes but half of all requests
+    to others: one quarter for servers that ask us, and one for those that are named in events.
+    """
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self._cache: LruCache[str, dict[str, ServerKey]] = LruCache(KEYS_CACHED)
-        self._fetching: dict[str, asyncio.Task[None]] = {}
+        self._fetching: dict[tuple[str, bool], asyncio.Task[None]] = {}
         self._asked: LruCache[str, float] = LruCache(KEYS_CACHED)  # when a fetch ended
+        share = max(1, hs.config.max_concurrent_requests // 4)
+        self._gates = {urgent: asyncio.Semaphore(share) for urgent in (False, True)}
         hs.db.on_reset(self._cache.clear)
 
     def known(self, server: str) -> dict[str, ServerKey]:
@@ -8948,27 +8960,32 @@ class ServerKeys:
             key = self.known(server).get(key_id)
             if key and not key.expired and now_ms() <= key.until_ts:
                 return key.key
-            await self.fetch({server})
+            await self.fetch({server}, urgent=True)
         return None
 
-    async def fetch(self, servers: Iterable[str]) -> None:
-        """Ask for the keys of servers, if that was not done a moment ago; see known() then."""
+    async def fetch(self, servers: Iterable[str], *, urgent: bool = False) -> None:
+        """Ask for the keys of servers, if that was not done a moment ago; see known() then.
+
+        `urgent` is for a server that waits for our answer.
+        """
         now, own = time.monotonic(), self.hs.config.server_name
         wanted = {s for s in servers if is_server_name(s) and s != own}
         wanted = {s for s in wanted if (self._asked.get(s) or -math.inf) + KEY_RETRY_SECONDS < now}
-        fresh = wanted - self._fetching.keys()
+        fresh = {(server, urgent) for server in wanted} - self._fetching.keys()
         if fresh:
-            task = asyncio.get_running_loop().create_task(self._fetch(fresh))
+            work = self._fetch({server for server, _ in fresh}, self._gates[urgent])
+            task = asyncio.get_running_loop().create_task(work)
             self._fetching.update(dict.fromkeys(fresh, task))
-            task.add_done_callback(lambda _: [self._fetching.pop(server) for server in fresh])
-        tasks = {self._fetching[server] for server in wanted}
+            task.add_done_callback(lambda _: [self._fetching.pop(key) for key in fresh])
+        tasks = {self._fetching[server, urgent] for server in wanted}
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _fetch(self, servers: set[str]) -> None:
+    async def _fetch(self, servers: set[str], gate: asyncio.Semaphore) -> None:
         """Ask the servers themselves and then notaries, or if they are many the other way round."""
         left, notaries = set(servers), list(self.hs.config.trusted_servers)
-        ways = [self._ask_all(left), *(self._ask_notary(notary, left) for notary in notaries)]
+        ways = [self._ask_all(left, gate)]
+        ways += [self._ask_notary(notary, left, gate) for notary in notaries]
         if len(servers) > MANY_SERVERS:
             ways.append(ways.pop(0))
         try:
@@ -8980,13 +8997,16 @@ class ServerKeys:
             for server in servers:
                 self._asked.put(server, time.monotonic())
 
-    async def _ask_all(self, left: set[str]) -> None:
-        await asyncio.gather(*(self._ask(server, left) for server in left))
+    async def _ask_all(self, left: set[str], gate: asyncio.Semaphore) -> None:
+        await asyncio.gather(*(self._ask(server, left, gate) for server in left))
 
-    async def _ask(self, server: str, left: set[str]) -> None:
+    async def _ask(self, server: str, left: set[str], gate: asyncio.Semaphore) -> None:
         """Ask a server for its own keys."""
+        path = "/_matrix/key/v2/server"
         try:
-            answer = await self.hs.discovery.request(server, "GET", "/_matrix/key/v2/server")
+            async with gate:
+                call = self.hs.discovery.request(server, "GET", path, timeout=KEY_ANSWER_SECONDS)
+                answer = await call
             body = answer.json() if answer.status == 200 else None
             check_key_answer(body, server)
             self.store(cast(Json, body))
@@ -8994,12 +9014,12 @@ class ServerKeys:
         except MatrixError as error:
             log_federation.info("no keys from %s: %s", server, error.error)
 
-    async def _ask_notary(self, notary: str, left: set[str]) -> None:
+    async def _ask_notary(self, notary: str, left: set[str], gate: asyncio.Semaphore) -> None:
         """Ask a trusted server for the keys of others: an answer counts if both have signed it."""
         if not left or notary == self.hs.config.server_name:
             return
         if not any(not key.expired for key in self.known(notary).values()):
-            await self._ask(notary, set())
+            await self._ask(notary, set(), gate)
         missing = sorted(left)
         for start in range(0, len(missing), MAX_NOTARY_QUERY):
             part = missing[start : start + MAX_NOTARY_QUERY]
@@ -15264,7 +15284,11 @@ BACKFILL_LIMIT = 100  # events fetched at a time
 BACKFILL_SECONDS = 15.0
 BACKFILL_SERVERS = 3
 MAX_STATES_ASKED = 5  # for one batch of old events
-MAX_EVENTS_ASKED = 200  # one by one; beyond, the whole state is asked for
+MAX_SINGLE_EVENTS = 50  # fetched one by one; more come with the whole state
+MAX_STATE_BYTES = 64 * 1024 * 1024
+MAX_ID_LISTS = 16 * 1024 * 1024  # bytes of the ids of all that
+STATE_SECONDS = 60.0
+MAX_ODD = 1_000  # things in an answer that are no events; with more it is not read to its end
 GAP_RETRY_SECONDS = 300.0  # before servers are asked again for what none of them had
 GAPS_REMEMBERED = 10_000
 HEROES_SENT = 5
@@ -15762,6 +15786,99 @@ class Joining(Handshakes):
 
 # ── 56.4  The past of a room ─────────────────────────────────────────────────
 
+STATE_IDS: Final = {"pdu_ids": [str], "auth_chain_ids": [str]}
+
+
+async def events_in(hs: Homeserver, room: Room, pdus: Any, limit: int | None = None) -> list[Event]:
+    """The good events of the room among what a server answered."""
+    given = pdus[:limit] if isinstance(pdus, list) else []
+    found = await check_pdus(hs, room.version, given)
+    return [one for one in found if isinstance(one, Event) and one.room_id == room.room_id]
+
+
+async def stated_events(
+    hs: Homeserver, server: str, room: Room, event_id: str, wanted: Container[str]
+) -> list[Event]:
+    """The wanted ones of the events that make up the state before an event, and of their chain.
+
+    The answer is read as it comes, and no more of it is kept than what is wanted.
+    """
+    path = f"{FEDERATION_API}/state/{quote(room.room_id, '')}"
+    found: dict[str, Event] = {}
+    batch, odd = list[Any](), 0
+
+    async def take() -> None:
+        nonlocal odd
+        for one in await hs.db.in_thread(read_pdus, room.version, [*batch]):
+            if isinstance(one, Event) and one.event_id in wanted and one.room_id == room.room_id:
+                found[one.event_id] = one
+            odd += isinstance(one, MatrixError)
+        batch.clear()
+        if odd > MAX_ODD:
+            raise bad_json("Too much in it is no event")
+
+    options: Json = {"query": {"event_id": event_id}, "timeout": STATE_SECONDS}
+    options["max_bytes"] = MAX_STATE_BYTES
+    async with hs.federation.stream(server, "GET", path, **options) as response:
+        if response.status != 200:
+            response.limit = MAX_JSON_BODY
+            response.body = await response.read()
+            raise peer_error(server, response)
+        with as_unreachable(server):
+            async for name, value in JsonStream(response).members("pdus", "auth_chain"):
+                batch += [value] if name in {"pdus", "auth_chain"} else []
+                if len(batch) == PDU_BATCH:
+                    await take()
+            await take()
+    events = [*found.values()]
+    problems = await verify_events(hs, events)
+    return [event for event, problem in zip(events, problems, strict=True) if problem is None]
+
+
+async def single_events(
+    hs: Homeserver, server: str, room: Room, event_ids: Iterable[str]
+) -> list[Event]:
+    """Events one by one; what is not to be had is left out."""
+
+    async def single(event_id: str) -> Any:
+        path = f"{FEDERATION_API}/event/{quote(event_id, safe='')}"
+        with contextlib.suppress(MatrixError):
+            return (await hs.federation.request(server, "GET", path)).get("pdus")
+
+    answers = await asyncio.gather(*map(single, event_ids))
+    pdus = [pdu for answer in answers if isinstance(answer, list) for pdu in answer[:1]]
+    return await events_in(hs, room, pdus)
+
+
+async def keep_outside(hs: Homeserver, room: Room, events: Iterable[Event]) -> None:
+    """Store events outside of the timeline, in batches between which others have their turn."""
+    given = {event.event_id: event for event in events}
+    edges = {key: event.auth_events for key, event in given.items()}
+    order = await hs.db.in_thread(in_order, edges)
+    for start in range(0, len(order), IMPORT_BATCH):
+        hs.rooms.outliers(room, (given[key] for key in order[start : start + IMPORT_BATCH]))
+        await asyncio.sleep(0)
+
+
+async def state_from(
+    hs: Homeserver, server: str, room: Room, event_id: str, more: Iterable[str] = ()
+) -> list[str]:
+    """The ids of the state before an event; what of it and of `more` is missing is stored now.
+
+    Trap: of what a dead server once signed, the key may be lost; the rest must do.
+    """
+    path = f"{FEDERATION_API}/state_ids/{quote(room.room_id, '')}"
+    options: Json = {"query": {"event_id": event_id}, "timeout": STATE_SECONDS}
+    answer = await hs.federation.request(server, "GET", path, max_bytes=MAX_ID_LISTS, **options)
+    check_shape(answer, STATE_IDS)
+    missing = hs.rooms.missing({*answer["pdu_ids"], *answer["auth_chain_ids"], *more})
+    if len(missing) > MAX_SINGLE_EVENTS:
+        events = await stated_events(hs, server, room, event_id, missing)
+    else:
+        events = await single_events(hs, server, room, missing)
+    await keep_outside(hs, room, (event for event in events if event.event_id in missing))
+    return list(hs.rooms.nids_of(answer["pdu_ids"]))
+
 
 class Backfill:
     """Fetches what came before the events that we have."""
@@ -15805,8 +15922,7 @@ class Backfill:
         path = f"{FEDERATION_API}/backfill/{quote(room.room_id, '')}"
         query = {"v": missing, "limit": BACKFILL_LIMIT}
         answer = await self._ask(server, path, query, BACKFILL_LIMIT * MAX_EVENT_BYTES * 2)
-        pdus = answer.get("pdus")
-        found = await self._checked(room, pdus[:BACKFILL_LIMIT] if isinstance(pdus, list) else [])
+        found = await events_in(self.hs, room, answer.get("pdus"), BACKFILL_LIMIT)
         events = {event.event_id: event for event in found}
         prevs = {prev for event in found for prev in event.prev_events}
         far = self.hs.rooms.missing(prevs - events.keys(), with_state=True)
@@ -15814,7 +15930,7 @@ class Backfill:
         states = {}
         for event in sorted(edges, key=lambda one: -one.depth)[:MAX_STATES_ASKED]:
             with contextlib.suppress(MatrixError):
-                states[event.event_id] = [await self._fetch_state(server, room, event)]
+                states[event.event_id] = [await state_from(self.hs, server, room, event.event_id)]
         return bool(self.hs.rooms.backfill(room, found, states))
 
     async def _ask(
@@ -15827,37 +15943,6 @@ class Backfill:
         if response.status != 200:
             raise peer_error(server, response)
         return cast(Json, await self.hs.db.in_thread(response.json))
-
-    async def _checked(self, room: Room, pdus: Sequence[Any]) -> list[Event]:
-        """Those of the PDUs that are events of the room and rightly signed."""
-        found = await check_pdus(self.hs, room.version, pdus)
-        return [one for one in found if isinstance(one, Event) and one.room_id == room.room_id]
-
-    async def _fetch_state(self, server: str, room: Room, event: Event) -> list[str]:
-        """The state before an event, as ids of events that are stored now."""
-        place, query = quote(room.room_id, ""), {"event_id": event.event_id}
-        answer = await self._ask(
-            server, f"{FEDERATION_API}/state_ids/{place}", query, JOIN_BYTES // 16
-        )
-        lists = [answer.get(name) for name in ("pdu_ids", "auth_chain_ids")]
-        state, chain = ([i for i in one or () if is_event_id(i)] for one in lists)
-        missing = self.hs.rooms.missing([*state, *chain])
-        pdus: list[Any] = []
-        if len(missing) > MAX_EVENTS_ASKED:
-            path = f"{FEDERATION_API}/state/{place}"
-            answer = await self._ask(server, path, query, JOIN_BYTES // 4)
-            lists = [answer.get(name) for name in ("pdus", "auth_chain")]
-            pdus = [pdu for one in lists if isinstance(one, list) for pdu in one]
-        else:
-            for event_id in missing:
-                path = f"{FEDERATION_API}/event/{quote(event_id, '')}"
-                with contextlib.suppress(MatrixError):
-                    one = (await self._ask(server, path, {})).get("pdus")
-                    pdus += one[:1] if isinstance(one, list) else []
-        for start in range(0, len(pdus), PDU_BATCH):
-            part = await self._checked(room, pdus[start : start + PDU_BATCH])
-            self.hs.rooms.outliers(room, part)
-        return [*self.hs.rooms.nids_of(state)]
 
 
 # ── 56.5  Letting others in ──────────────────────────────────────────────────
@@ -20139,7 +20224,7 @@ async def claim_local_keys(hs: Homeserver, wanted: Json) -> Json:
     return found
 
 
-@route("POST", KEYS + "/claim", auth=GUEST, also=OLD, body=CLAIM_BODY)
+@route("POST", KEYS + "/claim", auth=GUEST, limit="claim", also=OLD, body=CLAIM_BODY)
 async def claim_keys(hs: Homeserver, request: Request) -> Json:
     """Hand out one-time keys, each to one caller only; else the fallback key."""
     local, remote = split_by_server(hs, request.json["one_time_keys"])
@@ -20151,6 +20236,8 @@ async def claim_keys(hs: Homeserver, request: Request) -> Json:
 @route("POST", FEDERATION_API + "/user/keys/claim", auth=FEDERATION, body=CLAIM_BODY)
 async def claim_keys_for(hs: Homeserver, request: Request) -> Json:
     """The same for another server, of our users."""
+    if hs.config.rate_limit:
+        hs.router.limiter.check("claim", request.origin)
     local, _ = split_by_server(hs, request.json["one_time_keys"])
     return {"one_time_keys": await claim_local_keys(hs, local)}
 
@@ -20659,15 +20746,10 @@ DISK_SECONDS = 5.0  # between two tries to write
 HELPERS = 4  # servers that are asked for what is missing
 MEMBERS_LOOKED_AT = 1_000  # to find them
 MAX_ROUNDS = 10  # of questions for missing events
-MAX_SINGLE_EVENTS = 50  # fetched one by one; more come with the whole state
-MAX_STATE_BYTES = 64 * 1024 * 1024
-STATE_SECONDS = 60.0
 TYPING_ELSEWHERE_SECONDS = 60.0  # other servers say it again before that
 
 
 # ── 54.1  What is missing ────────────────────────────────────────────────────
-
-STATE_IDS: Final = {"pdu_ids": [str], "auth_chain_ids": [str]}
 
 
 def helpers(hs: Homeserver, room: Room, *first: str) -> list[str]:
@@ -20682,29 +20764,11 @@ def helpers(hs: Homeserver, room: Room, *first: str) -> list[str]:
     return [server for server in found if acl_allows(room, server)][:HELPERS]
 
 
-async def checked(
-    hs: Homeserver, room: Room, pdus: Any, limit: int | None = None
-) -> dict[str, Event]:
-    """The good events of the room among what a server answered, by id."""
-    given = pdus[:limit] if isinstance(pdus, list) else []
-    events = await check_pdus(hs, room.version, given)
-    return {
-        event.event_id: event
-        for event in events
-        if isinstance(event, Event) and event.room_id == room.room_id
-    }
-
-
 class Fetcher:
     """Fetches for one event of a room what must be here before it."""
 
     def __init__(self, hs: Homeserver, room: Room, event: Event, server: str) -> None:
         self.hs, self.room, self.event, self.server = hs, room, event, server
-
-    async def ask(self, what: str, **options: Any) -> Json:
-        """A GET that names the room, and the event as the last part of the path or an argument."""
-        path = f"{FEDERATION_API}/{what.format(quote(self.room.room_id, safe=''))}"
-        return await self.hs.federation.request(self.server, "GET", path, **options)
 
     async def older(self, limit: int) -> list[Event]:
         """The events between those that we have and this one, oldest first, as far as allowed."""
@@ -20719,7 +20783,8 @@ class Fetcher:
             left = limit - len(found)
             content = {"earliest_events": earliest, "latest_events": latest, "limit": left}
             answer = await hs.federation.request(self.server, "POST", path, content=content)
-            given = await checked(hs, room, answer.get("events"), left)
+            events = await events_in(hs, room, answer.get("events"), left)
+            given = {event.event_id: event for event in events}
             fresh: dict[str, Event] = {}
             while wanted & given.keys():
                 new = {key: given.pop(key) for key in wanted & given.keys()}
@@ -20738,50 +20803,15 @@ class Fetcher:
 
     async def before(self) -> list[list[str]]:
         """Fetch what the event stands on; the state before it if a gap will stay below it."""
-        rooms, event_id = self.hs.rooms, self.event.event_id
-        if not self._unplaced([self.event]):
-            path = "event_auth/{}/" + quote(event_id, safe="")
-            answer = await self.ask(path, max_bytes=MAX_STATE_BYTES, timeout=STATE_SECONDS)
-            chain = await checked(self.hs, self.room, answer.get("auth_chain"))
-            await self._keep(chain)
-            return []
-        options: Json = {"query": {"event_id": event_id}, "timeout": STATE_SECONDS}
-        options["max_bytes"] = MAX_STATE_BYTES
-        answer = await self.ask("state_ids/{}", **options)
-        check_shape(answer, STATE_IDS)
-        state = answer["pdu_ids"]
-        wanted = {*state, *answer["auth_chain_ids"], *self.event.auth_events}
-        missing = rooms.missing(wanted)
-        if len(missing) <= MAX_SINGLE_EVENTS:
-            events = await self._single(missing)
-        else:
-            answer = await self.ask("state/{}", **options)
-            events = await checked(self.hs, self.room, answer.get("pdus"))
-            events |= await checked(self.hs, self.room, answer.get("auth_chain"))
-        await self._keep({key: one for key, one in events.items() if key in missing})
-        # Trap: of what a dead server once signed, the key may be lost; the rest must do.
-        return [list(rooms.nids_of(state))]
-
-    async def _single(self, event_ids: Iterable[str]) -> dict[str, Event]:
-        """Events one by one; what is not to be had is left out."""
-
-        async def single(event_id: str) -> Any:
-            path = f"{FEDERATION_API}/event/{quote(event_id, safe='')}"
-            with contextlib.suppress(MatrixError):
-                return (await self.hs.federation.request(self.server, "GET", path)).get("pdus")
-
-        answers = await asyncio.gather(*map(single, event_ids))
-        pdus = [pdu for answer in answers if isinstance(answer, list) for pdu in answer[:1]]
-        return await checked(self.hs, self.room, pdus)
-
-    async def _keep(self, events: Mapping[str, Event]) -> None:
-        """Store events outside of the timeline, in batches between which others have their turn."""
-        edges = {key: event.auth_events for key, event in events.items()}
-        order = await self.hs.db.in_thread(in_order, edges)
-        for start in range(0, len(order), IMPORT_BATCH):
-            batch = order[start : start + IMPORT_BATCH]
-            self.hs.rooms.outliers(self.room, (events[key] for key in batch))
-            await asyncio.sleep(0)
+        hs, room, event_id = self.hs, self.room, self.event.event_id
+        if self._unplaced([self.event]):
+            more = self.event.auth_events
+            return [await state_from(hs, self.server, room, event_id, more)]
+        place = f"{quote(room.room_id, safe='')}/{quote(event_id, safe='')}"
+        path = f"{FEDERATION_API}/event_auth/{place}"
+        answer = await hs.federation.request(self.server, "GET", path)
+        await keep_outside(hs, room, await events_in(hs, room, answer.get("auth_chain")))
+        return []
 
 
 # ── 54.2  One event ──────────────────────────────────────────────────────────
@@ -25131,7 +25161,8 @@ async def fetch_media(
             if location := headers.get("location"):
                 return await fetch_from_elsewhere(hs, location, max_bytes)
             return await keep_answer(hs, headers, parts.blocks())
-        response.limit, response.body = MAX_ANSWER_BYTES, await response.read()
+        response.limit = MAX_ANSWER_BYTES
+        response.body = await response.read()
     error = peer_error(server, response)
     if error.errcode != "M_UNRECOGNIZED":
         raise error
