@@ -14285,6 +14285,9 @@ async def post_action(hs: Homeserver, request: Request, room_id: str) -> Json:
     return {}
 
 
+PURGE_SECONDS = 10.0  # that the others get to hear of the last departure
+
+
 def remembered(hs: Homeserver, room: Room) -> bool:
     """Whether any user of this server is in the room, or has been and has not forgotten it."""
     query = """
@@ -14296,6 +14299,30 @@ def remembered(hs: Homeserver, room: Room) -> bool:
         LIMIT 1
     """
     return hs.db.value(query, (room.nid,)) is not None
+
+
+async def purge_forgotten(hs: Homeserver, room: Room, waits: float = PURGE_SECONDS) -> None:
+    """Delete a room that nobody here remembers, once the other servers know that the last has left.
+
+    Where that takes long, it is tried again each day.
+    """
+    if hs.sender.owes(room):
+        await asyncio.sleep(waits)
+    if not hs.sender.owes(room) and not remembered(hs, room):
+        await hs.rooms.purge_room(room)
+
+
+async def purge_all_forgotten(hs: Homeserver) -> None:
+    """Once a day: delete what could not be deleted when it was forgotten."""
+    rows = hs.db.all(
+        """
+        SELECT room_nid
+        FROM rooms
+        WHERE EXISTS (SELECT 1 FROM memberships WHERE room_nid = rooms.room_nid AND forgotten = 1)
+        """
+    )
+    for (nid,) in rows:
+        await purge_forgotten(hs, hs.rooms.by_nid(nid), 0)
 
 
 @route("POST", ROOM_PATH + "/forget", auth=GUEST)
@@ -14311,7 +14338,7 @@ async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
     if membership is not None:
         hs.rooms.forget(request.user.nid, room)
     if membership is not None and not remembered(hs, room):
-        hs.background(hs.rooms.purge_room(room))
+        hs.background(purge_forgotten(hs, room))
     return {}
 
 
@@ -21936,6 +21963,13 @@ class Sender(Queues):
         device_id = self.db.value(query, (user_nid,)) if strangers else None
         if device_id is not None:
             device_list_changed(self.hs, user_nid, device_id)
+
+    def owes(self, room: Room) -> bool:
+        """Whether a server has yet to get events of a room, such as that the last of ours left."""
+        newest = self.db.value("SELECT MAX(nid) FROM sent_events WHERE room_nid = ?", (room.nid,))
+        rows = self.db.all("SELECT server FROM room_servers WHERE room_nid = ?", (room.nid,))
+        waiting = [self.queues[server] for (server,) in rows if server in self.queues]
+        return any(queue.acked < (newest or 0) for queue in waiting)
 
     def _forget_room(self, room: Room) -> None:
         self.db.execute("DELETE FROM sent_events WHERE room_nid = ?", (room.nid,))
@@ -29929,6 +29963,7 @@ class Homeserver:
         """Once a day: what rooms no longer need goes, in batches."""
         if now_ms() - (self.db.meta("rooms_tidied") or 0) > DAY_MS:
             self.db.set_meta("rooms_tidied", now_ms())
+            await purge_all_forgotten(self)
             await self.rooms.tidy()
 
     async def _look_for_news(self) -> None:

@@ -18614,6 +18614,31 @@ def met(sending: Server, receiver: Destination) -> tuple[Client, str]:
 # ── 55.1  What waits for a server ────────────────────────────────────────────
 
 
+def test_who_forgets_a_room_has_left_it_for_all(tmp_path: Path, authority: Authority) -> None:
+    """A server that is down then learns of the departure, though the room is forgotten here."""
+    near, far = (federating(tmp_path / name, authority).start() for name in ("near", "far"))
+    alice, bob = register(near), register(far)
+    room_id = bob.create_room(preset="public_chat")
+    ok(alice.post(("join", room_id), server_name=far.name))
+    far.stop()
+    alice.leave(room_id)
+    ok(alice.post(("rooms", room_id, "forget")))
+    time.sleep(1.5)
+    far.start()
+    bob.send_text(room_id, "a sign of life")
+    member = ("rooms", room_id, "state", "m.room.member", alice.user_id)
+    eventually(lambda: ok(bob.get(member))["membership"] == "leave", 30)
+    eventually(lambda: not near_rooms(near, room_id), 30)
+    for each in (near, far):
+        each.stop()
+        each.check()
+
+
+def near_rooms(server: Server, room_id: str) -> list[Any]:
+    with contextlib.closing(sqlite3.connect(server.database)) as database:
+        return database.execute("SELECT * FROM rooms WHERE room_id = ?", (room_id,)).fetchall()
+
+
 def test_a_local_room_costs_the_same_with_many_others(inner: Callable[..., InnerServer]) -> None:
     """No other room of its members is looked into, which may have to be read from the disk."""
     server = inner(accept)
@@ -29466,6 +29491,8 @@ SCANS: Final = {
     "SELECT 1 FROM registration_tokens LIMIT 1": "the first will do",
     "SELECT room_nid FROM published_rooms": "once; the list is kept in memory",
     "SELECT room_nid FROM rooms": "once a day",
+    "SELECT room_nid FROM rooms WHERE EXISTS (SELECT 1 FROM memberships WHERE room_nid ="
+    " rooms.room_nid AND forgotten = 1)": "once a day",
     "SELECT room_nid FROM public_rooms": "once; the list is kept in memory",
     "SELECT user_nid, room_nid, display_name, avatar_url, folded, user_id FROM user_names"
     " JOIN users USING (user_nid) WHERE folded LIKE ? ESCAPE '\\' LIMIT ?": "search, in a thread",
