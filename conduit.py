@@ -21629,11 +21629,19 @@ class Queues:
         return {server for nid in joined for server in rooms.by_nid(nid).servers}
 
     def _wake(self, server: str, pos: int | None = None) -> Queue:
-        """Something new waits for a server, since a position if it must not get lost."""
+        """Something new waits for a server, since a position if it must not get lost.
+
+        Trap: the presence or devices that an event brings with it may be heard of before the event.
+        """
         queue = self.queues.get(server)
+        acked = self.hs.stream.position if pos is None else pos - 1
         if queue is None:
-            acked = self.hs.stream.position if pos is None else pos - 1
             queue = self.queues[server] = Queue(server, acked)
+        elif acked < queue.acked:  # it is of a moment ago, for news of what happens just now
+            queue.acked = acked
+            if queue.is_late:
+                with self.db.write():
+                    self._write_acked(queue, is_done=False)
         if not queue.is_busy and not queue.retry_ts:
             self._schedule(queue)
         return queue

@@ -2431,7 +2431,10 @@ def test_sec_16_event_size_to_the_byte(version: conduit.RoomVersion) -> None:
     spare = 65536 - len(conduit.canonical_json(sample_pdu(version, content={"body": ""})))
     for size, expected in ((spare, None), (spare + 1, "M_TOO_LARGE")):
         content = {"body": "é" * (size // 2) + "x" * (size % 2)}
-        assert format_error(version, sample_pdu(version, content=content)) == expected
+        unsigned = {"prev_content": content}  # does not count
+        pdu = sample_pdu(version, content=content)
+        assert format_error(version, pdu) == expected
+        assert format_error(version, {**pdu, "unsigned": unsigned}) == expected
         fields = sample_fields(version, content=content)
         if version.explicit_event_ids:
             fields["event_id"] = "$" + "e" * 24 + ":one.example"
@@ -18675,6 +18678,18 @@ def test_events_come_in_order_and_once(
     assert receiver.bodies == [*sent, "after"]
 
 
+def test_who_comes_is_heard_of_with_all_that_they_bring(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """A join, though the presence and the devices of who joins are news as well."""
+    bob = register(sending)
+    crypto(bob)
+    bob.poll()
+    bob.join(met[1])
+    eventually(lambda: bob.user_id in [pdu.get("state_key") for pdu in receiver.pdus])
+    eventually(lambda: receiver.edus("m.device_list_update"))
+
+
 def test_the_kick_is_the_last_that_a_server_hears(
     met: tuple[Client, str], receiver: Destination, authority: Authority, sending: Server
 ) -> None:
@@ -26576,6 +26591,7 @@ def test_a_room_of_two_programs(two: Sides, version: str) -> None:
     for action, wanted in (("kick", "leave"), ("ban", "ban"), ("unban", "leave")):
         ok(host.post(("rooms", room_id, action), {"user_id": guest.user_id, "reason": action}))
         eventually(lambda: section(guest, "leave", room_id))
+        host.send_text(room_id, f"after the {action}")
         expected = 403 if wanted == "ban" else 200
         assert join_via(guest, room_id, host.server).status_code == expected
     host.send_text(room_id, "last")
@@ -26713,6 +26729,29 @@ def devices_are_seen(one: Client, other: Client) -> None:
     ok(phone.post("logout", {}))
     other.wait_for(news, 20)
     eventually(lambda: phone.device_id not in query(other, one)["device_keys"][one.user_id], 20)
+
+
+def test_one_more_of_a_server(two: Sides) -> None:
+    """Invited into a room that the server is in already; and all leave but one, and return."""
+    host, guest = two
+    other = people(guest.server)[0]
+    room_id = host.create_room()
+    for one in (guest, other):
+        host.invite(room_id, one)
+        eventually(lambda one=one: section(one, "invite", room_id), 20)
+        one.join(room_id)
+        becomes(host, room_id, one, "join")
+    agree(room_id, host, guest, other)
+    for one, last in ((guest, other), (other, host)):
+        one.leave(room_id)
+        becomes(last, room_id, one, "leave")
+    host.send_text(room_id, "alone")
+    host.invite(room_id, guest)
+    eventually(lambda: section(guest, "invite", room_id), 20)
+    guest.join(room_id)
+    host.send_text(room_id, "together")
+    reads(guest, room_id, "alone", "together")
+    agree(room_id, host, guest)
 
 
 def test_spaces_of_two_programs(two: Sides) -> None:
