@@ -157,6 +157,8 @@ class SchemaCheck:
             endpoint, findings = self.spec.check(exchange)
             name = endpoint.key if endpoint else f"{request.method} {request.path}"
             for finding in findings:
+                if finding.message == "'origin' is a required property":
+                    continue  # an event's: nobody has sent it since MSC3989
                 if finding.kind in ("request", "request-schema") or endpoint is None:
                     VIOLATIONS[f"sent: {name} {finding.pointer}: {finding.message}"] += 1
 
