@@ -33,49 +33,77 @@ Contents (search for the number and the title)
        8  STATE RESOLUTION
        9  STATE GROUPS
       10  THE ROOM STORE
-      11  HISTORY VISIBILITY AND THE CLIENT FORMAT
+      11  EVENTS ENTER A ROOM
+      12  EVENTS FROM ELSEWHERE
+      13  KEEPING ROOMS SMALL
+      14  HISTORY VISIBILITY AND THE CLIENT FORMAT
     Part III  The wire
-      12  HTTP SERVER
-      13  ROUTER, AUTHENTICATION, RATE LIMITS
-    Part IV   Clients
-      14  ACCOUNTS, DEVICES, LOGINS
-      15  PROFILES, ACCOUNT DATA, FILTERS
-      16  DIRECTORY
-      17  ROOMS AND MESSAGES
-      18  PUSH RULES AND UNREAD COUNTS
-      19  RECEIPTS, TYPING, PRESENCE
-      20  ENCRYPTION KEYS AND TO-DEVICE
-      21  SYNC
-      22  MEDIA
-    Part V    The house
-      23  THE ADMIN ROOM
-      24  CALLS, WELL-KNOWN, LANDING PAGE
-    Part VI   Running
-      25  COMPOSITION ROOT AND MAINTENANCE
-      26  COMMAND LINE
+      15  HTTP SERVER
+      16  ROUTER, AUTHENTICATION, RATE LIMITS
+      17  HTTP CLIENT, DNS, PROXIES
+    Part IV   Federation
+      18  DISCOVERY AND SERVER KEYS
+      19  FEDERATION REQUESTS
+    Part V    Clients
+      20  ACCOUNTS, DEVICES, LOGINS
+      21  REGISTRATION AND LOGIN
+      22  E-MAIL, TERMS, TOKENS
+      23  PROFILES, ACCOUNT DATA, FILTERS
+      24  DIRECTORY
+      25  RELATIONS
+      26  DELAYED EVENTS
+      27  MEMBERSHIP
+      28  MAKING AND REPLACING ROOMS
+      29  ROOMS AND MESSAGES
+      30  JOINING ROOMS ELSEWHERE
+      31  PUSH RULES AND UNREAD COUNTS
+      32  THREADS AND DAYS
+      33  SEARCH
+      34  SPACES, SUMMARIES, REPORTS
+      35  RECEIPTS, TYPING, PRESENCE
+      36  PUSHERS
+      37  ENCRYPTION KEYS AND TO-DEVICE
+      38  KEY BACKUP AND TO-DEVICE MESSAGES
+      39  RECEIVING
+      40  SENDING
+      41  SERVING ROOMS
+      42  SYNC
+      43  SLIDING SYNC
+      44  MEDIA
+      45  PREVIEWS
+    Part VI   The house
+      46  APPLICATION SERVICES
+      47  ADMIN COMMANDS
+      48  THE ADMIN ROOM
+      49  SYNAPSE ADMIN API
+      50  CALLS, WELL-KNOWN, LANDING PAGE
+    Part VII  Running
+      51  METRICS AND TRACING
+      52  COMPOSITION ROOT AND MAINTENANCE
+      53  COMMAND LINE
 
 How a message travels, by chapters
-    12  A client sends PUT /_matrix/client/v3/rooms/!r:s/send/m.room.message/1. The HTTP
+    15  A client sends PUT /_matrix/client/v3/rooms/!r:s/send/m.room.message/1. The HTTP
         server reads the head, strictly, and
-    13  the router finds the handler, asks who the access token belongs to (14), counts
+    16  the router finds the handler, asks who the access token belongs to (20), counts
         the request against the rate limits and checks the shape of the body.
-    17  `put_send` looks whether this device sent this transaction id before; if not,
-    10  `Rooms.send` builds the event: what came before it (prev_events), what allows it
+    29  `put_send` looks whether this device sent this transaction id before; if not,
+    11  `Rooms.send` builds the event: what came before it (prev_events), what allows it
         (auth_events), who sent it and when.
      6  `finish_event` hashes and signs it; the hash is the event's id,
      7  and `check_auth` holds it against the rules of the room's version (5).
-    10  `Rooms.append` writes it into the shared transaction, with the state group (9)
+    11  `Rooms.append` writes it into the shared transaction, with the state group (9)
         that follows it, and tells all who subscribed, as
-    25  `Homeserver` wired them: presence, unread counts, the admin room.
-     4  The stream gets a new position; the syncs that wait wake up (21).
+    52  `Homeserver` wired them: presence, unread counts, the admin room.
+     4  The stream gets a new position; the syncs that wait wake up (42).
      4  The transaction is committed to the write-ahead log and a thread syncs it, one
-        sync for all that came together. Until then no answer goes out (12), not the
+        sync for all that came together. Until then no answer goes out (15), not the
         sender's, nor that of any reader who could know of the event.
-    55  Each other server in the room has a queue, which sends what it lacks, signed (46);
-    54  what comes from there is stored, answered, checked, and let in room by room (10).
-    21  Each waiting sync finds the room in the stream's log, reads the new events, asks
-    11  which of them its user may see (history visibility), adds unread counts (18),
-        receipts (19) and keys (20), and answers with a token: the stream's position.
+    40  Each other server in the room has a queue, which sends what it lacks, signed (19);
+    39  what comes from there is stored, answered, checked, and let in room by room (12).
+    42  Each waiting sync finds the room in the stream's log, reads the new events, asks
+    14  which of them its user may see (history visibility), adds unread counts (31),
+        receipts (35) and keys (37), and answers with a token: the stream's position.
 
 Rules that hold everywhere
     Nothing leaves the machine before it is on the disk.
@@ -380,7 +408,7 @@ class LruCache(Generic[CacheKey, CacheValue]):
         return len(self._items)
 
 
-# ── 1.5  Globs ──────────────────────────────────────────────────────────────
+# ── 1.5  Globs ───────────────────────────────────────────────────────────────
 
 # A word boundary: an end of the text, or a place beside which not both are word characters.
 BOUNDARY = "(?:(?<![A-Za-z0-9_])|(?![A-Za-z0-9_]))"
@@ -4700,7 +4728,15 @@ class RoomReader:
         return {row[0] for row in rows} - {user_nid}
 
 
-# ── 10.3  Branches that meet ─────────────────────────────────────────────────
+# ═════════════════════════════════════════════════════════════════════════════
+#  11. EVENTS ENTER A ROOM
+#
+#  The one path by which an event gets in: what branches of the graph resolve to,
+#  what an event of ours is built from, and the consequences of a new one, from
+#  which its news spread to all who subscribed.     spec: SS-API "PDUs", rooms/v2
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 11.1  Branches that meet ─────────────────────────────────────────────────
 
 
 class MissingEvents(MatrixError):
@@ -4980,7 +5016,7 @@ class RoomResolver(RoomReader):
         check_auth(room.version, event, {CREATE_KEY: created, **draft.auth})
 
 
-# ── 10.4  Writing ────────────────────────────────────────────────────────────
+# ── 11.2  Writing ────────────────────────────────────────────────────────────
 
 StateChanges = Mapping[StateKey, EventNid]  # 0 stands for what is gone
 # The device and its transaction id, or None and the delay_id of what was sent for the user later.
@@ -5388,7 +5424,15 @@ class RoomWriter(RoomResolver):
         room.power, room.acl, room.policy = None, (None, room.acl[1]), (None, None)
 
 
-# ── 10.5  What other servers send ────────────────────────────────────────────
+# ═════════════════════════════════════════════════════════════════════════════
+#  12. EVENTS FROM ELSEWHERE
+#
+#  The same for events that we did not make: the checks on receipt, outliers, the
+#  past that is fetched later, and a whole room that comes in with a join.
+#                       spec: SS-API "Checks performed on receipt of a PDU", "Soft failure"
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 12.1  What other servers send ────────────────────────────────────────────
 
 
 def in_order(edges: Mapping[str, Iterable[str]]) -> list[str]:
@@ -5785,7 +5829,15 @@ class RoomImport:
         return room
 
 
-# ── 10.6  Maintenance ────────────────────────────────────────────────────────
+# ═════════════════════════════════════════════════════════════════════════════
+#  13. KEEPING ROOMS SMALL
+#
+#  Rooms that nobody wants any more, history older than it should be, states that
+#  no event needs: all go in batches, between which everything else goes on.
+#                                                                       spec: none
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 13.1  Maintenance ────────────────────────────────────────────────────────
 
 PURGE_BATCH = 200
 EVENT_ROWS = (
@@ -6104,14 +6156,14 @@ class RoomKeeper(RoomReceiver):
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  11. HISTORY VISIBILITY AND THE CLIENT FORMAT
+#  14. HISTORY VISIBILITY AND THE CLIENT FORMAT
 #
 #  The one check that says who may see which event, and the form in which clients
 #  get what they may see.
 #       spec: CS-API "Room history visibility", "Room event format", "Stripped state"
 # ═════════════════════════════════════════════════════════════════════════════
 
-# ── 11.1  History visibility ─────────────────────────────────────────────────
+# ── 14.1  History visibility ─────────────────────────────────────────────────
 #
 #   visibility      who may see an event
 #   world_readable  everyone
@@ -6240,7 +6292,7 @@ class Rooms(RoomKeeper):
         return [viewer.without_erased(event) for event in seen] if self.erased else seen
 
 
-# ── 11.2  The client format ──────────────────────────────────────────────────
+# ── 14.2  The client format ──────────────────────────────────────────────────
 
 
 def sent_as(rooms: RoomReader, event: Event, device_nid: int) -> Json:
@@ -6362,7 +6414,7 @@ def stripped_state(rooms: RoomReader, room: Room, member: Member) -> list[Json]:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  12. HTTP SERVER
+#  15. HTTP SERVER
 #
 #  HTTP/1.1 on asyncio streams: the head is read by hand, bodies are streamed
 #  both ways in constant memory, answers go out in the order of the requests,
@@ -6393,7 +6445,7 @@ MAX_CONNECTIONS = 4_096
 MAX_CONNECTIONS_PER_ADDRESS = 256
 RESERVED_FILES = 256  # for the database, media, and what goes out
 
-# ── 12.1  The head of a request ──────────────────────────────────────────────
+# ── 15.1  The head of a request ──────────────────────────────────────────────
 
 Headers = dict[str, str]  # names in lower case, repeated fields joined by commas
 
@@ -6494,7 +6546,7 @@ def percent_decode(text: str) -> str:
         raise invalid_param("The URL is no UTF-8") from None
 
 
-# ── 12.2  The body of a request ──────────────────────────────────────────────
+# ── 15.2  The body of a request ──────────────────────────────────────────────
 
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:;[\t -~]*)?")
 
@@ -6563,7 +6615,7 @@ class BodyStream:
         self.finished = not self._left
 
 
-# ── 12.3  A request ──────────────────────────────────────────────────────────
+# ── 15.3  A request ──────────────────────────────────────────────────────────
 
 parse_address = functools.lru_cache(1024)(ipaddress.ip_address)  # 2 µs each, for every request
 
@@ -6706,7 +6758,7 @@ class Request:
         return result is not False
 
 
-# ── 12.4  Answers ────────────────────────────────────────────────────────────
+# ── 15.4  Answers ────────────────────────────────────────────────────────────
 
 
 class FileBody(NamedTuple):
@@ -6856,7 +6908,7 @@ async def file_blocks(file: FileBody) -> AsyncIterator[bytes]:
         os.close(descriptor)
 
 
-# ── 12.5  A connection ───────────────────────────────────────────────────────
+# ── 15.5  A connection ───────────────────────────────────────────────────────
 
 IDLE, READING, WORKING, WRITING, CLOSING = range(5)  # what a connection is doing
 
@@ -7084,7 +7136,7 @@ class Connection:
             raise
 
 
-# ── 12.6  Listening ──────────────────────────────────────────────────────────
+# ── 15.6  Listening ──────────────────────────────────────────────────────────
 
 
 def open_listeners(address: str, port: int) -> list[socket.socket]:
@@ -7270,7 +7322,7 @@ class HttpServer:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  13. ROUTER, AUTHENTICATION, RATE LIMITS
+#  16. ROUTER, AUTHENTICATION, RATE LIMITS
 #
 #  A handler is a function with a route above it. The route says who may call,
 #  how often, and with which body; all of that is checked here, in one place, so
@@ -7278,7 +7330,7 @@ class HttpServer:
 #  Standards", "Client Authentication", "Rate limiting"
 # ═════════════════════════════════════════════════════════════════════════════
 
-# ── 13.1  Who asks ───────────────────────────────────────────────────────────
+# ── 16.1  Who asks ───────────────────────────────────────────────────────────
 
 
 class Auth(Enum):
@@ -7332,7 +7384,7 @@ def check_caller(auth: Auth, requester: Requester | None) -> None:
         raise forbidden("Only application services may do this")
 
 
-# ── 13.2  What a body must look like ─────────────────────────────────────────
+# ── 16.2  What a body must look like ─────────────────────────────────────────
 #
 #  A schema is a literal in the shape of the JSON it describes:
 #
@@ -7396,7 +7448,7 @@ def check_shape(value: Any, shape: Any, where: str = "The body") -> None:
             check_shape(item, shape[0], f"{where}[{index}]")
 
 
-# ── 13.3  Rate limits ────────────────────────────────────────────────────────
+# ── 16.3  Rate limits ────────────────────────────────────────────────────────
 
 RATE_LIMITS = {  # requests a second for ever, and how many at once after a pause
     "default": (50, 200),
@@ -7408,7 +7460,7 @@ RATE_LIMITS = {  # requests a second for ever, and how many at once after a paus
     "upload": (5, 100),
     "search": (2, 20),
     "claim": (0.5, 30),  # fewer than a device has one-time keys
-    "login": (0.5, 20),  # wrong passwords have limits of their own, in chapter 14
+    "login": (0.5, 20),  # wrong passwords have limits of their own, in chapter 20
     "register": (0.2, 10),
     "report": (0.2, 10),
 }  # for one user; a client without a token has the same for its address
@@ -7437,7 +7489,7 @@ class RateLimiter:
             self._full_at = dict(live[-MAX_BUCKETS // 2 :])
 
 
-# ── 13.4  Routes ─────────────────────────────────────────────────────────────
+# ── 16.4  Routes ─────────────────────────────────────────────────────────────
 
 Handler = Callable[..., Awaitable[Any]]  # (hs, request, **path parameters) -> Json or Response
 
@@ -7557,7 +7609,7 @@ class PathNode:
         return None if endpoint is None else (endpoint, ["/".join(segments[at:])])
 
 
-# ── 13.5  From a request to its handler ──────────────────────────────────────
+# ── 16.5  From a request to its handler ──────────────────────────────────────
 
 METHODS = ("GET", "PUT", "POST", "DELETE", "PATCH")
 MAX_CONSENTS = 20  # that one request may need
@@ -7666,7 +7718,7 @@ class Router:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  44. HTTP CLIENT, DNS, PROXIES
+#  17. HTTP CLIENT, DNS, PROXIES
 #
 #  How this server asks others: a look-up of names that it can check, connections
 #  that go where they may and nowhere else, HTTP/1.1 read as strictly as it is
@@ -7721,7 +7773,7 @@ class Flights(Generic[CacheKey, Result]):
             task.exception()  # which its callers have seen, if there is one left
 
 
-# ── 44.1  DNS messages ───────────────────────────────────────────────────────
+# ── 17.1  DNS messages ───────────────────────────────────────────────────────
 
 A, CNAME, SOA, AAAA, SRV = 1, 5, 6, 28, 33
 INTERNET = 1
@@ -7844,7 +7896,7 @@ def parse_dns(raw: bytes, query: bytes) -> DnsAnswer:
     return DnsAnswer(found, min(lifetimes, default=DNS_FAILURE_SECONDS))
 
 
-# ── 44.2  Looking up names ───────────────────────────────────────────────────
+# ── 17.2  Looking up names ───────────────────────────────────────────────────
 
 
 class DnsProtocol(asyncio.DatagramProtocol):
@@ -8027,7 +8079,7 @@ class Resolver:
         raise failure
 
 
-# ── 44.3  Where a request goes ───────────────────────────────────────────────
+# ── 17.3  Where a request goes ───────────────────────────────────────────────
 
 
 class Target(NamedTuple):
@@ -8121,7 +8173,7 @@ def proxy_for(config: ProxyConfig, host: str) -> Proxy | None:
     return parse_proxy(config.global_.url) if config.global_ else None
 
 
-# ── 44.4  Connecting ─────────────────────────────────────────────────────────
+# ── 17.4  Connecting ─────────────────────────────────────────────────────────
 
 
 class Link:
@@ -8238,7 +8290,7 @@ async def connect_through_socks(link: Link, proxy: Proxy, host: str, port: int) 
     await read(size + 2)
 
 
-# ── 44.5  One answer ─────────────────────────────────────────────────────────
+# ── 17.5  One answer ─────────────────────────────────────────────────────────
 
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?")
 UNTIL_CLOSED = -1
@@ -8365,7 +8417,7 @@ class ClientResponse:
             raise malformed("trailers")
 
 
-# ── 44.6  The client ─────────────────────────────────────────────────────────
+# ── 17.6  The client ─────────────────────────────────────────────────────────
 
 REPEATABLE = frozenset({"GET", "HEAD", "PUT", "DELETE"})  # may be sent again if a connection breaks
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -8640,7 +8692,7 @@ class HttpClient:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  45. DISCOVERY AND SERVER KEYS
+#  18. DISCOVERY AND SERVER KEYS
 #
 #  From a server's name to the machine that speaks for it, and to the keys that
 #  prove it; our own keys, and the same service for others (notary).
@@ -8683,7 +8735,7 @@ MAX_KEYS = 100  # of one server, in one answer
 MAX_NOTARY_QUERY = 100  # servers in one query
 MANY_SERVERS = 3  # beyond, notaries are asked first: one request instead of many
 
-# ── 45.1  Discovery ──────────────────────────────────────────────────────────
+# ── 18.1  Discovery ──────────────────────────────────────────────────────────
 
 
 def split_server_name(name: str) -> tuple[str, int | None]:
@@ -8833,7 +8885,7 @@ class Discovery:
             return response
 
 
-# ── 45.2  Our own keys ───────────────────────────────────────────────────────
+# ── 18.2  Our own keys ───────────────────────────────────────────────────────
 
 
 def old_own_keys(hs: Homeserver) -> Json:
@@ -8869,7 +8921,7 @@ async def get_server_keys(hs: Homeserver, _request: Request, key_id: str = "") -
     return own_keys(hs)
 
 
-# ── 45.3  Keys of others ─────────────────────────────────────────────────────
+# ── 18.3  Keys of others ─────────────────────────────────────────────────────
 
 
 class ServerKey(NamedTuple):
@@ -9084,7 +9136,7 @@ class ServerKeys:
         return None if row is None else cast(Json, json.loads(row[1]))
 
 
-# ── 45.4  Notary ─────────────────────────────────────────────────────────────
+# ── 18.4  Notary ─────────────────────────────────────────────────────────────
 
 KEY_QUERY: Final = {"server_keys": {str: {str: {"minimum_valid_until_ts?": int}}}}
 KEY_QUERY_PATH: Final = "/_matrix/key/v2/query"
@@ -9124,7 +9176,7 @@ async def query_notary_keys(hs: Homeserver, request: Request) -> Json:
     return await notarize(hs, {server: ts or now for server, ts in wanted.items()})
 
 
-# ── 45.5  Events of others ───────────────────────────────────────────────────
+# ── 18.5  Events of others ───────────────────────────────────────────────────
 
 PDU_BATCH = 100  # checked in one go by a thread
 
@@ -9215,7 +9267,7 @@ async def check_pdus(
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  46. FEDERATION REQUESTS
+#  19. FEDERATION REQUESTS
 #
 #  Requests between servers are signed over method, path, both names and content.
 #  Here is how ours are made and how those of others are checked, who is left alone
@@ -9242,7 +9294,7 @@ X_MATRIX_PARAM = re.compile(
 X_MATRIX_COMMA = re.compile(r"[ \t]*,[ \t]*")
 
 
-# ── 46.1  The header ─────────────────────────────────────────────────────────
+# ── 19.1  The header ─────────────────────────────────────────────────────────
 
 
 class XMatrix(NamedTuple):
@@ -9291,7 +9343,7 @@ def signed_request(method: str, uri: str, origin: str, destination: str, content
     return fields if content is None else {**fields, "content": content}
 
 
-# ── 46.2  Asking others ──────────────────────────────────────────────────────
+# ── 19.2  Asking others ──────────────────────────────────────────────────────
 
 
 def peer_error(server: str, response: ClientResponse) -> MatrixError:
@@ -9445,7 +9497,7 @@ class Federation:
         return claim.origin
 
 
-# ── 46.3  First answers ──────────────────────────────────────────────────────
+# ── 19.3  First answers ──────────────────────────────────────────────────────
 
 
 @route("GET", FEDERATION_API + "/version", auth=NONE)
@@ -9456,7 +9508,7 @@ async def get_version(hs: Homeserver, _request: Request) -> Json:
     return {"server": {"name": "conduit.py", "version": VERSION}}
 
 
-# ── 46.4  Server ACLs ────────────────────────────────────────────────────────
+# ── 19.4  Server ACLs ────────────────────────────────────────────────────────
 
 SERVER_ACL: Final = "m.room.server_acl"
 ACL_VERDICTS = 1_000  # kept per room
@@ -9498,7 +9550,7 @@ def acl_allows(room: Room, server: str) -> bool:
     return verdict
 
 
-# ── 46.5  Policy servers ─────────────────────────────────────────────────────
+# ── 19.5  Policy servers ─────────────────────────────────────────────────────
 
 POLICY_KEY: Final = ("m.room.policy", "")
 POLICY_KEY_ID: Final = "ed25519:policy_server"
@@ -9601,7 +9653,7 @@ class Consents:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  14. ACCOUNTS, DEVICES, LOGINS
+#  20. ACCOUNTS, DEVICES, LOGINS
 #
 #  Who somebody is, and how they prove it: a password hash per account, a device
 #  per login, and tokens of which the database knows only the hash. Everything
@@ -9675,7 +9727,7 @@ BOT_LOCALPART = "conduit"
 
 log_accounts = logging.getLogger("conduit.accounts")
 
-# ── 14.1  Passwords ──────────────────────────────────────────────────────────
+# ── 20.1  Passwords ──────────────────────────────────────────────────────────
 
 PASSWORD_PASSES = 2
 PASSWORD_MEMORY = 19 * 1024 * 1024  # bytes; OWASP's minimum, as a Pi has to carry two at a time
@@ -9705,7 +9757,7 @@ def check_new_password(password: str) -> None:
         raise invalid_param(f"The password is longer than {MAX_PASSWORD_BYTES} bytes")
 
 
-# ── 14.2  Budgets for guesses ────────────────────────────────────────────────
+# ── 20.2  Budgets for guesses ────────────────────────────────────────────────
 
 
 GuessKey = tuple[str, ...]  # the budget's name, and whose it is
@@ -9761,7 +9813,7 @@ class GuessLimiter:
         return [pair, ("address", group), *shared]
 
 
-# ── 14.3  Tokens and devices ─────────────────────────────────────────────────
+# ── 20.3  Tokens and devices ─────────────────────────────────────────────────
 
 
 class ShortLived(Generic[CacheValue]):
@@ -10122,7 +10174,7 @@ class Sessions:
             await asyncio.sleep(0)
 
 
-# ── 14.4  Making, changing and ending accounts ───────────────────────────────
+# ── 20.4  Making, changing and ending accounts ───────────────────────────────
 
 SET_MARK = {
     "locked": "UPDATE accounts SET locked = ? WHERE user_nid = ?",
@@ -10134,7 +10186,7 @@ class Accounts(Sessions):
     """How accounts are made, changed and ended; callbacks come inside the write block of that.
 
     Chapters below set how a new account is named, and what a member event repeats of a profile;
-    chapter 52 which names and requests belong to application services.
+    chapter 46 which names and requests belong to application services.
     """
 
     name_account: Callable[[UserNid, str], None]
@@ -10437,7 +10489,15 @@ def check_sender(
         raise MatrixError(403, "M_USER_SUSPENDED", "You may only read while you are suspended")
 
 
-# ── 14.5  User-interactive authentication ────────────────────────────────────
+# ═════════════════════════════════════════════════════════════════════════════
+#  21. REGISTRATION AND LOGIN
+#
+#  How somebody proves who they are, for an account, for a session, and once more
+#  before what matters; and what they can do with their own account.
+#       spec: CS-API "User-interactive authentication API", "Account management", "Login"
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 21.1  User-interactive authentication ────────────────────────────────────
 
 DUMMY = "m.login.dummy"
 PASSWORD = "m.login.password"  # noqa: S105  the name of a stage
@@ -10602,7 +10662,7 @@ async def user_interactive_auth(
     return session
 
 
-# ── 14.6  Registration ───────────────────────────────────────────────────────
+# ── 21.2  Registration ───────────────────────────────────────────────────────
 
 DEVICE_FIELDS = {"device_id?": str, "initial_device_display_name?": str, "refresh_token?": bool}
 NEW_ACCOUNT = {
@@ -10753,7 +10813,7 @@ async def register_by_shared_secret(hs: Homeserver, request: Request) -> Json:
     return hs.accounts.log_in(nid, request.address, {})
 
 
-# ── 14.7  Login and refresh ──────────────────────────────────────────────────
+# ── 21.3  Login and refresh ──────────────────────────────────────────────────
 
 LOGIN = {
     **DEVICE_FIELDS,
@@ -10855,7 +10915,7 @@ async def refresh_tokens(hs: Homeserver, request: Request) -> Json:
     return hs.accounts.refresh(request.json["refresh_token"])
 
 
-# ── 14.8  Logout and devices ─────────────────────────────────────────────────
+# ── 21.4  Logout and devices ─────────────────────────────────────────────────
 
 DEVICE = V3 + "/devices/{device_id}"
 
@@ -10912,7 +10972,7 @@ async def delete_devices(hs: Homeserver, request: Request, device_id: str | None
     return {}
 
 
-# ── 14.9  The own account ────────────────────────────────────────────────────
+# ── 21.5  The own account ────────────────────────────────────────────────────
 
 PASSWORD_CHANGE = {"new_password": str, "logout_devices?": bool, "auth?": dict}
 DEACTIVATION = {"auth?": dict, "id_server?": str, "erase?": bool}
@@ -10922,7 +10982,7 @@ DEACTIVATION = {"auth?": dict, "id_server?": str, "erase?": bool}
 async def change_password(hs: Homeserver, request: Request) -> Json:
     """Change the password; other devices are logged out unless logout_devices is false.
 
-    Without a token it is a forgotten password: the e-mail address tells whose (chapter 47).
+    Without a token it is a forgotten password: the e-mail address tells whose (chapter 22).
     """
     password, log_out = request.json["new_password"], request.json.get("logout_devices", True)
     by_mail: Flows = ((EMAIL,),) if hs.config.smtp else ()
@@ -11029,7 +11089,7 @@ async def openid_userinfo(hs: Homeserver, request: Request) -> Json:
     return {"sub": user_id}
 
 
-# ── 14.10  Transaction ids ───────────────────────────────────────────────────
+# ── 21.6  Transaction ids ────────────────────────────────────────────────────
 
 
 def txn_row_key(requester: Requester, scope: str, txn_id: str) -> tuple[int, bytes]:
@@ -11059,7 +11119,7 @@ def record_transaction(
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  47. E-MAIL, TERMS, TOKENS
+#  22. E-MAIL, TERMS, TOKENS
 #
 #  What stands beside the password: e-mail addresses whose owner has shown that
 #  they read them, tokens that let strangers register, documents that they have
@@ -11124,7 +11184,7 @@ VALIDATE_PATH = "/_conduit/email/validate"
 
 log_mail = logging.getLogger("conduit.mail")
 
-# ── 47.1  Sending e-mail ─────────────────────────────────────────────────────
+# ── 22.1  Sending e-mail ─────────────────────────────────────────────────────
 
 GREETING = "This message comes from the Matrix server {server}.\n\n"
 PARDON = "\n\nIf this was not you, do nothing: without you nothing happens.\n"
@@ -11200,7 +11260,7 @@ class Mailer:
             self._waiting -= 1
 
 
-# ── 47.2  Addresses and who reads them ───────────────────────────────────────
+# ── 22.2  Addresses and who reads them ───────────────────────────────────────
 
 
 class Validation(NamedTuple):
@@ -11392,7 +11452,7 @@ def user_of_email(hs: Homeserver, identifier: Json) -> str | None:
 
 IDENTIFIERS["m.id.thirdparty"] = user_of_email
 
-# ── 47.3  The addresses of an account ────────────────────────────────────────
+# ── 22.3  The addresses of an account ────────────────────────────────────────
 
 EMAIL_REQUEST = {
     **{"client_secret": str, "email": str, "send_attempt": int, "next_link?": str},
@@ -11476,7 +11536,7 @@ async def unbind_third_party_id(_hs: Homeserver, _request: Request) -> Json:
     return {"id_server_unbind_result": "no-support"}
 
 
-# ── 47.4  Terms of service ───────────────────────────────────────────────────
+# ── 22.4  Terms of service ───────────────────────────────────────────────────
 
 
 def terms_params(config: Config) -> Json:
@@ -11505,7 +11565,7 @@ def store_consent(hs: Homeserver, nid: UserNid, session: UiaSession) -> None:
         hs.db.execute("INSERT OR REPLACE INTO consents VALUES (?, ?, ?, ?)", row)
 
 
-# ── 47.5  Registration tokens ────────────────────────────────────────────────
+# ── 22.5  Registration tokens ────────────────────────────────────────────────
 
 
 class RegistrationToken(NamedTuple):
@@ -11640,7 +11700,7 @@ async def registration_token_validity(hs: Homeserver, request: Request) -> Json:
     return {"valid": is_registration_token(hs, request.query["token"][0], request.address)}
 
 
-# ── 47.6  JSON web tokens ────────────────────────────────────────────────────
+# ── 22.6  JSON web tokens ────────────────────────────────────────────────────
 
 JWT_CLAIMS = {"sub": str, "exp": float, "nbf?": float, "iat?": float}
 
@@ -11687,7 +11747,7 @@ async def user_by_jwt(hs: Homeserver, request: Request) -> UserNid | None:
     return None if account is None else account.nid
 
 
-# ── 47.7  Moderating accounts ────────────────────────────────────────────────
+# ── 22.7  Moderating accounts ────────────────────────────────────────────────
 
 MARKS = {"lock": "locked", "suspend": "suspended"}
 MARK_PATHS = tuple(
@@ -11764,7 +11824,7 @@ async def sso_redirect(_hs: Homeserver, _request: Request, idp_id: str = "") -> 
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  15. PROFILES, ACCOUNT DATA, FILTERS
+#  23. PROFILES, ACCOUNT DATA, FILTERS
 #
 #  What people say about themselves to others (name, picture, further fields),
 #  what their clients keep here for themselves (account data, tags), and what
@@ -11813,7 +11873,7 @@ REMOTE_PROFILE_SECONDS = 120.0  # for so long
 MAX_FILTER_BYTES = 65_536
 MAX_FILTERS = 500  # of one user; beyond, the oldest goes
 
-# ── 15.1  Profiles ───────────────────────────────────────────────────────────
+# ── 23.1  Profiles ───────────────────────────────────────────────────────────
 
 PROFILE = V3 + "/profile/{user_id}"
 PROFILE_FIELD = PROFILE + "/{name}"
@@ -11981,7 +12041,7 @@ async def delete_profile_field(hs: Homeserver, request: Request, user_id: str, n
     return {}
 
 
-# ── 15.2  Account data ───────────────────────────────────────────────────────
+# ── 23.2  Account data ───────────────────────────────────────────────────────
 
 NO_ROOM: Final = RoomNid(0)
 SERVER_MANAGED = ("m.fully_read", "m.push_rules")
@@ -12220,7 +12280,7 @@ async def delete_account_data(
     return {}
 
 
-# ── 15.3  Tags ───────────────────────────────────────────────────────────────
+# ── 23.3  Tags ───────────────────────────────────────────────────────────────
 
 
 def tags_of(hs: Homeserver, user_nid: UserNid, room_nid: RoomNid) -> Json:
@@ -12262,7 +12322,7 @@ async def delete_tag(
     return {}
 
 
-# ── 15.4  Filters ────────────────────────────────────────────────────────────
+# ── 23.4  Filters ────────────────────────────────────────────────────────────
 
 FILTER_PATH = V3 + "/user/{user_id}/filter"
 EVENT_FILTER: Final[Json] = {
@@ -12378,7 +12438,7 @@ async def get_stored_filter(hs: Homeserver, request: Request, user_id: str, filt
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  16. DIRECTORY
+#  24. DIRECTORY
 #
 #  How rooms and people are found: aliases that stand for rooms, the list of
 #  published rooms, and the search for users, which shows to each only those
@@ -12405,7 +12465,7 @@ ADMINS_ALIAS = "admins"  # the admin room's; nobody else is ever to have it
 MAX_LISTED = 500  # rooms in one answer
 MAX_FOUND = 50  # users in one answer
 
-# ── 16.1  Aliases ────────────────────────────────────────────────────────────
+# ── 24.1  Aliases ────────────────────────────────────────────────────────────
 
 ALIAS = V3 + "/directory/room/{alias}"
 DIRECTORY_QUERY = FEDERATION_API + "/query/directory"
@@ -12558,7 +12618,7 @@ async def get_room_aliases(hs: Homeserver, request: Request, room_id: str) -> Js
     return {"aliases": [row[0] for row in rows]}
 
 
-# ── 16.2  Published rooms ────────────────────────────────────────────────────
+# ── 24.2  Published rooms ────────────────────────────────────────────────────
 
 SHOWN_SETTINGS: Final = {  # member of a listing: event type and key in its content
     "name": ("m.room.name", "name"),
@@ -12584,7 +12644,7 @@ def listing_of(room: Room) -> Json:
 class Directory:
     """Which rooms are listed, how, and in which rooms people can be found by all.
 
-    What concerns application services is set by chapter 52.
+    What concerns application services is set by chapter 46.
     """
 
     is_reserved: Callable[..., bool]  # whether an alias is theirs: alias, creator, service
@@ -12687,7 +12747,7 @@ async def put_visibility(hs: Homeserver, request: Request, room_id: str) -> Json
     return {}
 
 
-# ── 16.3  The list of rooms ──────────────────────────────────────────────────
+# ── 24.3  The list of rooms ──────────────────────────────────────────────────
 
 ROOM_QUERY = {
     **{"limit?": int, "since?": str, "include_all_networks?": bool},
@@ -12792,7 +12852,7 @@ async def search_public_rooms_for(hs: Homeserver, request: Request) -> Json:
     return public_rooms_page(hs, {**request.json, "limit": request.json.get("limit") or MAX_LISTED})
 
 
-# ── 16.4  The search for users ───────────────────────────────────────────────
+# ── 24.4  The search for users ───────────────────────────────────────────────
 
 
 def matching_members(db: sqlite3.Connection, rooms: str, words: list[str]) -> dict[str, Json]:
@@ -12843,7 +12903,7 @@ async def search_users(hs: Homeserver, request: Request) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  41. RELATIONS
+#  25. RELATIONS
 #
 #  Events that relate to others: edits, replies in threads, references. What relates
 #  to an event is summed up and bundled with it wherever a client gets it; and each
@@ -12898,7 +12958,7 @@ SUBSCRIPTION = """
       AND root_id = ?
 """
 
-# ── 41.1  Threads ────────────────────────────────────────────────────────────
+# ── 25.1  Threads ────────────────────────────────────────────────────────────
 
 MAIN_THREAD = "main"
 MAX_THREAD_HOPS = 3
@@ -13081,7 +13141,7 @@ def follows_thread(rooms: RoomReader, event: Event, user_id: str) -> bool | None
     return bool(row[0] != "none")
 
 
-# ── 41.2  Children ───────────────────────────────────────────────────────────
+# ── 25.2  Children ───────────────────────────────────────────────────────────
 
 CHILDREN_NEWEST = """
     SELECT nid
@@ -13189,7 +13249,7 @@ def related_to(
     return [event for event in events if event.event_id in found]
 
 
-# ── 41.3  Aggregations ───────────────────────────────────────────────────────
+# ── 25.3  Aggregations ───────────────────────────────────────────────────────
 
 
 class Reader(NamedTuple):
@@ -13309,7 +13369,7 @@ def client_events(hs: Homeserver, user: Requester, events: Iterable[Event]) -> l
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  51. DELAYED EVENTS
+#  26. DELAYED EVENTS
 #
 #  Events that a client hands over now and the server sends later, unless it is told
 #  otherwise: a phone that loses its network in a call has left its "I hung up" here.
@@ -13586,7 +13646,8 @@ class DelayedEvents:
                 self._finish(delayed)
 
 
-DELAYED_PATH: Final = "/_matrix/client/unstable/org.matrix.msc4140/delayed_events"
+MSC4140: Final = "/_matrix/client/unstable/org.matrix.msc4140"
+DELAYED_PATH: Final = MSC4140 + "/delayed_events"
 DELAYED_EVENT: Final = {
     **{"delay_ms?": int, "delay?": int, "state_key?": str},
     "content": dict,
@@ -13621,7 +13682,7 @@ def delay_of(request: Request) -> int | None:
 
 @route(
     "PUT",
-    "/_matrix/client/unstable/org.matrix.msc4140/rooms/{room_id}/delayed_event/{event_type}/{txn_id}",
+    MSC4140 + "/rooms/{room_id}/delayed_event/{event_type}/{txn_id}",
     auth=GUEST,
     limit="message",
     body=DELAYED_EVENT,
@@ -13678,11 +13739,11 @@ async def act_on_delayed_event(
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  17. ROOMS AND MESSAGES
+#  27. MEMBERSHIP
 #
-#  What a client does with rooms: make them, enter and leave them, set their
-#  state, send, redact, and read back. The rules are in Part II; here is what the
-#  API adds to them.                        spec: CS-API "Rooms", "Events"
+#  Who may look into a room, who gets in and how, and who is put out; also the
+#  tokens and filters with which its events are asked for.
+#         spec: CS-API "Room membership", "Joining rooms", "Leaving rooms", "Filtering"
 # ═════════════════════════════════════════════════════════════════════════════
 
 MAX_INVITES = 200  # in one createRoom
@@ -13705,7 +13766,7 @@ CREATE TABLE blocked_rooms (        -- nobody here may enter them; we need not k
 
 log_rooms = logging.getLogger("conduit.rooms")
 
-# ── 17.1  Tokens and filters ─────────────────────────────────────────────────
+# ── 27.1  Tokens and filters ─────────────────────────────────────────────────
 
 
 def stream_token(position: int) -> str:
@@ -13713,7 +13774,7 @@ def stream_token(position: int) -> str:
     return f"s{position}"
 
 
-TOKEN = re.compile(r"s(-?[0-9]{1,18})(?:_([0-9]{1,18}))?")  # the second: see chapter 21
+TOKEN = re.compile(r"s(-?[0-9]{1,18})(?:_([0-9]{1,18}))?")  # the second: see chapter 42
 
 
 def parse_token(text: str) -> int:
@@ -13804,7 +13865,7 @@ def page_filter(request: Request) -> EventFilter:
     return EventFilter(definition)
 
 
-# ── 17.2  Who may look into a room ───────────────────────────────────────────
+# ── 27.2  Who may look into a room ───────────────────────────────────────────
 
 
 def require_joined(room: Room, user_nid: UserNid) -> None:
@@ -13874,7 +13935,7 @@ def as_clients(hs: Homeserver, request: Request, events: Iterable[Event]) -> lis
     return client_events(hs, request.user, events)
 
 
-# ── 17.3  Membership ─────────────────────────────────────────────────────────
+# ── 27.3  Membership ─────────────────────────────────────────────────────────
 
 REASON: Final[Json] = {"reason?": str}
 USER_AND_REASON: Final[Json] = {"user_id": str, "reason?": str}
@@ -13968,7 +14029,7 @@ def invite_content(
 
 
 def invite(hs: Homeserver, room: Room, sender: str, invitee: str, **more: Any) -> None:
-    """Invite a user of this server; those of others have to be asked, see chapter 56."""
+    """Invite a user of this server; those of others have to be asked, see chapter 30."""
     content = invite_content(hs, room, sender, invitee, **more)
     if content is not None:
         hs.rooms.send(room, sender, MEMBER, content, state_key=invitee)
@@ -14378,7 +14439,15 @@ async def get_joined_rooms(hs: Homeserver, request: Request) -> Json:
     return {"joined_rooms": [hs.rooms.by_nid(nid).room_id for nid in nids]}
 
 
-# ── 17.4  Creating a room ────────────────────────────────────────────────────
+# ═════════════════════════════════════════════════════════════════════════════
+#  28. MAKING AND REPLACING ROOMS
+#
+#  What a new room consists of, event by event, and how a room gives way to one of
+#  a newer version, without anybody losing it out of sight.
+#                                    spec: CS-API "Rooms", "Room upgrades"
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 28.1  Creating a room ────────────────────────────────────────────────────
 
 PRESETS: Final = {  # (join rule, guest access)
     "private_chat": ("invite", "can_join"),
@@ -14577,7 +14646,7 @@ async def post_create_room(hs: Homeserver, request: Request) -> Json:
     return {"room_id": room.room_id}
 
 
-# ── 17.5  Replacing a room ───────────────────────────────────────────────────
+# ── 28.2  Replacing a room ───────────────────────────────────────────────────
 #
 # In three steps, since a room can have thousands of bans and children: the new room with nobody
 # but its maker in it, what it inherits, slice by slice, and then at once all that makes it the
@@ -14791,7 +14860,15 @@ async def post_upgrade(hs: Homeserver, request: Request, room_id: str) -> Json:
     return {"replacement_room": new.room_id}
 
 
-# ── 17.6  Sending ────────────────────────────────────────────────────────────
+# ═════════════════════════════════════════════════════════════════════════════
+#  29. ROOMS AND MESSAGES
+#
+#  Sending events, and reading what is there: state, members, the timeline in both
+#  directions, what stands around one event.
+#                   spec: CS-API "Getting events for a room", "Sending events to a room"
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 29.1  Sending ────────────────────────────────────────────────────────────
 
 SEND_PATH = ROOM_PATH + "/send/{event_type}/{txn_id}"
 REDACT_PATH = ROOM_PATH + "/redact/{event_id}/{txn_id}"
@@ -15008,7 +15085,7 @@ def send_delayed(hs: Homeserver, delayed: DelayedEvent) -> Event:
     return set_state(hs, user, *place, content, sent_as)
 
 
-# ── 17.7  Reading state and members ──────────────────────────────────────────
+# ── 29.2  Reading state and members ──────────────────────────────────────────
 
 
 @route("GET", ROOM_PATH + "/state", auth=GUEST)
@@ -15096,7 +15173,7 @@ async def get_joined_members(hs: Homeserver, request: Request, room_id: str) -> 
     return {"joined": {cast(str, event.state_key): joined_member(event) for event in events}}
 
 
-# ── 17.8  Reading events ─────────────────────────────────────────────────────
+# ── 29.3  Reading events ─────────────────────────────────────────────────────
 
 
 def visible_event(
@@ -15287,7 +15364,7 @@ async def get_context(hs: Homeserver, request: Request, room_id: str, event_id: 
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  56. JOINING ROOMS ELSEWHERE
+#  30. JOINING ROOMS ELSEWHERE
 #
 #  Who is in a room lets others in. A server that wants in asks one that is there
 #  for a template, builds and signs the event itself, and sends it back; what we
@@ -15320,7 +15397,7 @@ GAP_RETRY_SECONDS = 300.0  # before servers are asked again for what none of the
 GAPS_REMEMBERED = 10_000
 HEROES_SENT = 5
 
-# ── 56.1  JSON that comes in pieces ──────────────────────────────────────────
+# ── 30.1  JSON that comes in pieces ──────────────────────────────────────────
 
 JSON_SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -15407,7 +15484,7 @@ class JsonStream:
                 return
 
 
-# ── 56.2  Checks ─────────────────────────────────────────────────────────────
+# ── 30.2  Checks ─────────────────────────────────────────────────────────────
 
 
 def incompatible(version: object) -> MatrixError:
@@ -15484,7 +15561,7 @@ def servers_in(room: Room) -> list[str]:
     return [server for server, _ in room.servers.most_common()]
 
 
-# ── 56.3  Entering, knocking, leaving ────────────────────────────────────────
+# ── 30.3  Entering, knocking, leaving ────────────────────────────────────────
 
 Attempt = Callable[[str], Awaitable[Result]]
 
@@ -15811,7 +15888,7 @@ class Joining(Handshakes):
         return server
 
 
-# ── 56.4  The past of a room ─────────────────────────────────────────────────
+# ── 30.4  The past of a room ─────────────────────────────────────────────────
 
 STATE_IDS: Final = {"pdu_ids": [str], "auth_chain_ids": [str]}
 
@@ -15972,7 +16049,7 @@ class Backfill:
         return cast(Json, await self.hs.db.in_thread(response.json))
 
 
-# ── 56.5  Letting others in ──────────────────────────────────────────────────
+# ── 30.5  Letting others in ──────────────────────────────────────────────────
 
 
 def served_room(hs: Homeserver, request: Request, room_id: str) -> Room:
@@ -16169,7 +16246,7 @@ async def send_membership(
     return await join_answer(hs, room, event, request)
 
 
-# ── 56.6  Being invited ──────────────────────────────────────────────────────
+# ── 30.6  Being invited ──────────────────────────────────────────────────────
 
 
 def checked_room_state(version: RoomVersion, room_id: str, entries: object) -> list[Json]:
@@ -16242,7 +16319,7 @@ async def put_invite_v1(hs: Homeserver, request: Request, room_id: str, event_id
     return [200, {"event": event}]
 
 
-# ── 56.7  Invites of addresses ───────────────────────────────────────────────
+# ── 30.7  Invites of addresses ───────────────────────────────────────────────
 
 SIGNED_TOKEN: Final[Json] = {"mxid": str, "token": str, "signatures": dict}
 EXCHANGE: Final[Json] = {
@@ -16311,7 +16388,7 @@ async def on_bind(hs: Homeserver, request: Request) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  18. PUSH RULES AND UNREAD COUNTS
+#  31. PUSH RULES AND UNREAD COUNTS
 #
 #  Which events a user wants to hear of, and how many of them are unread. A user's
 #  rules are prepared once; what notifies is remembered per user and room as a few
@@ -16335,7 +16412,7 @@ CREATE TABLE unread (
 ) WITHOUT ROWID;
 """)
 
-# ── 18.1  The predefined rules ───────────────────────────────────────────────
+# ── 31.1  The predefined rules ───────────────────────────────────────────────
 
 OWN_USER_ID = "[the user's Matrix ID]"  # in a predefined rule: the id of the rule's owner
 NOTIFY = "notify"
@@ -16415,7 +16492,7 @@ DEFAULT_RULES: Final[dict[str, list[Json]]] = {
 }
 PUSH_KINDS: Final = tuple(DEFAULT_RULES)
 
-# ── 18.2  Conditions ─────────────────────────────────────────────────────────
+# ── 31.2  Conditions ─────────────────────────────────────────────────────────
 
 ABSENT: Final = object()
 SCALARS = (str, int, bool, type(None))
@@ -16543,7 +16620,7 @@ def prepare_condition(condition: Json) -> PushCondition:
     return prepare(condition) if prepare else never
 
 
-# ── 18.3  Prepared rules ─────────────────────────────────────────────────────
+# ── 31.3  Prepared rules ─────────────────────────────────────────────────────
 
 COMPARED_MEMBERS: Final = {"event_match": "pattern", "event_property_is": "value"}
 
@@ -16632,7 +16709,7 @@ class PushRuleset:
 
 DEFAULT_RULESET: Final = PushRuleset(0, {})
 
-# ── 18.4  The rules of each user ─────────────────────────────────────────────
+# ── 31.4  The rules of each user ─────────────────────────────────────────────
 
 MAX_RULES = 262_144  # characters, as JSON
 MAX_PATTERNS = 4096  # characters; each can cost a pass over a long body, while everybody waits
@@ -16701,7 +16778,7 @@ def push_rules_account_data(hs: Homeserver, user_nid: UserNid, since: int = 0) -
     return {"type": "m.push_rules", "content": hs.push_rules.content(user_nid)}
 
 
-# ── 18.5  Settings that follow an upgrade ────────────────────────────────────
+# ── 31.5  Settings that follow an upgrade ────────────────────────────────────
 
 
 def inherit_push_rule(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
@@ -16764,7 +16841,7 @@ def follow_tombstone(hs: Homeserver, room: Room, event: Event) -> None:
             inherit_settings(hs, user_nid, room, new)
 
 
-# ── 18.6  The push rule endpoints ────────────────────────────────────────────
+# ── 31.6  The push rule endpoints ────────────────────────────────────────────
 
 OBSOLETE_ACTIONS = ("dont_notify", "coalesce")
 PUSH_RULES_PATH = "/_matrix/client/v3/pushrules"
@@ -16893,7 +16970,7 @@ async def put_push_rule_member(hs: Homeserver, request: Request, kind: str, rule
     return {}
 
 
-# ── 18.7  Unread counts ──────────────────────────────────────────────────────
+# ── 31.7  Unread counts ──────────────────────────────────────────────────────
 
 MAX_CONSIDERED = 500  # events looked at in one go, and marks kept: a badge need not count further
 SAVE_AFTER = 50  # events considered before a row is worth writing
@@ -17068,7 +17145,7 @@ def unread_counts(hs: Homeserver, user_nid: UserNid, room: Room) -> UnreadCounts
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  42. THREADS AND DAYS
+#  32. THREADS AND DAYS
 #
 #  Ways to find events other than by scrolling: by what they relate to, by the
 #  threads of a room, by the day.   spec: CS-API "Relationships API", "Threading",
@@ -17077,7 +17154,7 @@ def unread_counts(hs: Homeserver, user_nid: UserNid, room: Room) -> UnreadCounts
 
 ROOM_V1 = "/_matrix/client/v1/rooms/{room_id}"
 
-# ── 42.1  What relates to an event ───────────────────────────────────────────
+# ── 32.1  What relates to an event ───────────────────────────────────────────
 
 MAX_RECURSION = 3  # how far what relates to it indirectly may be away
 MAX_RELATED = 5_000  # events found that way
@@ -17193,7 +17270,7 @@ async def get_relations(
     return answer
 
 
-# ── 42.2  The threads of a room ──────────────────────────────────────────────
+# ── 32.2  The threads of a room ──────────────────────────────────────────────
 
 MAX_THREAD_SCANS = 20  # pages of threads looked at for one answer
 
@@ -17279,7 +17356,7 @@ async def get_threads(hs: Homeserver, request: Request, room_id: str) -> Json:
     return {"chunk": chunk, "next_batch": stream_token(before)}
 
 
-# ── 42.3  Subscriptions to threads ───────────────────────────────────────────
+# ── 32.3  Subscriptions to threads ───────────────────────────────────────────
 
 MSC4306 = "/_matrix/client/unstable/io.element.msc4306"
 SUBSCRIPTION_PATH = MSC4306 + "/rooms/{room_id}/thread/{root_id}/subscription"
@@ -17333,7 +17410,7 @@ async def delete_subscription(hs: Homeserver, request: Request, room_id: str, ro
     return {}
 
 
-# ── 42.4  The event of a day ─────────────────────────────────────────────────
+# ── 32.4  The event of a day ─────────────────────────────────────────────────
 
 MSC3030_PATH = "/_matrix/client/unstable/org.matrix.msc3030/rooms/{room_id}/timestamp_to_event"
 DAY_PAGE = 500
@@ -17404,7 +17481,7 @@ async def get_event_by_time(hs: Homeserver, request: Request, room_id: str) -> J
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  58. SEARCH
+#  33. SEARCH
 #
 #  Full-text search in what a user may see. The index is written behind the events,
 #  when somebody searches and once a minute, so that it costs a sender nothing; a
@@ -17429,7 +17506,7 @@ invariant(
     "SELECT nid FROM search_texts WHERE nid NOT IN (SELECT nid FROM events)",
 )
 
-# ── 58.1  The search index ───────────────────────────────────────────────────
+# ── 33.1  The search index ───────────────────────────────────────────────────
 
 SEARCH_BATCH = 200  # events taken into the index in one go
 MAX_SEARCHED_TEXT = 20_000  # characters of one event
@@ -17563,7 +17640,7 @@ class Search:
             self._remove(nid)
 
 
-# ── 58.2  Searching ──────────────────────────────────────────────────────────
+# ── 33.2  Searching ──────────────────────────────────────────────────────────
 
 SEARCH_BODY: Final[Json] = {
     "search_categories": {
@@ -17824,7 +17901,7 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  59. SPACES, SUMMARIES, REPORTS
+#  34. SPACES, SUMMARIES, REPORTS
 #
 #  Ways to find rooms, from outside of them: a room in short, the rooms of a space,
 #  those in common with somebody; and to tell the admins of what is wrong in one.
@@ -17843,7 +17920,7 @@ CREATE TABLE reports (
 );
 """)
 
-# ── 59.1  Summaries of rooms ─────────────────────────────────────────────────
+# ── 34.1  Summaries of rooms ─────────────────────────────────────────────────
 
 OPEN_RULES = frozenset({"public", "knock", "knock_restricted"})
 
@@ -17887,7 +17964,7 @@ def room_summary(room: Room) -> Json:
     return {**summary, **{key: value for key, value in more.items() if value}}
 
 
-# ── 59.2  Rooms that only others know ────────────────────────────────────────
+# ── 34.2  Rooms that only others know ────────────────────────────────────────
 
 MAX_VIA = 3  # servers asked for a room
 VIA_SECONDS = 10.0
@@ -17987,7 +18064,7 @@ def is_lived_in(room: Room | None) -> bool:
     return room is not None and bool(room.local_joined)
 
 
-# ── 59.3  One room ───────────────────────────────────────────────────────────
+# ── 34.3  One room ───────────────────────────────────────────────────────────
 
 SUMMARY_PATH = "/_matrix/client/v1/room_summary/{room}"
 NHEKO_PATH = "/_matrix/client/unstable/im.nheko.summary"
@@ -18014,7 +18091,7 @@ async def get_room_summary(hs: Homeserver, request: Request, room: str) -> Json:
     return {**summary, "membership": membership or "leave"}
 
 
-# ── 59.4  Spaces ─────────────────────────────────────────────────────────────
+# ── 34.4  Spaces ─────────────────────────────────────────────────────────────
 
 MAX_SPACE_DEPTH = 50
 MAX_SPACE_PAGE = 100
@@ -18136,7 +18213,7 @@ async def get_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Json:
     return {"rooms": rooms, "next_batch": token}
 
 
-# ── 59.5  Rooms in common ────────────────────────────────────────────────────
+# ── 34.5  Rooms in common ────────────────────────────────────────────────────
 
 MAX_MUTUAL = 100
 MSC2666_PATH = "/_matrix/client/unstable/uk.half-shot.msc2666/user/mutual_rooms"
@@ -18163,7 +18240,7 @@ async def get_mutual_rooms(hs: Homeserver, request: Request) -> Json:
     return answer if len(rest) == len(page) else {**answer, "next_batch": stream_token(page[-1])}
 
 
-# ── 59.6  Reports ────────────────────────────────────────────────────────────
+# ── 34.6  Reports ────────────────────────────────────────────────────────────
 #
 # Of rooms and users, whatever is reported is accepted, whether it exists or not: an
 # answer must not tell (MSC4277), and things on other servers can be reported too.
@@ -18243,7 +18320,7 @@ async def report_user(hs: Homeserver, request: Request, user_id: str) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  19. RECEIPTS, TYPING, PRESENCE
+#  35. RECEIPTS, TYPING, PRESENCE
 #
 #  What a room shows beside its events: how far each member has read, who writes
 #  just now, who is there. Receipts are rows, typing and presence live in memory;
@@ -18271,7 +18348,7 @@ CREATE TABLE presence (
 );
 """)
 
-# ── 19.1  Receipts ───────────────────────────────────────────────────────────
+# ── 35.1  Receipts ───────────────────────────────────────────────────────────
 
 READ, READ_PRIVATE, FULLY_READ = "m.read", "m.read.private", "m.fully_read"
 UNTHREADED = ""
@@ -18368,7 +18445,7 @@ def own_receipt_moved(hs: Homeserver, room_nid: RoomNid, user_nid: UserNid, sinc
     return any(reader_nid == user_nid for reader_nid, *_ in hs.receipts.newer(room_nid, since))
 
 
-# ── 19.2  The receipt endpoints ──────────────────────────────────────────────
+# ── 35.2  The receipt endpoints ──────────────────────────────────────────────
 
 RECEIPT_PATH = "/_matrix/client/v3/rooms/{room_id}/receipt/{receipt_type}/{event_id}"
 READ_MARKERS_PATH = "/_matrix/client/v3/rooms/{room_id}/read_markers"
@@ -18452,7 +18529,7 @@ async def post_read_markers(hs: Homeserver, request: Request, room_id: str) -> J
     return {}
 
 
-# ── 19.3  Typing ─────────────────────────────────────────────────────────────
+# ── 35.3  Typing ─────────────────────────────────────────────────────────────
 
 DEFAULT_TYPING_MS = 30_000
 MAX_TYPING_MS = 120_000
@@ -18519,7 +18596,7 @@ async def put_typing(hs: Homeserver, request: Request, room_id: str, user_id: st
     return {}
 
 
-# ── 19.4  Presence ───────────────────────────────────────────────────────────
+# ── 35.4  Presence ───────────────────────────────────────────────────────────
 #
 # Each device of a user is online, unavailable or offline; the best of them counts.
 #
@@ -18782,7 +18859,7 @@ def presence_since(hs: Homeserver, user_nid: UserNid, since: int = 0) -> list[Js
     ]
 
 
-# ── 19.5  The presence endpoints ─────────────────────────────────────────────
+# ── 35.5  The presence endpoints ─────────────────────────────────────────────
 
 PRESENCE_PATH = "/_matrix/client/v3/presence/{user_id}/status"
 
@@ -18811,7 +18888,7 @@ async def put_presence(hs: Homeserver, request: Request, user_id: str) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  49. PUSHERS
+#  36. PUSHERS
 #
 #  How a phone hears of what its apps sleep through: a pusher names a gateway, which
 #  wakes the phone. What is to be pushed is decided with the event, in the transaction
@@ -18864,7 +18941,7 @@ invariant(
 )
 log_push = logging.getLogger("conduit.push")
 
-# ── 49.1  What is pushed ─────────────────────────────────────────────────────
+# ── 36.1  What is pushed ─────────────────────────────────────────────────────
 
 
 @dataclass(slots=True)
@@ -18942,7 +19019,7 @@ def is_unread(hs: Homeserver, user_nid: UserNid, room: Room, event: Event) -> bo
     return event.pos in hs.unread.room(user_nid, room).positions()
 
 
-# ── 49.2  The queue ──────────────────────────────────────────────────────────
+# ── 36.2  The queue ──────────────────────────────────────────────────────────
 
 
 class Pushers:
@@ -19230,7 +19307,7 @@ class Pushers:
             )
 
 
-# ── 49.3  The pusher endpoints ───────────────────────────────────────────────
+# ── 36.3  The pusher endpoints ───────────────────────────────────────────────
 
 PUSHERS_PATH: Final = "/_matrix/client/v3/pushers"
 PUSHER_TEXTS: Final = ("app_display_name", "device_display_name", "lang")
@@ -19293,7 +19370,7 @@ async def get_pushers(hs: Homeserver, request: Request) -> Json:
     }
 
 
-# ── 49.4  The list of notifications ──────────────────────────────────────────
+# ── 36.4  The list of notifications ──────────────────────────────────────────
 #
 # Nobody keeps a list: it is made by asking the rules again, back through the stream. That
 # costs only those who look, and never more than a bounded part of the way at a time.
@@ -19357,7 +19434,7 @@ async def get_notifications(hs: Homeserver, request: Request) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  20. ENCRYPTION KEYS AND TO-DEVICE
+#  37. ENCRYPTION KEYS AND TO-DEVICE
 #
 #  The server sees no plain text; it is the post office of the keys. It keeps
 #  what devices publish, hands each one-time key to one caller only, checks who
@@ -19444,7 +19521,7 @@ CREATE TABLE dehydrated_devices (
 );
 """)
 
-# ── 20.1  What is kept in memory ─────────────────────────────────────────────
+# ── 37.1  What is kept in memory ─────────────────────────────────────────────
 
 
 class KeyCache:
@@ -19495,7 +19572,7 @@ def unused_fallback_types(hs: Homeserver, device_nid: DeviceNid) -> list[str]:
     return key_counts(hs, device_nid)[1]
 
 
-# ── 20.2  Device list changes ────────────────────────────────────────────────
+# ── 37.2  Device list changes ────────────────────────────────────────────────
 
 
 def latest_update(hs: Homeserver, user_nid: UserNid) -> int | None:
@@ -19599,7 +19676,7 @@ async def get_key_changes(hs: Homeserver, request: Request) -> Json:
     return {"changed": changed, "left": left}
 
 
-# ── 20.3  Cross-signing keys and signatures ──────────────────────────────────
+# ── 37.3  Cross-signing keys and signatures ──────────────────────────────────
 #
 # Whoever signs here is the caller, with devices or cross-signing keys; `signers`
 # are those that count, key id → public key: just what a cross-signing key has in `keys`.
@@ -19767,7 +19844,7 @@ def add_signatures(hs: Homeserver, user: Requester, user_id: str, name: str, val
             device_list_changed(hs, target_nid, of_device, viewer_nid=0 if is_own else user.nid)
 
 
-# ── 20.4  Uploading device keys and one-time keys ────────────────────────────
+# ── 37.4  Uploading device keys and one-time keys ────────────────────────────
 #
 # What a device says about itself is kept as it is, whatever its algorithms: only
 # other clients can tell whether it is true, and they verify each signature.
@@ -19866,7 +19943,7 @@ async def upload_keys(hs: Homeserver, request: Request) -> Json:
     return {"one_time_key_counts": one_time_key_counts(hs, device_nid)}
 
 
-# ── 20.5  Querying and claiming ──────────────────────────────────────────────
+# ── 37.5  Querying and claiming ──────────────────────────────────────────────
 
 
 KEYS_BATCH = 50  # users whose keys are read at once
@@ -20269,7 +20346,15 @@ async def claim_keys_for(hs: Homeserver, request: Request) -> Json:
     return {"one_time_keys": await claim_local_keys(hs, local)}
 
 
-# ── 20.6  Key backup ─────────────────────────────────────────────────────────
+# ═════════════════════════════════════════════════════════════════════════════
+#  38. KEY BACKUP AND TO-DEVICE MESSAGES
+#
+#  What devices leave with the server: backups that it cannot read, messages that
+#  wait until they are fetched, a device that exists only on paper.
+#       spec: CS-API "Server-side key backups", "Send-to-Device messaging"; MSC3814
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 38.1  Key backup ─────────────────────────────────────────────────────────
 #
 # All sessions of a version, those of a room, and a single one are each a span of the
 # table's key (room id, session id): one query reads them, one statement deletes them.
@@ -20459,7 +20544,7 @@ async def delete_sessions(hs: Homeserver, request: Request, **at: str) -> Json:
     return backup_counts(hs, backup_nid)
 
 
-# ── 20.7  To-device messages ─────────────────────────────────────────────────
+# ── 38.2  To-device messages ─────────────────────────────────────────────────
 #
 # A message waits in the queue of its device until that device syncs with a token
 # behind it: the token says that the answer which carried the message arrived. So
@@ -20561,7 +20646,7 @@ async def send_to_device(hs: Homeserver, request: Request, event_type: str, txn_
     return {}
 
 
-# ── 20.8  Dehydrated devices ─────────────────────────────────────────────────
+# ── 38.3  Dehydrated devices ─────────────────────────────────────────────────
 #
 # A device that nobody holds in the hand: while all phones are off it collects keys
 # for the next one, which can decrypt its private half (`device_data`) with the
@@ -20654,7 +20739,7 @@ async def get_dehydrated_events(hs: Homeserver, request: Request, device_id: str
     }
 
 
-# ── 20.9  Devices and accounts that go away ──────────────────────────────────
+# ── 38.4  Devices and accounts that go away ──────────────────────────────────
 
 
 def device_removed(
@@ -20722,7 +20807,7 @@ invariant(
     """,
 )
 # ═════════════════════════════════════════════════════════════════════════════
-#  54. RECEIVING
+#  39. RECEIVING
 #
 #  What other servers send: transactions of events and of news that pass. Each is
 #  on the disk before it is answered; then each room takes in its events in order,
@@ -20776,7 +20861,7 @@ MAX_ROUNDS = 10  # of questions for missing events
 TYPING_ELSEWHERE_SECONDS = 60.0  # other servers say it again before that
 
 
-# ── 54.1  What is missing ────────────────────────────────────────────────────
+# ── 39.1  What is missing ────────────────────────────────────────────────────
 
 
 def helpers(hs: Homeserver, room: Room, *first: str) -> list[str]:
@@ -20841,7 +20926,7 @@ class Fetcher:
         return []
 
 
-# ── 54.2  One event ──────────────────────────────────────────────────────────
+# ── 39.2  One event ──────────────────────────────────────────────────────────
 
 
 async def admit_one(
@@ -20892,7 +20977,7 @@ async def admit(hs: Homeserver, room: Room, origin: str, event: Event, *, fetch:
     await admit_one(hs, room, origin, event, fetch=fetch)
 
 
-# ── 54.3  News that pass ─────────────────────────────────────────────────────
+# ── 39.3  News that pass ─────────────────────────────────────────────────────
 #
 # Each kind names a user for whom its server speaks; no server speaks for others.
 
@@ -21053,7 +21138,7 @@ def receive_edu(hs: Homeserver, origin: str, edu: Any) -> None:
         log_federation.info("an EDU of %s is left out: %s", origin, error.error)
 
 
-# ── 54.4  The inbox ──────────────────────────────────────────────────────────
+# ── 39.4  The inbox ──────────────────────────────────────────────────────────
 
 
 def refuse_pdu(verdicts: Json, version: RoomVersion | None, pdu: Any, error: str) -> None:
@@ -21307,7 +21392,7 @@ async def put_transaction(hs: Homeserver, request: Request, txn_id: str) -> Json
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  55. SENDING
+#  40. SENDING
 #
 #  What happens here has to reach the other servers, in order, though half of them
 #  may be down. Nothing is written per event and server: events wait once, and each
@@ -21369,7 +21454,7 @@ REFUSALS = frozenset({400, 413, 500})  # what a server says that chokes on somet
 
 log_sending = logging.getLogger("conduit.sending")
 
-# ── 55.1  What waits for a server ────────────────────────────────────────────
+# ── 40.1  What waits for a server ────────────────────────────────────────────
 
 WAITING_EVENTS = """
     SELECT DISTINCT sent_events.nid
@@ -21537,7 +21622,7 @@ def split_messages(messages: Json) -> Iterator[Json]:
         yield part
 
 
-# ── 55.2  What may get lost ──────────────────────────────────────────────────
+# ── 40.2  What may get lost ──────────────────────────────────────────────────
 
 
 def receipt_edus(hs: Homeserver, moved: Mapping[RoomNid, int]) -> Iterator[Json]:
@@ -21574,7 +21659,7 @@ def brief_edus(hs: Homeserver, edus: Mapping[EduKey, int]) -> list[Json]:
     return found + ([{"edu_type": "m.presence", "content": {"push": push}}] if push else [])
 
 
-# ── 55.3  Whose turn it is ───────────────────────────────────────────────────
+# ── 40.3  Whose turn it is ───────────────────────────────────────────────────
 
 
 class Queues:
@@ -21866,7 +21951,7 @@ class Queues:
             timer.cancel()
 
 
-# ── 55.4  What there is to send ──────────────────────────────────────────────
+# ── 40.4  What there is to send ──────────────────────────────────────────────
 
 
 class Sender(Queues):
@@ -22034,7 +22119,7 @@ class Sender(Queues):
                     queue.edus[edu] = min(old, value)
 
 
-# ── 55.5  For the admin ──────────────────────────────────────────────────────
+# ── 40.5  For the admin ──────────────────────────────────────────────────────
 
 
 class QueueStatus(NamedTuple):
@@ -22087,7 +22172,7 @@ def set_room_federation(hs: Homeserver, room_id: str, *, enabled: bool) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  57. SERVING ROOMS
+#  41. SERVING ROOMS
 #
 #  What other servers may ask of a room: events that they miss, what those stand on,
 #  the state at some point. A room answers to servers that are in it and that its ACL
@@ -22103,7 +22188,7 @@ MISSING_BODY: Final = {
     **{"earliest_events": [str], "latest_events": [str]},
 }
 
-# ── 57.1  Who may ask, and see what ──────────────────────────────────────────
+# ── 41.1  Who may ask, and see what ──────────────────────────────────────────
 
 
 def check_served(hs: Homeserver, room: Room, server: str) -> None:
@@ -22183,7 +22268,7 @@ class ServerView:
         ]
 
 
-# ── 57.2  Events ─────────────────────────────────────────────────────────────
+# ── 41.2  Events ─────────────────────────────────────────────────────────────
 
 
 def walk_back(
@@ -22264,7 +22349,7 @@ async def serve_event_by_time(hs: Homeserver, request: Request, room_id: str) ->
     return await event_near(hs, request, room, ServerView(hs, room, request.origin).shows)
 
 
-# ── 57.3  State ──────────────────────────────────────────────────────────────
+# ── 41.3  State ──────────────────────────────────────────────────────────────
 
 
 def with_create(room: Room, chain: list[str]) -> list[str]:
@@ -22334,7 +22419,7 @@ async def serve_event_auth(
     return Response(body=events_as_json(hs, auth_chain=with_create(room, chain)))
 
 
-# ── 57.4  Spaces ─────────────────────────────────────────────────────────────
+# ── 41.4  Spaces ─────────────────────────────────────────────────────────────
 
 
 def server_may_preview(hs: Homeserver, room: Room, server: str) -> bool:
@@ -22375,7 +22460,7 @@ async def serve_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Jso
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  21. SYNC
+#  42. SYNC
 #
 #  A client asks what is new since a token, and waits when nothing is. The token
 #  is a stream position; what lies behind it is found in the stream's log, so that
@@ -22388,7 +22473,7 @@ MAX_SYNC_TIMEOUT_MS = 300_000
 HEROES = 5
 YIELD_SECONDS = 0.01  # how long a big sync may hold the loop before others get a turn
 
-# ── 21.1  Waiting ────────────────────────────────────────────────────────────
+# ── 42.1  Waiting ────────────────────────────────────────────────────────────
 
 ROOM_KINDS = frozenset({ROOM_EVENT, RECEIPT, TYPING})
 SHARED_KINDS = frozenset({DEVICE_LIST, PRESENCE})  # what those who share a room with the user hear
@@ -22437,7 +22522,7 @@ class Notifier:
                 self._waiting.pop(user_nid, None)
 
 
-# ── 21.2  What is asked for ──────────────────────────────────────────────────
+# ── 42.2  What is asked for ──────────────────────────────────────────────────
 
 
 def split_field(path: str) -> list[str]:
@@ -22542,7 +22627,7 @@ class SyncRequest(SyncReader):
         return [one for one in events if wanted.wants(one["type"], user_id, one["content"])]
 
 
-# ── 21.3  What has changed ───────────────────────────────────────────────────
+# ── 42.3  What has changed ───────────────────────────────────────────────────
 
 
 class Changes(NamedTuple):
@@ -22588,7 +22673,7 @@ def changes_since(ask: SyncReader, since: int) -> Changes:
     return found
 
 
-# ── 21.4  Timelines ──────────────────────────────────────────────────────────
+# ── 42.4  Timelines ──────────────────────────────────────────────────────────
 
 
 class Timeline(NamedTuple):
@@ -22637,7 +22722,7 @@ def without_gap(ask: SyncRequest, room: Room, timeline: Timeline) -> Timeline:
     return Timeline(events, True, stream_token(gap), False)
 
 
-# ── 21.5  State ──────────────────────────────────────────────────────────────
+# ── 42.5  State ──────────────────────────────────────────────────────────────
 
 
 def group_at(ask: SyncReader, room: Room, position: int) -> int | None:
@@ -22769,7 +22854,7 @@ def summary_of(ask: SyncRequest, room: Room) -> Json:
     return summary if names is None else {**summary, "m.heroes": names}
 
 
-# ── 21.6  Rooms ──────────────────────────────────────────────────────────────
+# ── 42.6  Rooms ──────────────────────────────────────────────────────────────
 
 
 def ephemeral_events(
@@ -22984,7 +23069,7 @@ async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
     return sections
 
 
-# ── 21.7  The answer ─────────────────────────────────────────────────────────
+# ── 42.7  The answer ─────────────────────────────────────────────────────────
 
 
 def add_events(result: Json, name: str, events: list[Json]) -> None:
@@ -23074,7 +23159,7 @@ async def get_sync(hs: Homeserver, request: Request) -> Json:
             return (await sync_once(ask))[0]
 
 
-# ── 21.8  The old form ───────────────────────────────────────────────────────
+# ── 42.8  The old form ───────────────────────────────────────────────────────
 #
 #  What there was before /sync: deprecated, but for a look into rooms that one is not in.
 
@@ -24452,7 +24537,7 @@ async def post_sync(hs: Homeserver, request: Request) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  22. MEDIA
+#  44. MEDIA
 #
 #  Files that users upload and everyone who is logged in may download: a row with
 #  what the uploader said about a file, and on the disk one file per content, named
@@ -24480,7 +24565,7 @@ CREATE TABLE media (
     server TEXT NOT NULL,   -- empty: this one
     media_id TEXT NOT NULL,
     user_nid INTEGER NOT NULL,
-    preview INTEGER NOT NULL DEFAULT 0,     -- a picture of a page, see chapter 50
+    preview INTEGER NOT NULL DEFAULT 0,     -- a picture of a page, see chapter 45
     fetched INTEGER GENERATED ALWAYS AS (preview OR server <> ''), -- and not uploaded here
     quarantined INTEGER NOT NULL DEFAULT 0, -- an admin wants nobody to have it
     sha256 TEXT,            -- hexadecimal, the name of the file; NULL until uploaded
@@ -24519,7 +24604,7 @@ class MediaRow(NamedTuple):
 
 StoredUpload = tuple[str, int, str, str | None]  # SHA-256, size, type, name
 
-# ── 22.1  Receiving a file ───────────────────────────────────────────────────
+# ── 44.1  Receiving a file ───────────────────────────────────────────────────
 
 
 def media_file(folder: Path, sha256: str) -> Path:
@@ -24590,7 +24675,7 @@ async def receive_file(hs: Homeserver, chunks: AsyncIterator[bytes]) -> tuple[st
             hs.db.pool.submit(incoming.discard)
 
 
-# ── 22.2  Headers that cannot hurt ───────────────────────────────────────────
+# ── 44.2  Headers that cannot hurt ───────────────────────────────────────────
 
 DEFAULT_TYPE = "application/octet-stream"
 MIME_TOKEN = r"[0-9A-Za-z!#$%&'*+.^_`|~-]+"  # noqa: S105 - the grammar of a header, no secret
@@ -24659,7 +24744,7 @@ def file_response(request: Request, path: Path, kind: str, filename: str | None)
     return Response(body=FileBody(path, size), headers=headers, content_type=kind)
 
 
-# ── 22.3  Thumbnails ─────────────────────────────────────────────────────────
+# ── 44.3  Thumbnails ─────────────────────────────────────────────────────────
 
 ThumbnailSize = tuple[int, int, str]  # width, height, method
 THUMBNAIL_SIZES: Final[tuple[ThumbnailSize, ...]] = (  # those kept; others get the next one up
@@ -24793,7 +24878,7 @@ def make_thumbnail(
     return target, image_head(target)[0]
 
 
-# ── 22.4  The media of this server ───────────────────────────────────────────
+# ── 44.4  The media of this server ───────────────────────────────────────────
 
 
 @checker
@@ -25028,7 +25113,7 @@ class Media:
                 self.db.execute("DELETE FROM media WHERE expires_ts <= ?", (now_ms(),))
 
 
-# ── 22.5  Uploading ──────────────────────────────────────────────────────────
+# ── 44.5  Uploading ──────────────────────────────────────────────────────────
 
 
 def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
@@ -25087,7 +25172,7 @@ async def upload_later(hs: Homeserver, request: Request, server: str, media_id: 
     return {}
 
 
-# ── 22.6  Media of other servers ─────────────────────────────────────────────
+# ── 44.6  Media of other servers ─────────────────────────────────────────────
 
 REMOTE_MEDIA_BYTES = 104_857_600  # at least, whatever may be uploaded here
 REMOTE_MEDIA_SECONDS = 300.0
@@ -25239,7 +25324,7 @@ def check_remote(hs: Homeserver, request: Request, server: str, media_id: str) -
         raise not_found("Media not found")
 
 
-# ── 22.7  Downloading ────────────────────────────────────────────────────────
+# ── 44.7  Downloading ────────────────────────────────────────────────────────
 #
 # Before v1.11 media needed no access token. Those endpoints are frozen: what is uploaded since then
 # SHOULD only be had with authentication, and all media of this server is newer. So the old paths
@@ -25384,7 +25469,7 @@ async def media_config(hs: Homeserver, _request: Request) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  50. PREVIEWS
+#  45. PREVIEWS
 #
 #  What a link in a message leads to, for clients to show: title, a few words, a picture.
 #  The server looks so that no member of the room has to, and only at hosts that its
@@ -25426,7 +25511,7 @@ CHARSET = re.compile(
 PIXELS = re.compile(r"[0-9]{1,6}")
 CHARSET_IN_PAGE = re.compile(rb"""(?i)<meta[^>]{0,200}?charset=["']?([0-9A-Za-z_-]{1,40})""")
 
-# ── 50.1  Reading a page ─────────────────────────────────────────────────────
+# ── 45.1  Reading a page ─────────────────────────────────────────────────────
 
 META_NAMES: Final = {  # what stands in for an OpenGraph property that a page does not have
     **{"description": "og:description", "twitter:title": "og:title"},
@@ -25507,7 +25592,7 @@ def read_html(raw: bytes, content_type: str) -> Json:
     return reader.result()
 
 
-# ── 50.2  Looking ────────────────────────────────────────────────────────────
+# ── 45.2  Looking ────────────────────────────────────────────────────────────
 
 
 def is_previewed(hs: Homeserver, url: str) -> bool:
@@ -25634,7 +25719,7 @@ class Previews:
         raise forbidden("This page may not be looked at, or leads nowhere")
 
 
-# ── 50.3  The endpoint ───────────────────────────────────────────────────────
+# ── 45.3  The endpoint ───────────────────────────────────────────────────────
 
 
 @route("GET", f"{NEW_MEDIA}preview_url", auth=USER, limit="media", also=MSC3916)
@@ -25668,7 +25753,7 @@ async def preview_url(hs: Homeserver, request: Request) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  52. APPLICATION SERVICES
+#  46. APPLICATION SERVICES
 #
 #  Bridges and bots that act for many users. A registration in YAML says which
 #  users, aliases and rooms are theirs; they speak to us with a token of their
@@ -25727,7 +25812,7 @@ MAX_SERVICE_ANSWER = 1_048_576
 
 log_appservice = logging.getLogger("conduit.appservice")
 
-# ── 52.1  The YAML of registrations ──────────────────────────────────────────
+# ── 46.1  The YAML of registrations ──────────────────────────────────────────
 #
 #  Of YAML, what bridges write: mappings and lists by indentation, texts with and
 #  without quotes, block texts, lists and mappings in brackets, comments. Whatever
@@ -25936,7 +26021,7 @@ class YamlReader:
         return text
 
 
-# ── 52.2  Registrations ──────────────────────────────────────────────────────
+# ── 46.2  Registrations ──────────────────────────────────────────────────────
 
 NAMESPACE: Final = [{"regex": str, "exclusive": bool}]
 REGISTRATION: Final = {
@@ -26020,7 +26105,7 @@ def read_registration(text: str, server_name: str, *, from_file: bool = False) -
     )
 
 
-# ── 52.3  Who speaks, and what is theirs ─────────────────────────────────────
+# ── 46.3  Who speaks, and what is theirs ─────────────────────────────────────
 
 M_EXCLUSIVE: Final = "M_EXCLUSIVE"
 
@@ -26201,7 +26286,7 @@ class AppserviceRegistry:
         return any(service.claims("aliases", alias) for (alias,) in rows)
 
 
-# ── 52.4  What they are told ─────────────────────────────────────────────────
+# ── 46.4  What they are told ─────────────────────────────────────────────────
 
 INSERT_ITEM = "INSERT INTO appservice_queue (appservice, event_nid, user_id) VALUES (?, ?, ?)"
 
@@ -26415,7 +26500,7 @@ class AppserviceQueues(AppserviceRegistry):
         return {name: value for name, value in news.items() if value}
 
 
-# ── 52.5  Speaking to them ───────────────────────────────────────────────────
+# ── 46.5  Speaking to them ───────────────────────────────────────────────────
 
 SERVICE_PATH = "/_matrix/app/v1"
 OLD_PATHS: Final = {"thirdparty": "/_matrix/app/unstable", "ping": None}  # the others: at the root
@@ -26644,7 +26729,7 @@ async def find_third_party(hs: Homeserver, request: Request, kind: str) -> list[
     return await hs.appservices.look_up(kind, kind, query_string(request), None)
 
 
-# ── 52.6  What they ask of us ────────────────────────────────────────────────
+# ── 46.6  What they ask of us ────────────────────────────────────────────────
 
 NETWORK_LIST = V3 + "/directory/list/appservice/{network_id}/{room_id}"
 APPSERVICE_PING = "/_matrix/client/v1/appservice/{service_id}/ping"
@@ -26689,12 +26774,11 @@ async def list_in_network(hs: Homeserver, request: Request, network_id: str, roo
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  23. THE ADMIN ROOM
+#  47. ADMIN COMMANDS
 #
-#  #admins, where @conduit does what admins write. Which room it is stands in the
-#  database; who is an admin stands in the accounts. Commands are a table, and
-#  what a command wants is read from the same line that its help shows.
-#                             spec: none; the documents of the Conduit server
+#  What admins can have done: a command is a row of a table, and what it wants is
+#  read from the same line that its help shows.
+#                                spec: none; the documents of the Conduit server
 # ═════════════════════════════════════════════════════════════════════════════
 
 ADMIN_ROOM_VERSION = "12"  # since then nobody has power over the creator of a room: the server
@@ -26719,7 +26803,7 @@ invariant(
 log_admin = logging.getLogger("conduit.admin")
 
 
-# ── 23.1  Answers ────────────────────────────────────────────────────────────
+# ── 47.1  Answers ────────────────────────────────────────────────────────────
 
 
 class Reply(NamedTuple):
@@ -26788,7 +26872,7 @@ def reply_contents(reply: Reply) -> Iterator[Json]:
         yield content
 
 
-# ── 23.2  The language ───────────────────────────────────────────────────────
+# ── 47.2  The language ───────────────────────────────────────────────────────
 
 Arguments = dict[str, str]  # by the names in the usage; an option without value has ""
 CommandFunction = Callable[["Homeserver", Arguments], Awaitable[Reply]]
@@ -26915,7 +26999,7 @@ def addressed_line(hs: Homeserver, event: Event) -> tuple[str, bool] | None:
     return line.strip() + newline + below, False
 
 
-# ── 23.3  The commands ───────────────────────────────────────────────────────
+# ── 47.3  The commands ───────────────────────────────────────────────────────
 
 
 def local_part(hs: Homeserver, name: str) -> str:
@@ -27777,7 +27861,15 @@ async def show_config(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_code("toml", masked_config(hs.config))
 
 
-# ── 23.4  The room ───────────────────────────────────────────────────────────
+# ═════════════════════════════════════════════════════════════════════════════
+#  48. THE ADMIN ROOM
+#
+#  #admins, where @conduit does what admins write. Which room it is stands in the
+#  database; who is an admin stands in the accounts.
+#                                spec: none; the documents of the Conduit server
+# ═════════════════════════════════════════════════════════════════════════════
+
+# ── 48.1  The room ───────────────────────────────────────────────────────────
 
 
 WELCOME = (
@@ -27973,7 +28065,7 @@ class AdminRoom:
                 self._say(reply)
 
 
-# ── 23.5  From a shell ───────────────────────────────────────────────────────
+# ── 48.2  From a shell ───────────────────────────────────────────────────────
 
 ADMIN_SOCKET = "admin.sock"  # in the database folder; who can open it could read the database, too
 MAX_ORDER_BYTES = 1_048_576
@@ -28026,7 +28118,7 @@ class AdminSocket:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  48. SYNAPSE ADMIN API
+#  49. SYNAPSE ADMIN API
 #
 #  What admin pages and moderation bots call, with the paths and bodies that
 #  Synapse documents. Who proxies /_synapse to the world does not thereby open
@@ -28037,7 +28129,7 @@ class AdminSocket:
 ADMIN_API = "/_synapse/admin"
 MAX_ROWS = 1000  # in one page of an answer
 
-# ── 48.1  Who may call ───────────────────────────────────────────────────────
+# ── 49.1  Who may call ───────────────────────────────────────────────────────
 
 
 def require_admin_address(hs: Homeserver, request: Request) -> None:
@@ -28103,7 +28195,7 @@ def changeable(hs: Homeserver, user_id: str) -> Account:
     return account
 
 
-# ── 48.2  Users ──────────────────────────────────────────────────────────────
+# ── 49.2  Users ──────────────────────────────────────────────────────────────
 
 USER_ROWS = """
     SELECT user_id, is_guest, is_admin, deactivated, erased > 0, locked, suspended, created_ts,
@@ -28321,7 +28413,7 @@ async def admin_username_available(hs: Homeserver, request: Request) -> Json:
     return {"available": True}
 
 
-# ── 48.3  Devices ────────────────────────────────────────────────────────────
+# ── 49.3  Devices ────────────────────────────────────────────────────────────
 
 DEVICES_OF = "/v2/users/{user_id}/devices"
 DEVICE_OF = DEVICES_OF + "/{device_id}"
@@ -28366,7 +28458,7 @@ async def admin_log_out_some(hs: Homeserver, request: Request, user_id: str) -> 
     return {}
 
 
-# ── 48.4  Registration tokens ────────────────────────────────────────────────
+# ── 49.4  Registration tokens ────────────────────────────────────────────────
 
 TOKENS = "/v1/registration_tokens"
 TOKEN_FIELDS = {"uses_allowed?": int, "expiry_time?": int}
@@ -28435,7 +28527,7 @@ async def admin_delete_token(hs: Homeserver, _request: Request, token: str) -> J
     return {}
 
 
-# ── 48.5  Rooms ──────────────────────────────────────────────────────────────
+# ── 49.5  Rooms ──────────────────────────────────────────────────────────────
 
 ROOM_ORDER = (
     *("name", "canonical_alias", "joined_members", "joined_local_members", "version", "creator"),
@@ -28582,7 +28674,7 @@ async def admin_make_room_admin(hs: Homeserver, request: Request, room: str) -> 
     return {}
 
 
-# ── 48.6  Blocking and deleting rooms ────────────────────────────────────────
+# ── 49.6  Blocking and deleting rooms ────────────────────────────────────────
 
 
 class AdminJobs:
@@ -28755,7 +28847,7 @@ async def admin_purge(
     return {"purge_id": hs.admin_jobs.begin({"status": "active"}, purge)}
 
 
-# ── 48.7  Media and pushers ──────────────────────────────────────────────────
+# ── 49.7  Media and pushers ──────────────────────────────────────────────────
 
 USER_MEDIA = "/v1/users/{user_id}/media"
 ONE_MEDIA = "{server}/{media_id}"
@@ -28966,7 +29058,7 @@ async def admin_pushers(hs: Homeserver, _request: Request, user_id: str) -> Json
     return {"pushers": found, "total": len(found)}
 
 
-# ── 48.8  The server ─────────────────────────────────────────────────────────
+# ── 49.8  The server ─────────────────────────────────────────────────────────
 
 
 @route("GET", ADMIN_API + "/v1/server_version", auth=NONE)
@@ -28999,7 +29091,7 @@ async def admin_notice(hs: Homeserver, request: Request, txn_id: str | None = No
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  24. CALLS, WELL-KNOWN, LANDING PAGE
+#  50. CALLS, WELL-KNOWN, LANDING PAGE
 #
 #  What a house needs beside its rooms: the relay through which calls get past
 #  routers, the signs at the door that tell clients and servers where to knock,
@@ -29007,7 +29099,7 @@ async def admin_notice(hs: Homeserver, request: Request, txn_id: str | None = No
 #       spec: CS-API "Voice over IP", "Well-known URIs"; S2S "Server discovery"
 # ═════════════════════════════════════════════════════════════════════════════
 
-# ── 24.1  TURN ───────────────────────────────────────────────────────────────
+# ── 50.1  TURN ───────────────────────────────────────────────────────────────
 
 
 def turn_credentials(config: Config, user_id: str, now: int) -> tuple[str, str] | None:
@@ -29044,7 +29136,7 @@ async def rtc_transports(hs: Homeserver, _request: Request) -> Json:
     return {"rtc_transports": list(hs.config.rtc_foci)}
 
 
-# ── 24.2  The signs at the door ──────────────────────────────────────────────
+# ── 50.2  The signs at the door ──────────────────────────────────────────────
 
 
 def well_known_response(value: Json) -> Response:
@@ -29078,7 +29170,7 @@ async def well_known_support(hs: Homeserver, request: Request) -> Response:
     return well_known_response(contacts | ({"support_page": page} if page else {}))
 
 
-# ── 24.3  The landing page ───────────────────────────────────────────────────
+# ── 50.3  The landing page ───────────────────────────────────────────────────
 #
 #  One file without scripts, fonts or pictures from elsewhere. The policy below
 #  allows its own style sheet, by hash, and its own icon, and nothing else.
@@ -29244,7 +29336,7 @@ async def favicon(hs: Homeserver, request: Request) -> Response:
     return Response(200, ICON.encode(), ICON_HEADERS, "image/svg+xml")
 
 
-# ── 24.4  Pages for signing in ───────────────────────────────────────────────
+# ── 50.4  Pages for signing in ───────────────────────────────────────────────
 #
 #  For apps that do not know a stage or a way to log in, and for the links in our
 #  e-mail. No page does anything when it is merely opened: mail scanners do that.
@@ -29463,7 +29555,7 @@ async def validation_page(hs: Homeserver, request: Request) -> Response:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  53. METRICS AND TRACING
+#  51. METRICS AND TRACING
 #
 #  How busy the server is, in the text that Prometheus reads; where the time of a
 #  request goes, as spans for Jaeger; and which functions take the processor's
@@ -29483,7 +29575,7 @@ FLAME_FILE = "flame.folded"
 
 log_tracing = logging.getLogger("conduit.tracing")
 
-# ── 53.1  Metrics ────────────────────────────────────────────────────────────
+# ── 51.1  Metrics ────────────────────────────────────────────────────────────
 
 
 class Sample(NamedTuple):
@@ -29609,7 +29701,7 @@ async def get_metrics(hs: Homeserver, request: Request) -> Response:
     return Response(body=text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-# ── 53.2  Spans ──────────────────────────────────────────────────────────────
+# ── 51.2  Spans ──────────────────────────────────────────────────────────────
 
 
 class Tracer:
@@ -29675,7 +29767,7 @@ class Tracer:
                 log_tracing.warning("the traces could not be sent: %s", error)
 
 
-# ── 53.3  A flame graph ──────────────────────────────────────────────────────
+# ── 51.3  A flame graph ──────────────────────────────────────────────────────
 
 
 def folded_stack(frame: types.FrameType | None) -> str:
@@ -29728,7 +29820,7 @@ class FlameSampler:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  25. COMPOSITION ROOT AND MAINTENANCE
+#  52. COMPOSITION ROOT AND MAINTENANCE
 #
 #  The server as a whole: made from a configuration, started, reloaded, stopped;
 #  and what it does for itself once a minute.                       spec: none
@@ -29743,7 +29835,7 @@ LATE_SECONDS = 0.25
 
 log_server = logging.getLogger("conduit.server")
 
-# ── 25.1  The server ─────────────────────────────────────────────────────────
+# ── 52.1  The server ─────────────────────────────────────────────────────────
 
 
 class Homeserver:
@@ -30031,7 +30123,7 @@ class Homeserver:
                 log_server.warning("the loop was busy for %.0f ms without a pause", late * 1000)
 
 
-# ── 25.2  What this server speaks ────────────────────────────────────────────
+# ── 52.2  What this server speaks ────────────────────────────────────────────
 
 SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 20)]
 UNSTABLE_FEATURES = {
@@ -30073,7 +30165,7 @@ async def get_versions(_hs: Homeserver, _request: Request) -> Json:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  26. COMMAND LINE
+#  53. COMMAND LINE
 #
 #  What happens around a running server: arguments, the configuration's mistakes
 #  in plain words, the log, signals, and what systemd wants to be told.
@@ -30084,7 +30176,7 @@ log_main = logging.getLogger("conduit.main")
 
 STOP_SECONDS = 5  # from SIGTERM to the end of the process, whatever hangs
 
-# ── 26.1  The log ────────────────────────────────────────────────────────────
+# ── 53.1  The log ────────────────────────────────────────────────────────────
 
 SYSLOG_LEVELS = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}
 
@@ -30125,7 +30217,7 @@ def log_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
         log_main.error("%s", message, exc_info=error)
 
 
-# ── 26.2  Arguments ──────────────────────────────────────────────────────────
+# ── 53.2  Arguments ──────────────────────────────────────────────────────────
 
 DESCRIPTION = """\
 A Matrix homeserver in one file.
@@ -30226,7 +30318,7 @@ def order_running_server(config: Config, order: str) -> int:
     return 1 if reply["failed"] else 0
 
 
-# ── 26.3  Running ────────────────────────────────────────────────────────────
+# ── 53.3  Running ────────────────────────────────────────────────────────────
 
 
 def tell_systemd(message: str) -> None:
@@ -30320,7 +30412,7 @@ def main() -> int:
         return 1
 
 
-# ── 26.4  From script to module ──────────────────────────────────────────────
+# ── 53.4  From script to module ──────────────────────────────────────────────
 
 
 def bytecode_file(script: Path) -> Path:

@@ -4398,7 +4398,7 @@ def test_room_in_hand_is_read_again_when_writes_are_undone(tmp_path: Path) -> No
     asyncio.run(story())
 
 
-# ── 10.2  Rooms of several servers ───────────────────────────────────────────
+# ── 10.1  Rooms of several servers ───────────────────────────────────────────
 
 
 @contextlib.asynccontextmanager
@@ -4564,7 +4564,7 @@ def test_store_agrees_with_the_rules_deep(version: str) -> None:
         arrival_story(version, seed, 60)
 
 
-# ── 10.3  A room of another server ───────────────────────────────────────────
+# ── 10.2  A room of another server ───────────────────────────────────────────
 
 FAR = "@far:one.example"
 FAR_KEY = conduit.SigningKey("0", bytes(range(32)))
@@ -4929,7 +4929,7 @@ def test_state_by_resolution_reaches_syncs(tmp_path: Path) -> None:
     assert not conduit.check_database(server.database.parent)
 
 
-# ── 10.4  Rooms that we enter ────────────────────────────────────────────────
+# ── 10.3  Rooms that we enter ────────────────────────────────────────────────
 
 
 def test_sec_02_evil_answers_to_a_join_make_no_room() -> None:
@@ -5000,7 +5000,7 @@ def test_a_rejoin_goes_on_above_a_gap() -> None:
     with_rooms(story)
 
 
-# ── 10.5  Maintenance ────────────────────────────────────────────────────────
+# ── 10.4  Maintenance ────────────────────────────────────────────────────────
 
 
 def test_history_is_purged_and_what_is_needed_stays() -> None:
@@ -5062,7 +5062,7 @@ def test_maintenance_between_random_branches() -> None:
     with_rooms(story)
 
 
-# ── 10.6  Size and speed ─────────────────────────────────────────────────────
+# ── 10.5  Size and speed ─────────────────────────────────────────────────────
 
 
 async def big_room(rooms: conduit.Rooms, members: int, others: int) -> tuple[FarRoom, conduit.Room]:
@@ -5179,7 +5179,7 @@ def test_batches_leave_the_loop_free() -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  11. HISTORY VISIBILITY AND THE CLIENT FORMAT
+#  14. HISTORY VISIBILITY AND THE CLIENT FORMAT
 # ═════════════════════════════════════════════════════════════════════════════
 
 # One story in a room of each visibility; who sees which moment of it, through which door. At each
@@ -5612,7 +5612,7 @@ def test_events_tell_the_readers_membership_of_then(alice: Client, bob: Client) 
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  12. HTTP SERVER
+#  15. HTTP SERVER
 #
 #  Raw bytes over real sockets: what must be refused, in which order answers
 #  come, what slow and rude clients can do. The time limits are cut to fractions
@@ -5817,7 +5817,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     running.close()
 
 
-# ── 12.1  The head of a request ──────────────────────────────────────────────
+# ── 15.1  The head of a request ──────────────────────────────────────────────
 
 POST: Final = b"POST / HTTP/1.1\r\nHost: x\r\n"
 CHUNKED: Final = b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
@@ -5982,7 +5982,7 @@ def test_percent_decoding_agrees_with_the_library(text: str) -> None:
         assert decoded == unquote(text, errors="strict")
 
 
-# ── 12.2  The body of a request ──────────────────────────────────────────────
+# ── 15.2  The body of a request ──────────────────────────────────────────────
 
 CHUNKED: Final = b"POST /hello HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 REFUSED_CHUNKS: Final = {
@@ -6097,7 +6097,7 @@ def test_small_refused_body_keeps_the_connection() -> None:
     web.close()
 
 
-# ── 12.3  Answers ────────────────────────────────────────────────────────────
+# ── 15.3  Answers ────────────────────────────────────────────────────────────
 
 
 def test_sec_c_pipelined_requests_are_answered_in_order() -> None:
@@ -6242,7 +6242,7 @@ def test_stream_that_fails_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
     assert "the other half is gone" in caplog.text
 
 
-# ── 12.4  Files and ranges ───────────────────────────────────────────────────
+# ── 15.4  Files and ranges ───────────────────────────────────────────────────
 
 CONTENT: Final = bytes(range(256)) * 2000
 
@@ -6338,7 +6338,7 @@ def test_missing_and_shrunken_files(
     assert web.ask(request_bytes("GET", "/hello", None, "Connection: close"))[0].status == 200
 
 
-# ── 12.5  Slow, rude and numerous clients ────────────────────────────────────
+# ── 15.5  Slow, rude and numerous clients ────────────────────────────────────
 
 
 def test_sec_c_slow_head(hasty: Web) -> None:
@@ -6515,7 +6515,7 @@ def test_random_bytes_never_break_the_server(web: Web, noise: bytes, case: str, 
         assert int(status) < 500 or int(status) in (501, 505)
 
 
-# ── 12.6  Addresses ──────────────────────────────────────────────────────────
+# ── 15.6  Addresses ──────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -6599,7 +6599,7 @@ def test_dual_stack() -> None:
     web.close()
 
 
-# ── 12.7  TLS ────────────────────────────────────────────────────────────────
+# ── 15.7  TLS ────────────────────────────────────────────────────────────────
 
 
 def self_signed(folder: Path, name: str) -> tuple[Path, Path]:
@@ -6654,7 +6654,7 @@ def test_sec_c_stalled_handshakes_count(tmp_path: Path, monkeypatch: pytest.Monk
     web.close()
 
 
-# ── 12.8  The end ────────────────────────────────────────────────────────────
+# ── 15.8  The end ────────────────────────────────────────────────────────────
 
 
 def test_graceful_stop() -> None:
@@ -6727,7 +6727,7 @@ def test_stop_does_not_wait_for_ever() -> None:
     web.close()
 
 
-# ── 12.9  Through another server ─────────────────────────────────────────────
+# ── 15.9  Through another server ─────────────────────────────────────────────
 
 NGINX_CONFIG: Final = """
 daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log;
@@ -6809,7 +6809,7 @@ def test_every_answer_behind_nginx(nginx: tuple[int, list[str]]) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  13. ROUTER, AUTHENTICATION, RATE LIMITS
+#  16. ROUTER, AUTHENTICATION, RATE LIMITS
 #
 #  A router with routes of its own, called without a network; then the routes of
 #  the real server, each of which must refuse whom it should.
@@ -6825,7 +6825,7 @@ KNOWN_TOKENS: Final = {
 
 
 def authenticate(_request: conduit.Request, token: str) -> conduit.Requester:
-    """What chapter 12 does, in small."""
+    """What chapter 15 does, in small."""
     if token not in KNOWN_TOKENS:
         raise conduit.MatrixError(401, "M_UNKNOWN_TOKEN", "Unknown token", soft_logout=False)
     return KNOWN_TOKENS[token]
@@ -6870,7 +6870,7 @@ class Routes:
         return Answer(response.status, dict(response.headers), response.body)
 
 
-# ── 13.1  Paths ──────────────────────────────────────────────────────────────
+# ── 16.1  Paths ──────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
@@ -6988,7 +6988,7 @@ def test_router_finds_what_a_slow_one_finds(patterns: list[list[str]], segments:
         assert found[1][::-1] == values
 
 
-# ── 13.2  Who may call ───────────────────────────────────────────────────────
+# ── 16.2  Who may call ───────────────────────────────────────────────────────
 
 WHO_MAY: Final = {
     conduit.NONE: {None: 200, "user": 200, "guest": 200, "admin": 200, "wrong": 200},
@@ -7082,7 +7082,7 @@ def test_real_routes_refuse_strangers(server: Server) -> None:
     assert checked > 50
 
 
-# ── 13.3  Bodies ─────────────────────────────────────────────────────────────
+# ── 16.3  Bodies ─────────────────────────────────────────────────────────────
 
 SCHEMA_OF_ALL: Final[Json] = {
     "text": str,
@@ -7180,7 +7180,7 @@ def test_body_limits() -> None:
     assert made.ask("POST", "/closed", body).status == 401
 
 
-# ── 13.4  Arguments ──────────────────────────────────────────────────────────
+# ── 16.4  Arguments ──────────────────────────────────────────────────────────
 
 
 def request_for(target: str) -> conduit.Request:
@@ -7215,7 +7215,7 @@ def test_arguments() -> None:
         request.bool_arg("a", False)
 
 
-# ── 13.5  Rate limits ────────────────────────────────────────────────────────
+# ── 16.5  Rate limits ────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -7310,13 +7310,13 @@ def test_limits_by_user_and_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  44. HTTP CLIENT, DNS, PROXIES
+#  17. HTTP CLIENT, DNS, PROXIES
 #
 #  A name server, web servers and proxies in the hands of the tests, who say what
 #  the tests want and count what they are asked.
 # ═════════════════════════════════════════════════════════════════════════════
 
-# ── 44.1  DNS messages ───────────────────────────────────────────────────────
+# ── 17.1  DNS messages ───────────────────────────────────────────────────────
 
 Rr = tuple[str, int, int, bytes]  # name, kind, seconds, data
 
@@ -7411,7 +7411,7 @@ def test_names_end(raw: bytes, at: int) -> None:
         assert len(name) <= 254 and at < end <= len(raw) + 64
 
 
-# ── 44.2  Looking up names ───────────────────────────────────────────────────
+# ── 17.2  Looking up names ───────────────────────────────────────────────────
 
 
 class NameServer(asyncio.DatagramProtocol):
@@ -7571,7 +7571,7 @@ def test_hosts_file_and_services(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-# ── 44.3  Where a request goes ───────────────────────────────────────────────
+# ── 17.3  Where a request goes ───────────────────────────────────────────────
 
 
 class Outside:
@@ -7693,7 +7693,7 @@ def test_sec_34_rebinding_and_redirects(tmp_path: Path) -> None:
     outside.run(rebound)
 
 
-# ── 44.4  Proxies ────────────────────────────────────────────────────────────
+# ── 17.4  Proxies ────────────────────────────────────────────────────────────
 
 
 def test_which_proxy() -> None:
@@ -7813,7 +7813,7 @@ def test_requests_through_a_proxy(
         assert proxy.asked[1].startswith("GET http://site.example/x HTTP/1.1\r\n")
 
 
-# ── 44.5  One answer ─────────────────────────────────────────────────────────
+# ── 17.5  One answer ─────────────────────────────────────────────────────────
 
 
 class RawServer:
@@ -7943,7 +7943,7 @@ def test_certificates_are_checked(
         outside.get(f"http://right.example:{port}/")
 
 
-# ── 44.6  The client ─────────────────────────────────────────────────────────
+# ── 17.6  The client ─────────────────────────────────────────────────────────
 
 
 def test_connections_are_kept_and_replaced(tmp_path: Path) -> None:
@@ -8048,7 +8048,7 @@ def test_streams_are_read_block_by_block(tmp_path: Path) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  46. FEDERATION REQUESTS
+#  19. FEDERATION REQUESTS
 #
 #  Two servers of ours, and a Synapse, over TLS; and a peer that the tests hold
 #  in their hands: it has a key, a certificate, and says what a test wants.
@@ -8135,7 +8135,7 @@ def peer(authority: Authority) -> Peer:
     return Peer(authority)
 
 
-# ── 46.1  The header ─────────────────────────────────────────────────────────
+# ── 19.1  The header ─────────────────────────────────────────────────────────
 
 SIG: Final = 'sig="c2ln"'
 
@@ -8190,7 +8190,7 @@ def test_sec_07_headers_only_fail_with_401(text: str) -> None:
             assert error.status == 401
 
 
-# ── 46.2  Being asked ────────────────────────────────────────────────────────
+# ── 19.2  Being asked ────────────────────────────────────────────────────────
 
 PROFILE_OF: Final = "/_matrix/federation/v1/query/profile?user_id="
 
@@ -8303,7 +8303,7 @@ def test_a_silent_server_is_left_alone_for_a_while(pair: tuple[Server, Server], 
         assert database.execute(query, (silent,)).fetchone() == (1,)
 
 
-# ── 46.3  Between servers ────────────────────────────────────────────────────
+# ── 19.3  Between servers ────────────────────────────────────────────────────
 
 
 def test_profiles_aliases_and_lists_of_other_servers(
@@ -8453,13 +8453,13 @@ def test_versions(pair: tuple[Server, Server]) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  45. DISCOVERY AND SERVER KEYS
+#  18. DISCOVERY AND SERVER KEYS
 #
 #  Each step of the discovery by itself, with a name server and a web server of
 #  the tests; keys that are good, old, stale and false; notaries.
 # ═════════════════════════════════════════════════════════════════════════════
 
-# ── 45.1  Discovery ──────────────────────────────────────────────────────────
+# ── 18.1  Discovery ──────────────────────────────────────────────────────────
 
 
 class Finding:
@@ -8596,7 +8596,7 @@ def test_errors_of_well_known_are_kept_for_longer_each_time(
     assert finding.fetched == 6
 
 
-# ── 45.2  Keys ───────────────────────────────────────────────────────────────
+# ── 18.2  Keys ───────────────────────────────────────────────────────────────
 
 
 def test_our_keys_and_their_rotation(tmp_path: Path) -> None:
@@ -8783,7 +8783,7 @@ def test_our_notary(pair: tuple[Server, Server], peer: Peer) -> None:
     fails(Client(server).post("/_matrix/key/v2/query", many), 413)
 
 
-# ── 45.3  Events of others ───────────────────────────────────────────────────
+# ── 18.3  Events of others ───────────────────────────────────────────────────
 
 
 def test_sec_04_events_with_false_signatures(tmp_path: Path) -> None:
@@ -8838,7 +8838,7 @@ def test_sec_04_events_with_false_signatures(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-# ── 46.4  Server ACLs ────────────────────────────────────────────────────────
+# ── 18.4  Server ACLs ────────────────────────────────────────────────────────
 
 ACL = {"allow": ["*"], "deny": ["evil.org", "*.evil.org", "b?d", "1.2.3.*"]}
 
@@ -8886,7 +8886,7 @@ def test_sec_42_acls_of_ten_thousand_entries_are_cheap() -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  14. ACCOUNTS, DEVICES, LOGINS
+#  20. ACCOUNTS, DEVICES, LOGINS
 # ═════════════════════════════════════════════════════════════════════════════
 
 ADMIN_TOKEN_LINE: Final = re.compile(r"^\W*([0-9A-Za-z]{43})\W*$", re.MULTILINE)
@@ -8937,7 +8937,7 @@ def change_database(server: Server, sql: str, *params: Any) -> None:
         db.commit()
 
 
-# ── 14.1  Passwords ──────────────────────────────────────────────────────────
+# ── 20.1  Passwords ──────────────────────────────────────────────────────────
 
 
 def test_password_hash_has_owasp_parameters() -> None:
@@ -8953,7 +8953,7 @@ def test_nobody_has_the_password_of_the_dummy_hash() -> None:
     assert not conduit.matches_hash(conduit.NO_PASSWORD, "")
 
 
-# ── 14.2  Budgets for guesses ────────────────────────────────────────────────
+# ── 20.2  Budgets for guesses ────────────────────────────────────────────────
 
 
 class Clock:
@@ -9027,7 +9027,7 @@ def test_ipv6_addresses_of_one_customer_are_one() -> None:
     assert waits[10] > 0
 
 
-# ── 14.3  Devices and tokens ─────────────────────────────────────────────────
+# ── 20.3  Devices and tokens ─────────────────────────────────────────────────
 
 
 def test_refresh_keeps_old_tokens_until_the_new_are_used(server: Server, alice: Client) -> None:
@@ -9143,7 +9143,7 @@ def test_sessions_survive_a_restart(new_server: Callable[..., Server]) -> None:
     assert seen["last_seen_ip"] == "127.0.0.1"
 
 
-# ── 14.4  Making, changing and ending accounts ───────────────────────────────
+# ── 20.4  Making, changing and ending accounts ───────────────────────────────
 
 
 def test_password_change_ends_other_sessions(alice: Client) -> None:
@@ -9261,7 +9261,7 @@ def test_suspended_accounts_may_read_only(new_server: Callable[..., Server]) -> 
     ok(alice.login().post("logout"))
 
 
-# ── 14.5  User-interactive authentication ────────────────────────────────────
+# ── 20.5  User-interactive authentication ────────────────────────────────────
 
 
 def test_uia_first_answer_has_flows_and_no_error(alice: Client) -> None:
@@ -9354,7 +9354,7 @@ def test_sec_27_names_that_look_alike_are_refused(server: Server, alice: Client)
     fails(anyone.post("register", {"username": "conduit", "password": "x"}), 400, "M_EXCLUSIVE")
 
 
-# ── 14.6  Registration ───────────────────────────────────────────────────────
+# ── 20.6  Registration ───────────────────────────────────────────────────────
 
 
 def test_registration_answers_as_asked(server: Server) -> None:
@@ -9586,7 +9586,7 @@ def test_sec_32_two_with_the_printed_token_at_once(new_server: Callable[..., Ser
     assert len(admins_of(server)) == 1
 
 
-# ── 14.7  Login and refresh ──────────────────────────────────────────────────
+# ── 20.7  Login and refresh ──────────────────────────────────────────────────
 
 
 def test_login_flows(nobody: Client) -> None:
@@ -9873,7 +9873,7 @@ def test_sec_30_no_secret_in_database_or_log(new_server: Callable[..., Server]) 
         assert secret not in server.log
 
 
-# ── 14.8  The own account ────────────────────────────────────────────────────
+# ── 20.8  The own account ────────────────────────────────────────────────────
 
 
 def test_capabilities(server: Server, alice: Client) -> None:
@@ -9916,7 +9916,7 @@ def test_there_are_no_third_party_identifiers(server: Server, alice: Client) -> 
     assert answer == {"id_server_unbind_result": "no-support"}
 
 
-# ── 14.9  Transaction ids ────────────────────────────────────────────────────
+# ── 20.9  Transaction ids ────────────────────────────────────────────────────
 
 
 def test_transactions_belong_to_a_device_and_survive_refresh(server: Server, alice: Client) -> None:
@@ -9941,7 +9941,7 @@ def test_transactions_survive_a_restart(new_server: Callable[..., Server]) -> No
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  47. E-MAIL, TERMS, TOKENS
+#  22. E-MAIL, TERMS, TOKENS
 # ═════════════════════════════════════════════════════════════════════════════
 
 JWT_SECRET: Final = "a secret between two services"
@@ -10050,7 +10050,7 @@ def jwt_login(server: Server, token: Any) -> httpx.Response:
     return Client(server).post("login", {"type": "org.matrix.login.jwt", "token": token})
 
 
-# ── 47.1  Sending e-mail ─────────────────────────────────────────────────────
+# ── 22.1  Sending e-mail ─────────────────────────────────────────────────────
 
 
 def test_messages_are_well_formed(mail: MailServer) -> None:
@@ -10134,7 +10134,7 @@ def test_any_address_makes_one_header(address: str) -> None:
     assert re.fullmatch(rb"To: ?(?:[^\r\n]|\r\n[ \t])*\r\n\r\n", raw)
 
 
-# ── 47.2  Addresses and who reads them ───────────────────────────────────────
+# ── 22.2  Addresses and who reads them ───────────────────────────────────────
 
 
 def test_an_address_is_added_used_and_deleted(mail: MailServer) -> None:
@@ -10347,7 +10347,7 @@ def test_sec_29_nobody_is_buried_in_mail(mail: MailServer) -> None:
     fails(anyone.post("register/email/requestToken", body), 429, "M_LIMIT_EXCEEDED")
 
 
-# ── 47.4  Terms of service ───────────────────────────────────────────────────
+# ── 22.3  Terms of service ───────────────────────────────────────────────────
 
 
 def test_consent_is_asked_for_and_kept(mail: MailServer) -> None:
@@ -10364,7 +10364,7 @@ def test_consent_is_asked_for_and_kept(mail: MailServer) -> None:
     assert read_database(mail.server, sql, user) == [("rules", "1.0")]
 
 
-# ── 47.5  Registration tokens ────────────────────────────────────────────────
+# ── 22.4  Registration tokens ────────────────────────────────────────────────
 
 
 def test_registration_tokens_have_uses_and_an_end(new_server: Callable[..., Server]) -> None:
@@ -10433,7 +10433,7 @@ def test_tokens_open_registration_without_a_configured_one(
     ok(Client(server).post("register", {**body, "auth": auth}, headers=far))
 
 
-# ── 47.6  JSON web tokens ────────────────────────────────────────────────────
+# ── 22.5  JSON web tokens ────────────────────────────────────────────────────
 
 
 def test_login_by_json_web_token(mail: MailServer) -> None:
@@ -10486,7 +10486,7 @@ def test_a_json_web_token_of_anything_is_refused(token: str) -> None:
         conduit.jwt_claims(token, JWT_SECRET)
 
 
-# ── 47.7  Moderating accounts ────────────────────────────────────────────────
+# ── 22.6  Moderating accounts ────────────────────────────────────────────────
 
 
 def moderate(server: Server, admin: Client, what: str, value: bool, user: Client) -> None:
@@ -10678,7 +10678,7 @@ def test_there_is_no_oauth_and_no_sso(nobody: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  15. PROFILES, ACCOUNT DATA, FILTERS
+#  23. PROFILES, ACCOUNT DATA, FILTERS
 # ═════════════════════════════════════════════════════════════════════════════
 
 AVATAR: Final = "mxc://test.example/abcDEF123"
@@ -10701,7 +10701,7 @@ def account_data_in(result: Json, room_id: str | None = None) -> dict[str, Json]
     return {event["type"]: event["content"] for event in events}
 
 
-# ── 15.1  Profiles ───────────────────────────────────────────────────────────
+# ── 23.1  Profiles ───────────────────────────────────────────────────────────
 
 
 def test_profile_fields_are_set_read_and_deleted(alice: Client, nobody: Client) -> None:
@@ -10844,7 +10844,7 @@ def test_a_profile_in_many_rooms_does_not_hold_up_others(new_server: Callable[..
         )
 
 
-# ── 15.2  Account data ───────────────────────────────────────────────────────
+# ── 23.2  Account data ───────────────────────────────────────────────────────
 
 
 def test_account_data_is_kept_and_synced(alice: Client, bob: Client) -> None:
@@ -10933,7 +10933,7 @@ def test_ignored_users_are_not_heard(alice: Client, bob: Client) -> None:
     alice.poll()
 
 
-# ── 15.3  Tags ───────────────────────────────────────────────────────────────
+# ── 23.3  Tags ───────────────────────────────────────────────────────────────
 
 
 def test_tags(alice: Client, bob: Client) -> None:
@@ -10966,7 +10966,7 @@ def test_nonsense_stored_as_tags_does_no_harm(alice: Client) -> None:
     assert ok(alice.get((*path, "tags"))) == {"tags": {"m.favourite": {}}}
 
 
-# ── 15.4  Filters ────────────────────────────────────────────────────────────
+# ── 23.4  Filters ────────────────────────────────────────────────────────────
 
 
 def store_filter(client: Client, definition: Any) -> httpx.Response:
@@ -11079,7 +11079,7 @@ def test_what_is_kept_for_a_device_goes_with_it(alice: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  16. DIRECTORY
+#  24. DIRECTORY
 # ═════════════════════════════════════════════════════════════════════════════
 
 
@@ -11099,7 +11099,7 @@ def find_users(client: Client, term: str, **fields: Any) -> list[str]:
     return [user["user_id"] for user in answer["results"]]
 
 
-# ── 16.1  Aliases ────────────────────────────────────────────────────────────
+# ── 24.1  Aliases ────────────────────────────────────────────────────────────
 
 
 def test_alias_is_made_found_and_deleted(server: Server, alice: Client, nobody: Client) -> None:
@@ -11318,7 +11318,7 @@ def test_pages_cover_everything_once(size: int, limit: int) -> None:
     assert backwards == rooms
 
 
-# ── 16.2  The search for users ───────────────────────────────────────────────
+# ── 24.2  The search for users ───────────────────────────────────────────────
 
 
 def test_users_are_found_by_name_and_id(alice: Client, bob: Client) -> None:
@@ -11411,7 +11411,7 @@ def test_deactivated_users_are_not_found(server: Server, alice: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  51. DELAYED EVENTS
+#  26. DELAYED EVENTS
 # ═════════════════════════════════════════════════════════════════════════════
 
 DELAYED: Final = "/_matrix/client/unstable/org.matrix.msc4140/"
@@ -11591,7 +11591,7 @@ def test_delays_that_cannot_be(caller: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  41. RELATIONS
+#  25. RELATIONS
 # ═════════════════════════════════════════════════════════════════════════════
 
 
@@ -11840,7 +11840,7 @@ def test_changes_of_subscriptions_are_listed_from_the_newest() -> None:
     ]
 
 
-# ── 41.4  Threads and push rules ─────────────────────────────────────────────
+# ── 25.1  Threads and push rules ─────────────────────────────────────────────
 
 
 def subscription(room_id: str, root: str) -> str:
@@ -11880,7 +11880,7 @@ def test_rules_of_the_kind_postcontent_are_the_servers(alice: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  17. ROOMS AND MESSAGES
+#  29. ROOMS AND MESSAGES
 # ═════════════════════════════════════════════════════════════════════════════
 
 
@@ -12882,7 +12882,7 @@ def test_new_users_find_themselves_in_the_rooms_of_the_house(
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  56. JOINING ROOMS ELSEWHERE
+#  30. JOINING ROOMS ELSEWHERE
 #
 #  With a second server of ours, with a Synapse, and with peers that lie.
 # ═════════════════════════════════════════════════════════════════════════════
@@ -12970,7 +12970,7 @@ def test_invites_are_taken_and_refused(sides: tuple[Server, Server], version: st
     assert membership(alice, room_id, bob) == "join"
 
 
-# ── 56.2  A peer with a room ─────────────────────────────────────────────────
+# ── 30.1  A peer with a room ─────────────────────────────────────────────────
 
 
 class PeerRoom:
@@ -13424,7 +13424,7 @@ def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> No
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  18. PUSH RULES AND UNREAD COUNTS
+#  31. PUSH RULES AND UNREAD COUNTS
 # ═════════════════════════════════════════════════════════════════════════════
 
 PUSH_USER: Final = "@me:test.example"
@@ -13471,7 +13471,7 @@ def holds(condition: Any, event: Any = None, room: Any = None) -> bool:
     return prepared(event or push_event(), room or push_room(), PUSH_USER)
 
 
-# ── 18.1  Globs ──────────────────────────────────────────────────────────────
+# ── 31.1  Globs ──────────────────────────────────────────────────────────────
 
 
 def reference_glob(pattern: str) -> str:
@@ -13554,7 +13554,7 @@ def test_sec_42_glob_does_not_blow_up() -> None:
             assert time.perf_counter() - before < 0.7
 
 
-# ── 18.2  The predefined rules ───────────────────────────────────────────────
+# ── 31.2  The predefined rules ───────────────────────────────────────────────
 
 STATE: Final = {"state_key": ""}
 MENTION: Final = {"m.mentions": {"user_ids": [PUSH_USER]}, "body": "x"}
@@ -13715,7 +13715,7 @@ def test_rules_for_a_room_do_not_leak_into_another() -> None:
         assert there.rule_id == ".m.rule.message"
 
 
-# ── 18.3  Conditions ─────────────────────────────────────────────────────────
+# ── 31.3  Conditions ─────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -13864,7 +13864,7 @@ def test_rule_is_found_quickly() -> None:
     assert (time.perf_counter() - before) / 2000 < 50e-6  # measured: 4 µs
 
 
-# ── 18.4  The push rule endpoints ────────────────────────────────────────────
+# ── 31.4  The push rule endpoints ────────────────────────────────────────────
 
 
 def rule_ids(client: Client, kind: str) -> list[str]:
@@ -14007,7 +14007,7 @@ def test_changed_rules_come_with_sync(alice: Client, bob: Client) -> None:
     fails(alice.put(path, {}), 405)
 
 
-# ── 18.5  Unread counts ──────────────────────────────────────────────────────
+# ── 31.5  Unread counts ──────────────────────────────────────────────────────
 
 THREADS: Final = {"room": {"timeline": {"unread_thread_notifications": True}}}
 
@@ -14319,7 +14319,7 @@ def family(server: Server) -> tuple[Client, Client]:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  42. THREADS AND DAYS
+#  32. THREADS AND DAYS
 # ═════════════════════════════════════════════════════════════════════════════
 
 
@@ -14502,7 +14502,7 @@ def test_a_day_finds_its_event(alice: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  58. SEARCH
+#  33. SEARCH
 # ═════════════════════════════════════════════════════════════════════════════
 
 
@@ -14714,7 +14714,7 @@ def test_topics_have_a_plain_text() -> None:
         assert conduit.plain_topic({"topic": "old", "m.topic": odd}) in ("old", None)
 
 
-# ── 58.3  History visibility at these doors ──────────────────────────────────
+# ── 33.1  History visibility at these doors ──────────────────────────────────
 
 
 @pytest.mark.parametrize("visibility", ["world_readable", "shared", "invited", "joined"])
@@ -14789,7 +14789,7 @@ def test_sec_45_a_long_hidden_past_does_not_end_the_way(new_server: Callable[...
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  59. SPACES, SUMMARIES, REPORTS
+#  34. SPACES, SUMMARIES, REPORTS
 # ═════════════════════════════════════════════════════════════════════════════
 
 
@@ -15023,7 +15023,7 @@ def test_sec_23_reports_do_not_tell_what_exists(alice: Client, bob: Client) -> N
     fails(alice.post(("rooms", room_id, "report", event_id), {}), 404, "M_NOT_FOUND")
 
 
-# ── 59.2  Rooms that only others know ────────────────────────────────────────
+# ── 34.1  Rooms that only others know ────────────────────────────────────────
 
 
 def summary_of(room_id: str, **more: Any) -> Json:
@@ -15083,7 +15083,7 @@ def test_spaces_lead_to_rooms_of_other_servers(
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  19. RECEIPTS, TYPING, PRESENCE
+#  35. RECEIPTS, TYPING, PRESENCE
 # ═════════════════════════════════════════════════════════════════════════════
 
 
@@ -15096,7 +15096,7 @@ def ephemeral(result: Json, room_id: str, event_type: str) -> Json | None:
     return found[0] if found else None
 
 
-# ── 19.1  Receipts ───────────────────────────────────────────────────────────
+# ── 35.1  Receipts ───────────────────────────────────────────────────────────
 
 
 def test_receipt_reaches_the_others_once(alice: Client, bob: Client) -> None:
@@ -15217,7 +15217,7 @@ def test_receipts_survive_a_restart(new_server: Callable[..., Server]) -> None:
     server.check()
 
 
-# ── 19.2  Read markers ───────────────────────────────────────────────────────
+# ── 35.2  Read markers ───────────────────────────────────────────────────────
 
 
 def fully_read(client: Client, room_id: str) -> str | None:
@@ -15261,7 +15261,7 @@ def test_fully_read_moves_forward_only(alice: Client) -> None:
     fails(alice.post(("rooms", room, "read_markers"), {"m.read": 1}), 400, "M_BAD_JSON")
 
 
-# ── 19.3  Typing ─────────────────────────────────────────────────────────────
+# ── 35.3  Typing ─────────────────────────────────────────────────────────────
 
 
 def set_typing(client: Client, room_id: str, is_typing: bool = True, **body: Any) -> httpx.Response:
@@ -15344,7 +15344,7 @@ def test_nobodys_typing_ends_while_the_server_stops(new_server: Callable[..., Se
     server.assert_clean_log()
 
 
-# ── 19.4  Presence ───────────────────────────────────────────────────────────
+# ── 35.4  Presence ───────────────────────────────────────────────────────────
 
 
 class PresenceStage:
@@ -15609,7 +15609,7 @@ def test_who_is_busy_stays_so_while_syncing(alice: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  49. PUSHERS
+#  36. PUSHERS
 # ═════════════════════════════════════════════════════════════════════════════
 
 GATEWAY: Final = "https://push.example/_matrix/push/v1/notify"
@@ -16112,7 +16112,7 @@ def test_the_list_of_notifications(alice: Client, bob: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  20. ENCRYPTION KEYS AND TO-DEVICE
+#  37. ENCRYPTION KEYS AND TO-DEVICE
 #
 #  Devices whose keys and signatures are made by nacl and not by our own code:
 #  what they upload, claim, sign, back up and send each other.
@@ -16233,7 +16233,7 @@ def left(result: Json) -> set[str]:
     return set(result.get("device_lists", {}).get("left", []))
 
 
-# ── 20.1  Device lists ───────────────────────────────────────────────────────
+# ── 37.1  Device lists ───────────────────────────────────────────────────────
 
 
 def test_device_lists_tell_those_who_share_a_room(
@@ -16390,7 +16390,7 @@ def test_device_lists_never_say_too_little(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-# ── 20.2  Uploading ──────────────────────────────────────────────────────────
+# ── 37.2  Uploading ──────────────────────────────────────────────────────────
 
 
 def test_keys_upload_and_query(alice: Client, bob: Client) -> None:
@@ -16542,7 +16542,7 @@ def test_unsigned_one_time_keys_are_kept_by_algorithm(alice: Client, bob: Client
     assert claim(bob, device, "curve25519") == {}
 
 
-# ── 20.3  Claiming ───────────────────────────────────────────────────────────
+# ── 37.3  Claiming ───────────────────────────────────────────────────────────
 
 
 def test_one_time_keys_are_claimed_in_the_order_of_upload(alice: Client, bob: Client) -> None:
@@ -16636,7 +16636,7 @@ def test_sec_49_claimed_keys_stay_claimed_when_the_server_is_killed(
     server.check()
 
 
-# ── 20.4  Cross-signing ──────────────────────────────────────────────────────
+# ── 37.4  Cross-signing ──────────────────────────────────────────────────────
 
 
 def test_cross_signing_keys_are_uploaded_freely_once(alice: Client, bob: Client) -> None:
@@ -16837,7 +16837,7 @@ def test_a_new_master_key_drops_what_the_old_ones_signed(alice: Client) -> None:
     assert set(signatures) == {phone.identity.id}
 
 
-# ── 20.5  Key backup ─────────────────────────────────────────────────────────
+# ── 37.5  Key backup ─────────────────────────────────────────────────────────
 
 ALGORITHM: Final = "m.megolm_backup.v1.curve25519-aes-sha2"
 
@@ -17014,7 +17014,7 @@ def test_backup_keeps_the_better_session(alice: Client) -> None:
     assert kept == [*order[:4], order[3], order[3], order[6]]
 
 
-# ── 20.6  To-device messages ─────────────────────────────────────────────────
+# ── 37.6  To-device messages ─────────────────────────────────────────────────
 
 
 def test_to_device_messages_reach_the_named_devices(alice: Client, bob: Client) -> None:
@@ -17254,7 +17254,7 @@ def test_there_is_one_dehydrated_device(server: Server, alice: Client, bob: Clie
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  54. RECEIVING
+#  39. RECEIVING
 #
 #  A peer with users in our rooms: what it sends rightly arrives in order and
 #  once; what it sends wrongly harms nobody, whatever it is.
@@ -17468,7 +17468,7 @@ def arrives(client: Client, room_id: str, *bodies: str) -> None:
     eventually(lambda: client.bodies(room_id)[-count:] == list(bodies))
 
 
-# ── 54.1  Events ─────────────────────────────────────────────────────────────
+# ── 39.1  Events ─────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("version", ["1", "5", "10", "11", "12"])
@@ -17598,7 +17598,7 @@ def test_sec_38_deep_and_huge_bodies(anna: Client, far: Elsewhere) -> None:
     arrives(anna, room_id, "alive")
 
 
-# ── 54.2  What is missing ────────────────────────────────────────────────────
+# ── 39.2  What is missing ────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("version", ["1", "11", "12"])
@@ -17824,7 +17824,7 @@ def test_inbox_survives_kill_9(
     far.close()
 
 
-# ── 54.3  News that pass ─────────────────────────────────────────────────────
+# ── 39.3  News that pass ─────────────────────────────────────────────────────
 
 
 def ephemeral_now(client: Client, room_id: str, kind: str) -> Json:
@@ -18122,7 +18122,7 @@ def test_switches_for_news(tmp_path: Path, authority: Authority) -> None:
     far.close()
 
 
-# ── 54.4  Policy servers ─────────────────────────────────────────────────────
+# ── 39.4  Policy servers ─────────────────────────────────────────────────────
 
 
 def test_policy_servers_decide_what_is_seen(anna: Client, far: Elsewhere) -> None:
@@ -18194,7 +18194,7 @@ def test_our_events_need_the_consent_of_policy_servers(anna: Client, far: Elsewh
     anna.set_state(room_id, "m.room.policy", {})
 
 
-# ── 54.5  A peer that lies ───────────────────────────────────────────────────
+# ── 39.5  A peer that lies ───────────────────────────────────────────────────
 
 
 def others_are_served(anna: Client, far: Elsewhere, lie: Callable[[], Any]) -> None:
@@ -18487,7 +18487,7 @@ def test_sec_06_an_invite_by_address_is_of_its_path(anna: Client, far: Elsewhere
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  55. SENDING
+#  40. SENDING
 #
 #  A peer in the tests' hands gets what a server sends, and answers as it is told:
 #  it takes all, chokes on something, is down for a while, or dies in the middle.
@@ -18616,7 +18616,7 @@ def met(sending: Server, receiver: Destination) -> tuple[Client, str]:
     return alice, room_id
 
 
-# ── 55.1  What waits for a server ────────────────────────────────────────────
+# ── 40.1  What waits for a server ────────────────────────────────────────────
 
 
 def test_who_forgets_a_room_has_left_it_for_all(tmp_path: Path, authority: Authority) -> None:
@@ -18767,7 +18767,7 @@ def database_rows(server: Server, query: str) -> list[Any]:
         return database.execute(query).fetchall()
 
 
-# ── 55.2  What may get lost ──────────────────────────────────────────────────
+# ── 40.2  What may get lost ──────────────────────────────────────────────────
 
 
 def test_typing_and_receipts_go_out(
@@ -18813,7 +18813,7 @@ def test_switched_off_nothing_goes_out(
     assert not [edu for content in receiver.transactions for edu in content["edus"]]
 
 
-# ── 55.3  Whose turn it is ───────────────────────────────────────────────────
+# ── 40.3  Whose turn it is ───────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("status", [400, 500])
@@ -18972,7 +18972,7 @@ def test_a_room_with_many_dead_servers_writes_no_row_for_them(
     assert sending.cpu() - used < 0.1
 
 
-# ── 55.5  For the admin ──────────────────────────────────────────────────────
+# ── 40.4  For the admin ──────────────────────────────────────────────────────
 
 
 def test_queues_are_seen_and_reset_and_rooms_switched_off(sending: Server) -> None:
@@ -19002,7 +19002,7 @@ def test_queues_are_seen_and_reset_and_rooms_switched_off(sending: Server) -> No
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  57. SERVING ROOMS
+#  41. SERVING ROOMS
 #
 #  One server, and two that ask: one that is in its rooms, and a stranger.
 # ═════════════════════════════════════════════════════════════════════════════
@@ -19075,7 +19075,7 @@ def every_question(served: Served, peer: Peer, room_id: str) -> Iterator[httpx.R
     yield served.missing(peer, room_id, earliest_events=[], latest_events=[newest])
 
 
-# ── 57.1  Who may ask, and see what ──────────────────────────────────────────
+# ── 41.1  Who may ask, and see what ──────────────────────────────────────────
 
 
 def test_sec_21_strangers_learn_nothing_of_a_room(served: Served) -> None:
@@ -19152,7 +19152,7 @@ def test_sec_19_servers_do_not_see_what_their_users_could_not(served: Served) ->
         assert (found["event_id"] == sent["event_id"]) == is_seen
 
 
-# ── 57.2  Events ─────────────────────────────────────────────────────────────
+# ── 41.2  Events ─────────────────────────────────────────────────────────────
 
 
 def test_backfill_goes_back_from_the_given_events(served: Served) -> None:
@@ -19185,7 +19185,7 @@ def test_missing_events_lie_between(served: Served) -> None:
     fails(served.missing(served.member, served.room_id, **nonsense), 400)
 
 
-# ── 57.3  State ──────────────────────────────────────────────────────────────
+# ── 41.3  State ──────────────────────────────────────────────────────────────
 
 
 def test_state_before_an_event_with_its_auth_chain(served: Served) -> None:
@@ -19210,7 +19210,7 @@ def test_state_before_an_event_with_its_auth_chain(served: Served) -> None:
     fails(served.get(served.member, "state_ids", served.room_id, event_id="$x"), 404)
 
 
-# ── 57.4  Spaces ─────────────────────────────────────────────────────────────
+# ── 41.4  Spaces ─────────────────────────────────────────────────────────────
 
 
 def test_spaces_show_what_a_server_could_join(served: Served) -> None:
@@ -19239,7 +19239,7 @@ def test_spaces_show_what_a_server_could_join(served: Served) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  21. SYNC
+#  42. SYNC
 # ═════════════════════════════════════════════════════════════════════════════
 
 LAZY: Final = {"room": {"state": {"lazy_load_members": True}, "timeline": {"limit": 5}}}
@@ -21246,7 +21246,7 @@ def test_sec_43_odd_state_in_an_invite_breaks_no_sync(
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  22. MEDIA
+#  44. MEDIA
 # ═════════════════════════════════════════════════════════════════════════════
 
 UPLOAD: Final = "/_matrix/media/v3/upload"
@@ -21304,7 +21304,7 @@ def stored(server: Server) -> list[Path]:
     return [path for path in folder.glob("??/*") if path.is_file()]
 
 
-# ── 22.1  Receiving a file ───────────────────────────────────────────────────
+# ── 44.1  Receiving a file ───────────────────────────────────────────────────
 
 
 def test_what_is_uploaded_is_downloaded(alice: Client, bob: Client) -> None:
@@ -21413,7 +21413,7 @@ def test_guests_and_strangers_do_not_upload(nobody: Client) -> None:
     fails(nobody.post("/_matrix/media/v1/create"), 401, "M_MISSING_TOKEN")
 
 
-# ── 22.2  Headers that cannot hurt ───────────────────────────────────────────
+# ── 44.2  Headers that cannot hurt ───────────────────────────────────────────
 
 HOSTILE_TYPES: Final = [
     "text/html",
@@ -21518,7 +21518,7 @@ def test_a_content_disposition_is_one_header(text: str) -> None:
         assert shown == f'inline; filename="{name}"'
 
 
-# ── 22.3  Thumbnails ─────────────────────────────────────────────────────────
+# ── 44.3  Thumbnails ─────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -21677,7 +21677,7 @@ def test_the_chosen_size_covers_the_request(width: int, height: int, method: str
     assert size[2] == "scale" or (method == "crop" and width == height)
 
 
-# ── 22.4  The media of this server ───────────────────────────────────────────
+# ── 44.4  The media of this server ───────────────────────────────────────────
 
 
 def create_media(client: Client) -> str:
@@ -21770,7 +21770,7 @@ def test_lost_files_are_found(new_server: Callable[..., Server]) -> None:
     assert conduit.check_database(server.data) == [problem]
 
 
-# ── 22.5  Downloading ────────────────────────────────────────────────────────
+# ── 44.5  Downloading ────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -21862,7 +21862,7 @@ def test_media_of_a_server_that_is_not_there(alice: Client) -> None:
     fails(thumbnail(alice, "mxc://elsewhere.invalid/abc", 32, 32), 502)
 
 
-# ── 22.6  The frozen endpoints ───────────────────────────────────────────────
+# ── 44.6  The frozen endpoints ───────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("version", ["v3", "r0", "v1"])
@@ -22021,7 +22021,7 @@ def test_media_in_quarantine(inner: Callable[..., InnerServer]) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  50. PREVIEWS
+#  45. PREVIEWS
 # ═════════════════════════════════════════════════════════════════════════════
 
 PAGE: Final = """<!doctype html><html><head><meta charset="utf-8"><title>The  title
@@ -22296,7 +22296,7 @@ def test_sec_34_pushes_and_previews_go_out_but_not_to_refused_addresses(
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  52. APPLICATION SERVICES
+#  46. APPLICATION SERVICES
 # ═════════════════════════════════════════════════════════════════════════════
 
 REGISTRATIONS: Final = {
@@ -22447,7 +22447,7 @@ def miswritten(text: str, rng: random.Random) -> str:
     return "".join(letters)
 
 
-# ── 52.1  The YAML of registrations ──────────────────────────────────────────
+# ── 46.1  The YAML of registrations ──────────────────────────────────────────
 
 
 @pytest.mark.parametrize("name", REGISTRATIONS)
@@ -22519,7 +22519,7 @@ def test_a_registration_that_is_wrong_is_refused(changes: Json, complaint: str) 
         conduit.read_registration(text, "example.com")
 
 
-# ── 52.2  A service to talk to ───────────────────────────────────────────────
+# ── 46.2  A service to talk to ───────────────────────────────────────────────
 
 
 class Bridge:
@@ -22649,7 +22649,7 @@ def bridge(admin: Client, new_bridge: Callable[..., Bridge]) -> Iterator[Bridge]
     order(admin, f"unregister-appservice {made.id}")
 
 
-# ── 52.3  Who speaks, and what is theirs ─────────────────────────────────────
+# ── 46.3  Who speaks, and what is theirs ─────────────────────────────────────
 
 
 def test_services_are_registered_listed_and_forgotten(
@@ -22817,7 +22817,7 @@ def test_sec_26_a_service_gets_no_more_than_its_namespaces(
     order(admin, f"unregister-appservice {wide.id}")
 
 
-# ── 52.4  What they are told ─────────────────────────────────────────────────
+# ── 46.4  What they are told ─────────────────────────────────────────────────
 
 
 def test_events_are_told_in_order(server: Server, bridge: Bridge, alice: Client) -> None:
@@ -22992,7 +22992,7 @@ def test_a_bot_made_with_mautrix(
     order(admin, f"unregister-appservice {registration.id}")
 
 
-# ── 52.5  Questions ──────────────────────────────────────────────────────────
+# ── 46.5  Questions ──────────────────────────────────────────────────────────
 
 
 def test_users_and_aliases_are_made_on_demand(
@@ -23090,7 +23090,7 @@ def test_third_party_networks(
     order(admin, f"unregister-appservice {bridge.id}")
 
 
-# ── 52.6  Held against the specification ─────────────────────────────────────
+# ── 46.6  Held against the specification ─────────────────────────────────────
 
 
 @slow
@@ -23125,7 +23125,7 @@ def test_calls_to_services_are_valid(
     assert ours == []
 
 
-# ── 52.7  A real bridge ──────────────────────────────────────────────────────
+# ── 46.7  A real bridge ──────────────────────────────────────────────────────
 
 
 class IrcUser:
@@ -23261,7 +23261,7 @@ def test_heisenbridge_with_ngircd(new_server: Callable[..., Server], tmp_path: P
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  23. THE ADMIN ROOM
+#  48. THE ADMIN ROOM
 # ═════════════════════════════════════════════════════════════════════════════
 
 
@@ -23317,7 +23317,7 @@ def exists(client: Client, localpart: str) -> bool:
     return client.get("register/available", username=localpart).status_code != 200
 
 
-# ── 23.1  Answers ────────────────────────────────────────────────────────────
+# ── 48.1  Answers ────────────────────────────────────────────────────────────
 
 
 @given(st.text(max_size=50), st.lists(st.tuples(st.text(), st.text()), max_size=20))
@@ -23349,7 +23349,7 @@ def test_an_answer_is_never_too_long_for_an_event(rows: int, wide: int) -> None:
     assert [name for name in names if f"{name} " not in told] == []
 
 
-# ── 23.2  The language ───────────────────────────────────────────────────────
+# ── 48.2  The language ───────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -23422,7 +23422,7 @@ def test_admins_can_talk_among_themselves(admin: Client) -> None:
         stays_silent(admin, room_id, admin.send_text(room_id, text))
 
 
-# ── 23.3  The commands ───────────────────────────────────────────────────────
+# ── 48.3  The commands ───────────────────────────────────────────────────────
 
 
 def test_help_names_every_command(admin: Client) -> None:
@@ -23742,7 +23742,7 @@ def test_events_and_signatures_are_looked_into(admin: Client) -> None:
     assert "no such event" in order(admin, "get-pdu $nothing")
 
 
-# ── 23.4  The room ───────────────────────────────────────────────────────────
+# ── 48.4  The room ───────────────────────────────────────────────────────────
 
 
 def test_the_first_user_finds_the_room(new_server: Callable[..., Server]) -> None:
@@ -24001,7 +24001,7 @@ def test_a_lost_admin_room_is_made_anew(new_server: Callable[..., Server]) -> No
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  48. SYNAPSE ADMIN API
+#  49. SYNAPSE ADMIN API
 # ═════════════════════════════════════════════════════════════════════════════
 
 ADMIN_API: Final = "/_synapse/admin/"
@@ -24408,7 +24408,7 @@ def test_the_server_speaks_to_a_user(admin: Client, alice: Client) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  24. CALLS, WELL-KNOWN, LANDING PAGE
+#  50. CALLS, WELL-KNOWN, LANDING PAGE
 #
 #  Credentials that a TURN server would accept, the documents of .well-known as
 #  configured, and a page that keeps to its own Content-Security-Policy.
@@ -24422,7 +24422,7 @@ def house_config(**keys: Any) -> conduit.Config:
     return conduit.Config(server_name="example.org", database_path=Path("data"), **keys)
 
 
-# ── 24.1  TURN ───────────────────────────────────────────────────────────────
+# ── 50.1  TURN ───────────────────────────────────────────────────────────────
 
 
 def test_turn_credentials_are_those_that_coturn_computes() -> None:
@@ -24480,7 +24480,7 @@ def test_without_a_turn_server_there_is_none(alice: Client, nobody: Client) -> N
     fails(nobody.get("/_matrix/client/v3/voip/turnServer"), 401, "M_MISSING_TOKEN")
 
 
-# ── 24.2  The signs at the door ──────────────────────────────────────────────
+# ── 50.2  The signs at the door ──────────────────────────────────────────────
 
 
 def test_well_known_by_default(nobody: Client, server: Server) -> None:
@@ -24523,7 +24523,7 @@ def test_well_known_as_configured_and_reloaded(new_server: Callable[..., Server]
     assert ok(anyone.get("/.well-known/matrix/support")) == wanted
 
 
-# ── 24.3  The landing page ───────────────────────────────────────────────────
+# ── 50.3  The landing page ───────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("path", ["/", "/_matrix/static/", "/_matrix/static"])
@@ -24606,7 +24606,7 @@ def test_what_is_not_there_is_not_the_page(nobody: Client) -> None:
     fails(nobody.get("/index.html"), 404, "M_UNRECOGNIZED")
 
 
-# ── 24.4  The repository's own files ─────────────────────────────────────────
+# ── 50.4  The repository's own files ─────────────────────────────────────────
 
 
 def test_the_service_starts_what_is_there() -> None:
@@ -24666,7 +24666,7 @@ def test_a_call_as_element_call_makes_it(new_server: Callable[..., Server]) -> N
     eventually(lambda: bob.state(room_id, kind, key) == {}, 5)
 
 
-# ── 24.4  Pages for signing in ───────────────────────────────────────────────
+# ── 50.5  Pages for signing in ───────────────────────────────────────────────
 
 
 def policy_of(page: httpx.Response) -> str:
@@ -24726,7 +24726,7 @@ def test_the_login_page(nobody: Client) -> None:
     assert "connect-src 'self'" in policy_of(page)
 
 
-# ── 24.5  In a browser ───────────────────────────────────────────────────────
+# ── 50.6  In a browser ───────────────────────────────────────────────────────
 
 
 class Browser:
@@ -24898,7 +24898,7 @@ def test_confirming_an_address_with_a_browser(browser: Browser, mail: MailServer
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  53. METRICS AND TRACING
+#  51. METRICS AND TRACING
 # ═════════════════════════════════════════════════════════════════════════════
 
 
@@ -25059,7 +25059,7 @@ def test_what_is_announced_is_there(new_server: Callable[..., Server]) -> None:
 
 
 # ═════════════════════════════════════════════════════════════════════════════
-#  26. COMMAND LINE
+#  53. COMMAND LINE
 #
 #  Real processes: what they print, what they tell systemd, what signals do.
 # ═════════════════════════════════════════════════════════════════════════════
@@ -25081,7 +25081,7 @@ def run_script(
     )
 
 
-# ── 26.1  Arguments ──────────────────────────────────────────────────────────
+# ── 53.1  Arguments ──────────────────────────────────────────────────────────
 
 
 def test_version_help_and_routes(tmp_path: Path) -> None:
@@ -25172,7 +25172,7 @@ def test_news_are_told_to_admins_once(authority: Authority, tmp_path: Path, peer
         server.stop()
 
 
-# ── 26.2  Check and backup ───────────────────────────────────────────────────
+# ── 53.2  Check and backup ───────────────────────────────────────────────────
 
 
 def test_check_and_backup_while_running(new_server: Callable[..., Server], tmp_path: Path) -> None:
@@ -25434,7 +25434,7 @@ def test_check_of_nothing_and_of_rubbish(new_server: Callable[..., Server]) -> N
     assert "Traceback" not in broken.stderr
 
 
-# ── 26.3  Signals and systemd ────────────────────────────────────────────────
+# ── 53.3  Signals and systemd ────────────────────────────────────────────────
 
 
 class Manager:
@@ -25598,7 +25598,7 @@ def test_an_end_that_hangs_is_cut_short(tmp_path: Path) -> None:
     assert time.monotonic() - started < 10
 
 
-# ── 26.4  From script to module ──────────────────────────────────────────────
+# ── 53.4  From script to module ──────────────────────────────────────────────
 
 
 def test_script_becomes_a_module(tmp_path: Path) -> None:
@@ -25635,7 +25635,7 @@ def test_bytecode_of_a_read_only_folder(tmp_path: Path) -> None:
         assert conduit.bytecode_file(script) == elsewhere
 
 
-# ── 26.5  The log ────────────────────────────────────────────────────────────
+# ── 53.5  The log ────────────────────────────────────────────────────────────
 
 
 def test_log_lines() -> None:
