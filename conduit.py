@@ -14347,6 +14347,7 @@ async def post_action(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 
 PURGE_SECONDS = 10.0  # that the others get to hear of the last departure
+FAREWELLS = 10  # seconds at most that a room which is deleted still waits for others to hear of it
 
 
 def remembered(hs: Homeserver, room: Room) -> bool:
@@ -14371,6 +14372,18 @@ async def purge_forgotten(hs: Homeserver, room: Room, waits: float = PURGE_SECON
         await asyncio.sleep(waits)
     if not hs.sender.owes(room) and not remembered(hs, room):
         await hs.rooms.purge_room(room)
+
+
+async def purge_emptied(hs: Homeserver, room: Room) -> None:
+    """Delete a room that ours were just put out of.
+
+    Whoever is connected hears of that first, and so do other servers, unless it takes long.
+    """
+    for _ in range(FAREWELLS):
+        await asyncio.sleep(1)
+        if not hs.sender.owes(room):
+            break
+    await hs.rooms.purge_room(room)
 
 
 async def purge_all_forgotten(hs: Homeserver) -> None:
@@ -27427,7 +27440,7 @@ async def delete_room(hs: Homeserver, arguments: Arguments) -> Reply:
         block_room(hs, room.room_id, hs.accounts.bot_id)
     if room.local_joined:  # it cannot go while somebody is in it
         return closed._replace(failed=True)
-    await hs.rooms.purge_room(room)
+    await purge_emptied(hs, room)
     return reply_text(f"{room.room_id} is deleted.")
 
 
@@ -28752,7 +28765,7 @@ async def shut_down(hs: Homeserver, room: Room, body: Json, result: Json, user: 
     await put_out(hs, room, result["kicked_users"], result["failed_to_kick_users"], new_room)
     result["local_aliases"] = unlist(hs, room)
     if body.get("purge", True) and not room.local_joined:
-        await hs.rooms.purge_room(room)
+        await purge_emptied(hs, room)
 
 
 def new_shutdown(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, Json]:

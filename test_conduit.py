@@ -24252,6 +24252,20 @@ def test_a_room_is_deleted(admin: Client, alice: Client, bob: Client, version: s
     fails(admin.delete(f"{ADMIN_API}{version}/rooms/!none:test.example", {}), 404)
 
 
+def test_who_is_connected_hears_that_a_room_is_deleted(
+    admin: Client, alice: Client, bob: Client
+) -> None:
+    room = alice.room_with(bob)
+    bob.poll()
+    with ThreadPoolExecutor(1) as pool:
+        left = pool.submit(
+            bob.wait_for, lambda result: room in result.get("rooms", {}).get("leave", {})
+        )
+        time.sleep(0.2)
+        ok(admin.delete(f"{ADMIN_API}v1/rooms/{quote(room)}", {}))
+        assert left.result()
+
+
 def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Server]) -> None:
     server = new_server()
     alice, bob = register(server, "admin"), register(server, "bob")
