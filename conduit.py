@@ -129,7 +129,6 @@ import errno
 import fcntl
 import fnmatch
 import functools
-import graphlib
 import hashlib
 import heapq
 import hmac
@@ -1747,10 +1746,12 @@ class Interned(Generic[Name, Nid]):
         """The integer of a name, made if new."""
         nid = self.find(name)
         if nid is None:
-            with self.database.write():
-                self.database.execute(self._add, name if isinstance(name, tuple) else (name,))
-            nid = self.find(name)
-        return cast(Nid, nid)
+            with self.database.written():
+                values = name if isinstance(name, tuple) else (name,)
+                nid = cast(Nid, self.database.execute(self._add, values).lastrowid)
+            self._nids.put(name, nid)
+            self._names.put(nid, name)
+        return nid
 
     def name(self, nid: Nid) -> Name:
         """The name that an integer stands for."""
@@ -1825,6 +1826,10 @@ class Database:
     def write(self) -> Database:
         """`with db.write():` one handler's writes, all or none of them; it never spans an await."""
         return self
+
+    def written(self) -> contextlib.AbstractContextManager[Any]:
+        """The same for a single statement, which needs no savepoint of its own inside a block."""
+        return contextlib.nullcontext() if self._blocks else self
 
     def __enter__(self) -> None:
         """Open the shared transaction if there is none, and a savepoint in it."""
@@ -2631,8 +2636,16 @@ def check_signatures(signatures: object) -> None:
             raise bad_json("signatures has an entry of the wrong shape")
 
 
-def check_format(version: RoomVersion, pdu: Any) -> None:
-    """Refuse what is no event of this room version: 400 M_BAD_JSON, or 413 M_TOO_LARGE.
+NOT_HASHED = frozenset({"signatures", "unsigned", "hashes"})
+
+
+def hashed_bytes(pdu: Json) -> bytes:
+    """What the content hash covers: all that the sender wrote."""
+    return canonical_json({key: pdu[key] for key in pdu if key not in NOT_HASHED})
+
+
+def check_format(version: RoomVersion, pdu: Any) -> bytes:
+    """What the content hash covers; 400 M_BAD_JSON or 413 for what is no event of the version.
 
     Spec: SS-API "Checks performed on receipt of a PDU", check 1.
     Trap: `unsigned` is whatever the sender likes; nothing may be concluded from it. A Synapse puts
@@ -2643,8 +2656,11 @@ def check_format(version: RoomVersion, pdu: Any) -> None:
     check_fields(version, pdu)
     check_hashes(pdu.get("hashes"))
     check_signatures(pdu.get("signatures"))
-    if len(canonical_json(without_unsigned(pdu))) > MAX_EVENT_BYTES:
+    hashed = hashed_bytes(pdu)
+    rest = canonical_json({name: pdu[name] for name in ("hashes", "signatures")})
+    if len(hashed) + len(rest) - 1 > MAX_EVENT_BYTES:  # one object instead of two
         raise too_large("The event is larger than 65536 bytes")
+    return hashed
 
 
 # ── 6.3  Redaction ───────────────────────────────────────────────────────────
@@ -2680,20 +2696,21 @@ def redact(version: RoomVersion, pdu: Json) -> Json:
 
 # ── 6.4  Hashes, ids and signatures ──────────────────────────────────────────
 
-NOT_HASHED = frozenset({"signatures", "unsigned", "hashes"})
-
 
 def content_hash(pdu: Json) -> str:
     """The hash over all that the sender wrote.  Spec: SS-API "Calculating the content hash"."""
-    return sha256_base64(canonical_json({k: pdu[k] for k in pdu if k not in NOT_HASHED}))
+    return sha256_base64(hashed_bytes(pdu))
 
 
-def content_hash_ok(pdu: Json) -> bool:
-    """Whether the content is what was signed; if not, only redact() of the event counts."""
+def content_hash_ok(pdu: Json, hashed: bytes | None = None) -> bool:
+    """Whether the content is what was signed; if not, only redact() of the event counts.
+
+    Who has the hashed bytes already saves encoding them.
+    """
     hashes = pdu.get("hashes")
     try:
         claimed = b64decode(hashes.get("sha256") if isinstance(hashes, dict) else None)
-        return hmac.compare_digest(claimed, b64decode(content_hash(pdu)))
+        return claimed == hashlib.sha256(hashed or hashed_bytes(pdu)).digest()
     except MatrixError:
         return False
 
@@ -4281,7 +4298,7 @@ MANY_EXTREMITIES = 10  # from here on, a dummy event ties them together
 MAX_EXTREMITIES = 40  # what would be one more is soft-failed, where nobody of ours may send
 MAX_HIDDEN_STEPS = 1000  # how far back events that nobody sees are followed to those seen
 RESOLUTIONS = 1000  # outcomes of resolutions remembered
-IMPORT_BATCH = 50
+IMPORT_BATCH = 100
 DUMMY_EVENT: Final = "org.matrix.dummy_event"
 AUTH_TYPES = frozenset({CREATE, MEMBER, POWER_LEVELS, JOIN_RULES, THIRD_PARTY_INVITE})
 
@@ -5045,6 +5062,19 @@ def relation_of(event: Event) -> tuple[str, str] | None:
     return relation_in(event.content)
 
 
+INSERT_EVENT = """
+    INSERT INTO events (nid, event_id, room_nid, pos, state_nid, state_group,
+        replaces, rejected, soft_failed, txn_device, txn_id, ts, auth, pdu)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (nid) DO UPDATE
+    SET pos = excluded.pos,
+        state_group = excluded.state_group,
+        replaces = excluded.replaces,
+        rejected = excluded.rejected,
+        soft_failed = excluded.soft_failed
+"""
+
+
 class RoomWriter(RoomResolver):
     """Puts events into rooms: the only way we make them, and the only way they get in."""
 
@@ -5224,26 +5254,17 @@ class RoomWriter(RoomResolver):
 
     def _insert(self, event: Event, auth: Iterable[Event]) -> None:
         """Write an event's row, or what is new in it when an outlier finds its place."""
-        raw = canonical_json(event.pdu)
+        self.database.execute(INSERT_EVENT, self._row(event, auth))
+
+    def _row(self, event: Event, auth: Iterable[Event], raw: bytes = b"") -> tuple[Any, ...]:
+        """The row of an event, which is remembered."""
+        raw = raw or canonical_json(event.pdu)
         state_nid = self.groups.names.nid(event.key) if event.is_state else None
         place = (event.nid, event.event_id, event.room_nid, event.pos, state_nid, event.state_group)
         fate = (event.replaces, event.rejected, event.soft_failed, event.txn_device, event.txn_id)
         stands_on = str([entry.nid for entry in auth])  # which is JSON as well, and quicker
-        self.database.execute(
-            """
-            INSERT INTO events (nid, event_id, room_nid, pos, state_nid, state_group,
-                replaces, rejected, soft_failed, txn_device, txn_id, ts, auth, pdu)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-            ON CONFLICT (nid) DO UPDATE
-            SET pos = excluded.pos,
-                state_group = excluded.state_group,
-                replaces = excluded.replaces,
-                rejected = excluded.rejected,
-                soft_failed = excluded.soft_failed
-            """,
-            (*place, *fate, event.origin_server_ts, stands_on, raw),
-        )
         self._events.put(event.nid, event, EVENT_OVERHEAD_BYTES + 2 * len(raw))
+        return (*place, *fate, event.origin_server_ts, stands_on, raw)
 
     # The current state
 
@@ -5436,11 +5457,21 @@ class RoomWriter(RoomResolver):
 
 
 def in_order(edges: Mapping[str, Iterable[str]]) -> list[str]:
-    """The ids, each after those among them that it points to."""
-    try:
-        return [key for key in graphlib.TopologicalSorter(edges).static_order() if key in edges]
-    except graphlib.CycleError:
-        raise bad_json("Events that refer to each other in a circle") from None
+    """The ids, each after those among them that it points to; as they came where nothing does."""
+    placed, begun = dict[str, None](), set[str]()
+    for first in edges:
+        stack = [first]
+        while stack:
+            key = stack[-1]
+            above = [one for one in edges[key] if one in edges and one not in placed]
+            if above and key in begun:
+                raise bad_json("Events that refer to each other in a circle")
+            if above:
+                begun.add(key)
+                stack += above
+            else:
+                placed[stack.pop()] = None
+    return [*placed]
 
 
 class RoomReceiver(RoomWriter):
@@ -5489,26 +5520,54 @@ class RoomReceiver(RoomWriter):
                 self._tie_together(room)
         return event
 
-    def outliers(self, room: Room, events: Iterable[Event]) -> list[Event]:
+    def outliers(
+        self,
+        room: Room,
+        events: Iterable[Event],
+        encoded: Mapping[str, bytes] = types.MappingProxyType({}),
+    ) -> list[Event]:
         """Store events outside of the timeline, each judged by its own auth events.
 
         The result has those that are stored now, in order; events whose auth events are neither
-        here nor among them are left out.
+        here nor among them are left out. `encoded` has the canonical JSON of events, by their ids,
+        where that is known.
         """
         given = {event.event_id: event for event in events}
-        found = []
+        edges = {key: event.auth_events for key, event in given.items()}
         with self.database.write():
-            for event_id in in_order({key: event.auth_events for key, event in given.items()}):
-                event, _ = self._known(room, given[event_id])
-                auth, missing = self._auth_of(event)
-                if not event.nid and not missing:
-                    event.rejected = self._refusal(room, event, auth)
-                    event.nid, event.room_nid = EventNid(self.stream.advance()), room.nid
-                    self._insert(event, auth)
-                    self._redact_if_pending(room, event)
-                if event.nid:
-                    found.append(event)
-        return found
+            known = self.events_by_ids({*given, *itertools.chain(*edges.values())})
+            here, rows = {event.event_id: event for event in known}, list[Any]()
+            for event_id in (order := in_order(edges)):
+                event, auth = given[event_id], [here[key] for key in edges[event_id] if key in here]
+                if event.room_id != room.room_id:
+                    raise bad_json("The event is of another room")
+                if event_id in here or len(auth) < len(edges[event_id]):
+                    continue
+                event.rejected = self._refusal(room, event, auth)
+                event.nid, event.room_nid = EventNid(self.stream.advance()), room.nid
+                here[event_id] = event
+                rows.append(self._row(event, auth, encoded.get(event_id, b"")))
+                if event.type == CREATE:  # which the others look for
+                    self.database.execute(INSERT_EVENT, rows.pop())
+                elif event.membership and not event.rejected:  # who enters now will be looked up
+                    self.database.user_nid(cast(str, event.state_key))
+            self.database.connection.executemany(INSERT_EVENT, rows)
+            for event_id in self._redacted_already(given):
+                self._redact_if_pending(room, here[event_id])
+        return [here[event_id] for event_id in order if event_id in here]
+
+    def _redacted_already(self, event_ids: Iterable[str]) -> list[str]:
+        """Those of some events that are stored, and whose redactions came before them."""
+        rows = self.database.all(
+            """
+            SELECT DISTINCT event_id
+            FROM json_each(?)
+            JOIN pending_redactions ON pending_redactions.event_id = value
+            JOIN events USING (event_id)
+            """,
+            (json.dumps(list(event_ids)),),
+        )
+        return [row[0] for row in rows]
 
     def backfill(
         self,
@@ -5786,18 +5845,21 @@ class RoomImport:
         self._places[event.event_id] = (self._file.tell(), len(raw))
         self._file.write(raw)
         is_create_unnamed = self.version.room_id_is_hash and event.type != CREATE
-        self._edges[event.event_id] = (
-            event.auth_events + ["$" + self.room_id[1:]] * is_create_unnamed
-        )
+        auth = event.auth_events + ["$" + self.room_id[1:]] * is_create_unnamed
+        self._edges[event.event_id] = [*map(sys.intern, auth)]
 
     def close(self) -> None:
         """Let go of the file; finish() does it too."""
         self._file.close()
 
-    def _event(self, event_id: str) -> Event:
-        start, length = self._places[event_id]
-        self._file.seek(start)
-        return make_event(self.version, json.loads(self._file.read(length)), event_id)
+    def _read(self, event_ids: list[str]) -> tuple[dict[str, bytes], list[Event]]:
+        """For a thread: events as they are encoded, and as they are."""
+        found = {}
+        for event_id in event_ids:
+            start, length = self._places[event_id]
+            found[event_id] = os.pread(self._file.fileno(), length, start)
+        events = [make_event(self.version, json.loads(raw), key) for key, raw in found.items()]
+        return found, events
 
     async def finish(self, join: Event, check: EventsCheck | None = None) -> Room:
         """Judge and store all, then enter the room with the join; other work goes on meanwhile.
@@ -5809,14 +5871,16 @@ class RoomImport:
         rooms = self.rooms
         with contextlib.closing(self._file):
             order = await rooms.database.in_thread(in_order, self._edges)
+            self._file.flush()
             room = rooms.room_for(self.room_id, self.version)
             rooms.importing[room.nid] += 1
             try:
                 for start in range(0, len(order), IMPORT_BATCH):
-                    batch = [self._event(key) for key in order[start : start + IMPORT_BATCH]]
+                    encoded, batch = self._read(order[start : start + IMPORT_BATCH])
                     problems = await check(batch) if check else [None] * len(batch)
                     pairs = zip(batch, problems, strict=True)
-                    rooms.outliers(room, [event for event, problem in pairs if problem is None])
+                    good = [event for event, problem in pairs if problem is None]
+                    rooms.outliers(room, good, encoded)
                     await asyncio.sleep(0)
                 if room.local_joined:  # one more of us enters by way of another server
                     join = rooms.receive(room, join, [rooms.nids_of(self._state)])
@@ -9241,8 +9305,9 @@ def read_pdu(version: RoomVersion, pdu: Any) -> Event | MatrixError:
     Spec: SS-API "Checks performed on receipt of a PDU", checks 1 and 3.
     """
     try:
-        check_format(version, pdu)
-        return make_event(version, pdu if content_hash_ok(pdu) else redact(version, pdu))
+        hashed = check_format(version, pdu)
+        is_whole = content_hash_ok(pdu, hashed)
+        return make_event(version, pdu if is_whole else redact(version, pdu))
     except MatrixError as error:
         return error
 
