@@ -4919,6 +4919,10 @@ class RoomResolver(RoomReader):
         if len(rows) < len(wanted):
             raise MissingEvents(wanted - {row[0] for row in rows})
         state = {StateNid(key): EventNid(nid) for _, nid, key in rows if key is not None}
+        return self._group_with(room, state)
+
+    def _group_with(self, room: Room, state: dict[StateNid, EventNid]) -> int:
+        """The group of a state of a room, put down as what it says otherwise than the room's."""
         if room.group is None:
             return self.groups.extend(room.nid, None, state)
         gone = dict.fromkeys(self.groups.read(room.group), EventNid(0))
@@ -5062,6 +5066,8 @@ def relation_of(event: Event) -> tuple[str, str] | None:
     return relation_in(event.content)
 
 
+Memberships = Mapping[EventNid, str]  # what member events say, by their nids
+NONE_KNOWN: Final[Memberships] = types.MappingProxyType({})
 INSERT_EVENT = """
     INSERT INTO events (nid, event_id, room_nid, pos, state_nid, state_group,
         replaces, rejected, soft_failed, txn_device, txn_id, ts, auth, pdu)
@@ -5303,6 +5309,7 @@ class RoomWriter(RoomResolver):
         group: int | None,
         pos: int | None,
         changes: StateChanges,
+        memberships: Memberships = NONE_KNOWN,
     ) -> None:
         """Move the room on; what its state says otherwise now goes to all who keep or follow it."""
         room.group, room.last_pos, room.extremities = group, pos or room.last_pos, tips
@@ -5319,52 +5326,65 @@ class RoomWriter(RoomResolver):
         room.state.update(changes)
         for key in [key for key, nid in changes.items() if not nid]:
             del room.state[key]
-        self._change_memberships(room, {k[1]: nid for k, nid in changes.items() if k[0] == MEMBER})
+        members = {key[1]: nid for key, nid in changes.items() if key[0] == MEMBER}
+        self._change_memberships(room, members, memberships)
         self._rooms.put(room.nid, room, room.weight())
         for listener in self._state_listeners:
             listener(room, changes)
 
-    def _change_memberships(self, room: Room, changes: Mapping[str, EventNid]) -> None:
-        """Read what the new member events say, in one go, and note it."""
-        if not changes:
-            return
-        rows = self.database.all(
-            """
-            SELECT nid, json_extract(CAST(pdu AS TEXT), '$.content.membership')
-            FROM json_each(?)
-            JOIN events ON nid = value
-            """,
-            (json.dumps(list(changes.values())),),
-        )
-        memberships = dict(rows)
-        for user_id, nid in changes.items():
-            user_nid = self.database.user_nid(user_id)
-            self._change_membership(room, user_nid, nid, memberships.get(nid, "leave"))
-
-    def _change_membership(
-        self, room: Room, user_nid: UserNid, event_nid: EventNid, membership: str
+    def _change_memberships(
+        self, room: Room, changes: Mapping[str, EventNid], memberships: Memberships
     ) -> None:
-        """Note a membership; without an event it was undone, which is as good as a leave."""
-        membership, old = sys.intern(membership), room.members_by_nid.get(user_nid)
-        known = self._memberships.get(user_nid) if old is None else self.memberships(user_nid)
-        previous = None if old is None or known is None else known.get(room.nid)
+        """Note what the new member events say; what is not known of them is read in one go."""
+        unknown = [nid for nid in changes.values() if nid not in memberships]
+        if unknown:
+            rows = self.database.all(
+                """
+                SELECT nid, json_extract(CAST(pdu AS TEXT), '$.content.membership')
+                FROM json_each(?)
+                JOIN events ON nid = value
+                """,
+                (json.dumps(unknown),),
+            )
+            memberships = {**memberships, **dict(rows)}
+        user_nid = self.database.user_nid
+        found = [
+            (one := user_nid(name), self._member(room, one, nid, memberships.get(nid)))
+            for name, nid in changes.items()
+        ]
+        self._write_members(room, found)
+
+    def _member(
+        self, room: Room, user_nid: UserNid, event_nid: EventNid, membership: str | None
+    ) -> Member:
+        """A new membership; without an event the old was undone, which is as good as a leave."""
+        membership = sys.intern(membership or "leave")
+        old = room.members_by_nid.get(user_nid)
+        previous = None if old is None else self.memberships(user_nid).get(room.nid)
         stays = previous is not None and previous.membership == membership == "join"
         join_pos = previous.join_pos if stays and previous else room.last_pos
         event_nid = event_nid or (previous.event_nid if previous else event_nid)
-        self.database.execute(
+        return Member(membership, event_nid, join_pos, False)
+
+    def _write_members(self, room: Room, members: list[tuple[UserNid, Member]]) -> None:
+        """Note new memberships of a room, in the tables first, and tell who follows them."""
+        self.database.connection.executemany(
             """
-            INSERT OR REPLACE INTO memberships (user_nid, room_nid, membership, event_nid, join_pos)
-            VALUES (?, ?, ?, ?, ?)
+            INSERT OR REPLACE INTO memberships
+                (user_nid, room_nid, membership, event_nid, join_pos, forgotten)
+            VALUES (?, ?, ?, ?, ?, ?)
             """,
-            (user_nid, room.nid, membership, event_nid, join_pos),
+            ((user_nid, room.nid, *member) for user_nid, member in members),
         )
-        if known is not None:
-            known[room.nid] = Member(membership, event_nid, join_pos, False)
-            self._memberships.put(user_nid, known, 1 + len(known))
-        room.set_member(user_nid, membership, is_local=self.is_local(user_nid))
-        if old != membership or membership == "join":
-            for listener in self._membership_listeners:
-                listener(room, user_nid, old, membership)
+        for user_nid, member in members:
+            known, old = self._memberships.get(user_nid), room.members_by_nid.get(user_nid)
+            if known is not None:
+                known[room.nid] = member
+                self._memberships.put(user_nid, known, 1 + len(known))
+            room.set_member(user_nid, member.membership, is_local=self.is_local(user_nid))
+            if old != member.membership or old == "join":
+                for listener in self._membership_listeners:
+                    listener(room, user_nid, old, member.membership)
 
     def forget(self, user_nid: UserNid, room: Room) -> None:
         """Mark a room that the user has left as forgotten."""
@@ -5763,7 +5783,8 @@ class RoomReceiver(RoomWriter):
             if event.membership in {"invite", "knock"}:
                 row = (event.nid, encode_json(state).decode())
                 self.database.execute("INSERT INTO stripped_states VALUES (?, ?)", row)
-            self._change_membership(room, user_nid, event.nid, cast(str, event.membership))
+            member = self._member(room, user_nid, event.nid, event.membership)
+            self._write_members(room, [(user_nid, member)])
             for listener in self._outside_listeners:
                 listener(room, event)
 
@@ -5786,17 +5807,20 @@ class RoomReceiver(RoomWriter):
 
     # A room that we enter
 
-    def enter(self, room: Room, join: Event, state: Iterable[str]) -> None:
+    def enter(
+        self, room: Room, join: Event, state: StateChanges, memberships: Memberships = NONE_KNOWN
+    ) -> None:
         """Make a join the newest event of a room, whose state before it others have told us.
 
         What we knew of the room before stays as it is, below a gap. 403 M_FORBIDDEN when the join
-        does not stand in that state.
+        does not stand in that state. `memberships` are what its member events say.
         """
         join, is_settled = self._known(room, join)
         if is_settled:
             return
         with self.database.write():
-            before = self.group_of(room, self.nids_of(state))
+            key_nid = self.groups.names.nid
+            before = self._group_with(room, {key_nid(key): nid for key, nid in state.items()})
             auth, missing_auth = self._auth_of(join)
             keys = (CREATE_KEY, *auth_types_of(join))
             found = self.entries(room, before, keys)
@@ -5807,7 +5831,11 @@ class RoomReceiver(RoomWriter):
             floor = self._leave_room(room, missing)
             pos = self.stream.stamp(ROOM_EVENT, room.nid)
             self._store(room, join, before, auth, pos)
-            self._meet(room, [join.nid], pos)
+            if room.group is None:
+                changes, group = {**state, join.key: join.nid}, join.state_group
+                self._move(room, [join.nid], group, pos, changes, {**memberships, join.nid: "join"})
+            else:
+                self._meet(room, [join.nid], pos)
             self._note_gap(room, join, missing, floor)
             self._tell(room, join, is_ours=False)
 
@@ -5830,7 +5858,7 @@ class RoomImport:
         folder = rooms.database.folder
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  open until finish()
         self._places: dict[str, tuple[int, int]] = {}
-        self._edges: dict[str, list[str]] = {}
+        self._edges: dict[str, tuple[str, ...]] = {}
         self._state: list[str] = []
 
     def add(self, event: Event, *, is_state: bool) -> None:
@@ -5846,7 +5874,7 @@ class RoomImport:
         self._file.write(raw)
         is_create_unnamed = self.version.room_id_is_hash and event.type != CREATE
         auth = event.auth_events + ["$" + self.room_id[1:]] * is_create_unnamed
-        self._edges[event.event_id] = [*map(sys.intern, auth)]
+        self._edges[event.event_id] = tuple(map(sys.intern, auth))
 
     def close(self) -> None:
         """Let go of the file; finish() does it too."""
@@ -5868,7 +5896,8 @@ class RoomImport:
         are left out. 403 M_FORBIDDEN or 400 M_BAD_JSON when that does not make a room; the rest of
         it is taken away by maintenance.
         """
-        rooms = self.rooms
+        rooms, told = self.rooms, set(self._state)
+        state, memberships = dict[StateKey, EventNid](), dict[EventNid, str]()
         with contextlib.closing(self._file):
             order = await rooms.database.in_thread(in_order, self._edges)
             self._file.flush()
@@ -5880,14 +5909,18 @@ class RoomImport:
                     problems = await check(batch) if check else [None] * len(batch)
                     pairs = zip(batch, problems, strict=True)
                     good = [event for event, problem in pairs if problem is None]
-                    rooms.outliers(room, good, encoded)
+                    for event in rooms.outliers(room, good, encoded):
+                        if event.event_id in told and event.is_state and not event.rejected:
+                            state[event.key] = event.nid
+                            if event.membership:
+                                memberships[event.nid] = event.membership
                     await asyncio.sleep(0)
                 if room.local_joined:  # one more of us enters by way of another server
                     join = rooms.receive(room, join, [rooms.nids_of(self._state)])
                     if join.rejected or join.soft_failed:
                         raise forbidden(join.rejected or "The room does not let you in now")
                 else:
-                    rooms.enter(room, join, self._state)
+                    rooms.enter(room, join, state, memberships)
             finally:
                 rooms.importing[room.nid] -= 1
         return room

@@ -13423,6 +13423,93 @@ def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> No
     fails(join_via(alice, other.room_id, peer), 400, "M_INCOMPATIBLE_ROOM_VERSION")
 
 
+# ── 30.2  A large room ───────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def on_one_core(server: Server) -> Iterator[None]:
+    """A running server, with all of its threads, on a single core."""
+    tasks, cores = Path(f"/proc/{server.pid}/task"), os.sched_getaffinity(server.pid)
+    for task in tasks.iterdir():
+        os.sched_setaffinity(int(task.name), {min(cores)})
+    yield
+    for task in tasks.iterdir():
+        os.sched_setaffinity(int(task.name), cores)
+
+
+class JoinFigures(NamedTuple):
+    """Seconds until the client was answered, and all members known; CPU seconds of the latter."""
+
+    answered: float
+    whole: float
+    cpu: float
+
+
+def timed_join(client: Client, room_id: str, resident: Server, members: int) -> JoinFigures:
+    """Join a room through a server, on one core."""
+    server = client.server
+    with on_one_core(server):
+        began, used = time.monotonic(), server.cpu()
+        ok(client.post(f"join/{quote(room_id)}?{via(resident)}", {}, timeout=300))
+        answered = time.monotonic() - began
+        found = ok(client.get(("rooms", room_id, "joined_members"), timeout=300))["joined"]
+        assert len(found) == members
+        return JoinFigures(answered, time.monotonic() - began, server.cpu() - used)
+
+
+def large_room(peer: Peer, members: int, others: int) -> PeerRoom:
+    """A room on a peer with as many members, and as many other state events as `others` says."""
+    room = PeerRoom(peer, "10")
+    users = {room.owner: 100, **{f"@u{n}:{peer.name}": 50 for n in range(20)}}
+    room.put("m.room.power_levels", {"users": users})
+    for number in range(members - 1):
+        user = f"@u{number}:{peer.name}"
+        profile = {"displayname": f"User {number}", "avatar_url": f"mxc://{peer.name}/{number}"}
+        room.put("m.room.member", {"membership": "join", **profile}, user, sender=user)
+    for number in range(others):
+        room.put("org.example.thing", {"filling": "of some length" * 4}, str(number))
+    return room.serve(answer=lambda made: {**made, "auth_chain": []})
+
+
+def test_a_large_room_is_joined_in_a_third_of_synapses_time(
+    authority: Authority, peer: Peer, synapse: Synapse, tmp_path: Path
+) -> None:
+    """10,000 members and 20,000 state events with DEEP, on one core: also in 150 MB of memory.
+
+    A server of ours, from a peer, and a Synapse and another of ours from that. Synapse answers its
+    client before it knows the members, and fetches them then; until all are known is the time of
+    the join. Meanwhile our server answers others.
+    """
+    is_full = bool(os.environ.get("DEEP"))
+    size = 10_000 if is_full else 400
+    room_id = large_room(peer, size, size).room_id
+    resident, ours = (
+        federating(tmp_path / name, authority).start() for name in ("resident", "ours")
+    )
+    ok(join_via(register(resident), room_id, peer))
+    clients = people(ours, synapse)
+    waits = list[float]()
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(timed_join, clients[0], room_id, resident, size + 2)
+        while not joining.done():
+            began = time.monotonic()
+            assert ours.answers()
+            waits.append(time.monotonic() - began)
+            time.sleep(0.02)
+    mine, theirs = joining.result(), timed_join(clients[1], room_id, resident, size + 3)
+    memory = ours.peak_rss() * 2**20 / 1e6
+    print(f"ours {mine}, {memory:.0f} MB, others waited {max(waits):.2f} s; Synapse {theirs}")
+    assert mine.cpu < theirs.cpu / 3
+    assert max(waits) < 1 + mine.whole / 5
+    if is_full:
+        assert mine.whole < theirs.whole / 3
+        assert memory < 150
+    for each in (ours, resident):
+        each.stop()
+        each.assert_clean_log()
+        each.check()
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  31. PUSH RULES AND UNREAD COUNTS
 # ═════════════════════════════════════════════════════════════════════════════
