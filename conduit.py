@@ -5861,15 +5861,14 @@ class RoomImport:
         self._edges: dict[str, tuple[str, ...]] = {}
         self._state: list[str] = []
 
-    def add(self, event: Event, *, is_state: bool) -> None:
-        """Take a checked event, of the state before the join or of its auth chain."""
+    def add(self, event: Event, raw: bytes, *, is_state: bool) -> None:
+        """Take a checked event, which `raw` encodes, of the state or of its auth chain."""
         if event.room_id != self.room_id:
             raise bad_json("The event is of another room")
         if is_state:
             self._state.append(event.event_id)
         if event.event_id in self._edges:
             return
-        raw = canonical_json(event.pdu)
         self._places[event.event_id] = (self._file.tell(), len(raw))
         self._file.write(raw)
         is_create_unnamed = self.version.room_id_is_hash and event.type != CREATE
@@ -9335,12 +9334,13 @@ async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixE
 def read_pdu(version: RoomVersion, pdu: Any) -> Event | MatrixError:
     """For a thread: the event in a PDU, redacted if its content is not what its sender hashed.
 
-    Spec: SS-API "Checks performed on receipt of a PDU", checks 1 and 3.
+    Spec: SS-API "Checks performed on receipt of a PDU", checks 1 and 3.  What others say besides,
+    in `unsigned`, is not kept: nothing may be concluded from it.
     """
     try:
         hashed = check_format(version, pdu)
         is_whole = content_hash_ok(pdu, hashed)
-        return make_event(version, pdu if is_whole else redact(version, pdu))
+        return make_event(version, without_unsigned(pdu) if is_whole else redact(version, pdu))
     except MatrixError as error:
         return error
 
@@ -9348,6 +9348,14 @@ def read_pdu(version: RoomVersion, pdu: Any) -> Event | MatrixError:
 def read_pdus(version: RoomVersion, pdus: Sequence[Any]) -> list[Event | MatrixError]:
     """The same for several."""
     return [read_pdu(version, pdu) for pdu in pdus]
+
+
+def read_encoded(
+    version: RoomVersion, pdus: Sequence[Any]
+) -> list[tuple[Event | MatrixError, bytes]]:
+    """The same, with the canonical JSON of each event."""
+    read = read_pdus(version, pdus)
+    return [(one, canonical_json(one.pdu) if isinstance(one, Event) else b"") for one in read]
 
 
 async def check_pdus(
@@ -15862,16 +15870,18 @@ class Joining(Handshakes):
     ) -> None:
         """Put events aside, and note create events and the servers whose keys are needed."""
         version, pdus = join.version, [pdu for _, pdu in batch]
-        read = await self.hs.db.in_thread(read_pdus, version, pdus)
-        pairs = zip(batch, read, strict=True)
-        events = [(is_state, one) for (is_state, _), one in pairs if isinstance(one, Event)]
-        for is_state, event in events:
+        read = await self.hs.db.in_thread(read_encoded, version, pdus)
+        events = list[Event]()
+        for (is_state, _), (event, raw) in zip(batch, read, strict=True):
+            if isinstance(event, MatrixError):
+                continue
             if event.type == CREATE:
                 creates.add(event.event_id)
                 if event.content.get("room_version", "1") != version.id:
                     raise bad_json("The room is of another version than was said")
-            arriving.add(event, is_state=is_state)
-        unknown |= servers_to_ask([event for _, event in events], self.hs.server_keys)
+            arriving.add(event, raw, is_state=is_state)
+            events.append(event)
+        unknown |= servers_to_ask(events, self.hs.server_keys)
 
     async def auto_join(self, user_id: str, alias: str) -> None:
         """Let a new user into a room of another server that the configuration names."""
