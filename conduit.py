@@ -4670,11 +4670,16 @@ class RoomReader:
 
     def state_before(self, event: Event) -> dict[StateKey, EventNid]:
         """The room's state just before an event; none for one whose state nobody knows."""
-        state = {} if event.state_group is None else self.state_after(event)
-        if event.key in state and not event.rejected:
-            del state[event.key]
+        return self.groups.named(self.nids_before(event))
+
+    def nids_before(self, event: Event) -> dict[StateNid, EventNid]:
+        """The same with integers for keys, which is all that most who ask need."""
+        state = {} if event.state_group is None else self.groups.read(event.state_group)
+        key = self.groups.names.find(event.key) if event.is_state and not event.rejected else None
+        if key is not None and key in state:
+            del state[key]
             if event.replaces:
-                state[event.key] = event.replaces
+                state[key] = event.replaces
         return state
 
     def membership_at(self, event: Event, user_id: str) -> str | None:
@@ -4951,7 +4956,7 @@ class RoomResolver(RoomReader):
 
     def state_ids(self, event: Event) -> list[str]:
         """The ids of the room's state just before an event."""
-        return self.ids_of(self.state_before(event).values())
+        return self.ids_of(self.nids_before(event).values())
 
     def missing(self, event_ids: Iterable[str], *, with_state: bool = False) -> set[str]:
         """Those events that are not stored or, `with_state`, whose place in the room is unknown."""
@@ -15288,8 +15293,12 @@ async def get_joined_members(hs: Homeserver, request: Request, room_id: str) -> 
     room = known_room(hs, room_id)
     require_joined(room, request.user.nid)
     nids = [room.state[MEMBER, user_id] for user_id in room.members()]
-    events = hs.rooms.events_by_nids(nids)
-    return {"joined": {cast(str, event.state_key): joined_member(event) for event in events}}
+    joined: Json = {}
+    for start in range(0, len(nids), PDU_BATCH):
+        events = hs.rooms.events_by_nids(nids[start : start + PDU_BATCH])
+        joined |= {cast(str, event.state_key): joined_member(event) for event in events}
+        await asyncio.sleep(0)
+    return {"joined": joined}
 
 
 # ── 29.3  Reading events ─────────────────────────────────────────────────────
@@ -16310,14 +16319,13 @@ async def join_answer(hs: Homeserver, room: Room, event: Event, request: Request
 
     Spec: `PUT /send_join`.  With omit_members only what shows the room, and who is to be asked.
     """
-    before = hs.rooms.state_before(event)
-    state = before
+    nids = [*hs.rooms.nids_before(event).values()]
     more: Json = {"origin": hs.config.server_name, "event": event.pdu, "members_omitted": False}
     if request.bool_arg("omit_members", False):
-        state = partial_state(room, before, event.sender)
+        state = partial_state(room, hs.rooms.state_before(event), event.sender)
+        nids = [*state.values()]
         joiner = Counter({server_of(event.sender): 1})  # who cannot tell anything yet
         more |= {"members_omitted": True, "servers_in_room": [*(room.servers - joiner)]}
-    nids = list(state.values())
     await hs.db.synced()
     given = json.dumps([*nids, event.nid])
     rows = await hs.db.read_in_thread(lambda db: db.execute(CHAIN_BELOW, (given,)).fetchall())
@@ -22488,7 +22496,7 @@ async def state_and_chain(hs: Homeserver, request: Request, room_id: str) -> lis
     event = served_event(hs, room, request.arg("event_id"))
     if event.state_group is None:
         raise not_found("The state at this event is not known here")
-    nids = json.dumps(list(hs.rooms.state_before(event).values()))
+    nids = json.dumps(list(hs.rooms.nids_before(event).values()))
     await hs.db.synced()
 
     def read(connection: sqlite3.Connection) -> list[list[str]]:
