@@ -18,6 +18,7 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import graphlib
 import hashlib
 import hmac
 import http.server
@@ -4685,6 +4686,60 @@ def test_spec_example_of_soft_failure(version: str) -> None:
         assert not has_topic or got_merge.current_group == room.group
         sent = rooms.send(room, ME, "m.room.message", {"body": "after"})
         assert sent.prev_events == [merge.event_id]
+
+    with_rooms(story)
+
+
+EDGES: Final = st.dictionaries(
+    st.sampled_from("abcdefgh"), st.lists(st.sampled_from("abcdefghxy"), max_size=4), max_size=8
+)
+
+
+@given(EDGES)
+def test_in_order_agrees_with_the_standard_library(edges: dict[str, list[str]]) -> None:
+    """Each after those among them that it points to, all of them; a circle is refused."""
+    try:
+        graphlib.TopologicalSorter(edges).prepare()
+    except graphlib.CycleError:
+        with pytest.raises(conduit.MatrixError, match="circle"):
+            conduit.in_order(edges)
+        return
+    order = conduit.in_order(edges)
+    assert sorted(order) == sorted(edges)
+    for place, key in enumerate(order):
+        assert {one for one in edges[key] if one in edges} <= set(order[:place])
+    assert conduit.in_order({key: ["x"] for key in "cab"}) == ["c", "a", "b"]
+
+
+def test_a_long_chain_is_put_in_order() -> None:
+    chain = {str(n): [str(n + 1)] for n in range(100_000)}
+    assert conduit.in_order(chain)[:2] == ["99999", "99998"]
+
+
+@pytest.mark.parametrize("version", ["1", "11", "12"])
+def test_outliers_that_come_together(version: str) -> None:
+    """They stand on each other whatever their order; of two create events the second is refused."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom(version)
+        events = [again(event) for event in far.events]
+        other = far.put("m.room.create", {"room_version": version, "x": 1}, "", prev=[])
+        rooms.create("11", ME, {})  # an empty table of state groups would not pass the check
+        room = rooms.new_room(far.room_id, far.version)
+        got = rooms.outliers(
+            room, [*events[::-1], again(other)] if version != "12" else events[::-1]
+        )
+        refused = [event.event_id for event in got if event.rejected]
+        assert refused == [other.event_id][: version != "12"]
+        assert {event.event_id for event in events} <= {event.event_id for event in got}
+        assert rooms.outliers(room, map(again, far.events)) != []  # known by now
+        lonely = far.member("@x:two.example", prev=[], state={})
+        assert rooms.outliers(room, [again(lonely)])[0].rejected
+        strange = again(far.text("x"))
+        strange.auth_events.append("$missing")
+        assert rooms.outliers(room, [strange]) == []
+        with pytest.raises(conduit.MatrixError, match="another room"):
+            rooms.outliers(room, [again(FarRoom("11" if version == "12" else "12").events[1])])
 
     with_rooms(story)
 
