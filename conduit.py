@@ -129,7 +129,6 @@ import errno
 import fcntl
 import fnmatch
 import functools
-import graphlib
 import hashlib
 import heapq
 import hmac
@@ -1747,10 +1746,12 @@ class Interned(Generic[Name, Nid]):
         """The integer of a name, made if new."""
         nid = self.find(name)
         if nid is None:
-            with self.database.write():
-                self.database.execute(self._add, name if isinstance(name, tuple) else (name,))
-            nid = self.find(name)
-        return cast(Nid, nid)
+            with self.database.written():
+                values = name if isinstance(name, tuple) else (name,)
+                nid = cast(Nid, self.database.execute(self._add, values).lastrowid)
+            self._nids.put(name, nid)
+            self._names.put(nid, name)
+        return nid
 
     def name(self, nid: Nid) -> Name:
         """The name that an integer stands for."""
@@ -1825,6 +1826,10 @@ class Database:
     def write(self) -> Database:
         """`with db.write():` one handler's writes, all or none of them; it never spans an await."""
         return self
+
+    def written(self) -> contextlib.AbstractContextManager[Any]:
+        """The same for a single statement, which needs no savepoint of its own inside a block."""
+        return contextlib.nullcontext() if self._blocks else self
 
     def __enter__(self) -> None:
         """Open the shared transaction if there is none, and a savepoint in it."""
@@ -2631,8 +2636,16 @@ def check_signatures(signatures: object) -> None:
             raise bad_json("signatures has an entry of the wrong shape")
 
 
-def check_format(version: RoomVersion, pdu: Any) -> None:
-    """Refuse what is no event of this room version: 400 M_BAD_JSON, or 413 M_TOO_LARGE.
+NOT_HASHED = frozenset({"signatures", "unsigned", "hashes"})
+
+
+def hashed_bytes(pdu: Json) -> bytes:
+    """What the content hash covers: all that the sender wrote."""
+    return canonical_json({key: pdu[key] for key in pdu if key not in NOT_HASHED})
+
+
+def check_format(version: RoomVersion, pdu: Any) -> bytes:
+    """What the content hash covers; 400 M_BAD_JSON or 413 for what is no event of the version.
 
     Spec: SS-API "Checks performed on receipt of a PDU", check 1.
     Trap: `unsigned` is whatever the sender likes; nothing may be concluded from it. A Synapse puts
@@ -2643,8 +2656,11 @@ def check_format(version: RoomVersion, pdu: Any) -> None:
     check_fields(version, pdu)
     check_hashes(pdu.get("hashes"))
     check_signatures(pdu.get("signatures"))
-    if len(canonical_json(without_unsigned(pdu))) > MAX_EVENT_BYTES:
+    hashed = hashed_bytes(pdu)
+    rest = canonical_json({name: pdu[name] for name in ("hashes", "signatures")})
+    if len(hashed) + len(rest) - 1 > MAX_EVENT_BYTES:  # one object instead of two
         raise too_large("The event is larger than 65536 bytes")
+    return hashed
 
 
 # ── 6.3  Redaction ───────────────────────────────────────────────────────────
@@ -2680,20 +2696,21 @@ def redact(version: RoomVersion, pdu: Json) -> Json:
 
 # ── 6.4  Hashes, ids and signatures ──────────────────────────────────────────
 
-NOT_HASHED = frozenset({"signatures", "unsigned", "hashes"})
-
 
 def content_hash(pdu: Json) -> str:
     """The hash over all that the sender wrote.  Spec: SS-API "Calculating the content hash"."""
-    return sha256_base64(canonical_json({k: pdu[k] for k in pdu if k not in NOT_HASHED}))
+    return sha256_base64(hashed_bytes(pdu))
 
 
-def content_hash_ok(pdu: Json) -> bool:
-    """Whether the content is what was signed; if not, only redact() of the event counts."""
+def content_hash_ok(pdu: Json, hashed: bytes | None = None) -> bool:
+    """Whether the content is what was signed; if not, only redact() of the event counts.
+
+    Who has the hashed bytes already saves encoding them.
+    """
     hashes = pdu.get("hashes")
     try:
         claimed = b64decode(hashes.get("sha256") if isinstance(hashes, dict) else None)
-        return hmac.compare_digest(claimed, b64decode(content_hash(pdu)))
+        return claimed == hashlib.sha256(hashed or hashed_bytes(pdu)).digest()
     except MatrixError:
         return False
 
@@ -4281,7 +4298,7 @@ MANY_EXTREMITIES = 10  # from here on, a dummy event ties them together
 MAX_EXTREMITIES = 40  # what would be one more is soft-failed, where nobody of ours may send
 MAX_HIDDEN_STEPS = 1000  # how far back events that nobody sees are followed to those seen
 RESOLUTIONS = 1000  # outcomes of resolutions remembered
-IMPORT_BATCH = 50
+IMPORT_BATCH = 100
 DUMMY_EVENT: Final = "org.matrix.dummy_event"
 AUTH_TYPES = frozenset({CREATE, MEMBER, POWER_LEVELS, JOIN_RULES, THIRD_PARTY_INVITE})
 
@@ -4653,11 +4670,16 @@ class RoomReader:
 
     def state_before(self, event: Event) -> dict[StateKey, EventNid]:
         """The room's state just before an event; none for one whose state nobody knows."""
-        state = {} if event.state_group is None else self.state_after(event)
-        if event.key in state and not event.rejected:
-            del state[event.key]
+        return self.groups.named(self.nids_before(event))
+
+    def nids_before(self, event: Event) -> dict[StateNid, EventNid]:
+        """The same with integers for keys, which is all that most who ask need."""
+        state = {} if event.state_group is None else self.groups.read(event.state_group)
+        key = self.groups.names.find(event.key) if event.is_state and not event.rejected else None
+        if key is not None and key in state:
+            del state[key]
             if event.replaces:
-                state[event.key] = event.replaces
+                state[key] = event.replaces
         return state
 
     def membership_at(self, event: Event, user_id: str) -> str | None:
@@ -4902,6 +4924,10 @@ class RoomResolver(RoomReader):
         if len(rows) < len(wanted):
             raise MissingEvents(wanted - {row[0] for row in rows})
         state = {StateNid(key): EventNid(nid) for _, nid, key in rows if key is not None}
+        return self._group_with(room, state)
+
+    def _group_with(self, room: Room, state: dict[StateNid, EventNid]) -> int:
+        """The group of a state of a room, put down as what it says otherwise than the room's."""
         if room.group is None:
             return self.groups.extend(room.nid, None, state)
         gone = dict.fromkeys(self.groups.read(room.group), EventNid(0))
@@ -4930,7 +4956,7 @@ class RoomResolver(RoomReader):
 
     def state_ids(self, event: Event) -> list[str]:
         """The ids of the room's state just before an event."""
-        return self.ids_of(self.state_before(event).values())
+        return self.ids_of(self.nids_before(event).values())
 
     def missing(self, event_ids: Iterable[str], *, with_state: bool = False) -> set[str]:
         """Those events that are not stored or, `with_state`, whose place in the room is unknown."""
@@ -5043,6 +5069,21 @@ def relation_in(content: Json) -> tuple[str, str] | None:
 def relation_of(event: Event) -> tuple[str, str] | None:
     """The (rel_type, parent event id) of an event that relates to another."""
     return relation_in(event.content)
+
+
+Memberships = Mapping[EventNid, str]  # what member events say, by their nids
+NONE_KNOWN: Final[Memberships] = types.MappingProxyType({})
+INSERT_EVENT = """
+    INSERT INTO events (nid, event_id, room_nid, pos, state_nid, state_group,
+        replaces, rejected, soft_failed, txn_device, txn_id, ts, auth, pdu)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (nid) DO UPDATE
+    SET pos = excluded.pos,
+        state_group = excluded.state_group,
+        replaces = excluded.replaces,
+        rejected = excluded.rejected,
+        soft_failed = excluded.soft_failed
+"""
 
 
 class RoomWriter(RoomResolver):
@@ -5224,26 +5265,17 @@ class RoomWriter(RoomResolver):
 
     def _insert(self, event: Event, auth: Iterable[Event]) -> None:
         """Write an event's row, or what is new in it when an outlier finds its place."""
-        raw = canonical_json(event.pdu)
+        self.database.execute(INSERT_EVENT, self._row(event, auth))
+
+    def _row(self, event: Event, auth: Iterable[Event], raw: bytes = b"") -> tuple[Any, ...]:
+        """The row of an event, which is remembered."""
+        raw = raw or canonical_json(event.pdu)
         state_nid = self.groups.names.nid(event.key) if event.is_state else None
         place = (event.nid, event.event_id, event.room_nid, event.pos, state_nid, event.state_group)
         fate = (event.replaces, event.rejected, event.soft_failed, event.txn_device, event.txn_id)
         stands_on = str([entry.nid for entry in auth])  # which is JSON as well, and quicker
-        self.database.execute(
-            """
-            INSERT INTO events (nid, event_id, room_nid, pos, state_nid, state_group,
-                replaces, rejected, soft_failed, txn_device, txn_id, ts, auth, pdu)
-            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
-            ON CONFLICT (nid) DO UPDATE
-            SET pos = excluded.pos,
-                state_group = excluded.state_group,
-                replaces = excluded.replaces,
-                rejected = excluded.rejected,
-                soft_failed = excluded.soft_failed
-            """,
-            (*place, *fate, event.origin_server_ts, stands_on, raw),
-        )
         self._events.put(event.nid, event, EVENT_OVERHEAD_BYTES + 2 * len(raw))
+        return (*place, *fate, event.origin_server_ts, stands_on, raw)
 
     # The current state
 
@@ -5282,6 +5314,7 @@ class RoomWriter(RoomResolver):
         group: int | None,
         pos: int | None,
         changes: StateChanges,
+        memberships: Memberships = NONE_KNOWN,
     ) -> None:
         """Move the room on; what its state says otherwise now goes to all who keep or follow it."""
         room.group, room.last_pos, room.extremities = group, pos or room.last_pos, tips
@@ -5298,52 +5331,65 @@ class RoomWriter(RoomResolver):
         room.state.update(changes)
         for key in [key for key, nid in changes.items() if not nid]:
             del room.state[key]
-        self._change_memberships(room, {k[1]: nid for k, nid in changes.items() if k[0] == MEMBER})
+        members = {key[1]: nid for key, nid in changes.items() if key[0] == MEMBER}
+        self._change_memberships(room, members, memberships)
         self._rooms.put(room.nid, room, room.weight())
         for listener in self._state_listeners:
             listener(room, changes)
 
-    def _change_memberships(self, room: Room, changes: Mapping[str, EventNid]) -> None:
-        """Read what the new member events say, in one go, and note it."""
-        if not changes:
-            return
-        rows = self.database.all(
-            """
-            SELECT nid, json_extract(CAST(pdu AS TEXT), '$.content.membership')
-            FROM json_each(?)
-            JOIN events ON nid = value
-            """,
-            (json.dumps(list(changes.values())),),
-        )
-        memberships = dict(rows)
-        for user_id, nid in changes.items():
-            user_nid = self.database.user_nid(user_id)
-            self._change_membership(room, user_nid, nid, memberships.get(nid, "leave"))
-
-    def _change_membership(
-        self, room: Room, user_nid: UserNid, event_nid: EventNid, membership: str
+    def _change_memberships(
+        self, room: Room, changes: Mapping[str, EventNid], memberships: Memberships
     ) -> None:
-        """Note a membership; without an event it was undone, which is as good as a leave."""
-        membership, old = sys.intern(membership), room.members_by_nid.get(user_nid)
-        known = self._memberships.get(user_nid) if old is None else self.memberships(user_nid)
-        previous = None if old is None or known is None else known.get(room.nid)
+        """Note what the new member events say; what is not known of them is read in one go."""
+        unknown = [nid for nid in changes.values() if nid not in memberships]
+        if unknown:
+            rows = self.database.all(
+                """
+                SELECT nid, json_extract(CAST(pdu AS TEXT), '$.content.membership')
+                FROM json_each(?)
+                JOIN events ON nid = value
+                """,
+                (json.dumps(unknown),),
+            )
+            memberships = {**memberships, **dict(rows)}
+        user_nid = self.database.user_nid
+        found = [
+            (one := user_nid(name), self._member(room, one, nid, memberships.get(nid)))
+            for name, nid in changes.items()
+        ]
+        self._write_members(room, found)
+
+    def _member(
+        self, room: Room, user_nid: UserNid, event_nid: EventNid, membership: str | None
+    ) -> Member:
+        """A new membership; without an event the old was undone, which is as good as a leave."""
+        membership = sys.intern(membership or "leave")
+        old = room.members_by_nid.get(user_nid)
+        previous = None if old is None else self.memberships(user_nid).get(room.nid)
         stays = previous is not None and previous.membership == membership == "join"
         join_pos = previous.join_pos if stays and previous else room.last_pos
         event_nid = event_nid or (previous.event_nid if previous else event_nid)
-        self.database.execute(
+        return Member(membership, event_nid, join_pos, False)
+
+    def _write_members(self, room: Room, members: list[tuple[UserNid, Member]]) -> None:
+        """Note new memberships of a room, in the tables first, and tell who follows them."""
+        self.database.connection.executemany(
             """
-            INSERT OR REPLACE INTO memberships (user_nid, room_nid, membership, event_nid, join_pos)
-            VALUES (?, ?, ?, ?, ?)
+            INSERT OR REPLACE INTO memberships
+                (user_nid, room_nid, membership, event_nid, join_pos, forgotten)
+            VALUES (?, ?, ?, ?, ?, ?)
             """,
-            (user_nid, room.nid, membership, event_nid, join_pos),
+            ((user_nid, room.nid, *member) for user_nid, member in members),
         )
-        if known is not None:
-            known[room.nid] = Member(membership, event_nid, join_pos, False)
-            self._memberships.put(user_nid, known, 1 + len(known))
-        room.set_member(user_nid, membership, is_local=self.is_local(user_nid))
-        if old != membership or membership == "join":
-            for listener in self._membership_listeners:
-                listener(room, user_nid, old, membership)
+        for user_nid, member in members:
+            known, old = self._memberships.get(user_nid), room.members_by_nid.get(user_nid)
+            if known is not None:
+                known[room.nid] = member
+                self._memberships.put(user_nid, known, 1 + len(known))
+            room.set_member(user_nid, member.membership, is_local=self.is_local(user_nid))
+            if old != member.membership or old == "join":
+                for listener in self._membership_listeners:
+                    listener(room, user_nid, old, member.membership)
 
     def forget(self, user_nid: UserNid, room: Room) -> None:
         """Mark a room that the user has left as forgotten."""
@@ -5436,11 +5482,21 @@ class RoomWriter(RoomResolver):
 
 
 def in_order(edges: Mapping[str, Iterable[str]]) -> list[str]:
-    """The ids, each after those among them that it points to."""
-    try:
-        return [key for key in graphlib.TopologicalSorter(edges).static_order() if key in edges]
-    except graphlib.CycleError:
-        raise bad_json("Events that refer to each other in a circle") from None
+    """The ids, each after those among them that it points to; as they came where nothing does."""
+    placed, begun = dict[str, None](), set[str]()
+    for first in edges:
+        stack = [first]
+        while stack:
+            key = stack[-1]
+            above = [one for one in edges[key] if one in edges and one not in placed]
+            if above and key in begun:
+                raise bad_json("Events that refer to each other in a circle")
+            if above:
+                begun.add(key)
+                stack += above
+            else:
+                placed[stack.pop()] = None
+    return [*placed]
 
 
 class RoomReceiver(RoomWriter):
@@ -5489,26 +5545,56 @@ class RoomReceiver(RoomWriter):
                 self._tie_together(room)
         return event
 
-    def outliers(self, room: Room, events: Iterable[Event]) -> list[Event]:
+    def outliers(
+        self,
+        room: Room,
+        events: Iterable[Event],
+        encoded: Mapping[str, bytes] = types.MappingProxyType({}),
+    ) -> list[Event]:
         """Store events outside of the timeline, each judged by its own auth events.
 
         The result has those that are stored now, in order; events whose auth events are neither
-        here nor among them are left out.
+        here nor among them are left out. `encoded` has the canonical JSON of events, by their ids,
+        where that is known.
         """
         given = {event.event_id: event for event in events}
-        found = []
+        edges = {key: event.auth_events for key, event in given.items()}
         with self.database.write():
-            for event_id in in_order({key: event.auth_events for key, event in given.items()}):
-                event, _ = self._known(room, given[event_id])
-                auth, missing = self._auth_of(event)
-                if not event.nid and not missing:
-                    event.rejected = self._refusal(room, event, auth)
-                    event.nid, event.room_nid = EventNid(self.stream.advance()), room.nid
-                    self._insert(event, auth)
-                    self._redact_if_pending(room, event)
-                if event.nid:
-                    found.append(event)
-        return found
+            known = self.events_by_ids({*given, *itertools.chain(*edges.values())})
+            here, rows = {event.event_id: event for event in known}, list[Any]()
+            # A create event goes first: from version 12 on, it is not named by what stands on it.
+            order = sorted(in_order(edges), key=lambda event_id: given[event_id].type != CREATE)
+            for event_id in order:
+                event, auth = given[event_id], [here[key] for key in edges[event_id] if key in here]
+                if event.room_id != room.room_id:
+                    raise bad_json("The event is of another room")
+                if event_id in here or len(auth) < len(edges[event_id]):
+                    continue
+                event.rejected = self._refusal(room, event, auth)
+                event.nid, event.room_nid = EventNid(self.stream.advance()), room.nid
+                here[event_id] = event
+                rows.append(self._row(event, auth, encoded.get(event_id, b"")))
+                if event.type == CREATE:  # which the others look for
+                    self.database.execute(INSERT_EVENT, rows.pop())
+                elif event.membership and not event.rejected:  # who enters now will be looked up
+                    self.database.user_nid(cast(str, event.state_key))
+            self.database.connection.executemany(INSERT_EVENT, rows)
+            for event_id in self._redacted_already(given):
+                self._redact_if_pending(room, here[event_id])
+        return [here[event_id] for event_id in order if event_id in here]
+
+    def _redacted_already(self, event_ids: Iterable[str]) -> list[str]:
+        """Those of some events that are stored, and whose redactions came before them."""
+        rows = self.database.all(
+            """
+            SELECT DISTINCT event_id
+            FROM json_each(?)
+            JOIN pending_redactions ON pending_redactions.event_id = value
+            JOIN events USING (event_id)
+            """,
+            (json.dumps(list(event_ids)),),
+        )
+        return [row[0] for row in rows]
 
     def backfill(
         self,
@@ -5704,7 +5790,8 @@ class RoomReceiver(RoomWriter):
             if event.membership in {"invite", "knock"}:
                 row = (event.nid, encode_json(state).decode())
                 self.database.execute("INSERT INTO stripped_states VALUES (?, ?)", row)
-            self._change_membership(room, user_nid, event.nid, cast(str, event.membership))
+            member = self._member(room, user_nid, event.nid, event.membership)
+            self._write_members(room, [(user_nid, member)])
             for listener in self._outside_listeners:
                 listener(room, event)
 
@@ -5727,17 +5814,20 @@ class RoomReceiver(RoomWriter):
 
     # A room that we enter
 
-    def enter(self, room: Room, join: Event, state: Iterable[str]) -> None:
+    def enter(
+        self, room: Room, join: Event, state: StateChanges, memberships: Memberships = NONE_KNOWN
+    ) -> None:
         """Make a join the newest event of a room, whose state before it others have told us.
 
         What we knew of the room before stays as it is, below a gap. 403 M_FORBIDDEN when the join
-        does not stand in that state.
+        does not stand in that state. `memberships` are what its member events say.
         """
         join, is_settled = self._known(room, join)
         if is_settled:
             return
         with self.database.write():
-            before = self.group_of(room, self.nids_of(state))
+            key_nid = self.groups.names.nid
+            before = self._group_with(room, {key_nid(key): nid for key, nid in state.items()})
             auth, missing_auth = self._auth_of(join)
             keys = (CREATE_KEY, *auth_types_of(join))
             found = self.entries(room, before, keys)
@@ -5748,7 +5838,11 @@ class RoomReceiver(RoomWriter):
             floor = self._leave_room(room, missing)
             pos = self.stream.stamp(ROOM_EVENT, room.nid)
             self._store(room, join, before, auth, pos)
-            self._meet(room, [join.nid], pos)
+            if room.group is None:
+                changes, group = {**state, join.key: join.nid}, join.state_group
+                self._move(room, [join.nid], group, pos, changes, {**memberships, join.nid: "join"})
+            else:
+                self._meet(room, [join.nid], pos)
             self._note_gap(room, join, missing, floor)
             self._tell(room, join, is_ours=False)
 
@@ -5771,33 +5865,35 @@ class RoomImport:
         folder = rooms.database.folder
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  open until finish()
         self._places: dict[str, tuple[int, int]] = {}
-        self._edges: dict[str, list[str]] = {}
+        self._edges: dict[str, tuple[str, ...]] = {}
         self._state: list[str] = []
 
-    def add(self, event: Event, *, is_state: bool) -> None:
-        """Take a checked event, of the state before the join or of its auth chain."""
+    def add(self, event: Event, raw: bytes, *, is_state: bool) -> None:
+        """Take a checked event, which `raw` encodes, of the state or of its auth chain."""
         if event.room_id != self.room_id:
             raise bad_json("The event is of another room")
         if is_state:
             self._state.append(event.event_id)
         if event.event_id in self._edges:
             return
-        raw = canonical_json(event.pdu)
         self._places[event.event_id] = (self._file.tell(), len(raw))
         self._file.write(raw)
         is_create_unnamed = self.version.room_id_is_hash and event.type != CREATE
-        self._edges[event.event_id] = (
-            event.auth_events + ["$" + self.room_id[1:]] * is_create_unnamed
-        )
+        auth = event.auth_events + ["$" + self.room_id[1:]] * is_create_unnamed
+        self._edges[event.event_id] = tuple(map(sys.intern, auth))
 
     def close(self) -> None:
         """Let go of the file; finish() does it too."""
         self._file.close()
 
-    def _event(self, event_id: str) -> Event:
-        start, length = self._places[event_id]
-        self._file.seek(start)
-        return make_event(self.version, json.loads(self._file.read(length)), event_id)
+    def _read(self, event_ids: list[str]) -> tuple[dict[str, bytes], list[Event]]:
+        """For a thread: events as they are encoded, and as they are."""
+        found = {}
+        for event_id in event_ids:
+            start, length = self._places[event_id]
+            found[event_id] = os.pread(self._file.fileno(), length, start)
+        events = [make_event(self.version, json.loads(raw), key) for key, raw in found.items()]
+        return found, events
 
     async def finish(self, join: Event, check: EventsCheck | None = None) -> Room:
         """Judge and store all, then enter the room with the join; other work goes on meanwhile.
@@ -5806,24 +5902,31 @@ class RoomImport:
         are left out. 403 M_FORBIDDEN or 400 M_BAD_JSON when that does not make a room; the rest of
         it is taken away by maintenance.
         """
-        rooms = self.rooms
+        rooms, told = self.rooms, set(self._state)
+        state, memberships = dict[StateKey, EventNid](), dict[EventNid, str]()
         with contextlib.closing(self._file):
             order = await rooms.database.in_thread(in_order, self._edges)
+            self._file.flush()
             room = rooms.room_for(self.room_id, self.version)
             rooms.importing[room.nid] += 1
             try:
                 for start in range(0, len(order), IMPORT_BATCH):
-                    batch = [self._event(key) for key in order[start : start + IMPORT_BATCH]]
+                    encoded, batch = self._read(order[start : start + IMPORT_BATCH])
                     problems = await check(batch) if check else [None] * len(batch)
                     pairs = zip(batch, problems, strict=True)
-                    rooms.outliers(room, [event for event, problem in pairs if problem is None])
+                    good = [event for event, problem in pairs if problem is None]
+                    for event in rooms.outliers(room, good, encoded):
+                        if event.event_id in told and event.is_state and not event.rejected:
+                            state[event.key] = event.nid
+                            if event.membership:
+                                memberships[event.nid] = event.membership
                     await asyncio.sleep(0)
                 if room.local_joined:  # one more of us enters by way of another server
                     join = rooms.receive(room, join, [rooms.nids_of(self._state)])
                     if join.rejected or join.soft_failed:
                         raise forbidden(join.rejected or "The room does not let you in now")
                 else:
-                    rooms.enter(room, join, self._state)
+                    rooms.enter(room, join, state, memberships)
             finally:
                 rooms.importing[room.nid] -= 1
         return room
@@ -9238,11 +9341,13 @@ async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixE
 def read_pdu(version: RoomVersion, pdu: Any) -> Event | MatrixError:
     """For a thread: the event in a PDU, redacted if its content is not what its sender hashed.
 
-    Spec: SS-API "Checks performed on receipt of a PDU", checks 1 and 3.
+    Spec: SS-API "Checks performed on receipt of a PDU", checks 1 and 3.  What others say besides,
+    in `unsigned`, is not kept: nothing may be concluded from it.
     """
     try:
-        check_format(version, pdu)
-        return make_event(version, pdu if content_hash_ok(pdu) else redact(version, pdu))
+        hashed = check_format(version, pdu)
+        is_whole = content_hash_ok(pdu, hashed)
+        return make_event(version, without_unsigned(pdu) if is_whole else redact(version, pdu))
     except MatrixError as error:
         return error
 
@@ -9250,6 +9355,14 @@ def read_pdu(version: RoomVersion, pdu: Any) -> Event | MatrixError:
 def read_pdus(version: RoomVersion, pdus: Sequence[Any]) -> list[Event | MatrixError]:
     """The same for several."""
     return [read_pdu(version, pdu) for pdu in pdus]
+
+
+def read_encoded(
+    version: RoomVersion, pdus: Sequence[Any]
+) -> list[tuple[Event | MatrixError, bytes]]:
+    """The same, with the canonical JSON of each event."""
+    read = read_pdus(version, pdus)
+    return [(one, canonical_json(one.pdu) if isinstance(one, Event) else b"") for one in read]
 
 
 async def check_pdus(
@@ -15182,8 +15295,12 @@ async def get_joined_members(hs: Homeserver, request: Request, room_id: str) -> 
     room = known_room(hs, room_id)
     require_joined(room, request.user.nid)
     nids = [room.state[MEMBER, user_id] for user_id in room.members()]
-    events = hs.rooms.events_by_nids(nids)
-    return {"joined": {cast(str, event.state_key): joined_member(event) for event in events}}
+    joined: Json = {}
+    for start in range(0, len(nids), PDU_BATCH):
+        events = hs.rooms.events_by_nids(nids[start : start + PDU_BATCH])
+        joined |= {cast(str, event.state_key): joined_member(event) for event in events}
+        await asyncio.sleep(0)
+    return {"joined": joined}
 
 
 # ── 29.3  Reading events ─────────────────────────────────────────────────────
@@ -15764,16 +15881,18 @@ class Joining(Handshakes):
     ) -> None:
         """Put events aside, and note create events and the servers whose keys are needed."""
         version, pdus = join.version, [pdu for _, pdu in batch]
-        read = await self.hs.db.in_thread(read_pdus, version, pdus)
-        pairs = zip(batch, read, strict=True)
-        events = [(is_state, one) for (is_state, _), one in pairs if isinstance(one, Event)]
-        for is_state, event in events:
+        read = await self.hs.db.in_thread(read_encoded, version, pdus)
+        events = list[Event]()
+        for (is_state, _), (event, raw) in zip(batch, read, strict=True):
+            if isinstance(event, MatrixError):
+                continue
             if event.type == CREATE:
                 creates.add(event.event_id)
                 if event.content.get("room_version", "1") != version.id:
                     raise bad_json("The room is of another version than was said")
-            arriving.add(event, is_state=is_state)
-        unknown |= servers_to_ask([event for _, event in events], self.hs.server_keys)
+            arriving.add(event, raw, is_state=is_state)
+            events.append(event)
+        unknown |= servers_to_ask(events, self.hs.server_keys)
 
     async def auto_join(self, user_id: str, alias: str) -> None:
         """Let a new user into a room of another server that the configuration names."""
@@ -16202,14 +16321,13 @@ async def join_answer(hs: Homeserver, room: Room, event: Event, request: Request
 
     Spec: `PUT /send_join`.  With omit_members only what shows the room, and who is to be asked.
     """
-    before = hs.rooms.state_before(event)
-    state = before
+    nids = [*hs.rooms.nids_before(event).values()]
     more: Json = {"origin": hs.config.server_name, "event": event.pdu, "members_omitted": False}
     if request.bool_arg("omit_members", False):
-        state = partial_state(room, before, event.sender)
+        state = partial_state(room, hs.rooms.state_before(event), event.sender)
+        nids = [*state.values()]
         joiner = Counter({server_of(event.sender): 1})  # who cannot tell anything yet
         more |= {"members_omitted": True, "servers_in_room": [*(room.servers - joiner)]}
-    nids = list(state.values())
     await hs.db.synced()
     given = json.dumps([*nids, event.nid])
     rows = await hs.db.read_in_thread(lambda db: db.execute(CHAIN_BELOW, (given,)).fetchall())
@@ -22380,7 +22498,7 @@ async def state_and_chain(hs: Homeserver, request: Request, room_id: str) -> lis
     event = served_event(hs, room, request.arg("event_id"))
     if event.state_group is None:
         raise not_found("The state at this event is not known here")
-    nids = json.dumps(list(hs.rooms.state_before(event).values()))
+    nids = json.dumps(list(hs.rooms.nids_before(event).values()))
     await hs.db.synced()
 
     def read(connection: sqlite3.Connection) -> list[list[str]]:

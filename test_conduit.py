@@ -18,6 +18,7 @@ import bisect
 import contextlib
 import dataclasses
 import functools
+import graphlib
 import hashlib
 import hmac
 import http.server
@@ -4432,9 +4433,9 @@ async def enter_room(
     """Enter a room by a join with some events as the state before it."""
     arriving = conduit.RoomImport(rooms, join.version.id, join.room_id)
     for event in chain:
-        arriving.add(event, is_state=False)
+        arriving.add(event, conduit.canonical_json(event.pdu), is_state=False)
     for event in events:
-        arriving.add(event, is_state=True)
+        arriving.add(event, conduit.canonical_json(event.pdu), is_state=True)
     return await arriving.finish(join)
 
 
@@ -4685,6 +4686,60 @@ def test_spec_example_of_soft_failure(version: str) -> None:
         assert not has_topic or got_merge.current_group == room.group
         sent = rooms.send(room, ME, "m.room.message", {"body": "after"})
         assert sent.prev_events == [merge.event_id]
+
+    with_rooms(story)
+
+
+EDGES: Final = st.dictionaries(
+    st.sampled_from("abcdefgh"), st.lists(st.sampled_from("abcdefghxy"), max_size=4), max_size=8
+)
+
+
+@given(EDGES)
+def test_in_order_agrees_with_the_standard_library(edges: dict[str, list[str]]) -> None:
+    """Each after those among them that it points to, all of them; a circle is refused."""
+    try:
+        graphlib.TopologicalSorter(edges).prepare()
+    except graphlib.CycleError:
+        with pytest.raises(conduit.MatrixError, match="circle"):
+            conduit.in_order(edges)
+        return
+    order = conduit.in_order(edges)
+    assert sorted(order) == sorted(edges)
+    for place, key in enumerate(order):
+        assert {one for one in edges[key] if one in edges} <= set(order[:place])
+    assert conduit.in_order({key: ["x"] for key in "cab"}) == ["c", "a", "b"]
+
+
+def test_a_long_chain_is_put_in_order() -> None:
+    chain = {str(n): [str(n + 1)] for n in range(100_000)}
+    assert conduit.in_order(chain)[:2] == ["99999", "99998"]
+
+
+@pytest.mark.parametrize("version", ["1", "11", "12"])
+def test_outliers_that_come_together(version: str) -> None:
+    """They stand on each other whatever their order; of two create events the second is refused."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom(version)
+        events = [again(event) for event in far.events]
+        other = far.put("m.room.create", {"room_version": version, "x": 1}, "", prev=[])
+        rooms.create("11", ME, {})  # an empty table of state groups would not pass the check
+        room = rooms.new_room(far.room_id, far.version)
+        got = rooms.outliers(
+            room, [*events[::-1], again(other)] if version != "12" else events[::-1]
+        )
+        refused = [event.event_id for event in got if event.rejected]
+        assert refused == [other.event_id][: version != "12"]
+        assert {event.event_id for event in events} <= {event.event_id for event in got}
+        assert rooms.outliers(room, map(again, far.events)) != []  # known by now
+        lonely = far.member("@x:two.example", prev=[], state={})
+        assert rooms.outliers(room, [again(lonely)])[0].rejected
+        strange = again(far.text("x"))
+        strange.auth_events.append("$missing")
+        assert rooms.outliers(room, [strange]) == []
+        with pytest.raises(conduit.MatrixError, match="another room"):
+            rooms.outliers(room, [again(FarRoom("11" if version == "12" else "12").events[1])])
 
     with_rooms(story)
 
@@ -4940,7 +4995,7 @@ def test_sec_02_evil_answers_to_a_join_make_no_room() -> None:
         second = far.put("m.room.create", {"room_version": "11", "x": 1}, "", prev=[])
         arriving = conduit.RoomImport(rooms, "11", far.room_id)
         with pytest.raises(conduit.MatrixError, match="another room"):
-            arriving.add(FarRoom("12").events[0], is_state=True)
+            arriving.add(FarRoom("12").events[0], b"{}", is_state=True)
         arriving.close()
         for evil in (state[1:], state[:1], [], other.events[:2]):
             with pytest.raises(conduit.MatrixError, match="M_FORBIDDEN"):
@@ -13196,11 +13251,20 @@ def evil_answers(room: PeerRoom) -> dict[str, Callable[[Json], Any]]:
         "no UTF-8": lambda made: conduit.Response(200, b'{"state":["\xff"]}'),
         "deep": lambda made: conduit.Response(200, b'{"state":[' + b"[" * 100_000),
         "one long value": lambda made: conduit.Response(200, b'{"a":"' + b"x" * 900_000 + b'"}'),
+        "odd unsigned": lambda made: conduit.Response(
+            200,
+            json.dumps(
+                {
+                    **made,
+                    "state": [{**pdu, "unsigned": {"evil": "\ud800"}} for pdu in made["state"]],
+                }
+            ).encode(),
+        ),
         "ours altered": lambda made: {**made, "event": {**first, "content": {"evil": 1}}},
     }
 
 
-HARMLESS: Final = {"unsigned", "forged", "of another server", "ours altered"}
+HARMLESS: Final = {"unsigned", "forged", "of another server", "odd unsigned", "ours altered"}
 
 
 @pytest.mark.parametrize("version", ["6", "11", "12"])
@@ -13421,6 +13485,93 @@ def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> No
     fails(join_via(alice, other.room_id, peer, cast("Any", dead)), 403, "M_FORBIDDEN")
     peer.answers["make_join"] = {"room_version": "99", "event": {}}
     fails(join_via(alice, other.room_id, peer), 400, "M_INCOMPATIBLE_ROOM_VERSION")
+
+
+# ── 30.2  A large room ───────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def on_one_core(server: Server) -> Iterator[None]:
+    """A running server, with all of its threads, on a single core."""
+    tasks, cores = Path(f"/proc/{server.pid}/task"), os.sched_getaffinity(server.pid)
+    for task in tasks.iterdir():
+        os.sched_setaffinity(int(task.name), {min(cores)})
+    yield
+    for task in tasks.iterdir():
+        os.sched_setaffinity(int(task.name), cores)
+
+
+class JoinFigures(NamedTuple):
+    """Seconds until the client was answered, and all members known; CPU seconds of the latter."""
+
+    answered: float
+    whole: float
+    cpu: float
+
+
+def timed_join(client: Client, room_id: str, resident: Server, members: int) -> JoinFigures:
+    """Join a room through a server, on one core."""
+    server = client.server
+    with on_one_core(server):
+        began, used = time.monotonic(), server.cpu()
+        ok(client.post(f"join/{quote(room_id)}?{via(resident)}", {}, timeout=300))
+        answered = time.monotonic() - began
+        found = ok(client.get(("rooms", room_id, "joined_members"), timeout=300))["joined"]
+        assert len(found) == members
+        return JoinFigures(answered, time.monotonic() - began, server.cpu() - used)
+
+
+def large_room(peer: Peer, members: int, others: int) -> PeerRoom:
+    """A room on a peer with as many members, and as many other state events as `others` says."""
+    room = PeerRoom(peer, "10")
+    users = {room.owner: 100, **{f"@u{n}:{peer.name}": 50 for n in range(20)}}
+    room.put("m.room.power_levels", {"users": users})
+    for number in range(members - 1):
+        user = f"@u{number}:{peer.name}"
+        profile = {"displayname": f"User {number}", "avatar_url": f"mxc://{peer.name}/{number}"}
+        room.put("m.room.member", {"membership": "join", **profile}, user, sender=user)
+    for number in range(others):
+        room.put("org.example.thing", {"filling": "of some length" * 4}, str(number))
+    return room.serve(answer=lambda made: {"state": made["state"], "auth_chain": []})
+
+
+def test_a_large_room_is_joined_in_a_third_of_synapses_time(
+    authority: Authority, peer: Peer, synapse: Synapse, tmp_path: Path
+) -> None:
+    """10,000 members and 20,000 state events with DEEP, on one core: also in 150 MB of memory.
+
+    A server of ours, from a peer, and a Synapse and another of ours from that. Synapse answers its
+    client before it knows the members, and fetches them then; until all are known is the time of
+    the join. Meanwhile our server answers others.
+    """
+    is_full = bool(os.environ.get("DEEP"))
+    size = 10_000 if is_full else 400
+    room_id = large_room(peer, size, size).room_id
+    resident, ours = (
+        federating(tmp_path / name, authority).start() for name in ("resident", "ours")
+    )
+    ok(join_via(register(resident), room_id, peer))
+    clients = people(ours, synapse)
+    waits = list[float]()
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(timed_join, clients[0], room_id, resident, size + 2)
+        while not joining.done():
+            began = time.monotonic()
+            assert ours.answers()
+            waits.append(time.monotonic() - began)
+            time.sleep(0.02)
+    mine, theirs = joining.result(), timed_join(clients[1], room_id, resident, size + 3)
+    memory = ours.peak_rss() * 2**20 / 1e6
+    print(f"ours {mine}, {memory:.0f} MB, others waited {max(waits):.2f} s; Synapse {theirs}")
+    assert mine.cpu < theirs.cpu / 3
+    assert max(waits) < 1 + mine.whole / 5
+    if is_full:
+        assert mine.whole < theirs.whole / 3
+        assert memory < 150
+    for each in (ours, resident):
+        each.stop()
+        each.assert_clean_log()
+        each.check()
 
 
 # ═════════════════════════════════════════════════════════════════════════════
