@@ -6319,21 +6319,17 @@ def test_ranges_are_slices(first: int, last: int, size: int) -> None:
 def test_missing_and_shrunken_files(
     web: Web, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file that is gone gets 500; one that is shorter than promised, a closed connection."""
+    """A file that is gone, or shorter than its row says, gets 500."""
 
     async def handler(request: conduit.Request) -> conduit.Response:
         return conduit.Response(body=conduit.FileBody(tmp_path / request.segments[0], 300_000))
 
     (tmp_path / "short").write_bytes(bytes(200_000))
     files = Web(handler)
-    assert (
-        answers_in(files.say(request_bytes("GET", "/gone", None, "Connection: close")))[0].status
-        == 500
-    )
-    raw = files.say(request_bytes("GET", "/short", None))
+    for name in ("/gone", "/short"):
+        (answer,) = files.ask(request_bytes("GET", name, None, "Connection: close"))
+        assert answer.status == 500
     files.close()
-    assert raw.startswith(b"HTTP/1.1 200")
-    assert len(raw) < 200_000
     assert "shorter than" in caplog.text
     assert web.ask(request_bytes("GET", "/hello", None, "Connection: close"))[0].status == 200
 
