@@ -1142,34 +1142,35 @@ _encode_sorted = json.JSONEncoder(
 ).encode
 
 
-def encode_json(value: Any) -> bytes:
-    """Compact JSON in UTF-8, for responses; the value is our own and so needs no checks."""
-    return _encode(value).encode("utf-8")
-
-
 RAW_MARK = secrets.token_hex(16)  # which nobody who sends us JSON can know
 
 
 @dataclass(frozen=True, slots=True)
 class RawJson:
-    """JSON that is written already, in a value for `encode_spliced`."""
+    """JSON that is written already; within a value it becomes a part of the text as it is."""
 
     data: bytes
 
 
-def encode_spliced(value: Any) -> bytes:
-    """The same for a value with RawJson in it, which becomes a part of the text as it is."""
-    pieces: list[bytes] = [b""]
+def encode_json(value: Any) -> bytes:
+    """Compact JSON in UTF-8, for responses; the value is our own and so needs no checks."""
+    try:
+        return _encode(value).encode("utf-8")
+    except TypeError:  # which is what the encoder says of RawJson
+        return splice(value)
+
+
+def splice(value: Any) -> bytes:
+    """The same for a value with RawJson in it."""
+    pieces = [b""]
 
     def stand_in(raw: RawJson) -> str:
         pieces.append(raw.data)
         return RAW_MARK
 
-    text = json.JSONEncoder(
-        ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=stand_in
-    ).encode(value)
-    plain = text.encode("utf-8").split(b'"%b"' % RAW_MARK.encode())
-    return b"".join(itertools.chain(*zip(pieces, plain, strict=True)))
+    encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=stand_in)
+    parts = encoder.encode(value).encode("utf-8").split(b'"%b"' % RAW_MARK.encode())
+    return b"".join(itertools.chain(*zip(pieces, parts, strict=True)))
 
 
 def canonical_json(value: Any) -> bytes:
@@ -7728,6 +7729,8 @@ def shaped_members(
 
 def check_shape(value: Any, shape: Any, where: str = "The body") -> None:
     """Hold a JSON value against a schema: M_MISSING_PARAM or M_BAD_JSON, naming the member."""
+    if type(value) is shape:  # as most are
+        return
     kinds = shape if isinstance(shape, tuple) else (shape,)
     if isinstance(shape, (dict, list)):
         kinds = (type(shape),)
@@ -20875,23 +20878,29 @@ def queue_of(hs: Homeserver, device_nid: DeviceNid) -> tuple[int, int]:
 
 
 def queue_to_device(
-    hs: Homeserver, sender_nid: UserNid, kind: str, user_nid: UserNid, messages: Mapping[str, bytes]
+    hs: Homeserver, sender_nid: UserNid, kind: str, messages: Mapping[UserNid, Mapping[str, bytes]]
 ) -> None:
-    """Put messages into the queues of a local user's devices; inside a write block.
+    """Put messages into the queues of local users' devices; inside a write block.
 
-    They come by device id; "*" is for all devices that are not named.
+    They come by user and device id; "*" is for all devices that are not named.
     """
-    pos = hs.stream.stamp(TO_DEVICE, user_nid)
-    rows = hs.db.all("SELECT device_nid, device_id FROM devices WHERE user_nid = ?", (user_nid,))
-    for device_nid, device_id in rows:
-        raw = messages.get(device_id, messages.get("*"))
+    positions = {user_nid: hs.stream.stamp(TO_DEVICE, user_nid) for user_nid in messages}
+    query = """
+        SELECT user_nid, device_nid, device_id
+        FROM json_each(?)
+        JOIN devices ON user_nid = value
+    """
+    rows = []
+    for user_nid, device_nid, device_id in hs.db.all(query, (json.dumps([*messages]),)):
+        named, pos = messages[user_nid], positions[user_nid]
+        raw = named.get(device_id, named.get("*"))
         if raw is None:
             continue
         size = queue_of(hs, device_nid)[0] + len(raw) + MESSAGE_OVERHEAD
         if size <= MAX_QUEUE_BYTES:
-            row = (device_nid, pos, sender_nid, kind, raw)
-            hs.db.execute("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", row)
+            rows.append((device_nid, pos, sender_nid, kind, raw))
             hs.keys.queues.put(device_nid, (size, pos))
+    hs.db.connection.executemany("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", rows)
 
 
 def to_device_messages(
@@ -20914,7 +20923,7 @@ def to_device_messages(
     """
     rows = hs.db.all(query, (device_nid, since, upto, limit + 1))
     messages = [
-        {"sender": hs.db.user_id(sender_nid), "type": kind, "content": json.loads(content)}
+        {"sender": hs.db.user_id(sender_nid), "type": kind, "content": RawJson(content)}
         for _, sender_nid, kind, content in rows[:limit]
     ]
     return messages, rows[limit - 1][0] if len(rows) > limit else upto
@@ -20936,19 +20945,20 @@ async def send_to_device(hs: Homeserver, request: Request, event_type: str, txn_
     """Send messages to devices; devices that do not exist are passed over."""
     if byte_length(event_type) > MAX_ID_BYTES:
         raise invalid_param(f"An event type has at most {MAX_ID_BYTES} bytes")
-    messages = {
+    messages = request.json["messages"]
+    written = {
         user_id: {device: bounded_json(content, "A message") for device, content in named.items()}
-        for user_id, named in request.json["messages"].items()
+        for user_id, named in messages.items()
     }
     scope = f"sendToDevice/{event_type}"
     if repeated_transaction(hs, request.user, scope, txn_id) is not None:
         return {}
+    ours = {user_id: hs.db.find_user_nid(user_id) for user_id in filter(hs.is_local, written)}
+    others = {user_id: messages[user_id] for user_id in messages.keys() - ours.keys()}
     with hs.db.write():
-        hs.keys.send_out(request.user.user_id, event_type, request.json["messages"])
-        for user_id, named in messages.items():
-            user_nid = hs.db.find_user_nid(user_id) if hs.is_local(user_id) else None
-            if user_nid is not None:
-                queue_to_device(hs, request.user.nid, event_type, user_nid, named)
+        hs.keys.send_out(request.user.user_id, event_type, others)
+        by_nid = {nid: written[user_id] for user_id, nid in ours.items() if nid is not None}
+        queue_to_device(hs, request.user.nid, event_type, by_nid)
         record_transaction(hs, request.user, scope, txn_id, "{}")
     return {}
 
@@ -21371,8 +21381,7 @@ def receive_to_device(hs: Homeserver, origin: str, content: Json) -> None:
     sender_nid = hs.db.user_nid(sender)
     row = (sender_nid, message_id, now_ms())
     if hs.db.execute("INSERT OR IGNORE INTO received_messages VALUES (?, ?, ?)", row).rowcount:
-        for user_nid, messages in found.items():
-            queue_to_device(hs, sender_nid, kind, user_nid, messages)
+        queue_to_device(hs, sender_nid, kind, found)
 
 
 DEVICE_UPDATE: Final = {
@@ -23451,7 +23460,7 @@ def sync_filter(hs: Homeserver, request: Request) -> SyncFilter:
 
 
 @route("GET", "/_matrix/client/v3/sync", auth=GUEST, limit=None)
-async def get_sync(hs: Homeserver, request: Request) -> Response:
+async def get_sync(hs: Homeserver, request: Request) -> Json:
     """What is new since a token; waits up to `timeout` milliseconds when nothing is.
 
     Spec: CS-API "Syncing".
@@ -23466,14 +23475,14 @@ async def get_sync(hs: Homeserver, request: Request) -> Response:
     while True:
         result, is_news = await sync_once(ask)
         if is_news or ask.since is None or ask.full_state:
-            return Response(200, encode_spliced(result))
+            return result
         ask.since = ask.upto  # there was nothing up to here, so the next look begins here
         if hs.stream.position > ask.upto:
             continue  # something came while the answer was made
         is_late = not await hs.notifier.wait(request, ends - time.monotonic())
         hs.accounts.check_logged_in(request.user)
         if is_late:
-            return Response(200, encode_spliced((await sync_once(ask))[0]))
+            return (await sync_once(ask))[0]
 
 
 # ── 42.8  The old form ───────────────────────────────────────────────────────
@@ -24964,13 +24973,14 @@ class IncomingFile:
         self._handle.flush()
         os.fsync(self._handle.fileno())
         sha256, size = self._digest.hexdigest(), self._handle.tell()
+        self._handle.close()
         target = media_file(folder, sha256)
         self.path.replace(target)
         sync_path(target.parent)
         return sha256, size
 
     def discard(self) -> None:
-        """Close the file, and leave nothing behind if it was not finished."""
+        """Close a file that will not be finished, and leave nothing behind."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
             self._handle.close()
@@ -24981,7 +24991,8 @@ async def receive_file(
 ) -> tuple[str, int]:
     """Store a body of unknown length in constant memory: hash and size, or no trace of it."""
     with storing():
-        incoming = IncomingFile(hs.media.folder / "incoming" / random_token(24))
+        name = str(next(hs.media.numbers))
+        incoming = IncomingFile(hs.media.folder / "incoming" / name)
         buffer = bytearray()
         hs.media.receiving += 1
         try:
@@ -24994,9 +25005,11 @@ async def receive_file(
                     await hs.db.in_thread(incoming.write, buffer)
                     buffer = bytearray()
             return await hs.db.in_thread(incoming.finish, buffer, hs.media.folder)
+        except BaseException:
+            hs.db.pool.submit(incoming.discard)
+            raise
         finally:
             hs.media.receiving -= 1
-            hs.db.pool.submit(incoming.discard)
 
 
 # ── 44.2  Headers that cannot hurt ───────────────────────────────────────────
@@ -25240,6 +25253,7 @@ class Media:
         self.fetching: Flights[tuple[str, str], None] = Flights()  # from other servers
         self._waiting: list[tuple[int, asyncio.Future[Any]]] = []
         self.receiving = 0  # files that are being stored
+        self.numbers = itertools.count()  # to name them by until then
         self._unused: set[str] = set()  # hashes of files that may have lost their last row
         try:
             self._prepare()

@@ -6097,6 +6097,85 @@ def test_small_refused_body_keeps_the_connection() -> None:
     web.close()
 
 
+async def digest_of(request: conduit.Request) -> conduit.Response:
+    """The hash of a body that is taken in blocks, by a handler that is not in a hurry."""
+    digest, sizes = hashlib.sha256(), set()
+    async with contextlib.aclosing(request.stream.blocks()) as blocks:
+        async for block in blocks:
+            digest.update(block)
+            sizes.add(len(block))
+            await asyncio.sleep(0.001)
+    return json_response({"sha256": digest.hexdigest(), "largest": max(sizes, default=0)})
+
+
+@pytest.fixture
+def taker(hasty: Web) -> Iterator[Web]:
+    """A server of long bodies that loses patience within a second."""
+    running = Web(digest_of, max_request_size=BIG)
+    yield running
+    running.close()
+
+
+BLOCK: Final = conduit.BODY_BLOCK
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK + 1, 2 * BLOCK, 9 * BLOCK + 7])
+@pytest.mark.parametrize("piece", [BIG, 50_021])
+def test_long_bodies_are_whole_and_no_longer(taker: Web, size: int, piece: int) -> None:
+    """However a body comes, all of it and nothing of the next request is the handler's."""
+    body, another = os.urandom(size), b"another" * 9000
+    raw = request_bytes("POST", "/", body)
+    raw += request_bytes("POST", "/", another) + request_bytes("POST", "/", body)
+    raw += request_bytes("GET", "/", None, "Connection: close")
+    with taker.connect() as sock:
+        for first in range(0, len(raw), piece):
+            sock.sendall(raw[first : first + piece])
+        answers = answers_in(until_closed(sock))
+    expected = [hashlib.sha256(one).hexdigest() for one in (body, another, body, b"")]
+    assert [answer.json()["sha256"] for answer in answers] == expected
+    assert answers[0].json()["largest"] <= BLOCK
+    if size > 4 * BLOCK:
+        assert answers[0].json()["largest"] == BLOCK
+
+
+def test_long_chunks_are_whole(taker: Web) -> None:
+    chunk = os.urandom(3 * BLOCK)
+    raw = CHUNKED + b"%x\r\n%b\r\n" % (len(chunk), chunk) * 2 + b"0\r\n\r\n"
+    (answer,) = taker.ask(raw + request_bytes("GET", "/", None, "Connection: close"))[:1]
+    assert answer.json()["sha256"] == hashlib.sha256(chunk * 2).hexdigest()
+
+
+@pytest.mark.parametrize("end", ["close", "reset", "half"])
+def test_clients_that_go_away_within_a_long_body(taker: Web, end: str) -> None:
+    """Nobody waits for the rest, whatever the way in which it does not come."""
+    with taker.connect() as sock:
+        sock.sendall(request_bytes("POST", "/", None, f"Content-Length: {9 * BLOCK}"))
+        sock.sendall(bytes(3 * BLOCK + 5))
+        eventually(lambda: taker.http._connections, 5)
+        time.sleep(0.1)
+        if end == "half":
+            sock.shutdown(socket.SHUT_WR)
+            assert until_closed(sock) == b""
+        elif end == "reset":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    eventually(lambda: not taker.http._connections, 3)
+
+
+def test_sec_c_slow_long_body(taker: Web) -> None:
+    """A long body that falls silent gets 408; one that goes on steadily may take its time."""
+    with taker.connect() as sock:
+        sock.sendall(request_bytes("POST", "/", None, f"Content-Length: {9 * BLOCK}"))
+        sock.sendall(bytes(4 * BLOCK + 5))
+        assert [answer.status for answer in answers_in(until_closed(sock))] == [408]
+    with taker.connect() as sock:
+        sock.sendall(request_bytes("POST", "/", None, f"Content-Length: {4 * BLOCK}"))
+        sock.sendall(bytes(3 * BLOCK))
+        for _ in range(8):
+            time.sleep(0.15)
+            sock.sendall(bytes(BLOCK // 8))
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+
 # ── 15.3  Answers ────────────────────────────────────────────────────────────
 
 
@@ -6378,6 +6457,44 @@ def test_sec_c_slow_reader(hasty: Web, monkeypatch: pytest.MonkeyPatch) -> None:
         sock.sendall(request_bytes("GET", "/big"))
         eventually(lambda: not hasty.http._connections, 5)
         assert len(until_closed(sock)) < BIG
+
+
+def test_sec_c_slow_reader_of_a_file(
+    hasty: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for a file, which the kernel sends."""
+    monkeypatch.setattr(conduit, "MIN_RATE", 1 << 30)
+    with hasty.connect() as sock, (tmp_path / "big").open("wb") as file:
+        file.truncate(BIG)
+        sock.sendall(request_bytes("GET", f"/file{file.name}"))
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+        eventually(lambda: not hasty.http._connections, 5)
+        assert len(until_closed(sock)) < BIG
+
+
+def test_long_files_among_other_answers(web: Web, tmp_path: Path) -> None:
+    """The kernel sends a file between the answers before and after it, to who reads slowly."""
+    content = os.urandom(9_000_000)
+    path = tmp_path / "long"
+    path.write_bytes(content)
+    with web.connect() as sock:
+        sock.sendall(
+            request_bytes("GET", f"/file{path}")
+            + request_bytes("GET", f"/file{path}", None, "Range: bytes=5-8000004")
+            + request_bytes("HEAD", f"/file{path}")
+            + request_bytes("GET", "/hello", None, "Connection: close")
+        )
+        time.sleep(0.3)
+        received = b""
+        while data := sock.recv(100_000):
+            received += data
+            time.sleep(0.0005)
+    head, _, rest = received.partition(b"\r\n\r\n")
+    assert (head[:15], rest[:9_000_000]) == (b"HTTP/1.1 200 OK", content)
+    head, _, rest = rest[9_000_000:].partition(b"\r\n\r\n")
+    assert (head[:12], rest[:8_000_000]) == (b"HTTP/1.1 206", content[5:8_000_005])
+    heads = answers_in(rest[8_000_000:].partition(b"\r\n\r\n")[2])
+    assert [answer.json()["segments"] for answer in heads] == [["hello"]]
 
 
 def test_slow_makers_of_answers_are_not_cut_off(hasty: Web) -> None:
@@ -6720,6 +6837,22 @@ def test_stop_does_not_wait_for_ever() -> None:
     assert time.monotonic() - started < 2
     assert cancelled
     sock.close()
+    web.close()
+
+
+def test_stop_ends_a_long_file(tmp_path: Path) -> None:
+    """A transfer that nobody takes does not keep the server from stopping."""
+    web = Web()
+    with web.connect() as sock, (tmp_path / "big").open("wb") as file:
+        file.truncate(BIG)
+        sock.sendall(request_bytes("GET", f"/file{file.name}"))
+        assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+        time.sleep(0.2)
+        started = time.monotonic()
+        web.run(web.http.stop(0.5))
+        assert time.monotonic() - started < 3
+        assert not web.http._connections
+        assert len(until_closed(sock)) < BIG
     web.close()
 
 
