@@ -5453,7 +5453,7 @@ class RoomWriter(RoomResolver):
             )
             self._tell_relation(room, target, -1)
         self._events.pop(target.nid)
-        if target.is_state or target.type == REDACTION:  # which others have in their `unsigned`
+        if target.is_state:  # which the event after it has in its `unsigned`
             self.written.clear()
         room.power, room.acl, room.policy = None, (None, room.acl[1]), (None, None)
 
@@ -6405,7 +6405,7 @@ class WrittenState(NamedTuple):
     membership: str | None
     origin_server_ts: int
     is_live: bool  # whether it came when it had its place in the timeline: see membership_then
-    is_special: bool  # the device that sent it is told more
+    is_special: bool  # its `unsigned` has more: for the device that sent it, or on its redaction
     head: bytes  # up to before `room_id` and `unsigned`
     tail: bytes  # of `unsigned`, what stands behind age and membership
     profile: bytes  # what /joined_members says of a member
@@ -6428,7 +6428,7 @@ def write_state(rooms: RoomReader, event: Event) -> WrittenState:
         event.membership,
         event.origin_server_ts,
         event.pos == event.nid,
-        event.txn_id is not None,
+        event.txn_id is not None or event.redacted_by is not None,
         encode_json(shown)[:-1],
         b",%b}" % encode_json(unsigned)[1:] if unsigned else b"}}",
         encode_json({event.state_key: joined_member(event)})[1:-1] if event.membership else b"",

@@ -1673,6 +1673,18 @@ def test_check_canonical_is_the_range_of_canonical_json(value: Any) -> None:
             conduit.check_canonical(value)
 
 
+@given(any_json, any_json)
+def test_written_json_becomes_a_part(inner: Any, outer: Any) -> None:
+    """A value with RawJson in it is written as if that were the value which it holds."""
+    try:
+        raw = conduit.RawJson(conduit.encode_json(inner))
+        plain = conduit.encode_json([outer, {"a": inner}, inner, outer])
+    except ValueError:  # NaN and lone surrogates
+        return
+    assert conduit.encode_json([outer, {"a": raw}, raw, outer]) == plain
+    assert conduit.encode_json(raw) == raw.data
+
+
 # ── 3.2  Reading JSON ────────────────────────────────────────────────────────
 
 
@@ -5609,6 +5621,71 @@ def test_events_tell_the_readers_membership_of_then(alice: Client, bob: Client) 
         ]
     assert len(doors[2]) == len(told) <= len(doors[0])
     assert all(e["unsigned"]["membership"] == "join" for e in alice.timeline(room_id, alice.sync()))
+
+
+def test_state_is_the_same_through_all_doors(alice: Client, bob: Client) -> None:
+    """What is kept as JSON for all readers is what each of them gets of the single event.
+
+    Trap: a redaction changes also the event that came after, which has the old content.
+    """
+    room_id = alice.room_with(bob, name="first secret")
+    alice.set_state(room_id, "m.room.name", {"name": "second"})
+    for name in ("hidden name", "shown"):
+        content = {"membership": "join", "displayname": name, "avatar_url": "mxc://a/b"}
+        alice.set_state(room_id, "m.room.member", content, alice.user_id)
+
+    def shown(event: Json, **without: None) -> Json:
+        kept = {key: value for key, value in event.items() if key not in without}
+        unsigned = kept["unsigned"] = dict(kept["unsigned"])
+        assert unsigned.pop("age") >= 0
+        if "redacted_because" in unsigned:
+            unsigned["redacted_because"] = shown(unsigned["redacted_because"])
+        return kept
+
+    def check(reader: Client) -> str:
+        """All of the state in one text, when it was seen to be the same everywhere."""
+        state = reader.state(room_id)
+        for one in state:
+            path = ("rooms", room_id, "state", one["type"], one["state_key"])
+            assert shown(one) == shown(ok(reader.get(path, format="event")))
+        members = ok(reader.get(("rooms", room_id, "members")))["chunk"]
+        assert [*map(shown, members)] == [shown(o) for o in state if o["type"] == "m.room.member"]
+        part = reader.sync(use_state_after="true")["rooms"]["join"][room_id]
+        by_id = {one["event_id"]: shown(one, room_id=None) for one in state}
+        assert {o["event_id"]: shown(o) for o in part["state_after"]["events"]} == by_id
+        joined = ok(reader.get(("rooms", room_id, "joined_members")))["joined"]
+        names = {one["state_key"]: one["content"].get("displayname") for one in members}
+        assert {user_id: one.get("display_name") for user_id, one in joined.items()} == names
+        return json.dumps([state, joined])
+
+    for reader in (alice, bob, alice):
+        text = check(reader)
+        assert "first secret" in text
+        assert "hidden name" in text
+    replaced = [
+        one["unsigned"]["replaces_state"]
+        for one in alice.state(room_id)
+        if one["type"] == "m.room.name" or one["state_key"] == alice.user_id
+    ]
+    for event_id in replaced:
+        alice.redact(room_id, event_id)
+    for reader in (bob, alice):
+        text = check(reader)
+        assert "first secret" not in text
+        assert "hidden name" not in text
+    (member,) = (
+        one
+        for one in ok(bob.get(("rooms", room_id, "members")))["chunk"]
+        if one["state_key"] == alice.user_id
+    )
+    redaction = alice.redact(room_id, member["event_id"], "a reason to hide")
+    for reader in (bob, alice):
+        text = check(reader)
+        assert "shown" not in text
+        assert "a reason to hide" in text
+    alice.redact(room_id, redaction)
+    for reader in (bob, alice):
+        assert "a reason to hide" not in check(reader)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
