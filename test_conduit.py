@@ -5623,6 +5623,36 @@ def test_events_tell_the_readers_membership_of_then(alice: Client, bob: Client) 
     assert all(e["unsigned"]["membership"] == "join" for e in alice.timeline(room_id, alice.sync()))
 
 
+def without_ages(event: Json, *others: str) -> Json:
+    """An event as it was shown, but for what changes with time."""
+    kept = {key: value for key, value in event.items() if key not in others}
+    unsigned = kept["unsigned"] = dict(kept["unsigned"])
+    assert unsigned.pop("age") >= 0
+    if "redacted_because" in unsigned:
+        unsigned["redacted_because"] = without_ages(unsigned["redacted_because"])
+    return kept
+
+
+def state_through_all_doors(reader: Client, room_id: str) -> str:
+    """All of the state in one text, when it was seen to be the same everywhere."""
+    state = reader.state(room_id)
+    for one in state:
+        path = ("rooms", room_id, "state", one["type"], one["state_key"])
+        assert without_ages(one) == without_ages(ok(reader.get(path, format="event")))
+    members = ok(reader.get(("rooms", room_id, "members")))["chunk"]
+    assert members
+    assert [*map(without_ages, members)] == [
+        without_ages(one) for one in state if one["type"] == "m.room.member"
+    ]
+    part = reader.sync(use_state_after="true")["rooms"]["join"][room_id]
+    synced = {one["event_id"]: without_ages(one) for one in part["state_after"]["events"]}
+    assert synced == {one["event_id"]: without_ages(one, "room_id") for one in state}
+    joined = ok(reader.get(("rooms", room_id, "joined_members")))["joined"]
+    names = {one["state_key"]: one["content"].get("displayname") for one in members}
+    assert {user_id: one.get("display_name") for user_id, one in joined.items()} == names
+    return json.dumps([state, joined])
+
+
 def test_state_is_the_same_through_all_doors(alice: Client, bob: Client) -> None:
     """What is kept as JSON for all readers is what each of them gets of the single event.
 
@@ -5632,60 +5662,23 @@ def test_state_is_the_same_through_all_doors(alice: Client, bob: Client) -> None
     alice.set_state(room_id, "m.room.name", {"name": "second"})
     for name in ("hidden name", "shown"):
         content = {"membership": "join", "displayname": name, "avatar_url": "mxc://a/b"}
-        alice.set_state(room_id, "m.room.member", content, alice.user_id)
+        own = alice.set_state(room_id, "m.room.member", content, alice.user_id)
 
-    def shown(event: Json, **without: None) -> Json:
-        kept = {key: value for key, value in event.items() if key not in without}
-        unsigned = kept["unsigned"] = dict(kept["unsigned"])
-        assert unsigned.pop("age") >= 0
-        if "redacted_because" in unsigned:
-            unsigned["redacted_because"] = shown(unsigned["redacted_because"])
-        return kept
+    def see(*there: str, gone: Sequence[str] = ()) -> None:
+        for reader in (alice, bob, alice):
+            text = state_through_all_doors(reader, room_id)
+            assert [word for word in (*there, *gone) if word in text] == [*there]
 
-    def check(reader: Client) -> str:
-        """All of the state in one text, when it was seen to be the same everywhere."""
-        state = reader.state(room_id)
-        for one in state:
-            path = ("rooms", room_id, "state", one["type"], one["state_key"])
-            assert shown(one) == shown(ok(reader.get(path, format="event")))
-        members = ok(reader.get(("rooms", room_id, "members")))["chunk"]
-        assert [*map(shown, members)] == [shown(o) for o in state if o["type"] == "m.room.member"]
-        part = reader.sync(use_state_after="true")["rooms"]["join"][room_id]
-        by_id = {one["event_id"]: shown(one, room_id=None) for one in state}
-        assert {o["event_id"]: shown(o) for o in part["state_after"]["events"]} == by_id
-        joined = ok(reader.get(("rooms", room_id, "joined_members")))["joined"]
-        names = {one["state_key"]: one["content"].get("displayname") for one in members}
-        assert {user_id: one.get("display_name") for user_id, one in joined.items()} == names
-        return json.dumps([state, joined])
-
-    for reader in (alice, bob, alice):
-        text = check(reader)
-        assert "first secret" in text
-        assert "hidden name" in text
-    replaced = [
-        one["unsigned"]["replaces_state"]
-        for one in alice.state(room_id)
-        if one["type"] == "m.room.name" or one["state_key"] == alice.user_id
-    ]
-    for event_id in replaced:
-        alice.redact(room_id, event_id)
-    for reader in (bob, alice):
-        text = check(reader)
-        assert "first secret" not in text
-        assert "hidden name" not in text
-    (member,) = (
-        one
-        for one in ok(bob.get(("rooms", room_id, "members")))["chunk"]
-        if one["state_key"] == alice.user_id
-    )
-    redaction = alice.redact(room_id, member["event_id"], "a reason to hide")
-    for reader in (bob, alice):
-        text = check(reader)
-        assert "shown" not in text
-        assert "a reason to hide" in text
+    see("first secret", "hidden name", "shown")
+    events = {one["event_id"]: one for one in alice.state(room_id)}
+    names = [one for one in events.values() if one["type"] == "m.room.name"]
+    for event in (*names, events[own]):
+        alice.redact(room_id, event["unsigned"]["replaces_state"])
+    see("second", "shown", gone=["first secret", "hidden name"])
+    redaction = alice.redact(room_id, own, "a reason to hide")
+    see("a reason to hide", gone=["shown"])
     alice.redact(room_id, redaction)
-    for reader in (bob, alice):
-        assert "a reason to hide" not in check(reader)
+    see("second", gone=["a reason to hide"])
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -17341,12 +17334,12 @@ def test_sec_46_a_full_queue_refuses_the_newest_message(
             dead, alive = (types.SimpleNamespace(device_nid=nid) for nid in (1, 2))
 
             def send(message: bytes) -> None:
-                conduit.queue_to_device(hs, user, "m.test", user, {"*": message})
+                conduit.queue_to_device(hs, user, "m.test", {user: {"*": message}})
 
             def waiting(device: Any) -> list[int]:
                 position = hs.stream.position
                 events, _ = conduit.to_device_messages(hs, device, 0, position)
-                return [event["content"]["n"] for event in events]
+                return [json.loads(event["content"].data)["n"] for event in events]
 
             for n in range(8):
                 send(b'{"n":%d}' % n)
