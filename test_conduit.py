@@ -21593,7 +21593,7 @@ def test_a_client_that_goes_away_leaves_nothing(server: Server, alice: Client, s
         connection.sendall(head.encode() + bytes(sent))
         eventually(lambda: incoming(server))
     eventually(lambda: not incoming(server))
-    assert "could not be stored" not in server.log()  # the disk has no part in it
+    assert "could not be stored" not in server.log  # the disk has no part in it
 
 
 def test_a_full_disk_is_a_clear_error(new_server: Callable[..., Server]) -> None:
