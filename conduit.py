@@ -4946,8 +4946,13 @@ class RoomResolver(RoomReader):
         )
         return wanted - {row[0] for row in rows}
 
-    def gaps(self, room: Room, after: int, upto: int) -> dict[int, list[str]]:
-        """The ids that are missing just below timeline events, by the position of these events."""
+    def gaps(
+        self, room: Room, after: int, upto: int, floor: int = MIN_POSITION
+    ) -> dict[int, list[str]]:
+        """The ids that are missing just below timeline events, by the position of these events.
+
+        With a floor, only of gaps that begin there or later.
+        """
         rows = self.database.all(
             """
             SELECT pos, backward_extremities.event_id
@@ -4956,13 +4961,35 @@ class RoomResolver(RoomReader):
             WHERE backward_extremities.room_nid = ?
               AND pos > ?
               AND pos <= ?
+              AND floor >= ?
             """,
-            (room.nid, after, upto),
+            (room.nid, after, upto, floor),
         )
         found: dict[int, list[str]] = {}
         for pos, event_id in rows:
             found.setdefault(pos, []).append(event_id)
         return found
+
+    def misses_between(self, room: Room, after_ts: int, before_ts: int) -> bool:
+        """Whether events of that time may lie in a gap, as far as its edges tell."""
+        query = """
+            SELECT 1
+            FROM backward_extremities
+            JOIN events AS above USING (nid)
+            WHERE backward_extremities.room_nid = :room
+              AND above.pos IS NOT NULL
+              AND above.ts > :after
+              AND :before > COALESCE((
+                  SELECT ts
+                  FROM events AS below
+                  WHERE below.room_nid = :room AND below.pos <= floor
+                  ORDER BY below.pos DESC
+                  LIMIT 1
+              ), -1)
+            LIMIT 1
+        """
+        times = {"room": room.nid, "after": after_ts, "before": before_ts}
+        return self.database.value(query, times) is not None
 
     # Events to be
 
@@ -5527,12 +5554,14 @@ class RoomReceiver(RoomWriter):
         if floor is None:
             return []
         order = in_order({key: event.prev_events for key, (event, _) in given.items()})
-        needed = self._needed(room, given)
+        needed = {key for key in given if self._floor(room, [key]) == floor}
         for event_id in reversed(order):
-            if event_id in needed:
-                needed.update(given[event_id][0].prev_events)
-        top = cast(int, self.database.value(LOWEST_ABOVE, (room.nid, floor)))
-        chosen = [given[key] for key in order if key in needed][-min(top - floor - 1, 2**31) :]
+            event, is_settled = given[event_id]
+            if event_id in needed and not is_settled:
+                needed.update(event.prev_events)
+        base, top = self._bounds(room, floor)
+        wanted = [given[key] for key in order if key in needed]
+        chosen = wanted[max(0, len(wanted) - (top - base - 1)) :]
         found = []
         with self.database.write():
             for pos, (event, is_settled) in enumerate(chosen, top - len(chosen)):
@@ -5554,6 +5583,51 @@ class RoomReceiver(RoomWriter):
         if not event.rejected:
             self._tell(room, event, is_ours=False, is_old=True)
         return True
+
+    def island(self, room: Room, event: Event, states: Iterable[Iterable[str]]) -> Event | None:
+        """Put an event into the middle of the gap that it belongs to; a gap stays on each side.
+
+        `states` is as for `receive`. None if there is no such gap, or the event may not be there.
+        """
+        event, is_settled = self._known(room, event)
+        if is_settled or self._floor(room, [event.event_id]) is not None:
+            self.backfill(room, [event], {event.event_id: states})
+            return None if event.pos is None else event
+        place = self._place_in_gap(room, event.depth)
+        if place is None:
+            return None
+        pos, floor = place
+        with self.database.write():
+            if not self._fill(room, event, states, pos, floor) or event.rejected:
+                return None
+            update = """
+                UPDATE backward_extremities
+                SET floor = :pos
+                WHERE room_nid = :room
+                  AND floor = :floor
+                  AND :pos < (SELECT pos FROM events WHERE nid = backward_extremities.nid)
+            """
+            self.database.execute(update, {"room": room.nid, "floor": floor, "pos": pos})
+        return event
+
+    def _place_in_gap(self, room: Room, depth: int) -> tuple[int, int] | None:
+        """A position for an event of that depth in the first gap below a deeper one, and its floor.
+
+        As far from the gap's ends, in proportion, as in depth, so that there is room on both sides.
+        """
+        query = "SELECT nid, floor FROM backward_extremities WHERE room_nid = ?"
+        floors = dict(self.database.all(query, (room.nid,)))
+        above = [event for event in self.events_by_nids(floors) if event.pos is not None]
+        deeper = [event for event in above if event.depth > depth]
+        if not deeper:
+            return None
+        high = min(deeper, key=lambda event: event.pos or 0)
+        floor = floors[high.nid]
+        base, top = self._bounds(room, floor)
+        below = self.event_at(room, floor)
+        low = 0 if below is None else min(below.depth, depth)
+        pos = base + 1 + (top - base - 1) * (depth - low) // (high.depth - low)
+        return (pos, floor) if pos < top else None
 
     # The judgement
 
@@ -5659,8 +5733,14 @@ class RoomReceiver(RoomWriter):
             ),
         )
 
-    def _needed(self, room: Room, event_ids: Iterable[str]) -> set[str]:
-        return {key for key in event_ids if self._floor(room, [key]) is not None}
+    def _bounds(self, room: Room, floor: int) -> tuple[int, int]:
+        """The last position before a gap that is taken, and the first after it.
+
+        Trap: below a room's beginning the positions belong to events of other rooms.
+        """
+        top = cast(int, self.database.value(LOWEST_ABOVE, (room.nid, floor)))
+        taken = self.database.value("SELECT MAX(nid) FROM events WHERE nid < ?", (top,))
+        return max(floor, taken or MIN_POSITION), top
 
     def _leave_room(self, room: Room, missing: set[str]) -> int:
         """Keep positions free for what is missing; the floor of the gap."""
@@ -15286,13 +15366,22 @@ async def read_filled(
     span: tuple[int, int],
     wanted: EventFilter,
     limit: int,
+    *,
+    backwards: bool,
 ) -> Page:
-    """The same backwards, where events that we do not have are fetched from other servers."""
+    """The same, where events that we do not have are fetched from other servers.
+
+    A gap is just below the event that it is known by; one below the last of a page can wait. Read
+    forwards, one that begins before the page, as all that came before a room's first does, stays.
+    """
     for _ in range(MAX_FILLS):
-        page = read_page(hs, user_nid, room, span, wanted, limit, backwards=True)
-        # A gap is just below the event that it is known by; one below the last of a page can wait.
-        gaps = hs.rooms.gaps(room, page.end + page.more, span[1] + 1)
-        if not gaps or not await hs.backfill.fill(room, max(gaps)):
+        page = read_page(hs, user_nid, room, span, wanted, limit, backwards=backwards)
+        if backwards:
+            gaps = hs.rooms.gaps(room, page.end + page.more, span[1] + 1)
+        else:
+            gaps = hs.rooms.gaps(room, span[0], page.end, max(span[0], MIN_POSITION + 1))
+        fill = hs.backfill.fill if backwards else hs.backfill.fill_up
+        if not gaps or not await fill(room, (max if backwards else min)(gaps)):
             break
     return page
 
@@ -15335,7 +15424,7 @@ async def get_messages(hs: Homeserver, request: Request, room_id: str) -> Json:
     start, span, backwards = page_span(request, room)
     wanted = page_filter(request)
     reading = hs, request.user.nid, room, span, wanted, wanted.limit
-    page = await read_filled(*reading) if backwards else read_page(*reading, backwards=False)
+    page = await read_filled(*reading, backwards=backwards)
     result: Json = {"start": stream_token(start), "chunk": as_clients(hs, request, page.events)}
     if page.more:
         result["end"] = stream_token(page.end)
@@ -15356,8 +15445,8 @@ async def get_context(hs: Homeserver, request: Request, room_id: str, event_id: 
     wanted = page_filter(request)
     nid, half = request.user.nid, wanted.limit // 2
     past, future = (MIN_POSITION, event.pos - 1), (event.pos, room.last_pos)
-    before = await read_filled(hs, nid, room, past, wanted, half)
-    after = read_page(hs, nid, room, future, wanted, half, backwards=False)
+    before = await read_filled(hs, nid, room, past, wanted, half, backwards=True)
+    after = await read_filled(hs, nid, room, future, wanted, half, backwards=False)
     shown = [*before.events, event, *after.events]
     senders = {one.sender for one in shown} if wanted.lazy_load_members else None
     state = hs.rooms.state_after(shown[-1] if after.events else event)
@@ -15997,12 +16086,22 @@ async def state_from(
     return list(hs.rooms.nids_of(answer["pdu_ids"]))
 
 
+NEAR_EVENT: Final = {"event_id": str, "origin_server_ts": int}
+LATER_MS = (3_600_000, 86_400_000, 30 * 86_400_000)  # so long after an event the next is sought
+NARROW_GAP = 500  # so many events, to judge by depth, are fetched from above
+
+
+def is_nearer(ts: int, other: int, wanted: int, *, backwards: bool) -> bool:
+    """Whether a time is on the right side of the wanted one, and nearer to it than another."""
+    return other < ts <= wanted if backwards else wanted <= ts < other
+
+
 class Backfill:
-    """Fetches what came before the events that we have."""
+    """Fetches what came before the events that we have, and what lies within the gaps."""
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
-        self._fills: Flights[tuple[RoomNid, int], bool] = Flights()
+        self._fills: Flights[tuple[RoomNid, int, str], bool] = Flights()
         self._given_up: LruCache[tuple[RoomNid, int], float] = LruCache(GAPS_REMEMBERED)
 
     async def fill(self, room: Room, position: int) -> bool:
@@ -16015,19 +16114,28 @@ class Backfill:
         again = (self._given_up.get(key) or -math.inf) + GAP_RETRY_SECONDS
         if not room.local_joined or time.monotonic() < again:
             return False
-        work = functools.partial(self._fill, room, position)
+        return await self._within_time(
+            (*key, "down"), functools.partial(self._fill, room, position)
+        )
+
+    async def _within_time(
+        self, key: tuple[RoomNid, int, str], work: Callable[[], Coroutine[Any, Any, bool]]
+    ) -> bool:
         try:
             return await asyncio.wait_for(self._fills.join(key, work), BACKFILL_SECONDS)
         except asyncio.TimeoutError:
             return False
 
+    def _servers(self, room: Room, *first: str) -> list[str]:
+        servers = dict.fromkeys([*first, *servers_in(room)])
+        servers.pop(self.hs.config.server_name, None)
+        return list(servers)[:BACKFILL_SERVERS]
+
     async def _fill(self, room: Room, position: int) -> bool:
         missing = self.hs.rooms.gaps(room, position - 1, position).get(position, [])
         event = self.hs.rooms.event_at(room, position)
         if event is not None and missing:
-            servers = dict.fromkeys([server_of(event.sender), *servers_in(room)])
-            servers.pop(self.hs.config.server_name, None)
-            for server in list(servers)[:BACKFILL_SERVERS]:
+            for server in self._servers(room, server_of(event.sender)):
                 with contextlib.suppress(MatrixError):
                     if await self._backfill(server, room, missing[:MAX_PREV_EVENTS]):
                         return True
@@ -16049,6 +16157,85 @@ class Backfill:
             with contextlib.suppress(MatrixError):
                 states[event.event_id] = [await state_from(self.hs, server, room, event.event_id)]
         return bool(self.hs.rooms.backfill(room, found, states))
+
+    # Jumps into a gap
+
+    async def jump(self, room: Room, ts: int, nearest: Event | None, *, backwards: bool) -> bool:
+        """Fetch the event nearest to a time (ms) if it may lie in a gap; whether one came.
+
+        `nearest` is the best that is here. Spec: SS-API `GET /timestamp_to_event`.
+        """
+        far = nearest.origin_server_ts if nearest else -1 if backwards else MAX_POSITION
+        is_exact = nearest is not None and far == ts
+        if (
+            is_exact
+            or not room.local_joined
+            or not self.hs.rooms.misses_between(room, min(ts, far), max(ts, far))
+        ):
+            return False
+        work = functools.partial(self._jump, room, ts, far, backwards)
+        return await self._within_time((room.nid, ts, "b" if backwards else "f"), work)
+
+    async def _jump(self, room: Room, ts: int, far: int, backwards: bool) -> bool:
+        """Ask server after server, till one names an event that is nearer and turns out as such."""
+        for server in self._servers(room):
+            with contextlib.suppress(MatrixError):
+                event = await self._near(server, room, ts, far, backwards=backwards)
+                if event is not None:
+                    await self.fill(room, cast(int, event.pos))
+                    return True
+        return False
+
+    async def _near(
+        self, server: str, room: Room, ts: int, far: int, *, backwards: bool
+    ) -> Event | None:
+        """Fetch what a server says is nearest to a time, if it is nearer than the time `far`."""
+        path = f"{FEDERATION_API}/timestamp_to_event/{quote(room.room_id, '')}"
+        query = {"ts": ts, "dir": "b" if backwards else "f"}
+        answer = await self.hs.federation.request(server, "GET", path, query=query)
+        check_shape(answer, NEAR_EVENT)
+        event_id = answer["event_id"]
+        if not is_nearer(answer["origin_server_ts"], far, ts, backwards=backwards):
+            return None
+        known = self.hs.rooms.event(event_id)
+        if known is not None and known.pos is not None:
+            return known if known.room_nid == room.nid else None
+        for event in await single_events(self.hs, server, room, [event_id]):
+            is_so = is_nearer(event.origin_server_ts, far, ts, backwards=backwards)
+            if event.event_id == event_id and is_so:
+                state = await state_from(self.hs, server, room, event_id, event.auth_events)
+                return self.hs.rooms.island(room, event, [state])
+        return None
+
+    async def _follow(self, server: str, room: Room, event: Event) -> bool:
+        """Fetch what follows an event, by way of one that is a little later; whether it was there.
+
+        Trap: what it names later may be here already, above the gap.
+        """
+        ts = event.origin_server_ts
+        for span in LATER_MS:
+            later = await self._near(server, room, ts + span, ts, backwards=True)
+            if later is not None:
+                await self.fill(room, cast(int, later.pos))
+                return True
+        return False
+
+    async def fill_up(self, room: Room, position: int) -> bool:
+        """Fetch some of what is missing below a timeline event, for who comes from before the gap.
+
+        Where it is wide, what they would read next is fetched, and not what is just below the event.
+        """
+        work = functools.partial(self._fill_up, room, position)
+        return bool(room.local_joined) and await self._within_time((room.nid, position, "up"), work)
+
+    async def _fill_up(self, room: Room, position: int) -> bool:
+        top, low = (self.hs.rooms.event_at(room, at) for at in (position, position - 1))
+        if top is not None and low is not None and top.depth - low.depth > NARROW_GAP:
+            for server in self._servers(room):
+                with contextlib.suppress(MatrixError):
+                    if await self._follow(server, room, low):
+                        return True
+        return await self.fill(room, position)
 
     async def _ask(
         self, server: str, path: str, query: Mapping[str, Any], max_bytes: int = MAX_JSON_BODY
@@ -17468,7 +17655,12 @@ async def event_by_time(
 
 
 async def event_near(
-    hs: Homeserver, request: Request, room: Room, may_see: Callable[[Event], bool]
+    hs: Homeserver,
+    request: Request,
+    room: Room,
+    may_see: Callable[[Event], bool],
+    *,
+    ask_others: bool = False,
 ) -> Json:
     """The answer to who asks for the event nearest to `ts` (milliseconds) in a direction `dir`."""
     if request.arg("ts") is None or request.arg("dir") is None:
@@ -17477,6 +17669,8 @@ async def event_near(
         raise invalid_param("dir is b or f")
     ts, backwards = request.int_arg("ts", 0, 0, MAX_POSITION), request.arg("dir") == "b"
     event = await event_by_time(hs, room, may_see, ts, backwards=backwards)
+    if ask_others and await hs.backfill.jump(room, ts, event, backwards=backwards):
+        event = await event_by_time(hs, room, may_see, ts, backwards=backwards)
     if event is None:
         raise not_found("There is no event in that direction")
     return {"event_id": event.event_id, "origin_server_ts": event.origin_server_ts}
@@ -17484,13 +17678,13 @@ async def event_near(
 
 @route("GET", ROOM_V1 + "/timestamp_to_event", auth=GUEST, limit="search", also=(MSC3030_PATH,))
 async def get_event_by_time(hs: Homeserver, request: Request, room_id: str) -> Json:
-    """The event nearest to a time in a direction, for a user.
+    """The event nearest to a time in a direction, for a user; also one that others have.
 
     Spec: CS-API "Jumping to a point in a room's history".  404 when there is none.
     """
     room = viewable_room(hs, request, room_id)
     viewer = Viewer(hs.rooms, room, request.user.nid)
-    return await event_near(hs, request, room, viewer.may_see)
+    return await event_near(hs, request, room, viewer.may_see, ask_others=True)
 
 
 # ═════════════════════════════════════════════════════════════════════════════

@@ -14501,6 +14501,68 @@ def test_a_day_finds_its_event(alice: Client) -> None:
     fails(alice.get(path, ts=1, dir="x"), 400, "M_INVALID_PARAM")
 
 
+def test_a_day_that_only_others_remember(tmp_path: Path, authority: Authority) -> None:
+    """Who came late jumps into the past: the event, what is around it, and on in both directions."""
+    near, far = (federating(tmp_path / name, authority).start() for name in ("near", "far"))
+    alice, bob = register(near), register(far)
+    room_id = bob.create_room(preset="public_chat")
+    bob.set_state(room_id, "m.room.history_visibility", {"history_visibility": "shared"})
+    count, minute, start = 1300, 60_000, 1_700_000_000_000
+
+    def story(hs: conduit.Homeserver) -> None:
+        room = hs.rooms.get(room_id)
+        for n in range(count):
+            content, at = {"msgtype": "m.text", "body": f"{n}"}, start + n * minute
+            hs.rooms.send(room, bob.user_id, "m.room.message", content, timestamp=at)
+
+    inside(far, story)
+    ok(alice.post(("join", room_id), server_name=far.name))
+    path = v1("rooms", room_id, "timestamp_to_event")
+
+    def jump(n: int, direction: str, offset: int = 1) -> str:
+        sign = 1 if direction == "b" else -1
+        ts = start + n * minute + sign * offset
+        found = ok(alice.get(path, ts=ts, dir=direction))
+        assert found["origin_server_ts"] == start + n * minute
+        return cast(str, found["event_id"])
+
+    def bodies(events: Json) -> list[int]:
+        return [int(event["content"]["body"]) for event in events]
+
+    for n, direction in ((600, "f"), (300, "b"), (599, "b"), (300, "f")):
+        event_id = jump(n, direction)
+        around = ok(alice.get(("rooms", room_id, "context", event_id), limit=20))
+        assert bodies([around["event"]]) == [n]
+        assert bodies(around["events_before"]) == [n - i for i in range(1, 11)]
+        assert bodies(around["events_after"]) == [n + i for i in range(1, 11)]
+        page, back = around["end"], around["start"]
+        for k in range(2):
+            answer = alice.messages(room_id, "f", **{"from": page}, limit=50)
+            first = n + 11 + 50 * k
+            assert bodies(answer["chunk"]) == list(range(first, first + 50))
+            page = answer["end"]
+            answer = alice.messages(room_id, "b", **{"from": back}, limit=50)
+            assert bodies(answer["chunk"]) == [n - 11 - 50 * k - i for i in range(50)]
+            back = answer["end"]
+    far.stop()
+    assert jump(600, "f", 0) and jump(350, "b", 0)  # these are here now
+    far.start()
+    token, seen = None, list[int]()
+    while True:  # the whole room has each once, and in order
+        options = {"from": token} if token else {}
+        answer = alice.messages(room_id, "b", **options, limit=100)
+        texts = [event for event in answer["chunk"] if event["type"] == "m.room.message"]
+        seen += bodies(texts)
+        if "end" not in answer:
+            break
+        token = answer["end"]
+    assert seen == list(range(count))[::-1]
+    for each in (near, far):
+        each.stop()
+        each.assert_clean_log()
+        each.check()
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  33. SEARCH
 # ═════════════════════════════════════════════════════════════════════════════
@@ -17675,6 +17737,53 @@ LIES: Final[dict[str, Any]] = {
     "no object": lambda _, __: [],
     "a fault": lambda _, __: conduit.parse_json(b"{"),
 }
+
+
+def test_sec_15_lies_about_the_event_of_a_day(anna: Client, far: Elsewhere) -> None:
+    """What a server names must be of that room, rightly signed, and at the right time."""
+    room_id, branch = shared(anna, far, "11")
+    other = Branch(far, anna.create_room(preset="public_chat", room_version="11"))
+    now = conduit.now_ms()
+    missed = [branch.text(f"{n}", origin_server_ts=now + 1000 * n) for n in range(1, 10)]
+    last = branch.text("after the gap", origin_server_ts=now + 10_000)
+    elsewhere = other.text("elsewhere", origin_server_ts=now + 4000)
+    stranger = branch.make("m.room.message", {}, sender="@eve:elsewhere.example")
+    far.events[stranger.event_id] = stranger
+    far.lies["get_missing_events"] = lambda _, __: {"events": []}
+    far.tell(last)
+    arrives(anna, room_id, "after the gap")
+    path = v1("rooms", room_id, "timestamp_to_event")
+
+    def asked(answer: Any) -> str:
+        before = far.counts["timestamp_to_event"]
+        far.lies["timestamp_to_event"] = lambda _, __: answer
+        found = ok(anna.get(path, ts=now + 3500, dir="f"))
+        assert far.counts["timestamp_to_event"] > before
+        return cast(str, found["event_id"])
+
+    right = {"event_id": missed[3].event_id, "origin_server_ts": now + 4000}
+    for answer in (
+        {**right, "event_id": elsewhere.event_id},  # of another room
+        {**right, "event_id": missed[1].event_id},  # of another time
+        {**right, "event_id": stranger.event_id},  # not signed by its sender's server
+        {**right, "event_id": "$nothing"},
+        {**right, "origin_server_ts": now + 3000},  # on the wrong side
+        {**right, "origin_server_ts": now + 20_000},  # farther than what is here
+        {**right, "event_id": 4},
+        [],
+        conduit.Response(200, b"{"),
+        conduit.Response(500, b""),
+    ):
+        assert asked(answer) == last.event_id
+        forgive(far)
+    assert asked(right) == missed[3].event_id
+    context = ok(anna.get(("rooms", room_id, "context", missed[3].event_id)))
+    assert [event["event_id"] for event in context["events_after"]][:1] == [last.event_id]
+
+
+def forgive(far: Elsewhere) -> None:
+    """A sign of life, after which the peer is asked again."""
+    far.edu("m.typing", {})
 
 
 @pytest.mark.parametrize("lie", LIES)
