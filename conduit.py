@@ -9065,6 +9065,7 @@ class ServerKeys:
         self._asked: LruCache[str, float] = LruCache(KEYS_CACHED)  # when a fetch ended
         share = max(1, hs.config.max_concurrent_requests // 4)
         self._gates = {urgent: asyncio.Semaphore(share) for urgent in (False, True)}
+        self.on_rebuilt: Callable[[str], None] = lambda _: None  # the composition root sets this
         hs.db.on_reset(self._cache.clear)
 
     def known(self, server: str) -> dict[str, ServerKey]:
@@ -9187,12 +9188,13 @@ class ServerKeys:
             log_federation.warning("keys of %s from %s: %s", server, notary, error.error)
 
     def store(self, answer: Json, *, direct: bool = True) -> None:
-        """Keep the keys of a checked answer.
+        """Keep the keys of a checked answer; who does not know its old ones any more was rebuilt.
 
         Trap: a notary may repeat an old answer, so it cannot make good what the server has retired.
         """
         server, known = answer["server_name"], self.known(answer["server_name"])
         fresh = keys_in(answer)
+        is_same = any(known[name].key == fresh[name].key for name in known.keys() & fresh.keys())
         if len({*known, *fresh}) > 2 * MAX_KEYS:
             raise invalid_param(f"{server} has had too many keys")
         with self.hs.db.write():
@@ -9205,6 +9207,8 @@ class ServerKeys:
             latest = (server, answer["valid_until_ts"], encode_json(answer))
             self.hs.db.execute("INSERT OR REPLACE INTO key_answers VALUES (?, ?, ?)", latest)
         self._cache.pop(server)
+        if direct and known and not is_same:
+            self.on_rebuilt(server)
 
     async def answer_of(self, server: str, minimum_ts: int) -> Json | None:
         """What a server says of its keys, good until then if that can be had."""
@@ -9365,6 +9369,7 @@ CREATE TABLE destinations (         -- servers that did not answer the last time
 
 FEDERATION_API: Final = "/_matrix/federation/v1"
 BACKOFF_MS = (5_000, 3_600_000)  # after the first failure, doubled with each, and at most
+BACKOFF_SPREAD = 0.3  # by so much at most it is shorter
 DESTINATIONS_CACHED = 20_000
 X_MATRIX_PARAM = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)="
@@ -9453,6 +9458,17 @@ def encode_query(query: Mapping[str, Any]) -> str:
     return f"?{urlencode(pairs, quote_via=quote)}" if pairs else ""
 
 
+def spread(*key: object) -> float:
+    """From 0 to 1, evenly, and always the same for a key.
+
+    So servers that went down together, with the network say, are not all tried again in the same
+    moment, nor is one that was down by all the others.
+    """
+    return (
+        int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big") / 2**32
+    )
+
+
 class Federation:
     """Signed requests to other servers, and the memory of those that did not answer."""
 
@@ -9491,6 +9507,7 @@ class Federation:
         if retry_ts > now:
             return
         wait = min(longest, first << min(failures, 20))
+        wait -= int(wait * BACKOFF_SPREAD * spread(self.hs.config.server_name, server, failures))
         row = (server, failures + 1, now + wait)
         with self.hs.db.write():
             self.hs.db.execute("INSERT OR REPLACE INTO destinations VALUES (?, ?, ?)", row)
@@ -21284,26 +21301,53 @@ DEVICE_UPDATE: Final = {
 def receive_device_list(hs: Homeserver, origin: str, content: Json) -> None:
     """A device elsewhere changed; after a gap all devices of its user are fetched anew.
 
-    Spec: SS-API "Device Management".
+    Spec: SS-API "Device Management". Trap: a server that was rebuilt counts from the beginning, and
+    some always say 1; so only what follows on what we have is taken as it is.
     """
     check_canonical(content)
     user_id, device_id, stream_id = (content[key] for key in ("user_id", "device_id", "stream_id"))
     nid = user_of(hs, origin, user_id)
     known = remote_list(hs, nid)
-    if known is not None and known.stream_id is not None and stream_id < known.stream_id:
-        return
     device_list_changed(hs, nid)
-    if known is None or known.stale or {*content.get("prev_id", ())} - {known.stream_id}:
-        devices = {} if known is None else known.devices
-        new = RemoteList(None, hs.keys.lists_changed, devices)
-    else:
+    before = None if known is None or known.stale else known.stream_id
+    if known is not None and content.get("prev_id") == [before] and stream_id > (before or 0):
         devices = {name: one for name, one in known.devices.items() if name != device_id}
         if "keys" in content and not content.get("deleted"):
             devices |= listed_devices(user_id, [content])
         new = RemoteList(stream_id, 0, devices)
+    else:
+        devices = {} if known is None else known.devices
+        new = RemoteList(None, hs.keys.lists_changed, devices)
     keep_remote_list(hs, nid, new, {})
     if known is not None and new.stale:
         hs.background(refresh_remote_list(hs, nid))
+
+
+async def forget_rebuilt(hs: Homeserver, server: str) -> None:
+    """Fetch anew what is kept of the devices of a server's users, for its keys are all others.
+
+    It was rebuilt under its old name, and tells nobody that its users' old devices are gone. Its
+    transactions may have ids again that they had before.
+    """
+    with hs.db.write():
+        hs.db.execute("DELETE FROM received_transactions WHERE origin = ?", (server,))
+    await hs.db.synced()
+
+    def read(connection: sqlite3.Connection) -> list[Any]:
+        query = """
+            SELECT user_nid
+            FROM remote_devices JOIN users USING (user_nid)
+            WHERE substr(user_id, -length(:end)) = :end
+        """
+        return connection.execute(query, {"end": f":{server}"}).fetchall()
+
+    update = "UPDATE remote_devices SET stream_id = NULL, stale = ? WHERE user_nid = ?"
+    for (nid,) in await hs.db.read_in_thread(read):
+        with hs.db.write():
+            device_list_changed(hs, nid)
+            hs.db.execute(update, (hs.keys.lists_changed, nid))
+        hs.background(refresh_remote_list(hs, nid))
+        await asyncio.sleep(0)
 
 
 def receive_signing_keys(hs: Homeserver, origin: str, content: Json) -> None:
@@ -21433,9 +21477,6 @@ class Inbox:
         if known is not None:
             return cast(Json, json.loads(known))
         verdicts, events = await self._judge(origin, body.get("pdus", []))
-        for edu in body.get("edus", []):  # they do no harm if the transaction comes again
-            receive_edu(self.hs, origin, edu)
-            await asyncio.sleep(0)
         with db.write():
             for event in events:
                 room = self.hs.rooms.find(event.room_id)
@@ -21443,6 +21484,10 @@ class Inbox:
                     self.put(room, origin, event.event_id, event.pdu)
                 else:
                     self.hs.joining.note_removal(event)
+        for edu in body.get("edus", []):  # such as receipts for these events
+            receive_edu(self.hs, origin, edu)
+            await asyncio.sleep(0)
+        with db.write():  # until then, all this does no harm if the transaction comes again
             answer = {"pdus": verdicts}
             row = (origin, txn_id, now_ms(), json.dumps(answer))
             db.execute("INSERT INTO received_transactions VALUES (?, ?, ?, ?)", row)
@@ -30158,6 +30203,7 @@ class Homeserver:
         self.rooms.erased = self.accounts.erased
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive
+        self.server_keys.on_rebuilt = lambda server: self.background(forget_rebuilt(self, server))
 
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")

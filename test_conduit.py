@@ -17980,11 +17980,16 @@ def test_typing_receipts_presence(anna: Client, far: Elsewhere) -> None:
 def test_receipts_wait_for_their_events(anna: Client, far: Elsewhere) -> None:
     """A receipt that comes with its event, or for an event on the way, is not lost."""
     room_id, branch = shared(anna, far)
-    event = branch.text("read")
-    edu = {"edu_type": "m.receipt", "content": {room_id: receipt_of(branch.user, event.event_id)}}
-    far.tell(event)
-    ok(far.send(edus=[edu]))
-    eventually(lambda: event.event_id in ephemeral_now(anna, room_id, "m.receipt"))
+    for together in (False, True):
+        event = branch.text("read")
+        receipt = {room_id: receipt_of(branch.user, event.event_id)}
+        edus = [{"edu_type": "m.receipt", "content": receipt}]
+        if together:
+            ok(far.send(event, edus=edus))
+        else:
+            far.tell(event)
+            ok(far.send(edus=edus))
+        eventually(lambda: event.event_id in ephemeral_now(anna, room_id, "m.receipt"))  # noqa: B023
 
 
 def device_of(user_id: str, name: str = "D") -> tuple[KeyPair, Json]:
@@ -18032,14 +18037,53 @@ def test_device_lists_of_others(anna: Client, far: Elsewhere) -> None:
     assert known().keys() == {"D", "E"}
     far.edu("m.device_list_update", device_update(user, 9, 8, device_id="E", deleted=True))
     assert known().keys() == {"D"}
-    far.edu("m.device_list_update", device_update(user, 3, 2, device_id="F", keys=second))
-    assert known().keys() == {"D"} and asked() == asked_before
+    assert asked() == asked_before
+    # A count that goes backwards is of a server that was rebuilt, and an update may name none.
+    for update in (device_update(user, 3, 2), device_update(user, 1)):
+        devices["stream_id"] = update["stream_id"]
+        devices["devices"] = [{"device_id": "D", "keys": {**first, "x": update["stream_id"]}}]
+        far.edu("m.device_list_update", update)
+        assert changed(anna.poll()) == {user}
+        eventually(lambda: known()["D"].get("x") == devices["stream_id"])
+    assert known().keys() == {"D"}
     far.tell(branch.add("m.room.member", {"membership": "leave"}, state_key=user))
     eventually(lambda: user not in joined_in(anna, room_id))
     far.answers[query_path] = {"device_keys": {user: {}}}
     assert known() == {}
     far.edu("m.device_list_update", device_update(user, 10, 9, keys=first))
     assert changed(anna.poll()) == set()
+
+
+def test_devices_of_a_server_that_was_rebuilt(anna: Client, far: Elsewhere) -> None:
+    """New keys under an old name, and none of the old ones: the devices are other ones too."""
+    _, branch = shared(anna, far)
+    user, query_path = branch.user, f"{FEDERATION_V1}/user/keys/query"
+    first, second = (device_of(user, name)[1] for name in ("D", "E"))
+    far.answers[query_path] = {"device_keys": {user: {"D": first}}}
+    whom = cast(Client, SimpleNamespace(user_id=user))
+    anna.poll()
+    assert query(anna, whom)["device_keys"][user].keys() == {"D"}
+    ok(far.send(txn="again"))
+    listed = {"user_id": user, "stream_id": 1, "devices": [{"device_id": "E", "keys": second}]}
+    far.answers[f"{FEDERATION_V1}/user/devices/{quote(user, safe='')}"] = listed
+    old = {far.key.key_id: {"key": far.key.public, "expired_ts": conduit.now_ms() - 1}}
+    edu = {"edu_type": "m.typing", "content": {"room_id": branch.room_id, "user_id": user}}
+    edu["content"]["typing"] = True  # type: ignore[index]
+    for known in (old, {}):  # with the old key beside it, a new one is nothing special
+        far.key = conduit.SigningKey.generate()
+        far.answers["/_matrix/key/v2/server"] = far.keys(old_verify_keys=known)
+        far.server.restart()  # it asks for keys at once
+        assert ok(far.send(edus=[edu], txn="again" if known else "new")) == {"pdus": {}}
+        if known:
+            assert changed(anna.poll()) == set()
+            assert query(anna, whom)["device_keys"][user].keys() == {"D"}
+    eventually(lambda: changed(anna.poll()) == {user})
+    eventually(lambda: query(anna, whom)["device_keys"][user].keys() == {"E"})
+    assert not database_rows(far.server, RECEIVED.format("again"))
+    assert database_rows(far.server, RECEIVED.format("new"))
+
+
+RECEIVED: Final = "SELECT 1 FROM received_transactions WHERE txn_id = '{}'"
 
 
 def test_sec_23_nobody_learns_from_us_whom_else_we_know(
@@ -19079,6 +19123,30 @@ def test_a_room_with_many_dead_servers_writes_no_row_for_them(
     used = sending.cpu()
     time.sleep(1.5)  # within the wait after the first failures
     assert sending.cpu() - used < 0.1
+
+
+def test_who_went_down_together_is_not_tried_together(
+    sending: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The waits differ from server to server, by up to a third, and are the same in every run."""
+    monkeypatch.setattr(conduit, "now_ms", lambda: 1_000_000)
+
+    def story(hs: conduit.Homeserver) -> list[list[int]]:
+        names = [f"server{n}.example" for n in range(300)]
+        waits = []
+        for failures in (0, 3, 30):
+            for name in names:
+                hs.federation.failed(name, failures)
+                waits.append(hs.federation.failing(name)[1] - 1_000_000)
+                hs.federation.succeeded(name)
+        return [waits[at : at + 300] for at in (0, 300, 600)]
+
+    waits = inside(sending, story)
+    for each, full in zip(waits, (5_000, 40_000, 3_600_000), strict=True):
+        assert all(0.7 * full <= wait <= full for wait in each)
+        tenths = Counter(int((full - wait) / (0.03 * full)) for wait in each)
+        assert max(tenths.values()) < 60 and len(tenths) >= 10  # about 30 in each
+    assert inside(sending, story) == waits
 
 
 # ── 40.4  For the admin ──────────────────────────────────────────────────────
@@ -29624,6 +29692,8 @@ SCANS: Final = {
     " LIMIT 1": "the first will do",
     "SELECT user_nid, user_id FROM accounts JOIN users USING (user_nid)": "a bridge is registered",
     "SELECT DISTINCT room_nid FROM network_rooms": "bridged networks; an index of few rows",
+    "SELECT user_nid FROM remote_devices JOIN users USING (user_nid)"
+    " WHERE substr(user_id, -length(:end)) = :end": "a server was rebuilt; in a thread",
     "SELECT DISTINCT room_nid FROM memberships": "an admin asks for the list",
     "SELECT room_nid, COUNT(*), MIN(item_nid) FROM inbox WHERE error IS NULL"
     " GROUP BY room_nid": "at the start; the table is a queue",
