@@ -21763,7 +21763,8 @@ class Queue:
     size: int = MAX_EDUS  # items in a transaction, fewer after one was refused
     suspect: int = 0  # position of the item that may be the reason; it is passed over
     suspects: int = 0  # and how many there are
-    edus: dict[EduKey, int] = field(default_factory=dict)  # what may get lost; see Sender
+    edus: dict[EduKey, int] = field(default_factory=dict)  # of what is short-lived; see Sender
+    sending: dict[EduKey, int] = field(default_factory=dict)  # and of this, what is on its way
 
 
 def missed_many(hs: Homeserver, after: int) -> bool:
@@ -21931,6 +21932,7 @@ class Queues:
         self._share = max(1, hs.config.max_concurrent_requests // 2)
         self._retries: list[tuple[int, str]] = []
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._receipts: dict[RoomNid, int] = {}  # rooms where some moved, after which position
         hs.db.on_reset(self._reread)
 
     def start(self) -> None:
@@ -22061,6 +22063,7 @@ class Queues:
         except Exception as error:  # a full disk, say: this server waits, the others do not
             is_expected = isinstance(error, MatrixError)
             log_sending.error("sending to %s failed", queue.server, exc_info=not is_expected)
+            self._give_back(queue)
             self._pause(queue, now_ms() + BACKOFF_MS[0])
             queue.is_busy = False
         finally:
@@ -22076,8 +22079,8 @@ class Queues:
             queue.suspect = queue.suspects = 0
             self.hs.federation.failed(queue.server, queue.failures)
             return True
-        taken, queue.edus = queue.edus, {}
-        content = self._transaction(items, taken)
+        self._take_edus(queue, is_alone=not items, is_last=upto >= self.hs.stream.position)
+        content = self._transaction(items, queue.sending)
         if not content["pdus"] and not content["edus"]:
             return self._delivered(queue, upto)
         path = f"{FEDERATION_API}/send/{random_token(16)}"
@@ -22085,11 +22088,26 @@ class Queues:
         if status == 200:
             self._log_refused(queue.server, answer)
             return self._delivered(queue, upto)
-        for key, value in taken.items():
-            if key[0] != TYPING and status not in REFUSALS:
-                queue.edus[key] = min(value, queue.edus.get(key, value))
+        if items or status not in REFUSALS:
+            self._give_back(queue)
+        queue.sending = {}
         self._refused(queue, items, status)
         return True
+
+    def _take_edus(self, queue: Queue, *, is_alone: bool, is_last: bool) -> None:
+        """Choose what is short-lived for a transaction; receipts come after the events they are for.
+
+        When a server chokes on something, it is not to be on these beside other things.
+        """
+        if is_alone or queue.size == MAX_EDUS:
+            all_edus = queue.edus.items()
+            queue.sending = {key: n for key, n in all_edus if is_last or key[0] != RECEIPT}
+            queue.edus = {key: n for key, n in all_edus if key not in queue.sending}
+
+    def _give_back(self, queue: Queue) -> None:
+        for key, value in queue.sending.items():
+            if key[0] != TYPING:
+                queue.edus[key] = min(value, queue.edus.get(key, value))
 
     def _transaction(self, items: list[Item], edus: Mapping[EduKey, int]) -> Json:
         content: Json = {"origin": self._own, "origin_server_ts": now_ms(), "pdus": [], "edus": []}
@@ -22122,7 +22140,7 @@ class Queues:
         if queue.suspect:
             log_sending.error("%s chokes on what is at %d; left out", queue.server, queue.suspect)
         queue.acked, queue.suspect, queue.suspects = max(upto, queue.acked), 0, 0
-        queue.size = min(MAX_EDUS, 2 * queue.size)
+        queue.size, queue.sending = min(MAX_EDUS, 2 * queue.size), {}
         more = upto < self.hs.stream.position or bool(queue.edus)
         if more and not queue.edus:
             items, end = next_items(self.hs, queue)
@@ -22162,8 +22180,16 @@ class Queues:
 
     def save(self) -> None:
         """Note how far all are that are not late; what is sent again is known by its id."""
-        waiting = [queue.acked for queue in self.queues.values() if not queue.is_late]
-        self.db.set_meta("sent_upto", min(waiting, default=self.hs.stream.position))
+        here, queues = self.hs.stream.position, self.queues.values()
+        waiting = [queue.acked for queue in queues if not queue.is_late]
+        receipts = {True: [here], False: [here, *self._receipts.values()]}
+        for queue in queues:
+            edus = itertools.chain(queue.edus.items(), queue.sending.items())
+            receipts[queue.is_late] += [since for key, since in edus if key[0] == RECEIPT]
+        with self.db.write():
+            self.db.set_meta("sent_upto", min(waiting, default=here))
+            self.db.set_meta("receipts_upto", min(receipts[False]))
+            self.db.set_meta("late_receipts_upto", min(receipts[True]))
 
     def maintain(self) -> None:
         """Forget the events that every server has, and servers that are gone and not missed."""
@@ -22187,6 +22213,7 @@ class Queues:
             self.db.execute("DELETE FROM late_servers WHERE server = ?", (queue.server,))
         queue.acked, queue.suspect, queue.is_late = self.hs.stream.position, 0, False
         queue.edus.clear()
+        queue.sending.clear()
         if not queue.is_busy:
             del self.queues[queue.server]
 
@@ -22213,13 +22240,45 @@ class Sender(Queues):
         super().__init__(hs)
         self.disabled = {row[0] for row in hs.db.all("SELECT room_id FROM disabled_rooms")}
         self._typing: dict[int, set[UserNid]] = {}
-        self._receipts: dict[RoomNid, int] = {}  # rooms where some moved, after which position
         rooms = hs.rooms
         rooms.subscribe_membership(self._membership_changed)
         rooms.subscribe_sent(self.add)
         rooms.subscribe_purge(self._forget_room)
         rooms.subscribe_history(self._forget_events)
         hs.stream.subscribe(self._stamped)
+
+    def start(self) -> None:
+        """Go on where the last run ended, with receipts as well."""
+        super().start()
+        if self.hs.config.allow_federation and self.hs.config.allow_outgoing_read_receipts:
+            self._find_receipts()
+
+    def _find_receipts(self) -> None:
+        """Let the receipts wait that were not sent, by how far the servers were: late ones, and all.
+
+        A receipt has no row in a queue: the newest of each user is sent, if it may be a new one.
+        """
+        sent = self.db.meta("receipts_upto") or self.hs.stream.position
+        late = min(sent, self.db.meta("late_receipts_upto") or sent)
+        query = """
+            SELECT server, room_nid
+            FROM late_servers
+            CROSS JOIN room_servers USING (server)
+            WHERE until = :max
+              AND EXISTS (
+                  SELECT 1 FROM receipts WHERE room_nid = room_servers.room_nid AND pos > :after
+              )
+        """
+        for server, room_nid in self.db.all(query, {"max": MAX_POSITION, "after": late}):
+            self.queues[server].edus[RECEIPT, room_nid, 0] = late
+        query = """
+            SELECT room_nid
+            FROM rooms
+            WHERE EXISTS (SELECT 1 FROM receipts WHERE room_nid = rooms.room_nid AND pos > ?)
+        """
+        for (room_nid,) in self.db.all(query, (sent,)):
+            self._receipts[room_nid] = sent
+            self._tell_receipts(room_nid)
 
     def add(self, room: Room, event: Event) -> None:
         """Send an event to all servers that are in its room: ours, or one that we vouch for.

@@ -18966,6 +18966,69 @@ def test_switched_off_nothing_goes_out(
     assert not [edu for content in receiver.transactions for edu in content["edus"]]
 
 
+@pytest.mark.parametrize("ending", ["stop", "kill9"])
+def test_receipts_wait_for_servers_that_are_down(
+    met: tuple[Client, str], receiver: Destination, sending: Server, ending: str
+) -> None:
+    """The newest come when their server is back, after the events they are for, though we end."""
+    alice, room_id = met
+    receiver.verdict = lambda _: 502
+    ids = [alice.send_text(room_id, f"{n}") for n in range(120)]
+    eventually(lambda: database_rows(sending, "SELECT 1 FROM destinations"))
+    for event_id in (ids[3], ids[-1]):
+        ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id), {}))
+    time.sleep(0.4)
+    getattr(sending, ending)()
+    sending.start()
+    receiver.verdict = lambda _: 200
+    uri = f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+    ok(receiver.ask(sending, "GET", uri))
+    eventually(lambda: receiver.edus("m.receipt"))
+    (edu,) = receiver.edus("m.receipt")
+    assert edu[room_id]["m.read"][alice.user_id]["event_ids"] == [ids[-1]]
+    places = [bool(content["edus"]) for content in receiver.transactions]
+    assert len(receiver.bodies) == 120 and places.index(True) == len(places) - 1
+
+
+def test_receipts_of_the_last_moment_are_not_lost(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """They are collected for a while before they go out; what came then goes out after a kill."""
+    alice, room_id = met
+    event_id = alice.send_text(room_id, "x")
+    eventually(lambda: receiver.bodies == ["x"])
+    for peers in range(3):  # that it is not told again later
+        if not peers:
+            ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id), {}))
+        sending.kill9()
+        sending.start()
+        eventually(lambda: receiver.edus("m.receipt"))
+        alice.send_text(room_id, f"{peers}")
+        eventually(lambda: receiver.bodies[-1] == f"{peers}")  # noqa: B023
+        time.sleep(1.2)
+    assert receiver.edus("m.receipt")[0][room_id]["m.read"][alice.user_id]["event_ids"] == [
+        event_id
+    ]
+    assert len(receiver.edus("m.receipt")) == 1
+
+
+def test_receipts_are_not_taken_for_what_a_server_chokes_on(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """While it is sought, and after it was found, other things go out beside it."""
+    alice, room_id = met
+    receiver.verdict = lambda content: 400 if content["edus"] else 200
+    first = alice.send_text(room_id, "0")
+    eventually(lambda: receiver.bodies == ["0"])
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", first), {}))
+    for n in range(1, 5):
+        alice.send_text(room_id, f"{n}")
+    time.sleep(0.5)
+    alice.send_text(room_id, "5")
+    eventually(lambda: receiver.bodies == [f"{n}" for n in range(6)])
+    assert "chokes" not in sending.log
+
+
 # ── 40.3  Whose turn it is ───────────────────────────────────────────────────
 
 
@@ -29684,6 +29747,11 @@ SCANS: Final = {
     "SELECT room_id FROM disabled_rooms": "at the start; few",
     "SELECT server, acked FROM late_servers": "at the start",
     "SELECT server FROM late_servers": "when writes were undone",
+    "SELECT server, room_nid FROM late_servers CROSS JOIN room_servers USING (server)"
+    " WHERE until = :max AND EXISTS ( SELECT 1 FROM receipts WHERE room_nid ="
+    " room_servers.room_nid AND pos > :after )": "at the start",
+    "SELECT room_nid FROM rooms WHERE EXISTS (SELECT 1 FROM receipts WHERE room_nid ="
+    " rooms.room_nid AND pos > ?)": "at the start",
     "UPDATE device_updates SET pos = pos + ?, previous = NULL": "after a restore",
     "SELECT user_nid FROM profile_updates": "at the start; the table is a queue",
     "SELECT user_nid, state, status_msg FROM presence": "at the start",
