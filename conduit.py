@@ -9503,15 +9503,20 @@ class Federation:
         """
         failures, retry_ts = self.failing(server)
         failures = max(failures, before)
-        now, (first, longest) = now_ms(), BACKOFF_MS
+        now = now_ms()
         if retry_ts > now:
             return
-        wait = min(longest, first << min(failures, 20))
-        wait -= int(wait * BACKOFF_SPREAD * spread(self.hs.config.server_name, server, failures))
-        row = (server, failures + 1, now + wait)
+        row = (server, failures + 1, now + self.wait_after(server, failures + 1))
         with self.hs.db.write():
             self.hs.db.execute("INSERT OR REPLACE INTO destinations VALUES (?, ?, ?)", row)
         self._failing.pop(server)
+
+    def wait_after(self, server: str, failures: int) -> int:
+        """How long (ms) a server is left alone after so many failures."""
+        first, longest = BACKOFF_MS
+        wait = min(longest, first << min(failures - 1, 20))
+        own = self.hs.config.server_name
+        return wait - int(wait * BACKOFF_SPREAD * spread(own, server, failures))
 
     def check_backoff(self, server: str) -> None:
         """502 while a server is left alone."""
@@ -16240,7 +16245,7 @@ class Backfill:
     async def fill_up(self, room: Room, position: int) -> bool:
         """Fetch some of what is missing below a timeline event, for who comes from before the gap.
 
-        Where it is wide, what they would read next is fetched, and not what is just below the event.
+        Where it is wide, what they read next is fetched, and not what is just below the event.
         """
         work = functools.partial(self._fill_up, room, position)
         return bool(room.local_joined) and await self._within_time((room.nid, position, "up"), work)
@@ -22095,7 +22100,7 @@ class Queues:
         return True
 
     def _take_edus(self, queue: Queue, *, is_alone: bool, is_last: bool) -> None:
-        """Choose what is short-lived for a transaction; receipts come after the events they are for.
+        """Choose what is short-lived for a transaction; receipts follow the events they are for.
 
         When a server chokes on something, it is not to be on these beside other things.
         """
@@ -22181,11 +22186,11 @@ class Queues:
     def save(self) -> None:
         """Note how far all are that are not late; what is sent again is known by its id."""
         here, queues = self.hs.stream.position, self.queues.values()
-        waiting = [queue.acked for queue in queues if not queue.is_late]
+        waiting = [each.acked for each in queues if not each.is_late]
         receipts = {True: [here], False: [here, *self._receipts.values()]}
-        for queue in queues:
-            edus = itertools.chain(queue.edus.items(), queue.sending.items())
-            receipts[queue.is_late] += [since for key, since in edus if key[0] == RECEIPT]
+        for each in queues:
+            edus = itertools.chain(each.edus.items(), each.sending.items())
+            receipts[each.is_late] += [since for key, since in edus if key[0] == RECEIPT]
         with self.db.write():
             self.db.set_meta("sent_upto", min(waiting, default=here))
             self.db.set_meta("receipts_upto", min(receipts[False]))
@@ -22254,7 +22259,7 @@ class Sender(Queues):
             self._find_receipts()
 
     def _find_receipts(self) -> None:
-        """Let the receipts wait that were not sent, by how far the servers were: late ones, and all.
+        """Let the receipts wait that were not sent, by how far late servers were, and the others.
 
         A receipt has no row in a queue: the newest of each user is sent, if it may be a new one.
         """
@@ -22459,9 +22464,32 @@ def queues_by_lateness(hs: Homeserver) -> list[QueueStatus]:
     return [queue_status(hs, queue) for queue in queues]
 
 
-def retry_server(hs: Homeserver, server: str) -> None:
-    """End the waiting for a server, and try what waits for it at once."""
+def retry_server(hs: Homeserver, server: str) -> bool:
+    """End the waiting for a server, and try what waits for it at once; False if nobody waits."""
+    queue = hs.sender.queues.get(server)
+    waits = hs.federation.failing(server)[0] > 0 or (queue is not None and queue.retry_ts > 0)
     hs.federation.succeeded(server)
+    hs.sender.alive(server)
+    return waits
+
+
+DESTINATIONS: Final = """
+    SELECT server, COALESCE(failures, 0), COALESCE(retry_ts, 0)
+    FROM (SELECT server FROM room_servers UNION SELECT server FROM destinations)
+    LEFT JOIN destinations USING (server)
+"""
+
+
+async def destinations(hs: Homeserver) -> list[tuple[str, int, int]]:
+    """The servers that we deal with: name, failures in a row, when each is tried again (ms)."""
+    await hs.db.synced()
+    return await hs.db.read_in_thread(lambda db: db.execute(DESTINATIONS).fetchall())
+
+
+def acked_by(hs: Homeserver, server: str) -> int:
+    """The position up to which a server has everything."""
+    queue = hs.sender.queues.get(server)
+    return hs.stream.position if queue is None else queue.acked
 
 
 def reset_queue(hs: Homeserver, server: str) -> bool:
@@ -28062,6 +28090,13 @@ async def list_queues(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_table(f"Found {len(rows)}:", heads, rows)
 
 
+@command("retry-server SERVER")
+async def retry_server_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Try at once what waits for a server, whatever has failed before."""
+    did = retry_server(hs, other_server(hs, arguments["SERVER"]))
+    return reply_text("It is tried." if did else "It is not being left alone.", failed=not did)
+
+
 @command("reset-queue SERVER")
 async def reset_queue_command(hs: Homeserver, arguments: Arguments) -> Reply:
     """Throw away what waits for a server."""
@@ -29369,7 +29404,81 @@ async def admin_pushers(hs: Homeserver, _request: Request, user_id: str) -> Json
     return {"pushers": found, "total": len(found)}
 
 
-# ── 49.8  The server ─────────────────────────────────────────────────────────
+# ── 49.8  Other servers ──────────────────────────────────────────────────────
+
+DESTINATION_PATH = "/v1/federation/destinations/{server}"
+DESTINATION_ORDER = (
+    *("destination", "retry_last_ts", "retry_interval", "failure_ts"),
+    "last_successful_stream_ordering",
+)
+
+
+def destination_json(hs: Homeserver, server: str, failures: int, retry_ts: int) -> Json:
+    """How it goes with a server. When the failures began follows from how long we waited since."""
+    waits = [hs.federation.wait_after(server, n) for n in range(1, min(failures, 1000) + 1)]
+    return {
+        "destination": server,
+        "retry_last_ts": retry_ts - waits[-1] if waits else 0,
+        "retry_interval": waits[-1] if waits else 0,
+        "failure_ts": retry_ts - sum(waits) if waits else None,
+        "last_successful_stream_ordering": acked_by(hs, server),
+    }
+
+
+async def known_destination(hs: Homeserver, server: str) -> Json:
+    """The same for a server that a path names; 404 for one that we do not deal with."""
+    query = "SELECT 1 FROM room_servers WHERE server = ? LIMIT 1"
+    failures, retry_ts = hs.federation.failing(server)
+    if not failures and hs.db.value(query, (server,)) is None:
+        raise not_found("Unknown destination")
+    return destination_json(hs, server, failures, retry_ts)
+
+
+def destinations_page(request: Request, name: str, rows: list[Json], order: str) -> Json:
+    """The page of sorted rows that is asked for; the token of the next is a string."""
+    rows.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
+    _, page, end = rows_page(request, rows)
+    answer: Json = {name: page, "total": len(rows)}
+    return answer if end is None else {**answer, "next_token": str(end)}
+
+
+@admin_route("GET", "/v1/federation/destinations")
+async def admin_destinations(hs: Homeserver, request: Request) -> Json:
+    """The servers that we deal with, and how it goes, sorted, page by page."""
+    order, wanted = request.arg("order_by", "destination"), request.arg("destination") or ""
+    if order not in DESTINATION_ORDER:
+        raise invalid_param(f"order_by is one of {', '.join(DESTINATION_ORDER)}")
+    found = [destination_json(hs, *row) for row in await destinations(hs) if wanted in row[0]]
+    return destinations_page(request, "destinations", found, order)
+
+
+@admin_route("GET", DESTINATION_PATH)
+async def admin_destination(hs: Homeserver, _request: Request, server: str) -> Json:
+    """How it goes with one server."""
+    return await known_destination(hs, server)
+
+
+@admin_route("GET", DESTINATION_PATH + "/rooms")
+async def admin_destination_rooms(hs: Homeserver, request: Request, server: str) -> Json:
+    """The rooms that we share with a server, and up to where it has our events."""
+    await known_destination(hs, server)
+    query = "SELECT DISTINCT room_nid FROM room_servers WHERE server = ? AND until = ?"
+    acked, rows = acked_by(hs, server), hs.db.all(query, (server, MAX_POSITION))
+    rooms = [hs.rooms.by_nid(nid) for (nid,) in rows]
+    found = [{"room_id": r.room_id, "stream_ordering": min(r.last_pos, acked)} for r in rooms]
+    return destinations_page(request, "rooms", found, "room_id")
+
+
+@admin_route("POST", DESTINATION_PATH + "/reset_connection", body={})
+async def admin_reset_connection(hs: Homeserver, _request: Request, server: str) -> Json:
+    """Try a server at once that is being left alone; 400 for one that is not."""
+    await known_destination(hs, server)
+    if not retry_server(hs, server):
+        raise MatrixError(400, "M_UNKNOWN", "This server is not being left alone")
+    return {}
+
+
+# ── 49.9  The server ─────────────────────────────────────────────────────────
 
 
 @route("GET", ADMIN_API + "/v1/server_version", auth=NONE)

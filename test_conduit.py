@@ -14502,7 +14502,7 @@ def test_a_day_finds_its_event(alice: Client) -> None:
 
 
 def test_a_day_that_only_others_remember(tmp_path: Path, authority: Authority) -> None:
-    """Who came late jumps into the past: the event, what is around it, and on in both directions."""
+    """Who came late jumps into the past: the event, what is around it, and on both ways."""
     near, far = (federating(tmp_path / name, authority).start() for name in ("near", "far"))
     alice, bob = register(near), register(far)
     room_id = bob.create_room(preset="public_chat")
@@ -23898,6 +23898,7 @@ def test_queues_and_rooms_that_stay_here(admin: Client) -> None:
     assert "no such room" in order(admin, "disable-federation !none:x.example")
     assert "Found 0" in order(admin, "list-queues")
     assert "Nothing waits" in order(admin, "reset-queue elsewhere.example")
+    assert "not being left alone" in order(admin, "retry-server elsewhere.example")
 
 
 def test_other_servers_are_resolved_and_pinged(
@@ -24636,6 +24637,57 @@ def test_a_deleted_room_leaves_nothing_that_points_to_it(
         for table in ("receipts", "unread"):
             left = f"SELECT * FROM {table} WHERE room_nid NOT IN (SELECT room_nid FROM rooms)"
             assert database.execute(left).fetchall() == [], table
+
+
+def test_admins_see_how_it_goes_with_other_servers(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """The first to register is the admin. A server that is back is tried at once when they say."""
+    alice, room_id = met
+    path = ADMIN_API + "v1/federation/destinations"
+    alice.send_text(room_id, "0")
+    eventually(lambda: receiver.bodies == ["0"])
+    one = f"{path}/{quote(receiver.name, safe='')}"
+    well = ok(alice.get(one))
+    assert well.pop("last_successful_stream_ordering") > 0
+    rest = {"retry_last_ts": 0, "retry_interval": 0, "failure_ts": None}
+    assert well == {"destination": receiver.name, **rest}
+    listed = ok(alice.get(path))
+    assert listed["total"] == 1 and listed["destinations"][0]["destination"] == receiver.name
+    fails(alice.post(f"{one}/reset_connection", {}), 400, "M_UNKNOWN")
+    receiver.verdict = lambda _: 503
+    alice.send_text(room_id, "1")
+    eventually(lambda: ok(alice.get(one))["retry_last_ts"])
+    ill = ok(alice.get(one))
+    assert ill["failure_ts"] == ill["retry_last_ts"] <= conduit.now_ms()
+    assert 3500 <= ill["retry_interval"] <= 5000
+    rooms = ok(alice.get(f"{one}/rooms"))
+    assert rooms["total"] == 1 and rooms["rooms"][0]["room_id"] == room_id
+    assert rooms["rooms"][0]["stream_ordering"] <= ill["last_successful_stream_ordering"]
+    receiver.verdict = lambda _: 200
+    started = time.monotonic()
+    assert ok(alice.post(f"{one}/reset_connection", {})) == {}
+    eventually(lambda: receiver.bodies == ["0", "1"])
+    assert time.monotonic() - started < 3
+    receiver.verdict = lambda _: 503
+    alice.send_text(room_id, "2")
+    eventually(lambda: ok(alice.get(one))["retry_last_ts"])
+    receiver.verdict = lambda _: 200
+    assert "It is tried" in order(alice, f"retry-server {receiver.name}")
+    eventually(lambda: receiver.bodies == ["0", "1", "2"])
+    for n in range(5):
+        fails(alice.get(("directory", "room", f"#x:localhost:{n + 1}")), 502)
+    names = [f"localhost:{n + 1}" for n in range(5)]
+    first = ok(alice.get(path, limit=2, order_by="failure_ts", dir="b"))
+    assert [each["destination"] for each in first["destinations"]] == names[:2:-1]
+    second = ok(alice.get(path, **{"from": first["next_token"]}, limit=2, order_by="failure_ts"))
+    assert first["total"] == 6 and second["next_token"] == "4"
+    only = ok(alice.get(path, destination="localhost:3"))["destinations"]
+    assert "localhost:3" in [each["destination"] for each in only]
+    fails(alice.get(path, order_by="x"), 400, "M_INVALID_PARAM")
+    for unknown in ("", "/rooms"):
+        fails(alice.get(f"{path}/unknown.example{unknown}"), 404, "M_NOT_FOUND")
+    fails(alice.post(f"{path}/unknown.example/reset_connection", {}), 404, "M_NOT_FOUND")
 
 
 def test_the_server_speaks_to_a_user(admin: Client, alice: Client) -> None:
@@ -29747,6 +29799,9 @@ SCANS: Final = {
     "SELECT room_id FROM disabled_rooms": "at the start; few",
     "SELECT server, acked FROM late_servers": "at the start",
     "SELECT server FROM late_servers": "when writes were undone",
+    "SELECT server, COALESCE(failures, 0), COALESCE(retry_ts, 0) FROM (SELECT server FROM"
+    " room_servers UNION SELECT server FROM destinations) LEFT JOIN destinations USING"
+    " (server)": "an admin asks for all; in a thread",
     "SELECT server, room_nid FROM late_servers CROSS JOIN room_servers USING (server)"
     " WHERE until = :max AND EXISTS ( SELECT 1 FROM receipts WHERE room_nid ="
     " room_servers.room_nid AND pos > :after )": "at the start",
