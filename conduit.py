@@ -7576,6 +7576,8 @@ Handler = Callable[..., Awaitable[Any]]  # (hs, request, **path parameters) -> J
 MAX_JSON_BODY = 4_194_304  # of somebody known: a backup of keys, messages to many devices
 MAX_ANONYMOUS_BODY = 262_144
 MAX_FEDERATION_BODY = 10_485_760  # 50 PDUs of full size, and as much again for EDUs
+FREE_BODY = 65_536  # bytes of each that do not count for
+UNSIGNED_BODIES = (2 * MAX_FEDERATION_BODY, 6 * MAX_FEDERATION_BODY)  # from one address; in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -7713,12 +7715,13 @@ class Router:
     """
 
     authenticate: Callable[[Request, str], Requester]
-    authenticate_server: Callable[[Request, Any], Awaitable[str]]
+    authenticate_server: Callable[[Request], Awaitable[Callable[[Any], str]]]
     is_unlimited: Callable[[Request], bool] = staticmethod(lambda _: False)
 
     def __init__(self, hs: Homeserver, routes: Iterable[Route] = ROUTES) -> None:
         self.hs = hs
         self.limiter = RateLimiter()
+        self._unsigned: Counter[str] = Counter()  # bytes held, by address
         self._root = PathNode()
         for entry in routes:
             for path in entry.paths:
@@ -7774,9 +7777,10 @@ class Router:
     async def _read_body(self, request: Request, entry: Route) -> None:
         """Read and check the body, as the route wants it; servers have signed it."""
         if entry.auth is FEDERATION:
-            raw = await request.stream.read(MAX_FEDERATION_BODY)
-            request.json = parse_json(raw) if raw else None
-            request.origin = await self.authenticate_server(request, request.json)
+            verify = await self.authenticate_server(request)
+            async with self._unsigned_body(request) as raw:
+                request.json = parse_json(raw) if raw else None
+                request.origin = verify(request.json)
             if entry.body is not None:
                 check_shape(request.json, entry.body)
         elif entry.body is None:
@@ -7786,6 +7790,31 @@ class Router:
             raw = await request.stream.read(MAX_JSON_BODY if known else MAX_ANONYMOUS_BODY)
             request.json = parse_json(raw) if raw else {}
             check_shape(request.json, entry.body)
+
+    @contextlib.asynccontextmanager
+    async def _unsigned_body(self, request: Request) -> AsyncIterator[bytes]:
+        """Read a body of which nobody knows yet whether it is signed; 429 when many are on the way.
+
+        Trap: a false signature costs nothing, and only a whole body shows it to be false.
+        """
+        stream, group, counted = request.stream, address_group(request.address), 0
+        stream.limit = min(stream.limit, MAX_FEDERATION_BODY)
+        blocks, size = list[bytes](), 0
+        try:
+            async for block in stream:
+                blocks.append(block)
+                size += len(block)
+                more = max(0, size - FREE_BODY) - counted
+                self._unsigned[group] += more
+                counted += more
+                of_one, in_all = UNSIGNED_BODIES
+                if self._unsigned[group] > of_one or self._unsigned.total() > in_all:
+                    raise limit_exceeded(1000, "Too many large bodies are on the way")
+            yield b"".join(blocks)
+        finally:
+            self._unsigned[group] -= counted
+            if not self._unsigned[group]:
+                del self._unsigned[group]
 
     def _unrecognized(self, request: Request) -> Response:
         """404 for a path that nobody handles, 405 for one with other methods."""
@@ -9579,8 +9608,11 @@ class Federation:
 
     # Being asked
 
-    async def authenticate(self, request: Request, content: Any) -> str:
-        """The server that has signed a request, for us and now. 401 otherwise."""
+    async def authenticate(self, request: Request) -> Callable[[Any], str]:
+        """What tells for a request's content which server has signed it, for us and now, or 401.
+
+        A request that names no key which is good now is refused before its content is read.
+        """
         own = self.hs.config.server_name
         if not self.hs.config.allow_federation:
             raise forbidden("Federation is disabled on this server")
@@ -9590,13 +9622,19 @@ class Federation:
         if claim.origin == own:
             raise unauthorized("Nobody else may speak for this server")
         public = await self.hs.server_keys.request_key(claim.origin, claim.key)
-        fields = signed_request(request.method, request.target, claim.origin, own, content)
-        if claim.destination is None:
-            del fields["destination"]
-        if public is None or not verify_signature(public, claim.sig, canonical_json(fields)):
-            raise unauthorized(f"The request is not signed by {claim.origin} with a known key")
-        self.succeeded(claim.origin)
-        return claim.origin
+        if public is None:
+            raise unauthorized(f"The key {claim.key} of {claim.origin} is not known")
+
+        def verify(content: Any) -> str:
+            fields = signed_request(request.method, request.target, claim.origin, own, content)
+            if claim.destination is None:
+                del fields["destination"]
+            if not verify_signature(public, claim.sig, canonical_json(fields)):
+                raise unauthorized(f"The request is not signed by {claim.origin} with that key")
+            self.succeeded(claim.origin)
+            return claim.origin
+
+        return verify
 
 
 # ── 19.3  First answers ──────────────────────────────────────────────────────

@@ -8303,6 +8303,68 @@ def test_a_silent_server_is_left_alone_for_a_while(pair: tuple[Server, Server], 
         assert database.execute(query, (silent,)).fetchone() == (1,)
 
 
+async def large_bodies(server: Server, heads: Sequence[bytes], size: int) -> list[bytes]:
+    """The status lines of the answers to requests with large bodies, all of them on the way."""
+
+    async def begin(head: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head + b"Content-Length: %d\r\n\r\n" % (size + 2))
+        with contextlib.suppress(OSError):
+            for _ in range(0, size, 65_536):
+                writer.write(b" " * 65_536)
+                await writer.drain()
+        return reader, writer
+
+    async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        line = b""
+        with contextlib.suppress(OSError):
+            writer.write(b"{}")
+            line = await reader.readline()
+        writer.close()
+        return line
+
+    streams = await asyncio.gather(*map(begin, heads))
+    await asyncio.sleep(1)
+    return await asyncio.gather(*(end(*stream) for stream in streams))
+
+
+def test_sec_44_unsigned_bodies_take_little_memory(
+    tmp_path: Path, authority: Authority, peer: Peer
+) -> None:
+    """Before a body is there its signature cannot be checked: of false ones we hold few at a time.
+
+    The key that is named is that of a real server, which everybody knows.
+    """
+    server = federating(tmp_path, authority, tls=None).start()
+    alice = register(server)
+    uri = f"{PROFILE_OF}{alice.user_id}"
+    ok(peer.ask(server, "GET", uri))
+    claim = f'origin="{peer.name}",destination="{server.name}",key="{peer.key.key_id}",{SIG}'
+    head = f"PUT {SEND_PATH}1 HTTP/1.1\r\nHost: x\r\nAuthorization: X-Matrix {claim}\r\n".encode()
+    before, slowest = server.peak_rss(), 0.0
+    with ThreadPoolExecutor(1) as pool:
+        flood = pool.submit(asyncio.run, large_bodies(server, [head] * 100, 9 << 20))
+        while not flood.done():
+            started = time.monotonic()
+            alice.poll()
+            ok(peer.ask(server, "GET", uri))  # a server is served as well, from this address
+            slowest = max(slowest, time.monotonic() - started)
+            time.sleep(0.05)
+    print(server.peak_rss() - before, slowest, Counter(flood.result()))
+    assert server.peak_rss() - before < 120
+    assert slowest < 3
+    assert {line[9:12] for line in flood.result()} <= {b"401", b"429", b""}
+    assert peer.ask(server, "PUT", f"{SEND_PATH}2", LARGE_TRANSACTION).status_code == 200
+    server.stop()
+    server.assert_clean_log()
+
+
+LARGE_TRANSACTION: Final = {
+    "pdus": [],
+    "edus": [{"edu_type": "x", "content": {"x": "y" * 9_000_000}}],
+}
+
+
 # ── 19.3  Between servers ────────────────────────────────────────────────────
 
 
