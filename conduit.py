@@ -2595,8 +2595,11 @@ def without_unsigned(pdu: Json) -> Json:
     return {key: value for key, value in pdu.items() if key != "unsigned"}
 
 
-def check_fields(version: RoomVersion, pdu: Json) -> None:
-    """The part of the format that an event has before it is hashed and signed."""
+def check_fields(version: RoomVersion, pdu: Json, *, is_old: bool = False) -> None:
+    """The part of the format that an event has before it is hashed and signed.
+
+    Spec: SS-API "Backfilling": what is old may stand on more events than are allowed now.
+    """
     event_type = check_text(pdu, "type")
     if not is_sender_id(check_text(pdu, "sender")):
         raise bad_json("sender is not a user id")
@@ -2606,8 +2609,8 @@ def check_fields(version: RoomVersion, pdu: Json) -> None:
     if not isinstance(pdu.get("content"), dict):
         raise bad_json("content is not an object")
     check_numbers(version, pdu)
-    check_references(version, pdu, "prev_events", MAX_PREV_EVENTS)
-    check_references(version, pdu, "auth_events", MAX_AUTH_EVENTS)
+    check_references(version, pdu, "prev_events", MAX_EVENT_BYTES if is_old else MAX_PREV_EVENTS)
+    check_references(version, pdu, "auth_events", MAX_EVENT_BYTES if is_old else MAX_AUTH_EVENTS)
     if version.explicit_event_ids and split_id("$", check_text(pdu, "event_id")) is None:
         raise bad_json("event_id is not of the form $id:server")
     if not version.redacts_in_content and not isinstance(pdu.get("redacts", ""), str):
@@ -2631,7 +2634,7 @@ def check_signatures(signatures: object) -> None:
             raise bad_json("signatures has an entry of the wrong shape")
 
 
-def check_format(version: RoomVersion, pdu: Any) -> None:
+def check_format(version: RoomVersion, pdu: Any, *, is_old: bool = False) -> None:
     """Refuse what is no event of this room version: 400 M_BAD_JSON, or 413 M_TOO_LARGE.
 
     Spec: SS-API "Checks performed on receipt of a PDU", check 1.
@@ -2640,7 +2643,7 @@ def check_format(version: RoomVersion, pdu: Any) -> None:
     """
     if not isinstance(pdu, dict):
         raise bad_json("An event is an object")
-    check_fields(version, pdu)
+    check_fields(version, pdu, is_old=is_old)
     check_hashes(pdu.get("hashes"))
     check_signatures(pdu.get("signatures"))
     if len(canonical_json(without_unsigned(pdu))) > MAX_EVENT_BYTES:
@@ -9348,25 +9351,27 @@ async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixE
     return await verify_by_known(hs, events)
 
 
-def read_pdu(version: RoomVersion, pdu: Any) -> Event | MatrixError:
+def read_pdu(version: RoomVersion, pdu: Any, *, is_old: bool = False) -> Event | MatrixError:
     """For a thread: the event in a PDU, redacted if its content is not what its sender hashed.
 
     Spec: SS-API "Checks performed on receipt of a PDU", checks 1 and 3.
     """
     try:
-        check_format(version, pdu)
+        check_format(version, pdu, is_old=is_old)
         return make_event(version, pdu if content_hash_ok(pdu) else redact(version, pdu))
     except MatrixError as error:
         return error
 
 
-def read_pdus(version: RoomVersion, pdus: Sequence[Any]) -> list[Event | MatrixError]:
+def read_pdus(
+    version: RoomVersion, pdus: Sequence[Any], is_old: bool = False
+) -> list[Event | MatrixError]:
     """The same for several."""
-    return [read_pdu(version, pdu) for pdu in pdus]
+    return [read_pdu(version, pdu, is_old=is_old) for pdu in pdus]
 
 
 async def check_pdus(
-    hs: Homeserver, version: RoomVersion, pdus: Sequence[Any]
+    hs: Homeserver, version: RoomVersion, pdus: Sequence[Any], *, is_old: bool = False
 ) -> list[Event | MatrixError]:
     """The events in PDUs of a room version, or for each what is wrong with it: format, signatures.
 
@@ -9374,7 +9379,8 @@ async def check_pdus(
     """
     found: list[Event | MatrixError] = []
     for start in range(0, len(pdus), PDU_BATCH):
-        found += await hs.db.in_thread(read_pdus, version, pdus[start : start + PDU_BATCH])
+        part = pdus[start : start + PDU_BATCH]
+        found += await hs.db.in_thread(read_pdus, version, part, is_old)
     problems = iter(await verify_events(hs, [one for one in found if isinstance(one, Event)]))
     return [one if isinstance(one, MatrixError) else next(problems) or one for one in found]
 
@@ -12633,7 +12639,8 @@ def resolve_alias(hs: Homeserver, alias: str) -> tuple[str, list[str]]:
     room_id = find_alias(hs, alias)
     if room_id is None:
         raise not_found(f"The alias {alias} does not stand for a room")
-    return room_id, [hs.config.server_name]
+    others = hs.rooms.get(room_id).servers.most_common(MAX_ALIAS_SERVERS)
+    return room_id, list(dict.fromkeys([hs.config.server_name, *(name for name, _ in others)]))
 
 
 async def look_up_alias(hs: Homeserver, alias: str) -> tuple[str, list[str]]:
@@ -16055,10 +16062,12 @@ class Joining(Handshakes):
 STATE_IDS: Final = {"pdu_ids": [str], "auth_chain_ids": [str]}
 
 
-async def events_in(hs: Homeserver, room: Room, pdus: Any, limit: int | None = None) -> list[Event]:
+async def events_in(
+    hs: Homeserver, room: Room, pdus: Any, limit: int | None = None, *, is_old: bool = False
+) -> list[Event]:
     """The good events of the room among what a server answered."""
     given = pdus[:limit] if isinstance(pdus, list) else []
-    found = await check_pdus(hs, room.version, given)
+    found = await check_pdus(hs, room.version, given, is_old=is_old)
     return [one for one in found if isinstance(one, Event) and one.room_id == room.room_id]
 
 
@@ -16207,7 +16216,7 @@ class Backfill:
         path = f"{FEDERATION_API}/backfill/{quote(room.room_id, '')}"
         query = {"v": missing, "limit": BACKFILL_LIMIT}
         answer = await self._ask(server, path, query, BACKFILL_LIMIT * MAX_EVENT_BYTES * 2)
-        found = await events_in(self.hs, room, answer.get("pdus"), BACKFILL_LIMIT)
+        found = await events_in(self.hs, room, answer.get("pdus"), BACKFILL_LIMIT, is_old=True)
         events = {event.event_id: event for event in found}
         prevs = {prev for event in found for prev in event.prev_events}
         far = self.hs.rooms.missing(prevs - events.keys(), with_state=True)
@@ -16490,6 +16499,7 @@ async def send_membership(
     if not known:
         event = vouch(hs, room, event)
         await require_signed(hs, event)
+        await ask_consent(hs, room, event)
     with hs.db.write():
         event = hs.rooms.receive(room, event)
         if (server_of(event.sender), event.membership) != (request.origin, membership):
@@ -22583,9 +22593,9 @@ def room_of_asker(hs: Homeserver, request: Request, room_id: str) -> Room:
     return room
 
 
-def served_event(hs: Homeserver, room: Room, event_id: str | None) -> Event:
+def served_event(hs: Homeserver, room: Room, event_id: str) -> Event:
     """An event of that room which was not rejected, or 404."""
-    event = None if event_id is None else hs.rooms.event(event_id)
+    event = hs.rooms.event(event_id)
     if event is None or event.room_nid != room.nid or event.rejected:
         raise not_found("There is no such event in this room")
     return event
@@ -22741,7 +22751,7 @@ async def state_and_chain(hs: Homeserver, request: Request, room_id: str) -> lis
     404 when the event, or the state at it, is not known.
     """
     room = room_of_asker(hs, request, room_id)
-    event = served_event(hs, room, request.arg("event_id"))
+    event = served_event(hs, room, required_arg(request, "event_id"))
     if event.state_group is None:
         raise not_found("The state at this event is not known here")
     nids = json.dumps(list(hs.rooms.state_before(event).values()))
