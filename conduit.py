@@ -12942,18 +12942,26 @@ LISTED_ROOM: Final = {
     **{f"{name}?": str for name in (*SHOWN_SETTINGS, "join_rule")},
 }
 REMOTE_LIST: Final = {
-    **{"chunk": [LISTED_ROOM], "next_batch?": str, "prev_batch?": str},
+    **{"chunk": [ANY], "next_batch?": str, "prev_batch?": str},
     "total_room_count_estimate?": int,
 }
 PUBLIC_ROOMS: Final = FEDERATION_API + "/publicRooms"
 
 
 async def remote_public_rooms(hs: Homeserver, server: str, method: str, **what: Any) -> Json:
-    """A page of the list of another server. 502 when it cannot be had or is of the wrong shape."""
+    """A page of the list of another server. 502 when it cannot be had or is of the wrong shape.
+
+    Trap: one odd room, of somebody else maybe, must not hide the others.
+    """
     answer = await hs.federation.request(server, method, PUBLIC_ROOMS, **what)
     with as_unreachable(server):
         check_shape(answer, REMOTE_LIST)
-    return answer
+    rooms = []
+    for room in answer["chunk"]:
+        with contextlib.suppress(MatrixError):
+            check_shape(room, LISTED_ROOM)
+            rooms.append(room)
+    return {**answer, "chunk": rooms}
 
 
 def list_query(request: Request) -> Json:
@@ -12990,7 +12998,9 @@ async def search_public_rooms(hs: Homeserver, request: Request) -> Json:
 @route("GET", PUBLIC_ROOMS, auth=FEDERATION)
 async def tell_public_rooms(hs: Homeserver, request: Request) -> Json:
     """Our list for another server.  Spec: SS-API "Published Room Directory"; limit 0 is none."""
-    return public_rooms_page(hs, list_query(request))
+    networks: Json = {"include_all_networks": request.bool_arg("include_all_networks", False)}
+    networks["third_party_instance_id"] = request.arg("third_party_instance_id", "")
+    return public_rooms_page(hs, list_query(request) | networks)
 
 
 @route("POST", PUBLIC_ROOMS, auth=FEDERATION, body=ROOM_QUERY)

@@ -8395,6 +8395,29 @@ def test_profiles_aliases_and_lists_of_other_servers(
     fails(Client(ours).get("publicRooms", server=other.name), 401)
 
 
+def test_lists_of_rooms_between_servers(pair: tuple[Server, Server], peer: Peer) -> None:
+    """An odd room hides no other; a server may ask for the rooms of one network or of all."""
+    alice = register(pair[0])
+    shape = {"num_joined_members": 1, "world_readable": False, "guest_can_join": False}
+    good = {"room_id": "!good:x", **shape}
+    odd = [3, {}, {**good, "name": 4}, {**good, "num_joined_members": "1"}]
+    peer.answers[f"{FEDERATION_V1}/publicRooms"] = {"chunk": [*odd, good, *odd]}
+    assert ok(alice.get("publicRooms", server=peer.name))["chunk"] == [good]
+    peer.answers[f"{FEDERATION_V1}/publicRooms"] = {"chunk": 3}
+    fails(alice.get("publicRooms", server=peer.name), 502)
+    room_id = alice.create_room(preset="public_chat", visibility="public")
+
+    def listed(**query: Any) -> bool:
+        uri = f"{FEDERATION_V1}/publicRooms{conduit.encode_query(query)}"
+        chunk = ok(peer.ask(pair[0], "GET", uri))["chunk"]
+        return room_id in [room["room_id"] for room in chunk]
+
+    assert listed() and listed(include_all_networks=True)
+    assert not listed(third_party_instance_id="another")
+    uri = f"{FEDERATION_V1}/publicRooms?include_all_networks=x"
+    fails(peer.ask(pair[0], "GET", uri), 400, "M_INVALID_PARAM")
+
+
 def test_media_of_other_servers(pair: tuple[Server, Server], synapse: Synapse) -> None:
     """Files and thumbnails, with type and name; the second time from here."""
     ours, other = pair
