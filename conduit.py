@@ -16189,13 +16189,13 @@ class Backfill:
         Servers are asked at most once in a while for what none of them had, and who waits for it
         does not wait for long.
         """
-        key = (room.nid, position)
-        again = (self._given_up.get(key) or -math.inf) + GAP_RETRY_SECONDS
-        if not room.local_joined or time.monotonic() < again:
-            return False
-        return await self._within_time(
-            (*key, "down"), functools.partial(self._fill, room, position)
-        )
+        work = functools.partial(self._fill, room, position)
+        may_be_had = self._may_be_had(room, position)
+        return may_be_had and await self._within_time((room.nid, position, "down"), work)
+
+    def _may_be_had(self, room: Room, position: int) -> bool:
+        again = (self._given_up.get((room.nid, position)) or -math.inf) + GAP_RETRY_SECONDS
+        return bool(room.local_joined) and time.monotonic() >= again
 
     async def _within_time(
         self, key: tuple[RoomNid, int, str], work: Callable[[], Coroutine[Any, Any, bool]]
@@ -16305,7 +16305,8 @@ class Backfill:
         Where it is wide, what they read next is fetched, and not what is just below the event.
         """
         work = functools.partial(self._fill_up, room, position)
-        return bool(room.local_joined) and await self._within_time((room.nid, position, "up"), work)
+        may_be_had = self._may_be_had(room, position)
+        return may_be_had and await self._within_time((room.nid, position, "up"), work)
 
     async def _fill_up(self, room: Room, position: int) -> bool:
         top, low = (self.hs.rooms.event_at(room, at) for at in (position, position - 1))
@@ -21828,6 +21829,7 @@ class Queue:
     suspects: int = 0  # and how many there are
     edus: dict[EduKey, int] = field(default_factory=dict)  # of what is short-lived; see Sender
     sending: dict[EduKey, int] = field(default_factory=dict)  # and of this, what is on its way
+    unread: int = MAX_POSITION  # it has all receipts up to this position
 
 
 def missed_many(hs: Homeserver, after: int) -> bool:
@@ -22153,7 +22155,7 @@ class Queues:
             return self._delivered(queue, upto)
         if items or status not in REFUSALS:
             self._give_back(queue)
-        queue.sending = {}
+        self._settle(queue)
         self._refused(queue, items, status)
         return True
 
@@ -22166,6 +22168,12 @@ class Queues:
             all_edus = queue.edus.items()
             queue.sending = {key: n for key, n in all_edus if is_last or key[0] != RECEIPT}
             queue.edus = {key: n for key, n in all_edus if key not in queue.sending}
+
+    def _settle(self, queue: Queue) -> None:
+        """What is short-lived has gone out, or is given up or back."""
+        queue.sending = {}
+        receipts = (since for key, since in queue.edus.items() if key[0] == RECEIPT)
+        queue.unread = min(receipts, default=MAX_POSITION)
 
     def _give_back(self, queue: Queue) -> None:
         for key, value in queue.sending.items():
@@ -22203,7 +22211,8 @@ class Queues:
         if queue.suspect:
             log_sending.error("%s chokes on what is at %d; left out", queue.server, queue.suspect)
         queue.acked, queue.suspect, queue.suspects = max(upto, queue.acked), 0, 0
-        queue.size, queue.sending = min(MAX_EDUS, 2 * queue.size), {}
+        queue.size = min(MAX_EDUS, 2 * queue.size)
+        self._settle(queue)
         more = upto < self.hs.stream.position or bool(queue.edus)
         if more and not queue.edus:
             items, end = next_items(self.hs, queue)
@@ -22245,14 +22254,12 @@ class Queues:
         """Note how far all are that are not late; what is sent again is known by its id."""
         here, queues = self.hs.stream.position, self.queues.values()
         waiting = [each.acked for each in queues if not each.is_late]
-        receipts = {True: [here], False: [here, *self._receipts.values()]}
-        for each in queues:
-            edus = itertools.chain(each.edus.items(), each.sending.items())
-            receipts[each.is_late] += [since for key, since in edus if key[0] == RECEIPT]
+        unread = [each.unread for each in queues if not each.is_late] + [*self._receipts.values()]
+        late = [each.unread for each in queues if each.is_late]
         with self.db.write():
             self.db.set_meta("sent_upto", min(waiting, default=here))
-            self.db.set_meta("receipts_upto", min(receipts[False]))
-            self.db.set_meta("late_receipts_upto", min(receipts[True]))
+            self.db.set_meta("receipts_upto", min([here, *unread]))
+            self.db.set_meta("late_receipts_upto", min([here, *late]))
 
     def maintain(self) -> None:
         """Forget the events that every server has, and servers that are gone and not missed."""
@@ -22276,7 +22283,7 @@ class Queues:
             self.db.execute("DELETE FROM late_servers WHERE server = ?", (queue.server,))
         queue.acked, queue.suspect, queue.is_late = self.hs.stream.position, 0, False
         queue.edus.clear()
-        queue.sending.clear()
+        self._settle(queue)
         if not queue.is_busy:
             del self.queues[queue.server]
 
@@ -22333,7 +22340,7 @@ class Sender(Queues):
               )
         """
         for server, room_nid in self.db.all(query, {"max": MAX_POSITION, "after": late}):
-            self.queues[server].edus[RECEIPT, room_nid, 0] = late
+            self.queues[server].edus[RECEIPT, room_nid, 0] = self.queues[server].unread = late
         query = """
             SELECT room_nid
             FROM rooms
@@ -22491,6 +22498,7 @@ class Sender(Queues):
                 if edu is not None and (edu[0] != TYPING or not queue.retry_ts):
                     old = value if edu[0] == TYPING else queue.edus.get(edu, value)
                     queue.edus[edu] = min(old, value)
+                    queue.unread = min(queue.unread, value if edu[0] == RECEIPT else MAX_POSITION)
 
 
 # ── 40.5  For the admin ──────────────────────────────────────────────────────
