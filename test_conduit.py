@@ -19166,8 +19166,8 @@ def test_sec_15_poison_is_left_out_and_its_neighbours_are_not(
         )
     )
     eventually(lambda: receiver.bodies == ["0", "1", "2", "3", "6", "7", "8"])
-    seen = [edu["messages"][receiver.user()]["DEV"] for edu in receiver.edus("m.direct_to_device")]
     eventually(lambda: not database_rows(sending, "SELECT 1 FROM late_servers"))
+    seen = [edu["messages"][receiver.user()]["DEV"] for edu in receiver.edus("m.direct_to_device")]
     assert seen == [{"n": n} for n in range(9) if n != 6]
     assert sending.log.count("chokes on what is at") == 3
     assert not database_rows(sending, "SELECT 1 FROM to_device_out")
