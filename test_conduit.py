@@ -4786,6 +4786,67 @@ def test_gaps_are_filled_from_above() -> None:
     with_rooms(story)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_of_a_gap_comes_first_all_end_in_order(seed: int) -> None:
+    """Jumps into a gap and fetching from its upper ends, in any order: an island is no obstacle."""
+    chance = random.Random(seed)
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        before = [far.text(f"before {number}") for number in range(chance.choice([0, 40]))]
+        room = await far.enter(rooms)
+        told = [event.event_id for event in far.state.values()]
+        lost = [far.text(f"{number}") for number in range(80)]
+        rooms.receive(room, again(far.text("newest")), [told])
+        missed = [*before, *lost]
+        everything = {event.event_id: event for event in far.events}
+        for _ in range(1000):
+            gaps = rooms.gaps(room, conduit.MIN_POSITION, conduit.MAX_POSITION)
+            if not gaps:
+                break
+            if chance.random() < 0.4:
+                event = chance.choice(missed)
+                placed = rooms.island(room, again(event), [told])
+                assert placed is not None and placed.event_id == event.event_id
+            else:
+                ids = gaps[chance.choice([*gaps])]
+                at = far.events.index(everything[ids[0]])
+                batch = far.events[max(0, at - chance.randint(0, 30)) : at + 1]
+                states = {} if batch[0] is far.events[0] else {batch[0].event_id: [told]}
+                assert rooms.backfill(room, [again(event) for event in batch], states)
+            seen = timeline(rooms, room)
+            assert seen == [event.event_id for event in far.events if event.event_id in {*seen}]
+        assert timeline(rooms, room) == [*everything]
+        assert rooms.island(room, again(far.text("later than all")), [told]) is None
+
+    with_rooms(story)
+
+
+def test_what_is_old_keeps_off_the_events_of_other_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The positions kept free for a room's past are not endless, and others lie below them."""
+    monkeypatch.setattr(conduit, "GAP_POSITIONS", 10)
+
+    async def story(rooms: conduit.Rooms) -> None:
+        other = rooms.create("11", ME, {})
+        for number in range(60):
+            rooms.send(
+                other, ME, "m.room.member", {"membership": "join", "n": number}, state_key=ME
+            )
+        seen, far = timeline(rooms, other), FarRoom()
+        past = [far.text(f"{number}") for number in range(40)]
+        room = await far.enter(rooms)
+        told = [event.event_id for event in far.state.values()]
+        found = rooms.backfill(room, [again(e) for e in past[-9:]], {past[-9].event_id: [told]})
+        assert len(found) == 9
+        older = [again(event) for event in past[-25:-9]]
+        rooms.backfill(room, older, {event.event_id: [told] for event in older})
+        assert rooms.island(room, again(past[0]), [told]) is None
+        assert timeline(rooms, other) == seen
+        assert timeline(rooms, room)[-10:] == [e.event_id for e in (*past[-9:], far.events[-1])]
+
+    with_rooms(story)
+
+
 def test_pending_redactions_meet_events_by_every_way_in() -> None:
     async def story(rooms: conduit.Rooms) -> None:
         far = FarRoom()
