@@ -21814,6 +21814,15 @@ class Item(NamedTuple):
     value: Json
 
 
+class Unanswered(NamedTuple):
+    """A transaction that a server may have taken, though it has not said so."""
+
+    txn_id: str
+    upto: int  # the last position in it
+    here: int  # the stream's position then
+    edus: frozenset[EduKey]
+
+
 @dataclass(slots=True, eq=False)
 class Queue:
     """How far a server is, as long as something waits for it."""
@@ -21830,6 +21839,7 @@ class Queue:
     edus: dict[EduKey, int] = field(default_factory=dict)  # of what is short-lived; see Sender
     sending: dict[EduKey, int] = field(default_factory=dict)  # and of this, what is on its way
     unread: int = MAX_POSITION  # it has all receipts up to this position
+    unanswered: Unanswered | None = None  # what has to go out again before all else
 
 
 def missed_many(hs: Homeserver, after: int) -> bool:
@@ -22138,8 +22148,13 @@ class Queues:
     # A transaction
 
     async def _transact(self, queue: Queue) -> bool:
-        """Whether there may be more to do for the server after this."""
-        items, upto = next_items(self.hs, queue)
+        """Whether there may be more to do for the server after this.
+
+        Spec: SS-API "Transactions": one that was not answered goes out again under its id.
+        """
+        (items, upto), again = next_items(self.hs, queue), queue.unanswered
+        if again is not None:
+            items, upto = [one for one in items if one.pos <= again.upto], min(upto, again.upto)
         if not items and queue.suspect:  # nothing else to try it with
             queue.suspect = queue.suspects = 0
             self.hs.federation.failed(queue.server, queue.failures)
@@ -22148,11 +22163,14 @@ class Queues:
         content = self._transaction(items, queue.sending)
         if not content["pdus"] and not content["edus"]:
             return self._delivered(queue, upto)
-        path = f"{FEDERATION_API}/send/{random_token(16)}"
+        here, edus = self.hs.stream.position, frozenset(queue.sending)
+        again = again or Unanswered(random_token(16), upto, here, edus)
+        path = f"{FEDERATION_API}/send/{again.txn_id}"
         status, answer = await self._put(queue.server, path, content)
         if status == 200:
             self._log_refused(queue.server, answer)
             return self._delivered(queue, upto)
+        queue.unanswered = None if status in REFUSALS else again
         if items or status not in REFUSALS:
             self._give_back(queue)
         self._settle(queue)
@@ -22164,10 +22182,14 @@ class Queues:
 
         When a server chokes on something, it is not to be on these beside other things.
         """
-        if is_alone or queue.size == MAX_EDUS:
-            all_edus = queue.edus.items()
-            queue.sending = {key: n for key, n in all_edus if is_last or key[0] != RECEIPT}
-            queue.edus = {key: n for key, n in all_edus if key not in queue.sending}
+
+        def goes(key: EduKey) -> bool:
+            if queue.unanswered is not None:
+                return key in queue.unanswered.edus
+            return (is_alone or queue.size == MAX_EDUS) and (is_last or key[0] != RECEIPT)
+
+        queue.sending = {key: value for key, value in queue.edus.items() if goes(key)}
+        queue.edus = {key: value for key, value in queue.edus.items() if not goes(key)}
 
     def _settle(self, queue: Queue) -> None:
         """What is short-lived has gone out, or is given up or back."""
@@ -22212,6 +22234,9 @@ class Queues:
             log_sending.error("%s chokes on what is at %d; left out", queue.server, queue.suspect)
         queue.acked, queue.suspect, queue.suspects = max(upto, queue.acked), 0, 0
         queue.size = min(MAX_EDUS, 2 * queue.size)
+        if (again := queue.unanswered) is not None:  # it may not know what has moved since
+            moved = {key: again.here for key in again.edus if key[0] == RECEIPT}
+            queue.edus, queue.unanswered = {**moved, **queue.edus}, None
         self._settle(queue)
         more = upto < self.hs.stream.position or bool(queue.edus)
         if more and not queue.edus:
@@ -22282,6 +22307,7 @@ class Queues:
             self.db.execute("DELETE FROM to_device_out WHERE server = ?", (queue.server,))
             self.db.execute("DELETE FROM late_servers WHERE server = ?", (queue.server,))
         queue.acked, queue.suspect, queue.is_late = self.hs.stream.position, 0, False
+        queue.unanswered = None
         queue.edus.clear()
         self._settle(queue)
         if not queue.is_busy:

@@ -4789,7 +4789,7 @@ def test_gaps_are_filled_from_above() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_whatever_of_a_gap_comes_first_all_end_in_order(seed: int) -> None:
     """Jumps into a gap and fetching from its upper ends, in any order: an island is no obstacle."""
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311  to be repeated
 
     async def story(rooms: conduit.Rooms) -> None:
         far = FarRoom()
@@ -18829,6 +18829,7 @@ class Destination(Peer):
 
     def __init__(self, authority: Authority) -> None:
         self.transactions: list[Json] = []
+        self.txn_ids: list[tuple[str, int]] = []  # and what was answered
         self.verdict: Callable[[Json], int] = lambda _: 200
         super().__init__(authority, max_request_size=1 << 24)
 
@@ -18839,6 +18840,7 @@ class Destination(Peer):
         SCHEMA.check_sent(request, raw)
         content = json.loads(raw)
         status = self.verdict(content)
+        self.txn_ids.append((request.segments[4], status))
         if status == 0:  # it takes its time, and never answers
             await asyncio.Event().wait()
         if status != 200:
@@ -19250,6 +19252,52 @@ def test_a_server_in_trouble_loses_nothing(
         )
     )
     eventually(lambda: receiver.bodies == ["0", "1", "2", "3"])
+
+
+def test_a_transaction_goes_out_under_its_id_until_it_is_answered(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """Who has taken it, and whose answer was lost, takes nothing of it twice and misses nothing."""
+    alice, room_id = met
+    seen: list[Json] = []
+    receiver.verdict = lambda content: seen.append(content) or 502
+    first = alice.send_text(room_id, "0")
+    eventually(lambda: receiver.txn_ids)
+    for n in range(1, 4):
+        alice.send_text(room_id, f"{n}")
+    uri = f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+    ok(receiver.ask(sending, "GET", uri))  # a sign of life: it is tried again
+    eventually(lambda: len(receiver.txn_ids) >= 2)
+    receiver.verdict = lambda _: 200
+    ok(receiver.ask(sending, "GET", uri))
+    eventually(lambda: receiver.bodies == ["0", "1", "2", "3"])
+    assert [txn_id for txn_id, status in receiver.txn_ids if status == 502] == [
+        receiver.txn_ids[0][0]
+    ] * len(seen)
+    assert receiver.txn_ids[len(seen)][0] == receiver.txn_ids[0][0]
+    assert receiver.txn_ids[len(seen) + 1][0] != receiver.txn_ids[0][0]
+    assert [len(content["pdus"]) for content in receiver.transactions] == [1, 3]
+    # A receipt that moved while it was not known whether the one before had come.
+    receiver.verdict = lambda content: 502 if content["edus"] else 200
+    last = alice.send_text(room_id, "4")
+    eventually(lambda: receiver.bodies[-1] == "4")
+    ids = len(receiver.txn_ids)
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", first), {}))
+    eventually(lambda: len(receiver.txn_ids) > ids)
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", last), {}))
+    time.sleep(0.5)
+    lost = receiver.txn_ids[-1][0]
+    taken: list[Json] = []
+    receiver.verdict = lambda content: taken.append(content) or 200
+    ok(receiver.ask(sending, "GET", uri))
+
+    def heard_of_last() -> bool:
+        """Leaving out the transaction that it may have had."""
+        ids = [txn_id for txn_id, status in receiver.txn_ids if status == 200][-len(taken) :]
+        fresh = [one for txn_id, one in zip(ids, taken, strict=True) if txn_id != lost]
+        return last in json.dumps([one["edus"] for one in fresh])
+
+    eventually(heard_of_last)
 
 
 def test_kill_between_sending_and_the_answer(
