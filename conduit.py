@@ -20473,6 +20473,31 @@ async def refresh_remote_list(hs: Homeserver, user_nid: UserNid) -> None:
         hs.keys.fetching.discard(user_nid)
 
 
+async def forget_rebuilt(hs: Homeserver, server: str) -> None:
+    """Fetch anew what is kept of the devices of a server's users, for its keys are all others.
+
+    It was rebuilt under its old name, and nobody tells that its users' old devices are gone.
+    """
+    await hs.db.synced()
+
+    def read(connection: sqlite3.Connection) -> list[Any]:
+        query = """
+            SELECT user_nid
+            FROM remote_devices JOIN users USING (user_nid)
+            WHERE substr(user_id, -length(:end)) = :end
+        """
+        return connection.execute(query, {"end": f":{server}"}).fetchall()
+
+    update = "UPDATE remote_devices SET stream_id = NULL, stale = ? WHERE user_nid = ?"
+    for (nid,) in await hs.db.read_in_thread(read):
+        with hs.db.write():
+            device_list_changed(hs, nid)
+            hs.db.execute(update, (hs.keys.lists_changed, nid))
+            hs.db.execute("DELETE FROM cross_signing_keys WHERE user_nid = ?", (nid,))
+        hs.background(refresh_remote_list(hs, nid))
+        await asyncio.sleep(0)
+
+
 async def remote_keys(
     hs: Homeserver, viewer_nid: UserNid, body: Json, servers: dict[str, Json], result: Json
 ) -> Json:
@@ -21387,33 +21412,6 @@ def receive_device_list(hs: Homeserver, origin: str, content: Json) -> None:
         hs.background(refresh_remote_list(hs, nid))
 
 
-async def forget_rebuilt(hs: Homeserver, server: str) -> None:
-    """Fetch anew what is kept of the devices of a server's users, for its keys are all others.
-
-    It was rebuilt under its old name, and tells nobody that its users' old devices are gone. Its
-    transactions may have ids again that they had before.
-    """
-    with hs.db.write():
-        hs.db.execute("DELETE FROM received_transactions WHERE origin = ?", (server,))
-    await hs.db.synced()
-
-    def read(connection: sqlite3.Connection) -> list[Any]:
-        query = """
-            SELECT user_nid
-            FROM remote_devices JOIN users USING (user_nid)
-            WHERE substr(user_id, -length(:end)) = :end
-        """
-        return connection.execute(query, {"end": f":{server}"}).fetchall()
-
-    update = "UPDATE remote_devices SET stream_id = NULL, stale = ? WHERE user_nid = ?"
-    for (nid,) in await hs.db.read_in_thread(read):
-        with hs.db.write():
-            device_list_changed(hs, nid)
-            hs.db.execute(update, (hs.keys.lists_changed, nid))
-        hs.background(refresh_remote_list(hs, nid))
-        await asyncio.sleep(0)
-
-
 def receive_signing_keys(hs: Homeserver, origin: str, content: Json) -> None:
     """Somebody elsewhere has new cross-signing keys."""
     user_id = content["user_id"]
@@ -21514,6 +21512,11 @@ class Inbox:
         delete = "DELETE FROM received_messages WHERE ts < ?"
         with self.hs.db.write():
             self.hs.db.execute(delete, (now_ms() - KEPT_MESSAGES_MS,))
+
+    def forget_server(self, server: str) -> None:
+        """A server was made anew: its transactions may have ids that they had before."""
+        with self.hs.db.write():
+            self.hs.db.execute("DELETE FROM received_transactions WHERE origin = ?", (server,))
 
     def forget_room(self, room: Room) -> None:
         """Subscriber of the room store: a room is deleted."""
@@ -30463,7 +30466,7 @@ class Homeserver:
         self.rooms.erased = self.accounts.erased
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive
-        self.server_keys.on_rebuilt = lambda server: self.background(forget_rebuilt(self, server))
+        self.server_keys.on_rebuilt = self._rebuilt
 
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
@@ -30482,6 +30485,11 @@ class Homeserver:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._background_done)
+
+    def _rebuilt(self, server: str) -> None:
+        """Another server has none of its keys any more, so it was made anew under its name."""
+        self.inbox.forget_server(server)
+        self.background(forget_rebuilt(self, server))
 
     def _background_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

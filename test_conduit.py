@@ -18225,10 +18225,13 @@ def test_devices_of_a_server_that_was_rebuilt(anna: Client, far: Elsewhere) -> N
     _, branch = shared(anna, far)
     user, query_path = branch.user, f"{FEDERATION_V1}/user/keys/query"
     first, second = (device_of(user, name)[1] for name in ("D", "E"))
-    far.answers[query_path] = {"device_keys": {user: {"D": first}}}
+    device = CryptoDevice(cast(Client, SimpleNamespace(user_id=user, device_id="D")))
+    master = {user: device.cross_signing_keys()["master_key"]}
+    far.answers[query_path] = {"device_keys": {user: {"D": first}}, "master_keys": master}
     whom = cast(Client, SimpleNamespace(user_id=user))
     anna.poll()
     assert query(anna, whom)["device_keys"][user].keys() == {"D"}
+    assert query(anna, whom)["master_keys"].keys() == {user}
     ok(far.send(txn="again"))
     listed = {"user_id": user, "stream_id": 1, "devices": [{"device_id": "E", "keys": second}]}
     far.answers[f"{FEDERATION_V1}/user/devices/{quote(user, safe='')}"] = listed
@@ -18245,6 +18248,7 @@ def test_devices_of_a_server_that_was_rebuilt(anna: Client, far: Elsewhere) -> N
             assert query(anna, whom)["device_keys"][user].keys() == {"D"}
     eventually(lambda: changed(anna.poll()) == {user})
     eventually(lambda: query(anna, whom)["device_keys"][user].keys() == {"E"})
+    assert query(anna, whom)["master_keys"] == {}
     query_of = f"SELECT txn_id FROM received_transactions WHERE origin = '{far.name}'"
     assert database_rows(far.server, query_of) == [("new",)]
 
