@@ -27178,6 +27178,25 @@ def test_500_events_of_before(two: Sides) -> None:
     agree(room_id, *two)
 
 
+def test_a_moment_before_one_came(two: Sides) -> None:
+    """The event of it is asked of the host's server, and is there with what was around it."""
+    host, guest = two
+    room_id = host.create_room(preset="public_chat")
+    ids = [host.send_text(room_id, f"{number}") for number in range(150)]
+    ts = ok(host.get(("rooms", room_id, "event", ids[60])))["origin_server_ts"]
+    ok(join_via(guest, room_id, host.server))
+    for direction in ("f", "b"):
+        path = v1("rooms", room_id, "timestamp_to_event")
+        found = ok(guest.get(path, ts=ts, dir=direction))
+        assert found["origin_server_ts"] == ts
+        at = ids.index(found["event_id"])
+        around = ok(guest.get(("rooms", room_id, "context", ids[at]), limit=10))
+        assert around["event"]["event_id"] == ids[at]
+        if not isinstance(guest.server, Synapse):
+            assert [e["event_id"] for e in around["events_before"]] == ids[at - 5 : at][::-1]
+            assert [e["event_id"] for e in around["events_after"]] == ids[at + 1 : at + 6]
+
+
 def test_what_passes_between_two_programs(two: Sides) -> None:
     """Typing, receipts (also of threads), presence, in both directions."""
     host, guest = two
