@@ -8823,7 +8823,7 @@ CREATE TABLE server_keys (
 ) WITHOUT ROWID;
 CREATE TABLE key_answers (          -- the newest from each server, to be passed on
     server TEXT PRIMARY KEY,
-    until_ts INTEGER NOT NULL,
+    until_ts INTEGER NOT NULL,      -- when half of its life is over
     body BLOB NOT NULL
 ) WITHOUT ROWID;
 """)
@@ -9222,6 +9222,7 @@ class ServerKeys:
     def store(self, answer: Json, *, direct: bool = True) -> None:
         """Keep the keys of a checked answer; who does not know its old ones any more was rebuilt.
 
+        Spec: SS-API "Publishing Keys": a notary passes an answer on for half of its lifetime.
         Trap: a notary may repeat an old answer, so it cannot make good what the server has retired.
         """
         server, known = answer["server_name"], self.known(answer["server_name"])
@@ -9236,7 +9237,7 @@ class ServerKeys:
                     continue
                 row = (server, key_id, *key)
                 self.hs.db.execute("INSERT OR REPLACE INTO server_keys VALUES (?, ?, ?, ?, ?)", row)
-            latest = (server, answer["valid_until_ts"], encode_json(answer))
+            latest = (server, (answer["valid_until_ts"] + now_ms()) // 2, encode_json(answer))
             self.hs.db.execute("INSERT OR REPLACE INTO key_answers VALUES (?, ?, ?)", latest)
         self._cache.pop(server)
         if direct and known and not is_same:

@@ -8929,6 +8929,29 @@ def test_our_notary(pair: tuple[Server, Server], peer: Peer) -> None:
     fails(Client(server).post("/_matrix/key/v2/query", many), 413)
 
 
+def test_a_notary_asks_anew_when_half_of_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And has the last answer when the server is gone."""
+    now = conduit.now_ms()
+    monkeypatch.setattr(conduit, "KEY_RETRY_SECONDS", 0)
+
+    async def story() -> None:
+        made = Keys(tmp_path)
+        made.published = {"a.example": key_answer("a.example", KEY_1, valid_until_ts=now + DAY)}
+        for hours, asked in ((0, 1), (11, 1), (13, 2), (18, 2), (19, 3), (30, 4)):
+            at = now + hours * 3_600_000
+            monkeypatch.setattr(conduit, "now_ms", lambda at=at: at)
+            answer = await made.hs.server_keys.answer_of("a.example", at)
+            assert answer == key_answer("a.example", KEY_1, valid_until_ts=now + DAY)
+            assert len(made.asked) == asked
+            if asked == 2:
+                made.published.clear()
+        await made.hs.stop()
+
+    asyncio.run(story())
+
+
 # ── 18.3  Events of others ───────────────────────────────────────────────────
 
 
