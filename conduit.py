@@ -2658,8 +2658,11 @@ def without_unsigned(pdu: Json) -> Json:
     return {key: value for key, value in pdu.items() if key != "unsigned"}
 
 
-def check_fields(version: RoomVersion, pdu: Json) -> None:
-    """The part of the format that an event has before it is hashed and signed."""
+def check_fields(version: RoomVersion, pdu: Json, *, is_old: bool = False) -> None:
+    """The part of the format that an event has before it is hashed and signed.
+
+    Spec: SS-API "Backfilling": what is old may stand on more events than are allowed now.
+    """
     event_type = check_text(pdu, "type")
     if not is_sender_id(check_text(pdu, "sender")):
         raise bad_json("sender is not a user id")
@@ -2669,8 +2672,8 @@ def check_fields(version: RoomVersion, pdu: Json) -> None:
     if not isinstance(pdu.get("content"), dict):
         raise bad_json("content is not an object")
     check_numbers(version, pdu)
-    check_references(version, pdu, "prev_events", MAX_PREV_EVENTS)
-    check_references(version, pdu, "auth_events", MAX_AUTH_EVENTS)
+    check_references(version, pdu, "prev_events", MAX_EVENT_BYTES if is_old else MAX_PREV_EVENTS)
+    check_references(version, pdu, "auth_events", MAX_EVENT_BYTES if is_old else MAX_AUTH_EVENTS)
     if version.explicit_event_ids and split_id("$", check_text(pdu, "event_id")) is None:
         raise bad_json("event_id is not of the form $id:server")
     if not version.redacts_in_content and not isinstance(pdu.get("redacts", ""), str):
@@ -2702,7 +2705,7 @@ def hashed_bytes(pdu: Json) -> bytes:
     return canonical_json({key: pdu[key] for key in pdu if key not in NOT_HASHED})
 
 
-def check_format(version: RoomVersion, pdu: Any) -> bytes:
+def check_format(version: RoomVersion, pdu: Any, *, is_old: bool = False) -> bytes:
     """What the content hash covers; 400 M_BAD_JSON or 413 for what is no event of the version.
 
     Spec: SS-API "Checks performed on receipt of a PDU", check 1.
@@ -2711,7 +2714,7 @@ def check_format(version: RoomVersion, pdu: Any) -> bytes:
     """
     if not isinstance(pdu, dict):
         raise bad_json("An event is an object")
-    check_fields(version, pdu)
+    check_fields(version, pdu, is_old=is_old)
     check_hashes(pdu.get("hashes"))
     check_signatures(pdu.get("signatures"))
     hashed = hashed_bytes(pdu)
@@ -5034,8 +5037,13 @@ class RoomResolver(RoomReader):
         )
         return wanted - {row[0] for row in rows}
 
-    def gaps(self, room: Room, after: int, upto: int) -> dict[int, list[str]]:
-        """The ids that are missing just below timeline events, by the position of these events."""
+    def gaps(
+        self, room: Room, after: int, upto: int, floor: int = MIN_POSITION
+    ) -> dict[int, list[str]]:
+        """The ids that are missing just below timeline events, by the position of these events.
+
+        With a floor, only of gaps that begin there or later.
+        """
         rows = self.database.all(
             """
             SELECT pos, backward_extremities.event_id
@@ -5044,13 +5052,35 @@ class RoomResolver(RoomReader):
             WHERE backward_extremities.room_nid = ?
               AND pos > ?
               AND pos <= ?
+              AND floor >= ?
             """,
-            (room.nid, after, upto),
+            (room.nid, after, upto, floor),
         )
         found: dict[int, list[str]] = {}
         for pos, event_id in rows:
             found.setdefault(pos, []).append(event_id)
         return found
+
+    def misses_between(self, room: Room, after_ts: int, before_ts: int) -> bool:
+        """Whether events of that time may lie in a gap, as far as its edges tell."""
+        query = """
+            SELECT 1
+            FROM backward_extremities
+            JOIN events AS above USING (nid)
+            WHERE backward_extremities.room_nid = :room
+              AND above.pos IS NOT NULL
+              AND above.ts > :after
+              AND :before > COALESCE((
+                  SELECT ts
+                  FROM events AS below
+                  WHERE below.room_nid = :room AND below.pos <= floor
+                  ORDER BY below.pos DESC
+                  LIMIT 1
+              ), -1)
+            LIMIT 1
+        """
+        times = {"room": room.nid, "after": after_ts, "before": before_ts}
+        return self.database.value(query, times) is not None
 
     # Events to be
 
@@ -5678,12 +5708,14 @@ class RoomReceiver(RoomWriter):
         if floor is None:
             return []
         order = in_order({key: event.prev_events for key, (event, _) in given.items()})
-        needed = self._needed(room, given)
+        needed = {key for key in given if self._floor(room, [key]) == floor}
         for event_id in reversed(order):
-            if event_id in needed:
-                needed.update(given[event_id][0].prev_events)
-        top = cast(int, self.database.value(LOWEST_ABOVE, (room.nid, floor)))
-        chosen = [given[key] for key in order if key in needed][-min(top - floor - 1, 2**31) :]
+            event, is_settled = given[event_id]
+            if event_id in needed and not is_settled:
+                needed.update(event.prev_events)
+        base, top = self._bounds(room, floor)
+        wanted = [given[key] for key in order if key in needed]
+        chosen = wanted[max(0, len(wanted) - (top - base - 1)) :]
         found = []
         with self.database.write():
             for pos, (event, is_settled) in enumerate(chosen, top - len(chosen)):
@@ -5705,6 +5737,51 @@ class RoomReceiver(RoomWriter):
         if not event.rejected:
             self._tell(room, event, is_ours=False, is_old=True)
         return True
+
+    def island(self, room: Room, event: Event, states: Iterable[Iterable[str]]) -> Event | None:
+        """Put an event into the middle of the gap that it belongs to; a gap stays on each side.
+
+        `states` is as for `receive`. None if there is no such gap, or the event may not be there.
+        """
+        event, is_settled = self._known(room, event)
+        if is_settled or self._floor(room, [event.event_id]) is not None:
+            self.backfill(room, [event], {event.event_id: states})
+            return None if event.pos is None else event
+        place = self._place_in_gap(room, event.depth)
+        if place is None:
+            return None
+        pos, floor = place
+        with self.database.write():
+            if not self._fill(room, event, states, pos, floor) or event.rejected:
+                return None
+            update = """
+                UPDATE backward_extremities
+                SET floor = :pos
+                WHERE room_nid = :room
+                  AND floor = :floor
+                  AND :pos < (SELECT pos FROM events WHERE nid = backward_extremities.nid)
+            """
+            self.database.execute(update, {"room": room.nid, "floor": floor, "pos": pos})
+        return event
+
+    def _place_in_gap(self, room: Room, depth: int) -> tuple[int, int] | None:
+        """A position for an event of that depth in the first gap below a deeper one, and its floor.
+
+        As far from the gap's ends, in proportion, as in depth, so that there is room on both sides.
+        """
+        query = "SELECT nid, floor FROM backward_extremities WHERE room_nid = ?"
+        floors = dict(self.database.all(query, (room.nid,)))
+        above = [event for event in self.events_by_nids(floors) if event.pos is not None]
+        deeper = [event for event in above if event.depth > depth]
+        if not deeper:
+            return None
+        high = min(deeper, key=lambda event: event.pos or 0)
+        floor = floors[high.nid]
+        base, top = self._bounds(room, floor)
+        below = self.event_at(room, floor)
+        low = 0 if below is None else min(below.depth, depth)
+        pos = base + 1 + (top - base - 1) * (depth - low) // (high.depth - low)
+        return (pos, floor) if pos < top else None
 
     # The judgement
 
@@ -5810,8 +5887,14 @@ class RoomReceiver(RoomWriter):
             ),
         )
 
-    def _needed(self, room: Room, event_ids: Iterable[str]) -> set[str]:
-        return {key for key in event_ids if self._floor(room, [key]) is not None}
+    def _bounds(self, room: Room, floor: int) -> tuple[int, int]:
+        """The last position before a gap that is taken, and the first after it.
+
+        Trap: below a room's beginning the positions belong to events of other rooms.
+        """
+        top = cast(int, self.database.value(LOWEST_ABOVE, (room.nid, floor)))
+        taken = self.database.value("SELECT MAX(nid) FROM events WHERE nid < ?", (top,))
+        return max(floor, taken or MIN_POSITION), top
 
     def _leave_room(self, room: Room, missing: set[str]) -> int:
         """Keep positions free for what is missing; the floor of the gap."""
@@ -7926,6 +8009,8 @@ Handler = Callable[..., Awaitable[Any]]  # (hs, request, **path parameters) -> J
 MAX_JSON_BODY = 4_194_304  # of somebody known: a backup of keys, messages to many devices
 MAX_ANONYMOUS_BODY = 262_144
 MAX_FEDERATION_BODY = 10_485_760  # 50 PDUs of full size, and as much again for EDUs
+FREE_BODY = 65_536  # bytes of each that do not count for
+UNSIGNED_BODIES = (2 * MAX_FEDERATION_BODY, 6 * MAX_FEDERATION_BODY)  # from one address; in all
 
 
 @dataclass(frozen=True, slots=True)
@@ -8063,12 +8148,13 @@ class Router:
     """
 
     authenticate: Callable[[Request, str], Requester]
-    authenticate_server: Callable[[Request, Any], Awaitable[str]]
+    authenticate_server: Callable[[Request], Awaitable[Callable[[Any], str]]]
     is_unlimited: Callable[[Request], bool] = staticmethod(lambda _: False)
 
     def __init__(self, hs: Homeserver, routes: Iterable[Route] = ROUTES) -> None:
         self.hs = hs
         self.limiter = RateLimiter()
+        self._unsigned: Counter[str] = Counter()  # bytes held, by address
         self._root = PathNode()
         for entry in routes:
             for path in entry.paths:
@@ -8124,9 +8210,10 @@ class Router:
     async def _read_body(self, request: Request, entry: Route) -> None:
         """Read and check the body, as the route wants it; servers have signed it."""
         if entry.auth is FEDERATION:
-            raw = await request.stream.read(MAX_FEDERATION_BODY)
-            request.json = parse_json(raw) if raw else None
-            request.origin = await self.authenticate_server(request, request.json)
+            verify = await self.authenticate_server(request)
+            async with self._unsigned_body(request) as raw:
+                request.json = parse_json(raw) if raw else None
+                request.origin = verify(request.json)
             if entry.body is not None:
                 check_shape(request.json, entry.body)
         elif entry.body is None:
@@ -8136,6 +8223,31 @@ class Router:
             raw = await request.stream.read(MAX_JSON_BODY if known else MAX_ANONYMOUS_BODY)
             request.json = parse_json(raw) if raw else {}
             check_shape(request.json, entry.body)
+
+    @contextlib.asynccontextmanager
+    async def _unsigned_body(self, request: Request) -> AsyncIterator[bytes]:
+        """Read a body of which nobody knows yet whether it is signed; 429 when many are on the way.
+
+        Trap: a false signature costs nothing, and only a whole body shows it to be false.
+        """
+        stream, group, counted = request.stream, address_group(request.address), 0
+        stream.limit = min(stream.limit, MAX_FEDERATION_BODY)
+        blocks, size = list[bytes](), 0
+        try:
+            async for block in stream:
+                blocks.append(block)
+                size += len(block)
+                more = max(0, size - FREE_BODY) - counted
+                self._unsigned[group] += more
+                counted += more
+                of_one, in_all = UNSIGNED_BODIES
+                if self._unsigned[group] > of_one or self._unsigned.total() > in_all:
+                    raise limit_exceeded(1000, "Too many large bodies are on the way")
+            yield b"".join(blocks)
+        finally:
+            self._unsigned[group] -= counted
+            if not self._unsigned[group]:
+                del self._unsigned[group]
 
     def _unrecognized(self, request: Request) -> Response:
         """404 for a path that nobody handles, 405 for one with other methods."""
@@ -9141,7 +9253,7 @@ CREATE TABLE server_keys (
 ) WITHOUT ROWID;
 CREATE TABLE key_answers (          -- the newest from each server, to be passed on
     server TEXT PRIMARY KEY,
-    until_ts INTEGER NOT NULL,
+    until_ts INTEGER NOT NULL,      -- when half of its life is over
     body BLOB NOT NULL
 ) WITHOUT ROWID;
 """)
@@ -9415,6 +9527,7 @@ class ServerKeys:
         self._asked: LruCache[str, float] = LruCache(KEYS_CACHED)  # when a fetch ended
         share = max(1, hs.config.max_concurrent_requests // 4)
         self._gates = {urgent: asyncio.Semaphore(share) for urgent in (False, True)}
+        self.on_rebuilt: Callable[[str], None] = lambda _: None  # the composition root sets this
         hs.db.on_reset(self._cache.clear)
 
     def known(self, server: str) -> dict[str, ServerKey]:
@@ -9537,12 +9650,14 @@ class ServerKeys:
             log_federation.warning("keys of %s from %s: %s", server, notary, error.error)
 
     def store(self, answer: Json, *, direct: bool = True) -> None:
-        """Keep the keys of a checked answer.
+        """Keep the keys of a checked answer; who does not know its old ones any more was rebuilt.
 
+        Spec: SS-API "Publishing Keys": a notary passes an answer on for half of its lifetime.
         Trap: a notary may repeat an old answer, so it cannot make good what the server has retired.
         """
         server, known = answer["server_name"], self.known(answer["server_name"])
         fresh = keys_in(answer)
+        is_same = any(known[name].key == fresh[name].key for name in known.keys() & fresh.keys())
         if len({*known, *fresh}) > 2 * MAX_KEYS:
             raise invalid_param(f"{server} has had too many keys")
         with self.hs.db.write():
@@ -9552,9 +9667,11 @@ class ServerKeys:
                     continue
                 row = (server, key_id, *key)
                 self.hs.db.execute("INSERT OR REPLACE INTO server_keys VALUES (?, ?, ?, ?, ?)", row)
-            latest = (server, answer["valid_until_ts"], encode_json(answer))
+            latest = (server, (answer["valid_until_ts"] + now_ms()) // 2, encode_json(answer))
             self.hs.db.execute("INSERT OR REPLACE INTO key_answers VALUES (?, ?, ?)", latest)
         self._cache.pop(server)
+        if direct and known and not is_same:
+            self.on_rebuilt(server)
 
     async def answer_of(self, server: str, minimum_ts: int) -> Json | None:
         """What a server says of its keys, good until then if that can be had."""
@@ -9665,23 +9782,25 @@ async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixE
     return await verify_by_known(hs, events)
 
 
-def read_pdu(version: RoomVersion, pdu: Any) -> Event | MatrixError:
+def read_pdu(version: RoomVersion, pdu: Any, *, is_old: bool = False) -> Event | MatrixError:
     """For a thread: the event in a PDU, redacted if its content is not what its sender hashed.
 
     Spec: SS-API "Checks performed on receipt of a PDU", checks 1 and 3.  What others say besides,
     in `unsigned`, is not kept: nothing may be concluded from it.
     """
     try:
-        hashed = check_format(version, pdu)
+        hashed = check_format(version, pdu, is_old=is_old)
         is_whole = content_hash_ok(pdu, hashed)
         return make_event(version, without_unsigned(pdu) if is_whole else redact(version, pdu))
     except MatrixError as error:
         return error
 
 
-def read_pdus(version: RoomVersion, pdus: Sequence[Any]) -> list[Event | MatrixError]:
+def read_pdus(
+    version: RoomVersion, pdus: Sequence[Any], is_old: bool = False
+) -> list[Event | MatrixError]:
     """The same for several."""
-    return [read_pdu(version, pdu) for pdu in pdus]
+    return [read_pdu(version, pdu, is_old=is_old) for pdu in pdus]
 
 
 def read_encoded(
@@ -9693,7 +9812,7 @@ def read_encoded(
 
 
 async def check_pdus(
-    hs: Homeserver, version: RoomVersion, pdus: Sequence[Any]
+    hs: Homeserver, version: RoomVersion, pdus: Sequence[Any], *, is_old: bool = False
 ) -> list[Event | MatrixError]:
     """The events in PDUs of a room version, or for each what is wrong with it: format, signatures.
 
@@ -9701,7 +9820,8 @@ async def check_pdus(
     """
     found: list[Event | MatrixError] = []
     for start in range(0, len(pdus), PDU_BATCH):
-        found += await hs.db.in_thread(read_pdus, version, pdus[start : start + PDU_BATCH])
+        part = pdus[start : start + PDU_BATCH]
+        found += await hs.db.in_thread(read_pdus, version, part, is_old)
     problems = iter(await verify_events(hs, [one for one in found if isinstance(one, Event)]))
     return [one if isinstance(one, MatrixError) else next(problems) or one for one in found]
 
@@ -9725,6 +9845,7 @@ CREATE TABLE destinations (         -- servers that did not answer the last time
 
 FEDERATION_API: Final = "/_matrix/federation/v1"
 BACKOFF_MS = (5_000, 3_600_000)  # after the first failure, doubled with each, and at most
+BACKOFF_SPREAD = 0.3  # by so much at most it is shorter
 DESTINATIONS_CACHED = 20_000
 X_MATRIX_PARAM = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)="
@@ -9813,6 +9934,17 @@ def encode_query(query: Mapping[str, Any]) -> str:
     return f"?{urlencode(pairs, quote_via=quote)}" if pairs else ""
 
 
+def spread(*key: object) -> float:
+    """From 0 to 1, evenly, and always the same for a key.
+
+    So servers that went down together, with the network say, are not all tried again in the same
+    moment, nor is one that was down by all the others.
+    """
+    return (
+        int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big") / 2**32
+    )
+
+
 class Federation:
     """Signed requests to other servers, and the memory of those that did not answer."""
 
@@ -9847,14 +9979,20 @@ class Federation:
         """
         failures, retry_ts = self.failing(server)
         failures = max(failures, before)
-        now, (first, longest) = now_ms(), BACKOFF_MS
+        now = now_ms()
         if retry_ts > now:
             return
-        wait = min(longest, first << min(failures, 20))
-        row = (server, failures + 1, now + wait)
+        row = (server, failures + 1, now + self.wait_after(server, failures + 1))
         with self.hs.db.write():
             self.hs.db.execute("INSERT OR REPLACE INTO destinations VALUES (?, ?, ?)", row)
         self._failing.pop(server)
+
+    def wait_after(self, server: str, failures: int) -> int:
+        """How long (ms) a server is left alone after so many failures."""
+        first, longest = BACKOFF_MS
+        wait = min(longest, first << min(failures - 1, 20))
+        own = self.hs.config.server_name
+        return wait - int(wait * BACKOFF_SPREAD * spread(own, server, failures))
 
     def check_backoff(self, server: str) -> None:
         """502 while a server is left alone."""
@@ -9917,8 +10055,11 @@ class Federation:
 
     # Being asked
 
-    async def authenticate(self, request: Request, content: Any) -> str:
-        """The server that has signed a request, for us and now. 401 otherwise."""
+    async def authenticate(self, request: Request) -> Callable[[Any], str]:
+        """What tells for a request's content which server has signed it, for us and now, or 401.
+
+        A request that names no key which is good now is refused before its content is read.
+        """
         own = self.hs.config.server_name
         if not self.hs.config.allow_federation:
             raise forbidden("Federation is disabled on this server")
@@ -9928,13 +10069,19 @@ class Federation:
         if claim.origin == own:
             raise unauthorized("Nobody else may speak for this server")
         public = await self.hs.server_keys.request_key(claim.origin, claim.key)
-        fields = signed_request(request.method, request.target, claim.origin, own, content)
-        if claim.destination is None:
-            del fields["destination"]
-        if public is None or not verify_signature(public, claim.sig, canonical_json(fields)):
-            raise unauthorized(f"The request is not signed by {claim.origin} with a known key")
-        self.succeeded(claim.origin)
-        return claim.origin
+        if public is None:
+            raise unauthorized(f"The key {claim.key} of {claim.origin} is not known")
+
+        def verify(content: Any) -> str:
+            fields = signed_request(request.method, request.target, claim.origin, own, content)
+            if claim.destination is None:
+                del fields["destination"]
+            if not verify_signature(public, claim.sig, canonical_json(fields)):
+                raise unauthorized(f"The request is not signed by {claim.origin} with that key")
+            self.succeeded(claim.origin)
+            return claim.origin
+
+        return verify
 
 
 # ── 19.3  First answers ──────────────────────────────────────────────────────
@@ -12933,7 +13080,8 @@ def resolve_alias(hs: Homeserver, alias: str) -> tuple[str, list[str]]:
     room_id = find_alias(hs, alias)
     if room_id is None:
         raise not_found(f"The alias {alias} does not stand for a room")
-    return room_id, [hs.config.server_name]
+    others = hs.rooms.get(room_id).servers.most_common(MAX_ALIAS_SERVERS)
+    return room_id, list(dict.fromkeys([hs.config.server_name, *(name for name, _ in others)]))
 
 
 async def look_up_alias(hs: Homeserver, alias: str) -> tuple[str, list[str]]:
@@ -13235,18 +13383,26 @@ LISTED_ROOM: Final = {
     **{f"{name}?": str for name in (*SHOWN_SETTINGS, "join_rule")},
 }
 REMOTE_LIST: Final = {
-    **{"chunk": [LISTED_ROOM], "next_batch?": str, "prev_batch?": str},
+    **{"chunk": [ANY], "next_batch?": str, "prev_batch?": str},
     "total_room_count_estimate?": int,
 }
 PUBLIC_ROOMS: Final = FEDERATION_API + "/publicRooms"
 
 
 async def remote_public_rooms(hs: Homeserver, server: str, method: str, **what: Any) -> Json:
-    """A page of the list of another server. 502 when it cannot be had or is of the wrong shape."""
+    """A page of the list of another server. 502 when it cannot be had or is of the wrong shape.
+
+    Trap: one odd room, of somebody else maybe, must not hide the others.
+    """
     answer = await hs.federation.request(server, method, PUBLIC_ROOMS, **what)
     with as_unreachable(server):
         check_shape(answer, REMOTE_LIST)
-    return answer
+    rooms = []
+    for room in answer["chunk"]:
+        with contextlib.suppress(MatrixError):
+            check_shape(room, LISTED_ROOM)
+            rooms.append(room)
+    return {**answer, "chunk": rooms}
 
 
 def list_query(request: Request) -> Json:
@@ -13283,7 +13439,9 @@ async def search_public_rooms(hs: Homeserver, request: Request) -> Json:
 @route("GET", PUBLIC_ROOMS, auth=FEDERATION)
 async def tell_public_rooms(hs: Homeserver, request: Request) -> Json:
     """Our list for another server.  Spec: SS-API "Published Room Directory"; limit 0 is none."""
-    return public_rooms_page(hs, list_query(request))
+    networks: Json = {"include_all_networks": request.bool_arg("include_all_networks", False)}
+    networks["third_party_instance_id"] = request.arg("third_party_instance_id", "")
+    return public_rooms_page(hs, list_query(request) | networks)
 
 
 @route("POST", PUBLIC_ROOMS, auth=FEDERATION, body=ROOM_QUERY)
@@ -15730,13 +15888,22 @@ async def read_filled(
     span: tuple[int, int],
     wanted: EventFilter,
     limit: int,
+    *,
+    backwards: bool,
 ) -> Page:
-    """The same backwards, where events that we do not have are fetched from other servers."""
+    """The same, where events that we do not have are fetched from other servers.
+
+    A gap is just below the event that it is known by; one below the last of a page can wait. Read
+    forwards, one that begins before the page, as all that came before a room's first does, stays.
+    """
     for _ in range(MAX_FILLS):
-        page = read_page(hs, user_nid, room, span, wanted, limit, backwards=True)
-        # A gap is just below the event that it is known by; one below the last of a page can wait.
-        gaps = hs.rooms.gaps(room, page.end + page.more, span[1] + 1)
-        if not gaps or not await hs.backfill.fill(room, max(gaps)):
+        page = read_page(hs, user_nid, room, span, wanted, limit, backwards=backwards)
+        if backwards:
+            gaps = hs.rooms.gaps(room, page.end + page.more, span[1] + 1)
+        else:
+            gaps = hs.rooms.gaps(room, span[0], page.end, max(span[0], MIN_POSITION + 1))
+        fill = hs.backfill.fill if backwards else hs.backfill.fill_up
+        if not gaps or not await fill(room, (max if backwards else min)(gaps)):
             break
     return page
 
@@ -15779,7 +15946,7 @@ async def get_messages(hs: Homeserver, request: Request, room_id: str) -> Json:
     start, span, backwards = page_span(request, room)
     wanted = page_filter(request)
     reading = hs, request.user.nid, room, span, wanted, wanted.limit
-    page = await read_filled(*reading) if backwards else read_page(*reading, backwards=False)
+    page = await read_filled(*reading, backwards=backwards)
     result: Json = {"start": stream_token(start), "chunk": as_clients(hs, request, page.events)}
     if page.more:
         result["end"] = stream_token(page.end)
@@ -15800,8 +15967,8 @@ async def get_context(hs: Homeserver, request: Request, room_id: str, event_id: 
     wanted = page_filter(request)
     nid, half = request.user.nid, wanted.limit // 2
     past, future = (MIN_POSITION, event.pos - 1), (event.pos, room.last_pos)
-    before = await read_filled(hs, nid, room, past, wanted, half)
-    after = read_page(hs, nid, room, future, wanted, half, backwards=False)
+    before = await read_filled(hs, nid, room, past, wanted, half, backwards=True)
+    after = await read_filled(hs, nid, room, future, wanted, half, backwards=False)
     shown = [*before.events, event, *after.events]
     senders = {one.sender for one in shown} if wanted.lazy_load_members else None
     state = hs.rooms.state_after(shown[-1] if after.events else event)
@@ -16352,10 +16519,12 @@ class Joining(Handshakes):
 STATE_IDS: Final = {"pdu_ids": [str], "auth_chain_ids": [str]}
 
 
-async def events_in(hs: Homeserver, room: Room, pdus: Any, limit: int | None = None) -> list[Event]:
+async def events_in(
+    hs: Homeserver, room: Room, pdus: Any, limit: int | None = None, *, is_old: bool = False
+) -> list[Event]:
     """The good events of the room among what a server answered."""
     given = pdus[:limit] if isinstance(pdus, list) else []
-    found = await check_pdus(hs, room.version, given)
+    found = await check_pdus(hs, room.version, given, is_old=is_old)
     return [one for one in found if isinstance(one, Event) and one.room_id == room.room_id]
 
 
@@ -16443,12 +16612,22 @@ async def state_from(
     return list(hs.rooms.nids_of(answer["pdu_ids"]))
 
 
+NEAR_EVENT: Final = {"event_id": str, "origin_server_ts": int}
+LATER_MS = (3_600_000, 86_400_000, 30 * 86_400_000)  # so long after an event the next is sought
+NARROW_GAP = 500  # so many events, to judge by depth, are fetched from above
+
+
+def is_nearer(ts: int, other: int, wanted: int, *, backwards: bool) -> bool:
+    """Whether a time is on the right side of the wanted one, and nearer to it than another."""
+    return other < ts <= wanted if backwards else wanted <= ts < other
+
+
 class Backfill:
-    """Fetches what came before the events that we have."""
+    """Fetches what came before the events that we have, and what lies within the gaps."""
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
-        self._fills: Flights[tuple[RoomNid, int], bool] = Flights()
+        self._fills: Flights[tuple[RoomNid, int, str], bool] = Flights()
         self._given_up: LruCache[tuple[RoomNid, int], float] = LruCache(GAPS_REMEMBERED)
 
     async def fill(self, room: Room, position: int) -> bool:
@@ -16457,23 +16636,32 @@ class Backfill:
         Servers are asked at most once in a while for what none of them had, and who waits for it
         does not wait for long.
         """
-        key = (room.nid, position)
-        again = (self._given_up.get(key) or -math.inf) + GAP_RETRY_SECONDS
-        if not room.local_joined or time.monotonic() < again:
-            return False
         work = functools.partial(self._fill, room, position)
+        may_be_had = self._may_be_had(room, position)
+        return may_be_had and await self._within_time((room.nid, position, "down"), work)
+
+    def _may_be_had(self, room: Room, position: int) -> bool:
+        again = (self._given_up.get((room.nid, position)) or -math.inf) + GAP_RETRY_SECONDS
+        return bool(room.local_joined) and time.monotonic() >= again
+
+    async def _within_time(
+        self, key: tuple[RoomNid, int, str], work: Callable[[], Coroutine[Any, Any, bool]]
+    ) -> bool:
         try:
             return await asyncio.wait_for(self._fills.join(key, work), BACKFILL_SECONDS)
         except asyncio.TimeoutError:
             return False
 
+    def _servers(self, room: Room, *first: str) -> list[str]:
+        servers = dict.fromkeys([*first, *servers_in(room)])
+        servers.pop(self.hs.config.server_name, None)
+        return list(servers)[:BACKFILL_SERVERS]
+
     async def _fill(self, room: Room, position: int) -> bool:
         missing = self.hs.rooms.gaps(room, position - 1, position).get(position, [])
         event = self.hs.rooms.event_at(room, position)
         if event is not None and missing:
-            servers = dict.fromkeys([server_of(event.sender), *servers_in(room)])
-            servers.pop(self.hs.config.server_name, None)
-            for server in list(servers)[:BACKFILL_SERVERS]:
+            for server in self._servers(room, server_of(event.sender)):
                 with contextlib.suppress(MatrixError):
                     if await self._backfill(server, room, missing[:MAX_PREV_EVENTS]):
                         return True
@@ -16485,7 +16673,7 @@ class Backfill:
         path = f"{FEDERATION_API}/backfill/{quote(room.room_id, '')}"
         query = {"v": missing, "limit": BACKFILL_LIMIT}
         answer = await self._ask(server, path, query, BACKFILL_LIMIT * MAX_EVENT_BYTES * 2)
-        found = await events_in(self.hs, room, answer.get("pdus"), BACKFILL_LIMIT)
+        found = await events_in(self.hs, room, answer.get("pdus"), BACKFILL_LIMIT, is_old=True)
         events = {event.event_id: event for event in found}
         prevs = {prev for event in found for prev in event.prev_events}
         far = self.hs.rooms.missing(prevs - events.keys(), with_state=True)
@@ -16495,6 +16683,86 @@ class Backfill:
             with contextlib.suppress(MatrixError):
                 states[event.event_id] = [await state_from(self.hs, server, room, event.event_id)]
         return bool(self.hs.rooms.backfill(room, found, states))
+
+    # Jumps into a gap
+
+    async def jump(self, room: Room, ts: int, nearest: Event | None, *, backwards: bool) -> bool:
+        """Fetch the event nearest to a time (ms) if it may lie in a gap; whether one came.
+
+        `nearest` is the best that is here. Spec: SS-API `GET /timestamp_to_event`.
+        """
+        far = nearest.origin_server_ts if nearest else -1 if backwards else MAX_POSITION
+        is_exact = nearest is not None and far == ts
+        if (
+            is_exact
+            or not room.local_joined
+            or not self.hs.rooms.misses_between(room, min(ts, far), max(ts, far))
+        ):
+            return False
+        work = functools.partial(self._jump, room, ts, far, backwards)
+        return await self._within_time((room.nid, ts, "b" if backwards else "f"), work)
+
+    async def _jump(self, room: Room, ts: int, far: int, backwards: bool) -> bool:
+        """Ask server after server, till one names an event that is nearer and turns out as such."""
+        for server in self._servers(room):
+            with contextlib.suppress(MatrixError):
+                event = await self._near(server, room, ts, far, backwards=backwards)
+                if event is not None:
+                    await self.fill(room, cast(int, event.pos))
+                    return True
+        return False
+
+    async def _near(
+        self, server: str, room: Room, ts: int, far: int, *, backwards: bool
+    ) -> Event | None:
+        """Fetch what a server says is nearest to a time, if it is nearer than the time `far`."""
+        path = f"{FEDERATION_API}/timestamp_to_event/{quote(room.room_id, '')}"
+        query = {"ts": ts, "dir": "b" if backwards else "f"}
+        answer = await self.hs.federation.request(server, "GET", path, query=query)
+        check_shape(answer, NEAR_EVENT)
+        event_id = answer["event_id"]
+        if not is_nearer(answer["origin_server_ts"], far, ts, backwards=backwards):
+            return None
+        known = self.hs.rooms.event(event_id)
+        if known is not None and known.pos is not None:
+            return known if known.room_nid == room.nid else None
+        for event in await single_events(self.hs, server, room, [event_id]):
+            is_so = is_nearer(event.origin_server_ts, far, ts, backwards=backwards)
+            if event.event_id == event_id and is_so:
+                state = await state_from(self.hs, server, room, event_id, event.auth_events)
+                return self.hs.rooms.island(room, event, [state])
+        return None
+
+    async def _follow(self, server: str, room: Room, event: Event) -> bool:
+        """Fetch what follows an event, by way of one that is a little later; whether it was there.
+
+        Trap: what it names later may be here already, above the gap.
+        """
+        ts = event.origin_server_ts
+        for span in LATER_MS:
+            later = await self._near(server, room, ts + span, ts, backwards=True)
+            if later is not None:
+                await self.fill(room, cast(int, later.pos))
+                return True
+        return False
+
+    async def fill_up(self, room: Room, position: int) -> bool:
+        """Fetch some of what is missing below a timeline event, for who comes from before the gap.
+
+        Where it is wide, what they read next is fetched, and not what is just below the event.
+        """
+        work = functools.partial(self._fill_up, room, position)
+        may_be_had = self._may_be_had(room, position)
+        return may_be_had and await self._within_time((room.nid, position, "up"), work)
+
+    async def _fill_up(self, room: Room, position: int) -> bool:
+        top, low = (self.hs.rooms.event_at(room, at) for at in (position, position - 1))
+        if top is not None and low is not None and top.depth - low.depth > NARROW_GAP:
+            for server in self._servers(room):
+                with contextlib.suppress(MatrixError):
+                    if await self._follow(server, room, low):
+                        return True
+        return await self.fill(room, position)
 
     async def _ask(
         self, server: str, path: str, query: Mapping[str, Any], max_bytes: int = MAX_JSON_BODY
@@ -16688,6 +16956,7 @@ async def send_membership(
     if not known:
         event = vouch(hs, room, event)
         await require_signed(hs, event)
+        await ask_consent(hs, room, event)
     with hs.db.write():
         event = hs.rooms.receive(room, event)
         if (server_of(event.sender), event.membership) != (request.origin, membership):
@@ -17913,7 +18182,12 @@ async def event_by_time(
 
 
 async def event_near(
-    hs: Homeserver, request: Request, room: Room, may_see: Callable[[Event], bool]
+    hs: Homeserver,
+    request: Request,
+    room: Room,
+    may_see: Callable[[Event], bool],
+    *,
+    ask_others: bool = False,
 ) -> Json:
     """The answer to who asks for the event nearest to `ts` (milliseconds) in a direction `dir`."""
     if request.arg("ts") is None or request.arg("dir") is None:
@@ -17922,6 +18196,8 @@ async def event_near(
         raise invalid_param("dir is b or f")
     ts, backwards = request.int_arg("ts", 0, 0, MAX_POSITION), request.arg("dir") == "b"
     event = await event_by_time(hs, room, may_see, ts, backwards=backwards)
+    if ask_others and await hs.backfill.jump(room, ts, event, backwards=backwards):
+        event = await event_by_time(hs, room, may_see, ts, backwards=backwards)
     if event is None:
         raise not_found("There is no event in that direction")
     return {"event_id": event.event_id, "origin_server_ts": event.origin_server_ts}
@@ -17929,13 +18205,13 @@ async def event_near(
 
 @route("GET", ROOM_V1 + "/timestamp_to_event", auth=GUEST, limit="search", also=(MSC3030_PATH,))
 async def get_event_by_time(hs: Homeserver, request: Request, room_id: str) -> Json:
-    """The event nearest to a time in a direction, for a user.
+    """The event nearest to a time in a direction, for a user; also one that others have.
 
     Spec: CS-API "Jumping to a point in a room's history".  404 when there is none.
     """
     room = viewable_room(hs, request, room_id)
     viewer = Viewer(hs.rooms, room, request.user.nid)
-    return await event_near(hs, request, room, viewer.may_see)
+    return await event_near(hs, request, room, viewer.may_see, ask_others=True)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -20643,6 +20919,31 @@ async def refresh_remote_list(hs: Homeserver, user_nid: UserNid) -> None:
         hs.keys.fetching.discard(user_nid)
 
 
+async def forget_rebuilt(hs: Homeserver, server: str) -> None:
+    """Fetch anew what is kept of the devices of a server's users, for its keys are all others.
+
+    It was rebuilt under its old name, and nobody tells that its users' old devices are gone.
+    """
+    await hs.db.synced()
+
+    def read(connection: sqlite3.Connection) -> list[Any]:
+        query = """
+            SELECT user_nid
+            FROM remote_devices JOIN users USING (user_nid)
+            WHERE substr(user_id, -length(:end)) = :end
+        """
+        return connection.execute(query, {"end": f":{server}"}).fetchall()
+
+    update = "UPDATE remote_devices SET stream_id = NULL, stale = ? WHERE user_nid = ?"
+    for (nid,) in await hs.db.read_in_thread(read):
+        with hs.db.write():
+            device_list_changed(hs, nid)
+            hs.db.execute(update, (hs.keys.lists_changed, nid))
+            hs.db.execute("DELETE FROM cross_signing_keys WHERE user_nid = ?", (nid,))
+        hs.background(refresh_remote_list(hs, nid))
+        await asyncio.sleep(0)
+
+
 async def remote_keys(
     hs: Homeserver, viewer_nid: UserNid, body: Json, servers: dict[str, Json], result: Json
 ) -> Json:
@@ -21541,23 +21842,23 @@ DEVICE_UPDATE: Final = {
 def receive_device_list(hs: Homeserver, origin: str, content: Json) -> None:
     """A device elsewhere changed; after a gap all devices of its user are fetched anew.
 
-    Spec: SS-API "Device Management".
+    Spec: SS-API "Device Management". Trap: a server that was rebuilt counts from the beginning, and
+    some always say 1; so only what follows on what we have is taken as it is.
     """
     check_canonical(content)
     user_id, device_id, stream_id = (content[key] for key in ("user_id", "device_id", "stream_id"))
     nid = user_of(hs, origin, user_id)
     known = remote_list(hs, nid)
-    if known is not None and known.stream_id is not None and stream_id < known.stream_id:
-        return
     device_list_changed(hs, nid)
-    if known is None or known.stale or {*content.get("prev_id", ())} - {known.stream_id}:
-        devices = {} if known is None else known.devices
-        new = RemoteList(None, hs.keys.lists_changed, devices)
-    else:
+    before = None if known is None or known.stale else known.stream_id
+    if known is not None and content.get("prev_id") == [before] and stream_id > (before or 0):
         devices = {name: one for name, one in known.devices.items() if name != device_id}
         if "keys" in content and not content.get("deleted"):
             devices |= listed_devices(user_id, [content])
         new = RemoteList(stream_id, 0, devices)
+    else:
+        devices = {} if known is None else known.devices
+        new = RemoteList(None, hs.keys.lists_changed, devices)
     keep_remote_list(hs, nid, new, {})
     if known is not None and new.stale:
         hs.background(refresh_remote_list(hs, nid))
@@ -21664,6 +21965,11 @@ class Inbox:
         with self.hs.db.write():
             self.hs.db.execute(delete, (now_ms() - KEPT_MESSAGES_MS,))
 
+    def forget_server(self, server: str) -> None:
+        """A server was made anew: its transactions may have ids that they had before."""
+        with self.hs.db.write():
+            self.hs.db.execute("DELETE FROM received_transactions WHERE origin = ?", (server,))
+
     def forget_room(self, room: Room) -> None:
         """Subscriber of the room store: a room is deleted."""
         self.hs.db.execute("DELETE FROM inbox WHERE room_nid = ?", (room.nid,))
@@ -21690,9 +21996,6 @@ class Inbox:
         if known is not None:
             return cast(Json, json.loads(known))
         verdicts, events = await self._judge(origin, body.get("pdus", []))
-        for edu in body.get("edus", []):  # they do no harm if the transaction comes again
-            receive_edu(self.hs, origin, edu)
-            await asyncio.sleep(0)
         with db.write():
             for event in events:
                 room = self.hs.rooms.find(event.room_id)
@@ -21700,6 +22003,10 @@ class Inbox:
                     self.put(room, origin, event.event_id, event.pdu)
                 else:
                     self.hs.joining.note_removal(event)
+        for edu in body.get("edus", []):  # such as receipts for these events
+            receive_edu(self.hs, origin, edu)
+            await asyncio.sleep(0)
+        with db.write():  # until then, all this does no harm if the transaction comes again
             answer = {"pdus": verdicts}
             row = (origin, txn_id, now_ms(), json.dumps(answer))
             db.execute("INSERT INTO received_transactions VALUES (?, ?, ?, ?)", row)
@@ -21962,6 +22269,15 @@ class Item(NamedTuple):
     value: Json
 
 
+class Unanswered(NamedTuple):
+    """A transaction that a server may have taken, though it has not said so."""
+
+    txn_id: str
+    upto: int  # the last position in it
+    here: int  # the stream's position then
+    edus: frozenset[EduKey]
+
+
 @dataclass(slots=True, eq=False)
 class Queue:
     """How far a server is, as long as something waits for it."""
@@ -21975,7 +22291,10 @@ class Queue:
     size: int = MAX_EDUS  # items in a transaction, fewer after one was refused
     suspect: int = 0  # position of the item that may be the reason; it is passed over
     suspects: int = 0  # and how many there are
-    edus: dict[EduKey, int] = field(default_factory=dict)  # what may get lost; see Sender
+    edus: dict[EduKey, int] = field(default_factory=dict)  # of what is short-lived; see Sender
+    sending: dict[EduKey, int] = field(default_factory=dict)  # and of this, what is on its way
+    unread: int = MAX_POSITION  # it has all receipts up to this position
+    unanswered: Unanswered | None = None  # what has to go out again before all else
 
 
 def missed_many(hs: Homeserver, after: int) -> bool:
@@ -22143,6 +22462,7 @@ class Queues:
         self._share = max(1, hs.config.max_concurrent_requests // 2)
         self._retries: list[tuple[int, str]] = []
         self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._receipts: dict[RoomNid, int] = {}  # rooms where some moved, after which position
         hs.db.on_reset(self._reread)
 
     def start(self) -> None:
@@ -22273,6 +22593,7 @@ class Queues:
         except Exception as error:  # a full disk, say: this server waits, the others do not
             is_expected = isinstance(error, MatrixError)
             log_sending.error("sending to %s failed", queue.server, exc_info=not is_expected)
+            self._give_back(queue)
             self._pause(queue, now_ms() + BACKOFF_MS[0])
             queue.is_busy = False
         finally:
@@ -22282,26 +22603,59 @@ class Queues:
     # A transaction
 
     async def _transact(self, queue: Queue) -> bool:
-        """Whether there may be more to do for the server after this."""
-        items, upto = next_items(self.hs, queue)
+        """Whether there may be more to do for the server after this.
+
+        Spec: SS-API "Transactions": one that was not answered goes out again under its id.
+        """
+        (items, upto), again = next_items(self.hs, queue), queue.unanswered
+        if again is not None:
+            items, upto = [one for one in items if one.pos <= again.upto], min(upto, again.upto)
         if not items and queue.suspect:  # nothing else to try it with
             queue.suspect = queue.suspects = 0
             self.hs.federation.failed(queue.server, queue.failures)
             return True
-        taken, queue.edus = queue.edus, {}
-        content = self._transaction(items, taken)
+        self._take_edus(queue, is_alone=not items, is_last=upto >= self.hs.stream.position)
+        content = self._transaction(items, queue.sending)
         if not content["pdus"] and not content["edus"]:
             return self._delivered(queue, upto)
-        path = f"{FEDERATION_API}/send/{random_token(16)}"
+        here, edus = self.hs.stream.position, frozenset(queue.sending)
+        again = again or Unanswered(random_token(16), upto, here, edus)
+        path = f"{FEDERATION_API}/send/{again.txn_id}"
         status, answer = await self._put(queue.server, path, content)
         if status == 200:
             self._log_refused(queue.server, answer)
             return self._delivered(queue, upto)
-        for key, value in taken.items():
-            if key[0] != TYPING and status not in REFUSALS:
-                queue.edus[key] = min(value, queue.edus.get(key, value))
+        queue.unanswered = None if status in REFUSALS else again
+        if items or status not in REFUSALS:
+            self._give_back(queue)
+        self._settle(queue)
         self._refused(queue, items, status)
         return True
+
+    def _take_edus(self, queue: Queue, *, is_alone: bool, is_last: bool) -> None:
+        """Choose what is short-lived for a transaction; receipts follow the events they are for.
+
+        When a server chokes on something, it is not to be on these beside other things.
+        """
+
+        def goes(key: EduKey) -> bool:
+            if queue.unanswered is not None:
+                return key in queue.unanswered.edus
+            return (is_alone or queue.size == MAX_EDUS) and (is_last or key[0] != RECEIPT)
+
+        queue.sending = {key: value for key, value in queue.edus.items() if goes(key)}
+        queue.edus = {key: value for key, value in queue.edus.items() if not goes(key)}
+
+    def _settle(self, queue: Queue) -> None:
+        """What is short-lived has gone out, or is given up or back."""
+        queue.sending = {}
+        receipts = (since for key, since in queue.edus.items() if key[0] == RECEIPT)
+        queue.unread = min(receipts, default=MAX_POSITION)
+
+    def _give_back(self, queue: Queue) -> None:
+        for key, value in queue.sending.items():
+            if key[0] != TYPING:
+                queue.edus[key] = min(value, queue.edus.get(key, value))
 
     def _transaction(self, items: list[Item], edus: Mapping[EduKey, int]) -> Json:
         content: Json = {"origin": self._own, "origin_server_ts": now_ms(), "pdus": [], "edus": []}
@@ -22335,6 +22689,10 @@ class Queues:
             log_sending.error("%s chokes on what is at %d; left out", queue.server, queue.suspect)
         queue.acked, queue.suspect, queue.suspects = max(upto, queue.acked), 0, 0
         queue.size = min(MAX_EDUS, 2 * queue.size)
+        if (again := queue.unanswered) is not None:  # it may not know what has moved since
+            moved = {key: again.here for key in again.edus if key[0] == RECEIPT}
+            queue.edus, queue.unanswered = {**moved, **queue.edus}, None
+        self._settle(queue)
         more = upto < self.hs.stream.position or bool(queue.edus)
         if more and not queue.edus:
             items, end = next_items(self.hs, queue)
@@ -22374,8 +22732,14 @@ class Queues:
 
     def save(self) -> None:
         """Note how far all are that are not late; what is sent again is known by its id."""
-        waiting = [queue.acked for queue in self.queues.values() if not queue.is_late]
-        self.db.set_meta("sent_upto", min(waiting, default=self.hs.stream.position))
+        here, queues = self.hs.stream.position, self.queues.values()
+        waiting = [each.acked for each in queues if not each.is_late]
+        unread = [each.unread for each in queues if not each.is_late] + [*self._receipts.values()]
+        late = [each.unread for each in queues if each.is_late]
+        with self.db.write():
+            self.db.set_meta("sent_upto", min(waiting, default=here))
+            self.db.set_meta("receipts_upto", min([here, *unread]))
+            self.db.set_meta("late_receipts_upto", min([here, *late]))
 
     def maintain(self) -> None:
         """Forget the events that every server has, and servers that are gone and not missed."""
@@ -22398,7 +22762,9 @@ class Queues:
             self.db.execute("DELETE FROM to_device_out WHERE server = ?", (queue.server,))
             self.db.execute("DELETE FROM late_servers WHERE server = ?", (queue.server,))
         queue.acked, queue.suspect, queue.is_late = self.hs.stream.position, 0, False
+        queue.unanswered = None
         queue.edus.clear()
+        self._settle(queue)
         if not queue.is_busy:
             del self.queues[queue.server]
 
@@ -22425,13 +22791,45 @@ class Sender(Queues):
         super().__init__(hs)
         self.disabled = {row[0] for row in hs.db.all("SELECT room_id FROM disabled_rooms")}
         self._typing: dict[int, set[UserNid]] = {}
-        self._receipts: dict[RoomNid, int] = {}  # rooms where some moved, after which position
         rooms = hs.rooms
         rooms.subscribe_membership(self._membership_changed)
         rooms.subscribe_sent(self.add)
         rooms.subscribe_purge(self._forget_room)
         rooms.subscribe_history(self._forget_events)
         hs.stream.subscribe(self._stamped)
+
+    def start(self) -> None:
+        """Go on where the last run ended, with receipts as well."""
+        super().start()
+        if self.hs.config.allow_federation and self.hs.config.allow_outgoing_read_receipts:
+            self._find_receipts()
+
+    def _find_receipts(self) -> None:
+        """Let the receipts wait that were not sent, by how far late servers were, and the others.
+
+        A receipt has no row in a queue: the newest of each user is sent, if it may be a new one.
+        """
+        sent = self.db.meta("receipts_upto") or self.hs.stream.position
+        late = min(sent, self.db.meta("late_receipts_upto") or sent)
+        query = """
+            SELECT server, room_nid
+            FROM late_servers
+            CROSS JOIN room_servers USING (server)
+            WHERE until = :max
+              AND EXISTS (
+                  SELECT 1 FROM receipts WHERE room_nid = room_servers.room_nid AND pos > :after
+              )
+        """
+        for server, room_nid in self.db.all(query, {"max": MAX_POSITION, "after": late}):
+            self.queues[server].edus[RECEIPT, room_nid, 0] = self.queues[server].unread = late
+        query = """
+            SELECT room_nid
+            FROM rooms
+            WHERE EXISTS (SELECT 1 FROM receipts WHERE room_nid = rooms.room_nid AND pos > ?)
+        """
+        for (room_nid,) in self.db.all(query, (sent,)):
+            self._receipts[room_nid] = sent
+            self._tell_receipts(room_nid)
 
     def add(self, room: Room, event: Event) -> None:
         """Send an event to all servers that are in its room: ours, or one that we vouch for.
@@ -22581,6 +22979,7 @@ class Sender(Queues):
                 if edu is not None and (edu[0] != TYPING or not queue.retry_ts):
                     old = value if edu[0] == TYPING else queue.edus.get(edu, value)
                     queue.edus[edu] = min(old, value)
+                    queue.unread = min(queue.unread, value if edu[0] == RECEIPT else MAX_POSITION)
 
 
 # ── 40.5  For the admin ──────────────────────────────────────────────────────
@@ -22612,9 +23011,32 @@ def queues_by_lateness(hs: Homeserver) -> list[QueueStatus]:
     return [queue_status(hs, queue) for queue in queues]
 
 
-def retry_server(hs: Homeserver, server: str) -> None:
-    """End the waiting for a server, and try what waits for it at once."""
+def retry_server(hs: Homeserver, server: str) -> bool:
+    """End the waiting for a server, and try what waits for it at once; False if nobody waits."""
+    queue = hs.sender.queues.get(server)
+    waits = hs.federation.failing(server)[0] > 0 or (queue is not None and queue.retry_ts > 0)
     hs.federation.succeeded(server)
+    hs.sender.alive(server)
+    return waits
+
+
+DESTINATIONS: Final = """
+    SELECT server, COALESCE(failures, 0), COALESCE(retry_ts, 0)
+    FROM (SELECT server FROM room_servers UNION SELECT server FROM destinations)
+    LEFT JOIN destinations USING (server)
+"""
+
+
+async def destinations(hs: Homeserver) -> list[tuple[str, int, int]]:
+    """The servers that we deal with: name, failures in a row, when each is tried again (ms)."""
+    await hs.db.synced()
+    return await hs.db.read_in_thread(lambda db: db.execute(DESTINATIONS).fetchall())
+
+
+def acked_by(hs: Homeserver, server: str) -> int:
+    """The position up to which a server has everything."""
+    queue = hs.sender.queues.get(server)
+    return hs.stream.position if queue is None else queue.acked
 
 
 def reset_queue(hs: Homeserver, server: str) -> bool:
@@ -22670,9 +23092,9 @@ def room_of_asker(hs: Homeserver, request: Request, room_id: str) -> Room:
     return room
 
 
-def served_event(hs: Homeserver, room: Room, event_id: str | None) -> Event:
+def served_event(hs: Homeserver, room: Room, event_id: str) -> Event:
     """An event of that room which was not rejected, or 404."""
-    event = None if event_id is None else hs.rooms.event(event_id)
+    event = hs.rooms.event(event_id)
     if event is None or event.room_nid != room.nid or event.rejected:
         raise not_found("There is no such event in this room")
     return event
@@ -22828,7 +23250,7 @@ async def state_and_chain(hs: Homeserver, request: Request, room_id: str) -> lis
     404 when the event, or the state at it, is not known.
     """
     room = room_of_asker(hs, request, room_id)
-    event = served_event(hs, room, request.arg("event_id"))
+    event = served_event(hs, room, required_arg(request, "event_id"))
     if event.state_group is None:
         raise not_found("The state at this event is not known here")
     nids = json.dumps(list(hs.rooms.nids_before(event).values()))
@@ -28240,6 +28662,13 @@ async def list_queues(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_table(f"Found {len(rows)}:", heads, rows)
 
 
+@command("retry-server SERVER")
+async def retry_server_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Try at once what waits for a server, whatever has failed before."""
+    did = retry_server(hs, other_server(hs, arguments["SERVER"]))
+    return reply_text("It is tried." if did else "It is not being left alone.", failed=not did)
+
+
 @command("reset-queue SERVER")
 async def reset_queue_command(hs: Homeserver, arguments: Arguments) -> Reply:
     """Throw away what waits for a server."""
@@ -29547,7 +29976,81 @@ async def admin_pushers(hs: Homeserver, _request: Request, user_id: str) -> Json
     return {"pushers": found, "total": len(found)}
 
 
-# ── 49.8  The server ─────────────────────────────────────────────────────────
+# ── 49.8  Other servers ──────────────────────────────────────────────────────
+
+DESTINATION_PATH = "/v1/federation/destinations/{server}"
+DESTINATION_ORDER = (
+    *("destination", "retry_last_ts", "retry_interval", "failure_ts"),
+    "last_successful_stream_ordering",
+)
+
+
+def destination_json(hs: Homeserver, server: str, failures: int, retry_ts: int) -> Json:
+    """How it goes with a server. When the failures began follows from how long we waited since."""
+    waits = [hs.federation.wait_after(server, n) for n in range(1, min(failures, 1000) + 1)]
+    return {
+        "destination": server,
+        "retry_last_ts": retry_ts - waits[-1] if waits else 0,
+        "retry_interval": waits[-1] if waits else 0,
+        "failure_ts": retry_ts - sum(waits) if waits else None,
+        "last_successful_stream_ordering": acked_by(hs, server),
+    }
+
+
+async def known_destination(hs: Homeserver, server: str) -> Json:
+    """The same for a server that a path names; 404 for one that we do not deal with."""
+    query = "SELECT 1 FROM room_servers WHERE server = ? LIMIT 1"
+    failures, retry_ts = hs.federation.failing(server)
+    if not failures and hs.db.value(query, (server,)) is None:
+        raise not_found("Unknown destination")
+    return destination_json(hs, server, failures, retry_ts)
+
+
+def destinations_page(request: Request, name: str, rows: list[Json], order: str) -> Json:
+    """The page of sorted rows that is asked for; the token of the next is a string."""
+    rows.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
+    _, page, end = rows_page(request, rows)
+    answer: Json = {name: page, "total": len(rows)}
+    return answer if end is None else {**answer, "next_token": str(end)}
+
+
+@admin_route("GET", "/v1/federation/destinations")
+async def admin_destinations(hs: Homeserver, request: Request) -> Json:
+    """The servers that we deal with, and how it goes, sorted, page by page."""
+    order, wanted = request.arg("order_by", "destination"), request.arg("destination") or ""
+    if order not in DESTINATION_ORDER:
+        raise invalid_param(f"order_by is one of {', '.join(DESTINATION_ORDER)}")
+    found = [destination_json(hs, *row) for row in await destinations(hs) if wanted in row[0]]
+    return destinations_page(request, "destinations", found, order)
+
+
+@admin_route("GET", DESTINATION_PATH)
+async def admin_destination(hs: Homeserver, _request: Request, server: str) -> Json:
+    """How it goes with one server."""
+    return await known_destination(hs, server)
+
+
+@admin_route("GET", DESTINATION_PATH + "/rooms")
+async def admin_destination_rooms(hs: Homeserver, request: Request, server: str) -> Json:
+    """The rooms that we share with a server, and up to where it has our events."""
+    await known_destination(hs, server)
+    query = "SELECT DISTINCT room_nid FROM room_servers WHERE server = ? AND until = ?"
+    acked, rows = acked_by(hs, server), hs.db.all(query, (server, MAX_POSITION))
+    rooms = [hs.rooms.by_nid(nid) for (nid,) in rows]
+    found = [{"room_id": r.room_id, "stream_ordering": min(r.last_pos, acked)} for r in rooms]
+    return destinations_page(request, "rooms", found, "room_id")
+
+
+@admin_route("POST", DESTINATION_PATH + "/reset_connection", body={})
+async def admin_reset_connection(hs: Homeserver, _request: Request, server: str) -> Json:
+    """Try a server at once that is being left alone; 400 for one that is not."""
+    await known_destination(hs, server)
+    if not retry_server(hs, server):
+        raise MatrixError(400, "M_UNKNOWN", "This server is not being left alone")
+    return {}
+
+
+# ── 49.9  The server ─────────────────────────────────────────────────────────
 
 
 @route("GET", ADMIN_API + "/v1/server_version", auth=NONE)
@@ -30440,6 +30943,7 @@ class Homeserver:
         self.rooms.erased = self.accounts.erased
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive
+        self.server_keys.on_rebuilt = self._rebuilt
 
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
@@ -30458,6 +30962,11 @@ class Homeserver:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._background_done)
+
+    def _rebuilt(self, server: str) -> None:
+        """Another server has none of its keys any more, so it was made anew under its name."""
+        self.inbox.forget_server(server)
+        self.background(forget_rebuilt(self, server))
 
     def _background_done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

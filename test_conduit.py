@@ -4853,6 +4853,67 @@ def test_gaps_are_filled_from_above() -> None:
     with_rooms(story)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_of_a_gap_comes_first_all_end_in_order(seed: int) -> None:
+    """Jumps into a gap and fetching from its upper ends, in any order: an island is no obstacle."""
+    chance = random.Random(seed)  # noqa: S311  to be repeated
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        before = [far.text(f"before {number}") for number in range(chance.choice([0, 40]))]
+        room = await far.enter(rooms)
+        told = [event.event_id for event in far.state.values()]
+        lost = [far.text(f"{number}") for number in range(80)]
+        rooms.receive(room, again(far.text("newest")), [told])
+        missed = [*before, *lost]
+        everything = {event.event_id: event for event in far.events}
+        for _ in range(1000):
+            gaps = rooms.gaps(room, conduit.MIN_POSITION, conduit.MAX_POSITION)
+            if not gaps:
+                break
+            if chance.random() < 0.4:
+                event = chance.choice(missed)
+                placed = rooms.island(room, again(event), [told])
+                assert placed is not None and placed.event_id == event.event_id
+            else:
+                ids = gaps[chance.choice([*gaps])]
+                at = far.events.index(everything[ids[0]])
+                batch = far.events[max(0, at - chance.randint(0, 30)) : at + 1]
+                states = {} if batch[0] is far.events[0] else {batch[0].event_id: [told]}
+                assert rooms.backfill(room, [again(event) for event in batch], states)
+            seen = timeline(rooms, room)
+            assert seen == [event.event_id for event in far.events if event.event_id in {*seen}]
+        assert timeline(rooms, room) == [*everything]
+        assert rooms.island(room, again(far.text("later than all")), [told]) is None
+
+    with_rooms(story)
+
+
+def test_what_is_old_keeps_off_the_events_of_other_rooms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The positions kept free for a room's past are not endless, and others lie below them."""
+    monkeypatch.setattr(conduit, "GAP_POSITIONS", 10)
+
+    async def story(rooms: conduit.Rooms) -> None:
+        other = rooms.create("11", ME, {})
+        for number in range(60):
+            rooms.send(
+                other, ME, "m.room.member", {"membership": "join", "n": number}, state_key=ME
+            )
+        seen, far = timeline(rooms, other), FarRoom()
+        past = [far.text(f"{number}") for number in range(40)]
+        room = await far.enter(rooms)
+        told = [event.event_id for event in far.state.values()]
+        found = rooms.backfill(room, [again(e) for e in past[-9:]], {past[-9].event_id: [told]})
+        assert len(found) == 9
+        older = [again(event) for event in past[-25:-9]]
+        rooms.backfill(room, older, {event.event_id: [told] for event in older})
+        assert rooms.island(room, again(past[0]), [told]) is None
+        assert timeline(rooms, other) == seen
+        assert timeline(rooms, room)[-10:] == [e.event_id for e in (*past[-9:], far.events[-1])]
+
+    with_rooms(story)
+
+
 def test_pending_redactions_meet_events_by_every_way_in() -> None:
     async def story(rooms: conduit.Rooms) -> None:
         far = FarRoom()
@@ -8557,6 +8618,68 @@ def test_a_silent_server_is_left_alone_for_a_while(pair: tuple[Server, Server], 
         assert database.execute(query, (silent,)).fetchone() == (1,)
 
 
+async def large_bodies(server: Server, heads: Sequence[bytes], size: int) -> list[bytes]:
+    """The status lines of the answers to requests with large bodies, all of them on the way."""
+
+    async def begin(head: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(head + b"Content-Length: %d\r\n\r\n" % (size + 2))
+        with contextlib.suppress(OSError):
+            for _ in range(0, size, 65_536):
+                writer.write(b" " * 65_536)
+                await writer.drain()
+        return reader, writer
+
+    async def end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        line = b""
+        with contextlib.suppress(OSError):
+            writer.write(b"{}")
+            line = await reader.readline()
+        writer.close()
+        return line
+
+    streams = await asyncio.gather(*map(begin, heads))
+    await asyncio.sleep(1)
+    return await asyncio.gather(*(end(*stream) for stream in streams))
+
+
+def test_sec_44_unsigned_bodies_take_little_memory(
+    tmp_path: Path, authority: Authority, peer: Peer
+) -> None:
+    """Before a body is there its signature cannot be checked: of false ones we hold few at a time.
+
+    The key that is named is that of a real server, which everybody knows.
+    """
+    server = federating(tmp_path, authority, tls=None).start()
+    alice = register(server)
+    uri = f"{PROFILE_OF}{alice.user_id}"
+    ok(peer.ask(server, "GET", uri))
+    claim = f'origin="{peer.name}",destination="{server.name}",key="{peer.key.key_id}",{SIG}'
+    head = f"PUT {SEND_PATH}1 HTTP/1.1\r\nHost: x\r\nAuthorization: X-Matrix {claim}\r\n".encode()
+    before, slowest = server.peak_rss(), 0.0
+    with ThreadPoolExecutor(1) as pool:
+        flood = pool.submit(asyncio.run, large_bodies(server, [head] * 100, 9 << 20))
+        while not flood.done():
+            started = time.monotonic()
+            alice.poll()
+            ok(peer.ask(server, "GET", uri))  # a server is served as well, from this address
+            slowest = max(slowest, time.monotonic() - started)
+            time.sleep(0.05)
+    print(server.peak_rss() - before, slowest, Counter(flood.result()))
+    assert server.peak_rss() - before < 120
+    assert slowest < 3
+    assert {line[9:12] for line in flood.result()} <= {b"401", b"429", b""}
+    assert peer.ask(server, "PUT", f"{SEND_PATH}2", LARGE_TRANSACTION).status_code == 200
+    server.stop()
+    server.assert_clean_log()
+
+
+LARGE_TRANSACTION: Final = {
+    "pdus": [],
+    "edus": [{"edu_type": "x", "content": {"x": "y" * 9_000_000}}],
+}
+
+
 # ── 19.3  Between servers ────────────────────────────────────────────────────
 
 
@@ -8585,6 +8708,29 @@ def test_profiles_aliases_and_lists_of_other_servers(
         assert [each["room_id"] for each in page["chunk"]] == [room_id]
         assert ok(alice.get("publicRooms", server=theirs.name, limit=1))["chunk"]
     fails(Client(ours).get("publicRooms", server=other.name), 401)
+
+
+def test_lists_of_rooms_between_servers(pair: tuple[Server, Server], peer: Peer) -> None:
+    """An odd room hides no other; a server may ask for the rooms of one network or of all."""
+    alice = register(pair[0])
+    shape = {"num_joined_members": 1, "world_readable": False, "guest_can_join": False}
+    good = {"room_id": "!good:x", **shape}
+    odd = [3, {}, {**good, "name": 4}, {**good, "num_joined_members": "1"}]
+    peer.answers[f"{FEDERATION_V1}/publicRooms"] = {"chunk": [*odd, good, *odd]}
+    assert ok(alice.get("publicRooms", server=peer.name))["chunk"] == [good]
+    peer.answers[f"{FEDERATION_V1}/publicRooms"] = {"chunk": 3}
+    fails(alice.get("publicRooms", server=peer.name), 502)
+    room_id = alice.create_room(preset="public_chat", visibility="public")
+
+    def listed(**query: Any) -> bool:
+        uri = f"{FEDERATION_V1}/publicRooms{conduit.encode_query(query)}"
+        chunk = ok(peer.ask(pair[0], "GET", uri))["chunk"]
+        return room_id in [room["room_id"] for room in chunk]
+
+    assert listed() and listed(include_all_networks=True)
+    assert not listed(third_party_instance_id="another")
+    uri = f"{FEDERATION_V1}/publicRooms?include_all_networks=x"
+    fails(peer.ask(pair[0], "GET", uri), 400, "M_INVALID_PARAM")
 
 
 def test_media_of_other_servers(pair: tuple[Server, Server], synapse: Synapse) -> None:
@@ -9035,6 +9181,29 @@ def test_our_notary(pair: tuple[Server, Server], peer: Peer) -> None:
     assert {each["server_name"] for each in found} == {peer.name, server.name}
     many = {"server_keys": {f"s{n}.invalid": {} for n in range(101)}}
     fails(Client(server).post("/_matrix/key/v2/query", many), 413)
+
+
+def test_a_notary_asks_anew_when_half_of_the_time_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And has the last answer when the server is gone."""
+    now = conduit.now_ms()
+    monkeypatch.setattr(conduit, "KEY_RETRY_SECONDS", 0)
+
+    async def story() -> None:
+        made = Keys(tmp_path)
+        made.published = {"a.example": key_answer("a.example", KEY_1, valid_until_ts=now + DAY)}
+        for hours, asked in ((0, 1), (11, 1), (13, 2), (18, 2), (19, 3), (30, 4)):
+            at = now + hours * 3_600_000
+            monkeypatch.setattr(conduit, "now_ms", lambda at=at: at)
+            answer = await made.hs.server_keys.answer_of("a.example", at)
+            assert answer == key_answer("a.example", KEY_1, valid_until_ts=now + DAY)
+            assert len(made.asked) == asked
+            if asked == 2:
+                made.published.clear()
+        await made.hs.stop()
+
+    asyncio.run(story())
 
 
 # ── 18.3  Events of others ───────────────────────────────────────────────────
@@ -14851,6 +15020,68 @@ def test_a_day_finds_its_event(alice: Client) -> None:
     fails(alice.get(path, ts=1, dir="x"), 400, "M_INVALID_PARAM")
 
 
+def test_a_day_that_only_others_remember(tmp_path: Path, authority: Authority) -> None:
+    """Who came late jumps into the past: the event, what is around it, and on both ways."""
+    near, far = (federating(tmp_path / name, authority).start() for name in ("near", "far"))
+    alice, bob = register(near), register(far)
+    room_id = bob.create_room(preset="public_chat")
+    bob.set_state(room_id, "m.room.history_visibility", {"history_visibility": "shared"})
+    count, minute, start = 1300, 60_000, 1_700_000_000_000
+
+    def story(hs: conduit.Homeserver) -> None:
+        room = hs.rooms.get(room_id)
+        for n in range(count):
+            content, at = {"msgtype": "m.text", "body": f"{n}"}, start + n * minute
+            hs.rooms.send(room, bob.user_id, "m.room.message", content, timestamp=at)
+
+    inside(far, story)
+    ok(alice.post(("join", room_id), server_name=far.name))
+    path = v1("rooms", room_id, "timestamp_to_event")
+
+    def jump(n: int, direction: str, offset: int = 1) -> str:
+        sign = 1 if direction == "b" else -1
+        ts = start + n * minute + sign * offset
+        found = ok(alice.get(path, ts=ts, dir=direction))
+        assert found["origin_server_ts"] == start + n * minute
+        return cast(str, found["event_id"])
+
+    def bodies(events: Json) -> list[int]:
+        return [int(event["content"]["body"]) for event in events]
+
+    for n, direction in ((600, "f"), (300, "b"), (599, "b"), (300, "f")):
+        event_id = jump(n, direction)
+        around = ok(alice.get(("rooms", room_id, "context", event_id), limit=20))
+        assert bodies([around["event"]]) == [n]
+        assert bodies(around["events_before"]) == [n - i for i in range(1, 11)]
+        assert bodies(around["events_after"]) == [n + i for i in range(1, 11)]
+        page, back = around["end"], around["start"]
+        for k in range(2):
+            answer = alice.messages(room_id, "f", **{"from": page}, limit=50)
+            first = n + 11 + 50 * k
+            assert bodies(answer["chunk"]) == list(range(first, first + 50))
+            page = answer["end"]
+            answer = alice.messages(room_id, "b", **{"from": back}, limit=50)
+            assert bodies(answer["chunk"]) == [n - 11 - 50 * k - i for i in range(50)]
+            back = answer["end"]
+    far.stop()
+    assert jump(600, "f", 0) and jump(350, "b", 0)  # these are here now
+    far.start()
+    token, seen = None, list[int]()
+    while True:  # the whole room has each once, and in order
+        options = {"from": token} if token else {}
+        answer = alice.messages(room_id, "b", **options, limit=100)
+        texts = [event for event in answer["chunk"] if event["type"] == "m.room.message"]
+        seen += bodies(texts)
+        if "end" not in answer:
+            break
+        token = answer["end"]
+    assert seen == list(range(count))[::-1]
+    for each in (near, far):
+        each.stop()
+        each.assert_clean_log()
+        each.check()
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  33. SEARCH
 # ═════════════════════════════════════════════════════════════════════════════
@@ -18003,6 +18234,26 @@ def test_state_from_behind_a_gap(anna: Client, far: Elsewhere) -> None:
         assert far.counts["state"] == (1 if count > 50 else 0)
 
 
+def test_old_events_that_follow_too_many(
+    anna: Client, far: Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than 20 prev_events are for the past, which servers backfill, and for it alone."""
+    room_id, branch = shared(anna, far)
+    tip, forks = branch.tip, []
+    for n in range(25):
+        branch.tip = tip
+        forks.append(conduit.event_reference(branch.text(f"fork {n}")))
+    depth = {"depth": cast(conduit.Event, tip).depth + 2}
+    monkeypatch.setattr(conduit, "MAX_PREV_EVENTS", 30)  # of the peer
+    merge = branch.text("merge", prev_events=forks, **depth)
+    assert far.tell(merge) == {}  # to /send it is no event, so it has no id
+    last = branch.text("last")
+    far.lies["get_missing_events"] = lambda _, __: {"events": []}
+    far.lies["backfill"] = lambda _, __: {"pdus": [merge.pdu]}
+    far.tell(last)
+    arrives(anna, room_id, "merge", "last")
+
+
 def test_missing_auth_events_are_fetched(anna: Client, far: Elsewhere) -> None:
     """An event may stand on events that nobody has sent us, beside a known past."""
     room_id, branch = shared(anna, far)
@@ -18025,6 +18276,53 @@ LIES: Final[dict[str, Any]] = {
     "no object": lambda _, __: [],
     "a fault": lambda _, __: conduit.parse_json(b"{"),
 }
+
+
+def test_sec_15_lies_about_the_event_of_a_day(anna: Client, far: Elsewhere) -> None:
+    """What a server names must be of that room, rightly signed, and at the right time."""
+    room_id, branch = shared(anna, far, "11")
+    other = Branch(far, anna.create_room(preset="public_chat", room_version="11"))
+    now = conduit.now_ms()
+    missed = [branch.text(f"{n}", origin_server_ts=now + 1000 * n) for n in range(1, 10)]
+    last = branch.text("after the gap", origin_server_ts=now + 10_000)
+    elsewhere = other.text("elsewhere", origin_server_ts=now + 4000)
+    stranger = branch.make("m.room.message", {}, sender="@eve:elsewhere.example")
+    far.events[stranger.event_id] = stranger
+    far.lies["get_missing_events"] = lambda _, __: {"events": []}
+    far.tell(last)
+    arrives(anna, room_id, "after the gap")
+    path = v1("rooms", room_id, "timestamp_to_event")
+
+    def asked(answer: Any) -> str:
+        before = far.counts["timestamp_to_event"]
+        far.lies["timestamp_to_event"] = lambda _, __: answer
+        found = ok(anna.get(path, ts=now + 3500, dir="f"))
+        assert far.counts["timestamp_to_event"] > before
+        return cast(str, found["event_id"])
+
+    right = {"event_id": missed[3].event_id, "origin_server_ts": now + 4000}
+    for answer in (
+        {**right, "event_id": elsewhere.event_id},  # of another room
+        {**right, "event_id": missed[1].event_id},  # of another time
+        {**right, "event_id": stranger.event_id},  # not signed by its sender's server
+        {**right, "event_id": "$nothing"},
+        {**right, "origin_server_ts": now + 3000},  # on the wrong side
+        {**right, "origin_server_ts": now + 20_000},  # farther than what is here
+        {**right, "event_id": 4},
+        [],
+        conduit.Response(200, b"{"),
+        conduit.Response(500, b""),
+    ):
+        assert asked(answer) == last.event_id
+        forgive(far)
+    assert asked(right) == missed[3].event_id
+    context = ok(anna.get(("rooms", room_id, "context", missed[3].event_id)))
+    assert [event["event_id"] for event in context["events_after"]][:1] == [last.event_id]
+
+
+def forgive(far: Elsewhere) -> None:
+    """A sign of life, after which the peer is asked again."""
+    far.edu("m.typing", {})
 
 
 @pytest.mark.parametrize("lie", LIES)
@@ -18221,11 +18519,16 @@ def test_typing_receipts_presence(anna: Client, far: Elsewhere) -> None:
 def test_receipts_wait_for_their_events(anna: Client, far: Elsewhere) -> None:
     """A receipt that comes with its event, or for an event on the way, is not lost."""
     room_id, branch = shared(anna, far)
-    event = branch.text("read")
-    edu = {"edu_type": "m.receipt", "content": {room_id: receipt_of(branch.user, event.event_id)}}
-    far.tell(event)
-    ok(far.send(edus=[edu]))
-    eventually(lambda: event.event_id in ephemeral_now(anna, room_id, "m.receipt"))
+    for together in (False, True):
+        event = branch.text("read")
+        receipt = {room_id: receipt_of(branch.user, event.event_id)}
+        edus = [{"edu_type": "m.receipt", "content": receipt}]
+        if together:
+            ok(far.send(event, edus=edus))
+        else:
+            far.tell(event)
+            ok(far.send(edus=edus))
+        eventually(lambda: event.event_id in ephemeral_now(anna, room_id, "m.receipt"))  # noqa: B023
 
 
 def device_of(user_id: str, name: str = "D") -> tuple[KeyPair, Json]:
@@ -18273,14 +18576,54 @@ def test_device_lists_of_others(anna: Client, far: Elsewhere) -> None:
     assert known().keys() == {"D", "E"}
     far.edu("m.device_list_update", device_update(user, 9, 8, device_id="E", deleted=True))
     assert known().keys() == {"D"}
-    far.edu("m.device_list_update", device_update(user, 3, 2, device_id="F", keys=second))
-    assert known().keys() == {"D"} and asked() == asked_before
+    assert asked() == asked_before
+    # A count that goes backwards is of a server that was rebuilt, and an update may name none.
+    for update in (device_update(user, 3, 2), device_update(user, 1)):
+        devices["stream_id"] = update["stream_id"]
+        devices["devices"] = [{"device_id": "D", "keys": {**first, "x": update["stream_id"]}}]
+        far.edu("m.device_list_update", update)
+        assert changed(anna.poll()) == {user}
+        eventually(lambda: known()["D"].get("x") == devices["stream_id"])
+    assert known().keys() == {"D"}
     far.tell(branch.add("m.room.member", {"membership": "leave"}, state_key=user))
     eventually(lambda: user not in joined_in(anna, room_id))
     far.answers[query_path] = {"device_keys": {user: {}}}
     assert known() == {}
     far.edu("m.device_list_update", device_update(user, 10, 9, keys=first))
     assert changed(anna.poll()) == set()
+
+
+def test_devices_of_a_server_that_was_rebuilt(anna: Client, far: Elsewhere) -> None:
+    """New keys under an old name, and none of the old ones: the devices are other ones too."""
+    _, branch = shared(anna, far)
+    user, query_path = branch.user, f"{FEDERATION_V1}/user/keys/query"
+    first, second = (device_of(user, name)[1] for name in ("D", "E"))
+    device = CryptoDevice(cast(Client, SimpleNamespace(user_id=user, device_id="D")))
+    master = {user: device.cross_signing_keys()["master_key"]}
+    far.answers[query_path] = {"device_keys": {user: {"D": first}}, "master_keys": master}
+    whom = cast(Client, SimpleNamespace(user_id=user))
+    anna.poll()
+    assert query(anna, whom)["device_keys"][user].keys() == {"D"}
+    assert query(anna, whom)["master_keys"].keys() == {user}
+    ok(far.send(txn="again"))
+    listed = {"user_id": user, "stream_id": 1, "devices": [{"device_id": "E", "keys": second}]}
+    far.answers[f"{FEDERATION_V1}/user/devices/{quote(user, safe='')}"] = listed
+    old = {far.key.key_id: {"key": far.key.public, "expired_ts": conduit.now_ms() - 1}}
+    edu = {"edu_type": "m.typing", "content": {"room_id": branch.room_id, "user_id": user}}
+    edu["content"]["typing"] = True  # type: ignore[index]
+    for known in (old, {}):  # with the old key beside it, a new one is nothing special
+        far.key = conduit.SigningKey.generate()
+        far.answers["/_matrix/key/v2/server"] = far.keys(old_verify_keys=known)
+        far.server.restart()  # it asks for keys at once
+        assert ok(far.send(edus=[edu], txn="again" if known else "new")) == {"pdus": {}}
+        if known:
+            assert changed(anna.poll()) == set()
+            assert query(anna, whom)["device_keys"][user].keys() == {"D"}
+    eventually(lambda: changed(anna.poll()) == {user})
+    eventually(lambda: query(anna, whom)["device_keys"][user].keys() == {"E"})
+    assert query(anna, whom)["master_keys"] == {}
+    query_of = f"SELECT txn_id FROM received_transactions WHERE origin = '{far.name}'"
+    assert database_rows(far.server, query_of) == [("new",)]
 
 
 def test_sec_23_nobody_learns_from_us_whom_else_we_know(
@@ -18500,6 +18843,18 @@ def test_policy_servers_decide_what_is_seen(anna: Client, far: Elsewhere) -> Non
     far.tell(asked)
     arrives(anna, room_id, "signed", "asked")
     assert "spam" not in anna.bodies(room_id)
+    # Who joins by way of us does not know yet that there is one.
+    other, member = f"@other:{far.name}", {"membership": "join"}
+    for status in (403, 200):
+        join = branch.make("m.room.member", member, sender=other, state_key=other)
+        marks = {"ed25519:policy_server": sign(join)} if status == 200 else {}
+        far.answers["/_matrix/policy/v1/sign"] = {far.name: marks}
+        place = f"{quote(room_id, safe='')}/{quote(join.event_id, safe='')}"
+        path = f"/_matrix/federation/v2/send_join/{place}"
+        answer = far.ask(far.server, "PUT", path, join.pdu)
+        assert answer.status_code == status
+    given = answer.json()["event"]["signatures"][far.name]
+    assert given["ed25519:policy_server"] == sign(join)
 
 
 def test_our_events_need_the_consent_of_policy_servers(anna: Client, far: Elsewhere) -> None:
@@ -18851,6 +19206,7 @@ class Destination(Peer):
 
     def __init__(self, authority: Authority) -> None:
         self.transactions: list[Json] = []
+        self.txn_ids: list[tuple[str, int]] = []  # and what was answered
         self.verdict: Callable[[Json], int] = lambda _: 200
         super().__init__(authority, max_request_size=1 << 24)
 
@@ -18861,6 +19217,7 @@ class Destination(Peer):
         SCHEMA.check_sent(request, raw)
         content = json.loads(raw)
         status = self.verdict(content)
+        self.txn_ids.append((request.segments[4], status))
         if status == 0:  # it takes its time, and never answers
             await asyncio.Event().wait()
         if status != 200:
@@ -19163,6 +19520,69 @@ def test_switched_off_nothing_goes_out(
     assert not [edu for content in receiver.transactions for edu in content["edus"]]
 
 
+@pytest.mark.parametrize("ending", ["stop", "kill9"])
+def test_receipts_wait_for_servers_that_are_down(
+    met: tuple[Client, str], receiver: Destination, sending: Server, ending: str
+) -> None:
+    """The newest come when their server is back, after the events they are for, though we end."""
+    alice, room_id = met
+    receiver.verdict = lambda _: 502
+    ids = [alice.send_text(room_id, f"{n}") for n in range(120)]
+    eventually(lambda: database_rows(sending, "SELECT 1 FROM destinations"))
+    for event_id in (ids[3], ids[-1]):
+        ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id), {}))
+    time.sleep(0.4)
+    getattr(sending, ending)()
+    sending.start()
+    receiver.verdict = lambda _: 200
+    uri = f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+    ok(receiver.ask(sending, "GET", uri))
+    eventually(lambda: receiver.edus("m.receipt"))
+    (edu,) = receiver.edus("m.receipt")
+    assert edu[room_id]["m.read"][alice.user_id]["event_ids"] == [ids[-1]]
+    places = [bool(content["edus"]) for content in receiver.transactions]
+    assert len(receiver.bodies) == 120 and places.index(True) == len(places) - 1
+
+
+def test_receipts_of_the_last_moment_are_not_lost(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """They are collected for a while before they go out; what came then goes out after a kill."""
+    alice, room_id = met
+    event_id = alice.send_text(room_id, "x")
+    eventually(lambda: receiver.bodies == ["x"])
+    for peers in range(3):  # that it is not told again later
+        if not peers:
+            ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id), {}))
+        sending.kill9()
+        sending.start()
+        eventually(lambda: receiver.edus("m.receipt"))
+        alice.send_text(room_id, f"{peers}")
+        eventually(lambda: receiver.bodies[-1] == f"{peers}")  # noqa: B023
+        time.sleep(1.2)
+    assert receiver.edus("m.receipt")[0][room_id]["m.read"][alice.user_id]["event_ids"] == [
+        event_id
+    ]
+    assert len(receiver.edus("m.receipt")) == 1
+
+
+def test_receipts_are_not_taken_for_what_a_server_chokes_on(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """While it is sought, and after it was found, other things go out beside it."""
+    alice, room_id = met
+    receiver.verdict = lambda content: 400 if content["edus"] else 200
+    first = alice.send_text(room_id, "0")
+    eventually(lambda: receiver.bodies == ["0"])
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", first), {}))
+    for n in range(1, 5):
+        alice.send_text(room_id, f"{n}")
+    time.sleep(0.5)
+    alice.send_text(room_id, "5")
+    eventually(lambda: receiver.bodies == [f"{n}" for n in range(6)])
+    assert "chokes" not in sending.log
+
+
 # ── 40.3  Whose turn it is ───────────────────────────────────────────────────
 
 
@@ -19186,8 +19606,8 @@ def test_sec_15_poison_is_left_out_and_its_neighbours_are_not(
         )
     )
     eventually(lambda: receiver.bodies == ["0", "1", "2", "3", "6", "7", "8"])
-    seen = [edu["messages"][receiver.user()]["DEV"] for edu in receiver.edus("m.direct_to_device")]
     eventually(lambda: not database_rows(sending, "SELECT 1 FROM late_servers"))
+    seen = [edu["messages"][receiver.user()]["DEV"] for edu in receiver.edus("m.direct_to_device")]
     assert seen == [{"n": n} for n in range(9) if n != 6]
     assert sending.log.count("chokes on what is at") == 3
     assert not database_rows(sending, "SELECT 1 FROM to_device_out")
@@ -19209,6 +19629,52 @@ def test_a_server_in_trouble_loses_nothing(
         )
     )
     eventually(lambda: receiver.bodies == ["0", "1", "2", "3"])
+
+
+def test_a_transaction_goes_out_under_its_id_until_it_is_answered(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """Who has taken it, and whose answer was lost, takes nothing of it twice and misses nothing."""
+    alice, room_id = met
+    seen: list[Json] = []
+    receiver.verdict = lambda content: seen.append(content) or 502
+    first = alice.send_text(room_id, "0")
+    eventually(lambda: receiver.txn_ids)
+    for n in range(1, 4):
+        alice.send_text(room_id, f"{n}")
+    uri = f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+    ok(receiver.ask(sending, "GET", uri))  # a sign of life: it is tried again
+    eventually(lambda: len(receiver.txn_ids) >= 2)
+    receiver.verdict = lambda _: 200
+    ok(receiver.ask(sending, "GET", uri))
+    eventually(lambda: receiver.bodies == ["0", "1", "2", "3"])
+    assert [txn_id for txn_id, status in receiver.txn_ids if status == 502] == [
+        receiver.txn_ids[0][0]
+    ] * len(seen)
+    assert receiver.txn_ids[len(seen)][0] == receiver.txn_ids[0][0]
+    assert receiver.txn_ids[len(seen) + 1][0] != receiver.txn_ids[0][0]
+    assert [len(content["pdus"]) for content in receiver.transactions] == [1, 3]
+    # A receipt that moved while it was not known whether the one before had come.
+    receiver.verdict = lambda content: 502 if content["edus"] else 200
+    last = alice.send_text(room_id, "4")
+    eventually(lambda: receiver.bodies[-1] == "4")
+    ids = len(receiver.txn_ids)
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", first), {}))
+    eventually(lambda: len(receiver.txn_ids) > ids)
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", last), {}))
+    time.sleep(0.5)
+    lost = receiver.txn_ids[-1][0]
+    taken: list[Json] = []
+    receiver.verdict = lambda content: taken.append(content) or 200
+    ok(receiver.ask(sending, "GET", uri))
+
+    def heard_of_last() -> bool:
+        """Leaving out the transaction that it may have had."""
+        ids = [txn_id for txn_id, status in receiver.txn_ids if status == 200][-len(taken) :]
+        fresh = [one for txn_id, one in zip(ids, taken, strict=True) if txn_id != lost]
+        return last in json.dumps([one["edus"] for one in fresh])
+
+    eventually(heard_of_last)
 
 
 def test_kill_between_sending_and_the_answer(
@@ -19320,6 +19786,30 @@ def test_a_room_with_many_dead_servers_writes_no_row_for_them(
     used = sending.cpu()
     time.sleep(1.5)  # within the wait after the first failures
     assert sending.cpu() - used < 0.1
+
+
+def test_who_went_down_together_is_not_tried_together(
+    sending: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The waits differ from server to server, by up to a third, and are the same in every run."""
+    monkeypatch.setattr(conduit, "now_ms", lambda: 1_000_000)
+
+    def story(hs: conduit.Homeserver) -> list[list[int]]:
+        names = [f"server{n}.example" for n in range(300)]
+        waits = []
+        for failures in (0, 3, 30):
+            for name in names:
+                hs.federation.failed(name, failures)
+                waits.append(hs.federation.failing(name)[1] - 1_000_000)
+                hs.federation.succeeded(name)
+        return [waits[at : at + 300] for at in (0, 300, 600)]
+
+    waits = inside(sending, story)
+    for each, full in zip(waits, (5_000, 40_000, 3_600_000), strict=True):
+        assert all(0.7 * full <= wait <= full for wait in each)
+        tenths = Counter(int((full - wait) / (0.03 * full)) for wait in each)
+        assert max(tenths.values()) < 60 and len(tenths) >= 10  # about 30 in each
+    assert inside(sending, story) == waits
 
 
 # ── 40.4  For the admin ──────────────────────────────────────────────────────
@@ -19556,7 +20046,7 @@ def test_state_before_an_event_with_its_auth_chain(served: Served) -> None:
     assert {(pdu["type"], pdu["state_key"]) for pdu in state} == {
         (event["type"], event["state_key"]) for event in served.alice.state(served.room_id)
     }
-    fails(served.get(served.member, "state", served.room_id), 404)
+    fails(served.get(served.member, "state", served.room_id), 400, "M_MISSING_PARAM")
     fails(served.get(served.member, "state_ids", served.room_id, event_id="$x"), 404)
 
 
@@ -24010,6 +24500,7 @@ def test_queues_and_rooms_that_stay_here(admin: Client) -> None:
     assert "no such room" in order(admin, "disable-federation !none:x.example")
     assert "Found 0" in order(admin, "list-queues")
     assert "Nothing waits" in order(admin, "reset-queue elsewhere.example")
+    assert "not being left alone" in order(admin, "retry-server elsewhere.example")
 
 
 def test_other_servers_are_resolved_and_pinged(
@@ -24748,6 +25239,57 @@ def test_a_deleted_room_leaves_nothing_that_points_to_it(
         for table in ("receipts", "unread"):
             left = f"SELECT * FROM {table} WHERE room_nid NOT IN (SELECT room_nid FROM rooms)"
             assert database.execute(left).fetchall() == [], table
+
+
+def test_admins_see_how_it_goes_with_other_servers(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """The first to register is the admin. A server that is back is tried at once when they say."""
+    alice, room_id = met
+    path = ADMIN_API + "v1/federation/destinations"
+    alice.send_text(room_id, "0")
+    eventually(lambda: receiver.bodies == ["0"])
+    one = f"{path}/{quote(receiver.name, safe='')}"
+    well = ok(alice.get(one))
+    assert well.pop("last_successful_stream_ordering") > 0
+    rest = {"retry_last_ts": 0, "retry_interval": 0, "failure_ts": None}
+    assert well == {"destination": receiver.name, **rest}
+    listed = ok(alice.get(path))
+    assert listed["total"] == 1 and listed["destinations"][0]["destination"] == receiver.name
+    fails(alice.post(f"{one}/reset_connection", {}), 400, "M_UNKNOWN")
+    receiver.verdict = lambda _: 503
+    alice.send_text(room_id, "1")
+    eventually(lambda: ok(alice.get(one))["retry_last_ts"])
+    ill = ok(alice.get(one))
+    assert ill["failure_ts"] == ill["retry_last_ts"] <= conduit.now_ms()
+    assert 3500 <= ill["retry_interval"] <= 5000
+    rooms = ok(alice.get(f"{one}/rooms"))
+    assert rooms["total"] == 1 and rooms["rooms"][0]["room_id"] == room_id
+    assert rooms["rooms"][0]["stream_ordering"] <= ill["last_successful_stream_ordering"]
+    receiver.verdict = lambda _: 200
+    started = time.monotonic()
+    assert ok(alice.post(f"{one}/reset_connection", {})) == {}
+    eventually(lambda: receiver.bodies == ["0", "1"])
+    assert time.monotonic() - started < 3
+    receiver.verdict = lambda _: 503
+    alice.send_text(room_id, "2")
+    eventually(lambda: ok(alice.get(one))["retry_last_ts"])
+    receiver.verdict = lambda _: 200
+    assert "It is tried" in order(alice, f"retry-server {receiver.name}")
+    eventually(lambda: receiver.bodies == ["0", "1", "2"])
+    for n in range(5):
+        fails(alice.get(("directory", "room", f"#x:localhost:{n + 1}")), 502)
+    names = [f"localhost:{n + 1}" for n in range(5)]
+    first = ok(alice.get(path, limit=2, order_by="failure_ts", dir="b"))
+    assert [each["destination"] for each in first["destinations"]] == names[:2:-1]
+    second = ok(alice.get(path, **{"from": first["next_token"]}, limit=2, order_by="failure_ts"))
+    assert first["total"] == 6 and second["next_token"] == "4"
+    only = ok(alice.get(path, destination="localhost:3"))["destinations"]
+    assert "localhost:3" in [each["destination"] for each in only]
+    fails(alice.get(path, order_by="x"), 400, "M_INVALID_PARAM")
+    for unknown in ("", "/rooms"):
+        fails(alice.get(f"{path}/unknown.example{unknown}"), 404, "M_NOT_FOUND")
+    fails(alice.post(f"{path}/unknown.example/reset_connection", {}), 404, "M_NOT_FOUND")
 
 
 def test_the_server_speaks_to_a_user(admin: Client, alice: Client) -> None:
@@ -27009,6 +27551,25 @@ def test_500_events_of_before(two: Sides) -> None:
     ok(join_via(guest, room_id, host.server))
     eventually(lambda: guest.bodies(room_id) == texts, 60)
     agree(room_id, *two)
+
+
+def test_a_moment_before_one_came(two: Sides) -> None:
+    """The event of it is asked of the host's server, and is there with what was around it."""
+    host, guest = two
+    room_id = host.create_room(preset="public_chat")
+    ids = [host.send_text(room_id, f"{number}") for number in range(150)]
+    ts = ok(host.get(("rooms", room_id, "event", ids[60])))["origin_server_ts"]
+    ok(join_via(guest, room_id, host.server))
+    for direction in ("f", "b"):
+        path = v1("rooms", room_id, "timestamp_to_event")
+        found = ok(guest.get(path, ts=ts, dir=direction))
+        assert found["origin_server_ts"] == ts
+        at = ids.index(found["event_id"])
+        around = ok(guest.get(("rooms", room_id, "context", ids[at]), limit=10))
+        assert around["event"]["event_id"] == ids[at]
+        if not isinstance(guest.server, Synapse):
+            assert [e["event_id"] for e in around["events_before"]] == ids[at - 5 : at][::-1]
+            assert [e["event_id"] for e in around["events_after"]] == ids[at + 1 : at + 6]
 
 
 def test_what_passes_between_two_programs(two: Sides) -> None:
@@ -30368,6 +30929,14 @@ SCANS: Final = {
     "SELECT room_id FROM disabled_rooms": "at the start; few",
     "SELECT server, acked FROM late_servers": "at the start",
     "SELECT server FROM late_servers": "when writes were undone",
+    "SELECT server, COALESCE(failures, 0), COALESCE(retry_ts, 0) FROM (SELECT server FROM"
+    " room_servers UNION SELECT server FROM destinations) LEFT JOIN destinations USING"
+    " (server)": "an admin asks for all; in a thread",
+    "SELECT server, room_nid FROM late_servers CROSS JOIN room_servers USING (server)"
+    " WHERE until = :max AND EXISTS ( SELECT 1 FROM receipts WHERE room_nid ="
+    " room_servers.room_nid AND pos > :after )": "at the start",
+    "SELECT room_nid FROM rooms WHERE EXISTS (SELECT 1 FROM receipts WHERE room_nid ="
+    " rooms.room_nid AND pos > ?)": "at the start",
     "UPDATE device_updates SET pos = pos + ?, previous = NULL": "after a restore",
     "SELECT user_nid FROM profile_updates": "at the start; the table is a queue",
     "SELECT user_nid, state, status_msg FROM presence": "at the start",
@@ -30376,6 +30945,8 @@ SCANS: Final = {
     " LIMIT 1": "the first will do",
     "SELECT user_nid, user_id FROM accounts JOIN users USING (user_nid)": "a bridge is registered",
     "SELECT DISTINCT room_nid FROM network_rooms": "bridged networks; an index of few rows",
+    "SELECT user_nid FROM remote_devices JOIN users USING (user_nid)"
+    " WHERE substr(user_id, -length(:end)) = :end": "a server was rebuilt; in a thread",
     "SELECT DISTINCT room_nid FROM memberships": "an admin asks for the list",
     "SELECT room_nid, COUNT(*), MIN(item_nid) FROM inbox WHERE error IS NULL"
     " GROUP BY room_nid": "at the start; the table is a queue",
