@@ -169,6 +169,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Container,
     Coroutine,
     Iterable,
@@ -413,6 +414,51 @@ class LruCache(Generic[CacheKey, CacheValue]):
 # A word boundary: an end of the text, or a place beside which not both are word characters.
 BOUNDARY = "(?:(?<![A-Za-z0-9_])|(?![A-Za-z0-9_]))"
 WILDCARD = re.compile(r"[*?]")
+
+
+@functools.lru_cache(16)
+def places_of_characters(text: str) -> dict[str, int]:
+    """For each character of a text its places, as bits of a number."""
+    places: dict[str, int] = {}
+    for at, char in enumerate(text):
+        places[char] = places.get(char, 0) | 1 << at
+    return places
+
+
+def seek(part: str, text: str, at: int, end: int, one: str) -> int:
+    """Where a part of a pattern first stands between two places of a text, or -1."""
+    if not one or one not in part:
+        return text.find(part, at, end)
+    found = (1 << max(0, end - len(part) + 1)) - (1 << at)  # the places where it might begin
+    places = places_of_characters(text)
+    for offset, char in enumerate(part):
+        if found <= 0:
+            return -1
+        if char != one:
+            found &= places.get(char, 0) >> offset
+    return (found & -found).bit_length() - 1 if found > 0 else -1
+
+
+def wildcard_match(pattern: str, text: str, one: str = "") -> bool:
+    """Whether a short text matches a pattern with * for anything, and `one` for any character.
+
+    Trap: patterns come by the thousand from strangers, so there is no regular expression, which
+    takes a hundred times as long to make. A star takes as little as it can: the rest fits there
+    or nowhere.
+    """
+    first, *middle = pattern.split("*")
+    if not middle:
+        return len(text) == len(first) and seek(first, text, 0, len(text), one) == 0
+    last = middle.pop()
+    at, end = len(first), len(text) - len(last)
+    if at > end or seek(first, text, 0, at, one) or seek(last, text, end, len(text), one) < 0:
+        return False
+    for part in middle:
+        place = seek(part, text, at, end, one)
+        if place < 0:
+            return False
+        at = place + len(part)
+    return True
 
 
 def glob(pattern: str, *, words: bool = False, wildcards: bool = True) -> Callable[[str], bool]:
@@ -2595,8 +2641,8 @@ def without_unsigned(pdu: Json) -> Json:
     return {key: value for key, value in pdu.items() if key != "unsigned"}
 
 
-def check_fields(version: RoomVersion, pdu: Json) -> None:
-    """The part of the format that an event has before it is hashed and signed."""
+def check_fields(version: RoomVersion, pdu: Json, *, is_old: bool = False) -> None:
+    """The part of the format that an event has before it is hashed and signed; see check_format."""
     event_type = check_text(pdu, "type")
     if not is_sender_id(check_text(pdu, "sender")):
         raise bad_json("sender is not a user id")
@@ -2606,8 +2652,8 @@ def check_fields(version: RoomVersion, pdu: Json) -> None:
     if not isinstance(pdu.get("content"), dict):
         raise bad_json("content is not an object")
     check_numbers(version, pdu)
-    check_references(version, pdu, "prev_events", MAX_PREV_EVENTS)
-    check_references(version, pdu, "auth_events", MAX_AUTH_EVENTS)
+    check_references(version, pdu, "prev_events", MAX_EVENT_BYTES if is_old else MAX_PREV_EVENTS)
+    check_references(version, pdu, "auth_events", MAX_EVENT_BYTES if is_old else MAX_AUTH_EVENTS)
     if version.explicit_event_ids and split_id("$", check_text(pdu, "event_id")) is None:
         raise bad_json("event_id is not of the form $id:server")
     if not version.redacts_in_content and not isinstance(pdu.get("redacts", ""), str):
@@ -2631,8 +2677,10 @@ def check_signatures(signatures: object) -> None:
             raise bad_json("signatures has an entry of the wrong shape")
 
 
-def check_format(version: RoomVersion, pdu: Any) -> None:
+def check_format(version: RoomVersion, pdu: Any, *, is_old: bool = False) -> None:
     """Refuse what is no event of this room version: 400 M_BAD_JSON, or 413 M_TOO_LARGE.
+
+    An old event may refer to any number of others, as once it might (`GET /backfill`).
 
     Spec: SS-API "Checks performed on receipt of a PDU", check 1.
     Trap: `unsigned` is whatever the sender likes; nothing may be concluded from it. A Synapse puts
@@ -2640,7 +2688,7 @@ def check_format(version: RoomVersion, pdu: Any) -> None:
     """
     if not isinstance(pdu, dict):
         raise bad_json("An event is an object")
-    check_fields(version, pdu)
+    check_fields(version, pdu, is_old=is_old)
     check_hashes(pdu.get("hashes"))
     check_signatures(pdu.get("signatures"))
     if len(canonical_json(without_unsigned(pdu))) > MAX_EVENT_BYTES:
@@ -5399,15 +5447,12 @@ class RoomWriter(RoomResolver):
             )
 
     def _apply_redaction(self, room: Room, redaction: Event, target: Event) -> None:
-        """Take the content of the target away, if the redaction's sender may do that.
-
-        Spec: rooms/v3 "Handling redactions".
-        """
-        if target.room_nid != room.nid or target.redacted_by is not None:
-            return
-        levels = room.power_levels()
-        same_server = server_of(redaction.sender) == server_of(target.sender)
-        if not same_server and levels.user(redaction.sender) < levels.redact:
+        """Take the content of the target away, if the redaction's sender might do that then."""
+        levels = power_levels_of(
+            room.version,
+            self.entries(room, redaction.state_group, (POWER_LEVELS_KEY, CREATE_KEY)),
+        )
+        if target.redacted_by is not None or not may_redact(redaction, target, levels):
             return
         self.database.execute(
             "UPDATE events SET pdu = ?, redacted_by = ? WHERE nid = ?",
@@ -5495,7 +5540,7 @@ class RoomReceiver(RoomWriter):
         The result has those that are stored now, in order; events whose auth events are neither
         here nor among them are left out.
         """
-        given = {event.event_id: event for event in events}
+        given = self._of_room(room, events)
         found = []
         with self.database.write():
             for event_id in in_order({key: event.auth_events for key, event in given.items()}):
@@ -5522,7 +5567,9 @@ class RoomReceiver(RoomWriter):
         the room now; what is left out follows events that we do not have, or is missed by nobody.
         Nothing here changes the current state, or is news to a client.
         """
-        given = {event.event_id: self._known(room, event) for event in events}
+        given = {
+            key: self._known(room, event) for key, event in self._of_room(room, events).items()
+        }
         floor = self._floor(room, given)
         if floor is None:
             return []
@@ -5558,11 +5605,23 @@ class RoomReceiver(RoomWriter):
     # The judgement
 
     def _known(self, room: Room, event: Event) -> tuple[Event, bool]:
-        """The event as it is stored, if it is, and whether its place in the room is known."""
-        if event.room_id != room.room_id:
-            raise bad_json("The event is of another room")
+        """The event as it is stored, if it is, and whether its place in the room is known.
+
+        Trap: in versions 1 and 2 whoever makes an event may give it the id of one elsewhere.
+        """
         known = self.event(event.event_id) or event
+        if {event.room_id, known.room_id} != {room.room_id}:
+            raise bad_json("The event is of another room")
         return known, known.state_group is not None
+
+    def _of_room(self, room: Room, events: Iterable[Event]) -> dict[str, Event]:
+        """Events by their ids, without those that have the id of one in another room."""
+        given = {event.event_id: event for event in events}
+        if room.version.explicit_event_ids:
+            for known in self.events_by_ids(given):
+                if known.room_nid != room.nid:
+                    del given[known.event_id]
+        return given
 
     def _judge(
         self, room: Room, event: Event, states: Iterable[Iterable[str]]
@@ -8732,6 +8791,7 @@ KEY_RETRY_SECONDS = 10.0  # before a server is asked for keys once more
 KEY_ANSWER_SECONDS = 15.0  # for one server's answer
 KEYS_CACHED = 20_000
 MAX_KEYS = 100  # of one server, in one answer
+MAX_KEY_ANSWER = 65_536  # bytes of it; anybody can have any server asked, and what it says is kept
 MAX_NOTARY_QUERY = 100  # servers in one query
 MANY_SERVERS = 3  # beyond, notaries are asked first: one request instead of many
 
@@ -8946,6 +9006,7 @@ KEY_ID = re.compile(r"ed25519:[A-Za-z0-9_]{1,64}")
 def check_key_answer(answer: Any, server: str) -> None:
     """400 for what is not signed by the server with each of the keys that it claims and we read."""
     check_shape(answer, KEY_ANSWER, "The keys")
+    check_canonical(answer)
     keys = {name: each["key"] for name, each in answer["verify_keys"].items()}
     marks = signatures_by(answer, server)
     known = [name for name in marks if name in keys and KEY_ID.fullmatch(name)]
@@ -9057,8 +9118,8 @@ class ServerKeys:
         path = "/_matrix/key/v2/server"
         try:
             async with gate:
-                call = self.hs.discovery.request(server, "GET", path, timeout=KEY_ANSWER_SECONDS)
-                answer = await call
+                limits: Json = {"timeout": KEY_ANSWER_SECONDS, "max_bytes": MAX_KEY_ANSWER}
+                answer = await self.hs.discovery.request(server, "GET", path, **limits)
             body = answer.json() if answer.status == 200 else None
             check_key_answer(body, server)
             self.store(cast(Json, body))
@@ -9112,9 +9173,9 @@ class ServerKeys:
         Trap: a notary may repeat an old answer, so it cannot make good what the server has retired.
         """
         server, known = answer["server_name"], self.known(answer["server_name"])
-        fresh = keys_in(answer)
-        if len({*known, *fresh}) > 2 * MAX_KEYS:
-            raise invalid_param(f"{server} has had too many keys")
+        fresh, body = keys_in(answer), encode_json(answer)
+        if len({*known, *fresh}) > 2 * MAX_KEYS or len(body) > MAX_KEY_ANSWER:
+            raise invalid_param(f"{server} has, or has had, too many keys")
         with self.hs.db.write():
             for key_id, key in fresh.items():
                 old = known.get(key_id)
@@ -9122,7 +9183,7 @@ class ServerKeys:
                     continue
                 row = (server, key_id, *key)
                 self.hs.db.execute("INSERT OR REPLACE INTO server_keys VALUES (?, ?, ?, ?, ?)", row)
-            latest = (server, answer["valid_until_ts"], encode_json(answer))
+            latest = (server, answer["valid_until_ts"], body)
             self.hs.db.execute("INSERT OR REPLACE INTO key_answers VALUES (?, ?, ?)", latest)
         self._cache.pop(server)
 
@@ -9235,25 +9296,27 @@ async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixE
     return await verify_by_known(hs, events)
 
 
-def read_pdu(version: RoomVersion, pdu: Any) -> Event | MatrixError:
+def read_pdu(version: RoomVersion, pdu: Any, *, is_old: bool = False) -> Event | MatrixError:
     """For a thread: the event in a PDU, redacted if its content is not what its sender hashed.
 
     Spec: SS-API "Checks performed on receipt of a PDU", checks 1 and 3.
     """
     try:
-        check_format(version, pdu)
+        check_format(version, pdu, is_old=is_old)
         return make_event(version, pdu if content_hash_ok(pdu) else redact(version, pdu))
     except MatrixError as error:
         return error
 
 
-def read_pdus(version: RoomVersion, pdus: Sequence[Any]) -> list[Event | MatrixError]:
+def read_pdus(
+    version: RoomVersion, pdus: Sequence[Any], is_old: bool = False
+) -> list[Event | MatrixError]:
     """The same for several."""
-    return [read_pdu(version, pdu) for pdu in pdus]
+    return [read_pdu(version, pdu, is_old=is_old) for pdu in pdus]
 
 
 async def check_pdus(
-    hs: Homeserver, version: RoomVersion, pdus: Sequence[Any]
+    hs: Homeserver, version: RoomVersion, pdus: Sequence[Any], *, is_old: bool = False
 ) -> list[Event | MatrixError]:
     """The events in PDUs of a room version, or for each what is wrong with it: format, signatures.
 
@@ -9261,7 +9324,8 @@ async def check_pdus(
     """
     found: list[Event | MatrixError] = []
     for start in range(0, len(pdus), PDU_BATCH):
-        found += await hs.db.in_thread(read_pdus, version, pdus[start : start + PDU_BATCH])
+        part = pdus[start : start + PDU_BATCH]
+        found += await hs.db.in_thread(read_pdus, version, part, is_old)
     problems = iter(await verify_events(hs, [one for one in found if isinstance(one, Event)]))
     return [one if isinstance(one, MatrixError) else next(problems) or one for one in found]
 
@@ -9518,7 +9582,9 @@ def acl_matches(patterns: Any, host: str) -> bool:
     """Whether a list of an ACL, which may be anything, names a host."""
     given = patterns if isinstance(patterns, list) else []
     return any(
-        isinstance(pattern, str) and len(pattern) <= MAX_ID_BYTES and glob(pattern)(host)
+        isinstance(pattern, str)
+        and len(pattern) <= MAX_ID_BYTES
+        and wildcard_match(pattern.lower(), host.lower(), "?")
         for pattern in given
     )
 
@@ -11868,7 +11934,8 @@ MAX_PROFILE_BYTES = 65_535
 MAX_DISPLAY_NAME = 256  # characters
 MAX_ACCOUNT_DATA_BYTES = 1_048_576  # of one type
 MAX_TAGS = 100  # of one room
-REMOTE_PROFILES = 2_000  # remembered, of users elsewhere,
+REMOTE_PROFILES_BYTES = 2**22  # remembered, of users elsewhere,
+REMOTE_PROFILE_OVERHEAD = 500  # bytes for each
 REMOTE_PROFILE_SECONDS = 120.0  # for so long
 MAX_FILTER_BYTES = 65_536
 MAX_FILTERS = 500  # of one user; beyond, the oldest goes
@@ -11896,7 +11963,7 @@ class Profiles:
         self.hs = hs
         self._listeners: list[Callable[[UserNid], None]] = []
         self.on_change = self._listeners.append  # called with each new name or avatar
-        self.remote: LruCache[str, tuple[float, Json]] = LruCache(REMOTE_PROFILES)
+        self.remote: LruCache[str, tuple[float, bytes]] = LruCache(REMOTE_PROFILES_BYTES)
         hs.accounts.name_account = self._name_account
         hs.accounts.member_content = self._member_content
         hs.accounts.on_deactivated(self._delete)
@@ -11952,8 +12019,12 @@ def profile_of(hs: Homeserver, user_id: str) -> Json:
 
 
 async def remote_profile(hs: Homeserver, user_id: str) -> Json:
-    """What another server says of its user, remembered for a moment; odd values are left out."""
-    expires, profile = hs.profiles.remote.get(user_id) or (0.0, {})
+    """What another server says of its user, remembered for a moment; odd values are left out.
+
+    Trap: anybody can have any server asked, so it is remembered as text: JSON can take thirty times
+    as much memory.
+    """
+    expires, raw = hs.profiles.remote.get(user_id) or (0.0, b"{}")
     if expires < time.monotonic():
         profile = await hs.federation.request(
             server_of(user_id),
@@ -11966,8 +12037,9 @@ async def remote_profile(hs: Homeserver, user_id: str) -> Json:
             value = profile.get(name, "")
             if not isinstance(value, str) or not form.fullmatch(value):
                 profile.pop(name, None)
-        hs.profiles.remote.put(user_id, (time.monotonic() + REMOTE_PROFILE_SECONDS, profile))
-    return profile
+        expires, raw = time.monotonic() + REMOTE_PROFILE_SECONDS, encode_json(profile)
+        hs.profiles.remote.put(user_id, (expires, raw), REMOTE_PROFILE_OVERHEAD + len(raw))
+    return cast(Json, json.loads(raw))
 
 
 @route("GET", PROFILE, auth=NONE)
@@ -12197,7 +12269,7 @@ INVITE_LISTS = tuple(
 def invite_verdict(content: Json, sender: str) -> str:
     """What a user's configuration says of invites from someone: allowed, ignored or blocked.
 
-    One with a list that is none counts for nothing; [ is no wildcard to the specification.
+    One with a list that is none counts for nothing.
     """
     lists = {name: content.get(name, []) for name, _ in INVITE_LISTS}
     if content.get("enabled") is False:
@@ -12208,7 +12280,7 @@ def invite_verdict(content: Json, sender: str) -> str:
     host = re.sub(r":[0-9]+$", "", server_of(sender))
     for name, verdict in INVITE_LISTS:
         whom = sender if name.endswith("users") else host
-        if any(fnmatch.fnmatchcase(whom, one.replace("[", "[[]")) for one in lists[name]):
+        if any(wildcard_match(one, whom, "?") for one in lists[name]):
             return verdict
     return BLOCK if content.get("default_action") == "block" else ALLOW
 
@@ -12464,6 +12536,7 @@ invariant(
 ADMINS_ALIAS = "admins"  # the admin room's; nobody else is ever to have it
 MAX_LISTED = 500  # rooms in one answer
 MAX_FOUND = 50  # users in one answer
+MAX_USER_WORDS = 20  # of those that somebody looks for a user by
 
 # ── 24.1  Aliases ────────────────────────────────────────────────────────────
 
@@ -12770,7 +12843,7 @@ def page_of(rooms: list[Json], since: str, limit: int) -> Json:
     return answer
 
 
-def fits(room: Json, term: str, types: list[str | None] | None) -> bool:
+def fits(room: Json, term: str, types: Container[str | None] | None) -> bool:
     """Whether a listed room is of the wanted types and has the term in one of its texts."""
     texts = "\n".join(room.get(name, "") for name in ("name", "topic", "canonical_alias"))
     return term in texts.casefold() and (types is None or room.get("room_type") in types)
@@ -12783,6 +12856,8 @@ def public_rooms_page(hs: Homeserver, query: Json) -> Json:
         raise invalid_param("limit must be at least 1")
     wanted = query.get("filter", {})
     term, types = wanted.get("generic_search_term", "").casefold(), wanted.get("room_types")
+    if types is not None:
+        types = frozenset(one for one in types if one is None or isinstance(one, str))
     everywhere = query.get("include_all_networks", False)
     network = "" if everywhere else query.get("third_party_instance_id", "")
     listings = hs.directory.listings(network, everywhere=everywhere)
@@ -12812,7 +12887,11 @@ async def remote_public_rooms(hs: Homeserver, server: str, method: str, **what: 
 def list_query(request: Request) -> Json:
     """The query in the arguments of a GET."""
     limit = request.int_arg("limit", 100, 0, MAX_LISTED) or MAX_LISTED
-    return {"limit": limit, "since": request.arg("since", "0")}
+    return {
+        **{"limit": limit, "since": request.arg("since", "0")},
+        "include_all_networks": request.bool_arg("include_all_networks", False),
+        "third_party_instance_id": request.arg("third_party_instance_id", ""),
+    }
 
 
 @route("GET", V3 + "/publicRooms", auth=OPTIONAL, limit="search")
@@ -12890,7 +12969,7 @@ async def search_users(hs: Homeserver, request: Request) -> Json:
     limit = request.json.get("limit", 10)
     if limit < 1:
         raise invalid_param("limit must be at least 1")
-    words = request.json["search_term"].casefold().split()
+    words = request.json["search_term"].casefold().split()[:MAX_USER_WORDS]
     if not words:
         return {"results": [], "limited": False}
     rooms = {row[0] for row in hs.db.all("SELECT room_nid FROM public_rooms")}
@@ -13754,6 +13833,7 @@ VALIDITY_QUESTION_SECONDS = (
 )
 MAX_SCAN = 5000  # events looked at for one page; the token leads on behind them
 DEFAULT_PAGE = 10
+MAX_WILDCARDS = 100  # in one list of a filter
 ROOM_PATH = "/_matrix/client/v3/rooms/{room_id}"
 
 schema("""
@@ -13785,45 +13865,46 @@ def parse_token(text: str) -> int:
     return int(match[1])
 
 
-def wildcard_match(pattern: str, text: str) -> bool:
-    """Whether a text matches a pattern in which * stands for anything, in linear time."""
-    if "*" not in pattern:
-        return pattern == text
-    first, *middle, last = pattern.split("*")
-    if len(text) < len(first) + len(last) or not text.startswith(first):
-        return False
-    at, end = len(first), len(text) - len(last)
-    for part in middle:
-        at = text.find(part, at, end)
-        if at < 0:
-            return False
-        at += len(part)
-    return text.endswith(last)
+def any_of(names: Collection[str]) -> Callable[[str], bool]:
+    """A test for names that are among some, in which * stands for anything.
+
+    400 M_BAD_JSON for many patterns: each may have to be held against thousands of events.
+    """
+    wild = [name for name in names if "*" in name]
+    if len(wild) > MAX_WILDCARDS:
+        raise bad_json(f"A filter has at most {MAX_WILDCARDS} names with a * in a list")
+    return lambda name: name in names or any(wildcard_match(one, name) for one in wild)
 
 
 class EventFilter:
     """A RoomEventFilter or EventFilter, ready to be asked of events.  Spec: CS-API "Filtering"."""
 
     def __init__(self, definition: Json) -> None:
-        get = {key.removeprefix(MSC3874): value for key, value in definition.items()}.get
+        given = {key.removeprefix(MSC3874): value for key, value in definition.items()}
+        lists = {
+            key: frozenset(value)
+            for key, value in given.items()
+            if isinstance(value, list) and f"{key}?" in ROOM_EVENT_FILTER
+        }
+        get = given.get
         self.limit: int = min(MAX_PAGE, max(0, get("limit", DEFAULT_PAGE)))
-        self.types: list[str] | None = get("types")
-        self.not_types: list[str] = get("not_types") or []
-        self.senders: list[str] | None = get("senders")
-        self.not_senders: list[str] = get("not_senders") or []
-        self.rooms: list[str] | None = get("rooms")
-        self.not_rooms: list[str] = get("not_rooms") or []
+        self.types = any_of(lists["types"]) if "types" in lists else None
+        self.not_types = any_of(lists.get("not_types", ()))
+        self.senders, self.not_senders = lists.get("senders"), lists.get("not_senders", ())
+        self.rooms, self.not_rooms = lists.get("rooms"), lists.get("not_rooms", ())
         self.contains_url: bool | None = get("contains_url")
         self.lazy_load_members = get("lazy_load_members") is True
         self.redundant_members = get("include_redundant_members") is True
         self.thread_counts = get("unread_thread_notifications") is True
         self.related_senders: list[str] | None = get("related_by_senders")
         self.related_types: list[str] | None = get("related_by_rel_types")
-        self.rel_types: list[str] | None = get("rel_types")
-        self.not_rel_types: list[str] = get("not_rel_types") or []
+        self.rel_types, self.not_rel_types = lists.get("rel_types"), lists.get("not_rel_types", ())
         self.wants_related = (self.related_senders, self.related_types) != (None, None)
+        if len(self.related_senders or ()) + len(self.related_types or ()) > MAX_WILDCARDS:
+            raise bad_json(f"A filter has at most {MAX_WILDCARDS} relations")
         only = self.types, self.senders, self.contains_url, self.rel_types
-        unwanted = self.not_types or self.not_senders or self.not_rel_types or self.wants_related
+        not_these = lists.get("not_types") or self.not_senders or self.not_rel_types
+        unwanted = not_these or self.wants_related
         self.passes_all = only == (None, None, None, None) and not unwanted
 
     def wants_room(self, room_id: str) -> bool:
@@ -13832,9 +13913,7 @@ class EventFilter:
 
     def wants_type(self, event_type: str) -> bool:
         """Whether the filter lets an event type through."""
-        if any(wildcard_match(pattern, event_type) for pattern in self.not_types):
-            return False
-        return self.types is None or any(wildcard_match(one, event_type) for one in self.types)
+        return not self.not_types(event_type) and (self.types is None or self.types(event_type))
 
     def wants(self, event_type: str, sender: str, content: Json) -> bool:
         """Whether the filter lets an event through."""
@@ -15569,6 +15648,29 @@ def stripped_from(entries: object) -> list[Json]:
     return found
 
 
+async def told_state(
+    hs: Homeserver, version: RoomVersion, room_id: str, entries: object
+) -> tuple[list[Json], list[Event], bool]:
+    """What an invite or an answer to a knock shows of a room: as stripped state, and its events.
+
+    Events of other rooms, of no format, or not signed as we know their signers' keys are left out;
+    whether there were any is the third value. Trap: older servers send stripped state alone.
+    """
+    given = entries[:MAX_TOLD] if isinstance(entries, list) else []
+    whole = [one for one in given if isinstance(one, dict) and "signatures" in one]
+    read = [one for one in read_pdus(version, whole) if isinstance(one, Event)]
+    read = [event for event in read if event.room_id == room_id]
+    problems = await verify_by_known(hs, read)
+    events = [
+        event
+        for event, problem in zip(read, problems, strict=True)
+        if problem is None or not all(map(hs.server_keys.known, required_signers(event)))
+    ]
+    bare = (one for one in given if not isinstance(one, dict) or "signatures" not in one)
+    shown = stripped_from([*map(stripped_event, events), *bare])
+    return shown, events, len(events) < len(whole)
+
+
 def servers_in(room: Room) -> list[str]:
     """The servers whose users are in a room, those with the most users first."""
     return [server for server, _ in room.servers.most_common()]
@@ -15803,7 +15905,8 @@ class Joining(Handshakes):
             event = await self._make(server, room_id, user_id, content)
             answer = await self._send(server, event)
             state = answer.get("knock_room_state", answer.get("knock_state_events"))
-            self.outside(event, stripped_from(state))
+            shown, _, _ = await told_state(self.hs, event.version, room_id, state)
+            self.outside(event, shown)
 
         async with self.turn(room_id):
             await self._try_each(self.candidates(room_id, user_id, servers), attempt)
@@ -15906,10 +16009,12 @@ class Joining(Handshakes):
 STATE_IDS: Final = {"pdu_ids": [str], "auth_chain_ids": [str]}
 
 
-async def events_in(hs: Homeserver, room: Room, pdus: Any, limit: int | None = None) -> list[Event]:
+async def events_in(
+    hs: Homeserver, room: Room, pdus: Any, limit: int | None = None, *, is_old: bool = False
+) -> list[Event]:
     """The good events of the room among what a server answered."""
     given = pdus[:limit] if isinstance(pdus, list) else []
-    found = await check_pdus(hs, room.version, given)
+    found = await check_pdus(hs, room.version, given, is_old=is_old)
     return [one for one in found if isinstance(one, Event) and one.room_id == room.room_id]
 
 
@@ -16039,7 +16144,7 @@ class Backfill:
         path = f"{FEDERATION_API}/backfill/{quote(room.room_id, '')}"
         query = {"v": missing, "limit": BACKFILL_LIMIT}
         answer = await self._ask(server, path, query, BACKFILL_LIMIT * MAX_EVENT_BYTES * 2)
-        found = await events_in(self.hs, room, answer.get("pdus"), BACKFILL_LIMIT)
+        found = await events_in(self.hs, room, answer.get("pdus"), BACKFILL_LIMIT, is_old=True)
         events = {event.event_id: event for event in found}
         prevs = {prev for event in found for prev in event.prev_events}
         far = self.hs.rooms.missing(prevs - events.keys(), with_state=True)
@@ -16262,18 +16367,21 @@ async def send_membership(
 # ── 30.6  Being invited ──────────────────────────────────────────────────────
 
 
-def checked_room_state(version: RoomVersion, room_id: str, entries: object) -> list[Json]:
-    """The stripped state in an invite. From version 12 the create event must prove which room.
+async def checked_room_state(
+    hs: Homeserver, version: RoomVersion, room_id: str, entries: object
+) -> list[Json]:
+    """The stripped state in an invite. From version 12 the create event must prove which room, and
+    nothing in it may be false.
 
     Spec: SS-API "Inviting to a room", `invite_room_state`.
     """
-    stripped = stripped_from(entries)
+    shown, events, some_are_false = await told_state(hs, version, room_id, entries)
     if version.room_id_is_hash:
-        found = read_pdus(version, entries[:MAX_TOLD] if isinstance(entries, list) else [])
-        creates = [one for one in found if isinstance(one, Event) and one.type == CREATE]
-        if [create.room_id for create in creates] != [room_id]:
+        if not any(event.type == CREATE for event in events):
             raise invalid_param("invite_room_state has no create event of the room")
-    return stripped
+        if some_are_false:
+            raise invalid_param("invite_room_state has an event that is none of the room's")
+    return shown
 
 
 def require_welcome(hs: Homeserver, event: Event) -> None:
@@ -16293,13 +16401,13 @@ async def take_invite(
     """Check an invite of one of our users, note it, and return it with our signature."""
     event = await read_member_event(hs, version, pdu, "invite", request)
     require_welcome(hs, event)
+    await require_signed(hs, event)
+    stripped = await checked_room_state(hs, version, event.room_id, shown)
     room = hs.rooms.heard_of(event.room_id)
     if room is not None and not acl_allows(room, request.origin):
         raise forbidden("The room's access control list excludes your server")
     if room is not None and room.local_joined and room.membership(str(event.state_key)) == "join":
         raise forbidden("The user is in the room already")
-    stripped = checked_room_state(version, event.room_id, shown)
-    await require_signed(hs, event)
     signed = with_own_signature(hs, event)
     if room is None or not room.local_joined:  # else it comes like all events of the room
         hs.joining.outside(make_event(version, signed.pdu, event.event_id), stripped)
@@ -16726,6 +16834,8 @@ DEFAULT_RULESET: Final = PushRuleset(0, {})
 
 MAX_RULES = 262_144  # characters, as JSON
 MAX_PATTERNS = 4096  # characters; each can cost a pass over a long body, while everybody waits
+MAX_SEARCHES = 128  # conditions that do
+SEARCHING = ("contains_display_name", "event_property_contains")
 
 
 def check_rules_cost(stored: Json) -> None:
@@ -16733,14 +16843,16 @@ def check_rules_cost(stored: Json) -> None:
     if len(json.dumps(stored)) > MAX_RULES:
         raise too_large("These are too many push rules")
     rules = ((kind, rule) for kind in PUSH_KINDS for rule in stored.get(kind, ()))
-    conditions = (c for kind, rule in rules for c in conditions_of(kind, rule) if "pattern" in c)
-    searched = sum(
+    conditions = [c for kind, rule in rules for c in conditions_of(kind, rule)]
+    searched = [
         len(c["pattern"])
         for c in conditions
-        if c.get("key") == "content.body" or WILDCARD.search(c["pattern"])
-    )
-    if searched > MAX_PATTERNS:
+        if "pattern" in c and (c.get("key") == "content.body" or WILDCARD.search(c["pattern"]))
+    ]
+    if sum(searched) > MAX_PATTERNS:
         raise invalid_param(f"All patterns may have {MAX_PATTERNS} characters at most")
+    if len(searched) + sum(c["kind"] in SEARCHING for c in conditions) > MAX_SEARCHES:
+        raise invalid_param(f"At most {MAX_SEARCHES} conditions may look through a text or a list")
 
 
 class PushRules:
@@ -17883,6 +17995,8 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
         return {"search_categories": {}}
     definition = wanted.get("filter", {})
     check_filter_values(definition, ROOM_EVENT_FILTER)
+    if len(canonical_json(definition)) > MAX_FILTER_BYTES:
+        raise too_large(f"A filter has at most {MAX_FILTER_BYTES} bytes")
     if definition.get("limit", 1) < 1:
         raise invalid_param("limit must be at least 1")
     place = search_place(hs, request.arg("next_batch"))

@@ -8679,6 +8679,8 @@ KEY_1, KEY_2, NOTARY_KEY = (
         key_answer("other.example", KEY_1),
         {**key_answer("a.example", KEY_1), "valid_until_ts": 1},
         {**key_answer("a.example", KEY_1), "signatures": {}},
+        key_answer("a.example", KEY_1, valid_until_ts=2**70),
+        key_answer("a.example", KEY_1, valid_until_ts=-(2**70)),
         {**key_answer("a.example", KEY_1), "valid_until_ts": "1"},
         {**key_answer("a.example", KEY_1), "verify_keys": {KEY_1.key_id: KEY_1.public}},
         {**key_answer("a.example", KEY_1), "old_verify_keys": {"ed25519:x": {"key": "x"}}},
@@ -8717,6 +8719,27 @@ def test_sec_05_how_long_keys_are_good(tmp_path: Path) -> None:
         for _ in range(10):
             assert await keys.request_key("a.example", "ed25519:made_up") is None
         assert len(made.asked) == 1
+        await made.hs.stop()
+
+    asyncio.run(story())
+
+
+def test_sec_38_little_is_kept_of_what_servers_say_of_their_keys(tmp_path: Path) -> None:
+    """Anybody can have any server asked for its keys, so its answer must not fill the disk."""
+
+    async def story() -> None:
+        made = Keys(tmp_path, trusted_servers=("notary.example",))
+        large = key_answer("large.example", KEY_1, junk="x" * conduit.MAX_KEY_ANSWER)
+        by_notary = conduit.sign_json(large, "notary.example", NOTARY_KEY)
+        made.published["large.example"] = large
+        made.published["notary.example"] = lambda query: (
+            {"server_keys": [by_notary]} if query else key_answer("notary.example", NOTARY_KEY)
+        )
+        made.published["odd.example"] = key_answer("odd.example", KEY_1, valid_until_ts=2**70)
+        keys = made.hs.server_keys
+        await keys.fetch({"large.example", "odd.example"})
+        assert keys.known("large.example") == keys.known("odd.example") == {}
+        assert keys.known("notary.example")
         await made.hs.stop()
 
     asyncio.run(story())
@@ -8883,6 +8906,18 @@ def test_sec_42_acls_of_ten_thousand_entries_are_cheap() -> None:
     for _ in range(1000):
         assert conduit.acl_allows(room, "a" * 200)
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*a?{}*", ("*a" * 60) + "{}", "*{}?", ("a?" * 60) + "*b?{}*", "*b?b?*{}"]
+)
+def test_sec_42_no_acl_is_dear_the_first_time(pattern: str) -> None:
+    """Whoever has power in a room may change its ACL each second, and each server is looked up."""
+    deny = [pattern.format(n) for n in range(60_000 // (len(pattern) + 3))]
+    started = time.process_time()
+    for host in ("a" * 200, "ab" * 100, "good.example.org"):
+        assert conduit.acl_verdict({"allow": ["*"], "deny": deny}, host)
+    assert time.process_time() - started < 1.0
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -10844,6 +10879,27 @@ def test_a_profile_in_many_rooms_does_not_hold_up_others(new_server: Callable[..
         )
 
 
+def test_sec_38_profiles_of_others_take_little_memory(tmp_path: Path) -> None:
+    """Anybody can have any server asked, which may answer with what is large as an object."""
+
+    async def answer(*_: Any, **__: Any) -> Json:
+        return {"displayname": "x" * 300, "large": [[] for _ in range(20_000)]}
+
+    async def story() -> None:
+        with bare_homeserver(tmp_path) as hs, hs.db.write():
+            hs.accounts = types.SimpleNamespace(on_deactivated=lambda _: None)
+            hs.federation = types.SimpleNamespace(request=answer)
+            hs.profiles = conduit.Profiles(hs)
+            for n in range(200):
+                profile = await conduit.remote_profile(hs, f"@u{n}:far.example")
+                assert len(profile["large"]) == 20_000 and "displayname" not in profile
+            remembered = [raw for _, raw in hs.profiles.remote.values()]
+            assert 0 < sum(map(len, remembered)) <= conduit.REMOTE_PROFILES_BYTES
+            assert await conduit.remote_profile(hs, "@u199:far.example") == profile
+
+    asyncio.run(story())
+
+
 # ── 23.2  Account data ───────────────────────────────────────────────────────
 
 
@@ -10966,6 +11022,17 @@ def test_nonsense_stored_as_tags_does_no_harm(alice: Client) -> None:
     assert ok(alice.get((*path, "tags"))) == {"tags": {"m.favourite": {}}}
 
 
+def test_sec_42_lists_of_who_may_invite_are_cheap() -> None:
+    """Account data has a mebibyte of patterns, which each invite is held against."""
+    blocked = [f"*a?{n}*" for n in range(30_000)]
+    content = {"blocked_users": blocked, "blocked_servers": blocked, "allowed_users": ["@?:x"]}
+    started = time.process_time()
+    assert conduit.invite_verdict(content, f"@{'a' * 200}:x.example") == "allowed"
+    assert time.process_time() - started < 1.0
+    assert conduit.invite_verdict({"ignored_users": ["@[a]?:*"]}, "@[a]b:x") == "ignored"
+    assert conduit.invite_verdict({"ignored_users": ["@[a]?:*"]}, "@ab:x") == "allowed"
+
+
 # ── 23.4  Filters ────────────────────────────────────────────────────────────
 
 
@@ -11020,6 +11087,25 @@ def test_inline_filters_are_read(alice: Client) -> None:
     result = alice.sync(filter={"room": {"timeline": {"limit": 1}}})
     assert len(alice.timeline(room, result)) == 1
     fails(store_filter(alice, {"room": {"rooms": ["!a:b"] * 20_000}}), 413, "M_TOO_LARGE")
+
+
+def test_sec_42_filters_are_cheap(alice: Client) -> None:
+    """Each event may be held against all of a filter: names by the thousand, but few patterns."""
+    room_id = alice.create_room()
+    names = [f"{n:x}" for n in range(6000)]
+    few, many = ([f"{n}*" for n in range(conduit.MAX_WILDCARDS + more)] for more in (0, 1))
+    nothing = {"not_types": [*few[1:], "m.room.*"]}
+    for part in ({"types": names + few}, nothing, {"rel_types": names}):
+        stored = ok(store_filter(alice, {"room": {"timeline": part}}))["filter_id"]
+        assert alice.timeline(room_id, alice.sync(filter=stored)) == []
+    for name in ("types", "not_types", "related_by_senders", "related_by_rel_types"):
+        given = many if "types" in name else [alice.user_id] * (conduit.MAX_WILDCARDS + 1)
+        stored = ok(store_filter(alice, {"room": {"timeline": {name: given}}}))["filter_id"]
+        fails(alice.get("sync", filter=stored), 400, "M_BAD_JSON")
+        query = {"dir": "b", "filter": json.dumps({name: given})}
+        fails(alice.get(("rooms", room_id, "messages"), params=query), 400, "M_BAD_JSON")
+    large = {"search_term": "x", "filter": {"types": ["x" * 90_000]}}
+    fails(alice.post("search", {"search_categories": {"room_events": large}}), 413, "M_TOO_LARGE")
 
 
 def test_old_filters_make_room_for_new(new_server: Callable[..., Server]) -> None:
@@ -11345,6 +11431,16 @@ def test_users_are_found_by_name_and_id(alice: Client, bob: Client) -> None:
         assert tag not in str(find_users(alice, strange + tag[:0]))
     fails(alice.post("user_directory/search", {}), 400, "M_MISSING_PARAM")
     fails(alice.post("user_directory/search", {"search_term": "x", "limit": 0}), 400)
+
+
+def test_sec_42_only_so_many_words_are_looked_for(alice: Client, bob: Client) -> None:
+    """A million words, held against each member of each room, would keep the server busy."""
+    alice.room_with(bob)
+    words = [bob.user_id] * conduit.MAX_USER_WORDS
+    assert find_users(alice, " ".join([*words, "nowhere"])) == [bob.user_id]
+    assert find_users(alice, " ".join([*words[1:], "nowhere"])) == []
+    types = [*range(1000), [], {}, None]
+    ok(alice.post("publicRooms", {"filter": {"room_types": types}}))
 
 
 def test_search_has_a_limit(server: Server, alice: Client) -> None:
@@ -11888,6 +11984,12 @@ def test_rules_of_the_kind_postcontent_are_the_servers(alice: Client) -> None:
 def test_wildcards_match_as_regular_expressions_would(pattern: str, text: str) -> None:
     expected = re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), text) is not None
     assert conduit.wildcard_match(pattern, text) == expected
+
+
+@given(pattern=st.text("ab*?", max_size=8), text=st.text("ab?", max_size=10))
+def test_wildcards_for_one_character(pattern: str, text: str) -> None:
+    expected = re.fullmatch(reference_glob(pattern), text) is not None
+    assert conduit.wildcard_match(pattern, text, "?") == expected
 
 
 @pytest.mark.parametrize(
@@ -13302,6 +13404,16 @@ def test_sec_43_odd_invites(pair: tuple[Server, Server], peer: Peer) -> None:
     fails(room.invite(pair[0], alice.user_id, shown=[good]), 400, "M_INVALID_PARAM")
     other = [event.pdu for event in PeerRoom(peer, "12").events]
     fails(room.invite(pair[0], alice.user_id, shown=other), 400, "M_INVALID_PARAM")
+    mine = [event.pdu for event in room.state.values()]
+    fails(room.invite(pair[0], alice.user_id, shown=mine + other), 400, "M_INVALID_PARAM")
+    false = room.make("m.room.name", {"name": "false"}, key=conduit.SigningKey.generate()).pdu
+    for pdu in (false, {**false, "signatures": {peer.name: {peer.key.key_id: "A" * 86}}}):
+        fails(room.invite(pair[0], alice.user_id, shown=[*mine, pdu]), 400, "M_INVALID_PARAM")
+    altered = {**room.make("m.room.name", {"name": "x"}).pdu, "content": {"name": "altered"}}
+    ok(room.invite(pair[0], alice.user_id, shown=[altered, *mine, good]))
+    shown = section(alice, "invite", room.room_id)["invite_state"]["events"]
+    names = [event["content"] for event in shown if event["type"] == "m.room.name"]
+    assert names == [{}, good["content"]]
     ok(room.invite(pair[0], alice.user_id))
 
 
@@ -13542,6 +13654,24 @@ def test_glob_examples(pattern: str, text: str, expected: bool) -> None:
 )
 def test_glob_word_examples(pattern: str, body: str, expected: bool) -> None:
     assert conduit.glob(pattern, words=True)(body) is expected
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        {"kind": "contains_display_name"},
+        {"kind": "event_property_contains", "key": "content.list", "value": "x"},
+        {"kind": "event_match", "key": "content.body", "pattern": "x"},
+    ],
+)
+def test_sec_42_few_rules_may_look_through_texts(alice: Client, condition: Json) -> None:
+    """Each of these costs milliseconds of everybody's time for a long message."""
+    body: Json = {"actions": ["notify"], "conditions": [condition] * conduit.MAX_SEARCHES}
+    ok(alice.put("pushrules/global/override/mine", body))
+    one_more = {"actions": ["notify"], "conditions": [condition]}
+    fails(alice.put("pushrules/global/override/more", one_more), 400, "M_INVALID_PARAM")
+    ok(alice.delete("pushrules/global/override/mine"))
+    ok(alice.put("pushrules/global/override/more", one_more))
 
 
 def test_sec_42_glob_does_not_blow_up() -> None:
@@ -17541,6 +17671,50 @@ def test_sec_05_events_after_the_end_of_a_key(anna: Client, far: Elsewhere) -> N
     assert "signed" in verdict["error"]
 
 
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_sec_06_an_id_is_of_one_room(anna: Client, far: Elsewhere, version: str) -> None:
+    """Where servers choose the ids of events, one of another room leads to no other room."""
+    (secret, there), (_, here_too) = shared(anna, far, version), shared(anna, far, version)
+    name = {"membership": "join", "displayname": "x"}
+    known = there.add("m.room.member", name, state_key=there.user, event_id=f"$join:{far.name}")
+    far.tell(known)
+    eventually(
+        lambda: rows_of(far.server, "SELECT 1 FROM events WHERE event_id = ?", known.event_id)
+    )
+    twin = here_too.make("m.room.member", name, state_key=here_too.user, event_id=known.event_id)
+    place = f"{quote(here_too.room_id, '')}/{quote(known.event_id, '')}"
+    uri = f"/_matrix/federation/v2/send_join/{place}"
+    answer = far.ask(far.server, "PUT", uri, twin.pdu)
+    fails(answer, 400, "M_BAD_JSON")
+    assert secret not in answer.text
+    far.tell(twin, here_too.text("beside"))
+    arrives(anna, here_too.room_id, "beside")
+    query = "SELECT room_id FROM events JOIN rooms USING (room_nid) WHERE event_id = ?"
+    assert rows_of(far.server, query, known.event_id) == [(secret,)]
+
+
+def test_redactions_go_by_the_power_of_their_time(anna: Client, far: Elsewhere) -> None:
+    """What a moderator redacted stays redacted, and who becomes one redacts nothing by that."""
+    room_id, branch = shared(anna, far, "11")
+    texts = [anna.send_text(room_id, text) for text in ("first", "second")]
+    branch.read()
+    early = branch.make("m.room.redaction", {"redacts": texts[0]})
+    levels = anna.state(room_id, "m.room.power_levels")
+    for level in (50, 0):
+        levels["users"] = {**levels["users"], branch.user: level}
+        anna.set_state(room_id, "m.room.power_levels", levels)
+        branch.read()
+        if level:
+            timely = branch.make("m.room.redaction", {"redacts": texts[1]})
+    levels["users"][branch.user] = 100
+    far.tell(timely)
+    eventually(lambda: anna.bodies(room_id)[-1:] != ["second"])
+    anna.set_state(room_id, "m.room.power_levels", levels)
+    branch.read()
+    far.tell(early, branch.text("done"))
+    arrives(anna, room_id, "first", "done")
+
+
 def test_rejected_and_soft_failed(anna: Client, far: Elsewhere) -> None:
     """What the rules refuse is stored out of sight, and is no error of the transaction."""
     room_id, branch = shared(anna, far, "11")
@@ -18355,6 +18529,39 @@ def test_sec_04_forged_events_by_each_door(anna: Client, far: Elsewhere, door: s
     fails(anna.get(("rooms", room_id, "state", "m.room.topic")), 404)
     query = "SELECT 1 FROM events WHERE event_id = ?"
     assert not [key for key in ids if rows_of(far.server, query, key)]
+
+
+def signed_anew(peer: Peer, event: conduit.Event, **changes: Any) -> conduit.Event:
+    """An event with other fields, which may be such as we would not make."""
+    pdu = {k: v for k, v in event.pdu.items() if k not in ("hashes", "signatures")} | changes
+    pdu["hashes"] = {"sha256": conduit.content_hash(pdu)}
+    covered = conduit.reference_bytes(event.version, pdu)
+    pdu["signatures"] = {peer.name: {peer.key.key_id: peer.key.sign(covered)}}
+    return conduit.make_event(event.version, pdu)
+
+
+def test_old_events_may_follow_any_number(anna: Client, far: Elsewhere) -> None:
+    """Backfill takes what once was an event; where news come from, it is none."""
+    room_id, branch = shared(anna, far)
+    old = [branch.text(f"old {n}") for n in range(2)]
+    many = [event.event_id for event in old] + [f"$gone{n}" for n in range(25)]
+    wide = branch.make("m.room.message", {"msgtype": "m.text", "body": "wide"})
+    wide = branch.take(signed_anew(far, wide, prev_events=many))
+    (verdict,) = far.tell(wide).values() or [{"error": "no id"}]
+    assert "error" in verdict
+    later = [branch.text(f"later {n}") for n in range(80)]
+    far.lies["get_missing_events"] = lambda _, __: {"events": []}
+    far.lies["backfill"] = lambda _, __: {
+        "pdus": [event.pdu for event in reversed([*old, wide, *later[:-1]])]
+    }
+    far.tell(later[-1])
+    arrives(anna, room_id, "later 79")
+    page = anna.messages(room_id, limit=100)
+    bodies = [event["content"].get("body") for event in page["chunk"]]
+    while page.get("end") and page["chunk"]:
+        page = anna.messages(room_id, limit=100, **{"from": page["end"]})
+        bodies += [event["content"].get("body") for event in page["chunk"]]
+    assert bodies[80:83] == ["wide", "old 1", "old 0"]
 
 
 def test_sec_34_certificates_of_others(anna: Client, authority: Authority, tmp_path: Path) -> None:
@@ -23083,6 +23290,8 @@ def test_third_party_networks(
 
     assert listed(third_party_instance_id=instance_id)
     assert listed(include_all_networks=True)
+    by_query = ok(alice.get("publicRooms", third_party_instance_id=instance_id))["chunk"]
+    assert [room["room_id"] for room in by_query] == [room_id]
     assert not listed()
     assert not listed(third_party_instance_id="another")
     ok(bot.put(listing, {"visibility": "private"}))
