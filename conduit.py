@@ -632,7 +632,7 @@ PRIVATE_RANGES_TEXT = """
     0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24
     192.168.0.0/16 ::/128 ::1/128 fc00::/7 fe80::/10 fec0::/10 192.0.2.0/24 198.18.0.0/15
     198.51.100.0/24 203.0.113.0/24 2001:db8::/32 192.88.99.0/24 224.0.0.0/4 240.0.0.0/4 ff00::/8
-    64:ff9b::/96 2002::/16
+    64:ff9b::/96 64:ff9b:1::/48 100::/64 2001::/32 2002::/16
 """
 PRIVATE_RANGES = tuple(ipaddress.ip_network(text) for text in PRIVATE_RANGES_TEXT.split())
 LOOPBACK_RANGES = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
@@ -18117,9 +18117,8 @@ class Spaces:
 
     def __init__(self) -> None:
         self.walks: LruCache[str, SpaceWalk] = LruCache(SPACE_MEMORY)
-        self.remote: LruCache[tuple[str, str], tuple[int, Json | None]] = LruCache(
-            REMOTE_SPACES_BYTES
-        )
+        # As text, since as an object JSON can take thirty times as much memory.
+        self.remote: LruCache[tuple[str, str], tuple[int, bytes]] = LruCache(REMOTE_SPACES_BYTES)
 
 
 def only_known(value: Json, shape: Json) -> Json:
@@ -18130,15 +18129,15 @@ def only_known(value: Json, shape: Json) -> Json:
 
 def remember_space(hs: Homeserver, server: str, room_id: str, found: Json | None) -> None:
     """Keep for a while what a server says of a room; what it does not know, for less long."""
-    until = now_ms() + REMEMBERED_MS // (1 if found else 10)
-    hs.spaces.remote.put((server, room_id), (until, found), 200 + len(encode_json(found)))
+    until, raw = now_ms() + REMEMBERED_MS // (1 if found else 10), encode_json(found)
+    hs.spaces.remote.put((server, room_id), (until, raw), 200 + len(raw))
 
 
 async def ask_for_space(hs: Homeserver, server: str, room_id: str) -> Json | None:
     """What a server says of a room; remembered for a while, as are the rooms right below it."""
     known = hs.spaces.remote.get((server, room_id))
     if known is not None and known[0] > now_ms():
-        return known[1]
+        return cast("Json | None", json.loads(known[1]))
     path, found = f"{FEDERATION_API}/hierarchy/{quote(room_id, safe='')}", None
     try:
         answer = await hs.federation.request(server, "GET", path, timeout=VIA_SECONDS)
@@ -21353,9 +21352,12 @@ class Inbox:
         if known is not None:
             return cast(Json, json.loads(known))
         verdicts, events = await self._judge(origin, body.get("pdus", []))
+        answer = {"pdus": verdicts}
         for edu in body.get("edus", []):  # they do no harm if the transaction comes again
             receive_edu(self.hs, origin, edu)
             await asyncio.sleep(0)
+        if not events:  # nor is anything remembered of servers that have nothing to tell
+            return answer
         with db.write():
             for event in events:
                 room = self.hs.rooms.find(event.room_id)
@@ -21363,7 +21365,6 @@ class Inbox:
                     self.put(room, origin, event.event_id, event.pdu)
                 else:
                     self.hs.joining.note_removal(event)
-            answer = {"pdus": verdicts}
             row = (origin, txn_id, now_ms(), json.dumps(answer))
             db.execute("INSERT INTO received_transactions VALUES (?, ?, ?, ?)", row)
             delete = """
@@ -23460,7 +23461,7 @@ invariant(
 MAX_SLIDING = 10  # of a device
 MAX_LISTS = 100  # in one request, and subscriptions in the accepted form
 MAX_LIST_KEY = 64
-MAX_RANGES = 100
+MAX_RANGES = 10  # of a list: each may repeat all rooms in the answer
 MAX_REQUIRED_STATE = 300  # entries of one list or subscription
 MAX_CONFIGS = 100  # kinds of required_state in the life of a connection
 MAX_EXTRA = 200  # members and the like remembered as sent, of a room
@@ -23644,6 +23645,8 @@ class SlidingRequest(SyncReader):
             raise invalid_param(f"At most {MAX_LISTS} lists, and as many subscriptions")
         if any(len(key) > MAX_LIST_KEY for key in (*lists, self.conn_id)):
             raise invalid_param(f"A key or conn_id has at most {MAX_LIST_KEY} characters")
+        if len(encode_json([lists, body.get("extensions")])) > MAX_FILTER_BYTES:
+            raise too_large(f"Lists and extensions have at most {MAX_FILTER_BYTES} bytes")
         self.lists = {key: self._list(wanted) for key, wanted in lists.items()}
         self.rooms = {room_id: self._config(wanted) for room_id, wanted in rooms.items()}
         self.extensions = {

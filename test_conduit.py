@@ -7638,6 +7638,7 @@ def test_urls(url: str, expected: tuple[str, int, str, str, str] | None) -> None
 FORBIDDEN_ADDRESSES: Final = (
     *("127.0.0.1", "0.0.0.0", "10.1.2.3", "169.254.169.254", "192.168.1.1", "100.64.0.1"),
     *("::1", "::", "fe80::1", "fd00::1", "::ffff:10.0.0.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1"),
+    *("64:ff9b:1::7f00:1", "100::1", "2001::1", "2002:7f00:1::"),
 )
 
 
@@ -15027,6 +15028,18 @@ def test_sec_47_spaces_in_a_circle_end(alice: Client) -> None:
     assert hierarchy_ids(alice, below, max_depth=10_000) == deep[:51]
 
 
+def test_sec_38_spaces_of_others_take_little_memory() -> None:
+    """Anybody can have any server asked for a room, and JSON as objects takes much."""
+    hs: Any = types.SimpleNamespace(spaces=conduit.Spaces())
+    for n in range(300):
+        found = {"children_state": [{"content": {"x": [[] for _ in range(20_000)]}}]}
+        conduit.remember_space(hs, "far.example", f"!{n}:far.example", found)
+    kept = [raw for _, raw in hs.spaces.remote.values()]
+    assert 0 < sum(map(len, kept)) <= conduit.REMOTE_SPACES_BYTES
+    again = asyncio.run(conduit.ask_for_space(hs, "far.example", "!299:far.example"))
+    assert again == found
+
+
 def test_sec_22_a_hierarchy_shows_only_what_one_may_know(alice: Client, bob: Client) -> None:
     top = space(alice, preset="public_chat")
     public = alice.create_room(preset="public_chat")
@@ -17669,6 +17682,16 @@ def test_sec_05_events_after_the_end_of_a_key(anna: Client, far: Elsewhere) -> N
     late = conduit.now_ms() + 8 * 86_400_000
     (verdict,) = far.tell(branch.make("m.room.message", {}, origin_server_ts=late)).values()
     assert "signed" in verdict["error"]
+
+
+def test_sec_46_nothing_is_kept_of_what_strangers_send(far: Elsewhere) -> None:
+    """Whoever has a domain has a million servers, none of which can fill the disk."""
+    junk = [{"room_id": "!nowhere:x", "event_id": f"${n}" + "x" * 200} for n in range(50)]
+    edus = [{"edu_type": "m.typing", "content": {"room_id": "!x:y", "user_id": "@a:b"}}] * 100
+    first = ok(far.send(*junk, edus=edus, txn="t"))
+    assert len(first["pdus"]) == 50 and ok(far.send(*junk, edus=edus, txn="t")) == first
+    query = "SELECT 1 FROM received_transactions WHERE origin = ?"
+    assert not rows_of(far.server, query, far.name)
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
@@ -21017,6 +21040,7 @@ def test_many_at_once_on_one_connection(alice: Client, bob: Client) -> None:
         ({"lists": {"a": window([0, 1, 2])}}, "M_INVALID_PARAM"),
         ({"lists": {"a": window([2, 1])}}, "M_INVALID_PARAM"),
         ({"lists": {"a": window([-1, 1])}}, "M_INVALID_PARAM"),
+        ({"lists": {"a": window(*[[0, 9]] * 11)}}, "M_INVALID_PARAM"),
         ({"lists": {"a": window(limit=1001)}}, "M_INVALID_PARAM"),
         ({"lists": {"a": window(limit=-1)}}, "M_INVALID_PARAM"),
         ({"lists": {"a": window(state=[["x"]])}}, "M_BAD_JSON"),
@@ -21034,6 +21058,19 @@ def test_many_at_once_on_one_connection(alice: Client, bob: Client) -> None:
 )
 def test_requests_that_are_refused(alice: Client, body: Json, errcode: str) -> None:
     fails(Slider(alice, **body).post(), 400, errcode)
+
+
+def test_sec_42_filters_of_lists_have_a_size(alice: Client) -> None:
+    """Each room is held against them, and may be again for each list."""
+    names = [f"{n}" for n in range(10_000)]
+    for body in (
+        {"lists": {"a": window(room_types=names)}},
+        {"lists": {"a": window(room_name_like="x" * 70_000)}},
+        {"extensions": {"typing": {"enabled": True, "rooms": names}}},
+    ):
+        fails(Slider(alice, **body).post(), 413, "M_TOO_LARGE")
+    sync = slide(alice, room_types=names[:1000])
+    assert sync()["lists"]["all"]["count"] == 0
 
 
 @given(body=JSON_VALUES)
