@@ -2934,7 +2934,7 @@ class PowerLevels:
         self._users = object_in(self._content, "users")
         self._events = object_in(self._content, "events")
         #: who stands above all levels, from version 12
-        self._creators = creators_of(version, create)
+        self._creators = frozenset(filter(is_sender_id, creators_of(version, create)))
         #: whom the absence of the event gives level 100
         self._creator = creator_of(version, create) if content is None and create else None
 
@@ -9443,6 +9443,7 @@ class Federation:
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self._failing: LruCache[str, tuple[int, int]] = LruCache(DESTINATIONS_CACHED)
+        self._for_anybody = asyncio.Semaphore(max(1, hs.config.max_concurrent_requests // 4))
         self.on_alive: Callable[[str], None] = lambda _: None  # the composition root sets this
         hs.db.on_reset(self._failing.clear)
 
@@ -9479,6 +9480,17 @@ class Federation:
         with self.hs.db.write():
             self.hs.db.execute("INSERT OR REPLACE INTO destinations VALUES (?, ?, ?)", row)
         self._failing.pop(server)
+
+    @contextlib.asynccontextmanager
+    async def for_anybody(self) -> AsyncIterator[None]:
+        """A turn to ask a server that somebody without an account has named. 429 if all are taken.
+
+        Trap: it may be one that never answers, and so must not cost more than a share of requests.
+        """
+        if self._for_anybody.locked():
+            raise limit_exceeded(5000, "Too many other servers are being asked")
+        async with self._for_anybody:
+            yield
 
     def check_backoff(self, server: str) -> None:
         """502 while a server is left alone."""
@@ -12048,7 +12060,8 @@ async def get_profile(hs: Homeserver, _request: Request, user_id: str) -> Json:
     if not is_user_id(user_id):
         raise invalid_param("This is not a user id")
     if not hs.is_local(user_id) and hs.config.allow_federation:
-        return await remote_profile(hs, user_id)
+        async with hs.federation.for_anybody():
+            return await remote_profile(hs, user_id)
     await hs.accounts.summon(user_id)
     if not hs.accounts.is_active(user_id):
         raise not_found("There is no profile of this user")
@@ -12619,7 +12632,9 @@ def may_curate(hs: Homeserver, requester: Requester, room: Room) -> bool:
 async def get_alias(hs: Homeserver, _request: Request, alias: str) -> Json:
     """Which room an alias stands for.  Spec: "Room aliases"."""
     await hs.directory.summon(alias)
-    room_id, servers = await look_up_alias(hs, alias)
+    is_ours = server_of(alias) == hs.config.server_name
+    async with contextlib.nullcontext() if is_ours else hs.federation.for_anybody():
+        room_id, servers = await look_up_alias(hs, alias)
     return {"room_id": room_id, "servers": servers}
 
 
@@ -16500,7 +16515,8 @@ async def on_bind(hs: Homeserver, request: Request) -> Json:
         try:
             if not hs.is_local(one["sender"]):
                 signed = {**one["signed"], "sender": one["sender"]}
-                await hs.joining.exchange(one["room_id"], user_id, signed)
+                async with hs.federation.for_anybody():
+                    await hs.joining.exchange(one["room_id"], user_id, signed)
             elif room is not None:
                 await redeem(hs, room, user_id, one["signed"])
         except MatrixError as error:
@@ -18200,13 +18216,14 @@ NHEKO_PATHS = (NHEKO_PATH + "/summary/{room}", NHEKO_PATH + "/rooms/{room}/summa
 @route("GET", SUMMARY_PATH, auth=OPTIONAL, also=NHEKO_PATHS)
 async def get_room_summary(hs: Homeserver, request: Request, room: str) -> Json:
     """What a room is, for who may know of it.  Spec: CS-API "Room summary".  404 for others."""
-    room_id, servers = await room_named(hs, request, room)
-    found = hs.rooms.find(room_id)
     user_nid = request.requester.nid if request.requester is not None else None
     summary = None
-    if not is_lived_in(found):
-        servers.append(server_of(room_id))
-        summary = only_known(await remote_room(hs, user_nid, room_id, servers) or {}, SUMMARY)
+    async with hs.federation.for_anybody() if user_nid is None else contextlib.nullcontext():
+        room_id, servers = await room_named(hs, request, room)
+        found = hs.rooms.find(room_id)
+        if not is_lived_in(found):
+            servers.append(server_of(room_id))
+            summary = only_known(await remote_room(hs, user_nid, room_id, servers) or {}, SUMMARY)
     if not summary:
         if found is None or not may_preview(hs, found, user_nid):
             raise not_found("There is no such room")

@@ -18676,6 +18676,45 @@ def test_sec_44_keys_of_nobody_do_not_take_all_connections(
     ours.assert_clean_log()
 
 
+def test_sec_44_strangers_do_not_take_all_connections(tmp_path: Path, authority: Authority) -> None:
+    """Without an account one can have servers asked that never answer, but only so many."""
+    ours = federating(tmp_path, authority, max_concurrent_requests=8).start()
+    anna, nobody, peer = register(ours), Client(ours), Peer(authority)
+    listed = {"chunk": [], "total_room_count_estimate": 0}
+    peer.answers[f"{FEDERATION_V1}/publicRooms"] = listed
+    bound = {"medium": "email", "address": "a@b", "mxid": anna.user_id}
+    with (
+        socket.create_server(("0.0.0.0", 0), backlog=200) as silent,
+        ThreadPoolExecutor(24) as pool,
+    ):
+        names = [f"127.0.8.{n}:{silent.getsockname()[1]}" for n in range(1, 25)]
+        signed = {"mxid": anna.user_id, "token": "x", "signatures": {}}
+        for n, name in enumerate(names):
+            invite = {"mxid": anna.user_id, "room_id": "!a:b", "sender": f"@a:{name}"}
+            asked = (
+                functools.partial(nobody.get, ("profile", f"@x:{name}")),
+                functools.partial(nobody.get, ("directory", "room", f"#x:{name}")),
+                functools.partial(nobody.get, f"/_matrix/client/v1/room_summary/!a:{name}"),
+                functools.partial(
+                    nobody.put,
+                    f"{FEDERATION_V1}/3pid/onbind",
+                    {**bound, "invites": [{**invite, "signed": signed}]},
+                ),
+            )
+            pool.submit(asked[n % 4])
+        time.sleep(1)
+        started = time.monotonic()
+        assert ok(anna.post(f"publicRooms?server={peer.name}", {})) == listed
+        assert time.monotonic() - started < 3
+        assert {
+            fails(nobody.get(("profile", f"@y:{name}")), 429, "M_LIMIT_EXCEEDED")["errcode"]
+            for name in names[:3]
+        }
+        ours.stop()
+    peer.close()
+    ours.assert_clean_log()
+
+
 def test_sec_49_strangers_do_not_use_up_keys(tmp_path: Path, authority: Authority) -> None:
     """A server may claim so many keys at a time, and no more; then the fallback key serves."""
     ours = federating(tmp_path, authority, rate_limit=True).start()
