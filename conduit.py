@@ -7512,7 +7512,7 @@ def check_shape(value: Any, shape: Any, where: str = "The body") -> None:
 RATE_LIMITS = {  # requests a second for ever, and how many at once after a pause
     "default": (50, 200),
     "message": (20, 100),
-    "create": (0.5, 20),  # rooms and aliases
+    "create": (0.5, 20),  # rooms, aliases, and profiles, each of which changes in many rooms
     "join": (2, 50),
     "invite": (2, 100),
     "media": (100, 500),  # opening a room shows many thumbnails at once
@@ -12109,7 +12109,7 @@ def checked_field(name: str, value: Any) -> Any:
     return None if name in MEMBER_FIELDS and not value else value
 
 
-@route("PUT", PROFILE_FIELD, auth=GUEST, also=PROFILE_FIELD_OLD, body=ANY_OBJECT)
+@route("PUT", PROFILE_FIELD, auth=GUEST, limit="create", also=PROFILE_FIELD_OLD, body=ANY_OBJECT)
 async def put_profile_field(hs: Homeserver, request: Request, user_id: str, name: str) -> Json:
     """Set a field of the own profile; an empty name or avatar takes it away."""
     check_may_edit_profile(hs, request, user_id, name)
@@ -12118,7 +12118,7 @@ async def put_profile_field(hs: Homeserver, request: Request, user_id: str, name
     return {}
 
 
-@route("DELETE", PROFILE_FIELD, auth=GUEST, also=PROFILE_FIELD_OLD)
+@route("DELETE", PROFILE_FIELD, auth=GUEST, limit="create", also=PROFILE_FIELD_OLD)
 async def delete_profile_field(hs: Homeserver, request: Request, user_id: str, name: str) -> Json:
     """Take a field out of the own profile."""
     check_may_edit_profile(hs, request, user_id, name)
@@ -28518,7 +28518,7 @@ async def admin_login_as(hs: Homeserver, request: Request, user_id: str) -> Json
     """An access token of a user; they see its device among theirs."""
     account = changeable(hs, user_id)
     until = request.json.get("valid_until_ms")
-    if user_id == request.user.user_id or (until is not None and until > MAX_CANONICAL_INT):
+    if user_id == request.user.user_id or not is_canonical_int(until or 0):
         raise invalid_param("Not for yourself, and not for ever")
     if account.locked:
         raise forbidden("This account is locked")

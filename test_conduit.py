@@ -10901,6 +10901,14 @@ def test_sec_38_profiles_of_others_take_little_memory(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_sec_44_names_do_not_change_all_the_time(new_server: Callable[..., Server]) -> None:
+    """Each change of a name is an event in each room that its owner is in."""
+    alice = register(new_server(rate_limit=True))
+    name = ("profile", alice.user_id, "displayname")
+    found = [alice.put(name, {"displayname": f"{n}"}).status_code for n in range(30)]
+    assert found[:10] == [200] * 10 and set(found[10:]) == {200, 429}
+
+
 # ── 23.2  Account data ───────────────────────────────────────────────────────
 
 
