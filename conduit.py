@@ -5636,7 +5636,7 @@ class RoomReceiver(RoomWriter):
         groups = {self.group_of(room, state) for state in states} if missing else set()
         if missing_auth or (missing and not groups):
             raise MissingEvents(missing_auth | (set() if groups else missing))
-        groups |= set(placed.values())
+        groups |= set(heapq.nlargest(MAX_PREV_EVENTS, {*placed.values()}))  # old events have more
         before = self.resolve(room, groups) if groups else None
         state = self.entries(room, before, (CREATE_KEY, *auth_types_of(event)))
         event.rejected = event.rejected or self._refusal(room, event, auth, state)

@@ -4575,9 +4575,14 @@ EVE = "@eve:two.example"
 class FarRoom:
     """A room on another server; each event follows the last one, unless a test says otherwise."""
 
-    def __init__(self, version: str = "11", members: Iterable[str] = (EVE,)) -> None:
+    def __init__(
+        self,
+        version: str = "11",
+        members: Iterable[str] = (EVE,),
+        room_id: str = "!far:one.example",
+    ) -> None:
         self.version = conduit.ROOM_VERSIONS[version]
-        self.room_id = "!far:one.example"
+        self.room_id = room_id
         self.state: dict[conduit.StateKey, conduit.Event] = {}
         self.events: list[conduit.Event] = []
         creator = {"creator": FAR} if self.version.creator_in_content else {}
@@ -4782,6 +4787,26 @@ def test_gaps_are_filled_from_above() -> None:
         assert len(rooms.backfill(room, older)) == len(older)
         assert timeline(rooms, room) == [e.event_id for e in far.events]
         assert rooms.backfill(room, older) == []
+
+    with_rooms(story)
+
+
+def test_sec_06_an_id_taken_elsewhere_stops_no_join() -> None:
+    """In versions 1 and 2 a member could give an event the id of one in another room of ours."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        same = {"event_id": "$same:one.example"}
+        first, second = FarRoom("2"), FarRoom("2", room_id="!other:one.example")
+        first.put("m.room.topic", {"topic": "first"}, "", **same)
+        await first.enter(rooms)
+        second.put("m.room.topic", {"topic": "second"}, "", **same)
+        room = await second.enter(rooms)
+        assert room.membership(ME) == "join" and room.state_event("m.room.topic") is None
+        known = rooms.event("$same:one.example")
+        assert known is not None and known.content == {"topic": "first"}
+        with pytest.raises(conduit.MatrixError):
+            rooms.receive(room, again(second.events[-2]))
+        assert rooms.backfill(room, [again(second.events[-2])]) == []
 
     with_rooms(story)
 
