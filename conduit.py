@@ -200,6 +200,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Container,
     Coroutine,
     Iterable,
@@ -446,6 +447,51 @@ BOUNDARY = "(?:(?<![A-Za-z0-9_])|(?![A-Za-z0-9_]))"
 WILDCARD = re.compile(r"[*?]")
 
 
+@functools.lru_cache(16)
+def places_of_characters(text: str) -> dict[str, int]:
+    """For each character of a text its places, as bits of a number."""
+    places: dict[str, int] = {}
+    for at, char in enumerate(text):
+        places[char] = places.get(char, 0) | 1 << at
+    return places
+
+
+def seek(part: str, text: str, at: int, end: int, one: str) -> int:
+    """Where a part of a pattern first stands between two places of a text, or -1."""
+    if not one or one not in part:
+        return text.find(part, at, end)
+    found = (1 << max(0, end - len(part) + 1)) - (1 << at)  # the places where it might begin
+    places = places_of_characters(text)
+    for offset, char in enumerate(part):
+        if found <= 0:
+            return -1
+        if char != one:
+            found &= places.get(char, 0) >> offset
+    return (found & -found).bit_length() - 1 if found > 0 else -1
+
+
+def wildcard_match(pattern: str, text: str, one: str = "") -> bool:
+    """Whether a short text matches a pattern with * for anything, and `one` for any character.
+
+    Trap: patterns come by the thousand from strangers, so there is no regular expression, which
+    takes a hundred times as long to make. A star takes as little as it can: the rest fits there
+    or nowhere.
+    """
+    first, *middle = pattern.split("*")
+    if not middle:
+        return len(text) == len(first) and seek(first, text, 0, len(text), one) == 0
+    last = middle.pop()
+    at, end = len(first), len(text) - len(last)
+    if at > end or seek(first, text, 0, at, one) or seek(last, text, end, len(text), one) < 0:
+        return False
+    for part in middle:
+        place = seek(part, text, at, end, one)
+        if place < 0:
+            return False
+        at = place + len(part)
+    return True
+
+
 def glob(pattern: str, *, words: bool = False, wildcards: bool = True) -> Callable[[str], bool]:
     """A test for texts that match a pattern with * and ?, without regard to case.
 
@@ -617,7 +663,7 @@ PRIVATE_RANGES_TEXT = """
     0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24
     192.168.0.0/16 ::/128 ::1/128 fc00::/7 fe80::/10 fec0::/10 192.0.2.0/24 198.18.0.0/15
     198.51.100.0/24 203.0.113.0/24 2001:db8::/32 192.88.99.0/24 224.0.0.0/4 240.0.0.0/4 ff00::/8
-    64:ff9b::/96 2002::/16
+    64:ff9b::/96 64:ff9b:1::/48 100::/64 2001::/32 2002::/16
 """
 PRIVATE_RANGES = tuple(ipaddress.ip_network(text) for text in PRIVATE_RANGES_TEXT.split())
 LOOPBACK_RANGES = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
@@ -2659,10 +2705,7 @@ def without_unsigned(pdu: Json) -> Json:
 
 
 def check_fields(version: RoomVersion, pdu: Json, *, is_old: bool = False) -> None:
-    """The part of the format that an event has before it is hashed and signed.
-
-    Spec: SS-API "Backfilling": what is old may stand on more events than are allowed now.
-    """
+    """The part of the format that an event has before it is hashed and signed; see check_format."""
     event_type = check_text(pdu, "type")
     if not is_sender_id(check_text(pdu, "sender")):
         raise bad_json("sender is not a user id")
@@ -2707,6 +2750,8 @@ def hashed_bytes(pdu: Json) -> bytes:
 
 def check_format(version: RoomVersion, pdu: Any, *, is_old: bool = False) -> bytes:
     """What the content hash covers; 400 M_BAD_JSON or 413 for what is no event of the version.
+
+    An old event may refer to any number of others, as once it might (`GET /backfill`).
 
     Spec: SS-API "Checks performed on receipt of a PDU", check 1.
     Trap: `unsigned` is whatever the sender likes; nothing may be concluded from it. A Synapse puts
@@ -2964,7 +3009,7 @@ class PowerLevels:
         self._users = object_in(self._content, "users")
         self._events = object_in(self._content, "events")
         #: who stands above all levels, from version 12
-        self._creators = creators_of(version, create)
+        self._creators = frozenset(filter(is_sender_id, creators_of(version, create)))
         #: whom the absence of the event gives level 100
         self._creator = creator_of(version, create) if content is None and create else None
 
@@ -5538,15 +5583,12 @@ class RoomWriter(RoomResolver):
             )
 
     def _apply_redaction(self, room: Room, redaction: Event, target: Event) -> None:
-        """Take the content of the target away, if the redaction's sender may do that.
-
-        Spec: rooms/v3 "Handling redactions".
-        """
-        if target.room_nid != room.nid or target.redacted_by is not None:
-            return
-        levels = room.power_levels()
-        same_server = server_of(redaction.sender) == server_of(target.sender)
-        if not same_server and levels.user(redaction.sender) < levels.redact:
+        """Take the content of the target away, if the redaction's sender might do that then."""
+        levels = power_levels_of(
+            room.version,
+            self.entries(room, redaction.state_group, (POWER_LEVELS_KEY, CREATE_KEY)),
+        )
+        if target.redacted_by is not None or not may_redact(redaction, target, levels):
             return
         self.database.execute(
             "UPDATE events SET pdu = ?, redacted_by = ? WHERE nid = ?",
@@ -5652,7 +5694,7 @@ class RoomReceiver(RoomWriter):
         here nor among them are left out. `encoded` has the canonical JSON of events, by their ids,
         where that is known.
         """
-        given = {event.event_id: event for event in events}
+        given = self._of_room(room, events)
         edges = {key: event.auth_events for key, event in given.items()}
         with self.database.write():
             known = self.events_by_ids({*given, *itertools.chain(*edges.values())})
@@ -5703,7 +5745,9 @@ class RoomReceiver(RoomWriter):
         the room now; what is left out follows events that we do not have, or is missed by nobody.
         Nothing here changes the current state, or is news to a client.
         """
-        given = {event.event_id: self._known(room, event) for event in events}
+        given = {
+            key: self._known(room, event) for key, event in self._of_room(room, events).items()
+        }
         floor = self._floor(room, given)
         if floor is None:
             return []
@@ -5786,11 +5830,23 @@ class RoomReceiver(RoomWriter):
     # The judgement
 
     def _known(self, room: Room, event: Event) -> tuple[Event, bool]:
-        """The event as it is stored, if it is, and whether its place in the room is known."""
-        if event.room_id != room.room_id:
-            raise bad_json("The event is of another room")
+        """The event as it is stored, if it is, and whether its place in the room is known.
+
+        Trap: in versions 1 and 2 whoever makes an event may give it the id of one elsewhere.
+        """
         known = self.event(event.event_id) or event
+        if {event.room_id, known.room_id} != {room.room_id}:
+            raise bad_json("The event is of another room")
         return known, known.state_group is not None
+
+    def _of_room(self, room: Room, events: Iterable[Event]) -> dict[str, Event]:
+        """Events by their ids, without those that have the id of one in another room."""
+        given = {event.event_id: event for event in events}
+        if room.version.explicit_event_ids:
+            for known in self.events_by_ids(given):
+                if known.room_nid != room.nid:
+                    del given[known.event_id]
+        return given
 
     def _judge(
         self, room: Room, event: Event, states: Iterable[Iterable[str]]
@@ -5805,7 +5861,7 @@ class RoomReceiver(RoomWriter):
         groups = {self.group_of(room, state) for state in states} if missing else set()
         if missing_auth or (missing and not groups):
             raise MissingEvents(missing_auth | (set() if groups else missing))
-        groups |= set(placed.values())
+        groups |= set(heapq.nlargest(MAX_PREV_EVENTS, {*placed.values()}))  # old events have more
         before = self.resolve(room, groups) if groups else None
         state = self.entries(room, before, (CREATE_KEY, *auth_types_of(event)))
         event.rejected = event.rejected or self._refusal(room, event, auth, state)
@@ -7966,7 +8022,7 @@ def check_shape(value: Any, shape: Any, where: str = "The body") -> None:
 RATE_LIMITS = {  # requests a second for ever, and how many at once after a pause
     "default": (50, 200),
     "message": (20, 100),
-    "create": (0.5, 20),  # rooms and aliases
+    "create": (0.5, 20),  # rooms, aliases, and profiles, each of which changes in many rooms
     "join": (2, 50),
     "invite": (2, 100),
     "media": (100, 500),  # opening a room shows many thumbnails at once
@@ -9274,6 +9330,7 @@ KEY_RETRY_SECONDS = 10.0  # before a server is asked for keys once more
 KEY_ANSWER_SECONDS = 15.0  # for one server's answer
 KEYS_CACHED = 20_000
 MAX_KEYS = 100  # of one server, in one answer
+MAX_KEY_ANSWER = 65_536  # bytes of it; anybody can have any server asked, and what it says is kept
 MAX_NOTARY_QUERY = 100  # servers in one query
 MANY_SERVERS = 3  # beyond, notaries are asked first: one request instead of many
 
@@ -9488,6 +9545,7 @@ KEY_ID = re.compile(r"ed25519:[A-Za-z0-9_]{1,64}")
 def check_key_answer(answer: Any, server: str) -> None:
     """400 for what is not signed by the server with each of the keys that it claims and we read."""
     check_shape(answer, KEY_ANSWER, "The keys")
+    check_canonical(answer)
     keys = {name: each["key"] for name, each in answer["verify_keys"].items()}
     marks = signatures_by(answer, server)
     known = [name for name in marks if name in keys and KEY_ID.fullmatch(name)]
@@ -9600,8 +9658,8 @@ class ServerKeys:
         path = "/_matrix/key/v2/server"
         try:
             async with gate:
-                call = self.hs.discovery.request(server, "GET", path, timeout=KEY_ANSWER_SECONDS)
-                answer = await call
+                limits: Json = {"timeout": KEY_ANSWER_SECONDS, "max_bytes": MAX_KEY_ANSWER}
+                answer = await self.hs.discovery.request(server, "GET", path, **limits)
             body = answer.json() if answer.status == 200 else None
             check_key_answer(body, server)
             self.store(cast(Json, body))
@@ -9656,10 +9714,10 @@ class ServerKeys:
         Trap: a notary may repeat an old answer, so it cannot make good what the server has retired.
         """
         server, known = answer["server_name"], self.known(answer["server_name"])
-        fresh = keys_in(answer)
+        fresh, body = keys_in(answer), encode_json(answer)
         is_same = any(known[name].key == fresh[name].key for name in known.keys() & fresh.keys())
-        if len({*known, *fresh}) > 2 * MAX_KEYS:
-            raise invalid_param(f"{server} has had too many keys")
+        if len({*known, *fresh}) > 2 * MAX_KEYS or len(body) > MAX_KEY_ANSWER:
+            raise invalid_param(f"{server} has, or has had, too many keys")
         with self.hs.db.write():
             for key_id, key in fresh.items():
                 old = known.get(key_id)
@@ -9667,7 +9725,7 @@ class ServerKeys:
                     continue
                 row = (server, key_id, *key)
                 self.hs.db.execute("INSERT OR REPLACE INTO server_keys VALUES (?, ?, ?, ?, ?)", row)
-            latest = (server, (answer["valid_until_ts"] + now_ms()) // 2, encode_json(answer))
+            latest = (server, (answer["valid_until_ts"] + now_ms()) // 2, body)
             self.hs.db.execute("INSERT OR REPLACE INTO key_answers VALUES (?, ?, ?)", latest)
         self._cache.pop(server)
         if direct and known and not is_same:
@@ -9951,6 +10009,7 @@ class Federation:
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self._failing: LruCache[str, tuple[int, int]] = LruCache(DESTINATIONS_CACHED)
+        self._for_anybody = asyncio.Semaphore(max(1, hs.config.max_concurrent_requests // 4))
         self.on_alive: Callable[[str], None] = lambda _: None  # the composition root sets this
         hs.db.on_reset(self._failing.clear)
 
@@ -9993,6 +10052,17 @@ class Federation:
         wait = min(longest, first << min(failures - 1, 20))
         own = self.hs.config.server_name
         return wait - int(wait * BACKOFF_SPREAD * spread(own, server, failures))
+
+    @contextlib.asynccontextmanager
+    async def for_anybody(self) -> AsyncIterator[None]:
+        """A turn to ask a server that somebody without an account has named. 429 if all are taken.
+
+        Trap: it may be one that never answers, and so must not cost more than a share of requests.
+        """
+        if self._for_anybody.locked():
+            raise limit_exceeded(5000, "Too many other servers are being asked")
+        async with self._for_anybody:
+            yield
 
     def check_backoff(self, server: str) -> None:
         """502 while a server is left alone."""
@@ -10105,7 +10175,9 @@ def acl_matches(patterns: Any, host: str) -> bool:
     """Whether a list of an ACL, which may be anything, names a host."""
     given = patterns if isinstance(patterns, list) else []
     return any(
-        isinstance(pattern, str) and len(pattern) <= MAX_ID_BYTES and glob(pattern)(host)
+        isinstance(pattern, str)
+        and len(pattern) <= MAX_ID_BYTES
+        and wildcard_match(pattern.lower(), host.lower(), "?")
         for pattern in given
     )
 
@@ -12455,7 +12527,8 @@ MAX_PROFILE_BYTES = 65_535
 MAX_DISPLAY_NAME = 256  # characters
 MAX_ACCOUNT_DATA_BYTES = 1_048_576  # of one type
 MAX_TAGS = 100  # of one room
-REMOTE_PROFILES = 2_000  # remembered, of users elsewhere,
+REMOTE_PROFILES_BYTES = 2**22  # remembered, of users elsewhere,
+REMOTE_PROFILE_OVERHEAD = 500  # bytes for each
 REMOTE_PROFILE_SECONDS = 120.0  # for so long
 MAX_FILTER_BYTES = 65_536
 MAX_FILTERS = 500  # of one user; beyond, the oldest goes
@@ -12483,7 +12556,7 @@ class Profiles:
         self.hs = hs
         self._listeners: list[Callable[[UserNid], None]] = []
         self.on_change = self._listeners.append  # called with each new name or avatar
-        self.remote: LruCache[str, tuple[float, Json]] = LruCache(REMOTE_PROFILES)
+        self.remote: LruCache[str, tuple[float, bytes]] = LruCache(REMOTE_PROFILES_BYTES)
         hs.accounts.name_account = self._name_account
         hs.accounts.member_content = self._member_content
         hs.accounts.on_deactivated(self._delete)
@@ -12539,8 +12612,12 @@ def profile_of(hs: Homeserver, user_id: str) -> Json:
 
 
 async def remote_profile(hs: Homeserver, user_id: str) -> Json:
-    """What another server says of its user, remembered for a moment; odd values are left out."""
-    expires, profile = hs.profiles.remote.get(user_id) or (0.0, {})
+    """What another server says of its user, remembered for a moment; odd values are left out.
+
+    Trap: anybody can have any server asked, so it is remembered as text: JSON can take thirty times
+    as much memory.
+    """
+    expires, raw = hs.profiles.remote.get(user_id) or (0.0, b"{}")
     if expires < time.monotonic():
         profile = await hs.federation.request(
             server_of(user_id),
@@ -12553,8 +12630,9 @@ async def remote_profile(hs: Homeserver, user_id: str) -> Json:
             value = profile.get(name, "")
             if not isinstance(value, str) or not form.fullmatch(value):
                 profile.pop(name, None)
-        hs.profiles.remote.put(user_id, (time.monotonic() + REMOTE_PROFILE_SECONDS, profile))
-    return profile
+        expires, raw = time.monotonic() + REMOTE_PROFILE_SECONDS, encode_json(profile)
+        hs.profiles.remote.put(user_id, (expires, raw), REMOTE_PROFILE_OVERHEAD + len(raw))
+    return cast(Json, json.loads(raw))
 
 
 @route("GET", PROFILE, auth=NONE)
@@ -12563,7 +12641,8 @@ async def get_profile(hs: Homeserver, _request: Request, user_id: str) -> Json:
     if not is_user_id(user_id):
         raise invalid_param("This is not a user id")
     if not hs.is_local(user_id) and hs.config.allow_federation:
-        return await remote_profile(hs, user_id)
+        async with hs.federation.for_anybody():
+            return await remote_profile(hs, user_id)
     await hs.accounts.summon(user_id)
     if not hs.accounts.is_active(user_id):
         raise not_found("There is no profile of this user")
@@ -12611,7 +12690,7 @@ def checked_field(name: str, value: Any) -> Any:
     return None if name in MEMBER_FIELDS and not value else value
 
 
-@route("PUT", PROFILE_FIELD, auth=GUEST, also=PROFILE_FIELD_OLD, body=ANY_OBJECT)
+@route("PUT", PROFILE_FIELD, auth=GUEST, limit="create", also=PROFILE_FIELD_OLD, body=ANY_OBJECT)
 async def put_profile_field(hs: Homeserver, request: Request, user_id: str, name: str) -> Json:
     """Set a field of the own profile; an empty name or avatar takes it away."""
     check_may_edit_profile(hs, request, user_id, name)
@@ -12620,7 +12699,7 @@ async def put_profile_field(hs: Homeserver, request: Request, user_id: str, name
     return {}
 
 
-@route("DELETE", PROFILE_FIELD, auth=GUEST, also=PROFILE_FIELD_OLD)
+@route("DELETE", PROFILE_FIELD, auth=GUEST, limit="create", also=PROFILE_FIELD_OLD)
 async def delete_profile_field(hs: Homeserver, request: Request, user_id: str, name: str) -> Json:
     """Take a field out of the own profile."""
     check_may_edit_profile(hs, request, user_id, name)
@@ -12784,7 +12863,7 @@ INVITE_LISTS = tuple(
 def invite_verdict(content: Json, sender: str) -> str:
     """What a user's configuration says of invites from someone: allowed, ignored or blocked.
 
-    One with a list that is none counts for nothing; [ is no wildcard to the specification.
+    One with a list that is none counts for nothing.
     """
     lists = {name: content.get(name, []) for name, _ in INVITE_LISTS}
     if content.get("enabled") is False:
@@ -12795,7 +12874,7 @@ def invite_verdict(content: Json, sender: str) -> str:
     host = re.sub(r":[0-9]+$", "", server_of(sender))
     for name, verdict in INVITE_LISTS:
         whom = sender if name.endswith("users") else host
-        if any(fnmatch.fnmatchcase(whom, one.replace("[", "[[]")) for one in lists[name]):
+        if any(wildcard_match(one, whom, "?") for one in lists[name]):
             return verdict
     return BLOCK if content.get("default_action") == "block" else ALLOW
 
@@ -13051,6 +13130,7 @@ invariant(
 ADMINS_ALIAS = "admins"  # the admin room's; nobody else is ever to have it
 MAX_LISTED = 500  # rooms in one answer
 MAX_FOUND = 50  # users in one answer
+MAX_USER_WORDS = 20  # of those that somebody looks for a user by
 
 # ── 24.1  Aliases ────────────────────────────────────────────────────────────
 
@@ -13134,7 +13214,9 @@ def may_curate(hs: Homeserver, requester: Requester, room: Room) -> bool:
 async def get_alias(hs: Homeserver, _request: Request, alias: str) -> Json:
     """Which room an alias stands for.  Spec: "Room aliases"."""
     await hs.directory.summon(alias)
-    room_id, servers = await look_up_alias(hs, alias)
+    is_ours = server_of(alias) == hs.config.server_name
+    async with contextlib.nullcontext() if is_ours else hs.federation.for_anybody():
+        room_id, servers = await look_up_alias(hs, alias)
     return {"room_id": room_id, "servers": servers}
 
 
@@ -13358,7 +13440,7 @@ def page_of(rooms: list[Json], since: str, limit: int) -> Json:
     return answer
 
 
-def fits(room: Json, term: str, types: list[str | None] | None) -> bool:
+def fits(room: Json, term: str, types: Container[str | None] | None) -> bool:
     """Whether a listed room is of the wanted types and has the term in one of its texts."""
     texts = "\n".join(room.get(name, "") for name in ("name", "topic", "canonical_alias"))
     return term in texts.casefold() and (types is None or room.get("room_type") in types)
@@ -13371,6 +13453,8 @@ def public_rooms_page(hs: Homeserver, query: Json) -> Json:
         raise invalid_param("limit must be at least 1")
     wanted = query.get("filter", {})
     term, types = wanted.get("generic_search_term", "").casefold(), wanted.get("room_types")
+    if types is not None:
+        types = frozenset(one for one in types if one is None or isinstance(one, str))
     everywhere = query.get("include_all_networks", False)
     network = "" if everywhere else query.get("third_party_instance_id", "")
     listings = hs.directory.listings(network, everywhere=everywhere)
@@ -13408,7 +13492,11 @@ async def remote_public_rooms(hs: Homeserver, server: str, method: str, **what: 
 def list_query(request: Request) -> Json:
     """The query in the arguments of a GET."""
     limit = request.int_arg("limit", 100, 0, MAX_LISTED) or MAX_LISTED
-    return {"limit": limit, "since": request.arg("since", "0")}
+    return {
+        **{"limit": limit, "since": request.arg("since", "0")},
+        "include_all_networks": request.bool_arg("include_all_networks", False),
+        "third_party_instance_id": request.arg("third_party_instance_id", ""),
+    }
 
 
 @route("GET", V3 + "/publicRooms", auth=OPTIONAL, limit="search")
@@ -13488,7 +13576,7 @@ async def search_users(hs: Homeserver, request: Request) -> Json:
     limit = request.json.get("limit", 10)
     if limit < 1:
         raise invalid_param("limit must be at least 1")
-    words = request.json["search_term"].casefold().split()
+    words = request.json["search_term"].casefold().split()[:MAX_USER_WORDS]
     if not words:
         return {"results": [], "limited": False}
     rooms = {row[0] for row in hs.db.all("SELECT room_nid FROM public_rooms")}
@@ -14352,6 +14440,7 @@ VALIDITY_QUESTION_SECONDS = (
 )
 MAX_SCAN = 5000  # events looked at for one page; the token leads on behind them
 DEFAULT_PAGE = 10
+MAX_WILDCARDS = 100  # in one list of a filter
 ROOM_PATH = "/_matrix/client/v3/rooms/{room_id}"
 
 schema("""
@@ -14383,45 +14472,46 @@ def parse_token(text: str) -> int:
     return int(match[1])
 
 
-def wildcard_match(pattern: str, text: str) -> bool:
-    """Whether a text matches a pattern in which * stands for anything, in linear time."""
-    if "*" not in pattern:
-        return pattern == text
-    first, *middle, last = pattern.split("*")
-    if len(text) < len(first) + len(last) or not text.startswith(first):
-        return False
-    at, end = len(first), len(text) - len(last)
-    for part in middle:
-        at = text.find(part, at, end)
-        if at < 0:
-            return False
-        at += len(part)
-    return text.endswith(last)
+def any_of(names: Collection[str]) -> Callable[[str], bool]:
+    """A test for names that are among some, in which * stands for anything.
+
+    400 M_BAD_JSON for many patterns: each may have to be held against thousands of events.
+    """
+    wild = [name for name in names if "*" in name]
+    if len(wild) > MAX_WILDCARDS:
+        raise bad_json(f"A filter has at most {MAX_WILDCARDS} names with a * in a list")
+    return lambda name: name in names or any(wildcard_match(one, name) for one in wild)
 
 
 class EventFilter:
     """A RoomEventFilter or EventFilter, ready to be asked of events.  Spec: CS-API "Filtering"."""
 
     def __init__(self, definition: Json) -> None:
-        get = {key.removeprefix(MSC3874): value for key, value in definition.items()}.get
+        given = {key.removeprefix(MSC3874): value for key, value in definition.items()}
+        lists = {
+            key: frozenset(value)
+            for key, value in given.items()
+            if isinstance(value, list) and f"{key}?" in ROOM_EVENT_FILTER
+        }
+        get = given.get
         self.limit: int = min(MAX_PAGE, max(0, get("limit", DEFAULT_PAGE)))
-        self.types: list[str] | None = get("types")
-        self.not_types: list[str] = get("not_types") or []
-        self.senders: list[str] | None = get("senders")
-        self.not_senders: list[str] = get("not_senders") or []
-        self.rooms: list[str] | None = get("rooms")
-        self.not_rooms: list[str] = get("not_rooms") or []
+        self.types = any_of(lists["types"]) if "types" in lists else None
+        self.not_types = any_of(lists.get("not_types", ()))
+        self.senders, self.not_senders = lists.get("senders"), lists.get("not_senders", ())
+        self.rooms, self.not_rooms = lists.get("rooms"), lists.get("not_rooms", ())
         self.contains_url: bool | None = get("contains_url")
         self.lazy_load_members = get("lazy_load_members") is True
         self.redundant_members = get("include_redundant_members") is True
         self.thread_counts = get("unread_thread_notifications") is True
         self.related_senders: list[str] | None = get("related_by_senders")
         self.related_types: list[str] | None = get("related_by_rel_types")
-        self.rel_types: list[str] | None = get("rel_types")
-        self.not_rel_types: list[str] = get("not_rel_types") or []
+        self.rel_types, self.not_rel_types = lists.get("rel_types"), lists.get("not_rel_types", ())
         self.wants_related = (self.related_senders, self.related_types) != (None, None)
+        if len(self.related_senders or ()) + len(self.related_types or ()) > MAX_WILDCARDS:
+            raise bad_json(f"A filter has at most {MAX_WILDCARDS} relations")
         only = self.types, self.senders, self.contains_url, self.rel_types
-        unwanted = self.not_types or self.not_senders or self.not_rel_types or self.wants_related
+        not_these = lists.get("not_types") or self.not_senders or self.not_rel_types
+        unwanted = not_these or self.wants_related
         self.passes_all = only == (None, None, None, None) and not unwanted
 
     def wants_room(self, room_id: str) -> bool:
@@ -14430,9 +14520,7 @@ class EventFilter:
 
     def wants_type(self, event_type: str) -> bool:
         """Whether the filter lets an event type through."""
-        if any(wildcard_match(pattern, event_type) for pattern in self.not_types):
-            return False
-        return self.types is None or any(wildcard_match(one, event_type) for one in self.types)
+        return not self.not_types(event_type) and (self.types is None or self.types(event_type))
 
     def wants(self, event_type: str, sender: str, content: Json) -> bool:
         """Whether the filter lets an event through."""
@@ -16180,6 +16268,29 @@ def stripped_from(entries: object) -> list[Json]:
     return found
 
 
+async def told_state(
+    hs: Homeserver, version: RoomVersion, room_id: str, entries: object
+) -> tuple[list[Json], list[Event], bool]:
+    """What an invite or an answer to a knock shows of a room: as stripped state, and its events.
+
+    Events of other rooms, of no format, or not signed as we know their signers' keys are left out;
+    whether there were any is the third value. Trap: older servers send stripped state alone.
+    """
+    given = entries[:MAX_TOLD] if isinstance(entries, list) else []
+    whole = [one for one in given if isinstance(one, dict) and "signatures" in one]
+    read = [one for one in read_pdus(version, whole) if isinstance(one, Event)]
+    read = [event for event in read if event.room_id == room_id]
+    problems = await verify_by_known(hs, read)
+    events = [
+        event
+        for event, problem in zip(read, problems, strict=True)
+        if problem is None or not all(map(hs.server_keys.known, required_signers(event)))
+    ]
+    bare = (one for one in given if not isinstance(one, dict) or "signatures" not in one)
+    shown = stripped_from([*map(stripped_event, events), *bare])
+    return shown, events, len(events) < len(whole)
+
+
 def servers_in(room: Room) -> list[str]:
     """The servers whose users are in a room, those with the most users first."""
     return [server for server, _ in room.servers.most_common()]
@@ -16416,7 +16527,8 @@ class Joining(Handshakes):
             event = await self._make(server, room_id, user_id, content)
             answer = await self._send(server, event)
             state = answer.get("knock_room_state", answer.get("knock_state_events"))
-            self.outside(event, stripped_from(state))
+            shown, _, _ = await told_state(self.hs, event.version, room_id, state)
+            self.outside(event, shown)
 
         async with self.turn(room_id):
             await self._try_each(self.candidates(room_id, user_id, servers), attempt)
@@ -16976,18 +17088,21 @@ async def send_membership(
 # ── 30.6  Being invited ──────────────────────────────────────────────────────
 
 
-def checked_room_state(version: RoomVersion, room_id: str, entries: object) -> list[Json]:
-    """The stripped state in an invite. From version 12 the create event must prove which room.
+async def checked_room_state(
+    hs: Homeserver, version: RoomVersion, room_id: str, entries: object
+) -> list[Json]:
+    """The stripped state in an invite. From version 12 the create event must prove which room, and
+    nothing in it may be false.
 
     Spec: SS-API "Inviting to a room", `invite_room_state`.
     """
-    stripped = stripped_from(entries)
+    shown, events, some_are_false = await told_state(hs, version, room_id, entries)
     if version.room_id_is_hash:
-        found = read_pdus(version, entries[:MAX_TOLD] if isinstance(entries, list) else [])
-        creates = [one for one in found if isinstance(one, Event) and one.type == CREATE]
-        if [create.room_id for create in creates] != [room_id]:
+        if not any(event.type == CREATE for event in events):
             raise invalid_param("invite_room_state has no create event of the room")
-    return stripped
+        if some_are_false:
+            raise invalid_param("invite_room_state has an event that is none of the room's")
+    return shown
 
 
 def require_welcome(hs: Homeserver, event: Event) -> None:
@@ -17007,13 +17122,13 @@ async def take_invite(
     """Check an invite of one of our users, note it, and return it with our signature."""
     event = await read_member_event(hs, version, pdu, "invite", request)
     require_welcome(hs, event)
+    await require_signed(hs, event)
+    stripped = await checked_room_state(hs, version, event.room_id, shown)
     room = hs.rooms.heard_of(event.room_id)
     if room is not None and not acl_allows(room, request.origin):
         raise forbidden("The room's access control list excludes your server")
     if room is not None and room.local_joined and room.membership(str(event.state_key)) == "join":
         raise forbidden("The user is in the room already")
-    stripped = checked_room_state(version, event.room_id, shown)
-    await require_signed(hs, event)
     signed = with_own_signature(hs, event)
     if room is None or not room.local_joined:  # else it comes like all events of the room
         hs.joining.outside(make_event(version, signed.pdu, event.event_id), stripped)
@@ -17106,7 +17221,8 @@ async def on_bind(hs: Homeserver, request: Request) -> Json:
         try:
             if not hs.is_local(one["sender"]):
                 signed = {**one["signed"], "sender": one["sender"]}
-                await hs.joining.exchange(one["room_id"], user_id, signed)
+                async with hs.federation.for_anybody():
+                    await hs.joining.exchange(one["room_id"], user_id, signed)
             elif room is not None:
                 await redeem(hs, room, user_id, one["signed"])
         except MatrixError as error:
@@ -17440,6 +17556,8 @@ DEFAULT_RULESET: Final = PushRuleset(0, {})
 
 MAX_RULES = 262_144  # characters, as JSON
 MAX_PATTERNS = 4096  # characters; each can cost a pass over a long body, while everybody waits
+MAX_SEARCHES = 128  # conditions that do
+SEARCHING = ("contains_display_name", "event_property_contains")
 
 
 def check_rules_cost(stored: Json) -> None:
@@ -17447,14 +17565,16 @@ def check_rules_cost(stored: Json) -> None:
     if len(json.dumps(stored)) > MAX_RULES:
         raise too_large("These are too many push rules")
     rules = ((kind, rule) for kind in PUSH_KINDS for rule in stored.get(kind, ()))
-    conditions = (c for kind, rule in rules for c in conditions_of(kind, rule) if "pattern" in c)
-    searched = sum(
+    conditions = [c for kind, rule in rules for c in conditions_of(kind, rule)]
+    searched = [
         len(c["pattern"])
         for c in conditions
-        if c.get("key") == "content.body" or WILDCARD.search(c["pattern"])
-    )
-    if searched > MAX_PATTERNS:
+        if "pattern" in c and (c.get("key") == "content.body" or WILDCARD.search(c["pattern"]))
+    ]
+    if sum(searched) > MAX_PATTERNS:
         raise invalid_param(f"All patterns may have {MAX_PATTERNS} characters at most")
+    if len(searched) + sum(c["kind"] in SEARCHING for c in conditions) > MAX_SEARCHES:
+        raise invalid_param(f"At most {MAX_SEARCHES} conditions may look through a text or a list")
 
 
 class PushRules:
@@ -18604,6 +18724,8 @@ async def post_search(hs: Homeserver, request: Request) -> Json:
         return {"search_categories": {}}
     definition = wanted.get("filter", {})
     check_filter_values(definition, ROOM_EVENT_FILTER)
+    if len(canonical_json(definition)) > MAX_FILTER_BYTES:
+        raise too_large(f"A filter has at most {MAX_FILTER_BYTES} bytes")
     if definition.get("limit", 1) < 1:
         raise invalid_param("limit must be at least 1")
     place = search_place(hs, request.arg("next_batch"))
@@ -18724,9 +18846,8 @@ class Spaces:
 
     def __init__(self) -> None:
         self.walks: LruCache[str, SpaceWalk] = LruCache(SPACE_MEMORY)
-        self.remote: LruCache[tuple[str, str], tuple[int, Json | None]] = LruCache(
-            REMOTE_SPACES_BYTES
-        )
+        # As text, since as an object JSON can take thirty times as much memory.
+        self.remote: LruCache[tuple[str, str], tuple[int, bytes]] = LruCache(REMOTE_SPACES_BYTES)
 
 
 def only_known(value: Json, shape: Json) -> Json:
@@ -18737,15 +18858,15 @@ def only_known(value: Json, shape: Json) -> Json:
 
 def remember_space(hs: Homeserver, server: str, room_id: str, found: Json | None) -> None:
     """Keep for a while what a server says of a room; what it does not know, for less long."""
-    until = now_ms() + REMEMBERED_MS // (1 if found else 10)
-    hs.spaces.remote.put((server, room_id), (until, found), 200 + len(encode_json(found)))
+    until, raw = now_ms() + REMEMBERED_MS // (1 if found else 10), encode_json(found)
+    hs.spaces.remote.put((server, room_id), (until, raw), 200 + len(raw))
 
 
 async def ask_for_space(hs: Homeserver, server: str, room_id: str) -> Json | None:
     """What a server says of a room; remembered for a while, as are the rooms right below it."""
     known = hs.spaces.remote.get((server, room_id))
     if known is not None and known[0] > now_ms():
-        return known[1]
+        return cast("Json | None", json.loads(known[1]))
     path, found = f"{FEDERATION_API}/hierarchy/{quote(room_id, safe='')}", None
     try:
         answer = await hs.federation.request(server, "GET", path, timeout=VIA_SECONDS)
@@ -18808,13 +18929,14 @@ NHEKO_PATHS = (NHEKO_PATH + "/summary/{room}", NHEKO_PATH + "/rooms/{room}/summa
 @route("GET", SUMMARY_PATH, auth=OPTIONAL, also=NHEKO_PATHS)
 async def get_room_summary(hs: Homeserver, request: Request, room: str) -> Json:
     """What a room is, for who may know of it.  Spec: CS-API "Room summary".  404 for others."""
-    room_id, servers = await room_named(hs, request, room)
-    found = hs.rooms.find(room_id)
     user_nid = request.requester.nid if request.requester is not None else None
     summary = None
-    if not is_lived_in(found):
-        servers.append(server_of(room_id))
-        summary = only_known(await remote_room(hs, user_nid, room_id, servers) or {}, SUMMARY)
+    async with hs.federation.for_anybody() if user_nid is None else contextlib.nullcontext():
+        room_id, servers = await room_named(hs, request, room)
+        found = hs.rooms.find(room_id)
+        if not is_lived_in(found):
+            servers.append(server_of(room_id))
+            summary = only_known(await remote_room(hs, user_nid, room_id, servers) or {}, SUMMARY)
     if not summary:
         if found is None or not may_preview(hs, found, user_nid):
             raise not_found("There is no such room")
@@ -22006,8 +22128,10 @@ class Inbox:
         for edu in body.get("edus", []):  # such as receipts for these events
             receive_edu(self.hs, origin, edu)
             await asyncio.sleep(0)
+        answer = {"pdus": verdicts}
+        if not events:  # nothing is remembered of servers that have nothing to tell
+            return answer
         with db.write():  # until then, all this does no harm if the transaction comes again
-            answer = {"pdus": verdicts}
             row = (origin, txn_id, now_ms(), json.dumps(answer))
             db.execute("INSERT INTO received_transactions VALUES (?, ?, ?, ?)", row)
             delete = """
@@ -24229,7 +24353,7 @@ invariant(
 MAX_SLIDING = 10  # of a device
 MAX_LISTS = 100  # in one request, and subscriptions in the accepted form
 MAX_LIST_KEY = 64
-MAX_RANGES = 100
+MAX_RANGES = 10  # of a list: each may repeat all rooms in the answer
 MAX_REQUIRED_STATE = 300  # entries of one list or subscription
 MAX_CONFIGS = 100  # kinds of required_state in the life of a connection
 MAX_EXTRA = 200  # members and the like remembered as sent, of a room
@@ -24413,6 +24537,8 @@ class SlidingRequest(SyncReader):
             raise invalid_param(f"At most {MAX_LISTS} lists, and as many subscriptions")
         if any(len(key) > MAX_LIST_KEY for key in (*lists, self.conn_id)):
             raise invalid_param(f"A key or conn_id has at most {MAX_LIST_KEY} characters")
+        if len(encode_json([lists, body.get("extensions")])) > MAX_FILTER_BYTES:
+            raise too_large(f"Lists and extensions have at most {MAX_FILTER_BYTES} bytes")
         self.lists = {key: self._list(wanted) for key, wanted in lists.items()}
         self.rooms = {room_id: self._config(wanted) for room_id, wanted in rooms.items()}
         self.extensions = {
@@ -29289,7 +29415,7 @@ async def admin_login_as(hs: Homeserver, request: Request, user_id: str) -> Json
     """An access token of a user; they see its device among theirs."""
     account = changeable(hs, user_id)
     until = request.json.get("valid_until_ms")
-    if user_id == request.user.user_id or (until is not None and until > MAX_CANONICAL_INT):
+    if user_id == request.user.user_id or not is_canonical_int(until or 0):
         raise invalid_param("Not for yourself, and not for ever")
     if account.locked:
         raise forbidden("This account is locked")

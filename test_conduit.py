@@ -4588,9 +4588,14 @@ EVE = "@eve:two.example"
 class FarRoom:
     """A room on another server; each event follows the last one, unless a test says otherwise."""
 
-    def __init__(self, version: str = "11", members: Iterable[str] = (EVE,)) -> None:
+    def __init__(
+        self,
+        version: str = "11",
+        members: Iterable[str] = (EVE,),
+        room_id: str = "!far:one.example",
+    ) -> None:
         self.version = conduit.ROOM_VERSIONS[version]
-        self.room_id = "!far:one.example"
+        self.room_id = room_id
         self.state: dict[conduit.StateKey, conduit.Event] = {}
         self.events: list[conduit.Event] = []
         creator = {"creator": FAR} if self.version.creator_in_content else {}
@@ -4910,6 +4915,26 @@ def test_what_is_old_keeps_off_the_events_of_other_rooms(monkeypatch: pytest.Mon
         assert rooms.island(room, again(past[0]), [told]) is None
         assert timeline(rooms, other) == seen
         assert timeline(rooms, room)[-10:] == [e.event_id for e in (*past[-9:], far.events[-1])]
+
+    with_rooms(story)
+
+
+def test_sec_06_an_id_taken_elsewhere_stops_no_join() -> None:
+    """In versions 1 and 2 a member could give an event the id of one in another room of ours."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        same = {"event_id": "$same:one.example"}
+        first, second = FarRoom("2"), FarRoom("2", room_id="!other:one.example")
+        first.put("m.room.topic", {"topic": "first"}, "", **same)
+        await first.enter(rooms)
+        second.put("m.room.topic", {"topic": "second"}, "", **same)
+        room = await second.enter(rooms)
+        assert room.membership(ME) == "join" and room.state_event("m.room.topic") is None
+        known = rooms.event("$same:one.example")
+        assert known is not None and known.content == {"topic": "first"}
+        with pytest.raises(conduit.MatrixError):
+            rooms.receive(room, again(second.events[-2]))
+        assert rooms.backfill(room, [again(second.events[-2])]) == []
 
     with_rooms(story)
 
@@ -7953,6 +7978,7 @@ def test_urls(url: str, expected: tuple[str, int, str, str, str] | None) -> None
 FORBIDDEN_ADDRESSES: Final = (
     *("127.0.0.1", "0.0.0.0", "10.1.2.3", "169.254.169.254", "192.168.1.1", "100.64.0.1"),
     *("::1", "::", "fe80::1", "fd00::1", "::ffff:10.0.0.1", "::ffff:127.0.0.1", "64:ff9b::7f00:1"),
+    *("64:ff9b:1::7f00:1", "100::1", "2001::1", "2002:7f00:1::"),
 )
 
 
@@ -9079,6 +9105,8 @@ KEY_1, KEY_2, NOTARY_KEY = (
         key_answer("other.example", KEY_1),
         {**key_answer("a.example", KEY_1), "valid_until_ts": 1},
         {**key_answer("a.example", KEY_1), "signatures": {}},
+        key_answer("a.example", KEY_1, valid_until_ts=2**70),
+        key_answer("a.example", KEY_1, valid_until_ts=-(2**70)),
         {**key_answer("a.example", KEY_1), "valid_until_ts": "1"},
         {**key_answer("a.example", KEY_1), "verify_keys": {KEY_1.key_id: KEY_1.public}},
         {**key_answer("a.example", KEY_1), "old_verify_keys": {"ed25519:x": {"key": "x"}}},
@@ -9117,6 +9145,27 @@ def test_sec_05_how_long_keys_are_good(tmp_path: Path) -> None:
         for _ in range(10):
             assert await keys.request_key("a.example", "ed25519:made_up") is None
         assert len(made.asked) == 1
+        await made.hs.stop()
+
+    asyncio.run(story())
+
+
+def test_sec_38_little_is_kept_of_what_servers_say_of_their_keys(tmp_path: Path) -> None:
+    """Anybody can have any server asked for its keys, so its answer must not fill the disk."""
+
+    async def story() -> None:
+        made = Keys(tmp_path, trusted_servers=("notary.example",))
+        large = key_answer("large.example", KEY_1, junk="x" * conduit.MAX_KEY_ANSWER)
+        by_notary = conduit.sign_json(large, "notary.example", NOTARY_KEY)
+        made.published["large.example"] = large
+        made.published["notary.example"] = lambda query: (
+            {"server_keys": [by_notary]} if query else key_answer("notary.example", NOTARY_KEY)
+        )
+        made.published["odd.example"] = key_answer("odd.example", KEY_1, valid_until_ts=2**70)
+        keys = made.hs.server_keys
+        await keys.fetch({"large.example", "odd.example"})
+        assert keys.known("large.example") == keys.known("odd.example") == {}
+        assert keys.known("notary.example")
         await made.hs.stop()
 
     asyncio.run(story())
@@ -9306,6 +9355,18 @@ def test_sec_42_acls_of_ten_thousand_entries_are_cheap() -> None:
     for _ in range(1000):
         assert conduit.acl_allows(room, "a" * 200)
     assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*a?{}*", ("*a" * 60) + "{}", "*{}?", ("a?" * 60) + "*b?{}*", "*b?b?*{}"]
+)
+def test_sec_42_no_acl_is_dear_the_first_time(pattern: str) -> None:
+    """Whoever has power in a room may change its ACL each second, and each server is looked up."""
+    deny = [pattern.format(n) for n in range(60_000 // (len(pattern) + 3))]
+    started = time.process_time()
+    for host in ("a" * 200, "ab" * 100, "good.example.org"):
+        assert conduit.acl_verdict({"allow": ["*"], "deny": deny}, host)
+    assert time.process_time() - started < 1.0
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -11267,6 +11328,35 @@ def test_a_profile_in_many_rooms_does_not_hold_up_others(new_server: Callable[..
         )
 
 
+def test_sec_38_profiles_of_others_take_little_memory(tmp_path: Path) -> None:
+    """Anybody can have any server asked, which may answer with what is large as an object."""
+
+    async def answer(*_: Any, **__: Any) -> Json:
+        return {"displayname": "x" * 300, "large": [[] for _ in range(20_000)]}
+
+    async def story() -> None:
+        with bare_homeserver(tmp_path) as hs, hs.db.write():
+            hs.accounts = types.SimpleNamespace(on_deactivated=lambda _: None)
+            hs.federation = types.SimpleNamespace(request=answer)
+            hs.profiles = conduit.Profiles(hs)
+            for n in range(200):
+                profile = await conduit.remote_profile(hs, f"@u{n}:far.example")
+                assert len(profile["large"]) == 20_000 and "displayname" not in profile
+            remembered = [raw for _, raw in hs.profiles.remote.values()]
+            assert 0 < sum(map(len, remembered)) <= conduit.REMOTE_PROFILES_BYTES
+            assert await conduit.remote_profile(hs, "@u199:far.example") == profile
+
+    asyncio.run(story())
+
+
+def test_sec_44_names_do_not_change_all_the_time(new_server: Callable[..., Server]) -> None:
+    """Each change of a name is an event in each room that its owner is in."""
+    alice = register(new_server(rate_limit=True))
+    name = ("profile", alice.user_id, "displayname")
+    found = [alice.put(name, {"displayname": f"{n}"}).status_code for n in range(30)]
+    assert found[:10] == [200] * 10 and set(found[10:]) == {200, 429}
+
+
 # ── 23.2  Account data ───────────────────────────────────────────────────────
 
 
@@ -11389,6 +11479,17 @@ def test_nonsense_stored_as_tags_does_no_harm(alice: Client) -> None:
     assert ok(alice.get((*path, "tags"))) == {"tags": {"m.favourite": {}}}
 
 
+def test_sec_42_lists_of_who_may_invite_are_cheap() -> None:
+    """Account data has a mebibyte of patterns, which each invite is held against."""
+    blocked = [f"*a?{n}*" for n in range(30_000)]
+    content = {"blocked_users": blocked, "blocked_servers": blocked, "allowed_users": ["@?:x"]}
+    started = time.process_time()
+    assert conduit.invite_verdict(content, f"@{'a' * 200}:x.example") == "allowed"
+    assert time.process_time() - started < 1.0
+    assert conduit.invite_verdict({"ignored_users": ["@[a]?:*"]}, "@[a]b:x") == "ignored"
+    assert conduit.invite_verdict({"ignored_users": ["@[a]?:*"]}, "@ab:x") == "allowed"
+
+
 # ── 23.4  Filters ────────────────────────────────────────────────────────────
 
 
@@ -11443,6 +11544,25 @@ def test_inline_filters_are_read(alice: Client) -> None:
     result = alice.sync(filter={"room": {"timeline": {"limit": 1}}})
     assert len(alice.timeline(room, result)) == 1
     fails(store_filter(alice, {"room": {"rooms": ["!a:b"] * 20_000}}), 413, "M_TOO_LARGE")
+
+
+def test_sec_42_filters_are_cheap(alice: Client) -> None:
+    """Each event may be held against all of a filter: names by the thousand, but few patterns."""
+    room_id = alice.create_room()
+    names = [f"{n:x}" for n in range(6000)]
+    few, many = ([f"{n}*" for n in range(conduit.MAX_WILDCARDS + more)] for more in (0, 1))
+    nothing = {"not_types": [*few[1:], "m.room.*"]}
+    for part in ({"types": names + few}, nothing, {"rel_types": names}):
+        stored = ok(store_filter(alice, {"room": {"timeline": part}}))["filter_id"]
+        assert alice.timeline(room_id, alice.sync(filter=stored)) == []
+    for name in ("types", "not_types", "related_by_senders", "related_by_rel_types"):
+        given = many if "types" in name else [alice.user_id] * (conduit.MAX_WILDCARDS + 1)
+        stored = ok(store_filter(alice, {"room": {"timeline": {name: given}}}))["filter_id"]
+        fails(alice.get("sync", filter=stored), 400, "M_BAD_JSON")
+        query = {"dir": "b", "filter": json.dumps({name: given})}
+        fails(alice.get(("rooms", room_id, "messages"), params=query), 400, "M_BAD_JSON")
+    large = {"search_term": "x", "filter": {"types": ["x" * 90_000]}}
+    fails(alice.post("search", {"search_categories": {"room_events": large}}), 413, "M_TOO_LARGE")
 
 
 def test_old_filters_make_room_for_new(new_server: Callable[..., Server]) -> None:
@@ -11768,6 +11888,16 @@ def test_users_are_found_by_name_and_id(alice: Client, bob: Client) -> None:
         assert tag not in str(find_users(alice, strange + tag[:0]))
     fails(alice.post("user_directory/search", {}), 400, "M_MISSING_PARAM")
     fails(alice.post("user_directory/search", {"search_term": "x", "limit": 0}), 400)
+
+
+def test_sec_42_only_so_many_words_are_looked_for(alice: Client, bob: Client) -> None:
+    """A million words, held against each member of each room, would keep the server busy."""
+    alice.room_with(bob)
+    words = [bob.user_id] * conduit.MAX_USER_WORDS
+    assert find_users(alice, " ".join([*words, "nowhere"])) == [bob.user_id]
+    assert find_users(alice, " ".join([*words[1:], "nowhere"])) == []
+    types = [*range(1000), [], {}, None]
+    ok(alice.post("publicRooms", {"filter": {"room_types": types}}))
 
 
 def test_search_has_a_limit(server: Server, alice: Client) -> None:
@@ -12311,6 +12441,12 @@ def test_rules_of_the_kind_postcontent_are_the_servers(alice: Client) -> None:
 def test_wildcards_match_as_regular_expressions_would(pattern: str, text: str) -> None:
     expected = re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), text) is not None
     assert conduit.wildcard_match(pattern, text) == expected
+
+
+@given(pattern=st.text("ab*?", max_size=8), text=st.text("ab?", max_size=10))
+def test_wildcards_for_one_character(pattern: str, text: str) -> None:
+    expected = re.fullmatch(reference_glob(pattern), text) is not None
+    assert conduit.wildcard_match(pattern, text, "?") == expected
 
 
 @pytest.mark.parametrize(
@@ -13734,6 +13870,16 @@ def test_sec_43_odd_invites(pair: tuple[Server, Server], peer: Peer) -> None:
     fails(room.invite(pair[0], alice.user_id, shown=[good]), 400, "M_INVALID_PARAM")
     other = [event.pdu for event in PeerRoom(peer, "12").events]
     fails(room.invite(pair[0], alice.user_id, shown=other), 400, "M_INVALID_PARAM")
+    mine = [event.pdu for event in room.state.values()]
+    fails(room.invite(pair[0], alice.user_id, shown=mine + other), 400, "M_INVALID_PARAM")
+    false = room.make("m.room.name", {"name": "false"}, key=conduit.SigningKey.generate()).pdu
+    for pdu in (false, {**false, "signatures": {peer.name: {peer.key.key_id: "A" * 86}}}):
+        fails(room.invite(pair[0], alice.user_id, shown=[*mine, pdu]), 400, "M_INVALID_PARAM")
+    altered = {**room.make("m.room.name", {"name": "x"}).pdu, "content": {"name": "altered"}}
+    ok(room.invite(pair[0], alice.user_id, shown=[altered, *mine, good]))
+    shown = section(alice, "invite", room.room_id)["invite_state"]["events"]
+    names = [event["content"] for event in shown if event["type"] == "m.room.name"]
+    assert names == [{}, good["content"]]
     ok(room.invite(pair[0], alice.user_id))
 
 
@@ -14061,6 +14207,24 @@ def test_glob_examples(pattern: str, text: str, expected: bool) -> None:
 )
 def test_glob_word_examples(pattern: str, body: str, expected: bool) -> None:
     assert conduit.glob(pattern, words=True)(body) is expected
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        {"kind": "contains_display_name"},
+        {"kind": "event_property_contains", "key": "content.list", "value": "x"},
+        {"kind": "event_match", "key": "content.body", "pattern": "x"},
+    ],
+)
+def test_sec_42_few_rules_may_look_through_texts(alice: Client, condition: Json) -> None:
+    """Each of these costs milliseconds of everybody's time for a long message."""
+    body: Json = {"actions": ["notify"], "conditions": [condition] * conduit.MAX_SEARCHES}
+    ok(alice.put("pushrules/global/override/mine", body))
+    one_more = {"actions": ["notify"], "conditions": [condition]}
+    fails(alice.put("pushrules/global/override/more", one_more), 400, "M_INVALID_PARAM")
+    ok(alice.delete("pushrules/global/override/mine"))
+    ok(alice.put("pushrules/global/override/more", one_more))
 
 
 def test_sec_42_glob_does_not_blow_up() -> None:
@@ -15476,6 +15640,18 @@ def test_sec_47_spaces_in_a_circle_end(alice: Client) -> None:
         deep.append(space(alice))
         add_child(alice, deep[-2], deep[-1])
     assert hierarchy_ids(alice, below, max_depth=10_000) == deep[:51]
+
+
+def test_sec_38_spaces_of_others_take_little_memory() -> None:
+    """Anybody can have any server asked for a room, and JSON as objects takes much."""
+    hs: Any = types.SimpleNamespace(spaces=conduit.Spaces())
+    for n in range(300):
+        found = {"children_state": [{"content": {"x": [[] for _ in range(20_000)]}}]}
+        conduit.remember_space(hs, "far.example", f"!{n}:far.example", found)
+    kept = [raw for _, raw in hs.spaces.remote.values()]
+    assert 0 < sum(map(len, kept)) <= conduit.REMOTE_SPACES_BYTES
+    again = asyncio.run(conduit.ask_for_space(hs, "far.example", "!299:far.example"))
+    assert again == found
 
 
 def test_sec_22_a_hierarchy_shows_only_what_one_may_know(alice: Client, bob: Client) -> None:
@@ -18122,6 +18298,60 @@ def test_sec_05_events_after_the_end_of_a_key(anna: Client, far: Elsewhere) -> N
     assert "signed" in verdict["error"]
 
 
+def test_sec_46_nothing_is_kept_of_what_strangers_send(far: Elsewhere) -> None:
+    """Whoever has a domain has a million servers, none of which can fill the disk."""
+    junk = [{"room_id": "!nowhere:x", "event_id": f"${n}" + "x" * 200} for n in range(50)]
+    edus = [{"edu_type": "m.typing", "content": {"room_id": "!x:y", "user_id": "@a:b"}}] * 100
+    first = ok(far.send(*junk, edus=edus, txn="t"))
+    assert len(first["pdus"]) == 50 and ok(far.send(*junk, edus=edus, txn="t")) == first
+    query = "SELECT 1 FROM received_transactions WHERE origin = ?"
+    assert not rows_of(far.server, query, far.name)
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_sec_06_an_id_is_of_one_room(anna: Client, far: Elsewhere, version: str) -> None:
+    """Where servers choose the ids of events, one of another room leads to no other room."""
+    (secret, there), (_, here_too) = shared(anna, far, version), shared(anna, far, version)
+    name = {"membership": "join", "displayname": "x"}
+    known = there.add("m.room.member", name, state_key=there.user, event_id=f"$join:{far.name}")
+    far.tell(known)
+    eventually(
+        lambda: rows_of(far.server, "SELECT 1 FROM events WHERE event_id = ?", known.event_id)
+    )
+    twin = here_too.make("m.room.member", name, state_key=here_too.user, event_id=known.event_id)
+    place = f"{quote(here_too.room_id, '')}/{quote(known.event_id, '')}"
+    uri = f"/_matrix/federation/v2/send_join/{place}"
+    answer = far.ask(far.server, "PUT", uri, twin.pdu)
+    fails(answer, 400, "M_BAD_JSON")
+    assert secret not in answer.text
+    far.tell(twin, here_too.text("beside"))
+    arrives(anna, here_too.room_id, "beside")
+    query = "SELECT room_id FROM events JOIN rooms USING (room_nid) WHERE event_id = ?"
+    assert rows_of(far.server, query, known.event_id) == [(secret,)]
+
+
+def test_redactions_go_by_the_power_of_their_time(anna: Client, far: Elsewhere) -> None:
+    """What a moderator redacted stays redacted, and who becomes one redacts nothing by that."""
+    room_id, branch = shared(anna, far, "11")
+    texts = [anna.send_text(room_id, text) for text in ("first", "second")]
+    branch.read()
+    early = branch.make("m.room.redaction", {"redacts": texts[0]})
+    levels = anna.state(room_id, "m.room.power_levels")
+    for level in (50, 0):
+        levels["users"] = {**levels["users"], branch.user: level}
+        anna.set_state(room_id, "m.room.power_levels", levels)
+        branch.read()
+        if level:
+            timely = branch.make("m.room.redaction", {"redacts": texts[1]})
+    levels["users"][branch.user] = 100
+    far.tell(timely)
+    eventually(lambda: anna.bodies(room_id)[-1:] != ["second"])
+    anna.set_state(room_id, "m.room.power_levels", levels)
+    branch.read()
+    far.tell(early, branch.text("done"))
+    arrives(anna, room_id, "first", "done")
+
+
 def test_rejected_and_soft_failed(anna: Client, far: Elsewhere) -> None:
     """What the rules refuse is stored out of sight, and is no error of the transaction."""
     room_id, branch = shared(anna, far, "11")
@@ -19062,6 +19292,39 @@ def test_sec_04_forged_events_by_each_door(anna: Client, far: Elsewhere, door: s
     assert not [key for key in ids if rows_of(far.server, query, key)]
 
 
+def signed_anew(peer: Peer, event: conduit.Event, **changes: Any) -> conduit.Event:
+    """An event with other fields, which may be such as we would not make."""
+    pdu = {k: v for k, v in event.pdu.items() if k not in ("hashes", "signatures")} | changes
+    pdu["hashes"] = {"sha256": conduit.content_hash(pdu)}
+    covered = conduit.reference_bytes(event.version, pdu)
+    pdu["signatures"] = {peer.name: {peer.key.key_id: peer.key.sign(covered)}}
+    return conduit.make_event(event.version, pdu)
+
+
+def test_old_events_may_follow_any_number(anna: Client, far: Elsewhere) -> None:
+    """Backfill takes what once was an event; where news come from, it is none."""
+    room_id, branch = shared(anna, far)
+    old = [branch.text(f"old {n}") for n in range(2)]
+    many = [event.event_id for event in old] + [f"$gone{n}" for n in range(25)]
+    wide = branch.make("m.room.message", {"msgtype": "m.text", "body": "wide"})
+    wide = branch.take(signed_anew(far, wide, prev_events=many))
+    (verdict,) = far.tell(wide).values() or [{"error": "no id"}]
+    assert "error" in verdict
+    later = [branch.text(f"later {n}") for n in range(80)]
+    far.lies["get_missing_events"] = lambda _, __: {"events": []}
+    far.lies["backfill"] = lambda _, __: {
+        "pdus": [event.pdu for event in reversed([*old, wide, *later[:-1]])]
+    }
+    far.tell(later[-1])
+    arrives(anna, room_id, "later 79")
+    page = anna.messages(room_id, limit=100)
+    bodies = [event["content"].get("body") for event in page["chunk"]]
+    while page.get("end") and page["chunk"]:
+        page = anna.messages(room_id, limit=100, **{"from": page["end"]})
+        bodies += [event["content"].get("body") for event in page["chunk"]]
+    assert bodies[80:83] == ["wide", "old 1", "old 0"]
+
+
 def test_sec_34_certificates_of_others(anna: Client, authority: Authority, tmp_path: Path) -> None:
     """A server with the certificate of another, or of nobody we know, is not spoken to."""
     liars = [
@@ -19146,6 +19409,45 @@ def test_sec_44_keys_of_nobody_do_not_take_all_connections(
         started = time.monotonic()
         assert ok(anna.get(("directory", "room", f"#x:{peer.name}")))["room_id"] == "!r:x"
         assert time.monotonic() - started < 3
+        ours.stop()
+    peer.close()
+    ours.assert_clean_log()
+
+
+def test_sec_44_strangers_do_not_take_all_connections(tmp_path: Path, authority: Authority) -> None:
+    """Without an account one can have servers asked that never answer, but only so many."""
+    ours = federating(tmp_path, authority, max_concurrent_requests=8).start()
+    anna, nobody, peer = register(ours), Client(ours), Peer(authority)
+    listed = {"chunk": [], "total_room_count_estimate": 0}
+    peer.answers[f"{FEDERATION_V1}/publicRooms"] = listed
+    bound = {"medium": "email", "address": "a@b", "mxid": anna.user_id}
+    with (
+        socket.create_server(("0.0.0.0", 0), backlog=200) as silent,
+        ThreadPoolExecutor(24) as pool,
+    ):
+        names = [f"127.0.8.{n}:{silent.getsockname()[1]}" for n in range(1, 25)]
+        signed = {"mxid": anna.user_id, "token": "x", "signatures": {}}
+        for n, name in enumerate(names):
+            invite = {"mxid": anna.user_id, "room_id": "!a:b", "sender": f"@a:{name}"}
+            asked = (
+                functools.partial(nobody.get, ("profile", f"@x:{name}")),
+                functools.partial(nobody.get, ("directory", "room", f"#x:{name}")),
+                functools.partial(nobody.get, f"/_matrix/client/v1/room_summary/!a:{name}"),
+                functools.partial(
+                    nobody.put,
+                    f"{FEDERATION_V1}/3pid/onbind",
+                    {**bound, "invites": [{**invite, "signed": signed}]},
+                ),
+            )
+            pool.submit(asked[n % 4])
+        time.sleep(1)
+        started = time.monotonic()
+        assert ok(anna.post(f"publicRooms?server={peer.name}", {})) == listed
+        assert time.monotonic() - started < 3
+        assert {
+            fails(nobody.get(("profile", f"@y:{name}")), 429, "M_LIMIT_EXCEEDED")["errcode"]
+            for name in names[:3]
+        }
         ours.stop()
     peer.close()
     ours.assert_clean_log()
@@ -21650,6 +21952,7 @@ def test_many_at_once_on_one_connection(alice: Client, bob: Client) -> None:
         ({"lists": {"a": window([0, 1, 2])}}, "M_INVALID_PARAM"),
         ({"lists": {"a": window([2, 1])}}, "M_INVALID_PARAM"),
         ({"lists": {"a": window([-1, 1])}}, "M_INVALID_PARAM"),
+        ({"lists": {"a": window(*[[0, 9]] * 11)}}, "M_INVALID_PARAM"),
         ({"lists": {"a": window(limit=1001)}}, "M_INVALID_PARAM"),
         ({"lists": {"a": window(limit=-1)}}, "M_INVALID_PARAM"),
         ({"lists": {"a": window(state=[["x"]])}}, "M_BAD_JSON"),
@@ -21667,6 +21970,19 @@ def test_many_at_once_on_one_connection(alice: Client, bob: Client) -> None:
 )
 def test_requests_that_are_refused(alice: Client, body: Json, errcode: str) -> None:
     fails(Slider(alice, **body).post(), 400, errcode)
+
+
+def test_sec_42_filters_of_lists_have_a_size(alice: Client) -> None:
+    """Each room is held against them, and may be again for each list."""
+    names = [f"{n}" for n in range(10_000)]
+    for body in (
+        {"lists": {"a": window(room_types=names)}},
+        {"lists": {"a": window(room_name_like="x" * 70_000)}},
+        {"extensions": {"typing": {"enabled": True, "rooms": names}}},
+    ):
+        fails(Slider(alice, **body).post(), 413, "M_TOO_LARGE")
+    sync = slide(alice, room_types=names[:1000])
+    assert sync()["lists"]["all"]["count"] == 0
 
 
 @given(body=JSON_VALUES)
@@ -23925,6 +24241,8 @@ def test_third_party_networks(
 
     assert listed(third_party_instance_id=instance_id)
     assert listed(include_all_networks=True)
+    by_query = ok(alice.get("publicRooms", third_party_instance_id=instance_id))["chunk"]
+    assert [room["room_id"] for room in by_query] == [room_id]
     assert not listed()
     assert not listed(third_party_instance_id="another")
     ok(bot.put(listing, {"visibility": "private"}))
