@@ -29142,6 +29142,111 @@ def test_compose_files_are_in_order() -> None:
             assert (DEPLOY / volume.partition(":")[0]).exists()
 
 
+# What of Nixpkgs flake.nix uses, as small as that can be, and a system that enables the module.
+NIXPKGS: Final = r"""
+{ flake, python, settings }:
+let
+  lib = rec {
+    genAttrs = names: f: builtins.listToAttrs (map (name: { inherit name; value = f name; }) names);
+    types.package = "package";
+    mkOption = option: option;
+    mkEnableOption = what: { default = false; description = "Whether to enable ${what}."; };
+    mkDefault = content: { _type = "default"; inherit content; };
+    mkIf = condition: content: { inherit condition content; };
+    getExe = package: "${package}/bin/${package.meta.mainProgram}";
+  };
+  pkgs = {
+    python3.withPackages = names: python + builtins.deepSeq (names { pynacl = 1; pillow = 2; }) "";
+    stdenvNoCC.mkDerivation = it: it // { outPath = "/out"; };
+    makeWrapper = "makeWrapper";
+    coreutils = "/coreutils";
+    formats.toml = { }: { type = "toml"; generate = name: value: value; };
+  };
+  outputs = (import flake).outputs {
+    self = { };
+    nixpkgs = { inherit lib; legacyPackages.x86_64-linux = pkgs; };
+  };
+  module = outputs.nixosModules.default { inherit lib pkgs; config.services.conduit-py = cfg; };
+  options = module.options.services.conduit-py;
+  whole = builtins.mapAttrs (_: value: value.content or value)
+    module.config.content.services.conduit-py.settings.global;
+  cfg = {
+    enable = true;
+    package = options.package.default;
+    settings.global = whole // (builtins.fromJSON settings);
+  };
+in {
+  inherit (outputs.packages.x86_64-linux.default) version installPhase nativeBuildInputs;
+  enabled = module.config.condition;
+  byDefault = options.enable.default;
+  unit = module.config.content.systemd.services.conduit-py;
+  inherit (module.config.content) users;
+}
+"""
+
+
+def nix(tmp_path: Path, *words: str | Path) -> str:
+    """Run nix-instantiate on a store of its own."""
+    kinds = ("STORE", "STATE", "LOCALSTATE", "LOG", "CONF")
+    folders = {f"NIX_{kind}_DIR": str(tmp_path / "nix" / kind) for kind in kinds}
+    return run("nix-instantiate", *words, HOME=str(tmp_path), **folders)
+
+
+def unit_lines(values: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """Lines of a unit as NixOS writes them: lists are several, truth is said with yes."""
+    lines = []
+    for key, value in values.items():
+        for each in value if isinstance(value, list) else [value]:
+            lines.append((key, "yes" if each is True else str(each)))
+    return set(lines)
+
+
+def test_the_flake_makes_a_system(tmp_path: Path) -> None:
+    """Its module makes the unit that conduit.service is, and its package runs."""
+    need("nix-instantiate")
+    assert "outputs" in nix(tmp_path, "--parse", DEPLOY / "flake.nix")
+    given = {"server_name": "example.org", "port": 8008}
+    words = ["--eval", "--strict", "--json", "-E", NIXPKGS, "--arg", "flake", DEPLOY / "flake.nix"]
+    words += ["--argstr", "python", sys.prefix, "--argstr", "settings", json.dumps(given)]
+    made = json.loads(nix(tmp_path, *words))
+
+    assert (made["enabled"], made["byDefault"]) == (True, False)
+    said = made["unit"]["environment"]["CONDUIT_CONFIG"]["global"]
+    assert said["database_path"] == "/var/lib/matrix-conduit"
+    assert (said["port"], said["address"]) == (8008, "127.0.0.1")
+    config = tmp_path / "conduit.toml"
+    config.write_text(to_toml({**said, "database_path": str(tmp_path)}))
+    assert conduit.load_config({"CONDUIT_CONFIG": str(config)})[1] == []
+
+    of_paths = {"ExecStart", "ExecReload", "Environment", "WorkingDirectory", "CacheDirectory"}
+    service = (ROOT / "conduit.service").read_text().partition("[Service]")[2]
+    expected = {
+        line for line in re.findall(r"(?m)^(\w+)=(.*)$", service) if line[0] not in of_paths
+    }
+    expected.discard(("WantedBy", "multi-user.target"))
+    unit = made["unit"]["serviceConfig"]
+    assert {line for line in unit_lines(unit) if line[0] not in of_paths} == expected
+    assert (unit["ExecStart"], made["unit"]["wantedBy"]) == (
+        "/out/bin/conduit-py",
+        ["multi-user.target"],
+    )
+    user = made["users"]["users"][unit["User"]]
+    assert user == {"isSystemUser": True, "group": unit["Group"]}
+    assert unit["Group"] in made["users"]["groups"]
+
+    assert made["version"] == conduit.VERSION
+    wrapper = r"""
+    makeWrapper() {
+      mkdir -p "$(dirname "$2")"
+      printf '#!/bin/sh\nexport %s=%s\nexec %s %s "$@"\n' "$6" "$7" "$1" "$4" > "$2"
+      chmod +x "$2"
+    }
+    """
+    out = tmp_path / "out"
+    run("bash", "-ec", wrapper + made["installPhase"], cwd=ROOT, out=str(out))
+    assert conduit.VERSION in run(out / "bin/conduit-py", "--version", cwd=tmp_path)
+
+
 def readme_blocks() -> list[str]:
     """The indented blocks of the README: what there is to type."""
     text = (ROOT / "README.md").read_text("utf-8").split("## How the file is organised")[0]
