@@ -29131,15 +29131,24 @@ def test_the_steps_of_the_dockerfile(tmp_path: Path) -> None:
 def test_compose_files_are_in_order() -> None:
     """They parse, build from files that are there, and set keys that exist."""
     known = {key.upper() for key in documented_keys()}
+
+    def services_of(name: str) -> Json:
+        return cast("Json", yaml.safe_load((DEPLOY / name).read_text())["services"])
+
+    over = services_of("docker-compose.override.yml")
     for name in ("docker-compose.yml", "docker-compose.for-traefik.yml"):
-        services = yaml.safe_load((DEPLOY / name).read_text())["services"]
-        over = yaml.safe_load((DEPLOY / "docker-compose.override.yml").read_text())["services"]
+        services = services_of(name)
         home = services["homeserver"]
         assert (DEPLOY / home["build"]["context"] / home["build"]["dockerfile"]).exists()
         set_keys = {**home["environment"], **over["homeserver"]["environment"]}
         assert {key.removeprefix("CONDUIT_") for key in set_keys} - known == {"CONFIG"}
         for volume in services.get("well-known", {}).get("volumes", []):
             assert (DEPLOY / volume.partition(":")[0]).exists()
+    traefik = services_of("docker-compose.with-traefik.yml")["traefik"]["command"]
+    resolvers = re.findall(r"certificatesresolvers\.(\w+)\.acme\.email", "\n".join(traefik))
+    for each in over.values():
+        (router,) = [name for name in each["labels"] if name.endswith("certresolver")]
+        assert [each["labels"][router]] == resolvers
 
 
 # What of Nixpkgs flake.nix uses, as small as that can be, and a system that enables the module.
@@ -29263,6 +29272,7 @@ BLOCK_TESTS: Final = {
     "docker build": "test_the_path_of_a_newcomer",
     "example.org, example.org:8448 {": "test_the_path_of_a_newcomer",
     "example.org {": "test_the_path_of_a_newcomer",
+    "curl": "test_the_path_of_a_newcomer",
     "/.well-known/matrix/server": "test_well_known_by_default",
     "python3 -m venv heisenbridge": "test_the_path_of_a_newcomer",
     "register-appservice": "test_the_path_of_a_newcomer",
@@ -29493,7 +29503,7 @@ def test_the_path_of_a_newcomer(
 ) -> None:
     """From the README alone: two servers, a message each way, and a channel of IRC's."""
     programs = ["unshare", "nsenter", "setpriv", "ip", "adduser", "apt-get", "systemctl"]
-    need(*programs, "systemd-analyze", "caddy", "ngircd")
+    need(*programs, "systemd-analyze", "caddy", "ngircd", "curl")
     with Newcomer(tmp_path / "machine") as machine, contextlib.ExitStack() as stack:
         machine.move_in()
         apt, *lines = typed("sudo apt install python3-nacl")
@@ -29540,6 +29550,11 @@ def test_the_path_of_a_newcomer(
         two = Behind(docker, "https://matrix.family.example")
         for server in (one, two):
             eventually(server.answers, 30)
+
+        for line in typed("curl"):
+            curl, url = line.split()
+            trusted = ["--fail", "--cacert", authority.file]
+            assert json.loads(run(*machine.enter(root=False), curl, *trusted, url)), line
 
         # A message each way.
         alice, bob = alice_at(one, alice), register(two, "bob")
