@@ -1277,6 +1277,19 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     assert config.server_name == "1.2.3.4"
 
 
+def test_each_documented_key_is_the_same_from_file_and_environment(tmp_path: Path) -> None:
+    for key in sorted(DOCUMENTED.keys() - {"tls"}):
+        default = DOCUMENTED[key]
+        listed = ["turn:a"] if key == "turn_uris" else ["a.example"]
+        other: Any = {bool: not default, tuple: listed}.get(type(default), "debug")
+        if type(default) in (int, float):
+            other = default + 1
+        said = other if isinstance(other, str) else json.dumps(other)
+        one = config_of(f"{key} = {toml_value(other)}", tmp_path)
+        two = config_of("", tmp_path, **{f"CONDUIT_{key.upper()}": said})
+        assert getattr(one, key) == getattr(two, key) != default, key
+
+
 def test_without_a_file_three_lines_say_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -29121,10 +29134,18 @@ class Container:
 
 
 def test_the_steps_of_the_dockerfile(tmp_path: Path) -> None:
+    text, words = (DEPLOY / "Dockerfile").read_text(), typed("docker run")[0].split()
+    inner = words[words.index("--publish") + 1].rpartition(":")[2]
+    assert f"EXPOSE {inner}\n" in text
+    volume, file = (word.partition(":")[2] for word in words if word.startswith(("data:", "./")))
+    assert f"VOLUME {volume}\n" in text
+    assert f"CONDUIT_CONFIG={file}\n" in text
+    config = tmp_path / "conduit.toml"
+    config.write_text(edited(EXAMPLE, {"server_name": "in.docker", "registration_token": "mine"}))
     port = str(free_port())
-    container = Container(tmp_path, CONDUIT_SERVER_NAME="in.docker", CONDUIT_PORT=port)
+    container = Container(tmp_path, CONDUIT_CONFIG=str(config), CONDUIT_PORT=port)
     with container.running():
-        pass
+        assert (tmp_path / "data" / "conduit.db").exists()  # the image goes before the file
     assert not container.is_healthy()
 
 
@@ -29270,6 +29291,7 @@ BLOCK_TESTS: Final = {
     "sudo adduser": "test_the_path_of_a_newcomer",
     "sudo mv": "test_the_path_of_a_newcomer",
     "docker build": "test_the_path_of_a_newcomer",
+    "docker run": "test_the_steps_of_the_dockerfile",
     "example.org, example.org:8448 {": "test_the_path_of_a_newcomer",
     "example.org {": "test_the_path_of_a_newcomer",
     "curl": "test_the_path_of_a_newcomer",
