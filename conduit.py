@@ -27512,28 +27512,6 @@ async def list_devices_of(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_table(f"Devices of {user_id}:", ("Device", "Name", "Address", "Seen (UTC)"), rows)
 
 
-@command("list-pushers USER")
-async def list_pushers(hs: Homeserver, arguments: Arguments) -> Reply:
-    """List where the notifications of an account go, when the last one went, and what is wrong."""
-    user_id, nid = local_account(hs, arguments["USER"])
-    sql = "SELECT body, enabled, pushed_ts, failing_ts, error FROM pushers WHERE user_nid = ?"
-    rows = []
-    for body, enabled, pushed, failing, error in hs.db.all(sql, (nid,)):
-        pusher = json.loads(body)
-        names = pusher["app_display_name"][:50], pusher["device_display_name"][:50]
-        wrong = f"{error[:200]}, since {minute_of(failing)}" if failing else ""
-        rows.append(
-            (
-                *names,
-                urlsplit(pusher["data"]["url"]).netloc,
-                minute_of(pushed) if pushed else "never",
-                wrong or ("" if enabled else "switched off"),
-            )
-        )
-    heads = ("App", "Device", "Gateway", "Last (UTC)", "Problem")
-    return reply_table(f"Notifications of {user_id} go to:", heads, rows)
-
-
 @command("logout-user USER [DEVICE]")
 async def log_out_user(hs: Homeserver, arguments: Arguments) -> Reply:
     """End a session of an account, or all of them."""

@@ -23576,27 +23576,6 @@ def test_devices_and_sessions(admin: Client, alice: Client) -> None:
     assert re.search(rf"{re.escape(room_id)} +mine", order(admin, "list-joined-rooms admin"))
 
 
-def test_notifications_of_a_user_can_be_looked_into(inner: Callable[..., InnerServer]) -> None:
-    broken = Outcome(status=502, headers={}, body=b"")
-    server = inner(lambda url, sent: broken if "broken" in url else {"rejected": []})
-    alice, bob = register(server), register(server)
-    room_id = bob.room_with(alice)
-    assert "go to:" in order(alice, f"list-pushers {alice.user_id}")
-    ok(alice.post("pushers/set", pusher("good")))
-    url = GATEWAY.replace("://", "://broken.")
-    ok(alice.post("pushers/set", pusher("bad", data={"url": url}, device_display_name="Tablet")))
-    assert order(alice, f"list-pushers {alice.user_id}").count("never") == 2
-    bob.send_text(room_id, "hello")
-
-    minute = r"\d{4}-\d\d-\d\d \d\d:\d\d"
-    for line in (
-        rf"App +Phone +[\w.]+ +{minute} *$",
-        rf"App +Tablet +broken\.[\w.]+ +never +The gateway .* status 502, since {minute} *$",
-    ):
-        expected = re.compile(line, re.MULTILINE)
-        eventually(lambda line=expected: line.search(order(alice, f"list-pushers {alice.user_id}")))
-
-
 def test_admins_are_made_and_unmade(admin: Client, alice: Client) -> None:
     assert "is an admin" in order(admin, f"make-admin {alice.user_id}")
     assert "Found" in order(alice, "list-local-users")
