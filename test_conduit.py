@@ -29419,7 +29419,7 @@ class Newcomer:
     def move_in(self) -> None:
         """A user, and a copy of the files."""
         self.run("useradd", "--create-home", "--home-dir", self.HOME, "newcomer", folder="/")
-        for name in ("conduit.py", "conduit-example.toml", "conduit.service"):
+        for name in ("conduit.py", "conduit-example.toml", "conduit.service", "README.md"):
             shutil.copy(ROOT / name, self.path(f"{self.HOME}/{name}"))
             self.path(f"{self.HOME}/{name}").chmod(0o644)
 
@@ -29479,6 +29479,7 @@ class Newcomer:
         self.run("systemd-analyze", "verify", path)
         lines = re.findall(r"(?m)^(\w+)=(.+)$", self.path(path).read_text())
         unit, user = dict(lines), dict(lines)["User"]
+        assert self.path(unit["Documentation"].removeprefix("file://")).exists()
         folders = {"State": "/var/lib", "Cache": "/var/cache", "Runtime": "/run"}
         for kind, above in folders.items():
             folder = f"{above}/{unit[kind + 'Directory']}"
