@@ -16,6 +16,7 @@ import asyncio
 import base64
 import bisect
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import graphlib
@@ -1275,6 +1276,19 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     assert config.proxy.global_ == conduit.ProxyGlobal(url="http://a:1")
     assert config.db_cache_capacity_mb == 64.0
     assert config.server_name == "1.2.3.4"
+
+
+def test_each_documented_key_is_the_same_from_file_and_environment(tmp_path: Path) -> None:
+    for key in sorted(DOCUMENTED.keys() - {"tls"}):
+        default = DOCUMENTED[key]
+        listed = ["turn:a"] if key == "turn_uris" else ["a.example"]
+        other: Any = {bool: not default, tuple: listed}.get(type(default), "debug")
+        if type(default) in (int, float):
+            other = default + 1
+        said = other if isinstance(other, str) else json.dumps(other)
+        one = config_of(f"{key} = {toml_value(other)}", tmp_path)
+        two = config_of("", tmp_path, **{f"CONDUIT_{key.upper()}": said})
+        assert getattr(one, key) == getattr(two, key) != default, key
 
 
 def test_without_a_file_three_lines_say_what_to_do(
@@ -24340,6 +24354,22 @@ def running(*command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(20)
 
 
+def room_of_an_invitation(client: Client, name: str) -> str:
+    """Wait for an invitation into a room of this name, and join it."""
+
+    def find() -> str | None:
+        rooms = client.sync()["rooms"].get("invite", {})
+        names = {
+            room_id: [e["content"].get("name") for e in room["invite_state"]["events"]]
+            for room_id, room in rooms.items()
+        }
+        return next((room_id for room_id in names if name in names[room_id]), None)
+
+    room_id = str(eventually(find, 30))
+    client.join(room_id)
+    return room_id
+
+
 @slow
 def test_heisenbridge_with_ngircd(new_server: Callable[..., Server], tmp_path: Path) -> None:
     """Messages both ways; when bridge or server restart, neither side loses any."""
@@ -24356,20 +24386,7 @@ def test_heisenbridge_with_ngircd(new_server: Callable[..., Server], tmp_path: P
     bridge += ["-p", str(port), "-o", admin.user_id, server.url]
     (tmp_path / "ngircd.conf").write_text(IRC_SERVER.format(port=irc_port))
 
-    def invited(name: str) -> str:
-        """The room of this name to which the bridge invites."""
-
-        def find() -> str | None:
-            rooms = admin.sync()["rooms"].get("invite", {})
-            names = {
-                room_id: [e["content"].get("name") for e in room["invite_state"]["events"]]
-                for room_id, room in rooms.items()
-            }
-            return next((room_id for room_id in names if name in names[room_id]), None)
-
-        room_id = str(eventually(find, 30))
-        admin.join(room_id)
-        return room_id
+    invited = functools.partial(room_of_an_invitation, admin)
 
     def told(room_id: str, *texts: str) -> None:
         eventually(lambda: {*texts} <= {*admin.bodies(room_id)}, 60)
@@ -30811,48 +30828,193 @@ def test_coturn_gives_a_relay(tmp_path: Path, new_server: Callable[..., Server])
 # ── Containers and Nix ───────────────────────────────────────────────────────
 
 
+class Container:
+    """What the Dockerfile says, done by hand in a folder, as no engine is needed for that."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        text = (DEPLOY / "Dockerfile").read_text()
+        packages = re.search(r"pip install --no-cache-dir --target /app (.*)", text)
+        command = re.search(r"^CMD (\[.*\])$", text, re.MULTILINE)
+        healthy = re.search(r"^    CMD (\[.*\])$", text, re.MULTILINE)
+        assert packages
+        assert command
+        assert healthy
+        self.app = folder / "app"
+        install = ["pip", "install", "-q", "--target", self.app, *packages[1].split()]
+        run(sys.executable, "-m", *install)
+        shutil.copy(ROOT / "conduit.py", self.app)
+        run(sys.executable, "-m", "compileall", "-q", self.app)
+        as_python = {"python": sys.executable}
+        self.start = [as_python.get(word, word) for word in json.loads(command[1])]
+        self.health = [as_python.get(word, word) for word in json.loads(healthy[1])]
+        settings_ = dict(re.findall(r"(CONDUIT_\w+)=(\S+)", text))
+        settings_ |= {"PYTHONPATH": str(self.app), "PATH": os.environ["PATH"]}
+        settings_ |= {"CONDUIT_CONFIG": "", "CONDUIT_DATABASE_PATH": str(folder / "data")}
+        self.environment = {**settings_, **environment}
+
+    def is_healthy(self) -> bool:
+        """What the image's health check says."""
+        done = subprocess.run(  # noqa: S603  the file's own
+            self.health, env=self.environment, capture_output=True, check=False
+        )
+        return done.returncode == 0
+
+    @contextlib.contextmanager
+    def running(self, *around: str) -> Iterator[None]:
+        """The server runs until the end of the block; `around` are words before its command."""
+        process = subprocess.Popen(  # noqa: S603  the file's own
+            [*around, *self.start], cwd=self.app, env=self.environment
+        )
+        try:
+            eventually(self.is_healthy, 30)
+            yield
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0
+
+
 def test_the_steps_of_the_dockerfile(tmp_path: Path) -> None:
-    """No engine is needed to do by hand what the file says: install, compile, run, ask."""
-    text = (DEPLOY / "Dockerfile").read_text()
-    packages = re.search(r"pip install --no-cache-dir --target /app (.*)", text)
-    assert packages
-    shutil.copy(ROOT / "conduit.py", tmp_path)
-    run(sys.executable, "-m", "pip", "install", "-q", "--target", tmp_path, *packages[1].split())
-    run(sys.executable, "-m", "compileall", "-q", tmp_path)
-    settings_ = dict(re.findall(r"(CONDUIT_\w+|PYTHONPATH)=(\S+)", text))
-    settings_ |= {"PYTHONPATH": str(tmp_path), "CONDUIT_CONFIG": ""}
-    settings_ |= {"CONDUIT_DATABASE_PATH": str(tmp_path / "data")}
-    settings_ |= {"CONDUIT_SERVER_NAME": "in.docker", "CONDUIT_PORT": str(free_port())}
-    command = re.search(r"^CMD (\[.*\])$", text, re.MULTILINE)
-    healthy = re.search(r"^    CMD (\[.*\])$", text, re.MULTILINE)
-    assert command
-    assert healthy
-    path = os.environ["PATH"]
-    as_python = {"python": sys.executable}
-    start = [as_python.get(word, word) for word in json.loads(command[1])]
-    check = [as_python.get(word, word) for word in json.loads(healthy[1])]
-    process = subprocess.Popen(start, cwd=tmp_path, env={"PATH": path, **settings_})  # noqa: S603  the file's own
-    try:
-        ask = functools.partial(subprocess.run, check, env={"PATH": path, **settings_}, check=False)
-        eventually(lambda: ask(capture_output=True).returncode == 0, 30)
-    finally:
-        process.terminate()
-        assert process.wait(20) == 0
-    assert ask(capture_output=True).returncode != 0
+    text, words = (DEPLOY / "Dockerfile").read_text(), typed("docker run")[0].split()
+    inner = words[words.index("--publish") + 1].rpartition(":")[2]
+    assert f"EXPOSE {inner}\n" in text
+    volume, file = (word.partition(":")[2] for word in words if word.startswith(("data:", "./")))
+    assert f"VOLUME {volume}\n" in text
+    assert f"CONDUIT_CONFIG={file}\n" in text
+    config = tmp_path / "conduit.toml"
+    config.write_text(edited(EXAMPLE, {"server_name": "in.docker", "registration_token": "mine"}))
+    port = str(free_port())
+    container = Container(tmp_path, CONDUIT_CONFIG=str(config), CONDUIT_PORT=port)
+    with container.running():
+        assert (tmp_path / "data" / "conduit.db").exists()  # the image goes before the file
+    assert not container.is_healthy()
 
 
 def test_compose_files_are_in_order() -> None:
     """They parse, build from files that are there, and set keys that exist."""
     known = {key.upper() for key in documented_keys()}
+
+    def services_of(name: str) -> Json:
+        return cast("Json", yaml.safe_load((DEPLOY / name).read_text())["services"])
+
+    over = services_of("docker-compose.override.yml")
     for name in ("docker-compose.yml", "docker-compose.for-traefik.yml"):
-        services = yaml.safe_load((DEPLOY / name).read_text())["services"]
-        over = yaml.safe_load((DEPLOY / "docker-compose.override.yml").read_text())["services"]
+        services = services_of(name)
         home = services["homeserver"]
         assert (DEPLOY / home["build"]["context"] / home["build"]["dockerfile"]).exists()
         set_keys = {**home["environment"], **over["homeserver"]["environment"]}
         assert {key.removeprefix("CONDUIT_") for key in set_keys} - known == {"CONFIG"}
         for volume in services.get("well-known", {}).get("volumes", []):
             assert (DEPLOY / volume.partition(":")[0]).exists()
+    traefik = services_of("docker-compose.with-traefik.yml")["traefik"]["command"]
+    resolvers = re.findall(r"certificatesresolvers\.(\w+)\.acme\.email", "\n".join(traefik))
+    for each in over.values():
+        (router,) = [name for name in each["labels"] if name.endswith("certresolver")]
+        assert [each["labels"][router]] == resolvers
+
+
+# What of Nixpkgs flake.nix uses, as small as that can be, and a system that enables the module.
+NIXPKGS: Final = r"""
+{ flake, python, settings }:
+let
+  lib = rec {
+    genAttrs = names: f: builtins.listToAttrs (map (name: { inherit name; value = f name; }) names);
+    types.package = "package";
+    mkOption = option: option;
+    mkEnableOption = what: { default = false; description = "Whether to enable ${what}."; };
+    mkDefault = content: { _type = "default"; inherit content; };
+    mkIf = condition: content: { inherit condition content; };
+    getExe = package: "${package}/bin/${package.meta.mainProgram}";
+  };
+  pkgs = {
+    python3.withPackages = names: python + builtins.deepSeq (names { pynacl = 1; pillow = 2; }) "";
+    stdenvNoCC.mkDerivation = it: it // { outPath = "/out"; };
+    makeWrapper = "makeWrapper";
+    coreutils = "/coreutils";
+    formats.toml = { }: { type = "toml"; generate = name: value: value; };
+  };
+  outputs = (import flake).outputs {
+    self = { };
+    nixpkgs = { inherit lib; legacyPackages.x86_64-linux = pkgs; };
+  };
+  module = outputs.nixosModules.default { inherit lib pkgs; config.services.conduit-py = cfg; };
+  options = module.options.services.conduit-py;
+  whole = builtins.mapAttrs (_: value: value.content or value)
+    module.config.content.services.conduit-py.settings.global;
+  cfg = {
+    enable = true;
+    package = options.package.default;
+    settings.global = whole // (builtins.fromJSON settings);
+  };
+in {
+  inherit (outputs.packages.x86_64-linux.default) version installPhase nativeBuildInputs;
+  enabled = module.config.condition;
+  byDefault = options.enable.default;
+  unit = module.config.content.systemd.services.conduit-py;
+  inherit (module.config.content) users;
+}
+"""
+
+
+def nix(tmp_path: Path, *words: str | Path) -> str:
+    """Run nix-instantiate on a store of its own."""
+    kinds = ("STORE", "STATE", "LOCALSTATE", "LOG", "CONF")
+    folders = {f"NIX_{kind}_DIR": str(tmp_path / "nix" / kind) for kind in kinds}
+    return run("nix-instantiate", *words, HOME=str(tmp_path), **folders)
+
+
+def unit_lines(values: Mapping[str, Any]) -> set[tuple[str, str]]:
+    """Lines of a unit as NixOS writes them: lists are several, truth is said with yes."""
+    lines = []
+    for key, value in values.items():
+        for each in value if isinstance(value, list) else [value]:
+            lines.append((key, "yes" if each is True else str(each)))
+    return set(lines)
+
+
+def test_the_flake_makes_a_system(tmp_path: Path) -> None:
+    """Its module makes the unit that conduit.service is, and its package runs."""
+    need("nix-instantiate")
+    assert "outputs" in nix(tmp_path, "--parse", DEPLOY / "flake.nix")
+    given = {"server_name": "example.org", "port": 8008}
+    words = ["--eval", "--strict", "--json", "-E", NIXPKGS, "--arg", "flake", DEPLOY / "flake.nix"]
+    words += ["--argstr", "python", sys.prefix, "--argstr", "settings", json.dumps(given)]
+    made = json.loads(nix(tmp_path, *words))
+
+    assert (made["enabled"], made["byDefault"]) == (True, False)
+    said = made["unit"]["environment"]["CONDUIT_CONFIG"]["global"]
+    assert said["database_path"] == "/var/lib/matrix-conduit"
+    assert (said["port"], said["address"]) == (8008, "127.0.0.1")
+    config = tmp_path / "conduit.toml"
+    config.write_text(to_toml({**said, "database_path": str(tmp_path)}))
+    assert conduit.load_config({"CONDUIT_CONFIG": str(config)})[1] == []
+
+    of_paths = {"ExecStart", "ExecReload", "Environment", "WorkingDirectory", "CacheDirectory"}
+    service = (ROOT / "conduit.service").read_text().partition("[Service]")[2]
+    expected = {
+        line for line in re.findall(r"(?m)^(\w+)=(.*)$", service) if line[0] not in of_paths
+    }
+    expected.discard(("WantedBy", "multi-user.target"))
+    unit = made["unit"]["serviceConfig"]
+    assert {line for line in unit_lines(unit) if line[0] not in of_paths} == expected
+    assert (unit["ExecStart"], made["unit"]["wantedBy"]) == (
+        "/out/bin/conduit-py",
+        ["multi-user.target"],
+    )
+    user = made["users"]["users"][unit["User"]]
+    assert user == {"isSystemUser": True, "group": unit["Group"]}
+    assert unit["Group"] in made["users"]["groups"]
+
+    assert made["version"] == conduit.VERSION
+    wrapper = r"""
+    makeWrapper() {
+      mkdir -p "$(dirname "$2")"
+      printf '#!/bin/sh\nexport %s=%s\nexec %s %s "$@"\n' "$6" "$7" "$1" "$4" > "$2"
+      chmod +x "$2"
+    }
+    """
+    out = tmp_path / "out"
+    run("bash", "-ec", wrapper + made["installPhase"], cwd=ROOT, out=str(out))
+    assert conduit.VERSION in run(out / "bin/conduit-py", "--version", cwd=tmp_path)
 
 
 def readme_blocks() -> list[str]:
@@ -30866,11 +31028,20 @@ def readme_blocks() -> list[str]:
 BLOCK_TESTS: Final = {
     "make run": "test_make_run_on_a_clean_checkout",
     "sudo apt install python3-nacl": "test_the_way_on_a_pi",
-    "sudo adduser": "test_the_package_is_installed_upgraded_removed_and_purged",
-    "docker build": "test_the_steps_of_the_dockerfile",
-    "example.org, example.org:8448 {": "test_a_server_behind_a_proxy",
+    "sudo adduser": "test_the_path_of_a_newcomer",
+    "sudo mv": "test_the_path_of_a_newcomer",
+    "docker build": "test_the_path_of_a_newcomer",
+    "docker run": "test_the_steps_of_the_dockerfile",
+    "example.org, example.org:8448 {": "test_the_path_of_a_newcomer",
+    "example.org {": "test_the_path_of_a_newcomer",
+    "curl": "test_the_path_of_a_newcomer",
     "/.well-known/matrix/server": "test_well_known_by_default",
-    "register-appservice": "test_heisenbridge_with_ngircd",
+    "python3 -m venv heisenbridge": "test_the_path_of_a_newcomer",
+    "register-appservice": "test_the_path_of_a_newcomer",
+    "heisenbridge/bin/python": "test_the_path_of_a_newcomer",
+    "ADDNETWORK": "test_the_path_of_a_newcomer",
+    "NICK": "test_the_path_of_a_newcomer",
+    "PLUMB": "test_the_path_of_a_newcomer",
     "python3 conduit.py --admin": "test_commands_of_the_readme",
     "python3 conduit.py --backup": "test_commands_of_the_readme",
     "python3 conduit.py --restore": "test_commands_of_the_readme",
@@ -30944,6 +31115,304 @@ def test_the_way_on_a_pi(tmp_path: Path) -> None:
     finally:
         process.terminate()
         assert process.wait(20) == 0
+
+
+# ── From nothing to two servers and a bridge ─────────────────────────────────
+
+# A copy of this machine, in which nothing stays, and a network in which nobody else is. The address
+# is a public one, as servers are not looked for at others.
+NEW_MACHINE: Final = """
+mount -t tmpfs tmpfs "$1"
+cd "$1"
+mkdir upper work root
+mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work overlay root
+mount -t proc proc root/proc
+mount --rbind /dev root/dev
+rm -f root/etc/resolv.conf
+cp -L /etc/resolv.conf root/etc/resolv.conf
+ip link set lo up
+ip address add 25.25.25.25/32 dev lo
+echo "127.0.0.1 localhost
+25.25.25.25 $2" > root/etc/hosts
+mount --bind root/etc/hosts /etc/hosts
+exec chroot root sh -c 'echo ready; exec sleep infinity'
+"""
+
+
+class Newcomer:
+    """Somebody with a machine of their own and the README, who types what it says."""
+
+    HOME = "/home/newcomer"
+    NAMES = ("example.org", "family.example", "matrix.family.example")
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        script = ["sh", "-ec", NEW_MACHINE, "sh", str(folder), " ".join(self.NAMES)]
+        self.process = subprocess.Popen(  # noqa: S603  our own
+            ["/usr/bin/env", "unshare", "--mount", "--net", *script], stdout=subprocess.PIPE
+        )
+        assert self.process.stdout
+        if self.process.stdout.readline() != b"ready\n":
+            pytest.skip("needs to make namespaces")
+        self.edits: dict[str, str] = {}  # what nano does: the keys and their values
+
+    def move_in(self) -> None:
+        """A user, and a copy of the files."""
+        self.run("useradd", "--create-home", "--home-dir", self.HOME, "newcomer", folder="/")
+        for name in ("conduit.py", "conduit-example.toml", "conduit.service", "README.md"):
+            shutil.copy(ROOT / name, self.path(f"{self.HOME}/{name}"))
+            self.path(f"{self.HOME}/{name}").chmod(0o644)
+
+    def path(self, path: str) -> Path:
+        """Where a path of that machine is for us."""
+        return Path(f"/proc/{self.process.pid}/root{path}")
+
+    def enter(self, *, root: bool = True) -> list[str]:
+        """The words before a command that runs there, or only with its /etc/hosts."""
+        words = ["nsenter", f"--target={self.process.pid}", "--mount"]
+        return [*words, "--root", "--wd"] if root else words
+
+    def command(
+        self, *words: str, user: str = "root", folder: str = HOME, **environment: str
+    ) -> list[str]:
+        """The command that runs words there."""
+        home = {"HOME": self.HOME, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
+        home |= {"SYSTEMD_OFFLINE": "1", "DEBIAN_FRONTEND": "noninteractive"}
+        given = [f"{name}={value}" for name, value in {**home, **environment}.items()]
+        who = ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
+        return [*self.enter(), *who, "env", "-i", f"--chdir={folder}", *given, *words]
+
+    def run(self, *words: str, **options: str) -> str:
+        """Run words there to the end, which must be a good one."""
+        return run(*self.command(*words, **options))
+
+    def type(self, line: str) -> None:
+        """Type a line of the README; an editor makes the edits that it asks for."""
+        user = "root" if line.startswith("sudo ") else "newcomer"
+        line = line.removeprefix("sudo ")
+        if line.startswith("nano "):
+            file = self.path(str(Path(self.HOME, line.split()[1])))
+            file.write_text(edited(file.read_text("utf-8"), self.edits), "utf-8")
+        else:
+            self.run("sh", "-ec", line, user=user)
+
+    @contextlib.contextmanager
+    def network(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """What this thread and its children do in the block is done in that network."""
+        look_up, libc = socket.getaddrinfo, ctypes.CDLL(None, use_errno=True)
+
+        def found(host: str, *rest: Any, **more: Any) -> Any:
+            return look_up("127.0.0.1" if host in self.NAMES else host, *rest, **more)
+
+        monkeypatch.setattr("socket.getaddrinfo", found)
+        with Path("/proc/thread-self/ns/net").open("rb") as ours:
+            with Path(f"/proc/{self.process.pid}/ns/net").open("rb") as theirs:
+                assert libc.setns(theirs.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+            try:
+                yield
+            finally:
+                assert libc.setns(ours.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
+
+    @contextlib.contextmanager
+    def unit(self, path: str, **environment: str) -> Iterator[None]:
+        """Do what systemd does to run a service, until that says that it is ready."""
+        self.run("systemd-analyze", "verify", path)
+        lines = re.findall(r"(?m)^(\w+)=(.+)$", self.path(path).read_text())
+        unit, user = dict(lines), dict(lines)["User"]
+        assert self.path(unit["Documentation"].removeprefix("file://")).exists()
+        folders = {"State": "/var/lib", "Cache": "/var/cache", "Runtime": "/run"}
+        for kind, above in folders.items():
+            folder = f"{above}/{unit[kind + 'Directory']}"
+            self.run("install", "--directory", "--mode=700", folder)
+            self.run("chown", "--recursive", f"{user}:{user}", folder)
+        said = [value.split("=", 1) for name, value in lines if name == "Environment"]
+        variables = {**dict(said), "NOTIFY_SOCKET": "/run/notify", **environment}
+        start = unit["ExecStart"].split()
+        command = self.command(*start, user=user, folder=unit["WorkingDirectory"], **variables)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notices:
+            notices.bind(str(self.path("/run/notify")))
+            self.path("/run/notify").chmod(0o777)
+            notices.settimeout(60)
+            with running(*command):
+                while b"READY=1" not in notices.recv(1000):
+                    pass
+                yield
+
+    def __enter__(self) -> Newcomer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def edited(text: str, values: Mapping[str, str]) -> str:
+    """A configuration whose lines for some keys, commented out or not, have other values."""
+    for key, value in values.items():
+        text, count = re.subn(rf"(?m)^#?{key} = .*$", f"{key} = {json.dumps(value)}", text, count=1)
+        assert count == 1, key
+    return text
+
+
+def typed(start: str) -> list[str]:
+    """The lines of the README's block that begins so."""
+    return next(block.splitlines() for block in readme_blocks() if block.startswith(start))
+
+
+@slow
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, for a machine of its own")
+def test_the_path_of_a_newcomer(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the README alone: two servers, a message each way, and a channel of IRC's."""
+    programs = ["unshare", "nsenter", "setpriv", "ip", "adduser", "apt-get", "systemctl"]
+    need(*programs, "systemd-analyze", "caddy", "ngircd", "curl")
+    with Newcomer(tmp_path / "machine") as machine, contextlib.ExitStack() as stack:
+        machine.move_in()
+        apt, *lines = typed("sudo apt install python3-nacl")
+        machine.run("apt-get", "update")
+        machine.type(apt.replace("install", "install --yes"))
+        container = Container(tmp_path, **compose_environment("family.example", 6168))
+        stack.enter_context(machine.network(monkeypatch))
+
+        # On a Pi: four lines, and the first account is the admin's.
+        ca = machine.path("/etc/ssl/ours.pem")
+        shutil.copy(authority.file, ca)
+        ca.chmod(0o644)
+        trust = {"SSL_CERT_FILE": "/etc/ssl/ours.pem"}
+        token, data = secrets.token_hex(16), f"{machine.HOME}/data"
+        machine.edits = {"server_name": "example.org", "registration_token": token}
+        machine.edits["database_path"] = data
+        for line in lines[:-1]:
+            machine.type(line)
+        pi = Server(tmp_path / "pi", port=6167, server_name="example.org")
+        pi.config["registration_token"] = token
+        with running(*machine.command(*lines[-1].split(), user="newcomer")):
+            eventually(lambda: b"200" in first_line(6167), 60)
+            alice = register(pi, "alice")
+            assert "list-local-users" in order(alice, "help")
+
+        # For good, with the same accounts: systemd.
+        del machine.edits["database_path"]
+        *lines, enable = typed("sudo adduser")
+        for line in [*lines, *typed("sudo mv"), enable]:
+            machine.type(line.replace("DATABASE_PATH", data).replace(" --now", ""))  # see unit()
+        stack.enter_context(machine.unit("/etc/systemd/system/conduit.service", **trust))
+
+        # Another one by Docker, elsewhere than its name says; and HTTPS for both.
+        container.environment["SSL_CERT_FILE"] = str(authority.file)
+        stack.enter_context(container.running(*machine.enter(root=False)))
+        caddy = tmp_path / "Caddyfile"
+        caddy.write_text(caddy_of_both(authority))
+        home = f"HOME={tmp_path}"
+        command = ["caddy", "run", "--adapter", "caddyfile", "--config", str(caddy)]
+        stack.enter_context(running("env", home, *command))
+        docker = Server(tmp_path / "docker", port=6168, server_name="family.example")
+        docker.config["registration_token"] = container.environment["CONDUIT_REGISTRATION_TOKEN"]
+        one = Behind(pi, "https://example.org")
+        two = Behind(docker, "https://matrix.family.example")
+        for server in (one, two):
+            eventually(server.answers, 30)
+
+        for line in typed("curl"):
+            curl, url = line.split()
+            trusted = ["--fail", "--cacert", authority.file]
+            assert json.loads(run(*machine.enter(root=False), curl, *trusted, url)), line
+
+        # A message each way.
+        alice, bob = alice_at(one, alice), register(two, "bob")
+        room_id = alice.create_room(bob)
+        bob.join(room_id)
+        alice.send_text(room_id, "from the Pi")
+        eventually(lambda: "from the Pi" in bob.bodies(room_id))
+        bob.send_text(room_id, "from the container")
+        eventually(lambda: "from the container" in alice.bodies(room_id))
+
+        # A bridge.
+        bridge_as_the_readme_says(tmp_path, alice, bob, room_id, stack)
+
+
+def compose_environment(name: str, port: int) -> dict[str, str]:
+    """What docker-compose.yml sets, edited, and the token that the README has made for it."""
+    service = yaml.safe_load((DEPLOY / "docker-compose.yml").read_text())["services"]["homeserver"]
+    write, file = typed("docker build")[1].split(" > ")
+    assert Path(file).parent == Path(typed("docker build")[2].split()[3]).parent  # where it is read
+    made = run("sh", "-ec", write).strip().removeprefix("REGISTRATION_TOKEN=")
+    values = {
+        key: re.sub(r"\$\{REGISTRATION_TOKEN.*\}", made, value)
+        for key, value in service["environment"].items()
+    }
+    where = {"CONDUIT_WELL_KNOWN__CLIENT": f"https://matrix.{name}"}
+    where["CONDUIT_WELL_KNOWN__SERVER"] = f"matrix.{name}:443"
+    return {**values, **where, "CONDUIT_SERVER_NAME": name, "CONDUIT_PORT": str(port)}
+
+
+def caddy_of_both(authority: Authority) -> str:
+    """The two Caddyfiles of the README, one for each server, with certificates of our own."""
+    certs, key = authority.certify(*Newcomer.NAMES)
+    delegated = "\n".join(typed("example.org {")).replace("example.org", "family.example")
+    text = "\n".join([*typed("example.org, "), delegated.replace("6167", "6168")])
+    tls = f"{{\n    tls {certs} {key}\n"
+    return "{\n    admin off\n    auto_https disable_redirects\n}\n" + text.replace("{\n", tls)
+
+
+def alice_at(server: Server, client: Client) -> Client:
+    """The same session through another door."""
+    return Client(server, client.token, client.user_id, client.device_id)
+
+
+def bridge_as_the_readme_says(
+    folder: Path, alice: Client, bob: Client, room_id: str, stack: contextlib.ExitStack
+) -> None:
+    """heisenbridge, from its installation to a room in which two servers and IRC meet."""
+
+    def ours(line: str) -> list[str]:
+        """A line of the README; the program is in our own environment already."""
+        line = line.replace("heisenbridge/bin", f"{sys.prefix}/bin")
+        line = line.replace("heisenbridge.yaml", f"{folder}/heisenbridge.yaml")
+        return shlex.split(line.replace("@you:example.org", alice.user_id))
+
+    _, install, generate = typed("python3 -m venv heisenbridge")
+    run(*ours(install), PIP_NO_INDEX="1")
+    run(*ours(generate))
+    message = "\n".join(typed("register-appservice"))
+    registration = (folder / "heisenbridge.yaml").read_text().strip()
+    said = message.replace("(the content of the registration file)", registration)
+    assert "heisenbridge" in order(alice, said)
+    irc_port = free_port()
+    (folder / "ngircd.conf").write_text(IRC_SERVER.format(port=irc_port))
+    ngircd = shutil.which("ngircd", path=f"{os.environ['PATH']}:/usr/sbin")
+    stack.enter_context(running(str(ngircd), "-n", "-f", folder / "ngircd.conf"))
+    stack.enter_context(running(*ours(typed("heisenbridge/bin/python")[0])))
+    control = alice.create_room(is_direct=True, invite=["@heisenbridge:example.org"])
+    eventually(lambda: alice.bodies(control), 30)
+    for line in typed("ADDNETWORK"):
+        alice.send_text(
+            control, line.replace("irc.libera.chat 6697 --tls", f"127.0.0.1 {irc_port}")
+        )
+    network = room_of_an_invitation(alice, "libera")
+    nick, connect, join = typed("NICK")
+    for line in (nick, connect):
+        alice.send_text(network, line)
+    eventually(lambda: any("you" in body.split() for body in alice.bodies(network)), 30)
+    carol = eventually(lambda: IrcUser(irc_port, "carol"), 10)
+    carol.say("JOIN #channel")
+    alice.send_text(network, join)
+    channel = room_of_an_invitation(alice, "#channel (libera)")
+    alice.send_text(channel, "from Matrix")
+    eventually(lambda: carol.hears("PRIVMSG #channel :from Matrix"), 30)
+    carol.say("PRIVMSG #channel :from IRC", "JOIN #all")
+    eventually(lambda: "from IRC" in alice.bodies(channel), 30)
+
+    (plumb,) = typed("PLUMB")
+    alice.invite(room_id, "@heisenbridge:example.org")
+    alice.send_text(network, plumb.replace("!room:example.org #channel", f"{room_id} #all"))
+    eventually(lambda: [line for line in carol.hears("JOIN :#all") if line[:5] == ":you!"], 30)
+    carol.say("PRIVMSG #all :to both")
+    for reader in (alice, bob):
+        eventually(lambda reader=reader: "to both" in reader.bodies(room_id), 30)
+    bob.send_text(room_id, "to IRC")
+    eventually(lambda: [line for line in carol.hears("bob") if "to IRC" in line], 30)
 
 
 def documented_keys() -> set[str]:
