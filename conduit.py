@@ -1562,7 +1562,12 @@ class Migration(NamedTuple):
 
 
 # The first schema is version 1; the n-th entry leads from version n to n + 1.
-MIGRATIONS: Final[tuple[Migration, ...]] = ()
+MIGRATIONS: Final[tuple[Migration, ...]] = (
+    Migration(
+        "when a push failed last",
+        "ALTER TABLE pushers ADD COLUMN failed_ts INTEGER",
+    ),
+)
 
 
 def migrate(connection: sqlite3.Connection, path: Path, steps: Sequence[Migration]) -> None:
@@ -18936,7 +18941,8 @@ CREATE TABLE pushers (
     failures INTEGER NOT NULL DEFAULT 0, -- since then
     failing_ts INTEGER,           -- when they began
     retry_ts INTEGER NOT NULL DEFAULT 0,
-    error TEXT,                   -- and what the last one was
+    error TEXT,                   -- what went wrong the last time that something did,
+    failed_ts INTEGER,            -- and when
     UNIQUE (user_nid, app_id, pushkey)
 );
 CREATE INDEX pushers_by_key ON pushers (app_id, pushkey);
@@ -18970,9 +18976,12 @@ class Pusher:
     enabled: int
     created_ts: int
     badge: int
+    pushed_ts: int | None
     failures: int
     failing_ts: int | None
     retry_ts: int
+    error: str | None
+    failed_ts: int | None
 
     @property
     def data(self) -> Json:
@@ -19059,6 +19068,12 @@ class Pushers:
         """The pushers of a user."""
         return self._by_user.get(user_nid, [])
 
+    def with_devices(self, user_nid: UserNid) -> list[tuple[Pusher, str | None]]:
+        """The same, each with the id of the device that it goes with."""
+        devices = "SELECT device_nid, device_id FROM devices WHERE user_nid = ?"
+        ids = dict(self.db.all(devices, (user_nid,)))
+        return [(pusher, ids.get(pusher.device_nid)) for pusher in self.of(user_nid)]
+
     def put(self, user: Requester, body: Json, enabled: bool, append: bool) -> None:
         """Make a pusher, or change it; that of others with this key goes unless told to append."""
         key, now = (body["app_id"], body["pushkey"]), now_ms()
@@ -19076,7 +19091,7 @@ class Pushers:
                 ON CONFLICT (user_nid, app_id, pushkey) DO UPDATE
                 SET device_nid = excluded.device_nid, body = excluded.body,
                     enabled = excluded.enabled, created_ts = excluded.created_ts,
-                    failures = 0, failing_ts = NULL, retry_ts = 0, error = NULL
+                    failures = 0, failing_ts = NULL, retry_ts = 0
                 """,
                 (user.nid, user.device_nid, *key, json.dumps(body), enabled, now),
             )
@@ -19116,7 +19131,7 @@ class Pushers:
         rows = self.db.all(
             """
             SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts,
-                badge, failures, failing_ts, retry_ts
+                badge, pushed_ts, failures, failing_ts, retry_ts, error, failed_ts
             FROM pushers
             """
         )
@@ -19286,13 +19301,14 @@ class Pushers:
             if badge is None:
                 return
             pusher.badge, pusher.failures, pusher.failing_ts = badge, 0, None
+            pusher.pushed_ts = now_ms()
             self.db.execute(
                 """
                 UPDATE pushers
-                SET badge = ?, pushed_ts = ?, failures = 0, failing_ts = NULL, error = NULL
+                SET badge = ?, pushed_ts = ?, failures = 0, failing_ts = NULL
                 WHERE pusher_nid = ?
                 """,
-                (badge, now_ms(), pusher.nid),
+                (badge, pusher.pushed_ts, pusher.nid),
             )
             if unread_in_all(self.hs, pusher.user_nid) < badge:
                 self._put(pusher.user_nid, BADGE, {})
@@ -19302,7 +19318,7 @@ class Pushers:
         if pusher is None:
             return
         now = now_ms()
-        pusher.failures += 1
+        pusher.failures, pusher.failed_ts, pusher.error = pusher.failures + 1, now, error
         pusher.failing_ts = pusher.failing_ts or now
         first, most = PUSH_RETRY_MS
         pusher.retry_ts = now + min(first << min(pusher.failures - 1, 20), most)
@@ -19313,10 +19329,10 @@ class Pushers:
             self.db.execute(
                 """
                 UPDATE pushers
-                SET failures = ?, failing_ts = ?, retry_ts = ?, error = ?
+                SET failures = ?, failing_ts = ?, retry_ts = ?, error = ?, failed_ts = ?
                 WHERE pusher_nid = ?
                 """,
-                (pusher.failures, pusher.failing_ts, pusher.retry_ts, error, pusher.nid),
+                (pusher.failures, pusher.failing_ts, pusher.retry_ts, error, now, pusher.nid),
             )
 
 
@@ -19373,12 +19389,10 @@ async def set_pusher(hs: Homeserver, request: Request) -> Json:
 @route("GET", PUSHERS_PATH, auth=USER)
 async def get_pushers(hs: Homeserver, request: Request) -> Json:
     """The pushers of the user."""
-    devices = "SELECT device_nid, device_id FROM devices WHERE user_nid = ?"
-    ids = dict(hs.db.all(devices, (request.user.nid,)))
     return {
         "pushers": [
-            {**pusher.body, ENABLED: bool(pusher.enabled), DEVICE_ID: ids.get(pusher.device_nid)}
-            for pusher in hs.pushers.of(request.user.nid)
+            {**pusher.body, ENABLED: bool(pusher.enabled), DEVICE_ID: device_id}
+            for pusher, device_id in hs.pushers.with_devices(request.user.nid)
         ]
     }
 
@@ -27512,6 +27526,20 @@ async def list_devices_of(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_table(f"Devices of {user_id}:", ("Device", "Name", "Address", "Seen (UTC)"), rows)
 
 
+@command("list-pushers USER")
+async def list_pushers_of(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List which apps of an account are woken up, and whether that worked, or why not."""
+    user_id, nid = local_account(hs, arguments["USER"])
+    rows = []
+    for pusher, device_id in hs.pushers.with_devices(nid):
+        names = device_id or "", pusher.app_id, urlsplit(pusher.data["url"]).hostname or ""
+        last = "failed" if pusher.failing_ts else "ok" if pusher.pushed_ts else ""
+        times = [minute_of(ts) if ts else "" for ts in (pusher.pushed_ts, pusher.failed_ts)]
+        rows.append((*names, last if pusher.enabled else "off", *times, pusher.error or ""))
+    heads = ("Device", "App", "Gateway", "Last push", "Worked (UTC)", "Failed (UTC)", "Why")
+    return reply_table(f"Pushers of {user_id}:", heads, rows)
+
+
 @command("logout-user USER [DEVICE]")
 async def log_out_user(hs: Homeserver, arguments: Arguments) -> Reply:
     """End a session of an account, or all of them."""
@@ -29066,8 +29094,16 @@ async def admin_media_statistics(hs: Homeserver, request: Request) -> Json:
 
 @admin_route("GET", "/v1/users/{user_id}/pushers")
 async def admin_pushers(hs: Homeserver, _request: Request, user_id: str) -> Json:
-    """The pushers of a user."""
-    found = [pusher.body for pusher in hs.pushers.of(admin_target(hs, user_id).nid)]
+    """The pushers of a user, and whether their gateways took what they were sent last."""
+    found = [
+        {
+            **pusher.body,
+            **{"enabled": bool(pusher.enabled), "device_id": device_id},
+            **{"last_success": pusher.pushed_ts, "failing_since": pusher.failing_ts},
+            **{"last_failure": pusher.failed_ts, "last_error": pusher.error},
+        }
+        for pusher, device_id in hs.pushers.with_devices(admin_target(hs, user_id).nid)
+    ]
     return {"pushers": found, "total": len(found)}
 
 

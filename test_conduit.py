@@ -2017,9 +2017,40 @@ def test_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+NEWEST_SCHEMA: Final = len(conduit.MIGRATIONS) + 1
+UNDONE: Final = (  # for each migration, what leads back
+    "ALTER TABLE pushers DROP COLUMN failed_ts",
+)
+
+
+def shape_of(connection: sqlite3.Connection) -> dict[str, Any]:
+    """All tables with their columns, and all indices."""
+    rows = connection.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+    columns = 'SELECT name, type, "notnull", pk FROM pragma_table_info(?)'
+    return {
+        name: connection.execute(columns, (name,)).fetchall() if kind == "table" else sql
+        for kind, name, sql in rows
+    }
+
+
+def test_each_migration_leads_to_what_a_new_database_has(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        wanted = shape_of(connection)
+        for sql in reversed(UNDONE):
+            connection.executescript(sql)
+        connection.execute("PRAGMA user_version = 1")
+        assert shape_of(connection) != wanted
+    make_store(tmp_path)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert shape_of(connection) == wanted
+        assert connection.execute("PRAGMA user_version").fetchone() == (NEWEST_SCHEMA,)
+    assert len(UNDONE) == len(conduit.MIGRATIONS)
+
+
 def migrate_with(path: Path, *sql: str) -> None:
-    """Run invented migrations on a database."""
-    steps = [conduit.Migration("an invented step", one) for one in sql]
+    """Run invented migrations on a database that is up to date."""
+    steps = [*conduit.MIGRATIONS, *(conduit.Migration("an invented step", one) for one in sql)]
     with contextlib.closing(conduit.connect(path)) as connection:
         conduit.migrate(connection, path, steps)
 
@@ -2028,8 +2059,8 @@ def test_migration_is_numbered_and_leaves_a_copy_of_what_was(tmp_path: Path) -> 
     path = make_store(tmp_path)
     migrate_with(path, "CREATE TABLE one (a)", "CREATE TABLE two (a)")
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
-    for version, tables in ((2, set()), (3, {"one"})):
+        assert connection.execute("PRAGMA user_version").fetchone() == (NEWEST_SCHEMA + 2,)
+    for version, tables in ((NEWEST_SCHEMA + 1, set()), (NEWEST_SCHEMA + 2, {"one"})):
         copy = path.with_name(f"conduit.db.before-version-{version}")
         with contextlib.closing(sqlite3.connect(copy)) as connection:
             names = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema")}
@@ -2041,7 +2072,7 @@ def test_failed_migration_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(sqlite3.Error):
         migrate_with(path, "CREATE TABLE one (a); SELECT nonsense FROM nowhere")
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (NEWEST_SCHEMA,)
         names = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema")}
     assert "one" not in names
     make_store(tmp_path)
@@ -16025,6 +16056,51 @@ def test_sec_24_what_is_not_pushed(inner: Callable[..., InnerServer]) -> None:
     assert [push.get("event_id") for push in server.world.pushes] == [expected]
 
 
+def test_an_admin_sees_whether_the_last_push_arrived_and_why_not(
+    inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conduit, "PUSH_RETRY_MS", (50, 50))
+    answers: list[Any] = [{"rejected": []}]
+    server = inner(lambda _url, _sent: answers[-1])
+    admin, bob = register(server, "admin"), register(server)
+    secret = GATEWAY + "?token=very-secret"
+    room_id = admin.room_with(bob)
+    ok(bob.post("pushers/set", pusher(data={"url": secret})))
+    path = f"/_synapse/admin/v1/users/{bob.user_id}/pushers"
+
+    def shown() -> Json:
+        (one,) = ok(admin.get(path))["pushers"]
+        return cast("Json", one)
+
+    times = ("last_success", "failing_since", "last_failure", "last_error")
+    assert [shown()[name] for name in times] == [None] * 4
+    assert re.search(r"org\.app +push\.example\s*$", order(admin, f"list-pushers {bob.user_id}"))
+    admin.send_text(room_id, "one")
+    first = eventually(lambda: shown()["last_success"])
+    assert "ok" in order(admin, f"list-pushers {bob.user_id}")
+    answers.append(Outcome(status=503, headers={}, body=b"?token=very-secret"))
+    admin.send_text(room_id, "two")
+    eventually(lambda: shown()["failing_since"])
+    told = shown()
+    assert told["failing_since"] <= told["last_failure"]
+    assert told["last_error"] == "The gateway answered with status 503"
+    assert (told["last_success"], told["device_id"]) == (first, bob.device_id)
+    text = order(admin, f"list-pushers {bob.user_id}")
+    assert re.search(rf"{bob.device_id} .* failed +.*status 503", text)
+    assert "very-secret" not in text
+    answers.append({"rejected": []})
+    eventually(lambda: shown()["failing_since"] is None)
+    told = shown()
+    assert told["last_success"] > first
+    assert told["last_error"] == "The gateway answered with status 503", "what went wrong is kept"
+    server.do(server.hs.db.forget)
+    assert shown() == told, "it stands in the table"
+    refused = conduit.MatrixError(502, "M_UNREACHABLE", "push.example does not answer")
+    answers.append(refused)
+    admin.send_text(room_id, "three")
+    eventually(lambda: shown()["last_error"] == "push.example does not answer")
+
+
 def test_old_news_is_not_pushed(
     inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -24351,7 +24427,7 @@ def test_admins_look_after_media(admin: Client, alice: Client) -> None:
     assert ok(admin.get(f"{api}/users/{alice.user_id}/pushers")) == {"pushers": [], "total": 0}
     ok(alice.post("pushers/set", pusher()))
     (one,) = ok(admin.get(f"{api}/users/{alice.user_id}/pushers"))["pushers"]
-    assert one["app_id"] == "org.app"
+    assert (one["app_id"], one["enabled"], one["failing_since"]) == ("org.app", True, None)
     extremities = f"{api}/rooms/{room_id}/forward_extremities"
     assert ok(admin.request("DELETE", extremities)) == {"deleted": 0}
     fails(alice.get(path), 403, "M_FORBIDDEN")
