@@ -1564,8 +1564,13 @@ class Migration(NamedTuple):
 # The first schema is version 1; the n-th entry leads from version n to n + 1.
 MIGRATIONS: Final[tuple[Migration, ...]] = (
     Migration(
-        "when a push failed last",
-        "ALTER TABLE pushers ADD COLUMN failed_ts INTEGER",
+        "when a push failed last; no search texts of purged history",
+        """
+        ALTER TABLE pushers ADD COLUMN failed_ts INTEGER;
+        DELETE FROM search_texts
+        WHERE nid NOT IN (SELECT nid FROM events WHERE pos IS NOT NULL);
+        DELETE FROM meta WHERE key = 'search_indexed'
+        """,
     ),
 )
 
@@ -5074,7 +5079,7 @@ class RoomWriter(RoomResolver):
         self._listeners.append(listener)
 
     def subscribe_old(self, listener: RoomListener) -> None:
-        """Call back for each event that comes into the timeline below others, as backfill does."""
+        """Call back for each event that enters the timeline below others, or leaves it there."""
         self._old_listeners.append(listener)
 
     def subscribe_sent(self, listener: RoomListener) -> None:
@@ -6109,6 +6114,9 @@ class RoomKeeper(RoomReceiver):
         )
         for nid in kept:
             self._events.pop(nid)
+        for event in self.events_by_nids(kept):
+            for tell in self._old_listeners:
+                tell(room, event)
         return len(nids)
 
     async def delete_unused_groups(self, room: Room) -> int:
@@ -13470,8 +13478,10 @@ class DelayedEvents:
         self, request: Request, room_id: str, event_type: str, state_key: str | None, delay: int
     ) -> str:
         """Keep the event whose content is the request's JSON for `delay` milliseconds; its id."""
-        nid, content = request.user.nid, request.json
-        self.hs.rooms.get(room_id)
+        nid, content, room = request.user.nid, request.json, self.hs.rooms.get(room_id)
+        redacts = content.get("redacts") if event_type == REDACTION else None
+        what = event_type, content, state_key, redacts if isinstance(redacts, str) else None
+        self.hs.rooms.check_sender(room, request.user.user_id, *what)
         if delay <= 0:
             raise invalid_param("The delay must be more than 0 milliseconds")
         if delay > MAX_DELAY_MS:
@@ -17520,8 +17530,8 @@ CREATE INDEX search_room ON search_texts (room_nid, pos);
 CREATE INDEX search_source ON search_texts (source);
 """)
 invariant(
-    "search texts of events that are not there",
-    "SELECT nid FROM search_texts WHERE nid NOT IN (SELECT nid FROM events)",
+    "search texts of events that are not there, or in no timeline",
+    "SELECT nid FROM search_texts WHERE nid NOT IN (SELECT nid FROM events WHERE pos IS NOT NULL)",
 )
 
 # ── 33.1  The search index ───────────────────────────────────────────────────
@@ -17615,10 +17625,15 @@ class Search:
         return True
 
     def take_old(self, _room: Room, event: Event) -> None:
-        """Take in an event that was put below those that are in the index; inside a write block."""
+        """Follow an event that came in below those in the index, or left; inside a write block."""
         if event.nid <= self._upto():
             for changed in self._changed_by(event):
                 self._refresh(changed)
+
+    def take_late(self, room: Room, event: Event) -> None:
+        """Take in an event that was known outside of the timeline before it came into it."""
+        if event.nid != event.pos:
+            self.take_old(room, event)
 
     def _changed_by(self, event: Event) -> list[Event]:
         """The events whose text is another since an event came: itself, or what it changes."""
@@ -29997,6 +30012,7 @@ class Homeserver:
         self.rooms.subscribe_purge(self.inbox.forget_room)
         self.rooms.subscribe_history(self.search.forget_events)
         self.rooms.subscribe_old(self.search.take_old)
+        self.rooms.subscribe(self.search.take_late)
         self.rooms.erased = self.accounts.erased
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive

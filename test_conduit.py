@@ -2019,7 +2019,10 @@ def test_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 NEWEST_SCHEMA: Final = len(conduit.MIGRATIONS) + 1
 UNDONE: Final = (  # for each migration, what leads back
-    "ALTER TABLE pushers DROP COLUMN failed_ts",
+    """
+    ALTER TABLE pushers DROP COLUMN failed_ts;
+    INSERT INTO search_texts VALUES (0, 0, 0, 'content.body', 0, 'of an event long gone')
+    """,
 )
 
 
@@ -2044,6 +2047,7 @@ def test_each_migration_leads_to_what_a_new_database_has(tmp_path: Path) -> None
     make_store(tmp_path)
     with contextlib.closing(sqlite3.connect(path)) as connection:
         assert shape_of(connection) == wanted
+        assert not connection.execute("SELECT * FROM search_texts").fetchall()
         assert connection.execute("PRAGMA user_version").fetchone() == (NEWEST_SCHEMA,)
     assert len(UNDONE) == len(conduit.MIGRATIONS)
 
@@ -11578,6 +11582,35 @@ def test_rules_are_asked_when_the_event_is_sent(caller: Client, bob: Client) -> 
     ok(act(bob, early, "send"))
 
 
+def test_what_a_suspended_user_may_not_send_is_not_sent_later_either(
+    server: Server, caller: Client
+) -> None:
+    admin = server_admin(server)
+    room_id = caller.create_room()
+    refused = delayed_send(caller, room_id, 900, "too late")
+    moderate(server, admin, "suspend", True, caller)
+    caller.checked = False
+    query = {"org.matrix.msc4140.delay": 60_000}
+    message = {"msgtype": "m.text", "body": "x"}
+    for path, content in (
+        (("rooms", room_id, "send", "m.room.message", unique()), message),
+        (("rooms", room_id, "state", "org.example.call", ""), {}),
+        (("rooms", room_id, "state", "m.room.member", caller.user_id), {"membership": "join"}),
+        (("rooms", room_id, "send", "m.room.redaction", unique()), {"redacts": "$of_others"}),
+        (("rooms", room_id, "send", "m.room.redaction", unique()), {"redacts": 5}),
+    ):
+        fails(caller.put(path, content, params=query), 403, "M_USER_SUSPENDED")
+    new = f"{DELAYED}rooms/{quote(room_id)}/delayed_event/m.room.message/{unique()}"
+    fails(caller.put(new, {"delay_ms": 9000, "content": message}), 403, "M_USER_SUSPENDED")
+    fails(act(caller, refused, "send"), 403, "M_USER_SUSPENDED")
+    error = eventually(lambda: look(caller, refused).get("error"))
+    assert error["errcode"] == "M_USER_SUSPENDED"
+    assert caller.bodies(room_id) == []
+    leave = ("rooms", room_id, "state", "m.room.member", caller.user_id)
+    ok(caller.put(leave, {"membership": "leave"}, params={"org.matrix.msc4140.delay": 50}))
+    eventually(lambda: room_id not in ok(caller.get("joined_rooms"))["joined_rooms"])
+
+
 def test_state_of_somebody_else_cancels_what_would_overwrite_it(
     caller: Client, bob: Client
 ) -> None:
@@ -14793,6 +14826,45 @@ def test_sec_19_history_visibility_at_the_doors_of_relations(
         near = client.get(v1("rooms", room_id, "timestamp_to_event"), ts=day, dir="f")
         if hidden not in seen:
             assert near.status_code != 200 or near.json()["event_id"] != hidden
+
+
+def test_a_name_known_before_it_came_into_the_timeline_is_found(
+    inner: Callable[..., InnerServer],
+) -> None:
+    server = inner(accept)
+    alice = register(server)
+    room_id = alice.create_room()
+    rooms = server.hs.rooms
+
+    def put_outside() -> conduit.Event:
+        room = rooms.get(room_id)
+        event, _ = rooms.build(room, alice.user_id, "m.room.name", {"name": "Potoroo"}, state_key="")
+        (known,) = rooms.outliers(room, [event])
+        assert known.pos is None
+        return event
+
+    event = server.do(put_outside)
+    assert search(alice, "potoroo")["count"] == 0  # the index is past it now
+    assert server.do(lambda: rooms.receive(rooms.get(room_id), again(event))).pos
+    found = search(alice, "potoroo")["results"]
+    assert [one["result"]["event_id"] for one in found] == [event.event_id]
+
+
+def test_what_is_left_of_a_purged_history_is_not_found(new_server: Callable[..., Server]) -> None:
+    """A name that later events stand on is kept, outside of the timeline."""
+    server = new_server()
+    admin = register(server, "admin")
+    room_id = admin.create_room(name="Bettong")
+    admin.send_text(room_id, "an old bettong")
+    last = admin.send_text(room_id, "a new bettong")
+    assert search(admin, "bettong")["count"] == 3
+    assert "gone" in order(admin, f"purge-history {room_id} {last}")
+    assert admin.state(room_id, "m.room.name") == {"name": "Bettong"}
+    found = search(admin, "bettong", event_context={}, order_by="recent")
+    assert [one["result"]["event_id"] for one in found["results"]] == [last]
+    assert found["count"] == 1
+    server.stop()
+    server.check()
 
 
 def test_sec_45_a_long_hidden_past_does_not_end_the_way(new_server: Callable[..., Server]) -> None:
@@ -29612,7 +29684,7 @@ SCANS: Final = {
     " AND is_guest = 0 ORDER BY users.user_id": "an admin asks for the list",
     "SELECT room_id, blocker_nid, since FROM blocked_rooms": "an admin asks for the list",
     "SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts, badge,"
-    " failures, failing_ts, retry_ts FROM pushers": "at the start and when one changes; in memory",
+    " pushed_ts, failures, failing_ts, retry_ts, error, failed_ts FROM pushers": "at the start and when one changes; in memory",
     "SELECT DISTINCT pusher_nid FROM push_queue": "then as well; the table is a queue",
     " ".join(conduit.USER_ROWS.split()): "an admin asks for the list, in a thread",
     "SELECT room_nid FROM rooms WHERE state_group > 0": "an admin asks for the list",
@@ -29650,9 +29722,9 @@ def text_of(node: ast.AST) -> str:
 
 
 def checks_of_the_database() -> set[ast.AST]:
-    """Everything inside a call of invariant(): --check reads whole tables by design."""
+    """Everything inside invariant() and Migration(): they read whole tables by design."""
     calls = [node for node in ast.walk(TREE) if isinstance(node, ast.Call)]
-    checks = [call for call in calls if ast.unparse(call.func) == "invariant"]
+    checks = [call for call in calls if ast.unparse(call.func) in ("invariant", "Migration")]
     return {inner for call in checks for inner in ast.walk(call)}
 
 
