@@ -702,6 +702,7 @@ class Config:
     allow_unstable_room_versions: bool = live("whether rooms can have an unstable version", True)
     default_room_version: str = live("version of new rooms", "12", A_ROOM_VERSION)
     max_request_size: int = live("largest upload, in bytes", 20_971_520, bounds=(65_536, 2**40))
+    allow_query_access_token: bool = live("whether the token may be in the address", True)
     rate_limit: bool = live("whether a user or an address that asks too fast has to wait", True)
     allow_local_presence: bool = live("whether users see who is online", True)
 
@@ -7375,12 +7376,15 @@ class Requester:
     appservice: str | None = None  # the id of the application service that acts for the user
 
 
-def access_token(request: Request) -> str | None:
-    """The token from the Authorization header, or from the query, where old clients put it."""
+def access_token(hs: Homeserver, request: Request) -> str | None:
+    """The token from the Authorization header, or from the query, where old clients put it.
+
+    Spec: deprecated with v1.11, and gone with what follows v1.19: addresses end up in logs.
+    """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token:
         return token.strip(" ")
-    return request.arg("access_token") or None
+    return (hs.config.allow_query_access_token and request.arg("access_token")) or None
 
 
 def check_caller(auth: Auth, requester: Requester | None) -> None:
@@ -7670,7 +7674,7 @@ class Router:
         self._admit(request, entry)
         await self._read_body(request, entry)
         if request.requester is not None:  # the session may have ended while the body came
-            request.requester = self.authenticate(request, access_token(request) or "")
+            request.requester = self.authenticate(request, access_token(self.hs, request) or "")
             check_caller(entry.auth, request.requester)
         values.reverse()
         lost = self.hs.db.lost
@@ -7698,7 +7702,7 @@ class Router:
             self.limiter.check(limit, address_group(request.address), share)
         if anonymous or entry.auth is FEDERATION:
             return
-        token = access_token(request)
+        token = access_token(self.hs, request)
         request.requester = self.authenticate(request, token) if token else None
         check_caller(entry.auth, request.requester)
         if limit is not None and request.requester is not None:
@@ -26221,7 +26225,7 @@ class AppserviceRegistry:
 
     def of_request(self, request: Request) -> Appservice | None:
         """The service whose as_token a request bears."""
-        token = access_token(request) if self._by_token else None
+        token = access_token(self.hs, request) if self._by_token else None
         return None if token is None else self._by_token.get(token_hash(token))
 
     def is_unlimited(self, request: Request) -> bool:
@@ -26263,7 +26267,7 @@ class AppserviceRegistry:
 
         Trap: the tokens of a login are the user's own, and so would be an admin's rights.
         """
-        token = access_token(request)
+        token = access_token(self.hs, request)
         if token is None:
             raise MatrixError(401, "M_MISSING_TOKEN", "Missing access token")
         service = self._by_token.get(token_hash(token))

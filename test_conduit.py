@@ -1197,6 +1197,7 @@ KEY_TESTS: Final = {
     "allow_unstable_room_versions": "test_unstable_versions_can_be_switched_off",
     "default_room_version": "test_unstable_versions_can_be_switched_off",
     "max_request_size": "test_sec_38_unbounded_upload",
+    "allow_query_access_token": "test_a_token_in_the_address_only_where_that_is_allowed",
     "rate_limit": "test_limits_by_user_and_by_address",
     "allow_local_presence": "test_presence_can_be_switched_off",
     "allow_federation": "test_federation_that_is_off",
@@ -6871,7 +6872,7 @@ class Routes:
 
     def __init__(self, rate_limit: bool = False) -> None:
         self.routes: list[conduit.Route] = []
-        config = types.SimpleNamespace(rate_limit=rate_limit)
+        config = types.SimpleNamespace(rate_limit=rate_limit, allow_query_access_token=True)
         self.hs: Any = types.SimpleNamespace(config=config, db=types.SimpleNamespace(lost=0))
 
     def add(self, method: str, *paths: str, **options: Any) -> None:
@@ -7071,6 +7072,37 @@ def test_forms_of_the_authorization_header() -> None:
         assert made.ask("GET", "/x", b"", f"Authorization: {value}").status == status, value
     answer = made.ask("GET", "/x?access_token=admin", b"", "Authorization: Bearer user")
     assert answer.json()["user"] == "@user:x"
+
+
+def test_a_token_in_the_address_only_where_that_is_allowed(
+    new_server: Callable[..., Server], new_bridge: Callable[..., Bridge]
+) -> None:
+    server = new_server()
+    admin = register(server, "admin")
+    bridge = new_bridge().register_at(admin)
+    ghost, anyone = bridge.user(server), Client(server)
+    service = {"access_token": str(bridge.fields["as_token"]), "user_id": ghost.user_id}
+    openid = ok(admin.post(("user", admin.user_id, "openid", "request_token")))["access_token"]
+    for allowed in (True, False):
+        server.write_config(allow_query_access_token=allowed)
+        os.kill(server.pid, signal.SIGHUP)
+        for query in ({"access_token": admin.token}, service):
+            wanted = (200, None) if allowed else (401, "M_MISSING_TOKEN")
+
+            def answers(query: Json = query, wanted: object = wanted) -> bool:
+                answer = anyone.get("account/whoami", params=query)
+                return (answer.status_code, answer.json().get("errcode")) == wanted
+
+            eventually(answers)
+            answer = anyone.get("capabilities", params=query, headers={"Authorization": "Basic x"})
+            assert answer.status_code == wanted[0]
+            ok(admin.get("account/whoami", params={**query, "user_id": admin.user_id}))
+        login = {"type": "m.login.application_service", "identifier": {"type": "m.id.user"}}
+        login["identifier"]["user"] = ghost.user_id
+        body = anyone.post("login", login, params=service)
+        assert body.status_code == (200 if allowed else 401)
+        userinfo = "/_matrix/federation/v1/openid/userinfo"  # where the token still belongs
+        assert ok(anyone.get(userinfo, access_token=openid)) == {"sub": admin.user_id}
 
 
 def test_every_route_says_who_may_call() -> None:
@@ -14838,7 +14870,9 @@ def test_a_name_known_before_it_came_into_the_timeline_is_found(
 
     def put_outside() -> conduit.Event:
         room = rooms.get(room_id)
-        event, _ = rooms.build(room, alice.user_id, "m.room.name", {"name": "Potoroo"}, state_key="")
+        event, _ = rooms.build(
+            room, alice.user_id, "m.room.name", {"name": "Potoroo"}, state_key=""
+        )
         (known,) = rooms.outliers(room, [event])
         assert known.pos is None
         return event
@@ -27573,6 +27607,7 @@ def spec_server(folder: Path, authority: Authority, mailbox: Mailbox, plain_port
         appservice_config_files=[str(bridge)],
         url_preview_allowlist=["*"],
         support_contact="admin@example.org",
+        allow_query_access_token=False,
         smtp={"host": "127.0.0.1", "port": mailbox.controller.port, "from": "a@test.example"},
     ).start()
 
@@ -27631,8 +27666,7 @@ def test_every_endpoint_of_the_specification(tmp_path: Path, authority: Authorit
     assert {f"PUT {FEDERATION}/v1/send/{{txnId}}", "GET /_matrix/key/v2/server"} <= set(
         found["outgoing"]
     )
-    # Deprecated since v1.11 and gone with what follows v1.19: clients of before still do it.
-    assert not found["probes"].pop("token in the query string")["ok"]
+    assert len(found["probes"]) == 7
     assert all(probe["ok"] for probe in found["probes"].values()), found["probes"]
     assert not found["crashes"]
     server.assert_clean_log()
