@@ -1565,8 +1565,19 @@ class Migration(NamedTuple):
 # The first schema is version 1; the n-th entry leads from version n to n + 1.
 MIGRATIONS: Final[tuple[Migration, ...]] = (
     Migration(
-        "when a push failed last; no search texts of purged history",
+        "when a push failed last; who left purged rooms; no search texts of purged history",
         """
+        CREATE TABLE purged_rooms (
+            user_nid INTEGER NOT NULL,
+            room_nid INTEGER NOT NULL,
+            left_nid INTEGER NOT NULL,
+            event_id TEXT NOT NULL,
+            version TEXT NOT NULL,
+            pdu BLOB NOT NULL,
+            purged_ts INTEGER NOT NULL,
+            PRIMARY KEY (user_nid, room_nid)
+        ) WITHOUT ROWID;
+        CREATE INDEX purged_rooms_ts ON purged_rooms (purged_ts);
         ALTER TABLE pushers ADD COLUMN failed_ts INTEGER;
         DELETE FROM search_texts
         WHERE nid NOT IN (SELECT nid FROM events WHERE pos IS NOT NULL);
@@ -22518,6 +22529,21 @@ MAX_SYNC_LIMIT = 100  # timeline events of a room in one answer
 MAX_SYNC_TIMEOUT_MS = 300_000
 HEROES = 5
 YIELD_SECONDS = 0.01  # how long a big sync may hold the loop before others get a turn
+PURGED_KEPT_MS = 90 * 24 * 3600 * 1000  # how long a deleted room is told to who was away
+
+schema("""
+CREATE TABLE purged_rooms (
+    user_nid INTEGER NOT NULL,
+    room_nid INTEGER NOT NULL,
+    left_nid INTEGER NOT NULL,      -- the event by which the user left,
+    event_id TEXT NOT NULL,         -- which is nowhere else any more
+    version TEXT NOT NULL,
+    pdu BLOB NOT NULL,
+    purged_ts INTEGER NOT NULL,
+    PRIMARY KEY (user_nid, room_nid)
+) WITHOUT ROWID;
+CREATE INDEX purged_rooms_ts ON purged_rooms (purged_ts);
+""")
 
 # ── 42.1  Waiting ────────────────────────────────────────────────────────────
 
@@ -23053,14 +23079,67 @@ def departure_from(ask: SyncReader, room: Room, left: Event, since: int | None) 
     return Departure(since, timeline, cast(Event, gone).nid if was_member else None)
 
 
+def departed_section(ask: SyncRequest, left: Event) -> Json:
+    """A left room of which there is nothing more to be seen: it is forgotten, or deleted."""
+    timeline = Timeline(ask.wanted.timeline.pick([left]), False, stream_token(left.nid), True)
+    state = ask.wanted.state.pick([left]) if ask.state_after else []
+    return events_section(ask, timeline, [ask.format(event) for event in state], [])
+
+
 def left_section(ask: SyncRequest, room: Room, member: Member) -> Json | None:
     """A room that the user has left, up to the moment of leaving, or None."""
     left = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
     if hides_invite(ask, ask.hs.rooms.entry_before(left, left.key)):
         return None  # the client never heard of it
+    if member.forgotten:  # on another device
+        return departed_section(ask, left)
     since, timeline, upto = departure_from(ask, room, left, ask.since)
     state = [] if upto is None else state_section(ask, room, since, timeline, upto)
     return events_section(ask, timeline, state, [])
+
+
+def remember_departures(hs: Homeserver, room: Room) -> None:
+    """Subscriber of the room store: a device that is away now has yet to hear who left the room."""
+    hs.db.execute(
+        """
+        INSERT OR IGNORE INTO purged_rooms
+        SELECT user_nid, events.room_nid, nid, event_id, :version, pdu, :now
+        FROM memberships
+        JOIN accounts USING (user_nid)
+        JOIN events ON nid = event_nid
+        WHERE memberships.room_nid = :room
+          AND membership IN ('leave', 'ban')
+        """,
+        {"room": room.nid, "version": room.version.id, "now": now_ms()},
+    )
+
+
+def forget_departures(hs: Homeserver) -> None:
+    """Let go of what devices that are still in use have heard long ago."""
+    with hs.db.write():
+        old = (now_ms() - PURGED_KEPT_MS,)
+        hs.db.execute("DELETE FROM purged_rooms WHERE purged_ts < ?", old)
+
+
+def departures_from_purged(ask: SyncReader, since: int) -> list[tuple[RoomNid, Event]]:
+    """The events by which the user left rooms that are deleted and that they did not come back to.
+
+    A client that heard of none of them would show the rooms for ever.
+    """
+    query = """
+        SELECT room_nid, left_nid, event_id, version, pdu
+        FROM purged_rooms
+        WHERE user_nid = ?
+          AND left_nid > ?
+    """
+    found, members = [], ask.hs.rooms.memberships(ask.nid)
+    for room_nid, left_nid, event_id, version, pdu in ask.hs.db.all(query, (ask.nid, since)):
+        event = Event(ROOM_VERSIONS[version], json.loads(pdu), event_id)
+        event.nid = left_nid
+        again = ask.hs.rooms.heard_of(event.room_id)
+        if again is None or again.nid not in members:
+            found.append((room_nid, event))
+    return found
 
 
 def room_section(
@@ -23081,8 +23160,8 @@ def room_section(
         if is_new:
             section = {"knock_state": {"events": stripped_state(ask.hs.rooms, room, member)}}
         return "knock", section
-    wanted = ask.since is not None or ask.wanted.include_leave
-    if is_new and wanted and not member.forgotten:
+    wanted = ask.since is not None or (ask.wanted.include_leave and not member.forgotten)
+    if is_new and wanted:
         section = left_section(ask, room, member)
     return "leave", section
 
@@ -23112,6 +23191,9 @@ async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
         name, section = room_section(ask, room, member, changes, new_data)
         if section is not None:
             sections.setdefault(name, {})[room.room_id] = section
+    for _, left in [] if ask.since is None else departures_from_purged(ask, ask.since):
+        if ask.wanted.rooms.wants_room(left.room_id):
+            sections.setdefault("leave", {})[left.room_id] = departed_section(ask, left)
     return sections
 
 
@@ -24209,6 +24291,17 @@ def invited_section(
     return {"initial": True, name: stripped, "bump_stamp": max(0, member.event_nid)}, now
 
 
+def departed_room(ask: SlidingRequest, left: Event, sent: SentRoom) -> Json:
+    """A room that is deleted, for a client that has it: all there is to see is how it ended."""
+    events = [ask.format(left)]
+    result: Json = {"required_state": events, "bump_stamp": left.nid}
+    result |= {"membership": left.membership} if ask.accepted else dict.fromkeys(COUNT_NAMES, 0)
+    if sent.limit > 0:
+        timeline = {"timeline": events, "limited": False, "num_live": 1}
+        result |= {**timeline, "prev_batch": stream_token(left.nid)}
+    return result
+
+
 # ── 43.6  The rooms of an answer ─────────────────────────────────────────────
 
 
@@ -24254,6 +24347,17 @@ class Answer:
             for nid, sent in self.connection.rooms.items():
                 if sent.behind is None and nid not in self.window.configs:
                     self.sent[nid] = sent._replace(behind=cast(int, self.ask.since))
+        self._take_leave()
+
+    def _take_leave(self) -> None:
+        """Name the rooms that the client has and that are deleted, each once."""
+        ask, known = self.ask, self.connection.rooms
+        for nid, left in departures_from_purged(ask, 0) if known else ():
+            sent = known.get(nid)
+            if sent is not None and left.nid > begin_of(ask, sent):
+                self.window.ids[nid] = left.room_id
+                self.rooms[nid] = departed_room(ask, left, sent)
+                self.sent[nid] = sent._replace(behind=ask.upto)
 
     def _make_room(self, nid: RoomNid) -> None:
         ask, sent = self.ask, self.connection.rooms.get(nid)
@@ -30014,6 +30118,7 @@ class Homeserver:
         self.rooms.subscribe_purge(self.receipts.forget_room)
         self.rooms.subscribe_purge(self.threads.forget_room)
         self.rooms.subscribe_purge(self.inbox.forget_room)
+        self.rooms.subscribe_purge(functools.partial(remember_departures, self))
         self.rooms.subscribe_history(self.search.forget_events)
         self.rooms.subscribe_old(self.search.take_old)
         self.rooms.subscribe(self.search.take_late)
@@ -30132,6 +30237,7 @@ class Homeserver:
         """Once a day: what rooms no longer need goes, in batches."""
         if now_ms() - (self.db.meta("rooms_tidied") or 0) > DAY_MS:
             self.db.set_meta("rooms_tidied", now_ms())
+            forget_departures(self)
             await purge_all_forgotten(self)
             await self.rooms.tidy()
 

@@ -2021,6 +2021,7 @@ def test_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:
 NEWEST_SCHEMA: Final = len(conduit.MIGRATIONS) + 1
 UNDONE: Final = (  # for each migration, what leads back
     """
+    DROP TABLE purged_rooms;
     ALTER TABLE pushers DROP COLUMN failed_ts;
     INSERT INTO search_texts VALUES (0, 0, 0, 'content.body', 0, 'of an event long gone')
     """,
@@ -24448,6 +24449,118 @@ def test_who_is_connected_hears_that_a_room_is_deleted(
         assert left.result()
 
 
+def departures(client: Client, since: str | None, **query: Any) -> Json:
+    """The left rooms of a sync, each with its own member event as far as it is told."""
+    left = client.sync(since, **query).get("rooms", {}).get("leave", {})
+    return {
+        room_id: [
+            (event["state_key"], event["content"]["membership"])
+            for event in (
+                *section["timeline"]["events"],
+                *section.get("state_after", {}).get("events", ()),
+            )
+        ]
+        for room_id, section in left.items()
+    }
+
+
+def test_who_was_away_hears_of_a_deleted_room_once(new_server: Callable[..., Server]) -> None:
+    """However long ago the room went, on each of their devices, and nobody else."""
+    server = new_server()
+    admin, bob, eve = register(server, "admin"), register(server, "bob"), register(server, "eve")
+    room = admin.room_with(bob, eve, name="of no use")
+    eve.leave(room)
+    other = admin.create_room(bob)  # an invitation, which ends as well
+    since, heard = bob.sync()["next_batch"], eve.sync()["next_batch"]
+    long, short, small = (
+        Slider(bob, name, lists={"all": window(*ranges, limit=limit)})
+        for name, ranges, limit in (("1", [], 3), ("2", [], 0), ("3", [[0, 0]], 3))
+    )
+    for slider in (long, short, small):
+        slider()
+    v4 = {"lists": {"all": {"timeline_limit": 1, "required_state": {}, "range": [0, 9]}}}
+    v4 |= {"conn_id": "v4"}
+    first = ok(bob.post("/_matrix/client/v4/sync", v4))
+    for room_id in (room, other):
+        ok(admin.delete(f"{ADMIN_API}v1/rooms/{quote(room_id)}", {}))
+    own = [(bob.user_id, "leave")]
+    for again in (False, True):
+        assert departures(bob, since) == {room: own, other: own}
+        assert departures(bob, since, use_state_after="true") == {room: own * 2, other: own * 2}
+        assert departures(eve, heard) == {}, "she left before, and knows it"
+        assert departures(bob, None, filter={"room": {"include_leave": True}}) == {}
+        assert departures(bob, since, filter={"room": {"not_rooms": [room]}}) == {other: own}
+        no_members = {"room": {"timeline": {"not_types": ["m.room.member"]}}}
+        assert departures(bob, since, filter=no_members) == {room: [], other: []}
+        if not again:
+            server.stop()
+            server.check()
+            server.start()
+    for slider, has_timeline in ((long, True), (short, False)):
+        pos = slider.pos
+        for _ in range(2):  # the first answer was lost
+            rooms = slider(pos=pos)["rooms"]
+            assert set(rooms) == {room, other}
+            for section in rooms.values():
+                assert [e["content"]["membership"] for e in section["required_state"]] == ["leave"]
+            assert ("timeline" in rooms[room]) == has_timeline
+        assert slider()["rooms"] == {}
+    assert set(small()["rooms"]) == {other}, "the room was never in its window"
+    second = ok(bob.post("/_matrix/client/v4/sync", {**v4, "pos": first["pos"]}))
+    assert second["rooms"][room]["membership"] == "leave"
+    third = ok(bob.post("/_matrix/client/v4/sync", {**v4, "pos": second["pos"]}))
+    assert third["rooms"] == {}
+    assert Slider(bob, "new", lists={"all": window()})()["rooms"].keys().isdisjoint({room, other})
+    later = bob.sync(since)["next_batch"]
+    assert departures(bob, later) == {}
+
+
+def test_another_device_hears_that_a_room_was_left_and_forgotten(
+    new_server: Callable[..., Server],
+) -> None:
+    """Many clients forget a room as they leave it, and then it may be deleted at once."""
+    server = new_server()
+    alice, bob = register(server), register(server)
+    shared, own = alice.room_with(bob), bob.create_room()
+    since, sliding = bob.sync()["next_batch"], slide(bob, limit=2)
+    sliding()
+    phone = bob.login()
+    for room_id in (shared, own):
+        phone.leave(room_id)
+        ok(phone.post(("rooms", room_id, "forget")))
+    alice.send_text(shared, "not for bob any more")
+    eventually(
+        lambda: read_database(server, "SELECT 1 FROM purged_rooms")
+    )  # nobody remembers his own
+    left = bob.sync(since)["rooms"]["leave"]
+    assert set(left) == {shared, own}
+    for section in left.values():
+        assert [e["content"] for e in section["timeline"]["events"]] == [{"membership": "leave"}]
+        assert section["state"]["events"] == []
+    assert set(sliding()["rooms"]) == {shared, own}
+    assert sliding()["rooms"] == {}
+    assert departures(bob, None, filter={"room": {"include_leave": True}}) == {}
+
+
+def test_what_was_told_of_deleted_rooms_is_forgotten(
+    inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = inner(accept)
+    alice = register(server)
+    since = alice.sync()["next_batch"]
+    room_id = alice.create_room()
+    alice.leave(room_id)
+    ok(alice.post(("rooms", room_id, "forget")))
+    count = "SELECT COUNT(*) FROM purged_rooms"
+    eventually(lambda: server.do(server.hs.db.value, count) == 1)
+    assert departures(alice, since) == {room_id: [(alice.user_id, "leave")]}
+    server.do(conduit.forget_departures, server.hs)
+    assert server.do(server.hs.db.value, count) == 1
+    monkeypatch.setattr(conduit, "PURGED_KEPT_MS", -1000)
+    server.do(conduit.forget_departures, server.hs)
+    assert server.do(server.hs.db.value, count) == 0
+
+
 def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Server]) -> None:
     server = new_server()
     alice, bob = register(server, "admin"), register(server, "bob")
@@ -29718,7 +29831,8 @@ SCANS: Final = {
     " AND is_guest = 0 ORDER BY users.user_id": "an admin asks for the list",
     "SELECT room_id, blocker_nid, since FROM blocked_rooms": "an admin asks for the list",
     "SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts, badge,"
-    " pushed_ts, failures, failing_ts, retry_ts, error, failed_ts FROM pushers": "at the start and when one changes; in memory",
+    " pushed_ts, failures, failing_ts, retry_ts, error, failed_ts"
+    " FROM pushers": "at the start and when one changes; in memory",
     "SELECT DISTINCT pusher_nid FROM push_queue": "then as well; the table is a queue",
     " ".join(conduit.USER_ROWS.split()): "an admin asks for the list, in a thread",
     "SELECT room_nid FROM rooms WHERE state_group > 0": "an admin asks for the list",
