@@ -23580,6 +23580,78 @@ def test_three_ways_to_address_the_bot(admin: Client) -> None:
         assert "list-local-users" in order(admin, text)
 
 
+@given(
+    sizes=st.lists(st.integers(0, 60_000), max_size=12),
+    gone=st.integers(1, 4),
+    rows=st.integers(0, 2000),
+)
+@settings(max_examples=15)
+def test_tables_take_the_pages_that_sqlite_counts(sizes: list[int], gone: int, rows: int) -> None:
+    """With overflowing rows, indices, free pages and more than one page of the map."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / conduit.DATABASE_FILE
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            database.execute("CREATE TABLE large (a INTEGER PRIMARY KEY, b BLOB)")
+            database.execute("CREATE TABLE many (a INTEGER PRIMARY KEY, b TEXT)")
+            database.execute("CREATE INDEX many_b ON many (b)")
+            database.execute("CREATE TABLE empty (a)")
+            database.executemany("INSERT INTO large (b) VALUES (zeroblob(?))", zip(sizes))
+            values = ((f"{number}" * 100,) for number in range(rows))
+            database.executemany("INSERT INTO many (b) VALUES (?)", values)
+            database.execute("DELETE FROM large WHERE a % ? = 0", (gone + 1,))
+            database.commit()
+            sizes_of = "SELECT tbl_name, SUM(pgsize) FROM dbstat JOIN sqlite_schema USING (name)"
+            counted = database.execute(f"{sizes_of} GROUP BY tbl_name").fetchall()
+            found = conduit.bytes_by_table(Path(folder), database)
+        assert {name: found[name] for name, _ in counted} == dict(counted)
+        assert sum(found.values()) == path.stat().st_size
+
+
+@given(st.binary(max_size=3000), st.integers(1, 12))
+def test_a_page_map_of_anything_comes_to_an_end(noise: bytes, pages: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / conduit.DATABASE_FILE
+        data = bytearray(4096 * pages)
+        data[4096 : 4096 + len(noise)] = noise
+        path.write_bytes(data[: 4096 * pages])
+        with contextlib.closing(sqlite3.connect(":memory:")) as database:
+            assert sum(conduit.bytes_by_table(Path(folder), database).values()) == 4096 * pages
+
+
+def test_what_takes_room_on_the_disk(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept)
+    admin = register(server, "admin")
+    room_id = admin.create_room()
+    for _ in range(40):
+        admin.send_text(room_id, "x" * 30_000)
+    admin.upload(b"u" * 3_000_000)
+    admin.upload(b"u" * 3_000_000)  # which is on the disk once
+    fetched(server, b"f" * 2_000_000, "far.example")
+    preview = fetched(server, b"p" * 1_000_000)
+
+    def mark() -> None:
+        with server.hs.db.write():
+            server.hs.db.execute("UPDATE media SET preview = 1 WHERE media_id = ?", (preview,))
+
+    server.do(mark)
+    thumbnails = server.data / "media" / "thumbnails" / "ab"
+    thumbnails.mkdir(parents=True, exist_ok=True)
+    (thumbnails / "cd").write_bytes(b"t" * 500_000)
+    server.do(conduit.checkpoint, server.data / conduit.DATABASE_FILE)
+    text = order(admin, "disk-usage")
+    sizes = dict(re.findall(r"(\S.*?)  +([0-9.]+) MiB$", text, re.MULTILINE))
+    lines = {re.sub(" +", " ", name): float(size) for name, size in sizes.items()}
+    assert 1.1 < lines["table events"] < 3
+    assert lines["table (small tables)"] > 0
+    assert lines["media uploaded here"] == 2.9
+    assert lines["media of other servers"] == 1.9
+    assert lines["media of previews"] == 1.0
+    assert lines["media thumbnails"] == 0.5
+    assert lines["file write-ahead log"] > 0
+    assert lines["free on the disk"] > 0
+
+
 def test_mistakes_are_answered_politely(admin: Client) -> None:
     assert "Did you mean list-local-users?" in order(admin, "list-local-user")
     assert "There is no command dance" in order(admin, "!admin dance")
@@ -23617,6 +23689,7 @@ def test_help_names_every_command(admin: Client) -> None:
         "reset-password NAME",
         "deactivate-user ID [--erase]",
         "memory-usage",
+        "disk-usage",
         "clear-caches",
         "show-config",
     ):
@@ -29814,6 +29887,8 @@ SCANS: Final = {
     "SELECT room_nid, COUNT(*), MIN(item_nid) FROM inbox WHERE error IS NULL"
     " GROUP BY room_nid": "at the start; the table is a queue",
     " ".join(conduit.MEDIA_USAGE.split()): "an admin asks, in a thread",
+    " ".join(conduit.MEDIA_SIZES.split()): "an admin asks, in a thread",
+    "SELECT rootpage, tbl_name FROM sqlite_schema": "an admin asks, in a thread",
     " ".join(conduit.MEDIA_STATISTICS.split()): "an admin asks, in a thread",
     "SELECT value FROM profiles WHERE field = 'avatar_url'": "an admin deletes media; in a thread",
     "UPDATE one_time_keys SET used = 1, body = NULL WHERE NOT fallback": "after a restore",
