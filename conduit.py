@@ -23131,9 +23131,11 @@ def departures_from_purged(ask: SyncReader, since: int) -> list[tuple[RoomNid, E
         FROM purged_rooms
         WHERE user_nid = ?
           AND left_nid > ?
+          AND left_nid <= ?
     """
     found, members = [], ask.hs.rooms.memberships(ask.nid)
-    for room_nid, left_nid, event_id, version, pdu in ask.hs.db.all(query, (ask.nid, since)):
+    rows = ask.hs.db.all(query, (ask.nid, since, ask.upto))
+    for room_nid, left_nid, event_id, version, pdu in rows:
         event = Event(ROOM_VERSIONS[version], json.loads(pdu), event_id)
         event.nid = left_nid
         again = ask.hs.rooms.heard_of(event.room_id)
@@ -23167,23 +23169,28 @@ def room_section(
 
 
 async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
-    """The rooms of the answer, by membership; others get a turn while a long one is made."""
+    """The rooms of the answer, by membership; others get a turn while a long one is made.
+
+    Trap: who joins or leaves meanwhile does so behind the token, and is told the next time.
+    """
     rooms, sections = ask.hs.rooms, cast(Json, {})
+    members = rooms.memberships(ask.nid)
     data: dict[RoomNid, list[Json]] = {}
     if changes is None or ROOM_DATA in changes.kinds:
         data = room_account_data(ask.hs, ask.nid, ask.since or 0)
     if changes is None or ask.full_state:
-        nids = set(rooms.memberships(ask.nid))
+        nids = set(members)
     else:
         nids = changes.rooms | changes.receipts | changes.typing | set(data)
     pause_at = time.monotonic() + YIELD_SECONDS
-    for nid in nids:
+    for nid, member in [(nid, members.get(nid)) for nid in nids]:
         if time.monotonic() > pause_at:
             await asyncio.sleep(0)
             pause_at = time.monotonic() + YIELD_SECONDS
-        member = rooms.memberships(ask.nid).get(nid)
+        if member is None or nid not in rooms.memberships(ask.nid):  # deleted meanwhile
+            continue
         room = rooms.by_nid(nid)
-        if member is None or not ask.wanted.rooms.wants_room(room.room_id):
+        if not ask.wanted.rooms.wants_room(room.room_id):
             continue
         is_new = ask.full_state or (ask.since is not None and member.join_pos > ask.since)
         new_data = room_account_data_of(ask.hs, ask.nid, nid) if is_new else data.get(nid, [])
@@ -23414,7 +23421,7 @@ async def get_one_event(hs: Homeserver, request: Request, event_id: str) -> Json
 #  What Element X speaks: windows on the list of rooms instead of all rooms. The
 #  server remembers for each connection which rooms the client has, and how much of
 #  them; a room in a window that has news since is sent.  spec: MSC4186, MSC3884,
-#  MSC3885, MSC3959, MSC3960, MSC3961, MSC4308; the older MSC3575 as far as it is the same
+#  MSC3885, MSC3959, MSC3960, MSC3961, MSC4308; MSC3575, sorted by activity alone
 # ═════════════════════════════════════════════════════════════════════════════
 
 schema("""
@@ -23466,6 +23473,8 @@ MAX_REQUIRED_STATE = 300  # entries of one list or subscription
 MAX_CONFIGS = 100  # kinds of required_state in the life of a connection
 MAX_EXTRA = 200  # members and the like remembered as sent, of a room
 SLIDING_ROOMS = 50_000  # rooms of connections in memory
+STICKY_BYTES = 262_144  # of the parameters of one connection of MSC3575,
+STICKY_MEMORY = 8_388_608  # and of all of them
 BUMP_SCAN = 200  # events looked at for one that bumps
 BUMP_TYPES = frozenset(  # what clients sort rooms by
     {
@@ -23635,10 +23644,12 @@ def limited_filter(limit: int) -> SyncFilter:
 class SlidingRequest(SyncReader):
     """One call of sliding sync, in either form."""
 
-    def __init__(self, hs: Homeserver, request: Request, *, accepted: bool) -> None:
+    def __init__(
+        self, hs: Homeserver, request: Request, *, accepted: bool, sticky: bool = False
+    ) -> None:
         super().__init__(hs, request, limited_filter(0))
         body = request.json
-        self.accepted = accepted
+        self.accepted, self.sticky = accepted, sticky
         self.conn_id: str = body.get("conn_id", "")
         lists, rooms = body.get("lists", {}), body.get("room_subscriptions", {})
         if len(lists) > MAX_LISTS or (accepted and len(rooms) > MAX_LISTS):
@@ -23665,7 +23676,7 @@ class SlidingRequest(SyncReader):
         return RoomConfig(limit, frozenset((wish,)))
 
     def _list(self, wanted: Json) -> RoomList:
-        ranges = wanted.get("ranges", [])
+        ranges = wanted.get("ranges", None if self.sticky else [])
         if self.accepted:
             ranges = [wanted["range"]] if "range" in wanted else None
         for span in ranges or ():
@@ -23753,6 +23764,7 @@ class Sliding:
         self.bumps: LruCache[RoomNid, int] = LruCache(int(SLIDING_ROOMS * scale))
         self.types: LruCache[RoomNid, str] = LruCache(int(SLIDING_ROOMS * scale))
         self.senders: LruCache[EventNid, str] = LruCache(int(SLIDING_ROOMS * scale))
+        self.sticky: LruCache[tuple[int, int, str], Json] = LruCache(int(STICKY_MEMORY * scale))
         for cache in (self._connections, self.bumps, self.types, self.senders):
             hs.db.on_reset(cache.clear)
         hs.accounts.on_device_deleted(self._device_deleted)
@@ -24059,7 +24071,7 @@ def select_rooms(ask: SlidingRequest, connection: SlidingConnection) -> Window:
             for nid, room_id in ordered.items()
             if all(test(nid, room_id) == right for test, right in tests)
         ]
-        spans = [[0, len(nids)]] if wanted.ranges is None else wanted.ranges
+        spans = [[0, len(nids) - 1]] if wanted.ranges is None else wanted.ranges
         windows = [nids[first : last + 1] for first, last in spans]
         window.answer[name] = {"count": len(nids)}
         if not ask.accepted:
@@ -24338,11 +24350,13 @@ class Answer:
     async def make_rooms(self) -> None:
         """Make the sections of all rooms; others get a turn while a long answer is made."""
         pause_at = time.monotonic() + YIELD_SECONDS
-        for nid in self.candidates():
+        members = self.ask.hs.rooms.memberships(self.ask.nid)  # as of now; see `rooms_section`
+        for nid, member in [(nid, members.get(nid)) for nid in self.candidates()]:
             if time.monotonic() > pause_at:
                 await asyncio.sleep(0)
                 pause_at = time.monotonic() + YIELD_SECONDS
-            self._make_room(nid)
+            if member is not None and nid in self.ask.hs.rooms.memberships(self.ask.nid):
+                self._make_room(nid, member)
         if not self.is_settled:
             for nid, sent in self.connection.rooms.items():
                 if sent.behind is None and nid not in self.window.configs:
@@ -24359,11 +24373,8 @@ class Answer:
                 self.rooms[nid] = departed_room(ask, left, sent)
                 self.sent[nid] = sent._replace(behind=ask.upto)
 
-    def _make_room(self, nid: RoomNid) -> None:
-        ask, sent = self.ask, self.connection.rooms.get(nid)
-        member, config = ask.hs.rooms.memberships(ask.nid).get(nid), self.window.configs[nid]
-        if member is None:
-            return
+    def _make_room(self, nid: RoomNid, member: Member) -> None:
+        ask, sent, config = self.ask, self.connection.rooms.get(nid), self.window.configs[nid]
         is_dm = self.window.ids[nid] in self.direct
         moved = self._counts_moved(nid)
         is_same = sent is not None and is_dm == sent.is_dm and not moved
@@ -24660,10 +24671,14 @@ async def answer_sliding(
 
 SLIDING_PATH = "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"
 SLIDING_OLD = "/_matrix/client/unstable/org.matrix.msc3575/sync"
+STICKY_BODY: Final[Json] = {
+    **{"conn_id?": str, "txn_id?": ANY, "unsubscribe_rooms?": [str]},
+    **{"lists?": {str: dict}, "room_subscriptions?": {str: dict}, "extensions?": dict},
+}
 
 
-@route("POST", SLIDING_PATH, auth=GUEST, limit=None, also=(SLIDING_OLD,), body=SLIDING_BODY)
-async def post_sliding_sync(hs: Homeserver, request: Request) -> Json:
+@route("POST", SLIDING_PATH, auth=GUEST, limit=None, body=SLIDING_BODY)
+async def post_sliding_sync(hs: Homeserver, request: Request, *, sticky: bool = False) -> Json:
     """What is new in the windows since `pos`, in the form that is deployed.
 
     Spec: MSC4186 under its unstable prefix.  400 M_UNKNOWN_POS for a `pos` that is not the newest
@@ -24672,8 +24687,57 @@ async def post_sliding_sync(hs: Homeserver, request: Request) -> Json:
     timeout = min(request.int_arg("timeout", 0, 0, 2**53), MAX_SYNC_TIMEOUT_MS) / 1000
     asked = request.arg("set_presence")
     note_sync(hs, request.user, asked if asked in PRESENCE_STATES else "online", timeout)
-    ask = SlidingRequest(hs, request, accepted=False)
+    ask = SlidingRequest(hs, request, accepted=False, sticky=sticky)
     return await answer_sliding(hs, request, ask, request.arg("pos"), timeout)
+
+
+def merged(known: Any, given: Any) -> Any:
+    """An object with what another says changed in it; null says nothing."""
+    if not (isinstance(known, dict) and isinstance(given, dict)):
+        return known if given is None else given
+    return {key: merged(known.get(key), given.get(key)) for key in {**known, **given}}
+
+
+def stuck(known: Json, asked: Json) -> Json:
+    """The parameters of MSC3575 in force: those of a request, and what it left as it was.
+
+    Trap: what is not sticky, such as the ranges of a list, must not come back.
+    """
+    now = cast(Json, merged({**known, "unsubscribe_rooms": []}, asked))
+    for kind in ("lists", "room_subscriptions"):
+        for name in asked.get(kind, {}):
+            now[kind][name].setdefault("timeline_limit", DEFAULT_PAGE)
+    for name, wanted in asked.get("lists", {}).items():
+        one = now["lists"][name]
+        one["ranges"] = None if one.get("slow_get_all_rooms") else wanted.get("ranges")
+    for room_id in now["unsubscribe_rooms"]:
+        now.get("room_subscriptions", {}).pop(room_id, None)
+    received = now.get("extensions", {}).get("to_device")
+    if isinstance(received, dict):
+        received["since"] = (asked.get("extensions", {}).get("to_device") or {}).get("since")
+    return now
+
+
+@route("POST", SLIDING_OLD, auth=GUEST, limit=None, body=STICKY_BODY)
+async def post_sticky_sync(hs: Homeserver, request: Request) -> Json:
+    """The same as its first clients ask for it, who name only the parameters that change.
+
+    Spec: MSC3575.  400 M_UNKNOWN_POS when they are not known any more, as after a restart.
+    """
+    asked, user, cache = request.json, request.user, hs.sliding.sticky
+    key = user.nid, user.device_nid or 0, asked.get("conn_id", "")
+    known = cache.get(key) if request.arg("pos") else {}
+    if known is None:
+        raise unknown_pos()
+    txn_id = asked.pop("txn_id", None)
+    request.json = stuck(known, asked)
+    check_shape(request.json, SLIDING_BODY)
+    size = len(encode_json(request.json))
+    if size > STICKY_BYTES:
+        raise too_large(f"The parameters of a connection have at most {STICKY_BYTES} bytes")
+    cache.put(key, request.json, size)
+    result = await post_sliding_sync(hs, request, sticky=True)
+    return result if txn_id is None else {**result, "txn_id": txn_id}
 
 
 @route("POST", "/_matrix/client/v4/sync", auth=GUEST, limit=None, body=SLIDING_BODY_V4)
@@ -29398,7 +29462,9 @@ def well_known_response(value: Json) -> Response:
 @route("GET", "/.well-known/matrix/client", auth=NONE, limit=None)
 async def well_known_client(hs: Homeserver, request: Request) -> Response:
     """Tell a client that knows the server's name where its API is.  Spec: "Well-known URIs"."""
-    found: Json = {"m.homeserver": {"base_url": hs.config.well_known.client}}
+    own = hs.config.well_known.client
+    # Element X before its version of 2024 takes who names no proxy for a server without MSC3575.
+    found: Json = {"m.homeserver": {"base_url": own}, "org.matrix.msc3575.proxy": {"url": own}}
     if hs.config.rtc_foci:
         found["org.matrix.msc4143.rtc_foci"] = list(hs.config.rtc_foci)
     return well_known_response(found)

@@ -19878,6 +19878,58 @@ def test_who_comes_back_gets_no_event_twice_and_misses_none(
 # ── The old form ─────────────────────────────────────────────────────────────
 
 
+def timelines_of(client: Client, slider: Slider | None) -> dict[str, list[str]]:
+    """The events of all rooms in the next answer, but for those that begin anew."""
+    if slider is None:
+        parts = client.poll().get("rooms", {})
+        sections = {**parts.get("leave", {}), **parts.get("join", {})}
+        lines = {room_id: part["timeline"]["events"] for room_id, part in sections.items()}
+    else:
+        rooms = slider()["rooms"]
+        known = [room_id for room_id, part in rooms.items() if "initial" not in part]
+        lines = {room_id: rooms[room_id].get("timeline", []) for room_id in known}
+    return {room_id: [event["event_id"] for event in events] for room_id, events in lines.items()}
+
+
+@pytest.mark.parametrize("kind", ["v3", "sliding"])
+def test_who_comes_and_goes_while_an_answer_is_made_gets_each_event_once(
+    inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A long answer lets others have their turn between two rooms."""
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    rooms = [alice.room_with(bob, preset="public_chat") for _ in range(4)]
+    maker = {"v3": "room_section", "sliding": "entered_section"}[kind]
+    original, pending = getattr(conduit, maker), list[str]()
+
+    def make(*args: Any) -> Any:
+        section = original(*args)
+        for membership in [pending.pop()] if pending else ():
+            for each in map(server.hs.rooms.get, rooms):
+                move = (each, bob.user_id, "m.room.member", {"membership": membership})
+                server.hs.rooms.send(*move, state_key=bob.user_id)
+        return section
+
+    monkeypatch.setattr(conduit, maker, make)
+    slider = slide(bob, limit=20) if kind == "sliding" else None
+    seen, sent = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    timelines_of(bob, slider)
+    for membership in ("leave", "join", "leave", "join"):
+        pending.append(membership)
+        for room_id in rooms:
+            sent[room_id].append(alice.send_text(room_id, membership))
+        for _ in range(2):
+            for room_id, events in timelines_of(bob, slider).items():
+                seen[room_id] += events
+            for room_id in rooms if pending else ():  # nothing is made of rooms one has left
+                bob.join(room_id)
+            pending.clear()
+    for room_id in rooms:
+        assert len(set(seen[room_id])) == len(seen[room_id]), "an event came twice"
+        # By sliding sync who comes back begins anew, which is not counted here.
+        assert kind == "sliding" or set(sent[room_id]) <= set(seen[room_id])
+
+
 def test_initial_sync_shows_rooms_as_of_now_or_of_leaving(alice: Client, bob: Client) -> None:
     rooms = [alice.room_with(bob, name=f"Room {number}") for number in range(3)]
     invited, hidden = alice.create_room(bob), alice.create_room()
@@ -20075,6 +20127,8 @@ def wants(*names: str) -> Json:
 class Slider:
     """A client on a sliding sync connection; each call goes on where the last one ended."""
 
+    path = SLIDING
+
     def __init__(self, client: Client, conn_id: str = "", **body: Any) -> None:
         self.client = client
         self.body = {"conn_id": conn_id, **body} if conn_id else body
@@ -20085,7 +20139,7 @@ class Slider:
         pos = pos or self.pos
         if pos is not None:
             query["pos"] = pos
-        return self.client.request("POST", SLIDING, {**self.body, **body}, params=query)
+        return self.client.request("POST", self.path, {**self.body, **body}, params=query)
 
     def __call__(self, timeout: int = 0, pos: str | None = None, **body: Any) -> Json:
         result = ok(self.post(timeout, pos, **body))
@@ -21066,11 +21120,89 @@ def test_the_accepted_form(alice: Client, bob: Client) -> None:
     fails(too_many, 400, "M_INVALID_PARAM")
 
 
-def test_both_old_paths_lead_to_the_same(alice: Client) -> None:
-    room_id = alice.create_room()
+class Sticky(Slider):
+    """A client of MSC3575, which names only what changes."""
+
     path = "/_matrix/client/unstable/org.matrix.msc3575/sync"
-    result = ok(alice.post(path, {"lists": {"a": {**window(), "sort": ["by_recency"]}}}))
-    assert result["lists"]["a"]["ops"][0]["room_ids"] == [room_id]
+
+
+def test_sticky_parameters_stay(alice: Client) -> None:
+    """Spec: MSC3575 "Sticky request parameters"; what is not sticky does not come back."""
+    rooms = [alice.create_room(name=f"Room {number}") for number in range(3)]
+    client = Sticky(alice)
+    wanted = {"timeline_limit": 1, "required_state": [["m.room.name", ""]], "ranges": [[0, 0]]}
+    wanted |= {"sort": ["by_recency"], "filters": {"is_dm": False}}
+    first = client(lists={"a": wanted}, txn_id="one", extensions=wants("account_data"))
+    assert first["txn_id"] == "one"
+    assert first["lists"]["a"]["count"] == 3
+    assert first["lists"]["a"]["ops"][0]["room_ids"] == [rooms[2]]
+    assert "account_data" in first["extensions"]
+    second = client(lists={"a": {"ranges": [[0, 1]], "filters": {"is_encrypted": None}}})
+    assert "txn_id" not in second
+    assert [len(second["rooms"][rooms[1]][name]) for name in ("timeline", "required_state")] == [
+        1,
+        1,
+    ]
+    assert "account_data" in second["extensions"]
+    alice.send_text(rooms[0], "up")
+    nothing_new = client()  # the list stays as it is, its window too
+    assert nothing_new["lists"]["a"]["ops"][0]["range"] == [0, 1]
+    assert bodies_in(nothing_new["rooms"][rooms[0]]) == ["up"]
+    ok(alice.put(("user", alice.user_id, "account_data", "m.direct"), {"@x:y": [rooms[1]]}))
+    assert client()["lists"]["a"]["count"] == 2, "the filter is still there"
+    everything = client(lists={"a": {"filters": {"is_dm": None, "is_encrypted": False}}})
+    assert everything["lists"]["a"]["ops"][0]["range"] == [0, 1]  # no ranges: all that there are
+    every = client(lists={"a": {"ranges": [[0, 0]], "slow_get_all_rooms": True}})
+    assert len(every["lists"]["a"]["ops"][0]["room_ids"]) == 2
+
+
+def test_sticky_subscriptions_stay_until_they_are_ended(alice: Client, bob: Client) -> None:
+    room_id, other = alice.create_room(name="One"), alice.create_room(name="Two")
+    client = Sticky(alice)
+    wish = {"timeline_limit": 5, "required_state": [["m.room.name", ""]]}
+    assert set(client(room_subscriptions={room_id: wish})["rooms"]) == {room_id}
+    alice.send_text(room_id, "a")
+    assert bodies_in(client()["rooms"][room_id]) == ["a"]
+    moved = client(room_subscriptions={other: {}}, unsubscribe_rooms=[room_id])
+    assert set(moved["rooms"]) == {other}
+    alice.send_text(room_id, "b")
+    assert client()["rooms"] == {}
+    alice.send_text(other, "c")
+    assert bodies_in(client()["rooms"][other]) == ["c"]
+    ask = {"to_device": {"enabled": True, "limit": 1}}
+    first = client(extensions=ask)["extensions"]["to_device"]
+    messages = {alice.user_id: {alice.device_id: {"n": 1}}}
+    ok(bob.put(("sendToDevice", "m.test", unique()), {"messages": messages}))
+    for received, count in ((first["next_batch"], 1), (None, 1)):
+        section = {"since": received} if received else {}
+        events = client(extensions={"to_device": section})["extensions"]["to_device"]["events"]
+        assert len(events) == count
+
+
+def test_sticky_parameters_go_with_their_connection(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice = register(server)
+    alice.create_room()
+    one, other = Sticky(alice, "one"), Sticky(alice, "other")
+    for client in (one, other):
+        client(lists={"a": window(limit=1)})
+        assert set(client()["lists"]) == {"a"}
+    fails(Sticky(alice, "third").post(pos=one.pos), 400, "M_UNKNOWN_POS")
+    fails(one.post(lists={"a": {"ranges": 5}}), 400, "M_BAD_JSON")
+    fails(one.post(lists={"a": 5}), 400, "M_BAD_JSON")
+    fails(one.post(lists={"a": {"filters": 5}}), 400, "M_BAD_JSON")
+    fails(one.post(extensions={"to_device": 5}), 400, "M_BAD_JSON")
+    many = {f"!{number}:{'x' * 200}": {"timeline_limit": 1} for number in range(2000)}
+    fails(one.post(room_subscriptions=many), 413, "M_TOO_LARGE")
+    assert set(one()["lists"]) == {"a"}, "what was refused changed nothing"
+    begun = one.post()
+    one.pos = None
+    assert "lists" not in one()
+    assert begun.status_code == 200
+    server.restart()
+    fails(other.post(), 400, "M_UNKNOWN_POS")
+    other.pos = None
+    assert set(other(lists={"a": window(limit=1)})["lists"]) == {"a"}
 
 
 # ── Three clients come to the same ───────────────────────────────────────────
@@ -24867,7 +24999,9 @@ def test_without_a_turn_server_there_is_none(alice: Client, nobody: Client) -> N
 
 def test_well_known_by_default(nobody: Client, server: Server) -> None:
     client = nobody.get("/.well-known/matrix/client")
-    assert ok(client) == {"m.homeserver": {"base_url": f"https://{server.name}"}}
+    own = f"https://{server.name}"
+    proxy = {"org.matrix.msc3575.proxy": {"url": own}}
+    assert ok(client) == {"m.homeserver": {"base_url": own}, **proxy}
     assert client.headers["access-control-allow-origin"] == "*"
     assert client.headers["content-type"].startswith("application/json")
     other = nobody.get("/.well-known/matrix/server")
@@ -24887,6 +25021,7 @@ def test_well_known_as_configured_and_reloaded(new_server: Callable[..., Server]
     anyone = Client(server)
     assert ok(anyone.get("/.well-known/matrix/client")) == {
         "m.homeserver": {"base_url": "https://matrix.example.org"},
+        "org.matrix.msc3575.proxy": {"url": "https://matrix.example.org"},
         "org.matrix.msc4143.rtc_foci": foci,
     }
     assert ok(anyone.get("/.well-known/matrix/server")) == {"m.server": "matrix.example.org:8448"}
@@ -24898,7 +25033,7 @@ def test_well_known_as_configured_and_reloaded(new_server: Callable[..., Server]
     os.kill(server.pid, signal.SIGHUP)
     wanted = {"contacts": [{"matrix_id": "@admin:example.org", "role": "m.role.admin"}]}
     eventually(lambda: ok(anyone.get("/.well-known/matrix/support")) == wanted)
-    assert list(ok(anyone.get("/.well-known/matrix/client"))) == ["m.homeserver"]
+    assert "org.matrix.msc4143.rtc_foci" not in ok(anyone.get("/.well-known/matrix/client"))
     server.write_config(support_contact="nobody", port="wrong")  # nothing of it is taken
     os.kill(server.pid, signal.SIGHUP)
     eventually(lambda: "support_contact" in server.log and "port" in server.log)
