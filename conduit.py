@@ -9013,6 +9013,8 @@ class ServerKeys:
         self._asked: LruCache[str, float] = LruCache(KEYS_CACHED)  # when a fetch ended
         share = max(1, hs.config.max_concurrent_requests // 4)
         self._gates = {urgent: asyncio.Semaphore(share) for urgent in (False, True)}
+        # What is to be done when a server has lost all its keys is a later chapter's.
+        self.on_rebuilt: Callable[[str], None] = lambda _: None
         hs.db.on_reset(self._cache.clear)
 
     def known(self, server: str) -> dict[str, ServerKey]:
@@ -9153,6 +9155,9 @@ class ServerKeys:
             latest = (server, answer["valid_until_ts"], encode_json(answer))
             self.hs.db.execute("INSERT OR REPLACE INTO key_answers VALUES (?, ?, ?)", latest)
         self._cache.pop(server)
+        if direct and known and known.keys().isdisjoint(fresh):
+            log_federation.warning("%s has begun anew: none of its old keys is left", server)
+            self.on_rebuilt(server)
 
     async def answer_of(self, server: str, minimum_ts: int) -> Json | None:
         """What a server says of its keys, good until then if that can be had."""
@@ -21156,6 +21161,19 @@ def receive_device_list(hs: Homeserver, origin: str, content: Json) -> None:
         hs.background(refresh_remote_list(hs, nid))
 
 
+async def doubt_device_lists(hs: Homeserver, server: str) -> None:
+    """A server that has lost its keys counts its updates from 1 again: fetch all its lists anew."""
+    for (nid,) in hs.db.all("SELECT user_nid FROM remote_devices"):
+        known = remote_list(hs, nid) if server_of(hs.db.user_id(nid)) == server else None
+        if known is not None:
+            with hs.db.write():
+                device_list_changed(hs, nid)
+                new = RemoteList(None, hs.keys.lists_changed, known.devices)
+                keep_remote_list(hs, nid, new, {})
+            hs.background(refresh_remote_list(hs, nid))
+        await asyncio.sleep(0)
+
+
 def receive_signing_keys(hs: Homeserver, origin: str, content: Json) -> None:
     """Somebody elsewhere has new cross-signing keys."""
     user_id = content["user_id"]
@@ -30149,6 +30167,7 @@ SYNC_FILTERS = 500
 HARD_STOP_SECONDS = 4.0
 WATCH_SECONDS = 1.0
 LATE_SECONDS = 0.25
+PAGES_GIVEN_BACK = 500  # of the database to the disk, in one round
 
 log_server = logging.getLogger("conduit.server")
 
@@ -30270,6 +30289,7 @@ class Homeserver:
         self.rooms.erased = self.accounts.erased
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive
+        self.server_keys.on_rebuilt = lambda name: self.background(doubt_device_lists(self, name))
 
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
@@ -30410,6 +30430,17 @@ class Homeserver:
                     self.admin_room.announce(f"News of this server{date}: {news['message'][:2000]}")
                     self.db.set_meta("news_told", max(news["id"], self.db.meta("news_told") or 0))
 
+    def _give_back(self) -> None:
+        """Make the file smaller by pages that are free.
+
+        Trap: whatever the number, Python takes but the first step of this pragma, which is a page.
+        """
+        free = self.db.value("PRAGMA freelist_count")
+        if free:
+            with self.db.write():
+                for _ in range(min(free, PAGES_GIVEN_BACK)):
+                    self.db.execute("PRAGMA incremental_vacuum(1)")
+
     async def _maintain(self) -> None:
         """Every cleanup_second_interval: save, expire, and give free pages back to the disk."""
         while True:
@@ -30426,8 +30457,7 @@ class Homeserver:
                 self.emails.expire()
                 await self._tidy_rooms()
                 await self._look_for_news()
-                with self.db.write():
-                    self.db.execute("PRAGMA incremental_vacuum(200)").fetchall()
+                self._give_back()
             except MatrixError as error:
                 log_server.error("maintenance: %s; will try again", error)
             except Exception:  # a bad page, say: the rest of the house still wants keeping

@@ -18116,6 +18116,42 @@ def test_device_lists_of_others(anna: Client, far: Elsewhere) -> None:
     assert changed(anna.poll()) == set()
 
 
+def test_devices_of_a_server_that_begins_anew_are_fetched_anew(
+    inner: Callable[..., InnerServer],
+) -> None:
+    """It has no key of before, so its numbers of updates are not those of before either."""
+    server = inner(accept, allow_federation=False)
+    hs, names = server.hs, ("far.example", "near.example")
+    devices = {"D": device_of("@u:far.example")[1]}
+
+    def keep() -> None:
+        for name in names:
+            known = conduit.RemoteList(500, 0, devices)
+            conduit.keep_remote_list(hs, hs.db.user_nid(f"@u:{name}"), known, {})
+
+    def answer(key: conduit.SigningKey, **old: Any) -> Json:
+        until = conduit.now_ms() + 3_600_000
+        fields: Json = {"server_name": "far.example", "valid_until_ts": until}
+        fields |= {"verify_keys": {key.key_id: {"key": key.public}}, "old_verify_keys": old}
+        return conduit.sign_json(fields, "far.example", key)
+
+    def lists() -> list[tuple[Any, bool, Any]]:
+        nids = [server.do(hs.db.user_nid, f"@u:{name}") for name in names]
+        known = [cast(conduit.RemoteList, server.do(conduit.remote_list, hs, nid)) for nid in nids]
+        return [(one.stream_id, bool(one.stale), one.devices) for one in known]
+
+    server.do(keep)
+    good, doubted = (500, False, devices), (None, True, devices)
+    first, second, third = (conduit.SigningKey.generate() for _ in range(3))
+    retired = {first.key_id: {"key": first.public, "expired_ts": conduit.now_ms()}}
+    for said in (answer(first), answer(first), answer(second, **retired)):
+        server.do(hs.server_keys.store, said)
+        server.call(asyncio.sleep(0.05))
+        assert lists() == [good, good], "keys are retired and replaced all the time"
+    server.do(hs.server_keys.store, answer(third))
+    eventually(lambda: lists() == [doubted, good])
+
+
 def test_sec_23_nobody_learns_from_us_whom_else_we_know(
     here: Server, anna: Client, far: Elsewhere, peer: Peer
 ) -> None:
@@ -19928,6 +19964,32 @@ def test_who_comes_and_goes_while_an_answer_is_made_gets_each_event_once(
         assert len(set(seen[room_id])) == len(seen[room_id]), "an event came twice"
         # By sliding sync who comes back begins anew, which is not counted here.
         assert kind == "sliding" or set(sent[room_id]) <= set(seen[room_id])
+
+
+def test_syncs_leave_nothing_in_the_database(inner: Callable[..., InnerServer]) -> None:
+    """No row for a token: what was answered is known by its position alone."""
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    room_id = alice.room_with(bob)
+    alice.send_text(room_id, "hello")
+    slider = slide(bob)
+    for client in (alice, bob):
+        client.poll()
+    slider()
+
+    def counted() -> dict[str, int]:
+        db = server.hs.db
+        names = db.all("SELECT name FROM sqlite_schema WHERE type = 'table'")
+        return {name: db.value(f"SELECT COUNT(*) FROM {name}") for (name,) in names}
+
+    slider()
+    before = server.do(counted)
+    for _ in range(10):
+        bob.sync()
+        alice.poll()
+        bob.sync(bob.since)
+        slider()
+    assert server.do(counted) == before
 
 
 def test_initial_sync_shows_rooms_as_of_now_or_of_leaving(alice: Client, bob: Client) -> None:
@@ -22268,6 +22330,22 @@ def test_clean_ups_keep_to_what_is_configured(inner: Callable[..., InnerServer])
         last = fetched(server, bytes([age]) * 600_000, "far.example", age)
     query = "SELECT media_id FROM media ORDER BY media_nid"
     eventually(lambda: server.do(server.hs.db.all, query) == [(own,), (last,)])
+
+
+def test_free_pages_go_back_to_the_disk(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept, cleanup_second_interval=1)
+    admin = register(server, "admin")
+    room_id = admin.create_room()
+    for _ in range(30):
+        admin.send_text(room_id, "x" * 60_000)
+    size = server.do(server.hs.db.value, "PRAGMA page_count")
+    ok(admin.delete(f"/_synapse/admin/v1/rooms/{quote(room_id)}", {}))
+
+    def given_back() -> bool:
+        free = server.do(server.hs.db.value, "PRAGMA freelist_count")
+        return free == 0 and server.do(server.hs.db.value, "PRAGMA page_count") < size - 300
+
+    eventually(given_back, 20)
 
 
 def test_caches_are_as_large_as_configured(inner: Callable[..., InnerServer]) -> None:
@@ -30043,6 +30121,7 @@ SCANS: Final = {
     "SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts, badge,"
     " pushed_ts, failures, failing_ts, retry_ts, error, failed_ts"
     " FROM pushers": "at the start and when one changes; in memory",
+    "SELECT user_nid FROM remote_devices": "a server elsewhere has lost its keys",
     "SELECT DISTINCT pusher_nid FROM push_queue": "then as well; the table is a queue",
     " ".join(conduit.USER_ROWS.split()): "an admin asks for the list, in a thread",
     "SELECT room_nid FROM rooms WHERE state_group > 0": "an admin asks for the list",
