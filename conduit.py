@@ -779,6 +779,7 @@ class Config:
     allow_unstable_room_versions: bool = live("whether rooms can have an unstable version", True)
     default_room_version: str = live("version of new rooms", "12", A_ROOM_VERSION)
     max_request_size: int = live("largest upload, in bytes", 20_971_520, bounds=(65_536, 2**40))
+    allow_query_access_token: bool = live("whether the token may be in the address", True)
     rate_limit: bool = live("whether a user or an address that asks too fast has to wait", True)
     allow_local_presence: bool = live("whether users see who is online", True)
 
@@ -1665,7 +1666,28 @@ class Migration(NamedTuple):
 
 
 # The first schema is version 1; the n-th entry leads from version n to n + 1.
-MIGRATIONS: Final[tuple[Migration, ...]] = ()
+MIGRATIONS: Final[tuple[Migration, ...]] = (
+    Migration(
+        "when a push failed last; who left purged rooms; no search texts of purged history",
+        """
+        CREATE TABLE purged_rooms (
+            user_nid INTEGER NOT NULL,
+            room_nid INTEGER NOT NULL,
+            left_nid INTEGER NOT NULL,
+            event_id TEXT NOT NULL,
+            version TEXT NOT NULL,
+            pdu BLOB NOT NULL,
+            purged_ts INTEGER NOT NULL,
+            PRIMARY KEY (user_nid, room_nid)
+        ) WITHOUT ROWID;
+        CREATE INDEX purged_rooms_ts ON purged_rooms (purged_ts);
+        ALTER TABLE pushers ADD COLUMN failed_ts INTEGER;
+        DELETE FROM search_texts
+        WHERE nid NOT IN (SELECT nid FROM events WHERE pos IS NOT NULL);
+        DELETE FROM meta WHERE key = 'search_indexed'
+        """,
+    ),
+)
 
 
 def migrate(connection: sqlite3.Connection, path: Path, steps: Sequence[Migration]) -> None:
@@ -5247,7 +5269,7 @@ class RoomWriter(RoomResolver):
         self._listeners.append(listener)
 
     def subscribe_old(self, listener: RoomListener) -> None:
-        """Call back for each event that comes into the timeline below others, as backfill does."""
+        """Call back for each event that enters the timeline below others, or leaves it there."""
         self._old_listeners.append(listener)
 
     def subscribe_sent(self, listener: RoomListener) -> None:
@@ -6412,6 +6434,9 @@ class RoomKeeper(RoomReceiver):
         )
         for nid in kept:
             self._events.pop(nid)
+        for event in self.events_by_nids(kept):
+            for tell in self._old_listeners:
+                tell(room, event)
         return len(nids)
 
     async def delete_unused_groups(self, room: Room) -> int:
@@ -7929,12 +7954,15 @@ class Requester:
     appservice: str | None = None  # the id of the application service that acts for the user
 
 
-def access_token(request: Request) -> str | None:
-    """The token from the Authorization header, or from the query, where old clients put it."""
+def access_token(hs: Homeserver, request: Request) -> str | None:
+    """The token from the Authorization header, or from the query, where old clients put it.
+
+    Spec: deprecated with v1.11, and gone with what follows v1.19: addresses end up in logs.
+    """
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token:
         return token.strip(" ")
-    return request.arg("access_token") or None
+    return (hs.config.allow_query_access_token and request.arg("access_token")) or None
 
 
 def check_caller(auth: Auth, requester: Requester | None) -> None:
@@ -8229,7 +8257,7 @@ class Router:
         self._admit(request, entry)
         await self._read_body(request, entry)
         if request.requester is not None:  # the session may have ended while the body came
-            request.requester = self.authenticate(request, access_token(request) or "")
+            request.requester = self.authenticate(request, access_token(self.hs, request) or "")
             check_caller(entry.auth, request.requester)
         values.reverse()
         lost = self.hs.db.lost
@@ -8257,7 +8285,7 @@ class Router:
             self.limiter.check(limit, address_group(request.address), share)
         if anonymous or entry.auth is FEDERATION:
             return
-        token = access_token(request)
+        token = access_token(self.hs, request)
         request.requester = self.authenticate(request, token) if token else None
         check_caller(entry.auth, request.requester)
         if limit is not None and request.requester is not None:
@@ -14151,8 +14179,10 @@ class DelayedEvents:
         self, request: Request, room_id: str, event_type: str, state_key: str | None, delay: int
     ) -> str:
         """Keep the event whose content is the request's JSON for `delay` milliseconds; its id."""
-        nid, content = request.user.nid, request.json
-        self.hs.rooms.get(room_id)
+        nid, content, room = request.user.nid, request.json, self.hs.rooms.get(room_id)
+        redacts = content.get("redacts") if event_type == REDACTION else None
+        what = event_type, content, state_key, redacts if isinstance(redacts, str) else None
+        self.hs.rooms.check_sender(room, request.user.user_id, *what)
         if delay <= 0:
             raise invalid_param("The delay must be more than 0 milliseconds")
         if delay > MAX_DELAY_MS:
@@ -18356,8 +18386,8 @@ CREATE INDEX search_room ON search_texts (room_nid, pos);
 CREATE INDEX search_source ON search_texts (source);
 """)
 invariant(
-    "search texts of events that are not there",
-    "SELECT nid FROM search_texts WHERE nid NOT IN (SELECT nid FROM events)",
+    "search texts of events that are not there, or in no timeline",
+    "SELECT nid FROM search_texts WHERE nid NOT IN (SELECT nid FROM events WHERE pos IS NOT NULL)",
 )
 
 # ── 33.1  The search index ───────────────────────────────────────────────────
@@ -18451,10 +18481,15 @@ class Search:
         return True
 
     def take_old(self, _room: Room, event: Event) -> None:
-        """Take in an event that was put below those that are in the index; inside a write block."""
+        """Follow an event that came in below those in the index, or left; inside a write block."""
         if event.nid <= self._upto():
             for changed in self._changed_by(event):
                 self._refresh(changed)
+
+    def take_late(self, room: Room, event: Event) -> None:
+        """Take in an event that was known outside of the timeline before it came into it."""
+        if event.nid != event.pos:
+            self.take_old(room, event)
 
     def _changed_by(self, event: Event) -> list[Event]:
         """The events whose text is another since an event came: itself, or what it changes."""
@@ -19779,7 +19814,8 @@ CREATE TABLE pushers (
     failures INTEGER NOT NULL DEFAULT 0, -- since then
     failing_ts INTEGER,           -- when they began
     retry_ts INTEGER NOT NULL DEFAULT 0,
-    error TEXT,                   -- and what the last one was
+    error TEXT,                   -- what went wrong the last time that something did,
+    failed_ts INTEGER,            -- and when
     UNIQUE (user_nid, app_id, pushkey)
 );
 CREATE INDEX pushers_by_key ON pushers (app_id, pushkey);
@@ -19813,9 +19849,12 @@ class Pusher:
     enabled: int
     created_ts: int
     badge: int
+    pushed_ts: int | None
     failures: int
     failing_ts: int | None
     retry_ts: int
+    error: str | None
+    failed_ts: int | None
 
     @property
     def data(self) -> Json:
@@ -19902,6 +19941,12 @@ class Pushers:
         """The pushers of a user."""
         return self._by_user.get(user_nid, [])
 
+    def with_devices(self, user_nid: UserNid) -> list[tuple[Pusher, str | None]]:
+        """The same, each with the id of the device that it goes with."""
+        devices = "SELECT device_nid, device_id FROM devices WHERE user_nid = ?"
+        ids = dict(self.db.all(devices, (user_nid,)))
+        return [(pusher, ids.get(pusher.device_nid)) for pusher in self.of(user_nid)]
+
     def put(self, user: Requester, body: Json, enabled: bool, append: bool) -> None:
         """Make a pusher, or change it; that of others with this key goes unless told to append."""
         key, now = (body["app_id"], body["pushkey"]), now_ms()
@@ -19919,7 +19964,7 @@ class Pushers:
                 ON CONFLICT (user_nid, app_id, pushkey) DO UPDATE
                 SET device_nid = excluded.device_nid, body = excluded.body,
                     enabled = excluded.enabled, created_ts = excluded.created_ts,
-                    failures = 0, failing_ts = NULL, retry_ts = 0, error = NULL
+                    failures = 0, failing_ts = NULL, retry_ts = 0
                 """,
                 (user.nid, user.device_nid, *key, json.dumps(body), enabled, now),
             )
@@ -19959,7 +20004,7 @@ class Pushers:
         rows = self.db.all(
             """
             SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts,
-                badge, failures, failing_ts, retry_ts
+                badge, pushed_ts, failures, failing_ts, retry_ts, error, failed_ts
             FROM pushers
             """
         )
@@ -20129,13 +20174,14 @@ class Pushers:
             if badge is None:
                 return
             pusher.badge, pusher.failures, pusher.failing_ts = badge, 0, None
+            pusher.pushed_ts = now_ms()
             self.db.execute(
                 """
                 UPDATE pushers
-                SET badge = ?, pushed_ts = ?, failures = 0, failing_ts = NULL, error = NULL
+                SET badge = ?, pushed_ts = ?, failures = 0, failing_ts = NULL
                 WHERE pusher_nid = ?
                 """,
-                (badge, now_ms(), pusher.nid),
+                (badge, pusher.pushed_ts, pusher.nid),
             )
             if unread_in_all(self.hs, pusher.user_nid) < badge:
                 self._put(pusher.user_nid, BADGE, {})
@@ -20145,7 +20191,7 @@ class Pushers:
         if pusher is None:
             return
         now = now_ms()
-        pusher.failures += 1
+        pusher.failures, pusher.failed_ts, pusher.error = pusher.failures + 1, now, error
         pusher.failing_ts = pusher.failing_ts or now
         first, most = PUSH_RETRY_MS
         pusher.retry_ts = now + min(first << min(pusher.failures - 1, 20), most)
@@ -20156,10 +20202,10 @@ class Pushers:
             self.db.execute(
                 """
                 UPDATE pushers
-                SET failures = ?, failing_ts = ?, retry_ts = ?, error = ?
+                SET failures = ?, failing_ts = ?, retry_ts = ?, error = ?, failed_ts = ?
                 WHERE pusher_nid = ?
                 """,
-                (pusher.failures, pusher.failing_ts, pusher.retry_ts, error, pusher.nid),
+                (pusher.failures, pusher.failing_ts, pusher.retry_ts, error, now, pusher.nid),
             )
 
 
@@ -20216,12 +20262,10 @@ async def set_pusher(hs: Homeserver, request: Request) -> Json:
 @route("GET", PUSHERS_PATH, auth=USER)
 async def get_pushers(hs: Homeserver, request: Request) -> Json:
     """The pushers of the user."""
-    devices = "SELECT device_nid, device_id FROM devices WHERE user_nid = ?"
-    ids = dict(hs.db.all(devices, (request.user.nid,)))
     return {
         "pushers": [
-            {**pusher.body, ENABLED: bool(pusher.enabled), DEVICE_ID: ids.get(pusher.device_nid)}
-            for pusher in hs.pushers.of(request.user.nid)
+            {**pusher.body, ENABLED: bool(pusher.enabled), DEVICE_ID: device_id}
+            for pusher, device_id in hs.pushers.with_devices(request.user.nid)
         ]
     }
 
@@ -23482,6 +23526,21 @@ MAX_SYNC_LIMIT = 100  # timeline events of a room in one answer
 MAX_SYNC_TIMEOUT_MS = 300_000
 HEROES = 5
 YIELD_SECONDS = 0.01  # how long a big sync may hold the loop before others get a turn
+PURGED_KEPT_MS = 90 * 24 * 3600 * 1000  # how long a deleted room is told to who was away
+
+schema("""
+CREATE TABLE purged_rooms (
+    user_nid INTEGER NOT NULL,
+    room_nid INTEGER NOT NULL,
+    left_nid INTEGER NOT NULL,      -- the event by which the user left,
+    event_id TEXT NOT NULL,         -- which is nowhere else any more
+    version TEXT NOT NULL,
+    pdu BLOB NOT NULL,
+    purged_ts INTEGER NOT NULL,
+    PRIMARY KEY (user_nid, room_nid)
+) WITHOUT ROWID;
+CREATE INDEX purged_rooms_ts ON purged_rooms (purged_ts);
+""")
 
 # ── 42.1  Waiting ────────────────────────────────────────────────────────────
 
@@ -24027,14 +24086,69 @@ def departure_from(ask: SyncReader, room: Room, left: Event, since: int | None) 
     return Departure(since, timeline, cast(Event, gone).nid if was_member else None)
 
 
+def departed_section(ask: SyncRequest, left: Event) -> Json:
+    """A left room of which there is nothing more to be seen: it is forgotten, or deleted."""
+    timeline = Timeline(ask.wanted.timeline.pick([left]), False, stream_token(left.nid), True)
+    state = ask.wanted.state.pick([left]) if ask.state_after else []
+    return events_section(ask, timeline, [ask.format(event) for event in state], [])
+
+
 def left_section(ask: SyncRequest, room: Room, member: Member) -> Json | None:
     """A room that the user has left, up to the moment of leaving, or None."""
     left = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
     if hides_invite(ask, ask.hs.rooms.entry_before(left, left.key)):
         return None  # the client never heard of it
+    if member.forgotten:  # on another device
+        return departed_section(ask, left)
     since, timeline, upto = departure_from(ask, room, left, ask.since)
     state = [] if upto is None else state_section(ask, room, since, timeline, upto)
     return events_section(ask, timeline, state, [])
+
+
+def remember_departures(hs: Homeserver, room: Room) -> None:
+    """Subscriber of the room store: a device that is away now has yet to hear who left the room."""
+    hs.db.execute(
+        """
+        INSERT OR IGNORE INTO purged_rooms
+        SELECT user_nid, events.room_nid, nid, event_id, :version, pdu, :now
+        FROM memberships
+        JOIN accounts USING (user_nid)
+        JOIN events ON nid = event_nid
+        WHERE memberships.room_nid = :room
+          AND membership IN ('leave', 'ban')
+        """,
+        {"room": room.nid, "version": room.version.id, "now": now_ms()},
+    )
+
+
+def forget_departures(hs: Homeserver) -> None:
+    """Let go of what devices that are still in use have heard long ago."""
+    with hs.db.write():
+        old = (now_ms() - PURGED_KEPT_MS,)
+        hs.db.execute("DELETE FROM purged_rooms WHERE purged_ts < ?", old)
+
+
+def departures_from_purged(ask: SyncReader, since: int) -> list[tuple[RoomNid, Event]]:
+    """The events by which the user left rooms that are deleted and that they did not come back to.
+
+    A client that heard of none of them would show the rooms for ever.
+    """
+    query = """
+        SELECT room_nid, left_nid, event_id, version, pdu
+        FROM purged_rooms
+        WHERE user_nid = ?
+          AND left_nid > ?
+          AND left_nid <= ?
+    """
+    found, members = [], ask.hs.rooms.memberships(ask.nid)
+    rows = ask.hs.db.all(query, (ask.nid, since, ask.upto))
+    for room_nid, left_nid, event_id, version, pdu in rows:
+        event = Event(ROOM_VERSIONS[version], json.loads(pdu), event_id)
+        event.nid = left_nid
+        again = ask.hs.rooms.heard_of(event.room_id)
+        if again is None or again.nid not in members:
+            found.append((room_nid, event))
+    return found
 
 
 def room_section(
@@ -24055,30 +24169,35 @@ def room_section(
         if is_new:
             section = {"knock_state": {"events": stripped_state(ask.hs.rooms, room, member)}}
         return "knock", section
-    wanted = ask.since is not None or ask.wanted.include_leave
-    if is_new and wanted and not member.forgotten:
+    wanted = ask.since is not None or (ask.wanted.include_leave and not member.forgotten)
+    if is_new and wanted:
         section = left_section(ask, room, member)
     return "leave", section
 
 
 async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
-    """The rooms of the answer, by membership; others get a turn while a long one is made."""
+    """The rooms of the answer, by membership; others get a turn while a long one is made.
+
+    Trap: who joins or leaves meanwhile does so behind the token, and is told the next time.
+    """
     rooms, sections = ask.hs.rooms, cast(Json, {})
+    members = rooms.memberships(ask.nid)
     data: dict[RoomNid, list[Json]] = {}
     if changes is None or ROOM_DATA in changes.kinds:
         data = room_account_data(ask.hs, ask.nid, ask.since or 0)
     if changes is None or ask.full_state:
-        nids = set(rooms.memberships(ask.nid))
+        nids = set(members)
     else:
         nids = changes.rooms | changes.receipts | changes.typing | set(data)
     pause_at = time.monotonic() + YIELD_SECONDS
-    for nid in nids:
+    for nid, member in [(nid, members.get(nid)) for nid in nids]:
         if time.monotonic() > pause_at:
             await asyncio.sleep(0)
             pause_at = time.monotonic() + YIELD_SECONDS
-        member = rooms.memberships(ask.nid).get(nid)
+        if member is None or nid not in rooms.memberships(ask.nid):  # deleted meanwhile
+            continue
         room = rooms.by_nid(nid)
-        if member is None or not ask.wanted.rooms.wants_room(room.room_id):
+        if not ask.wanted.rooms.wants_room(room.room_id):
             continue
         is_new = ask.full_state or (ask.since is not None and member.join_pos > ask.since)
         new_data = room_account_data_of(ask.hs, ask.nid, nid) if is_new else data.get(nid, [])
@@ -24086,6 +24205,9 @@ async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
         name, section = room_section(ask, room, member, changes, new_data)
         if section is not None:
             sections.setdefault(name, {})[room.room_id] = section
+    for _, left in [] if ask.since is None else departures_from_purged(ask, ask.since):
+        if ask.wanted.rooms.wants_room(left.room_id):
+            sections.setdefault("leave", {})[left.room_id] = departed_section(ask, left)
     return sections
 
 
@@ -24306,7 +24428,7 @@ async def get_one_event(hs: Homeserver, request: Request, event_id: str) -> Json
 #  What Element X speaks: windows on the list of rooms instead of all rooms. The
 #  server remembers for each connection which rooms the client has, and how much of
 #  them; a room in a window that has news since is sent.  spec: MSC4186, MSC3884,
-#  MSC3885, MSC3959, MSC3960, MSC3961, MSC4308; the older MSC3575 as far as it is the same
+#  MSC3885, MSC3959, MSC3960, MSC3961, MSC4308; MSC3575, sorted by activity alone
 # ═════════════════════════════════════════════════════════════════════════════
 
 schema("""
@@ -24358,6 +24480,8 @@ MAX_REQUIRED_STATE = 300  # entries of one list or subscription
 MAX_CONFIGS = 100  # kinds of required_state in the life of a connection
 MAX_EXTRA = 200  # members and the like remembered as sent, of a room
 SLIDING_ROOMS = 50_000  # rooms of connections in memory
+STICKY_BYTES = 262_144  # of the parameters of one connection of MSC3575,
+STICKY_MEMORY = 8_388_608  # and of all of them
 BUMP_SCAN = 200  # events looked at for one that bumps
 BUMP_TYPES = frozenset(  # what clients sort rooms by
     {
@@ -24527,10 +24651,12 @@ def limited_filter(limit: int) -> SyncFilter:
 class SlidingRequest(SyncReader):
     """One call of sliding sync, in either form."""
 
-    def __init__(self, hs: Homeserver, request: Request, *, accepted: bool) -> None:
+    def __init__(
+        self, hs: Homeserver, request: Request, *, accepted: bool, sticky: bool = False
+    ) -> None:
         super().__init__(hs, request, limited_filter(0))
         body = request.json
-        self.accepted = accepted
+        self.accepted, self.sticky = accepted, sticky
         self.conn_id: str = body.get("conn_id", "")
         lists, rooms = body.get("lists", {}), body.get("room_subscriptions", {})
         if len(lists) > MAX_LISTS or (accepted and len(rooms) > MAX_LISTS):
@@ -24559,7 +24685,7 @@ class SlidingRequest(SyncReader):
         return RoomConfig(limit, frozenset((wish,)))
 
     def _list(self, wanted: Json) -> RoomList:
-        ranges = wanted.get("ranges", [])
+        ranges = wanted.get("ranges", None if self.sticky else [])
         if self.accepted:
             ranges = [wanted["range"]] if "range" in wanted else None
         for span in ranges or ():
@@ -24647,6 +24773,7 @@ class Sliding:
         self.bumps: LruCache[RoomNid, int] = LruCache(int(SLIDING_ROOMS * scale))
         self.types: LruCache[RoomNid, str] = LruCache(int(SLIDING_ROOMS * scale))
         self.senders: LruCache[EventNid, str] = LruCache(int(SLIDING_ROOMS * scale))
+        self.sticky: LruCache[tuple[int, int, str], Json] = LruCache(int(STICKY_MEMORY * scale))
         for cache in (self._connections, self.bumps, self.types, self.senders):
             hs.db.on_reset(cache.clear)
         hs.accounts.on_device_deleted(self._device_deleted)
@@ -24955,7 +25082,7 @@ def select_rooms(ask: SlidingRequest, connection: SlidingConnection) -> Window:
             for nid, room_id in ordered.items()
             if all(test(nid, room_id) == right for test, right in tests)
         ]
-        spans = [[0, len(nids)]] if wanted.ranges is None else wanted.ranges
+        spans = [[0, len(nids) - 1]] if wanted.ranges is None else wanted.ranges
         windows = [nids[first : last + 1] for first, last in spans]
         window.answer[name] = {"count": len(nids)}
         if not ask.accepted:
@@ -25187,6 +25314,17 @@ def invited_section(
     return {"initial": True, name: stripped, "bump_stamp": max(0, member.event_nid)}, now
 
 
+def departed_room(ask: SlidingRequest, left: Event, sent: SentRoom) -> Json:
+    """A room that is deleted, for a client that has it: all there is to see is how it ended."""
+    events = [ask.format(left)]
+    result: Json = {"required_state": events, "bump_stamp": left.nid}
+    result |= {"membership": left.membership} if ask.accepted else dict.fromkeys(COUNT_NAMES, 0)
+    if sent.limit > 0:
+        timeline = {"timeline": events, "limited": False, "num_live": 1}
+        result |= {**timeline, "prev_batch": stream_token(left.nid)}
+    return result
+
+
 # ── 43.6  The rooms of an answer ─────────────────────────────────────────────
 
 
@@ -25223,21 +25361,31 @@ class Answer:
     async def make_rooms(self) -> None:
         """Make the sections of all rooms; others get a turn while a long answer is made."""
         pause_at = time.monotonic() + YIELD_SECONDS
-        for nid in self.candidates():
+        members = self.ask.hs.rooms.memberships(self.ask.nid)  # as of now; see `rooms_section`
+        for nid, member in [(nid, members.get(nid)) for nid in self.candidates()]:
             if time.monotonic() > pause_at:
                 await asyncio.sleep(0)
                 pause_at = time.monotonic() + YIELD_SECONDS
-            self._make_room(nid)
+            if member is not None and nid in self.ask.hs.rooms.memberships(self.ask.nid):
+                self._make_room(nid, member)
         if not self.is_settled:
             for nid, sent in self.connection.rooms.items():
                 if sent.behind is None and nid not in self.window.configs:
                     self.sent[nid] = sent._replace(behind=cast(int, self.ask.since))
+        self._take_leave()
 
-    def _make_room(self, nid: RoomNid) -> None:
-        ask, sent = self.ask, self.connection.rooms.get(nid)
-        member, config = ask.hs.rooms.memberships(ask.nid).get(nid), self.window.configs[nid]
-        if member is None:
-            return
+    def _take_leave(self) -> None:
+        """Name the rooms that the client has and that are deleted, each once."""
+        ask, known = self.ask, self.connection.rooms
+        for nid, left in departures_from_purged(ask, 0) if known else ():
+            sent = known.get(nid)
+            if sent is not None and left.nid > begin_of(ask, sent):
+                self.window.ids[nid] = left.room_id
+                self.rooms[nid] = departed_room(ask, left, sent)
+                self.sent[nid] = sent._replace(behind=ask.upto)
+
+    def _make_room(self, nid: RoomNid, member: Member) -> None:
+        ask, sent, config = self.ask, self.connection.rooms.get(nid), self.window.configs[nid]
         is_dm = self.window.ids[nid] in self.direct
         moved = self._counts_moved(nid)
         is_same = sent is not None and is_dm == sent.is_dm and not moved
@@ -25534,10 +25682,14 @@ async def answer_sliding(
 
 SLIDING_PATH = "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"
 SLIDING_OLD = "/_matrix/client/unstable/org.matrix.msc3575/sync"
+STICKY_BODY: Final[Json] = {
+    **{"conn_id?": str, "txn_id?": ANY, "unsubscribe_rooms?": [str]},
+    **{"lists?": {str: dict}, "room_subscriptions?": {str: dict}, "extensions?": dict},
+}
 
 
-@route("POST", SLIDING_PATH, auth=GUEST, limit=None, also=(SLIDING_OLD,), body=SLIDING_BODY)
-async def post_sliding_sync(hs: Homeserver, request: Request) -> Json:
+@route("POST", SLIDING_PATH, auth=GUEST, limit=None, body=SLIDING_BODY)
+async def post_sliding_sync(hs: Homeserver, request: Request, *, sticky: bool = False) -> Json:
     """What is new in the windows since `pos`, in the form that is deployed.
 
     Spec: MSC4186 under its unstable prefix.  400 M_UNKNOWN_POS for a `pos` that is not the newest
@@ -25546,8 +25698,57 @@ async def post_sliding_sync(hs: Homeserver, request: Request) -> Json:
     timeout = min(request.int_arg("timeout", 0, 0, 2**53), MAX_SYNC_TIMEOUT_MS) / 1000
     asked = request.arg("set_presence")
     note_sync(hs, request.user, asked if asked in PRESENCE_STATES else "online", timeout)
-    ask = SlidingRequest(hs, request, accepted=False)
+    ask = SlidingRequest(hs, request, accepted=False, sticky=sticky)
     return await answer_sliding(hs, request, ask, request.arg("pos"), timeout)
+
+
+def merged(known: Any, given: Any) -> Any:
+    """An object with what another says changed in it; null says nothing."""
+    if not (isinstance(known, dict) and isinstance(given, dict)):
+        return known if given is None else given
+    return {key: merged(known.get(key), given.get(key)) for key in {**known, **given}}
+
+
+def stuck(known: Json, asked: Json) -> Json:
+    """The parameters of MSC3575 in force: those of a request, and what it left as it was.
+
+    Trap: what is not sticky, such as the ranges of a list, must not come back.
+    """
+    now = cast(Json, merged({**known, "unsubscribe_rooms": []}, asked))
+    for kind in ("lists", "room_subscriptions"):
+        for name in asked.get(kind, {}):
+            now[kind][name].setdefault("timeline_limit", DEFAULT_PAGE)
+    for name, wanted in asked.get("lists", {}).items():
+        one = now["lists"][name]
+        one["ranges"] = None if one.get("slow_get_all_rooms") else wanted.get("ranges")
+    for room_id in now["unsubscribe_rooms"]:
+        now.get("room_subscriptions", {}).pop(room_id, None)
+    received = now.get("extensions", {}).get("to_device")
+    if isinstance(received, dict):
+        received["since"] = (asked.get("extensions", {}).get("to_device") or {}).get("since")
+    return now
+
+
+@route("POST", SLIDING_OLD, auth=GUEST, limit=None, body=STICKY_BODY)
+async def post_sticky_sync(hs: Homeserver, request: Request) -> Json:
+    """The same as its first clients ask for it, who name only the parameters that change.
+
+    Spec: MSC3575.  400 M_UNKNOWN_POS when they are not known any more, as after a restart.
+    """
+    asked, user, cache = request.json, request.user, hs.sliding.sticky
+    key = user.nid, user.device_nid or 0, asked.get("conn_id", "")
+    known = cache.get(key) if request.arg("pos") else {}
+    if known is None:
+        raise unknown_pos()
+    txn_id = asked.pop("txn_id", None)
+    request.json = stuck(known, asked)
+    check_shape(request.json, SLIDING_BODY)
+    size = len(encode_json(request.json))
+    if size > STICKY_BYTES:
+        raise too_large(f"The parameters of a connection have at most {STICKY_BYTES} bytes")
+    cache.put(key, request.json, size)
+    result = await post_sliding_sync(hs, request, sticky=True)
+    return result if txn_id is None else {**result, "txn_id": txn_id}
 
 
 @route("POST", "/_matrix/client/v4/sync", auth=GUEST, limit=None, body=SLIDING_BODY_V4)
@@ -27216,7 +27417,7 @@ class AppserviceRegistry:
 
     def of_request(self, request: Request) -> Appservice | None:
         """The service whose as_token a request bears."""
-        token = access_token(request) if self._by_token else None
+        token = access_token(self.hs, request) if self._by_token else None
         return None if token is None else self._by_token.get(token_hash(token))
 
     def is_unlimited(self, request: Request) -> bool:
@@ -27258,7 +27459,7 @@ class AppserviceRegistry:
 
         Trap: the tokens of a login are the user's own, and so would be an admin's rights.
         """
-        token = access_token(request)
+        token = access_token(self.hs, request)
         if token is None:
             raise MatrixError(401, "M_MISSING_TOKEN", "Missing access token")
         service = self._by_token.get(token_hash(token))
@@ -28107,6 +28308,78 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+ROOT_PAGE, FREE_PAGE = 1, 2  # kinds of pages in SQLite's pointer map
+SMALL_TABLE = 65_536  # bytes up to which tables are summed up in one line
+MEDIA_SIZES = """
+    SELECT kind, SUM(size)
+    FROM (
+        SELECT MIN(iif(preview, 3, iif(server = '', 1, 2))) AS kind, size
+        FROM media
+        WHERE sha256 IS NOT NULL
+        GROUP BY sha256
+    )
+    GROUP BY kind
+"""
+
+
+def page_parents(path: Path, page_size: int) -> array.array[int]:
+    """For each page of a database file the one that leads to it, itself for a root, else 0.
+
+    The map that auto_vacuum keeps says so in a thousandth of the file; dbstat would read it all.
+    Spec: SQLite's "Database File Format", 1.8 Pointer Map Pages.
+    """
+    entries = page_size // 5
+    with path.open("rb") as file:
+        count = os.fstat(file.fileno()).st_size // page_size
+        parents = array.array("I", bytes(4 * (count + 1)))
+        parents[1:2] = array.array("I", [1] if count else [])
+        for page in range(2, count + 1, entries + 1):
+            file.seek((page - 1) * page_size)
+            raw = file.read(entries * 5)
+            for at, (kind, parent) in enumerate(struct.iter_unpack(">BI", raw), page + 1):
+                if at <= count and kind != FREE_PAGE and parent <= count:
+                    parents[at] = at if kind == ROOT_PAGE else parent
+    return parents
+
+
+def bytes_by_table(folder: Path, connection: sqlite3.Connection) -> Counter[str]:
+    """In a thread: what each table takes on the disk with its indices, as of the last checkpoint.
+
+    Each step halves the way to the root, so long chains, and even wrong ones, come to an end.
+    """
+    page_size = connection.execute("PRAGMA page_size").fetchone()[0]
+    names = dict(connection.execute("SELECT rootpage, tbl_name FROM sqlite_schema"))
+    parents = page_parents(folder / DATABASE_FILE, page_size)
+    sizes: Counter[str] = Counter()
+    for start in range(1, len(parents)):
+        page = start
+        while parents[page] != page:
+            parents[page] = parents[parents[page]]
+            page = parents[page]
+        sizes[names.get(page, "(the schema)" if page else "(free)")] += page_size
+    return sizes
+
+
+def disk_rows(folder: Path, connection: sqlite3.Connection) -> list[tuple[str, str, str]]:
+    """In a thread: what takes room on the disk, in three parts, largest first."""
+    media = dict(connection.execute(MEDIA_SIZES).fetchall())
+    small = (folder / MEDIA_FOLDER / "thumbnails").rglob("*")
+    kinds = ("uploaded here", "of other servers", "of previews")
+    parts = {
+        "table": bytes_by_table(folder, connection),
+        "media": Counter({kind: media.get(at, 0) for at, kind in enumerate(kinds, 1)}),
+        "file": Counter({"write-ahead log": size_of(folder / f"{DATABASE_FILE}-wal") or 0}),
+    }
+    parts["media"]["thumbnails"] = sum(size_of(path) or 0 for path in small if path.is_file())
+    rows = []
+    for part, sizes in parts.items():
+        for name in [name for name, size in sizes.items() if size < SMALL_TABLE]:
+            if part == "table":
+                sizes["(small tables)"] += sizes.pop(name)
+        rows += [(part, name, mebibytes(size)) for name, size in sizes.most_common()]
+    return [*rows, ("", "free on the disk", mebibytes(shutil.disk_usage(folder).free))]
+
+
 def mebibytes(size: int) -> str:
     """A number of bytes for people."""
     return f"{size / 1_048_576:.1f} MiB"
@@ -28178,6 +28451,13 @@ async def memory_usage(hs: Homeserver, arguments: Arguments) -> Reply:
         ),
     ]
     return reply_table("Memory and disk:", ("What", "Size", ""), rows)
+
+
+@command("disk-usage")
+async def disk_usage(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Show what takes room on the disk: each table of the database, and each kind of media."""
+    rows = await hs.db.read_in_thread(functools.partial(disk_rows, hs.db.folder))
+    return reply_table("On the disk, as of the last checkpoint:", ("", "What", "Size"), rows)
 
 
 @command("clear-caches")
@@ -28534,6 +28814,20 @@ async def list_devices_of(hs: Homeserver, arguments: Arguments) -> Reply:
         seen = minute_of(device.get("last_seen_ts", 0))
         rows.append((device["device_id"], *texts, seen))
     return reply_table(f"Devices of {user_id}:", ("Device", "Name", "Address", "Seen (UTC)"), rows)
+
+
+@command("list-pushers USER")
+async def list_pushers_of(hs: Homeserver, arguments: Arguments) -> Reply:
+    """List which apps of an account are woken up, and whether that worked, or why not."""
+    user_id, nid = local_account(hs, arguments["USER"])
+    rows = []
+    for pusher, device_id in hs.pushers.with_devices(nid):
+        names = device_id or "", pusher.app_id, urlsplit(pusher.data["url"]).hostname or ""
+        last = "failed" if pusher.failing_ts else "ok" if pusher.pushed_ts else ""
+        times = [minute_of(ts) if ts else "" for ts in (pusher.pushed_ts, pusher.failed_ts)]
+        rows.append((*names, last if pusher.enabled else "off", *times, pusher.error or ""))
+    heads = ("Device", "App", "Gateway", "Last push", "Worked (UTC)", "Failed (UTC)", "Why")
+    return reply_table(f"Pushers of {user_id}:", heads, rows)
 
 
 @command("logout-user USER [DEVICE]")
@@ -30097,8 +30391,16 @@ async def admin_media_statistics(hs: Homeserver, request: Request) -> Json:
 
 @admin_route("GET", "/v1/users/{user_id}/pushers")
 async def admin_pushers(hs: Homeserver, _request: Request, user_id: str) -> Json:
-    """The pushers of a user."""
-    found = [pusher.body for pusher in hs.pushers.of(admin_target(hs, user_id).nid)]
+    """The pushers of a user, and whether their gateways took what they were sent last."""
+    found = [
+        {
+            **pusher.body,
+            **{"enabled": bool(pusher.enabled), "device_id": device_id},
+            **{"last_success": pusher.pushed_ts, "failing_since": pusher.failing_ts},
+            **{"last_failure": pusher.failed_ts, "last_error": pusher.error},
+        }
+        for pusher, device_id in hs.pushers.with_devices(admin_target(hs, user_id).nid)
+    ]
     return {"pushers": found, "total": len(found)}
 
 
@@ -30265,7 +30567,9 @@ def well_known_response(value: Json) -> Response:
 @route("GET", "/.well-known/matrix/client", auth=NONE, limit=None)
 async def well_known_client(hs: Homeserver, request: Request) -> Response:
     """Tell a client that knows the server's name where its API is.  Spec: "Well-known URIs"."""
-    found: Json = {"m.homeserver": {"base_url": hs.config.well_known.client}}
+    own = hs.config.well_known.client
+    # Element X before its version of 2024 takes who names no proxy for a server without MSC3575.
+    found: Json = {"m.homeserver": {"base_url": own}, "org.matrix.msc3575.proxy": {"url": own}}
     if hs.config.rtc_foci:
         found["org.matrix.msc4143.rtc_foci"] = list(hs.config.rtc_foci)
     return well_known_response(found)
@@ -30950,6 +31254,7 @@ SYNC_FILTERS = 500
 HARD_STOP_SECONDS = 4.0
 WATCH_SECONDS = 1.0
 LATE_SECONDS = 0.25
+PAGES_GIVEN_BACK = 500  # of the database to the disk, in one round
 
 log_server = logging.getLogger("conduit.server")
 
@@ -31064,8 +31369,10 @@ class Homeserver:
         self.rooms.subscribe_purge(self.receipts.forget_room)
         self.rooms.subscribe_purge(self.threads.forget_room)
         self.rooms.subscribe_purge(self.inbox.forget_room)
+        self.rooms.subscribe_purge(functools.partial(remember_departures, self))
         self.rooms.subscribe_history(self.search.forget_events)
         self.rooms.subscribe_old(self.search.take_old)
+        self.rooms.subscribe(self.search.take_late)
         self.rooms.erased = self.accounts.erased
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive
@@ -31187,6 +31494,7 @@ class Homeserver:
         """Once a day: what rooms no longer need goes, in batches."""
         if now_ms() - (self.db.meta("rooms_tidied") or 0) > DAY_MS:
             self.db.set_meta("rooms_tidied", now_ms())
+            forget_departures(self)
             await purge_all_forgotten(self)
             await self.rooms.tidy()
 
@@ -31214,6 +31522,17 @@ class Homeserver:
                     self.admin_room.announce(f"News of this server{date}: {news['message'][:2000]}")
                     self.db.set_meta("news_told", max(news["id"], self.db.meta("news_told") or 0))
 
+    def _give_back(self) -> None:
+        """Make the file smaller by pages that are free.
+
+        Trap: whatever the number, Python takes but the first step of this pragma, which is a page.
+        """
+        free = self.db.value("PRAGMA freelist_count")
+        if free:
+            with self.db.write():
+                for _ in range(min(free, PAGES_GIVEN_BACK)):
+                    self.db.execute("PRAGMA incremental_vacuum(1)")
+
     async def _maintain(self) -> None:
         """Every cleanup_second_interval: save, expire, and give free pages back to the disk."""
         while True:
@@ -31230,8 +31549,7 @@ class Homeserver:
                 self.emails.expire()
                 await self._tidy_rooms()
                 await self._look_for_news()
-                with self.db.write():
-                    self.db.execute("PRAGMA incremental_vacuum(200)").fetchall()
+                self._give_back()
             except MatrixError as error:
                 log_server.error("maintenance: %s; will try again", error)
             except Exception:  # a bad page, say: the rest of the house still wants keeping

@@ -1199,6 +1199,7 @@ KEY_TESTS: Final = {
     "allow_unstable_room_versions": "test_unstable_versions_can_be_switched_off",
     "default_room_version": "test_unstable_versions_can_be_switched_off",
     "max_request_size": "test_sec_38_unbounded_upload",
+    "allow_query_access_token": "test_a_token_in_the_address_only_where_that_is_allowed",
     "rate_limit": "test_limits_by_user_and_by_address",
     "allow_local_presence": "test_presence_can_be_switched_off",
     "allow_federation": "test_federation_that_is_off",
@@ -2044,9 +2045,45 @@ def test_second_server_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+NEWEST_SCHEMA: Final = len(conduit.MIGRATIONS) + 1
+UNDONE: Final = (  # for each migration, what leads back
+    """
+    DROP TABLE purged_rooms;
+    ALTER TABLE pushers DROP COLUMN failed_ts;
+    INSERT INTO search_texts VALUES (0, 0, 0, 'content.body', 0, 'of an event long gone')
+    """,
+)
+
+
+def shape_of(connection: sqlite3.Connection) -> dict[str, Any]:
+    """All tables with their columns, and all indices."""
+    rows = connection.execute("SELECT type, name, sql FROM sqlite_schema").fetchall()
+    columns = 'SELECT name, type, "notnull", pk FROM pragma_table_info(?)'
+    return {
+        name: connection.execute(columns, (name,)).fetchall() if kind == "table" else sql
+        for kind, name, sql in rows
+    }
+
+
+def test_each_migration_leads_to_what_a_new_database_has(tmp_path: Path) -> None:
+    path = make_store(tmp_path)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        wanted = shape_of(connection)
+        for sql in reversed(UNDONE):
+            connection.executescript(sql)
+        connection.execute("PRAGMA user_version = 1")
+        assert shape_of(connection) != wanted
+    make_store(tmp_path)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert shape_of(connection) == wanted
+        assert not connection.execute("SELECT * FROM search_texts").fetchall()
+        assert connection.execute("PRAGMA user_version").fetchone() == (NEWEST_SCHEMA,)
+    assert len(UNDONE) == len(conduit.MIGRATIONS)
+
+
 def migrate_with(path: Path, *sql: str) -> None:
-    """Run invented migrations on a database."""
-    steps = [conduit.Migration("an invented step", one) for one in sql]
+    """Run invented migrations on a database that is up to date."""
+    steps = [*conduit.MIGRATIONS, *(conduit.Migration("an invented step", one) for one in sql)]
     with contextlib.closing(conduit.connect(path)) as connection:
         conduit.migrate(connection, path, steps)
 
@@ -2055,8 +2092,8 @@ def test_migration_is_numbered_and_leaves_a_copy_of_what_was(tmp_path: Path) -> 
     path = make_store(tmp_path)
     migrate_with(path, "CREATE TABLE one (a)", "CREATE TABLE two (a)")
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (3,)
-    for version, tables in ((2, set()), (3, {"one"})):
+        assert connection.execute("PRAGMA user_version").fetchone() == (NEWEST_SCHEMA + 2,)
+    for version, tables in ((NEWEST_SCHEMA + 1, set()), (NEWEST_SCHEMA + 2, {"one"})):
         copy = path.with_name(f"conduit.db.before-version-{version}")
         with contextlib.closing(sqlite3.connect(copy)) as connection:
             names = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema")}
@@ -2068,7 +2105,7 @@ def test_failed_migration_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(sqlite3.Error):
         migrate_with(path, "CREATE TABLE one (a); SELECT nonsense FROM nowhere")
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (NEWEST_SCHEMA,)
         names = {row[0] for row in connection.execute("SELECT name FROM sqlite_schema")}
     assert "one" not in names
     make_store(tmp_path)
@@ -7190,7 +7227,7 @@ class Routes:
 
     def __init__(self, rate_limit: bool = False) -> None:
         self.routes: list[conduit.Route] = []
-        config = types.SimpleNamespace(rate_limit=rate_limit)
+        config = types.SimpleNamespace(rate_limit=rate_limit, allow_query_access_token=True)
         self.hs: Any = types.SimpleNamespace(config=config, db=types.SimpleNamespace(lost=0))
 
     def add(self, method: str, *paths: str, **options: Any) -> None:
@@ -7390,6 +7427,37 @@ def test_forms_of_the_authorization_header() -> None:
         assert made.ask("GET", "/x", b"", f"Authorization: {value}").status == status, value
     answer = made.ask("GET", "/x?access_token=admin", b"", "Authorization: Bearer user")
     assert answer.json()["user"] == "@user:x"
+
+
+def test_a_token_in_the_address_only_where_that_is_allowed(
+    new_server: Callable[..., Server], new_bridge: Callable[..., Bridge]
+) -> None:
+    server = new_server()
+    admin = register(server, "admin")
+    bridge = new_bridge().register_at(admin)
+    ghost, anyone = bridge.user(server), Client(server)
+    service = {"access_token": str(bridge.fields["as_token"]), "user_id": ghost.user_id}
+    openid = ok(admin.post(("user", admin.user_id, "openid", "request_token")))["access_token"]
+    for allowed in (True, False):
+        server.write_config(allow_query_access_token=allowed)
+        os.kill(server.pid, signal.SIGHUP)
+        for query in ({"access_token": admin.token}, service):
+            wanted = (200, None) if allowed else (401, "M_MISSING_TOKEN")
+
+            def answers(query: Json = query, wanted: object = wanted) -> bool:
+                answer = anyone.get("account/whoami", params=query)
+                return (answer.status_code, answer.json().get("errcode")) == wanted
+
+            eventually(answers)
+            answer = anyone.get("capabilities", params=query, headers={"Authorization": "Basic x"})
+            assert answer.status_code == wanted[0]
+            ok(admin.get("account/whoami", params={**query, "user_id": admin.user_id}))
+        login = {"type": "m.login.application_service", "identifier": {"type": "m.id.user"}}
+        login["identifier"]["user"] = ghost.user_id
+        body = anyone.post("login", login, params=service)
+        assert body.status_code == (200 if allowed else 401)
+        userinfo = "/_matrix/federation/v1/openid/userinfo"  # where the token still belongs
+        assert ok(anyone.get(userinfo, access_token=openid)) == {"sub": admin.user_id}
 
 
 def test_every_route_says_who_may_call() -> None:
@@ -12114,6 +12182,35 @@ def test_rules_are_asked_when_the_event_is_sent(caller: Client, bob: Client) -> 
     ok(act(bob, early, "send"))
 
 
+def test_what_a_suspended_user_may_not_send_is_not_sent_later_either(
+    server: Server, caller: Client
+) -> None:
+    admin = server_admin(server)
+    room_id = caller.create_room()
+    refused = delayed_send(caller, room_id, 900, "too late")
+    moderate(server, admin, "suspend", True, caller)
+    caller.checked = False
+    query = {"org.matrix.msc4140.delay": 60_000}
+    message = {"msgtype": "m.text", "body": "x"}
+    for path, content in (
+        (("rooms", room_id, "send", "m.room.message", unique()), message),
+        (("rooms", room_id, "state", "org.example.call", ""), {}),
+        (("rooms", room_id, "state", "m.room.member", caller.user_id), {"membership": "join"}),
+        (("rooms", room_id, "send", "m.room.redaction", unique()), {"redacts": "$of_others"}),
+        (("rooms", room_id, "send", "m.room.redaction", unique()), {"redacts": 5}),
+    ):
+        fails(caller.put(path, content, params=query), 403, "M_USER_SUSPENDED")
+    new = f"{DELAYED}rooms/{quote(room_id)}/delayed_event/m.room.message/{unique()}"
+    fails(caller.put(new, {"delay_ms": 9000, "content": message}), 403, "M_USER_SUSPENDED")
+    fails(act(caller, refused, "send"), 403, "M_USER_SUSPENDED")
+    error = eventually(lambda: look(caller, refused).get("error"))
+    assert error["errcode"] == "M_USER_SUSPENDED"
+    assert caller.bodies(room_id) == []
+    leave = ("rooms", room_id, "state", "m.room.member", caller.user_id)
+    ok(caller.put(leave, {"membership": "leave"}, params={"org.matrix.msc4140.delay": 50}))
+    eventually(lambda: room_id not in ok(caller.get("joined_rooms"))["joined_rooms"])
+
+
 def test_state_of_somebody_else_cancels_what_would_overwrite_it(
     caller: Client, bob: Client
 ) -> None:
@@ -15523,6 +15620,47 @@ def test_sec_19_history_visibility_at_the_doors_of_relations(
             assert near.status_code != 200 or near.json()["event_id"] != hidden
 
 
+def test_a_name_known_before_it_came_into_the_timeline_is_found(
+    inner: Callable[..., InnerServer],
+) -> None:
+    server = inner(accept)
+    alice = register(server)
+    room_id = alice.create_room()
+    rooms = server.hs.rooms
+
+    def put_outside() -> conduit.Event:
+        room = rooms.get(room_id)
+        event, _ = rooms.build(
+            room, alice.user_id, "m.room.name", {"name": "Potoroo"}, state_key=""
+        )
+        (known,) = rooms.outliers(room, [event])
+        assert known.pos is None
+        return event
+
+    event = server.do(put_outside)
+    assert search(alice, "potoroo")["count"] == 0  # the index is past it now
+    assert server.do(lambda: rooms.receive(rooms.get(room_id), again(event))).pos
+    found = search(alice, "potoroo")["results"]
+    assert [one["result"]["event_id"] for one in found] == [event.event_id]
+
+
+def test_what_is_left_of_a_purged_history_is_not_found(new_server: Callable[..., Server]) -> None:
+    """A name that later events stand on is kept, outside of the timeline."""
+    server = new_server()
+    admin = register(server, "admin")
+    room_id = admin.create_room(name="Bettong")
+    admin.send_text(room_id, "an old bettong")
+    last = admin.send_text(room_id, "a new bettong")
+    assert search(admin, "bettong")["count"] == 3
+    assert "gone" in order(admin, f"purge-history {room_id} {last}")
+    assert admin.state(room_id, "m.room.name") == {"name": "Bettong"}
+    found = search(admin, "bettong", event_context={}, order_by="recent")
+    assert [one["result"]["event_id"] for one in found["results"]] == [last]
+    assert found["count"] == 1
+    server.stop()
+    server.check()
+
+
 def test_sec_45_a_long_hidden_past_does_not_end_the_way(new_server: Callable[..., Server]) -> None:
     server = new_server()
     owner, reader = register(server), register(server)
@@ -16794,6 +16932,51 @@ def test_sec_24_what_is_not_pushed(inner: Callable[..., InnerServer]) -> None:
     eventually(lambda: server.world.pushes)
     time.sleep(0.1)
     assert [push.get("event_id") for push in server.world.pushes] == [expected]
+
+
+def test_an_admin_sees_whether_the_last_push_arrived_and_why_not(
+    inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conduit, "PUSH_RETRY_MS", (50, 50))
+    answers: list[Any] = [{"rejected": []}]
+    server = inner(lambda _url, _sent: answers[-1])
+    admin, bob = register(server, "admin"), register(server)
+    secret = GATEWAY + "?token=very-secret"
+    room_id = admin.room_with(bob)
+    ok(bob.post("pushers/set", pusher(data={"url": secret})))
+    path = f"/_synapse/admin/v1/users/{bob.user_id}/pushers"
+
+    def shown() -> Json:
+        (one,) = ok(admin.get(path))["pushers"]
+        return cast("Json", one)
+
+    times = ("last_success", "failing_since", "last_failure", "last_error")
+    assert [shown()[name] for name in times] == [None] * 4
+    assert re.search(r"org\.app +push\.example\s*$", order(admin, f"list-pushers {bob.user_id}"))
+    admin.send_text(room_id, "one")
+    first = eventually(lambda: shown()["last_success"])
+    assert "ok" in order(admin, f"list-pushers {bob.user_id}")
+    answers.append(Outcome(status=503, headers={}, body=b"?token=very-secret"))
+    admin.send_text(room_id, "two")
+    eventually(lambda: shown()["failing_since"])
+    told = shown()
+    assert told["failing_since"] <= told["last_failure"]
+    assert told["last_error"] == "The gateway answered with status 503"
+    assert (told["last_success"], told["device_id"]) == (first, bob.device_id)
+    text = order(admin, f"list-pushers {bob.user_id}")
+    assert re.search(rf"{bob.device_id} .* failed +.*status 503", text)
+    assert "very-secret" not in text
+    answers.append({"rejected": []})
+    eventually(lambda: shown()["failing_since"] is None)
+    told = shown()
+    assert told["last_success"] > first
+    assert told["last_error"] == "The gateway answered with status 503", "what went wrong is kept"
+    server.do(server.hs.db.forget)
+    assert shown() == told, "it stands in the table"
+    refused = conduit.MatrixError(502, "M_UNREACHABLE", "push.example does not answer")
+    answers.append(refused)
+    admin.send_text(room_id, "three")
+    eventually(lambda: shown()["last_error"] == "push.example does not answer")
 
 
 def test_old_news_is_not_pushed(
@@ -18849,7 +19032,7 @@ def test_devices_of_a_server_that_was_rebuilt(anna: Client, far: Elsewhere) -> N
     anna.poll()
     assert query(anna, whom)["device_keys"][user].keys() == {"D"}
     assert query(anna, whom)["master_keys"].keys() == {user}
-    ok(far.send(txn="again"))
+    ok(far.send(branch.add("m.room.message", {"msgtype": "m.text", "body": "I"}), txn="again"))
     listed = {"user_id": user, "stream_id": 1, "devices": [{"device_id": "E", "keys": second}]}
     far.answers[f"{FEDERATION_V1}/user/devices/{quote(user, safe='')}"] = listed
     old = {far.key.key_id: {"key": far.key.public, "expired_ts": conduit.now_ms() - 1}}
@@ -18859,7 +19042,7 @@ def test_devices_of_a_server_that_was_rebuilt(anna: Client, far: Elsewhere) -> N
         far.key = conduit.SigningKey.generate()
         far.answers["/_matrix/key/v2/server"] = far.keys(old_verify_keys=known)
         far.server.restart()  # it asks for keys at once
-        assert ok(far.send(edus=[edu], txn="again" if known else "new")) == {"pdus": {}}
+        assert ok(far.send(edus=[edu], txn="again" if known else "new")).keys() == {"pdus"}
         if known:
             assert changed(anna.poll()) == set()
             assert query(anna, whom)["device_keys"][user].keys() == {"D"}
@@ -18867,7 +19050,7 @@ def test_devices_of_a_server_that_was_rebuilt(anna: Client, far: Elsewhere) -> N
     eventually(lambda: query(anna, whom)["device_keys"][user].keys() == {"E"})
     assert query(anna, whom)["master_keys"] == {}
     query_of = f"SELECT txn_id FROM received_transactions WHERE origin = '{far.name}'"
-    assert database_rows(far.server, query_of) == [("new",)]
+    assert database_rows(far.server, query_of) == []
 
 
 def test_sec_23_nobody_learns_from_us_whom_else_we_know(
@@ -20851,6 +21034,84 @@ def test_who_comes_back_gets_no_event_twice_and_misses_none(
 # ── The old form ─────────────────────────────────────────────────────────────
 
 
+def timelines_of(client: Client, slider: Slider | None) -> dict[str, list[str]]:
+    """The events of all rooms in the next answer, but for those that begin anew."""
+    if slider is None:
+        parts = client.poll().get("rooms", {})
+        sections = {**parts.get("leave", {}), **parts.get("join", {})}
+        lines = {room_id: part["timeline"]["events"] for room_id, part in sections.items()}
+    else:
+        rooms = slider()["rooms"]
+        known = [room_id for room_id, part in rooms.items() if "initial" not in part]
+        lines = {room_id: rooms[room_id].get("timeline", []) for room_id in known}
+    return {room_id: [event["event_id"] for event in events] for room_id, events in lines.items()}
+
+
+@pytest.mark.parametrize("kind", ["v3", "sliding"])
+def test_who_comes_and_goes_while_an_answer_is_made_gets_each_event_once(
+    inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A long answer lets others have their turn between two rooms."""
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    rooms = [alice.room_with(bob, preset="public_chat") for _ in range(4)]
+    maker = {"v3": "room_section", "sliding": "entered_section"}[kind]
+    original, pending = getattr(conduit, maker), list[str]()
+
+    def make(*args: Any) -> Any:
+        section = original(*args)
+        for membership in [pending.pop()] if pending else ():
+            for each in map(server.hs.rooms.get, rooms):
+                move = (each, bob.user_id, "m.room.member", {"membership": membership})
+                server.hs.rooms.send(*move, state_key=bob.user_id)
+        return section
+
+    monkeypatch.setattr(conduit, maker, make)
+    slider = slide(bob, limit=20) if kind == "sliding" else None
+    seen, sent = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    timelines_of(bob, slider)
+    for membership in ("leave", "join", "leave", "join"):
+        pending.append(membership)
+        for room_id in rooms:
+            sent[room_id].append(alice.send_text(room_id, membership))
+        for _ in range(2):
+            for room_id, events in timelines_of(bob, slider).items():
+                seen[room_id] += events
+            for room_id in rooms if pending else ():  # nothing is made of rooms one has left
+                bob.join(room_id)
+            pending.clear()
+    for room_id in rooms:
+        assert len(set(seen[room_id])) == len(seen[room_id]), "an event came twice"
+        # By sliding sync who comes back begins anew, which is not counted here.
+        assert kind == "sliding" or set(sent[room_id]) <= set(seen[room_id])
+
+
+def test_syncs_leave_nothing_in_the_database(inner: Callable[..., InnerServer]) -> None:
+    """No row for a token: what was answered is known by its position alone."""
+    server = inner(accept)
+    alice, bob = register(server), register(server)
+    room_id = alice.room_with(bob)
+    alice.send_text(room_id, "hello")
+    slider = slide(bob)
+    for client in (alice, bob):
+        client.poll()
+    slider()
+
+    def counted() -> dict[str, int]:
+        db = server.hs.db
+        names = db.all("SELECT name FROM sqlite_schema WHERE type = 'table'")
+        return {name: db.value(f"SELECT COUNT(*) FROM {name}") for (name,) in names}
+
+    slider()
+    before = server.do(counted)
+    for _ in range(10):
+        bob.sync()
+        alice.poll()
+        bob.sync(bob.since)
+        slider()
+    assert server.do(counted) == before
+
+
 def test_initial_sync_shows_rooms_as_of_now_or_of_leaving(alice: Client, bob: Client) -> None:
     rooms = [alice.room_with(bob, name=f"Room {number}") for number in range(3)]
     invited, hidden = alice.create_room(bob), alice.create_room()
@@ -21048,6 +21309,8 @@ def wants(*names: str) -> Json:
 class Slider:
     """A client on a sliding sync connection; each call goes on where the last one ended."""
 
+    path = SLIDING
+
     def __init__(self, client: Client, conn_id: str = "", **body: Any) -> None:
         self.client = client
         self.body = {"conn_id": conn_id, **body} if conn_id else body
@@ -21058,7 +21321,7 @@ class Slider:
         pos = pos or self.pos
         if pos is not None:
             query["pos"] = pos
-        return self.client.request("POST", SLIDING, {**self.body, **body}, params=query)
+        return self.client.request("POST", self.path, {**self.body, **body}, params=query)
 
     def __call__(self, timeout: int = 0, pos: str | None = None, **body: Any) -> Json:
         result = ok(self.post(timeout, pos, **body))
@@ -22053,11 +22316,89 @@ def test_the_accepted_form(alice: Client, bob: Client) -> None:
     fails(too_many, 400, "M_INVALID_PARAM")
 
 
-def test_both_old_paths_lead_to_the_same(alice: Client) -> None:
-    room_id = alice.create_room()
+class Sticky(Slider):
+    """A client of MSC3575, which names only what changes."""
+
     path = "/_matrix/client/unstable/org.matrix.msc3575/sync"
-    result = ok(alice.post(path, {"lists": {"a": {**window(), "sort": ["by_recency"]}}}))
-    assert result["lists"]["a"]["ops"][0]["room_ids"] == [room_id]
+
+
+def test_sticky_parameters_stay(alice: Client) -> None:
+    """Spec: MSC3575 "Sticky request parameters"; what is not sticky does not come back."""
+    rooms = [alice.create_room(name=f"Room {number}") for number in range(3)]
+    client = Sticky(alice)
+    wanted = {"timeline_limit": 1, "required_state": [["m.room.name", ""]], "ranges": [[0, 0]]}
+    wanted |= {"sort": ["by_recency"], "filters": {"is_dm": False}}
+    first = client(lists={"a": wanted}, txn_id="one", extensions=wants("account_data"))
+    assert first["txn_id"] == "one"
+    assert first["lists"]["a"]["count"] == 3
+    assert first["lists"]["a"]["ops"][0]["room_ids"] == [rooms[2]]
+    assert "account_data" in first["extensions"]
+    second = client(lists={"a": {"ranges": [[0, 1]], "filters": {"is_encrypted": None}}})
+    assert "txn_id" not in second
+    assert [len(second["rooms"][rooms[1]][name]) for name in ("timeline", "required_state")] == [
+        1,
+        1,
+    ]
+    assert "account_data" in second["extensions"]
+    alice.send_text(rooms[0], "up")
+    nothing_new = client()  # the list stays as it is, its window too
+    assert nothing_new["lists"]["a"]["ops"][0]["range"] == [0, 1]
+    assert bodies_in(nothing_new["rooms"][rooms[0]]) == ["up"]
+    ok(alice.put(("user", alice.user_id, "account_data", "m.direct"), {"@x:y": [rooms[1]]}))
+    assert client()["lists"]["a"]["count"] == 2, "the filter is still there"
+    everything = client(lists={"a": {"filters": {"is_dm": None, "is_encrypted": False}}})
+    assert everything["lists"]["a"]["ops"][0]["range"] == [0, 1]  # no ranges: all that there are
+    every = client(lists={"a": {"ranges": [[0, 0]], "slow_get_all_rooms": True}})
+    assert len(every["lists"]["a"]["ops"][0]["room_ids"]) == 2
+
+
+def test_sticky_subscriptions_stay_until_they_are_ended(alice: Client, bob: Client) -> None:
+    room_id, other = alice.create_room(name="One"), alice.create_room(name="Two")
+    client = Sticky(alice)
+    wish = {"timeline_limit": 5, "required_state": [["m.room.name", ""]]}
+    assert set(client(room_subscriptions={room_id: wish})["rooms"]) == {room_id}
+    alice.send_text(room_id, "a")
+    assert bodies_in(client()["rooms"][room_id]) == ["a"]
+    moved = client(room_subscriptions={other: {}}, unsubscribe_rooms=[room_id])
+    assert set(moved["rooms"]) == {other}
+    alice.send_text(room_id, "b")
+    assert client()["rooms"] == {}
+    alice.send_text(other, "c")
+    assert bodies_in(client()["rooms"][other]) == ["c"]
+    ask = {"to_device": {"enabled": True, "limit": 1}}
+    first = client(extensions=ask)["extensions"]["to_device"]
+    messages = {alice.user_id: {alice.device_id: {"n": 1}}}
+    ok(bob.put(("sendToDevice", "m.test", unique()), {"messages": messages}))
+    for received, count in ((first["next_batch"], 1), (None, 1)):
+        section = {"since": received} if received else {}
+        events = client(extensions={"to_device": section})["extensions"]["to_device"]["events"]
+        assert len(events) == count
+
+
+def test_sticky_parameters_go_with_their_connection(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    alice = register(server)
+    alice.create_room()
+    one, other = Sticky(alice, "one"), Sticky(alice, "other")
+    for client in (one, other):
+        client(lists={"a": window(limit=1)})
+        assert set(client()["lists"]) == {"a"}
+    fails(Sticky(alice, "third").post(pos=one.pos), 400, "M_UNKNOWN_POS")
+    fails(one.post(lists={"a": {"ranges": 5}}), 400, "M_BAD_JSON")
+    fails(one.post(lists={"a": 5}), 400, "M_BAD_JSON")
+    fails(one.post(lists={"a": {"filters": 5}}), 400, "M_BAD_JSON")
+    fails(one.post(extensions={"to_device": 5}), 400, "M_BAD_JSON")
+    many = {f"!{number}:{'x' * 200}": {"timeline_limit": 1} for number in range(2000)}
+    fails(one.post(room_subscriptions=many), 413, "M_TOO_LARGE")
+    assert set(one()["lists"]) == {"a"}, "what was refused changed nothing"
+    begun = one.post()
+    one.pos = None
+    assert "lists" not in one()
+    assert begun.status_code == 200
+    server.restart()
+    fails(other.post(), 400, "M_UNKNOWN_POS")
+    other.pos = None
+    assert set(other(lists={"a": window(limit=1)})["lists"]) == {"a"}
 
 
 # ── Three clients come to the same ───────────────────────────────────────────
@@ -23125,6 +23466,22 @@ def test_clean_ups_keep_to_what_is_configured(inner: Callable[..., InnerServer])
         last = fetched(server, bytes([age]) * 600_000, "far.example", age)
     query = "SELECT media_id FROM media ORDER BY media_nid"
     eventually(lambda: server.do(server.hs.db.all, query) == [(own,), (last,)])
+
+
+def test_free_pages_go_back_to_the_disk(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept, cleanup_second_interval=1)
+    admin = register(server, "admin")
+    room_id = admin.create_room()
+    for _ in range(30):
+        admin.send_text(room_id, "x" * 60_000)
+    size = server.do(server.hs.db.value, "PRAGMA page_count")
+    ok(admin.delete(f"/_synapse/admin/v1/rooms/{quote(room_id)}", {}))
+
+    def given_back() -> bool:
+        free = server.do(server.hs.db.value, "PRAGMA freelist_count")
+        return free == 0 and server.do(server.hs.db.value, "PRAGMA page_count") < size - 300
+
+    eventually(given_back, 20)
 
 
 def test_caches_are_as_large_as_configured(inner: Callable[..., InnerServer]) -> None:
@@ -24574,6 +24931,78 @@ def test_three_ways_to_address_the_bot(admin: Client) -> None:
         assert "list-local-users" in order(admin, text)
 
 
+@given(
+    sizes=st.lists(st.integers(0, 60_000), max_size=12),
+    gone=st.integers(1, 4),
+    rows=st.integers(0, 2000),
+)
+@settings(max_examples=15)
+def test_tables_take_the_pages_that_sqlite_counts(sizes: list[int], gone: int, rows: int) -> None:
+    """With overflowing rows, indices, free pages and more than one page of the map."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / conduit.DATABASE_FILE
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            database.execute("CREATE TABLE large (a INTEGER PRIMARY KEY, b BLOB)")
+            database.execute("CREATE TABLE many (a INTEGER PRIMARY KEY, b TEXT)")
+            database.execute("CREATE INDEX many_b ON many (b)")
+            database.execute("CREATE TABLE empty (a)")
+            database.executemany("INSERT INTO large (b) VALUES (zeroblob(?))", zip(sizes))
+            values = ((f"{number}" * 100,) for number in range(rows))
+            database.executemany("INSERT INTO many (b) VALUES (?)", values)
+            database.execute("DELETE FROM large WHERE a % ? = 0", (gone + 1,))
+            database.commit()
+            sizes_of = "SELECT tbl_name, SUM(pgsize) FROM dbstat JOIN sqlite_schema USING (name)"
+            counted = database.execute(f"{sizes_of} GROUP BY tbl_name").fetchall()
+            found = conduit.bytes_by_table(Path(folder), database)
+        assert {name: found[name] for name, _ in counted} == dict(counted)
+        assert sum(found.values()) == path.stat().st_size
+
+
+@given(st.binary(max_size=3000), st.integers(1, 12))
+def test_a_page_map_of_anything_comes_to_an_end(noise: bytes, pages: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / conduit.DATABASE_FILE
+        data = bytearray(4096 * pages)
+        data[4096 : 4096 + len(noise)] = noise
+        path.write_bytes(data[: 4096 * pages])
+        with contextlib.closing(sqlite3.connect(":memory:")) as database:
+            assert sum(conduit.bytes_by_table(Path(folder), database).values()) == 4096 * pages
+
+
+def test_what_takes_room_on_the_disk(inner: Callable[..., InnerServer]) -> None:
+    server = inner(accept)
+    admin = register(server, "admin")
+    room_id = admin.create_room()
+    for _ in range(40):
+        admin.send_text(room_id, "x" * 30_000)
+    admin.upload(b"u" * 3_000_000)
+    admin.upload(b"u" * 3_000_000)  # which is on the disk once
+    fetched(server, b"f" * 2_000_000, "far.example")
+    preview = fetched(server, b"p" * 1_000_000)
+
+    def mark() -> None:
+        with server.hs.db.write():
+            server.hs.db.execute("UPDATE media SET preview = 1 WHERE media_id = ?", (preview,))
+
+    server.do(mark)
+    thumbnails = server.data / "media" / "thumbnails" / "ab"
+    thumbnails.mkdir(parents=True, exist_ok=True)
+    (thumbnails / "cd").write_bytes(b"t" * 500_000)
+    server.do(conduit.checkpoint, server.data / conduit.DATABASE_FILE)
+    text = order(admin, "disk-usage")
+    sizes = dict(re.findall(r"(\S.*?)  +([0-9.]+) MiB$", text, re.MULTILINE))
+    lines = {re.sub(" +", " ", name): float(size) for name, size in sizes.items()}
+    assert 1.1 < lines["table events"] < 3
+    assert lines["table (small tables)"] > 0
+    assert lines["media uploaded here"] == 2.9
+    assert lines["media of other servers"] == 1.9
+    assert lines["media of previews"] == 1.0
+    assert lines["media thumbnails"] == 0.5
+    assert lines["file write-ahead log"] > 0
+    assert lines["free on the disk"] > 0
+
+
 def test_mistakes_are_answered_politely(admin: Client) -> None:
     assert "Did you mean list-local-users?" in order(admin, "list-local-user")
     assert "There is no command dance" in order(admin, "!admin dance")
@@ -24611,6 +25040,7 @@ def test_help_names_every_command(admin: Client) -> None:
         "reset-password NAME",
         "deactivate-user ID [--erase]",
         "memory-usage",
+        "disk-usage",
         "clear-caches",
         "show-config",
     ):
@@ -25444,6 +25874,118 @@ def test_who_is_connected_hears_that_a_room_is_deleted(
         assert left.result()
 
 
+def departures(client: Client, since: str | None, **query: Any) -> Json:
+    """The left rooms of a sync, each with its own member event as far as it is told."""
+    left = client.sync(since, **query).get("rooms", {}).get("leave", {})
+    return {
+        room_id: [
+            (event["state_key"], event["content"]["membership"])
+            for event in (
+                *section["timeline"]["events"],
+                *section.get("state_after", {}).get("events", ()),
+            )
+        ]
+        for room_id, section in left.items()
+    }
+
+
+def test_who_was_away_hears_of_a_deleted_room_once(new_server: Callable[..., Server]) -> None:
+    """However long ago the room went, on each of their devices, and nobody else."""
+    server = new_server()
+    admin, bob, eve = register(server, "admin"), register(server, "bob"), register(server, "eve")
+    room = admin.room_with(bob, eve, name="of no use")
+    eve.leave(room)
+    other = admin.create_room(bob)  # an invitation, which ends as well
+    since, heard = bob.sync()["next_batch"], eve.sync()["next_batch"]
+    long, short, small = (
+        Slider(bob, name, lists={"all": window(*ranges, limit=limit)})
+        for name, ranges, limit in (("1", [], 3), ("2", [], 0), ("3", [[0, 0]], 3))
+    )
+    for slider in (long, short, small):
+        slider()
+    v4 = {"lists": {"all": {"timeline_limit": 1, "required_state": {}, "range": [0, 9]}}}
+    v4 |= {"conn_id": "v4"}
+    first = ok(bob.post("/_matrix/client/v4/sync", v4))
+    for room_id in (room, other):
+        ok(admin.delete(f"{ADMIN_API}v1/rooms/{quote(room_id)}", {}))
+    own = [(bob.user_id, "leave")]
+    for again in (False, True):
+        assert departures(bob, since) == {room: own, other: own}
+        assert departures(bob, since, use_state_after="true") == {room: own * 2, other: own * 2}
+        assert departures(eve, heard) == {}, "she left before, and knows it"
+        assert departures(bob, None, filter={"room": {"include_leave": True}}) == {}
+        assert departures(bob, since, filter={"room": {"not_rooms": [room]}}) == {other: own}
+        no_members = {"room": {"timeline": {"not_types": ["m.room.member"]}}}
+        assert departures(bob, since, filter=no_members) == {room: [], other: []}
+        if not again:
+            server.stop()
+            server.check()
+            server.start()
+    for slider, has_timeline in ((long, True), (short, False)):
+        pos = slider.pos
+        for _ in range(2):  # the first answer was lost
+            rooms = slider(pos=pos)["rooms"]
+            assert set(rooms) == {room, other}
+            for section in rooms.values():
+                assert [e["content"]["membership"] for e in section["required_state"]] == ["leave"]
+            assert ("timeline" in rooms[room]) == has_timeline
+        assert slider()["rooms"] == {}
+    assert set(small()["rooms"]) == {other}, "the room was never in its window"
+    second = ok(bob.post("/_matrix/client/v4/sync", {**v4, "pos": first["pos"]}))
+    assert second["rooms"][room]["membership"] == "leave"
+    third = ok(bob.post("/_matrix/client/v4/sync", {**v4, "pos": second["pos"]}))
+    assert third["rooms"] == {}
+    assert Slider(bob, "new", lists={"all": window()})()["rooms"].keys().isdisjoint({room, other})
+    later = bob.sync(since)["next_batch"]
+    assert departures(bob, later) == {}
+
+
+def test_another_device_hears_that_a_room_was_left_and_forgotten(
+    new_server: Callable[..., Server],
+) -> None:
+    """Many clients forget a room as they leave it, and then it may be deleted at once."""
+    server = new_server()
+    alice, bob = register(server), register(server)
+    shared, own = alice.room_with(bob), bob.create_room()
+    since, sliding = bob.sync()["next_batch"], slide(bob, limit=2)
+    sliding()
+    phone = bob.login()
+    for room_id in (shared, own):
+        phone.leave(room_id)
+        ok(phone.post(("rooms", room_id, "forget")))
+    alice.send_text(shared, "not for bob any more")
+    eventually(
+        lambda: read_database(server, "SELECT 1 FROM purged_rooms")
+    )  # nobody remembers his own
+    left = bob.sync(since)["rooms"]["leave"]
+    assert set(left) == {shared, own}
+    for section in left.values():
+        assert [e["content"] for e in section["timeline"]["events"]] == [{"membership": "leave"}]
+        assert section["state"]["events"] == []
+    assert set(sliding()["rooms"]) == {shared, own}
+    assert sliding()["rooms"] == {}
+    assert departures(bob, None, filter={"room": {"include_leave": True}}) == {}
+
+
+def test_what_was_told_of_deleted_rooms_is_forgotten(
+    inner: Callable[..., InnerServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = inner(accept)
+    alice = register(server)
+    since = alice.sync()["next_batch"]
+    room_id = alice.create_room()
+    alice.leave(room_id)
+    ok(alice.post(("rooms", room_id, "forget")))
+    count = "SELECT COUNT(*) FROM purged_rooms"
+    eventually(lambda: server.do(server.hs.db.value, count) == 1)
+    assert departures(alice, since) == {room_id: [(alice.user_id, "leave")]}
+    server.do(conduit.forget_departures, server.hs)
+    assert server.do(server.hs.db.value, count) == 1
+    monkeypatch.setattr(conduit, "PURGED_KEPT_MS", -1000)
+    server.do(conduit.forget_departures, server.hs)
+    assert server.do(server.hs.db.value, count) == 0
+
+
 def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Server]) -> None:
     server = new_server()
     alice, bob = register(server, "admin"), register(server, "bob")
@@ -25529,7 +26071,7 @@ def test_admins_look_after_media(admin: Client, alice: Client) -> None:
     assert ok(admin.get(f"{api}/users/{alice.user_id}/pushers")) == {"pushers": [], "total": 0}
     ok(alice.post("pushers/set", pusher()))
     (one,) = ok(admin.get(f"{api}/users/{alice.user_id}/pushers"))["pushers"]
-    assert one["app_id"] == "org.app"
+    assert (one["app_id"], one["enabled"], one["failing_since"]) == ("org.app", True, None)
     extremities = f"{api}/rooms/{room_id}/forward_extremities"
     assert ok(admin.request("DELETE", extremities)) == {"deleted": 0}
     fails(alice.get(path), 403, "M_FORBIDDEN")
@@ -25728,7 +26270,9 @@ def test_without_a_turn_server_there_is_none(alice: Client, nobody: Client) -> N
 
 def test_well_known_by_default(nobody: Client, server: Server) -> None:
     client = nobody.get("/.well-known/matrix/client")
-    assert ok(client) == {"m.homeserver": {"base_url": f"https://{server.name}"}}
+    own = f"https://{server.name}"
+    proxy = {"org.matrix.msc3575.proxy": {"url": own}}
+    assert ok(client) == {"m.homeserver": {"base_url": own}, **proxy}
     assert client.headers["access-control-allow-origin"] == "*"
     assert client.headers["content-type"].startswith("application/json")
     other = nobody.get("/.well-known/matrix/server")
@@ -25748,6 +26292,7 @@ def test_well_known_as_configured_and_reloaded(new_server: Callable[..., Server]
     anyone = Client(server)
     assert ok(anyone.get("/.well-known/matrix/client")) == {
         "m.homeserver": {"base_url": "https://matrix.example.org"},
+        "org.matrix.msc3575.proxy": {"url": "https://matrix.example.org"},
         "org.matrix.msc4143.rtc_foci": foci,
     }
     assert ok(anyone.get("/.well-known/matrix/server")) == {"m.server": "matrix.example.org:8448"}
@@ -25759,7 +26304,7 @@ def test_well_known_as_configured_and_reloaded(new_server: Callable[..., Server]
     os.kill(server.pid, signal.SIGHUP)
     wanted = {"contacts": [{"matrix_id": "@admin:example.org", "role": "m.role.admin"}]}
     eventually(lambda: ok(anyone.get("/.well-known/matrix/support")) == wanted)
-    assert list(ok(anyone.get("/.well-known/matrix/client"))) == ["m.homeserver"]
+    assert "org.matrix.msc4143.rtc_foci" not in ok(anyone.get("/.well-known/matrix/client"))
     server.write_config(support_contact="nobody", port="wrong")  # nothing of it is taken
     os.kill(server.pid, signal.SIGHUP)
     eventually(lambda: "support_contact" in server.log and "port" in server.log)
@@ -29182,6 +29727,7 @@ def spec_server(folder: Path, authority: Authority, mailbox: Mailbox, plain_port
         appservice_config_files=[str(bridge)],
         url_preview_allowlist=["*"],
         support_contact="admin@example.org",
+        allow_query_access_token=False,
         smtp={"host": "127.0.0.1", "port": mailbox.controller.port, "from": "a@test.example"},
     ).start()
 
@@ -29240,8 +29786,7 @@ def test_every_endpoint_of_the_specification(tmp_path: Path, authority: Authorit
     assert {f"PUT {FEDERATION}/v1/send/{{txnId}}", "GET /_matrix/key/v2/server"} <= set(
         found["outgoing"]
     )
-    # Deprecated since v1.11 and gone with what follows v1.19: clients of before still do it.
-    assert not found["probes"].pop("token in the query string")["ok"]
+    assert len(found["probes"]) == 7
     assert all(probe["ok"] for probe in found["probes"].values()), found["probes"]
     assert not found["crashes"]
     server.assert_clean_log()
@@ -31738,6 +32283,8 @@ SCANS: Final = {
     "SELECT room_nid, COUNT(*), MIN(item_nid) FROM inbox WHERE error IS NULL"
     " GROUP BY room_nid": "at the start; the table is a queue",
     " ".join(conduit.MEDIA_USAGE.split()): "an admin asks, in a thread",
+    " ".join(conduit.MEDIA_SIZES.split()): "an admin asks, in a thread",
+    "SELECT rootpage, tbl_name FROM sqlite_schema": "an admin asks, in a thread",
     " ".join(conduit.MEDIA_STATISTICS.split()): "an admin asks, in a thread",
     "SELECT value FROM profiles WHERE field = 'avatar_url'": "an admin deletes media; in a thread",
     "UPDATE one_time_keys SET used = 1, body = NULL WHERE NOT fallback": "after a restore",
@@ -31755,7 +32302,9 @@ SCANS: Final = {
     " AND is_guest = 0 ORDER BY users.user_id": "an admin asks for the list",
     "SELECT room_id, blocker_nid, since FROM blocked_rooms": "an admin asks for the list",
     "SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts, badge,"
-    " failures, failing_ts, retry_ts FROM pushers": "at the start and when one changes; in memory",
+    " pushed_ts, failures, failing_ts, retry_ts, error, failed_ts"
+    " FROM pushers": "at the start and when one changes; in memory",
+    "SELECT user_nid FROM remote_devices": "a server elsewhere has lost its keys",
     "SELECT DISTINCT pusher_nid FROM push_queue": "then as well; the table is a queue",
     " ".join(conduit.USER_ROWS.split()): "an admin asks for the list, in a thread",
     "SELECT room_nid FROM rooms WHERE state_group > 0": "an admin asks for the list",
@@ -31793,9 +32342,9 @@ def text_of(node: ast.AST) -> str:
 
 
 def checks_of_the_database() -> set[ast.AST]:
-    """Everything inside a call of invariant(): --check reads whole tables by design."""
+    """Everything inside invariant() and Migration(): they read whole tables by design."""
     calls = [node for node in ast.walk(TREE) if isinstance(node, ast.Call)]
-    checks = [call for call in calls if ast.unparse(call.func) == "invariant"]
+    checks = [call for call in calls if ast.unparse(call.func) in ("invariant", "Migration")]
     return {inner for call in checks for inner in ast.walk(call)}
 
 
