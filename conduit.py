@@ -2809,13 +2809,15 @@ def finish_event(version: RoomVersion, fields: Json, signer: str, key: SigningKe
 # ── 7.1  Verdicts ────────────────────────────────────────────────────────────
 
 AuthState = Mapping[StateKey, Event]
+MALFORMED: Final = {"5.1", "10.1", "10.2", "10.3", "10.4"}  # rules that refuse it whoever sends it
 
 
 class AuthError(MatrixError):
-    """403 M_FORBIDDEN: a rule refuses the event."""
+    """403 M_FORBIDDEN: a rule refuses the event; 400 M_BAD_JSON where that is for its form."""
 
     def __init__(self, rule: str, reason: str) -> None:
-        super().__init__(403, "M_FORBIDDEN", f"{reason} (authorization rule {rule})")
+        kind = (400, "M_BAD_JSON") if rule in MALFORMED else (403, "M_FORBIDDEN")
+        super().__init__(*kind, f"{reason} (authorization rule {rule})")
         self.rule = rule  #: its number in room version 12, or "v1 ..." for rules that are gone
 
 
@@ -5058,7 +5060,7 @@ class RoomWriter(RoomResolver):
         self._membership_listeners: list[MembershipListener] = []
         self._old_listeners: list[RoomListener] = []
         self._relation_listeners: list[RelationListener] = []
-        self.check_sender: SenderCheck = lambda *_: None
+        self.sender_checks: list[SenderCheck] = []  # each may refuse what a local user sends
         # Gives the event that goes out in place of one just made; it may raise NeedsConsent.
         self.check_consent: ConsentCheck = lambda _, event: event
         self.importing: Counter[RoomNid] = Counter()  # rooms on their way in
@@ -5125,7 +5127,8 @@ class RoomWriter(RoomResolver):
     ) -> tuple[Event, Draft]:
         """An event of a local user, authorised and signed, and its draft; see `send`."""
         checked = (more.get("state_key"), more.get("redacts"))
-        self.check_sender(room, sender, event_type, content, *checked)
+        for check in self.sender_checks:
+            check(room, sender, event_type, content, *checked)
         draft = self.draft(room, sender, event_type, content, **more)
         event = finish_event(room.version, draft.fields, self.server_name, self.signing_key)
         self.check_draft(room, draft, event)
@@ -6318,6 +6321,34 @@ def membership_then(rooms: RoomReader, event: Event, reader: Requester) -> Json:
     return {"membership": rooms.membership_at(event, reader.user_id) or "leave"}
 
 
+def shows_before(rooms: RoomReader, event: Event, before: Event, reader: Requester | None) -> bool:
+    """Whether the reader of a piece of state may see the event that it replaced.
+
+    Spec: CS-API `UnsignedData`, `prev_content`. What oneself was in the room, one knows.
+    """
+    if reader is None or event.key == (MEMBER, reader.user_id):
+        return True
+    member = rooms.memberships(reader.nid).get(event.room_nid)
+    is_joined = member is not None and member.membership == "join"
+    if member is not None and is_joined and before.pos == before.nid >= member.join_pos:
+        return True
+    room = rooms.by_nid(event.room_nid)
+    setting = room.state_event(*VISIBILITY_KEY)
+    was_set_once = setting is None or setting.replaces is None
+    if is_joined and was_set_once and room.history_visibility in {"shared", "world_readable"}:
+        return True
+    return Viewer(rooms, room, reader.nid).has_access(before)
+
+
+def replaced_state(rooms: RoomReader, event: Event, reader: Requester | None) -> Json:
+    """What `unsigned` says of the event that a piece of state took the place of."""
+    before = rooms.event_by_nid(cast(EventNid, event.replaces))
+    if before is None:
+        return {}
+    shown = {"prev_content": before.content} if shows_before(rooms, event, before, reader) else {}
+    return {"replaces_state": before.event_id, **shown}
+
+
 def client_event(
     rooms: RoomReader,
     event: Event,
@@ -6352,10 +6383,7 @@ def client_event(
         if reader.device_nid is not None and event.txn_id is not None:
             unsigned |= sent_as(rooms, event, reader.device_nid)
     if event.replaces is not None:
-        replaced = rooms.event_by_nid(event.replaces)
-        if replaced is not None:
-            unsigned["prev_content"] = replaced.content
-            unsigned["replaces_state"] = replaced.event_id
+        unsigned |= replaced_state(rooms, event, reader)
     if event.redacted_by is not None and not nested:
         redaction = rooms.event_by_nid(event.redacted_by)
         if redaction is not None:
@@ -7535,7 +7563,7 @@ def route(
 ) -> Callable[[Handler], Handler]:
     """Make a function the handler of a path.
 
-    `{name}` stands for one segment, `{name...}` at the end for whatever follows, nothing included.
+    `{name}` stands for one segment, `{name...}` at the end for one that may be empty or missing.
     `also` has further versions ("v1", "unstable") or other paths; v3 comes with r0 by itself.
     Without `body` a body is not looked at; ANY_OBJECT takes any object, and nothing at all as {}.
     """
@@ -7568,7 +7596,7 @@ class PathNode:
         self.children: dict[str, PathNode] = {}
         self.parameter: PathNode | None = None
         self.endpoints: dict[str, Endpoint] = {}  # by method, of the path that ends here
-        self.rest: dict[str, Endpoint] = {}  # of paths that may go on as they like
+        self.rest: dict[str, Endpoint] = {}  # of paths that may end here, or one segment later
 
     def add(self, entry: Route, path: str) -> None:
         """Make a route reachable by a path."""
@@ -7605,8 +7633,8 @@ class PathNode:
                     found[1].append(segments[at])
             if found is not None:
                 return found
-        endpoint = self.rest.get(method)
-        return None if endpoint is None else (endpoint, ["/".join(segments[at:])])
+        endpoint = self.rest.get(method) if len(segments) <= at + 1 else None
+        return None if endpoint is None else (endpoint, ["".join(segments[at:])])
 
 
 # ── 16.5  From a request to its handler ──────────────────────────────────────
@@ -11024,12 +11052,12 @@ CAPABILITIES: Json = {}  # those that later chapters add, by name
 @route("GET", V3 + "/capabilities", auth=GUEST)
 async def capabilities(hs: Homeserver, request: Request) -> Json:
     """What this server lets the user do.  Spec: "Capabilities negotiation"."""
-    account = hs.accounts.get(request.user.nid)
+    account, is_guest = hs.accounts.get(request.user.nid), request.user.is_guest
     has_password = account is not None and account.password_hash is not None
     switches = {
         "m.change_password": has_password,
         "m.set_displayname": True,
-        "m.set_avatar_url": True,
+        "m.set_avatar_url": not is_guest,
         "m.3pid_changes": hs.config.smtp is not None,
         "m.get_login_token": has_password,
         "m.profile_fields": True,
@@ -11043,6 +11071,8 @@ async def capabilities(hs: Homeserver, request: Request) -> Json:
     }
     versions = {"default": hs.config.default_room_version, "available": available}
     answer: Json = {name: {"enabled": enabled} for name, enabled in switches.items()}
+    if is_guest:
+        answer["m.profile_fields"]["allowed"] = ["displayname"]
     if request.user.is_admin:
         answer["m.account_moderation"] = {"suspend": True, "lock": True}
     return {"capabilities": {**answer, **CAPABILITIES, "m.room_versions": versions}}
@@ -12234,6 +12264,8 @@ def own_room(hs: Homeserver, request: Request, user_id: str, room_id: str | None
     check_own_user(request, user_id)
     if room_id is None:
         return NO_ROOM
+    if not is_room_id(room_id):
+        raise invalid_param("That is no room id")
     room = hs.rooms.find(room_id)
     if room is None or room.membership_of(request.user.nid) is None:
         raise not_found("You were never in this room")
@@ -14315,11 +14347,11 @@ async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 
 # What one does to others: the memberships that it starts from (None: any), that it leads to,
-# and what else there is to say.
+# and the error for everybody else.
 ACTIONS: Final = {
-    "kick": ({"join", "invite", "knock"}, "leave", "is not in the room"),
-    "ban": (None, "ban", ""),
-    "unban": ({"ban"}, "leave", "is not banned"),
+    "kick": ({"join", "invite", "knock"}, "leave", "M_FORBIDDEN", "is not in the room"),
+    "ban": (None, "ban", "", ""),
+    "unban": ({"ban"}, "leave", "M_BAD_STATE", "is not banned"),
 }
 
 
@@ -14332,13 +14364,13 @@ async def post_action(hs: Homeserver, request: Request, room_id: str) -> Json:
     Spec: CS-API "Leaving rooms", "Banning users in a room".  403 where there is nothing to do.
     """
     refuse_suspended(hs, request.user)
-    before, after, refusal = ACTIONS[request.segments[-1]]
+    before, after, errcode, refusal = ACTIONS[request.segments[-1]]
     room, target = hs.rooms.get(room_id), request.json["user_id"]
     if not is_user_id(target):
         raise invalid_param("user_id is not a user id")
     require_joined(room, request.user.nid)
     if before is not None and room.membership(target) not in before:
-        raise forbidden(f"{target} {refusal}")
+        raise MatrixError(403, errcode, f"{target} {refusal}")
     old = room.content(MEMBER, target)
     content: Json = {key: old[key] for key in ("displayname", "avatar_url") if key in old}
     content = with_reason({**content, "membership": after}, request.json.get("reason"))
@@ -14885,6 +14917,7 @@ async def post_upgrade(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 SEND_PATH = ROOM_PATH + "/send/{event_type}/{txn_id}"
 REDACT_PATH = ROOM_PATH + "/redact/{event_id}/{txn_id}"
+MAX_ALIAS_QUESTIONS = 10  # to other servers, for one event
 STATE_PATH = ROOM_PATH + "/state/{event_type}/{state_key...}"
 
 
@@ -14996,21 +15029,39 @@ async def put_redact(
     return send_once(hs, request, f"{room_id} redact {event_id}", txn_id, send)
 
 
-def require_own_aliases(hs: Homeserver, room: Room, content: Json) -> None:
-    """400 unless each alias newly named in m.room.canonical_alias leads to this room.
+def new_aliases(room: Room, content: Json) -> list[str]:
+    """The aliases that m.room.canonical_alias is to name and did not before; 400 for what is none.
 
-    Spec: CS-API "Sending events to a room", M_BAD_ALIAS and M_INVALID_PARAM.
+    Spec: CS-API "Sending events to a room".
     """
     check_shape(content, {"alias?": str, "alt_aliases?": [str]}, "The body")
-    before = room.content("m.room.canonical_alias")
-    known = [before.get("alias"), before.get("alt_aliases")]
-    for alias in (content.get("alias"), *content.get("alt_aliases", [])):
-        if not alias or alias == known[0] or (isinstance(known[1], list) and alias in known[1]):
-            continue
+    before = room.content(CANONICAL_ALIAS)
+    others = before.get("alt_aliases")
+    known = {None, "", before.get("alias"), *(others if isinstance(others, list) else ())}
+    named = dict.fromkeys((content.get("alias"), *content.get("alt_aliases", [])))
+    added = [cast(str, alias) for alias in named if alias not in known]
+    for alias in added:
         if not is_room_alias(alias):
             raise invalid_param(f"{alias[:MAX_ID_BYTES]} is not a room alias")
-        if find_alias(hs, alias) != room.room_id:
-            raise MatrixError(400, "M_BAD_ALIAS", f"{alias} does not lead to this room")
+    return added
+
+
+def require_alias_of(room: Room, alias: str, room_id: str | None) -> None:
+    """400 M_BAD_ALIAS unless the id of the room that an alias leads to is that of this room."""
+    if room_id != room.room_id:
+        raise MatrixError(400, "M_BAD_ALIAS", f"{alias} does not lead to this room")
+
+
+async def require_aliases_elsewhere(hs: Homeserver, room: Room, content: Json) -> None:
+    """Ask the other servers whose aliases a room is to have newly whether they lead there."""
+    others = [alias for alias in new_aliases(room, content) if not hs.is_local(alias)]
+    if len(others) > MAX_ALIAS_QUESTIONS:
+        raise invalid_param(f"At most {MAX_ALIAS_QUESTIONS} aliases of other servers at a time")
+    for alias in others:
+        room_id = None
+        with contextlib.suppress(MatrixError):
+            room_id, _ = await look_up_alias(hs, alias)
+        require_alias_of(room, alias, room_id)
 
 
 def checked_member_content(
@@ -15048,8 +15099,9 @@ def set_state(
     require_encryption_allowed(hs, event_type)
     if event_type == REDACTION:  # it would get past the checks of `send_redaction`
         raise invalid_param("A redaction is no state; PUT .../redact/{event_id}/{txn_id} sends one")
-    if event_type == "m.room.canonical_alias":
-        require_own_aliases(hs, room, content)
+    if event_type == CANONICAL_ALIAS:
+        for alias in filter(hs.is_local, new_aliases(room, content)):
+            require_alias_of(room, alias, find_alias(hs, alias))
     if event_type == MEMBER:
         content = checked_member_content(hs, user, room, state_key, content)
     if (event_type, state_key, content.get("membership")) != (MEMBER, user_id, "leave"):
@@ -15072,6 +15124,10 @@ async def put_state(
     delay = delay_of(request)
     if delay is not None:
         return schedule_once(hs, request, room_id, event_type, delay=delay, state_key=state_key)
+    if event_type == CANONICAL_ALIAS:
+        room = hs.rooms.get(room_id)
+        require_joined(room, request.user.nid)
+        await require_aliases_elsewhere(hs, room, request.json)
     is_invite = (event_type, request.json.get("membership")) == (MEMBER, "invite")
     if is_invite and is_user_id(state_key) and not hs.is_local(state_key):
         refuse_suspended(hs, request.user)
@@ -15148,7 +15204,7 @@ def state_at(
 async def get_members(hs: Homeserver, request: Request, room_id: str) -> Json:
     """The member events of a room, now or at a point in the past; 403 for a point one cannot see.
 
-    Spec: CS-API "Getting events for a room".
+    Spec: CS-API "Getting events for a room": of two filters, one has to let a member through.
     """
     room, limit = readable_room(hs, request, room_id)
     at = request.arg("at")
@@ -15161,7 +15217,9 @@ async def get_members(hs: Homeserver, request: Request, room_id: str) -> Json:
     chosen = [
         event
         for event in events
-        if wanted in (None, event.membership) and (unwanted is None or event.membership != unwanted)
+        if (wanted is None and unwanted is None)
+        or event.membership == wanted
+        or (unwanted is not None and event.membership != unwanted)
     ]
     return {"chunk": as_clients(hs, request, chosen)}
 
@@ -18695,6 +18753,7 @@ class Presence:
         self._load()
         hs.rooms.subscribe(self._event_sent)
         hs.rooms.subscribe_membership(self._membership_changed)
+        hs.profiles.on_change(self._profile_changed)
         hs.accounts.on_deactivated(self._delete)
 
     def note_sync(self, requester: Requester, asked: str, timeout: float) -> None:
@@ -18821,6 +18880,12 @@ class Presence:
         self._users[user_nid].pos = self.hs.stream.stamp(PRESENCE, user_nid)
         self._users.move_to_end(user_nid)
 
+    def _profile_changed(self, user_nid: UserNid) -> None:
+        """Others hear of a new name or avatar.  Spec: "Events on Change of Profile Information"."""
+        if self.hs.config.allow_local_presence:
+            self._users.setdefault(user_nid, UserPresence())
+            self._tell(user_nid)
+
     def _membership_changed(self, _: Room, user_nid: UserNid, old: str | None, new: str) -> None:
         """Who joins hears of those who are there, and they of them."""
         if old != "join" == new and user_nid in self._present:
@@ -18866,9 +18931,13 @@ def presence_since(hs: Homeserver, user_nid: UserNid, since: int = 0) -> list[Js
     """The m.presence events of those who share a room with the user and changed since."""
     if not hs.config.allow_local_presence:
         return []
+    people = ((nid, hs.db.user_id(nid)) for nid in hs.presence.news(user_nid, since))
     return [
-        {"type": "m.presence", "sender": hs.db.user_id(nid), "content": hs.presence.of(nid)}
-        for nid in hs.presence.news(user_nid, since)
+        {
+            **{"type": "m.presence", "sender": user_id},
+            "content": {**hs.presence.of(nid), **member_profile(hs, user_id)},
+        }
+        for nid, user_id in people
     ]
 
 
@@ -23020,14 +23089,14 @@ def departure_from(ask: SyncReader, room: Room, left: Event, since: int | None) 
     return Departure(since, timeline, cast(Event, gone).nid if was_member else None)
 
 
-def left_section(ask: SyncRequest, room: Room, member: Member) -> Json | None:
+def left_section(ask: SyncRequest, room: Room, member: Member, data: list[Json]) -> Json | None:
     """A room that the user has left, up to the moment of leaving, or None."""
     left = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
     if hides_invite(ask, ask.hs.rooms.entry_before(left, left.key)):
         return None  # the client never heard of it
     since, timeline, upto = departure_from(ask, room, left, ask.since)
     state = [] if upto is None else state_section(ask, room, since, timeline, upto)
-    return events_section(ask, timeline, state, [])
+    return events_section(ask, timeline, state, data)
 
 
 def room_section(
@@ -23050,7 +23119,7 @@ def room_section(
         return "knock", section
     wanted = ask.since is not None or ask.wanted.include_leave
     if is_new and wanted and not member.forgotten:
-        section = left_section(ask, room, member)
+        section = left_section(ask, room, member, data)
     return "leave", section
 
 
@@ -27224,6 +27293,28 @@ def notice_room(hs: Homeserver, user_nid: UserNid) -> Room:
     return room
 
 
+def keep_notice_invite(
+    hs: Homeserver,
+    room: Room,
+    sender: str,
+    event_type: str,
+    content: Json,
+    state_key: str | None,
+    _redacts: str | None,
+) -> None:
+    """403 for who rejects the invite to the room in which the server speaks to them.
+
+    Spec: CS-API "Server Notices". Once they have joined, they may leave.
+    """
+    rejects = (event_type, state_key, content.get("membership")) == (MEMBER, sender, "leave")
+    if not rejects or room.membership(sender) != "invite" or not hs.accounts.is_active(sender):
+        return
+    query = "SELECT room_nid FROM notice_rooms WHERE user_nid = ?"
+    if hs.db.value(query, (hs.db.user_nid(sender),)) == room.nid:
+        error = "Here the server speaks to you: this invite cannot be rejected"
+        raise MatrixError(403, "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM", error)
+
+
 def forget_notice_room(hs: Homeserver, room: Room) -> None:
     """Subscriber of the room store: the next notice makes a new room."""
     hs.db.execute("DELETE FROM notice_rooms WHERE room_nid = ?", (room.nid,))
@@ -29952,7 +30043,9 @@ class Homeserver:
         self.rooms.subscribe(functools.partial(guests_may_stay, self))
         self.reports.subscribe(self.admin_room.announce)
         self.delayed_events.send = functools.partial(send_delayed, self)
-        self.rooms.check_sender = functools.partial(check_sender, self)
+        self.rooms.sender_checks += [
+            functools.partial(check, self) for check in (check_sender, keep_notice_invite)
+        ]
         self.rooms.check_consent = Consents(self).check
         self.rooms.subscribe_purge(functools.partial(forget_names, self))
         self.rooms.subscribe_purge(functools.partial(forget_notice_room, self))

@@ -6899,7 +6899,6 @@ def routes() -> Routes:
         ("GET", "/_matrix/client/v3/rooms/!a/state/t", {"event_type": "t", "state_key": ""}),
         ("GET", "/_matrix/client/v3/rooms/!a/state/t/", {"event_type": "t", "state_key": ""}),
         ("PUT", "/_matrix/client/v3/rooms/!a/state/t/k", {"event_type": "t", "state_key": "k"}),
-        ("GET", "/_matrix/client/v3/rooms/!a/state/t/k/l/", {"state_key": "k/l/"}),
         ("GET", "/_matrix/client/v3/rooms/!a/state/t/%2F%3F", {"state_key": "/?"}),
         ("GET", "/_matrix/client/v3/rooms/a%2Fb/state", {"room_id": "a/b"}),
         ("PUT", "/_matrix/client/v3/rooms/!a/send/m.x/1", {"event_type": "m.x", "txn_id": "1"}),
@@ -6912,7 +6911,7 @@ def routes() -> Routes:
     ],
 )
 def test_paths(routes: Routes, method: str, target: str, expected: dict[str, str]) -> None:
-    """Literal before parameter before rest; parameters decoded; a wrong turn is taken back."""
+    """Literal before parameter before the optional one; decoded; a wrong turn is taken back."""
     answer = routes.ask(method, target)
     assert answer.status == 200
     assert expected.items() <= answer.json()["values"].items()
@@ -6925,6 +6924,8 @@ def test_paths(routes: Routes, method: str, target: str, expected: dict[str, str
         ("GET", "/_matrix/client/v3/rooms//state", 404, None),
         ("GET", "/_matrix/client/v3/rooms/!a/state%2Ft", 404, None),
         ("GET", "/_matrix/client/v3/rooms/!a/send/m.x", 404, None),
+        ("PUT", "/_matrix/client/v3/rooms/!a/state/t/k/1", 404, None),
+        ("POST", "/_matrix/client/v3/rooms/!a/state/t/", 405, "GET, PUT"),
         ("GET", "/profile/../rules/", 404, None),
         ("POST", "/profile/u/displayname", 405, "GET, PUT, DELETE"),
         ("BREW", "/rules/", 405, "GET"),
@@ -9465,6 +9466,9 @@ def test_guests_need_open_registration(new_server: Callable[..., Server], server
     assert "ignored" not in guest.user_id
     assert ok(guest.get("account/whoami"))["is_guest"] is True
     fails(guest.post("createRoom"), 403, "M_GUEST_ACCESS_FORBIDDEN")
+    may = ok(guest.get("capabilities"))["capabilities"]
+    assert may["m.profile_fields"] == {"enabled": True, "allowed": ["displayname"]}
+    assert may["m.set_avatar_url"] == {"enabled": False}
     ok(guest.put(("profile", guest.user_id, "displayname"), {"displayname": "Passer-by"}))
     fails(guest.put(("profile", guest.user_id, "m.tz"), {"m.tz": "Europe/Paris"}), 403)
     assert read_database(opened, "SELECT COUNT(*) FROM accounts WHERE is_admin") == [(0,)]
@@ -10888,7 +10892,7 @@ def test_room_account_data(alice: Client, bob: Client) -> None:
     assert account_data_in(result, room) == {"com.example.x": {"a": 1}}
     assert account_data_in(result) == {}
     assert bob.get(path).status_code == 403
-    for room_id, status in (("nonsense", 404), ("!unknown:test.example", 404)):
+    for room_id, status in (("nonsense", 400), ("!unknown:test.example", 404)):
         wrong = ("user", alice.user_id, "rooms", room_id, "account_data", "x")
         fails(alice.put(wrong, {}), status)
         fails(alice.get(wrong), status)
@@ -12004,7 +12008,7 @@ def test_life_of_a_member(alice: Client, bob: Client) -> None:
     fails(alice.post((*member, "invite"), {"user_id": bob.user_id}), 403, "M_FORBIDDEN")
     fails(bob.post((*member, "join")), 403, "M_FORBIDDEN")
     ok(alice.post((*member, "unban"), {"user_id": bob.user_id}))
-    fails(alice.post((*member, "unban"), {"user_id": bob.user_id}), 403, "M_FORBIDDEN")
+    fails(alice.post((*member, "unban"), {"user_id": bob.user_id}), 403, "M_BAD_STATE")
     ok(bob.post((*member, "forget")))
     fails(bob.get((*member, "messages"), dir="b"), 403, "M_FORBIDDEN")
     alice.invite(room_id, bob)
@@ -12730,6 +12734,73 @@ def test_canonical_alias_must_lead_here(server: Server, alice: Client) -> None:
     fails(alice.put(("rooms", other, *path[2:]), {"alt_aliases": [alias]}), 400, "M_BAD_ALIAS")
 
 
+def test_canonical_alias_of_another_server(pair: tuple[Server, Server]) -> None:
+    alice, bob = (register(server) for server in pair)
+    room_id = alice.create_room(preset="public_chat")
+    ok(bob.post(("join", room_id), params={"via": pair[0].name}))
+    alias = f"#{unique('alias')}:{pair[1].name}"
+    path = ("rooms", room_id, "state", "m.room.canonical_alias", "")
+    fails(alice.put(path, {"alt_aliases": [alias]}), 400, "M_BAD_ALIAS")
+    ok(bob.put(("directory", "room", alias), {"room_id": room_id}))
+    fails(bob.put(path, {"alias": alias}), 403, "M_FORBIDDEN")
+    ok(alice.put(path, {"alias": alias}))
+    ok(bob.delete(("directory", "room", alias)))
+    ok(alice.put(path, {"alias": alias, "alt_aliases": []}))  # known already: not asked again
+    other = alice.create_room()
+    fails(alice.put(("rooms", other, *path[2:]), {"alias": alias}), 400, "M_BAD_ALIAS")
+    many = [f"#{number}:{pair[1].name}" for number in range(11)]
+    fails(alice.put(path, {"alt_aliases": many}), 400, "M_INVALID_PARAM")
+    fails(register(pair[0]).put(path, {"alias": "#a:b.example"}), 403, "M_FORBIDDEN")
+
+
+@pytest.mark.parametrize(
+    ("event_type", "state_key", "content"),
+    [
+        ("m.room.power_levels", "", {"ban": "50"}),
+        ("m.room.power_levels", "", {"events": ["m.room.name"]}),
+        ("m.room.power_levels", "", {"users": {"nobody": 5}}),
+        ("m.room.member", "@somebody:test.example", {}),
+        ("m.room.member", "nobody", {"membership": "ban"}),
+    ],
+)
+def test_malformed_state_is_a_bad_request(
+    alice: Client, bob: Client, event_type: str, state_key: str, content: Json
+) -> None:
+    path = ("rooms", alice.room_with(bob), "state", event_type, state_key)
+    fails(alice.put(path, content), 400, "M_BAD_JSON")
+    if event_type == "m.room.power_levels":
+        body = {"power_level_content_override": content}
+        assert alice.post("createRoom", body).status_code == 400
+        fails(bob.put(path, content), 403, "M_FORBIDDEN")
+
+
+def test_prev_content_is_for_who_may_see_the_event_before(alice: Client, bob: Client) -> None:
+    hidden = {"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}
+    room_id = alice.create_room(name="Secret", initial_state=[hidden])
+    before = alice.state(room_id)
+    secret = next(e["event_id"] for e in before if e["type"] == "m.room.name")
+    alice.set_state(room_id, hidden["type"], {"history_visibility": "shared"})
+    second = alice.set_state(room_id, "m.room.name", {"name": "Open"})
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+    third = alice.set_state(room_id, "m.room.name", {"name": "Third"})
+
+    def unsigned(user: Client, event_id: str) -> Json:
+        return cast("Json", ok(user.get(("rooms", room_id, "event", event_id)))["unsigned"])
+
+    fails(bob.get(("rooms", room_id, "event", secret)), 404, "M_NOT_FOUND")
+    assert "prev_content" not in unsigned(bob, second)
+    assert unsigned(bob, second)["replaces_state"] == secret
+    assert unsigned(alice, second)["prev_content"] == {"name": "Secret"}
+    assert unsigned(bob, third)["prev_content"] == {"name": "Open"}
+    result = bob.sync()["rooms"]["join"][room_id]
+    seen = {e["event_id"]: e["unsigned"] for e in result["timeline"]["events"]}
+    assert "prev_content" not in seen[second]
+    own = next(e for e in result["timeline"]["events"] if e.get("state_key") == bob.user_id)
+    own = own if own["content"]["membership"] == "join" else result["timeline"]["events"][-2]
+    assert own["unsigned"]["prev_content"]["membership"] == "invite"
+
+
 def test_members_now_and_then(alice: Client, bob: Client) -> None:
     room_id = alice.create_room()
     before = alice.sync()["next_batch"]
@@ -12747,8 +12818,13 @@ def test_members_now_and_then(alice: Client, bob: Client) -> None:
     assert members(at="s0") == set()
     fails(alice.get(("rooms", room_id, "members"), at="x"), 400, "M_INVALID_PARAM")
     bob.leave(room_id)
+    carol = register(alice.server)
+    alice.invite(room_id, carol)
     assert members(membership="join") == {alice.user_id}
-    assert members(not_membership="join") == {bob.user_id}
+    assert members(not_membership="join") == {bob.user_id, carol.user_id}
+    assert members(membership="invite", not_membership="leave") == {alice.user_id, carol.user_id}
+    assert members(membership="leave", not_membership="join") == {bob.user_id, carol.user_id}
+    assert members(membership="leave", not_membership="leave") == members()
     joined = ok(alice.get(("rooms", room_id, "joined_members")))["joined"]
     assert list(joined) == [alice.user_id]
 
@@ -15358,6 +15434,7 @@ class PresenceStage:
             subscribe=lambda callback: None,
             subscribe_membership=lambda callback: None,
             on_deactivated=lambda callback: None,
+            on_change=lambda callback: None,
         )
         rows: list[Any] = []
         database = types.SimpleNamespace(
@@ -15370,6 +15447,7 @@ class PresenceStage:
             config=types.SimpleNamespace(allow_local_presence=True),
             rooms=nothing,
             accounts=nothing,
+            profiles=nothing,
             db=database,
             stream=types.SimpleNamespace(stamp=self.stamp),
         )
@@ -15542,6 +15620,20 @@ def test_presence_is_set_and_seen(alice: Client, bob: Client) -> None:
     assert seen["currently_active"] is True
     assert "status_msg" not in seen
     assert ok(bob.get(path))["presence"] == "online"
+
+
+def test_presence_tells_of_a_new_name(alice: Client, bob: Client) -> None:
+    alice.room_with(bob)
+    alice.poll()
+    ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": "Robert"}))
+    seen = alice.wait_for(lambda result: presence_of(result, bob))
+    assert (seen["displayname"], seen["presence"]) == ("Robert", "offline")
+    assert "avatar_url" not in seen
+    avatar = "mxc://test.example/face"
+    ok(bob.put(("profile", bob.user_id, "avatar_url"), {"avatar_url": avatar}))
+    seen = alice.wait_for(lambda result: presence_of(result, bob))
+    assert (seen["displayname"], seen["avatar_url"]) == ("Robert", avatar)
+    assert "displayname" not in ok(alice.get(("presence", bob.user_id, "status")))
 
 
 def test_presence_is_for_those_who_share_a_room(alice: Client, bob: Client) -> None:
@@ -19354,8 +19446,10 @@ def test_leaving_ends_with_the_leave(alice: Client, bob: Client) -> None:
     assert room_id not in result["rooms"].get("join", {})
     assert "rooms" not in bob.poll()
     assert room_id not in bob.sync().get("rooms", {}).get("leave", {})
+    ok(bob.put(("user", bob.user_id, "rooms", room_id, "tags", "u.old"), {}))
     archived = bob.sync(filter={"room": {"include_leave": True}})["rooms"]["leave"]
-    assert room_id in archived
+    data = archived[room_id]["account_data"]["events"]
+    assert data == [{"type": "m.tag", "content": {"tags": {"u.old": {}}}}]
     ok(bob.post(("rooms", room_id, "forget")))
     archived = bob.sync(filter={"room": {"include_leave": True}}).get("rooms", {}).get("leave", {})
     assert room_id not in archived
@@ -23712,6 +23806,10 @@ def test_notices_reach_everybody(new_server: Callable[..., Server]) -> None:
     assert "2 user(s)" in order(admin, "notice-all 'The server' rests at night")
     invited = user.poll()["rooms"]["invite"]
     (room_id,) = invited
+    error = "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM"
+    fails(user.post(("rooms", room_id, "leave")), 403, error)
+    path = ("rooms", room_id, "state", "m.room.member", user.user_id)
+    fails(user.put(path, {"membership": "leave"}), 403, error)
     user.join(room_id)
     notice = user.messages(room_id)["chunk"][1]["content"]
     assert (notice["msgtype"], notice["body"]) == ("m.server_notice", "The server rests at night")
