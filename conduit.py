@@ -17540,6 +17540,15 @@ async def event_near(
     return {"event_id": event.event_id, "origin_server_ts": event.origin_server_ts}
 
 
+async def fill_history_at(hs: Homeserver, room: Room, ts: int) -> None:
+    """Fetch old events from other servers if those of a time are missing, some hundred at most."""
+    for _ in range(MAX_FILLS):
+        later = await event_by_time(hs, room, lambda _: True, ts, backwards=False)
+        at = MAX_POSITION if later is None else cast(int, later.pos)
+        if not hs.rooms.gaps(room, at - 1, at) or not await hs.backfill.fill(room, at):
+            return
+
+
 @route("GET", ROOM_V1 + "/timestamp_to_event", auth=GUEST, limit="search", also=(MSC3030_PATH,))
 async def get_event_by_time(hs: Homeserver, request: Request, room_id: str) -> Json:
     """The event nearest to a time in a direction, for a user.
@@ -17547,6 +17556,8 @@ async def get_event_by_time(hs: Homeserver, request: Request, room_id: str) -> J
     Spec: CS-API "Jumping to a point in a room's history".  404 when there is none.
     """
     room = viewable_room(hs, request, room_id)
+    if request.arg("ts") is not None:
+        await fill_history_at(hs, room, request.int_arg("ts", 0, 0, MAX_POSITION))
     viewer = Viewer(hs.rooms, room, request.user.nid)
     return await event_near(hs, request, room, viewer.may_see)
 
@@ -22553,6 +22564,7 @@ async def serve_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Jso
 MAX_SYNC_LIMIT = 100  # timeline events of a room in one answer
 MAX_SYNC_TIMEOUT_MS = 300_000
 HEROES = 5
+NAMING = frozenset({MEMBER, "m.room.name", CANONICAL_ALIAS})  # what the summary depends on
 YIELD_SECONDS = 0.01  # how long a big sync may hold the loop before others get a turn
 
 # ── 42.1  Waiting ────────────────────────────────────────────────────────────
@@ -22888,7 +22900,7 @@ def choose_members(
     wanted = {event.sender for event in timeline.events}
     if whole:
         wanted.add(ask.user.user_id)
-    if whole or timeline.limited or any(event.type == MEMBER for event in timeline.events):
+    if whole or timeline.limited or any(event.type in NAMING for event in timeline.events):
         wanted.update(heroes(ask, room) or ())  # as the summary names them
     in_timeline = set() if ask.state_after else {event.nid for event in timeline.events}
     has_gap = timeline.limited and not whole  # of which the client must hear every member's change
@@ -23047,8 +23059,8 @@ def joined_section(
         "ephemeral": {"events": ephemeral},
         **unread_section(ask, room),
     }
-    members = (*(event.type for event in timeline.events), *(one.get("type") for one in state))
-    if fresh or timeline.limited or MEMBER in members:
+    types = (*(event.type for event in timeline.events), *(one.get("type") for one in state))
+    if fresh or timeline.limited or not NAMING.isdisjoint(types):
         section["summary"] = summary_of(ask, room)
     return section
 

@@ -14577,6 +14577,22 @@ def test_a_day_finds_its_event(alice: Client) -> None:
     fails(alice.get(path, ts=1, dir="x"), 400, "M_INVALID_PARAM")
 
 
+def test_event_of_a_day_that_only_another_server_knows(pair: tuple[Server, Server]) -> None:
+    alice, bob = (register(server) for server in pair)
+    room_id = alice.create_room(preset="public_chat")
+    wanted = alice.send_text(room_id, "long ago")
+    time.sleep(0.02)
+    later = alice.send_text(room_id, "and after that")
+    ts = ok(alice.get(("rooms", room_id, "event", wanted)))["origin_server_ts"]
+    ok(bob.post(("join", room_id), params={"via": pair[0].name}))
+    path = v1("rooms", room_id, "timestamp_to_event")
+    fails(bob.get(path, ts=1, dir="b"), 404, "M_NOT_FOUND")
+    assert ok(bob.get(path, ts=ts + 1, dir="f"))["event_id"] == later
+    assert ok(bob.get(path, ts=ts + 1, dir="b")) == {"event_id": wanted, "origin_server_ts": ts}
+    around = ok(bob.get(("rooms", room_id, "context", wanted)))
+    assert around["events_after"][0]["event_id"] == later
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  33. SEARCH
 # ═════════════════════════════════════════════════════════════════════════════
@@ -19429,6 +19445,20 @@ def test_joining_brings_history_and_state(alice: Client, bob: Client) -> None:
         *(e for e in room["timeline"]["events"] if "state_key" in e),
     ]
     assert keys_of(everything) == keys_of(alice.state(room_id))
+
+
+def test_heroes_come_when_a_room_loses_its_name(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="Named")
+    lazy = {"room": {"state": {"lazy_load_members": True}}}
+    assert "m.heroes" not in alice.poll(filter=lazy)["rooms"]["join"][room_id]["summary"]
+    alice.set_state(room_id, "m.room.name", {})
+    section = alice.poll(filter=lazy)["rooms"]["join"][room_id]
+    assert section["summary"]["m.heroes"] == [bob.user_id]
+    assert bob.user_id in [e["state_key"] for e in section["state"]["events"]]
+    alias = f"#{unique('heroes')}:test.example"
+    ok(alice.put(("directory", "room", alias), {"room_id": room_id}))
+    alice.set_state(room_id, "m.room.canonical_alias", {"alias": alias})
+    assert "m.heroes" not in alice.poll(filter=lazy)["rooms"]["join"][room_id]["summary"]
 
 
 def test_leaving_ends_with_the_leave(alice: Client, bob: Client) -> None:
