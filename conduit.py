@@ -23106,7 +23106,11 @@ def left_section(ask: SyncRequest, room: Room, member: Member, data: list[Json])
     left = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
     if hides_invite(ask, ask.hs.rooms.entry_before(left, left.key)):
         return None  # the client never heard of it
-    since, timeline, upto = departure_from(ask, room, left, ask.since)
+    is_known = ask.since is not None and left.nid <= ask.since  # but for the state, asked for anew
+    since, timeline, upto = departure_from(ask, room, left, None if is_known else ask.since)
+    if is_known:
+        timeline = Timeline([], False, stream_token(left.pos or left.nid), True)
+    since = None if ask.full_state else since
     state = [] if upto is None else state_section(ask, room, since, timeline, upto)
     return events_section(ask, timeline, state, data)
 
@@ -23115,7 +23119,8 @@ def room_section(
     ask: SyncRequest, room: Room, member: Member, changes: Changes | None, data: list[Json]
 ) -> tuple[str, Json | None]:
     """What is new in one room, whatever the user's place in it, and which section it goes into."""
-    is_new = ask.since is None or member.event_nid > ask.since
+    is_news = ask.since is not None and member.event_nid > ask.since
+    is_new = is_news or ask.since is None or ask.full_state
     section: Json | None = None
     if member.membership == "join":
         return "join", joined_section(ask, room, member, changes, data)
@@ -23129,8 +23134,7 @@ def room_section(
         if is_new:
             section = {"knock_state": {"events": stripped_state(ask.hs.rooms, room, member)}}
         return "knock", section
-    wanted = ask.since is not None or ask.wanted.include_leave
-    if is_new and wanted and not member.forgotten:
+    if is_new and (is_news or ask.wanted.include_leave) and not member.forgotten:
         section = left_section(ask, room, member, data)
     return "leave", section
 

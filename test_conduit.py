@@ -19485,6 +19485,29 @@ def test_leaving_ends_with_the_leave(alice: Client, bob: Client) -> None:
     assert room_id not in archived
 
 
+def test_full_state_has_all_rooms(alice: Client, bob: Client) -> None:
+    left, invited = alice.room_with(bob, name="Left"), alice.create_room(bob)
+    alice.send_text(left, "last words")
+    bob.leave(left)
+    alice.set_state(left, "m.room.name", {"name": "Later"})
+    bob.poll()
+    again = bob.sync(bob.since, full_state="true")["rooms"]
+    assert again.keys() == {"invite"} and again["invite"].keys() == {invited}
+    wanted = {"room": {"include_leave": True}}
+    section = bob.sync(bob.since, filter=wanted, full_state="true")["rooms"]["leave"][left]
+    assert section["timeline"]["events"] == [] and not section["timeline"]["limited"]
+    state = {(e["type"], e["state_key"]): e["content"] for e in section["state"]["events"]}
+    assert state["m.room.name", ""] == {"name": "Left"}
+    assert state["m.room.member", bob.user_id]["membership"] == "leave"
+    alice.invite(left, bob)
+    bob.join(left)
+    bob.poll()
+    bob.leave(left)
+    section = bob.sync(bob.since, full_state="true")["rooms"]["leave"][left]
+    assert [e["content"]["membership"] for e in section["timeline"]["events"]] == ["leave"]
+    assert "m.room.create" in [e["type"] for e in section["state"]["events"]]
+
+
 def test_sec_20_nothing_after_a_ban(alice: Client, bob: Client) -> None:
     room_id = alice.room_with(bob)
     bob.poll()
