@@ -9933,7 +9933,12 @@ def local_user_id(hs: Homeserver, username: str) -> str:
 
 
 class Sessions:
-    """Who has an account, on which devices they are logged in, and with which tokens."""
+    """Who has an account, on which devices they are logged in, and with which tokens.
+
+    The composition root sets how cross-signing keys are known, whose names no device may have.
+    """
+
+    is_signing_key: Callable[[UserNid, str], bool]
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
@@ -10089,7 +10094,9 @@ class Sessions:
     def add_device(
         self, nid: UserNid, device_id: str, name: str | None, address: str | None = None
     ) -> DeviceNid:
-        """A device, made if it is not there; inside a write block."""
+        """A device, made if it is not there; inside a write block.  403 for the name of a key."""
+        if self.is_signing_key(nid, device_id):
+            raise forbidden("The device id is the same as a cross-signing key")
         seen_ts = None if address is None else now_ms()
         self.db.execute(
             """
@@ -10132,10 +10139,8 @@ class Sessions:
 
     def make_device(self, nid: UserNid, device_id: str, name: str | None) -> DeviceNid:
         """The device of that id, made if it is not there, without a token."""
-        sql = "INSERT OR IGNORE INTO devices (user_nid, device_id, display_name) VALUES (?, ?, ?)"
         with self.db.write():
-            self.db.execute(sql, (nid, device_id, name))
-        return cast(DeviceNid, self.find_device(nid, device_id))
+            return self.add_device(nid, device_id, name)
 
     def rename_device(self, nid: UserNid, device_id: str, name: str | None) -> None:
         """Give a device another display name, if one is given. 404 when there is no such device."""
@@ -10885,11 +10890,19 @@ async def user_by_password(hs: Homeserver, request: Request) -> UserNid | None:
 
 @login_type(APPLICATION_SERVICE)
 async def user_of_appservice(hs: Homeserver, request: Request) -> UserNid | None:
-    """m.login.application_service: a user of theirs, by the token of the application service."""
+    """m.login.application_service: a user of theirs, by the token of the application service.
+
+    Spec: "Appservice Login": with any other token it is a failed login, and nobody logged out.
+    """
     user_id = named_user(hs, request.json)
     if user_id is None:
         raise missing_param("identifier is missing")
-    hs.accounts.check_appservice(request, user_id)
+    try:
+        hs.accounts.check_appservice(request, user_id)
+    except MatrixError as error:
+        if error.errcode == "M_UNKNOWN_TOKEN":
+            return None
+        raise
     return hs.db.find_user_nid(user_id)
 
 
@@ -14995,7 +15008,8 @@ def send_message(
     target = content.get("redacts")
     if not isinstance(target, str):
         raise bad_json("A redaction names the event that it redacts")
-    return send_redaction(hs, user, room_id, target, content, transaction)
+    rest = {name: value for name, value in content.items() if name != "redacts"}
+    return send_redaction(hs, user, room_id, target, rest, transaction)
 
 
 @route("PUT", SEND_PATH, auth=GUEST, limit="message", body=ANY_OBJECT)
@@ -15235,10 +15249,11 @@ def joined_member(event: Event) -> Json:
 async def get_joined_members(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Names and pictures of those who are in the room.
 
-    Spec: CS-API "Getting events for a room".
+    Spec: CS-API "Getting events for a room": any user of an application service opens it for that.
     """
-    room = known_room(hs, room_id)
-    require_joined(room, request.user.nid)
+    room, service = known_room(hs, room_id), hs.appservices.of_request(request)
+    if service is None or service.owned.isdisjoint(room.local_joined):
+        require_joined(room, request.user.nid)
     nids = [room.state[MEMBER, user_id] for user_id in room.members()]
     events = hs.rooms.events_by_nids(nids)
     return {"joined": {cast(str, event.state_key): joined_member(event) for event in events}}
@@ -19799,6 +19814,14 @@ def public_key(key: Json) -> str:
     return str(next(iter(key["keys"].values()), ""))
 
 
+def is_signing_key(hs: Homeserver, user_nid: UserNid, name: str) -> bool:
+    """Whether this is one of the user's cross-signing public keys, which no device can be called.
+
+    Spec: CS-API "Cross-signing".
+    """
+    return any(name == public_key(key) for key in cross_signing_keys_of(hs, user_nid).values())
+
+
 def published_keys(hs: Homeserver, device_nid: DeviceNid | None) -> Json | None:
     """The identity keys of a device, as it uploaded them."""
     body = hs.db.value("SELECT body FROM device_keys WHERE device_nid = ?", (device_nid,))
@@ -19965,7 +19988,7 @@ def store_device_keys(hs: Homeserver, user: Requester, device_nid: DeviceNid, ke
     device_id = str(user.device_id)
     if (keys["user_id"], keys["device_id"]) != (user.user_id, device_id):
         raise invalid_param("device_keys must name the user and the device of the access token")
-    if any(device_id == public_key(key) for key in cross_signing_keys_of(hs, user.nid).values()):
+    if is_signing_key(hs, user.nid, device_id):
         raise forbidden("The device id is the same as a cross-signing key")
     keys.pop("unsigned", None)
     body, before = bounded_json(keys, "device_keys"), published_keys(hs, device_nid)
@@ -30048,6 +30071,7 @@ class Homeserver:
         A changed membership: unread counts, typing, device lists, the syncs that wait, the sender
         (which servers are in the room). An event of ours: the sender.
         """
+        self.accounts.is_signing_key = functools.partial(is_signing_key, self)
         self.accounts.on_account_created(functools.partial(auto_join, self))
         self.accounts.on_registered(functools.partial(store_consent, self))
         self.accounts.on_device_deleted(functools.partial(device_removed, self))

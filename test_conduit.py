@@ -12629,6 +12629,7 @@ def test_sec_17_who_may_redact(server: Server, alice: Client, bob: Client, versi
     raw = read_database(server, "SELECT pdu FROM events WHERE event_id = ?", redaction_id)
     pdu = json.loads(raw[0][0])
     assert ("redacts" in pdu) == (int(version) < 11)
+    assert ("redacts" in pdu["content"]) == (int(version) >= 11)
     assert pdu["content"].get("redacts", target) == target
     # Of state: what the room is held together by stays.
     member = alice.state(room_id)
@@ -16851,8 +16852,12 @@ def test_cross_signing_key_may_not_be_a_device_id(alice: Client) -> None:
 def test_a_device_may_not_have_the_name_of_a_cross_signing_key(alice: Client) -> None:
     device = crypto(alice)
     ok(alice.post("keys/device_signing/upload", device.cross_signing_keys()))
-    twin = CryptoDevice(alice.login(device_id=device.cross["self_signing"].public))
-    fails(twin.upload(device_keys=twin.device_keys()), 403, "M_FORBIDDEN")
+    who = {"type": "m.id.user", "user": alice.user_id}
+    login: Json = {"type": "m.login.password", "identifier": who, "password": PASSWORD}
+    for usage in ("master", "self_signing", "user_signing"):
+        body = {**login, "device_id": device.cross[usage].public}
+        fails(Client(alice.server).post("login", body), 403, "M_FORBIDDEN")
+    assert len(ok(alice.get("devices"))["devices"]) == 1
 
 
 def test_signatures_are_checked_and_merged(alice: Client, bob: Client, server: Server) -> None:
@@ -22864,10 +22869,28 @@ def test_users_of_services_are_made_and_logged_in(
     session = client_from(server, ok(service.post("login", {**kind, **who})))
     assert ok(session.get("account/whoami"))["user_id"] == made["user_id"]
     fails(nobody.post("login", {**kind, **who}), 401, "M_MISSING_TOKEN")
+    for wrong in (stranger, session):
+        fails(wrong.post("login", {**kind, **who}), 403, "M_FORBIDDEN")
     other = {"identifier": {"type": "m.id.user", "user": "admin"}}
     fails(service.post("login", {**kind, **other}), 400, "M_EXCLUSIVE")
     # And nobody else can have such a name.
     fails(nobody.get("register/available", username=f"{bridge.id}_two"), 400, "M_EXCLUSIVE")
+
+
+def test_who_is_in_a_room_with_a_user_of_a_service(
+    server: Server, alice: Client, bridge: Bridge, new_bridge: Callable[..., Bridge], admin: Client
+) -> None:
+    room_id = alice.create_room(preset="public_chat")
+    path = ("rooms", room_id, "joined_members")
+    ghost = bridge.user(server)
+    fails(bridge.client(server).get(path), 403, "M_FORBIDDEN")
+    ghost.join(room_id)
+    for user in (bridge.client(server), bridge.user(server)):
+        assert ok(user.get(path))["joined"].keys() == {alice.user_id, ghost.user_id}
+    fails(bridge.client(server).get(("rooms", room_id, "state")), 403, "M_FORBIDDEN")
+    other = new_bridge().register_at(admin)
+    fails(other.client(server).get(path), 403, "M_FORBIDDEN")
+    order(admin, f"unregister-appservice {other.id}")
 
 
 def test_devices_of_services(server: Server, bridge: Bridge) -> None:
