@@ -25957,8 +25957,8 @@ YAML_WORDS: Final = {
     **dict.fromkeys(("null", "Null", "NULL", "~"), None),
 }
 YAML_AMBIGUOUS = re.compile(
-    r"[0-9][0-9_.:]*(?:e[-+]?[0-9]*)?|0[xob][0-9a-f_]*|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*"
-    r"|y|n|yes|no|on|off|true|false|null|~.*",
+    r"[0-9][0-9_.:]*(?:e[-+]?[0-9]*)?|0x[0-9a-f_]*|0o[0-7_]*|0b[01_]*"
+    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*|y|n|yes|no|on|off|true|false|null|~.*",
     re.IGNORECASE | re.ASCII,
 )
 MAX_YAML_DEPTH = 12

@@ -22569,6 +22569,7 @@ hs_token: |
 sender_localpart: bot
 namespaces: {users: [{regex: "@x.*", exclusive: false}], rooms: [ ]}
 rate_limited: True
+token: 0b062c16f136
 more:
   - - a
     - b
@@ -22637,6 +22638,7 @@ def test_mutated_registrations_read_the_same_or_name_a_line() -> None:
         ("id: a\n  url: b", "line 2: this is indented too far"),
         ("id: yes", "line 1: yes belongs in quotes"),
         ("id: 012", "line 1: 012 belongs in quotes"),
+        ("id: 0b10", "line 1: 0b10 belongs in quotes"),
         ("id: @bot", "line 1: this belongs in quotes"),
         ("id: 'open", "line 1"),
         ("id: *anchor", "line 1"),
