@@ -13965,8 +13965,10 @@ def viewable_room(hs: Homeserver, request: Request, room_id: str) -> Room:
     member = hs.rooms.memberships(request.user.nid).get(room.nid)
     if member is None or member.forgotten or member.membership == "knock":
         raise forbidden("You are not in this room")
-    if member.membership == "invite" and visibility != "invited":
-        raise forbidden("You are not in this room yet")
+    event = hs.rooms.event_by_nid(member.event_nid)
+    was_in = member.membership == "join" or departure(hs, event) is not None
+    if not was_in and visibility != "invited":
+        raise forbidden("You have never been in this room")
     return room
 
 

@@ -12713,6 +12713,30 @@ def test_who_left_and_was_banned_later_reads_the_state_of_leaving(
     assert "join" in [e["content"].get("membership") for e in bob.state(room_id)]
 
 
+@pytest.mark.parametrize("visibility", ["shared", "joined", "invited"])
+def test_who_never_was_in_a_room_reads_nothing_of_it(
+    alice: Client, bob: Client, visibility: str
+) -> None:
+    setting = {"history_visibility": visibility}
+    state = [{"type": "m.room.history_visibility", "content": setting}]
+    room_id = alice.create_room(bob, initial_state=state)
+    alice.send_text(room_id, "for who is invited")
+    bob.leave(room_id)
+    alice.send_text(room_id, "for members")
+    answers = [
+        bob.get(("rooms", room_id, "messages"), dir="b"),
+        bob.get(v1("rooms", room_id, "threads")),
+        bob.get(v1("rooms", room_id, "timestamp_to_event"), ts=1, dir="f"),
+    ]
+    if visibility == "invited":
+        assert bob.bodies(room_id) == ["for who is invited"]
+        assert all(answer.status_code == 200 for answer in answers)
+    else:
+        for answer in answers:
+            fails(answer, 403, "M_FORBIDDEN")
+    fails(bob.get(("rooms", room_id, "state")), 403, "M_FORBIDDEN")
+
+
 def test_strangers_do_not_learn_who_is_in_a_room(alice: Client, bob: Client) -> None:
     room_id = alice.create_room()
     kick = ("rooms", room_id, "kick")
