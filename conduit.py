@@ -4403,6 +4403,8 @@ class Room:
             self.servers[server] += change
             if not self.servers[server]:
                 del self.servers[server]
+        if old != membership:
+            self.members_by_nid.pop(user_nid, None)  # who comes now, comes last
         self.members_by_nid[user_nid] = membership
         if is_local and membership == "join":
             self.local_joined.add(user_nid)
@@ -4562,7 +4564,13 @@ class RoomReader:
         for kept in (room.members_by_nid, room.counts, room.local_joined, room.servers):
             kept.clear()
         rows = self.database.execute(
-            "SELECT user_nid, membership FROM memberships WHERE room_nid = ?", (room.nid,)
+            """
+            SELECT user_nid, membership
+            FROM memberships
+            WHERE room_nid = ?
+            ORDER BY join_pos
+            """,
+            (room.nid,),
         )
         for user_nid, membership in rows:
             room.set_member(user_nid, sys.intern(membership), is_local=self.is_local(user_nid))
@@ -22889,16 +22897,15 @@ def changed_state(
 
 
 def others_in(ask: SyncReader, room: Room) -> list[str]:
-    """Up to five others in the room, from whom a client can make a name for it."""
-    found: list[UserNid] = []
-    for memberships in (("join", "invite"), ("leave", "ban")):
-        for wanted in memberships:
-            nids = (nid for nid, value in room.members_by_nid.items() if value == wanted)
-            others = (nid for nid in nids if nid != ask.nid)
-            found += itertools.islice(others, HEROES - len(found))
-        if found:  # those who left count only in an empty room
-            break
-    return [ask.hs.db.user_id(nid) for nid in found]
+    """Up to five others in the room, the first to come, from whom a client can make a name for it.
+
+    Those who left count only in a room that is empty.
+    """
+    for wanted in (("join", "invite"), ("leave", "ban")):
+        nids = (nid for nid, value in room.members_by_nid.items() if value in wanted)
+        if found := [*itertools.islice((nid for nid in nids if nid != ask.nid), HEROES)]:
+            return [ask.hs.db.user_id(nid) for nid in found]
+    return []
 
 
 def heroes(ask: SyncRequest, room: Room) -> list[str] | None:

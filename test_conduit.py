@@ -19490,6 +19490,25 @@ def test_heroes_come_when_a_room_loses_its_name(alice: Client, bob: Client) -> N
     assert "m.heroes" not in alice.poll(filter=lazy)["rooms"]["join"][room_id]["summary"]
 
 
+def test_heroes_are_the_first_who_came(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    users = [register(server) for _ in range(9)]
+    alice, late, *others = users
+    room_id = alice.create_room(preset="public_chat")
+    others[1].join(room_id)
+    alice.invite(room_id, others[0])
+    for other in (*others[2:4], late, *others[4:]):
+        other.join(room_id)
+    others[2].leave(room_id)
+    others[2].join(room_id)
+    ok(others[1].put(("profile", others[1].user_id, "displayname"), {"displayname": "New"}))
+    expected = [user.user_id for user in (others[1], others[0], others[3], late, others[4])]
+    for _ in range(2):
+        heroes = alice.sync()["rooms"]["join"][room_id]["summary"]["m.heroes"]
+        assert heroes == expected
+        server.restart()
+
+
 def test_leaving_ends_with_the_leave(alice: Client, bob: Client) -> None:
     room_id = alice.room_with(bob)
     bob.poll()
