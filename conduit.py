@@ -5068,7 +5068,7 @@ class RoomWriter(RoomResolver):
         self._membership_listeners: list[MembershipListener] = []
         self._old_listeners: list[RoomListener] = []
         self._relation_listeners: list[RelationListener] = []
-        self.sender_checks: list[SenderCheck] = []  # each may refuse what a local user sends
+        self.check_sender: SenderCheck = lambda *_: None
         # Gives the event that goes out in place of one just made; it may raise NeedsConsent.
         self.check_consent: ConsentCheck = lambda _, event: event
         self.importing: Counter[RoomNid] = Counter()  # rooms on their way in
@@ -5135,8 +5135,7 @@ class RoomWriter(RoomResolver):
     ) -> tuple[Event, Draft]:
         """An event of a local user, authorised and signed, and its draft; see `send`."""
         checked = (more.get("state_key"), more.get("redacts"))
-        for check in self.sender_checks:
-            check(room, sender, event_type, content, *checked)
+        self.check_sender(room, sender, event_type, content, *checked)
         draft = self.draft(room, sender, event_type, content, **more)
         event = finish_event(room.version, draft.fields, self.server_name, self.signing_key)
         self.check_draft(room, draft, event)
@@ -10233,6 +10232,7 @@ class Accounts(Sessions):
     name_account: Callable[[UserNid, str], None]
     member_content: Callable[[UserNid, Json], Json]
     has_tokens: Callable[[], bool]  # whether there are registration tokens beside the configured
+    notice_room: Callable[[UserNid], RoomNid | None]  # where the server speaks to a user
     # These are the application services':
     is_reserved: Callable[[str], bool]  # whether a user id is in a namespace of theirs
     check_appservice: Callable[[Request, str], None]  # raises unless such a request is from one
@@ -14344,6 +14344,16 @@ def leave(hs: Homeserver, room: Room, user_id: str, reason: str | None = None) -
         hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
 
 
+def require_rejectable(hs: Homeserver, room: Room, user_nid: UserNid) -> None:
+    """403 for the invite to the room in which the server speaks to the user; who joined may leave.
+
+    Spec: CS-API "Server Notices".
+    """
+    if room.membership_of(user_nid) == "invite" and hs.accounts.notice_room(user_nid) == room.nid:
+        error = "Here the server speaks to you: this invite cannot be rejected"
+        raise MatrixError(403, "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM", error)
+
+
 def membership_in(hs: Homeserver, room_id: str, user_nid: UserNid) -> tuple[Room, Member | None]:
     """A room that the user is or was in or invited to, known or not, and their membership. 404."""
     room = hs.rooms.heard_of(room_id)
@@ -14361,6 +14371,7 @@ async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
     """
     user, reason = request.user, request.json.get("reason")
     room, member = membership_in(hs, room_id, user.nid)
+    require_rejectable(hs, room, user.nid)
     is_outside = member is not None and member.membership in {"invite", "knock"}
     if is_outside and own_room_with(hs, room_id, user.user_id) is None:
         await hs.joining.leave(room, user.user_id, with_reason({"membership": "leave"}, reason))
@@ -14685,7 +14696,7 @@ def create_room(hs: Homeserver, creator: str, body: Json) -> Room:
             if body.get("visibility") == "public":
                 publish_room(hs, room, "public")
     except MatrixError as error:
-        if error.errcode != "M_FORBIDDEN":
+        if error.errcode != "M_FORBIDDEN" and not isinstance(error, AuthError):
             raise
         raise MatrixError(400, "M_INVALID_ROOM_STATE", error.error) from error
     return room
@@ -15095,6 +15106,8 @@ def checked_member_content(
     content = {**content}
     content.pop("join_authorised_via_users_server", None)  # no other server would have signed it
     before, after = room.membership(target), content.get("membership")
+    if after == "leave" and target == user.user_id:
+        require_rejectable(hs, room, user.nid)
     if after in ("join", "invite", "knock") and before != after:
         refuse_blocked(hs, room.room_id)
     if after == "invite" and before != "invite":
@@ -27320,13 +27333,19 @@ async def reload_command(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_text("Done. The log names keys that wait for a restart.")
 
 
+def known_notice_room(hs: Homeserver, user_nid: UserNid) -> RoomNid | None:
+    """The room in which the server spoke to a user before."""
+    query = "SELECT room_nid FROM notice_rooms WHERE user_nid = ?"
+    return cast("RoomNid | None", hs.db.value(query, (user_nid,)))
+
+
 def notice_room(hs: Homeserver, user_nid: UserNid) -> Room:
     """The room in which the server speaks to a user, into which it asks them again if they left.
 
     Spec: CS-API "Server Notices".
     """
     bot, user_id = hs.accounts.bot_id, hs.db.user_id(user_nid)
-    known = hs.db.value("SELECT room_nid FROM notice_rooms WHERE user_nid = ?", (user_nid,))
+    known = known_notice_room(hs, user_nid)
     if known is not None:
         room = hs.rooms.by_nid(known)
         if room.membership_of(user_nid) not in ("join", "invite"):
@@ -27339,28 +27358,6 @@ def notice_room(hs: Homeserver, user_nid: UserNid) -> Room:
     hs.db.execute("INSERT INTO notice_rooms VALUES (?, ?)", (user_nid, room.nid))
     hs.account_data.put(user_nid, room.nid, "m.tag", {"tags": {"m.server_notice": {}}})
     return room
-
-
-def keep_notice_invite(
-    hs: Homeserver,
-    room: Room,
-    sender: str,
-    event_type: str,
-    content: Json,
-    state_key: str | None,
-    _redacts: str | None,
-) -> None:
-    """403 for who rejects the invite to the room in which the server speaks to them.
-
-    Spec: CS-API "Server Notices". Once they have joined, they may leave.
-    """
-    rejects = (event_type, state_key, content.get("membership")) == (MEMBER, sender, "leave")
-    if not rejects or room.membership(sender) != "invite" or not hs.accounts.is_active(sender):
-        return
-    query = "SELECT room_nid FROM notice_rooms WHERE user_nid = ?"
-    if hs.db.value(query, (hs.db.user_nid(sender),)) == room.nid:
-        error = "Here the server speaks to you: this invite cannot be rejected"
-        raise MatrixError(403, "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM", error)
 
 
 def forget_notice_room(hs: Homeserver, room: Room) -> None:
@@ -30092,9 +30089,8 @@ class Homeserver:
         self.rooms.subscribe(functools.partial(guests_may_stay, self))
         self.reports.subscribe(self.admin_room.announce)
         self.delayed_events.send = functools.partial(send_delayed, self)
-        self.rooms.sender_checks += [
-            functools.partial(check, self) for check in (check_sender, keep_notice_invite)
-        ]
+        self.rooms.check_sender = functools.partial(check_sender, self)
+        self.accounts.notice_room = functools.partial(known_notice_room, self)
         self.rooms.check_consent = Consents(self).check
         self.rooms.subscribe_purge(functools.partial(forget_names, self))
         self.rooms.subscribe_purge(functools.partial(forget_notice_room, self))
