@@ -10635,10 +10635,10 @@ async def is_anybody(_hs: Homeserver, _request: Request, _auth: Json, _session: 
 
 
 @stage(PASSWORD)
-async def is_password(hs: Homeserver, request: Request, auth: Json, _session: UiaSession) -> bool:
-    """Whether it is the own password; another user's is no proof."""
+async def is_password(hs: Homeserver, request: Request, auth: Json, session: UiaSession) -> bool:
+    """Whether it is the password of who began the session; another user's is no proof."""
     check_shape(auth, {"password": str}, "auth")
-    user_id = request.user.user_id
+    user_id = hs.db.user_id(cast(UserNid, session.operation[2]))
     if named_user(hs, auth) not in (None, user_id):
         return False
     return await hs.accounts.verify_password(user_id, auth["password"], request.address) is not None
@@ -15432,7 +15432,8 @@ async def get_messages(hs: Homeserver, request: Request, room_id: str) -> Json:
     wanted = page_filter(request)
     reading = hs, request.user.nid, room, span, wanted, wanted.limit
     page = await read_filled(*reading) if backwards else read_page(*reading, backwards=False)
-    result: Json = {"start": stream_token(start), "chunk": as_clients(hs, request, page.events)}
+    result: Json = {"start": request.arg("from") or stream_token(start)}
+    result["chunk"] = as_clients(hs, request, page.events)
     if page.more:
         result["end"] = stream_token(page.end)
     if wanted.lazy_load_members:
@@ -29611,11 +29612,16 @@ INVITED_FORM = """<p>Who runs this server gives out tokens, with which one can r
 <form method="post"><label for="token">Registration token</label>
 <input id="token" name="token" autocomplete="off" autocapitalize="none" required autofocus>
 <button>Continue</button></form>"""
+OWNER_FORM = """<p>Show that it is you: what your app is about to do is for you alone.</p>
+<form method="post"><label for="password">Password</label>
+<input id="password" name="password" type="password" autocomplete="current-password" required
+autofocus><button>Continue</button></form>"""
 DUMMY_FORM = "<p>There is nothing to prove.</p><form method='post'><button>Continue</button></form>"
 STAGE_FORMS: Final[dict[str, tuple[str, Callable[[Homeserver], str]]]] = {
     TERMS: ("Terms", terms_form),
     REGISTRATION_TOKEN: ("Registration token", lambda hs: INVITED_FORM),
     DUMMY: ("Registration", lambda hs: DUMMY_FORM),
+    PASSWORD: ("Password", lambda hs: OWNER_FORM),
 }
 
 
@@ -29643,9 +29649,9 @@ async def stage_page(hs: Homeserver, request: Request, kind: str) -> Response:
     if request.method == "POST":
         raw = await request.stream.read(MAX_FORM_BYTES)
         fields = form_fields(raw)
-        auth = {"type": kind, "token": fields.get("token", [""])[0]}
+        auth = {name: fields.get(name, [""])[0] for name in ("token", "password")}
         try:
-            good = await try_stage(hs, request, auth, session)
+            good = await try_stage(hs, request, {"type": kind, **auth}, session)
         except MatrixError as error:
             good, problem = False, f"<p class='error'>{error.error.translate(HTML_ESCAPES)}</p>"
         problem = problem or "<p class='error'>That was not right. Please try again.</p>"

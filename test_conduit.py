@@ -12882,6 +12882,8 @@ def test_page_between_two_tokens(alice: Client) -> None:
     start = alice.sync()["next_batch"]
     sent = [alice.send_text(room_id, str(number)) for number in range(4)]
     end = alice.sync()["next_batch"]
+    for token in (end, f"{end}_1"):  # the second as when more to-device messages wait
+        assert alice.messages(room_id, **{"from": token})["start"] == token
     alice.send_text(room_id, "later")
     chunk = alice.messages(room_id, "f", **{"from": start, "to": end})["chunk"]
     assert [event["event_id"] for event in chunk] == sent
@@ -24913,6 +24915,28 @@ def policy_of(page: httpx.Response) -> str:
     return str(policy)
 
 
+def test_the_password_can_be_given_on_a_page(alice: Client, bob: Client, nobody: Client) -> None:
+    device = alice.login()
+    path, page = ("devices", device.device_id), "auth/m.login.password/fallback/web"
+    session = alice.delete(path, {}).json()["session"]
+    assert 'type="password"' in nobody.get(page, session=session).text
+
+    def give(password: str) -> httpx.Response:
+        form = f"password={quote(password)}".encode()
+        return nobody.request("POST", page, params={"session": session}, content=form)
+
+    assert give("wrong").status_code == 401
+    again = alice.delete(path, {"auth": {"session": session}})
+    assert again.status_code == 401 and "completed" not in again.json()
+    assert "window.onAuthDone" in give(alice.password).text
+    fails(bob.delete(path, {"auth": {"session": session}}), 403)
+    ok(alice.delete(path, {"auth": {"session": session}}))
+    fails(device.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    # Who registers has no password yet, and nobody's is asked for.
+    session = nobody.post("register", {"username": unique(), "password": "x"}).json()["session"]
+    assert give(alice.password).status_code == 401
+
+
 def test_stages_can_be_done_on_a_page(mail: MailServer) -> None:
     anyone, body = Client(mail.server), {"username": unique(), "password": PASSWORD}
     session = anyone.post("register", body).json()["session"]
@@ -24929,7 +24953,7 @@ def test_stages_can_be_done_on_a_page(mail: MailServer) -> None:
     ok(anyone.post("register", {**body, "auth": {"session": session}}))
     assert anyone.get(path, session=session).status_code == 404
     assert anyone.get(path).status_code == 404
-    fails(anyone.get("auth/m.login.password/fallback/web", session=session), 404)
+    fails(anyone.get("auth/m.login.email.identity/fallback/web", session=session), 404)
 
 
 def test_the_token_page_takes_the_right_token_only(new_server: Callable[..., Server]) -> None:
