@@ -2954,13 +2954,15 @@ def finish_event(version: RoomVersion, fields: Json, signer: str, key: SigningKe
 # ── 7.1  Verdicts ────────────────────────────────────────────────────────────
 
 AuthState = Mapping[StateKey, Event]
+MALFORMED: Final = {"5.1", "10.1", "10.2", "10.3", "10.4"}  # rules that refuse it whoever sends it
 
 
 class AuthError(MatrixError):
-    """403 M_FORBIDDEN: a rule refuses the event."""
+    """403 M_FORBIDDEN: a rule refuses the event; 400 M_BAD_JSON where that is for its form."""
 
     def __init__(self, rule: str, reason: str) -> None:
-        super().__init__(403, "M_FORBIDDEN", f"{reason} (authorization rule {rule})")
+        kind = (400, "M_BAD_JSON") if rule in MALFORMED else (403, "M_FORBIDDEN")
+        super().__init__(*kind, f"{reason} (authorization rule {rule})")
         self.rule = rule  #: its number in room version 12, or "v1 ..." for rules that are gone
 
 
@@ -4548,6 +4550,8 @@ class Room:
             self.servers[server] += change
             if not self.servers[server]:
                 del self.servers[server]
+        if old != membership:
+            self.members_by_nid.pop(user_nid, None)  # who comes now, comes last
         self.members_by_nid[user_nid] = membership
         if is_local and membership == "join":
             self.local_joined.add(user_nid)
@@ -4709,7 +4713,13 @@ class RoomReader:
         for kept in (room.members_by_nid, room.counts, room.local_joined, room.servers):
             kept.clear()
         rows = self.database.execute(
-            "SELECT user_nid, membership FROM memberships WHERE room_nid = ?", (room.nid,)
+            """
+            SELECT user_nid, membership
+            FROM memberships
+            WHERE room_nid = ?
+            ORDER BY join_pos
+            """,
+            (room.nid,),
         )
         for user_nid, membership in rows:
             room.set_member(user_nid, sys.intern(membership), is_local=self.is_local(user_nid))
@@ -6651,6 +6661,34 @@ def membership_then(rooms: RoomReader, event: Event, reader: Requester) -> Json:
     return {"membership": rooms.membership_at(event, reader.user_id) or "leave"}
 
 
+def shows_before(rooms: RoomReader, event: Event, before: Event, reader: Requester | None) -> bool:
+    """Whether the reader of a piece of state may see the event that it replaced.
+
+    Spec: CS-API `UnsignedData`, `prev_content`. What oneself was in the room, one knows.
+    """
+    if reader is None or event.key == (MEMBER, reader.user_id):
+        return True
+    member = rooms.memberships(reader.nid).get(event.room_nid)
+    is_joined = member is not None and member.membership == "join"
+    if member is not None and is_joined and before.pos == before.nid >= member.join_pos:
+        return True
+    room = rooms.by_nid(event.room_nid)
+    setting = room.state_event(*VISIBILITY_KEY)
+    was_set_once = setting is None or setting.replaces is None
+    if is_joined and was_set_once and room.history_visibility in {"shared", "world_readable"}:
+        return True
+    return Viewer(rooms, room, reader.nid).has_access(before)
+
+
+def replaced_state(rooms: RoomReader, event: Event, reader: Requester | None) -> Json:
+    """What `unsigned` says of the event that a piece of state took the place of."""
+    before = rooms.event_by_nid(cast(EventNid, event.replaces))
+    if before is None:
+        return {}
+    shown = {"prev_content": before.content} if shows_before(rooms, event, before, reader) else {}
+    return {"replaces_state": before.event_id, **shown}
+
+
 def client_event(
     rooms: RoomReader,
     event: Event,
@@ -6685,10 +6723,7 @@ def client_event(
         if reader.device_nid is not None and event.txn_id is not None:
             unsigned |= sent_as(rooms, event, reader.device_nid)
     if event.replaces is not None:
-        replaced = rooms.event_by_nid(event.replaces)
-        if replaced is not None:
-            unsigned["prev_content"] = replaced.content
-            unsigned["replaces_state"] = replaced.event_id
+        unsigned |= replaced_state(rooms, event, reader)
     if event.redacted_by is not None and not nested:
         redaction = rooms.event_by_nid(event.redacted_by)
         if redaction is not None:
@@ -8134,7 +8169,7 @@ def route(
 ) -> Callable[[Handler], Handler]:
     """Make a function the handler of a path.
 
-    `{name}` stands for one segment, `{name...}` at the end for whatever follows, nothing included.
+    `{name}` stands for one segment, `{name...}` at the end for one that may be empty or missing.
     `also` has further versions ("v1", "unstable") or other paths; v3 comes with r0 by itself.
     Without `body` a body is not looked at; ANY_OBJECT takes any object, and nothing at all as {}.
     """
@@ -8167,7 +8202,7 @@ class PathNode:
         self.children: dict[str, PathNode] = {}
         self.parameter: PathNode | None = None
         self.endpoints: dict[str, Endpoint] = {}  # by method, of the path that ends here
-        self.rest: dict[str, Endpoint] = {}  # of paths that may go on as they like
+        self.rest: dict[str, Endpoint] = {}  # of paths that may end here, or one segment later
 
     def add(self, entry: Route, path: str) -> None:
         """Make a route reachable by a path."""
@@ -8204,8 +8239,8 @@ class PathNode:
                     found[1].append(segments[at])
             if found is not None:
                 return found
-        endpoint = self.rest.get(method)
-        return None if endpoint is None else (endpoint, ["/".join(segments[at:])])
+        endpoint = self.rest.get(method) if len(segments) <= at + 1 else None
+        return None if endpoint is None else (endpoint, ["".join(segments[at:])])
 
 
 # ── 16.5  From a request to its handler ──────────────────────────────────────
@@ -10592,7 +10627,12 @@ def local_user_id(hs: Homeserver, username: str) -> str:
 
 
 class Sessions:
-    """Who has an account, on which devices they are logged in, and with which tokens."""
+    """Who has an account, on which devices they are logged in, and with which tokens.
+
+    The composition root sets how cross-signing keys are known, whose names no device may have.
+    """
+
+    is_signing_key: Callable[[UserNid, str], bool]
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
@@ -10748,7 +10788,9 @@ class Sessions:
     def add_device(
         self, nid: UserNid, device_id: str, name: str | None, address: str | None = None
     ) -> DeviceNid:
-        """A device, made if it is not there; inside a write block."""
+        """A device, made if it is not there; inside a write block.  403 for the name of a key."""
+        if self.is_signing_key(nid, device_id):
+            raise forbidden("The device id is the same as a cross-signing key")
         seen_ts = None if address is None else now_ms()
         self.db.execute(
             """
@@ -10791,10 +10833,8 @@ class Sessions:
 
     def make_device(self, nid: UserNid, device_id: str, name: str | None) -> DeviceNid:
         """The device of that id, made if it is not there, without a token."""
-        sql = "INSERT OR IGNORE INTO devices (user_nid, device_id, display_name) VALUES (?, ?, ?)"
         with self.db.write():
-            self.db.execute(sql, (nid, device_id, name))
-        return cast(DeviceNid, self.find_device(nid, device_id))
+            return self.add_device(nid, device_id, name)
 
     def rename_device(self, nid: UserNid, device_id: str, name: str | None) -> None:
         """Give a device another display name, if one is given. 404 when there is no such device."""
@@ -10879,6 +10919,7 @@ class Accounts(Sessions):
     name_account: Callable[[UserNid, str], None]
     member_content: Callable[[UserNid, Json], Json]
     has_tokens: Callable[[], bool]  # whether there are registration tokens beside the configured
+    notice_room: Callable[[UserNid], RoomNid | None]  # where the server speaks to a user
     # These are the application services':
     is_reserved: Callable[[str], bool]  # whether a user id is in a namespace of theirs
     check_appservice: Callable[[Request, str], None]  # raises unless such a request is from one
@@ -11281,10 +11322,10 @@ async def is_anybody(_hs: Homeserver, _request: Request, _auth: Json, _session: 
 
 
 @stage(PASSWORD)
-async def is_password(hs: Homeserver, request: Request, auth: Json, _session: UiaSession) -> bool:
-    """Whether it is the own password; another user's is no proof."""
+async def is_password(hs: Homeserver, request: Request, auth: Json, session: UiaSession) -> bool:
+    """Whether it is the password of who began the session; another user's is no proof."""
     check_shape(auth, {"password": str}, "auth")
-    user_id = request.user.user_id
+    user_id = hs.db.user_id(cast(UserNid, session.operation[2]))
     if named_user(hs, auth) not in (None, user_id):
         return False
     return await hs.accounts.verify_password(user_id, auth["password"], request.address) is not None
@@ -11544,11 +11585,19 @@ async def user_by_password(hs: Homeserver, request: Request) -> UserNid | None:
 
 @login_type(APPLICATION_SERVICE)
 async def user_of_appservice(hs: Homeserver, request: Request) -> UserNid | None:
-    """m.login.application_service: a user of theirs, by the token of the application service."""
+    """m.login.application_service: a user of theirs, by the token of the application service.
+
+    Spec: "Appservice Login": with any other token it is a failed login, and nobody logged out.
+    """
     user_id = named_user(hs, request.json)
     if user_id is None:
         raise missing_param("identifier is missing")
-    hs.accounts.check_appservice(request, user_id)
+    try:
+        hs.accounts.check_appservice(request, user_id)
+    except MatrixError as error:
+        if error.errcode == "M_UNKNOWN_TOKEN":
+            return None
+        raise
     return hs.db.find_user_nid(user_id)
 
 
@@ -11711,12 +11760,12 @@ CAPABILITIES: Json = {}  # those that later chapters add, by name
 @route("GET", V3 + "/capabilities", auth=GUEST)
 async def capabilities(hs: Homeserver, request: Request) -> Json:
     """What this server lets the user do.  Spec: "Capabilities negotiation"."""
-    account = hs.accounts.get(request.user.nid)
+    account, is_guest = hs.accounts.get(request.user.nid), request.user.is_guest
     has_password = account is not None and account.password_hash is not None
     switches = {
         "m.change_password": has_password,
         "m.set_displayname": True,
-        "m.set_avatar_url": True,
+        "m.set_avatar_url": not is_guest,
         "m.3pid_changes": hs.config.smtp is not None,
         "m.get_login_token": has_password,
         "m.profile_fields": True,
@@ -11730,6 +11779,8 @@ async def capabilities(hs: Homeserver, request: Request) -> Json:
     }
     versions = {"default": hs.config.default_room_version, "available": available}
     answer: Json = {name: {"enabled": enabled} for name, enabled in switches.items()}
+    if is_guest:
+        answer["m.profile_fields"]["allowed"] = ["displayname"]
     if request.user.is_admin:
         answer["m.account_moderation"] = {"suspend": True, "lock": True}
     return {"capabilities": {**answer, **CAPABILITIES, "m.room_versions": versions}}
@@ -12928,6 +12979,8 @@ def own_room(hs: Homeserver, request: Request, user_id: str, room_id: str | None
     check_own_user(request, user_id)
     if room_id is None:
         return NO_ROOM
+    if not is_room_id(room_id):
+        raise invalid_param("That is no room id")
     room = hs.rooms.find(room_id)
     if room is None or room.membership_of(request.user.nid) is None:
         raise not_found("You were never in this room")
@@ -14636,8 +14689,10 @@ def viewable_room(hs: Homeserver, request: Request, room_id: str) -> Room:
     member = hs.rooms.memberships(request.user.nid).get(room.nid)
     if member is None or member.forgotten or member.membership == "knock":
         raise forbidden("You are not in this room")
-    if member.membership == "invite" and visibility != "invited":
-        raise forbidden("You are not in this room yet")
+    event = hs.rooms.event_by_nid(member.event_nid)
+    was_in = member.membership == "join" or departure(hs, event) is not None
+    if not was_in and visibility != "invited":
+        raise forbidden("You have never been in this room")
     return room
 
 
@@ -15005,6 +15060,16 @@ def leave(hs: Homeserver, room: Room, user_id: str, reason: str | None = None) -
         hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
 
 
+def require_rejectable(hs: Homeserver, room: Room, user_nid: UserNid) -> None:
+    """403 for the invite to the room in which the server speaks to the user; who joined may leave.
+
+    Spec: CS-API "Server Notices".
+    """
+    if room.membership_of(user_nid) == "invite" and hs.accounts.notice_room(user_nid) == room.nid:
+        error = "Here the server speaks to you: this invite cannot be rejected"
+        raise MatrixError(403, "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM", error)
+
+
 def membership_in(hs: Homeserver, room_id: str, user_nid: UserNid) -> tuple[Room, Member | None]:
     """A room that the user is or was in or invited to, known or not, and their membership. 404."""
     room = hs.rooms.heard_of(room_id)
@@ -15022,6 +15087,7 @@ async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
     """
     user, reason = request.user, request.json.get("reason")
     room, member = membership_in(hs, room_id, user.nid)
+    require_rejectable(hs, room, user.nid)
     is_outside = member is not None and member.membership in {"invite", "knock"}
     if is_outside and own_room_with(hs, room_id, user.user_id) is None:
         await hs.joining.leave(room, user.user_id, with_reason({"membership": "leave"}, reason))
@@ -15031,11 +15097,11 @@ async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 
 # What one does to others: the memberships that it starts from (None: any), that it leads to,
-# and what else there is to say.
+# and the error for everybody else.
 ACTIONS: Final = {
-    "kick": ({"join", "invite", "knock"}, "leave", "is not in the room"),
-    "ban": (None, "ban", ""),
-    "unban": ({"ban"}, "leave", "is not banned"),
+    "kick": ({"join", "invite", "knock"}, "leave", "M_FORBIDDEN", "is not in the room"),
+    "ban": (None, "ban", "", ""),
+    "unban": ({"ban"}, "leave", "M_BAD_STATE", "is not banned"),
 }
 
 
@@ -15048,13 +15114,13 @@ async def post_action(hs: Homeserver, request: Request, room_id: str) -> Json:
     Spec: CS-API "Leaving rooms", "Banning users in a room".  403 where there is nothing to do.
     """
     refuse_suspended(hs, request.user)
-    before, after, refusal = ACTIONS[request.segments[-1]]
+    before, after, errcode, refusal = ACTIONS[request.segments[-1]]
     room, target = hs.rooms.get(room_id), request.json["user_id"]
     if not is_user_id(target):
         raise invalid_param("user_id is not a user id")
     require_joined(room, request.user.nid)
     if before is not None and room.membership(target) not in before:
-        raise forbidden(f"{target} {refusal}")
+        raise MatrixError(403, errcode, f"{target} {refusal}")
     old = room.content(MEMBER, target)
     content: Json = {key: old[key] for key in ("displayname", "avatar_url") if key in old}
     content = with_reason({**content, "membership": after}, request.json.get("reason"))
@@ -15346,7 +15412,7 @@ def create_room(hs: Homeserver, creator: str, body: Json) -> Room:
             if body.get("visibility") == "public":
                 publish_room(hs, room, "public")
     except MatrixError as error:
-        if error.errcode != "M_FORBIDDEN":
+        if error.errcode != "M_FORBIDDEN" and not isinstance(error, AuthError):
             raise
         raise MatrixError(400, "M_INVALID_ROOM_STATE", error.error) from error
     return room
@@ -15601,6 +15667,7 @@ async def post_upgrade(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 SEND_PATH = ROOM_PATH + "/send/{event_type}/{txn_id}"
 REDACT_PATH = ROOM_PATH + "/redact/{event_id}/{txn_id}"
+MAX_ALIAS_QUESTIONS = 10  # to other servers, for one event
 STATE_PATH = ROOM_PATH + "/state/{event_type}/{state_key...}"
 
 
@@ -15678,7 +15745,8 @@ def send_message(
     target = content.get("redacts")
     if not isinstance(target, str):
         raise bad_json("A redaction names the event that it redacts")
-    return send_redaction(hs, user, room_id, target, content, transaction)
+    rest = {name: value for name, value in content.items() if name != "redacts"}
+    return send_redaction(hs, user, room_id, target, rest, transaction)
 
 
 @route("PUT", SEND_PATH, auth=GUEST, limit="message", body=ANY_OBJECT)
@@ -15712,21 +15780,39 @@ async def put_redact(
     return send_once(hs, request, f"{room_id} redact {event_id}", txn_id, send)
 
 
-def require_own_aliases(hs: Homeserver, room: Room, content: Json) -> None:
-    """400 unless each alias newly named in m.room.canonical_alias leads to this room.
+def new_aliases(room: Room, content: Json) -> list[str]:
+    """The aliases that m.room.canonical_alias is to name and did not before; 400 for what is none.
 
-    Spec: CS-API "Sending events to a room", M_BAD_ALIAS and M_INVALID_PARAM.
+    Spec: CS-API "Sending events to a room".
     """
     check_shape(content, {"alias?": str, "alt_aliases?": [str]}, "The body")
-    before = room.content("m.room.canonical_alias")
-    known = [before.get("alias"), before.get("alt_aliases")]
-    for alias in (content.get("alias"), *content.get("alt_aliases", [])):
-        if not alias or alias == known[0] or (isinstance(known[1], list) and alias in known[1]):
-            continue
+    before = room.content(CANONICAL_ALIAS)
+    others = before.get("alt_aliases")
+    known = {None, "", before.get("alias"), *(others if isinstance(others, list) else ())}
+    named = dict.fromkeys((content.get("alias"), *content.get("alt_aliases", [])))
+    added = [cast(str, alias) for alias in named if alias not in known]
+    for alias in added:
         if not is_room_alias(alias):
             raise invalid_param(f"{alias[:MAX_ID_BYTES]} is not a room alias")
-        if find_alias(hs, alias) != room.room_id:
-            raise MatrixError(400, "M_BAD_ALIAS", f"{alias} does not lead to this room")
+    return added
+
+
+def require_alias_of(room: Room, alias: str, room_id: str | None) -> None:
+    """400 M_BAD_ALIAS unless the id of the room that an alias leads to is that of this room."""
+    if room_id != room.room_id:
+        raise MatrixError(400, "M_BAD_ALIAS", f"{alias} does not lead to this room")
+
+
+async def require_aliases_elsewhere(hs: Homeserver, room: Room, content: Json) -> None:
+    """Ask the other servers whose aliases a room is to have newly whether they lead there."""
+    others = [alias for alias in new_aliases(room, content) if not hs.is_local(alias)]
+    if len(others) > MAX_ALIAS_QUESTIONS:
+        raise invalid_param(f"At most {MAX_ALIAS_QUESTIONS} aliases of other servers at a time")
+    for alias in others:
+        room_id = None
+        with contextlib.suppress(MatrixError):
+            room_id, _ = await look_up_alias(hs, alias)
+        require_alias_of(room, alias, room_id)
 
 
 def checked_member_content(
@@ -15736,6 +15822,8 @@ def checked_member_content(
     content = {**content}
     content.pop("join_authorised_via_users_server", None)  # no other server would have signed it
     before, after = room.membership(target), content.get("membership")
+    if after == "leave" and target == user.user_id:
+        require_rejectable(hs, room, user.nid)
     if after in ("join", "invite", "knock") and before != after:
         refuse_blocked(hs, room.room_id)
     if after == "invite" and before != "invite":
@@ -15764,8 +15852,9 @@ def set_state(
     require_encryption_allowed(hs, event_type)
     if event_type == REDACTION:  # it would get past the checks of `send_redaction`
         raise invalid_param("A redaction is no state; PUT .../redact/{event_id}/{txn_id} sends one")
-    if event_type == "m.room.canonical_alias":
-        require_own_aliases(hs, room, content)
+    if event_type == CANONICAL_ALIAS:
+        for alias in filter(hs.is_local, new_aliases(room, content)):
+            require_alias_of(room, alias, find_alias(hs, alias))
     if event_type == MEMBER:
         content = checked_member_content(hs, user, room, state_key, content)
     if (event_type, state_key, content.get("membership")) != (MEMBER, user_id, "leave"):
@@ -15788,6 +15877,10 @@ async def put_state(
     delay = delay_of(request)
     if delay is not None:
         return schedule_once(hs, request, room_id, event_type, delay=delay, state_key=state_key)
+    if event_type == CANONICAL_ALIAS:
+        room = hs.rooms.get(room_id)
+        require_joined(room, request.user.nid)
+        await require_aliases_elsewhere(hs, room, request.json)
     is_invite = (event_type, request.json.get("membership")) == (MEMBER, "invite")
     if is_invite and is_user_id(state_key) and not hs.is_local(state_key):
         refuse_suspended(hs, request.user)
@@ -15869,7 +15962,7 @@ def member_nids(state: Mapping[StateKey, EventNid]) -> list[EventNid]:
 async def get_members(hs: Homeserver, request: Request, room_id: str) -> Response:
     """The member events of a room, now or at a point in the past; 403 for a point one cannot see.
 
-    Spec: CS-API "Getting events for a room".
+    Spec: CS-API "Getting events for a room": of two filters, one has to let a member through.
     """
     room, limit = readable_room(hs, request, room_id)
     at = request.arg("at")
@@ -15883,7 +15976,9 @@ async def get_members(hs: Homeserver, request: Request, room_id: str) -> Respons
         chosen = (
             (nid, one)
             for nid, one in written_state(hs.rooms, nids[first : first + WRITE_AT_ONCE])
-            if wanted in (None, one.membership) and (unwanted is None or one.membership != unwanted)
+            if (wanted is None and unwanted is None)
+            or one.membership == wanted
+            or (unwanted is not None and one.membership != unwanted)
         )
         chunk += client_states(hs.rooms, room, chosen, request.user)
         await asyncio.sleep(0)  # others get a turn
@@ -15894,10 +15989,11 @@ async def get_members(hs: Homeserver, request: Request, room_id: str) -> Respons
 async def get_joined_members(hs: Homeserver, request: Request, room_id: str) -> Response:
     """Names and pictures of those who are in the room.
 
-    Spec: CS-API "Getting events for a room".
+    Spec: CS-API "Getting events for a room": any user of an application service opens it for that.
     """
-    room = known_room(hs, room_id)
-    require_joined(room, request.user.nid)
+    room, service = known_room(hs, room_id), hs.appservices.of_request(request)
+    if service is None or service.owned.isdisjoint(room.local_joined):
+        require_joined(room, request.user.nid)
     nids, joined = member_nids(room.state), cast(list[bytes], [])
     for first in range(0, len(nids), WRITE_AT_ONCE):
         states = written_state(hs.rooms, nids[first : first + WRITE_AT_ONCE])
@@ -16065,7 +16161,8 @@ async def get_messages(hs: Homeserver, request: Request, room_id: str) -> Json:
     wanted = page_filter(request)
     reading = hs, request.user.nid, room, span, wanted, wanted.limit
     page = await read_filled(*reading, backwards=backwards)
-    result: Json = {"start": stream_token(start), "chunk": as_clients(hs, request, page.events)}
+    result: Json = {"start": request.arg("from") or stream_token(start)}
+    result["chunk"] = as_clients(hs, request, page.events)
     if page.more:
         result["end"] = stream_token(page.end)
     if wanted.lazy_load_members:
@@ -19573,6 +19670,7 @@ class Presence:
         self._load()
         hs.rooms.subscribe(self._event_sent)
         hs.rooms.subscribe_membership(self._membership_changed)
+        hs.profiles.on_change(self._profile_changed)
         hs.accounts.on_deactivated(self._delete)
 
     def note_sync(self, requester: Requester, asked: str, timeout: float) -> None:
@@ -19699,6 +19797,12 @@ class Presence:
         self._users[user_nid].pos = self.hs.stream.stamp(PRESENCE, user_nid)
         self._users.move_to_end(user_nid)
 
+    def _profile_changed(self, user_nid: UserNid) -> None:
+        """Others hear of a new name or avatar.  Spec: "Events on Change of Profile Information"."""
+        if self.hs.config.allow_local_presence:
+            self._users.setdefault(user_nid, UserPresence())
+            self._tell(user_nid)
+
     def _membership_changed(self, _: Room, user_nid: UserNid, old: str | None, new: str) -> None:
         """Who joins hears of those who are there, and they of them."""
         if old != "join" == new and user_nid in self._present:
@@ -19744,9 +19848,13 @@ def presence_since(hs: Homeserver, user_nid: UserNid, since: int = 0) -> list[Js
     """The m.presence events of those who share a room with the user and changed since."""
     if not hs.config.allow_local_presence:
         return []
+    people = ((nid, hs.db.user_id(nid)) for nid in hs.presence.news(user_nid, since))
     return [
-        {"type": "m.presence", "sender": hs.db.user_id(nid), "content": hs.presence.of(nid)}
-        for nid in hs.presence.news(user_nid, since)
+        {
+            **{"type": "m.presence", "sender": user_id},
+            "content": {**hs.presence.of(nid), **member_profile(hs, user_id)},
+        }
+        for nid, user_id in people
     ]
 
 
@@ -20606,6 +20714,14 @@ def public_key(key: Json) -> str:
     return str(next(iter(key["keys"].values()), ""))
 
 
+def is_signing_key(hs: Homeserver, user_nid: UserNid, name: str) -> bool:
+    """Whether this is one of the user's cross-signing public keys, which no device can be called.
+
+    Spec: CS-API "Cross-signing".
+    """
+    return any(name == public_key(key) for key in cross_signing_keys_of(hs, user_nid).values())
+
+
 def published_keys(hs: Homeserver, device_nid: DeviceNid | None) -> Json | None:
     """The identity keys of a device, as it uploaded them."""
     body = hs.db.value("SELECT body FROM device_keys WHERE device_nid = ?", (device_nid,))
@@ -20772,7 +20888,7 @@ def store_device_keys(hs: Homeserver, user: Requester, device_nid: DeviceNid, ke
     device_id = str(user.device_id)
     if (keys["user_id"], keys["device_id"]) != (user.user_id, device_id):
         raise invalid_param("device_keys must name the user and the device of the access token")
-    if any(device_id == public_key(key) for key in cross_signing_keys_of(hs, user.nid).values()):
+    if is_signing_key(hs, user.nid, device_id):
         raise forbidden("The device id is the same as a cross-signing key")
     keys.pop("unsigned", None)
     body, before = bounded_json(keys, "device_keys"), published_keys(hs, device_nid)
@@ -23525,6 +23641,7 @@ async def serve_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Jso
 MAX_SYNC_LIMIT = 100  # timeline events of a room in one answer
 MAX_SYNC_TIMEOUT_MS = 300_000
 HEROES = 5
+NAMING = frozenset({MEMBER, "m.room.name", CANONICAL_ALIAS})  # what the summary depends on
 YIELD_SECONDS = 0.01  # how long a big sync may hold the loop before others get a turn
 PURGED_KEPT_MS = 90 * 24 * 3600 * 1000  # how long a deleted room is told to who was away
 
@@ -23842,16 +23959,15 @@ def changed_state(
 
 
 def others_in(ask: SyncReader, room: Room) -> list[str]:
-    """Up to five others in the room, from whom a client can make a name for it."""
-    found: list[UserNid] = []
-    for memberships in (("join", "invite"), ("leave", "ban")):
-        for wanted in memberships:
-            nids = (nid for nid, value in room.members_by_nid.items() if value == wanted)
-            others = (nid for nid in nids if nid != ask.nid)
-            found += itertools.islice(others, HEROES - len(found))
-        if found:  # those who left count only in an empty room
-            break
-    return [ask.hs.db.user_id(nid) for nid in found]
+    """Up to five others in the room, the first to come, from whom a client can make a name for it.
+
+    Those who left count only in a room that is empty.
+    """
+    for wanted in (("join", "invite"), ("leave", "ban")):
+        nids = (nid for nid, value in room.members_by_nid.items() if value in wanted)
+        if found := [*itertools.islice((nid for nid in nids if nid != ask.nid), HEROES)]:
+            return [ask.hs.db.user_id(nid) for nid in found]
+    return []
 
 
 def heroes(ask: SyncRequest, room: Room) -> list[str] | None:
@@ -23878,7 +23994,7 @@ def choose_members(
     wanted = {event.sender for event in timeline.events}
     if whole:
         wanted.add(ask.user.user_id)
-    if whole or timeline.limited or any(event.type == MEMBER for event in timeline.events):
+    if whole or timeline.limited or any(event.type in NAMING for event in timeline.events):
         wanted.update(heroes(ask, room) or ())  # as the summary names them
     in_timeline = set() if ask.state_after else {event.nid for event in timeline.events}
     has_gap = timeline.limited and not whole  # of which the client must hear every member's change
@@ -24044,8 +24160,8 @@ def joined_section(
         **unread_section(ask, room),
     }
     told = [] if isinstance(state, RawJson) else state
-    members = (*(event.type for event in timeline.events), *(one.get("type") for one in told))
-    if fresh or timeline.limited or MEMBER in members:
+    types = (*(event.type for event in timeline.events), *(one.get("type") for one in told))
+    if fresh or timeline.limited or not NAMING.isdisjoint(types):
         section["summary"] = summary_of(ask, room)
     return section
 
@@ -24093,16 +24209,20 @@ def departed_section(ask: SyncRequest, left: Event) -> Json:
     return events_section(ask, timeline, [ask.format(event) for event in state], [])
 
 
-def left_section(ask: SyncRequest, room: Room, member: Member) -> Json | None:
+def left_section(ask: SyncRequest, room: Room, member: Member, data: list[Json]) -> Json | None:
     """A room that the user has left, up to the moment of leaving, or None."""
     left = cast(Event, ask.hs.rooms.event_by_nid(member.event_nid))
     if hides_invite(ask, ask.hs.rooms.entry_before(left, left.key)):
         return None  # the client never heard of it
     if member.forgotten:  # on another device
         return departed_section(ask, left)
-    since, timeline, upto = departure_from(ask, room, left, ask.since)
+    is_known = ask.since is not None and left.nid <= ask.since  # but for the state, asked for anew
+    since, timeline, upto = departure_from(ask, room, left, None if is_known else ask.since)
+    if is_known:
+        timeline = Timeline([], False, stream_token(left.pos or left.nid), True)
+    since = None if ask.full_state else since
     state = [] if upto is None else state_section(ask, room, since, timeline, upto)
-    return events_section(ask, timeline, state, [])
+    return events_section(ask, timeline, state, data)
 
 
 def remember_departures(hs: Homeserver, room: Room) -> None:
@@ -24155,7 +24275,8 @@ def room_section(
     ask: SyncRequest, room: Room, member: Member, changes: Changes | None, data: list[Json]
 ) -> tuple[str, Json | None]:
     """What is new in one room, whatever the user's place in it, and which section it goes into."""
-    is_new = ask.since is None or member.event_nid > ask.since
+    is_news = ask.since is not None and member.event_nid > ask.since
+    is_new = is_news or ask.since is None or ask.full_state
     section: Json | None = None
     if member.membership == "join":
         return "join", joined_section(ask, room, member, changes, data)
@@ -24169,9 +24290,8 @@ def room_section(
         if is_new:
             section = {"knock_state": {"events": stripped_state(ask.hs.rooms, room, member)}}
         return "knock", section
-    wanted = ask.since is not None or (ask.wanted.include_leave and not member.forgotten)
-    if is_new and wanted:
-        section = left_section(ask, room, member)
+    if is_new and (is_news or (ask.wanted.include_leave and not member.forgotten)):
+        section = left_section(ask, room, member, data)
     return "leave", section
 
 
@@ -27074,8 +27194,8 @@ YAML_WORDS: Final = {
     **dict.fromkeys(("null", "Null", "NULL", "~"), None),
 }
 YAML_AMBIGUOUS = re.compile(
-    r"[0-9][0-9_.:]*(?:e[-+]?[0-9]*)?|0[xob][0-9a-f_]*|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*"
-    r"|y|n|yes|no|on|off|true|false|null|~.*",
+    r"[0-9][0-9_.:]*(?:e[-+]?[0-9]*)?|0x[0-9a-f_]*|0o[0-7_]*|0b[01_]*"
+    r"|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}.*|y|n|yes|no|on|off|true|false|null|~.*",
     re.IGNORECASE | re.ASCII,
 )
 MAX_YAML_DEPTH = 12
@@ -28507,13 +28627,19 @@ async def reload_command(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_text("Done. The log names keys that wait for a restart.")
 
 
+def known_notice_room(hs: Homeserver, user_nid: UserNid) -> RoomNid | None:
+    """The room in which the server spoke to a user before."""
+    query = "SELECT room_nid FROM notice_rooms WHERE user_nid = ?"
+    return cast("RoomNid | None", hs.db.value(query, (user_nid,)))
+
+
 def notice_room(hs: Homeserver, user_nid: UserNid) -> Room:
     """The room in which the server speaks to a user, into which it asks them again if they left.
 
     Spec: CS-API "Server Notices".
     """
     bot, user_id = hs.accounts.bot_id, hs.db.user_id(user_nid)
-    known = hs.db.value("SELECT room_nid FROM notice_rooms WHERE user_nid = ?", (user_nid,))
+    known = known_notice_room(hs, user_nid)
     if known is not None:
         room = hs.rooms.by_nid(known)
         if room.membership_of(user_nid) not in ("join", "invite"):
@@ -30884,11 +31010,16 @@ INVITED_FORM = """<p>Who runs this server gives out tokens, with which one can r
 <form method="post"><label for="token">Registration token</label>
 <input id="token" name="token" autocomplete="off" autocapitalize="none" required autofocus>
 <button>Continue</button></form>"""
+OWNER_FORM = """<p>Show that it is you: what your app is about to do is for you alone.</p>
+<form method="post"><label for="password">Password</label>
+<input id="password" name="password" type="password" autocomplete="current-password" required
+autofocus><button>Continue</button></form>"""
 DUMMY_FORM = "<p>There is nothing to prove.</p><form method='post'><button>Continue</button></form>"
 STAGE_FORMS: Final[dict[str, tuple[str, Callable[[Homeserver], str]]]] = {
     TERMS: ("Terms", terms_form),
     REGISTRATION_TOKEN: ("Registration token", lambda hs: INVITED_FORM),
     DUMMY: ("Registration", lambda hs: DUMMY_FORM),
+    PASSWORD: ("Password", lambda hs: OWNER_FORM),
 }
 
 
@@ -30916,9 +31047,9 @@ async def stage_page(hs: Homeserver, request: Request, kind: str) -> Response:
     if request.method == "POST":
         raw = await request.stream.read(MAX_FORM_BYTES)
         fields = form_fields(raw)
-        auth = {"type": kind, "token": fields.get("token", [""])[0]}
+        auth = {name: fields.get(name, [""])[0] for name in ("token", "password")}
         try:
-            good = await try_stage(hs, request, auth, session)
+            good = await try_stage(hs, request, {"type": kind, **auth}, session)
         except MatrixError as error:
             good, problem = False, f"<p class='error'>{error.error.translate(HTML_ESCAPES)}</p>"
         problem = problem or "<p class='error'>That was not right. Please try again.</p>"
@@ -31351,6 +31482,7 @@ class Homeserver:
         A changed membership: unread counts, typing, device lists, the syncs that wait, the sender
         (which servers are in the room). An event of ours: the sender.
         """
+        self.accounts.is_signing_key = functools.partial(is_signing_key, self)
         self.accounts.on_account_created(functools.partial(auto_join, self))
         self.accounts.on_registered(functools.partial(store_consent, self))
         self.accounts.on_device_deleted(functools.partial(device_removed, self))
@@ -31363,6 +31495,7 @@ class Homeserver:
         self.reports.subscribe(self.admin_room.announce)
         self.delayed_events.send = functools.partial(send_delayed, self)
         self.rooms.check_sender = functools.partial(check_sender, self)
+        self.accounts.notice_room = functools.partial(known_notice_room, self)
         self.rooms.check_consent = Consents(self).check
         self.rooms.subscribe_purge(functools.partial(forget_names, self))
         self.rooms.subscribe_purge(functools.partial(forget_notice_room, self))

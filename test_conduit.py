@@ -2887,7 +2887,9 @@ class Court:
         try:
             conduit.check_auth(self.version, event, self.state)
         except conduit.AuthError as error:
-            assert (error.status, error.errcode) == (403, "M_FORBIDDEN")
+            is_form = error.rule in conduit.MALFORMED
+            kind = (400, "M_BAD_JSON") if is_form else (403, "M_FORBIDDEN")
+            assert (error.status, error.errcode) == kind
             assert f"rule {error.rule})" in error.error
             return error.rule
         return None
@@ -7290,7 +7292,6 @@ def routes() -> Routes:
         ("GET", "/_matrix/client/v3/rooms/!a/state/t", {"event_type": "t", "state_key": ""}),
         ("GET", "/_matrix/client/v3/rooms/!a/state/t/", {"event_type": "t", "state_key": ""}),
         ("PUT", "/_matrix/client/v3/rooms/!a/state/t/k", {"event_type": "t", "state_key": "k"}),
-        ("GET", "/_matrix/client/v3/rooms/!a/state/t/k/l/", {"state_key": "k/l/"}),
         ("GET", "/_matrix/client/v3/rooms/!a/state/t/%2F%3F", {"state_key": "/?"}),
         ("GET", "/_matrix/client/v3/rooms/a%2Fb/state", {"room_id": "a/b"}),
         ("PUT", "/_matrix/client/v3/rooms/!a/send/m.x/1", {"event_type": "m.x", "txn_id": "1"}),
@@ -7303,7 +7304,7 @@ def routes() -> Routes:
     ],
 )
 def test_paths(routes: Routes, method: str, target: str, expected: dict[str, str]) -> None:
-    """Literal before parameter before rest; parameters decoded; a wrong turn is taken back."""
+    """Literal before parameter before the optional one; decoded; a wrong turn is taken back."""
     answer = routes.ask(method, target)
     assert answer.status == 200
     assert expected.items() <= answer.json()["values"].items()
@@ -7316,6 +7317,8 @@ def test_paths(routes: Routes, method: str, target: str, expected: dict[str, str
         ("GET", "/_matrix/client/v3/rooms//state", 404, None),
         ("GET", "/_matrix/client/v3/rooms/!a/state%2Ft", 404, None),
         ("GET", "/_matrix/client/v3/rooms/!a/send/m.x", 404, None),
+        ("PUT", "/_matrix/client/v3/rooms/!a/state/t/k/1", 404, None),
+        ("POST", "/_matrix/client/v3/rooms/!a/state/t/", 405, "GET, PUT"),
         ("GET", "/profile/../rules/", 404, None),
         ("POST", "/profile/u/displayname", 405, "GET, PUT, DELETE"),
         ("BREW", "/rules/", 405, "GET"),
@@ -10031,6 +10034,9 @@ def test_guests_need_open_registration(new_server: Callable[..., Server], server
     assert "ignored" not in guest.user_id
     assert ok(guest.get("account/whoami"))["is_guest"] is True
     fails(guest.post("createRoom"), 403, "M_GUEST_ACCESS_FORBIDDEN")
+    may = ok(guest.get("capabilities"))["capabilities"]
+    assert may["m.profile_fields"] == {"enabled": True, "allowed": ["displayname"]}
+    assert may["m.set_avatar_url"] == {"enabled": False}
     ok(guest.put(("profile", guest.user_id, "displayname"), {"displayname": "Passer-by"}))
     fails(guest.put(("profile", guest.user_id, "m.tz"), {"m.tz": "Europe/Paris"}), 403)
     assert read_database(opened, "SELECT COUNT(*) FROM accounts WHERE is_admin") == [(0,)]
@@ -11483,7 +11489,7 @@ def test_room_account_data(alice: Client, bob: Client) -> None:
     assert account_data_in(result, room) == {"com.example.x": {"a": 1}}
     assert account_data_in(result) == {}
     assert bob.get(path).status_code == 403
-    for room_id, status in (("nonsense", 404), ("!unknown:test.example", 404)):
+    for room_id, status in (("nonsense", 400), ("!unknown:test.example", 404)):
         wrong = ("user", alice.user_id, "rooms", room_id, "account_data", "x")
         fails(alice.put(wrong, {}), status)
         fails(alice.get(wrong), status)
@@ -12627,7 +12633,7 @@ def test_sec_13_creators_of_version_12_stand_above_all(alice: Client, bob: Clien
     assert alice.state(room_id, "m.room.power_levels")["events"]["m.room.tombstone"] == 150
     levels = {**alice.state(room_id, "m.room.power_levels"), "users": {bob.user_id: 50}}
     response = alice.put(("rooms", room_id, "state", "m.room.power_levels", ""), levels)
-    fails(response, 403, "M_FORBIDDEN")
+    fails(response, 400, "M_BAD_JSON")
 
 
 @pytest.mark.parametrize(
@@ -12674,7 +12680,7 @@ def test_life_of_a_member(alice: Client, bob: Client) -> None:
     fails(alice.post((*member, "invite"), {"user_id": bob.user_id}), 403, "M_FORBIDDEN")
     fails(bob.post((*member, "join")), 403, "M_FORBIDDEN")
     ok(alice.post((*member, "unban"), {"user_id": bob.user_id}))
-    fails(alice.post((*member, "unban"), {"user_id": bob.user_id}), 403, "M_FORBIDDEN")
+    fails(alice.post((*member, "unban"), {"user_id": bob.user_id}), 403, "M_BAD_STATE")
     ok(bob.post((*member, "forget")))
     fails(bob.get((*member, "messages"), dir="b"), 403, "M_FORBIDDEN")
     alice.invite(room_id, bob)
@@ -13295,6 +13301,7 @@ def test_sec_17_who_may_redact(server: Server, alice: Client, bob: Client, versi
     raw = read_database(server, "SELECT pdu FROM events WHERE event_id = ?", redaction_id)
     pdu = json.loads(raw[0][0])
     assert ("redacts" in pdu) == (int(version) < 11)
+    assert ("redacts" in pdu["content"]) == (int(version) >= 11)
     assert pdu["content"].get("redacts", target) == target
     # Of state: what the room is held together by stays.
     member = alice.state(room_id)
@@ -13378,6 +13385,30 @@ def test_who_left_and_was_banned_later_reads_the_state_of_leaving(
     assert "join" in [e["content"].get("membership") for e in bob.state(room_id)]
 
 
+@pytest.mark.parametrize("visibility", ["shared", "joined", "invited"])
+def test_who_never_was_in_a_room_reads_nothing_of_it(
+    alice: Client, bob: Client, visibility: str
+) -> None:
+    setting = {"history_visibility": visibility}
+    state = [{"type": "m.room.history_visibility", "content": setting}]
+    room_id = alice.create_room(bob, initial_state=state)
+    alice.send_text(room_id, "for who is invited")
+    bob.leave(room_id)
+    alice.send_text(room_id, "for members")
+    answers = [
+        bob.get(("rooms", room_id, "messages"), dir="b"),
+        bob.get(v1("rooms", room_id, "threads")),
+        bob.get(v1("rooms", room_id, "timestamp_to_event"), ts=1, dir="f"),
+    ]
+    if visibility == "invited":
+        assert bob.bodies(room_id) == ["for who is invited"]
+        assert all(answer.status_code == 200 for answer in answers)
+    else:
+        for answer in answers:
+            fails(answer, 403, "M_FORBIDDEN")
+    fails(bob.get(("rooms", room_id, "state")), 403, "M_FORBIDDEN")
+
+
 def test_strangers_do_not_learn_who_is_in_a_room(alice: Client, bob: Client) -> None:
     room_id = alice.create_room()
     kick = ("rooms", room_id, "kick")
@@ -13400,6 +13431,73 @@ def test_canonical_alias_must_lead_here(server: Server, alice: Client) -> None:
     fails(alice.put(("rooms", other, *path[2:]), {"alt_aliases": [alias]}), 400, "M_BAD_ALIAS")
 
 
+def test_canonical_alias_of_another_server(pair: tuple[Server, Server]) -> None:
+    alice, bob = (register(server) for server in pair)
+    room_id = alice.create_room(preset="public_chat")
+    ok(bob.post(("join", room_id), params={"via": pair[0].name}))
+    alias = f"#{unique('alias')}:{pair[1].name}"
+    path = ("rooms", room_id, "state", "m.room.canonical_alias", "")
+    fails(alice.put(path, {"alt_aliases": [alias]}), 400, "M_BAD_ALIAS")
+    ok(bob.put(("directory", "room", alias), {"room_id": room_id}))
+    fails(bob.put(path, {"alias": alias}), 403, "M_FORBIDDEN")
+    ok(alice.put(path, {"alias": alias}))
+    ok(bob.delete(("directory", "room", alias)))
+    ok(alice.put(path, {"alias": alias, "alt_aliases": []}))  # known already: not asked again
+    other = alice.create_room()
+    fails(alice.put(("rooms", other, *path[2:]), {"alias": alias}), 400, "M_BAD_ALIAS")
+    many = [f"#{number}:{pair[1].name}" for number in range(11)]
+    fails(alice.put(path, {"alt_aliases": many}), 400, "M_INVALID_PARAM")
+    fails(register(pair[0]).put(path, {"alias": "#a:b.example"}), 403, "M_FORBIDDEN")
+
+
+@pytest.mark.parametrize(
+    ("event_type", "state_key", "content"),
+    [
+        ("m.room.power_levels", "", {"ban": "50"}),
+        ("m.room.power_levels", "", {"events": ["m.room.name"]}),
+        ("m.room.power_levels", "", {"users": {"nobody": 5}}),
+        ("m.room.member", "@somebody:test.example", {}),
+        ("m.room.member", "nobody", {"membership": "ban"}),
+    ],
+)
+def test_malformed_state_is_a_bad_request(
+    alice: Client, bob: Client, event_type: str, state_key: str, content: Json
+) -> None:
+    path = ("rooms", alice.room_with(bob), "state", event_type, state_key)
+    fails(alice.put(path, content), 400, "M_BAD_JSON")
+    if event_type == "m.room.power_levels":
+        body = {"power_level_content_override": content}
+        fails(alice.post("createRoom", body), 400, "M_INVALID_ROOM_STATE")
+        fails(bob.put(path, content), 403, "M_FORBIDDEN")
+
+
+def test_prev_content_is_for_who_may_see_the_event_before(alice: Client, bob: Client) -> None:
+    hidden = {"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}
+    room_id = alice.create_room(name="Secret", initial_state=[hidden])
+    before = alice.state(room_id)
+    secret = next(e["event_id"] for e in before if e["type"] == "m.room.name")
+    alice.set_state(room_id, hidden["type"], {"history_visibility": "shared"})
+    second = alice.set_state(room_id, "m.room.name", {"name": "Open"})
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+    third = alice.set_state(room_id, "m.room.name", {"name": "Third"})
+
+    def unsigned(user: Client, event_id: str) -> Json:
+        return cast("Json", ok(user.get(("rooms", room_id, "event", event_id)))["unsigned"])
+
+    fails(bob.get(("rooms", room_id, "event", secret)), 404, "M_NOT_FOUND")
+    assert "prev_content" not in unsigned(bob, second)
+    assert unsigned(bob, second)["replaces_state"] == secret
+    assert unsigned(alice, second)["prev_content"] == {"name": "Secret"}
+    assert unsigned(bob, third)["prev_content"] == {"name": "Open"}
+    result = bob.sync()["rooms"]["join"][room_id]
+    seen = {e["event_id"]: e["unsigned"] for e in result["timeline"]["events"]}
+    assert "prev_content" not in seen[second]
+    own = next(e for e in result["timeline"]["events"] if e.get("state_key") == bob.user_id)
+    own = own if own["content"]["membership"] == "join" else result["timeline"]["events"][-2]
+    assert own["unsigned"]["prev_content"]["membership"] == "invite"
+
+
 def test_members_now_and_then(alice: Client, bob: Client) -> None:
     room_id = alice.create_room()
     before = alice.sync()["next_batch"]
@@ -13417,8 +13515,13 @@ def test_members_now_and_then(alice: Client, bob: Client) -> None:
     assert members(at="s0") == set()
     fails(alice.get(("rooms", room_id, "members"), at="x"), 400, "M_INVALID_PARAM")
     bob.leave(room_id)
+    carol = register(alice.server)
+    alice.invite(room_id, carol)
     assert members(membership="join") == {alice.user_id}
-    assert members(not_membership="join") == {bob.user_id}
+    assert members(not_membership="join") == {bob.user_id, carol.user_id}
+    assert members(membership="invite", not_membership="leave") == {alice.user_id, carol.user_id}
+    assert members(membership="leave", not_membership="join") == {bob.user_id, carol.user_id}
+    assert members(membership="leave", not_membership="leave") == members()
     joined = ok(alice.get(("rooms", room_id, "joined_members")))["joined"]
     assert list(joined) == [alice.user_id]
 
@@ -13449,6 +13552,8 @@ def test_page_between_two_tokens(alice: Client) -> None:
     start = alice.sync()["next_batch"]
     sent = [alice.send_text(room_id, str(number)) for number in range(4)]
     end = alice.sync()["next_batch"]
+    for token in (end, f"{end}_1"):  # the second as when more to-device messages wait
+        assert alice.messages(room_id, **{"from": token})["start"] == token
     alice.send_text(room_id, "later")
     chunk = alice.messages(room_id, "f", **{"from": start, "to": end})["chunk"]
     assert [event["event_id"] for event in chunk] == sent
@@ -15357,6 +15462,22 @@ def test_a_day_that_only_others_remember(tmp_path: Path, authority: Authority) -
         each.check()
 
 
+def test_event_of_a_day_that_only_another_server_knows(pair: tuple[Server, Server]) -> None:
+    alice, bob = (register(server) for server in pair)
+    room_id = alice.create_room(preset="public_chat")
+    wanted = alice.send_text(room_id, "long ago")
+    time.sleep(0.02)
+    later = alice.send_text(room_id, "and after that")
+    ts = ok(alice.get(("rooms", room_id, "event", wanted)))["origin_server_ts"]
+    ok(bob.post(("join", room_id), params={"via": pair[0].name}))
+    path = v1("rooms", room_id, "timestamp_to_event")
+    fails(bob.get(path, ts=1, dir="b"), 404, "M_NOT_FOUND")
+    assert ok(bob.get(path, ts=ts + 1, dir="f"))["event_id"] == later
+    assert ok(bob.get(path, ts=ts + 1, dir="b")) == {"event_id": wanted, "origin_server_ts": ts}
+    around = ok(bob.get(("rooms", room_id, "context", wanted)))
+    assert around["events_after"][0]["event_id"] == later
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  33. SEARCH
 # ═════════════════════════════════════════════════════════════════════════════
@@ -16267,6 +16388,7 @@ class PresenceStage:
             subscribe=lambda callback: None,
             subscribe_membership=lambda callback: None,
             on_deactivated=lambda callback: None,
+            on_change=lambda callback: None,
         )
         rows: list[Any] = []
         database = types.SimpleNamespace(
@@ -16279,6 +16401,7 @@ class PresenceStage:
             config=types.SimpleNamespace(allow_local_presence=True),
             rooms=nothing,
             accounts=nothing,
+            profiles=nothing,
             db=database,
             stream=types.SimpleNamespace(stamp=self.stamp),
         )
@@ -16451,6 +16574,20 @@ def test_presence_is_set_and_seen(alice: Client, bob: Client) -> None:
     assert seen["currently_active"] is True
     assert "status_msg" not in seen
     assert ok(bob.get(path))["presence"] == "online"
+
+
+def test_presence_tells_of_a_new_name(alice: Client, bob: Client) -> None:
+    alice.room_with(bob)
+    alice.poll()
+    ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": "Robert"}))
+    seen = alice.wait_for(lambda result: presence_of(result, bob))
+    assert (seen["displayname"], seen["presence"]) == ("Robert", "offline")
+    assert "avatar_url" not in seen
+    avatar = "mxc://test.example/face"
+    ok(bob.put(("profile", bob.user_id, "avatar_url"), {"avatar_url": avatar}))
+    seen = alice.wait_for(lambda result: presence_of(result, bob))
+    assert (seen["displayname"], seen["avatar_url"]) == ("Robert", avatar)
+    assert "displayname" not in ok(alice.get(("presence", bob.user_id, "status")))
 
 
 def test_presence_is_for_those_who_share_a_room(alice: Client, bob: Client) -> None:
@@ -17697,8 +17834,12 @@ def test_cross_signing_key_may_not_be_a_device_id(alice: Client) -> None:
 def test_a_device_may_not_have_the_name_of_a_cross_signing_key(alice: Client) -> None:
     device = crypto(alice)
     ok(alice.post("keys/device_signing/upload", device.cross_signing_keys()))
-    twin = CryptoDevice(alice.login(device_id=device.cross["self_signing"].public))
-    fails(twin.upload(device_keys=twin.device_keys()), 403, "M_FORBIDDEN")
+    who = {"type": "m.id.user", "user": alice.user_id}
+    login: Json = {"type": "m.login.password", "identifier": who, "password": PASSWORD}
+    for usage in ("master", "self_signing", "user_signing"):
+        body = {**login, "device_id": device.cross[usage].public}
+        fails(Client(alice.server).post("login", body), 403, "M_FORBIDDEN")
+    assert len(ok(alice.get("devices"))["devices"]) == 1
 
 
 def test_signatures_are_checked_and_merged(alice: Client, bob: Client, server: Server) -> None:
@@ -20678,6 +20819,39 @@ def test_joining_brings_history_and_state(alice: Client, bob: Client) -> None:
     assert keys_of(everything) == keys_of(alice.state(room_id))
 
 
+def test_heroes_come_when_a_room_loses_its_name(alice: Client, bob: Client) -> None:
+    room_id = alice.room_with(bob, name="Named")
+    lazy = {"room": {"state": {"lazy_load_members": True}}}
+    assert "m.heroes" not in alice.poll(filter=lazy)["rooms"]["join"][room_id]["summary"]
+    alice.set_state(room_id, "m.room.name", {})
+    section = alice.poll(filter=lazy)["rooms"]["join"][room_id]
+    assert section["summary"]["m.heroes"] == [bob.user_id]
+    assert bob.user_id in [e["state_key"] for e in section["state"]["events"]]
+    alias = f"#{unique('heroes')}:test.example"
+    ok(alice.put(("directory", "room", alias), {"room_id": room_id}))
+    alice.set_state(room_id, "m.room.canonical_alias", {"alias": alias})
+    assert "m.heroes" not in alice.poll(filter=lazy)["rooms"]["join"][room_id]["summary"]
+
+
+def test_heroes_are_the_first_who_came(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    users = [register(server) for _ in range(9)]
+    alice, late, *others = users
+    room_id = alice.create_room(preset="public_chat")
+    others[1].join(room_id)
+    alice.invite(room_id, others[0])
+    for other in (*others[2:4], late, *others[4:]):
+        other.join(room_id)
+    others[2].leave(room_id)
+    others[2].join(room_id)
+    ok(others[1].put(("profile", others[1].user_id, "displayname"), {"displayname": "New"}))
+    expected = [user.user_id for user in (others[1], others[0], others[3], late, others[4])]
+    for _ in range(2):
+        heroes = alice.sync()["rooms"]["join"][room_id]["summary"]["m.heroes"]
+        assert heroes == expected
+        server.restart()
+
+
 def test_leaving_ends_with_the_leave(alice: Client, bob: Client) -> None:
     room_id = alice.room_with(bob)
     bob.poll()
@@ -20693,11 +20867,36 @@ def test_leaving_ends_with_the_leave(alice: Client, bob: Client) -> None:
     assert room_id not in result["rooms"].get("join", {})
     assert "rooms" not in bob.poll()
     assert room_id not in bob.sync().get("rooms", {}).get("leave", {})
+    ok(bob.put(("user", bob.user_id, "rooms", room_id, "tags", "u.old"), {}))
     archived = bob.sync(filter={"room": {"include_leave": True}})["rooms"]["leave"]
-    assert room_id in archived
+    data = archived[room_id]["account_data"]["events"]
+    assert data == [{"type": "m.tag", "content": {"tags": {"u.old": {}}}}]
     ok(bob.post(("rooms", room_id, "forget")))
     archived = bob.sync(filter={"room": {"include_leave": True}}).get("rooms", {}).get("leave", {})
     assert room_id not in archived
+
+
+def test_full_state_has_all_rooms(alice: Client, bob: Client) -> None:
+    left, invited = alice.room_with(bob, name="Left"), alice.create_room(bob)
+    alice.send_text(left, "last words")
+    bob.leave(left)
+    alice.set_state(left, "m.room.name", {"name": "Later"})
+    bob.poll()
+    again = bob.sync(bob.since, full_state="true")["rooms"]
+    assert again.keys() == {"invite"} and again["invite"].keys() == {invited}
+    wanted = {"room": {"include_leave": True}}
+    section = bob.sync(bob.since, filter=wanted, full_state="true")["rooms"]["leave"][left]
+    assert section["timeline"]["events"] == [] and not section["timeline"]["limited"]
+    state = {(e["type"], e["state_key"]): e["content"] for e in section["state"]["events"]}
+    assert state["m.room.name", ""] == {"name": "Left"}
+    assert state["m.room.member", bob.user_id]["membership"] == "leave"
+    alice.invite(left, bob)
+    bob.join(left)
+    bob.poll()
+    bob.leave(left)
+    section = bob.sync(bob.since, full_state="true")["rooms"]["leave"][left]
+    assert [e["content"]["membership"] for e in section["timeline"]["events"]] == ["leave"]
+    assert "m.room.create" in [e["type"] for e in section["state"]["events"]]
 
 
 def test_sec_20_nothing_after_a_ban(alice: Client, bob: Client) -> None:
@@ -23946,6 +24145,7 @@ hs_token: |
 sender_localpart: bot
 namespaces: {users: [{regex: "@x.*", exclusive: false}], rooms: [ ]}
 rate_limited: True
+token: 0b062c16f136
 more:
   - - a
     - b
@@ -24014,6 +24214,7 @@ def test_mutated_registrations_read_the_same_or_name_a_line() -> None:
         ("id: a\n  url: b", "line 2: this is indented too far"),
         ("id: yes", "line 1: yes belongs in quotes"),
         ("id: 012", "line 1: 012 belongs in quotes"),
+        ("id: 0b10", "line 1: 0b10 belongs in quotes"),
         ("id: @bot", "line 1: this belongs in quotes"),
         ("id: 'open", "line 1"),
         ("id: *anchor", "line 1"),
@@ -24246,10 +24447,28 @@ def test_users_of_services_are_made_and_logged_in(
     session = client_from(server, ok(service.post("login", {**kind, **who})))
     assert ok(session.get("account/whoami"))["user_id"] == made["user_id"]
     fails(nobody.post("login", {**kind, **who}), 401, "M_MISSING_TOKEN")
+    for wrong in (stranger, session):
+        fails(wrong.post("login", {**kind, **who}), 403, "M_FORBIDDEN")
     other = {"identifier": {"type": "m.id.user", "user": "admin"}}
     fails(service.post("login", {**kind, **other}), 400, "M_EXCLUSIVE")
     # And nobody else can have such a name.
     fails(nobody.get("register/available", username=f"{bridge.id}_two"), 400, "M_EXCLUSIVE")
+
+
+def test_who_is_in_a_room_with_a_user_of_a_service(
+    server: Server, alice: Client, bridge: Bridge, new_bridge: Callable[..., Bridge], admin: Client
+) -> None:
+    room_id = alice.create_room(preset="public_chat")
+    path = ("rooms", room_id, "joined_members")
+    ghost = bridge.user(server)
+    fails(bridge.client(server).get(path), 403, "M_FORBIDDEN")
+    ghost.join(room_id)
+    for user in (bridge.client(server), bridge.user(server)):
+        assert ok(user.get(path))["joined"].keys() == {alice.user_id, ghost.user_id}
+    fails(bridge.client(server).get(("rooms", room_id, "state")), 403, "M_FORBIDDEN")
+    other = new_bridge().register_at(admin)
+    fails(other.client(server).get(path), 403, "M_FORBIDDEN")
+    order(admin, f"unregister-appservice {other.id}")
 
 
 def test_devices_of_services(server: Server, bridge: Bridge) -> None:
@@ -25320,6 +25539,10 @@ def test_notices_reach_everybody(new_server: Callable[..., Server]) -> None:
     assert "2 user(s)" in order(admin, "notice-all 'The server' rests at night")
     invited = user.poll()["rooms"]["invite"]
     (room_id,) = invited
+    error = "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM"
+    fails(user.post(("rooms", room_id, "leave")), 403, error)
+    path = ("rooms", room_id, "state", "m.room.member", user.user_id)
+    fails(user.put(path, {"membership": "leave"}), 403, error)
     user.join(room_id)
     notice = user.messages(room_id)["chunk"][1]["content"]
     assert (notice["msgtype"], notice["body"]) == ("m.server_notice", "The server rests at night")
@@ -26466,6 +26689,28 @@ def policy_of(page: httpx.Response) -> str:
     return str(policy)
 
 
+def test_the_password_can_be_given_on_a_page(alice: Client, bob: Client, nobody: Client) -> None:
+    device = alice.login()
+    path, page = ("devices", device.device_id), "auth/m.login.password/fallback/web"
+    session = alice.delete(path, {}).json()["session"]
+    assert 'type="password"' in nobody.get(page, session=session).text
+
+    def give(password: str) -> httpx.Response:
+        form = f"password={quote(password)}".encode()
+        return nobody.request("POST", page, params={"session": session}, content=form)
+
+    assert give("wrong").status_code == 401
+    again = alice.delete(path, {"auth": {"session": session}})
+    assert again.status_code == 401 and "completed" not in again.json()
+    assert "window.onAuthDone" in give(alice.password).text
+    fails(bob.delete(path, {"auth": {"session": session}}), 403)
+    ok(alice.delete(path, {"auth": {"session": session}}))
+    fails(device.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    # Who registers has no password yet, and nobody's is asked for.
+    session = nobody.post("register", {"username": unique(), "password": "x"}).json()["session"]
+    assert give(alice.password).status_code == 401
+
+
 def test_stages_can_be_done_on_a_page(mail: MailServer) -> None:
     anyone, body = Client(mail.server), {"username": unique(), "password": PASSWORD}
     session = anyone.post("register", body).json()["session"]
@@ -26482,7 +26727,7 @@ def test_stages_can_be_done_on_a_page(mail: MailServer) -> None:
     ok(anyone.post("register", {**body, "auth": {"session": session}}))
     assert anyone.get(path, session=session).status_code == 404
     assert anyone.get(path).status_code == 404
-    fails(anyone.get("auth/m.login.password/fallback/web", session=session), 404)
+    fails(anyone.get("auth/m.login.email.identity/fallback/web", session=session), 404)
 
 
 def test_the_token_page_takes_the_right_token_only(new_server: Callable[..., Server]) -> None:
