@@ -2506,7 +2506,6 @@ def _versions() -> dict[str, RoomVersion]:
 
 
 ROOM_VERSIONS: Final[Mapping[str, RoomVersion]] = _versions()
-STABLE_VERSIONS: Final = frozenset(row.id for row in ROOM_VERSIONS.values() if row.stable)
 
 
 def room_version(name: object) -> RoomVersion:
@@ -2516,11 +2515,6 @@ def room_version(name: object) -> RoomVersion:
         error = f"Room version {str(name)[:40]!r} is not supported"
         raise MatrixError(400, "M_UNSUPPORTED_ROOM_VERSION", error)
     return row
-
-
-def version_of_create(content: Json) -> RoomVersion:
-    """The version that a create event's content names; "1" when it names none."""
-    return room_version(content.get("room_version", "1"))
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -29213,6 +29207,14 @@ async def retry_server_command(hs: Homeserver, arguments: Arguments) -> Reply:
     """Try at once what waits for a server, whatever has failed before."""
     did = retry_server(hs, other_server(hs, arguments["SERVER"]))
     return reply_text("It is tried." if did else "It is not being left alone.", failed=not did)
+
+
+@command("rotate-signing-key")
+async def rotate_signing_key_command(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Sign with a new key from now on, as when somebody may have read the old one."""
+    old = hs.signing_key.key_id
+    rotate_signing_key(hs)
+    return reply_text(f"{hs.signing_key.key_id} signs now; {old} is good for what it has signed.")
 
 
 @command("reset-queue SERVER")
