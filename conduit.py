@@ -6117,7 +6117,7 @@ class RoomImport:
         self._file.close()
 
     def _read(self, event_ids: list[str]) -> tuple[dict[str, bytes], list[Event]]:
-        """For a thread: events as they are encoded, and as they are."""
+        """Events as they are encoded, and as they are."""
         found = {}
         for event_id in event_ids:
             start, length = self._places[event_id]
@@ -6146,7 +6146,8 @@ class RoomImport:
                     pairs = zip(batch, problems, strict=True)
                     good = [event for event, problem in pairs if problem is None]
                     for event in rooms.outliers(room, good, encoded):
-                        if event.event_id in told and event.is_state and not event.rejected:
+                        is_told = event.event_id in told and event.room_nid == room.nid
+                        if is_told and event.is_state and not event.rejected:
                             state[event.key] = event.nid
                             if event.membership:
                                 memberships[event.nid] = event.membership

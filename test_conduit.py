@@ -5155,6 +5155,23 @@ def test_sec_02_evil_answers_to_a_join_make_no_room() -> None:
     with_rooms(story)
 
 
+def test_sec_02_an_event_of_another_room_stays_there() -> None:
+    """In versions 1 and 2 a server can give an event the id of one that we have elsewhere."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        mine = rooms.create("1", ME, {"creator": ME})
+        rooms.send(mine, ME, "m.room.member", {"membership": "join"}, state_key=ME)
+        topic = rooms.send(mine, ME, "m.room.topic", {"topic": "mine"}, state_key="")
+        far = FarRoom("1")
+        far.put("m.room.topic", {"topic": "theirs"}, "", event_id=topic.event_id)
+        room = await far.enter(rooms, "@other:here.test")
+        assert room.joined_count == 3
+        assert ("m.room.topic", "") not in room.state
+        assert mine.content("m.room.topic") == {"topic": "mine"}
+
+    with_rooms(story)
+
+
 def test_unfinished_rooms_are_taken_away() -> None:
     async def story(rooms: conduit.Rooms) -> None:
         far = FarRoom()
