@@ -8123,8 +8123,8 @@ Handler = Callable[..., Awaitable[Any]]  # (hs, request, **path parameters) -> J
 MAX_JSON_BODY = 4_194_304  # of somebody known: a backup of keys, messages to many devices
 MAX_ANONYMOUS_BODY = 262_144
 MAX_FEDERATION_BODY = 10_485_760  # 50 PDUs of full size, and as much again for EDUs
-FREE_BODY = 65_536  # bytes of each that do not count for
-UNSIGNED_BODIES = (2 * MAX_FEDERATION_BODY, 6 * MAX_FEDERATION_BODY)  # from one address; in all
+FREE_BODY = 65_536  # bytes of a body that do not count against the next
+UNSIGNED_BODIES = (2 * MAX_FEDERATION_BODY, 6 * MAX_FEDERATION_BODY)  # of one address; of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -10056,9 +10056,8 @@ def spread(*key: object) -> float:
     So servers that went down together, with the network say, are not all tried again in the same
     moment, nor is one that was down by all the others.
     """
-    return (
-        int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "big") / 2**32
-    )
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") / 2**32
 
 
 class Federation:
