@@ -558,6 +558,7 @@ A_CONTACT = Check(
     lambda text: is_user_id(text) or EMAIL_ADDRESS.fullmatch(text), "an e-mail address or user id"
 )
 A_EMAIL = Check(EMAIL_ADDRESS.fullmatch, "an address such as matrix@example.org")
+A_KIND_OF_ROOM = Check(matches("off|private|all"), "off, private or all")
 A_FILE = Check(Path.is_file, "a file that exists")
 A_FOCUS = Check(  # and nothing that JSON cannot carry, such as a date
     lambda focus: isinstance(focus.get("type"), str) and json.dumps(focus),
@@ -699,6 +700,9 @@ class Config:
     # What users may do
     allow_room_creation: bool = live("whether users can create rooms", True)
     allow_encryption: bool = live("whether rooms can be encrypted", True)
+    encrypt_new_rooms: str = live(
+        "which new rooms are encrypted unasked: off, private or all", "off", A_KIND_OF_ROOM
+    )
     allow_unstable_room_versions: bool = live("whether rooms can have an unstable version", True)
     default_room_version: str = live("version of new rooms", "12", A_ROOM_VERSION)
     max_request_size: int = live("largest upload, in bytes", 20_971_520, bounds=(65_536, 2**40))
@@ -14601,6 +14605,19 @@ def require_encryption_allowed(hs: Homeserver, event_type: str) -> None:
         raise forbidden("Encryption is switched off on this server")
 
 
+def encrypted_by_default(hs: Homeserver, body: Json) -> Json:
+    """A createRoom body, with encryption where the configuration wants it; never for spaces."""
+    given: list[Json] = body.get("initial_state", [])
+    kinds = {"all"} if preset_of(body) == "public_chat" else {"all", "private"}
+    is_space = body.get("creation_content", {}).get("type") == "m.space"
+    is_said = any(one["type"] == "m.room.encryption" for one in given)
+    if is_space or is_said or hs.config.encrypt_new_rooms not in kinds:
+        return body
+    content = {"algorithm": "m.megolm.v1.aes-sha2"}
+    event = {"type": "m.room.encryption", "content": content}
+    return {**body, "initial_state": [*given, *([event] if hs.config.allow_encryption else [])]}
+
+
 def initial_state(
     hs: Homeserver, body: Json, preset: str, alias: str | None
 ) -> Iterator[tuple[str, str, Json]]:
@@ -14682,7 +14699,7 @@ async def post_create_room(hs: Homeserver, request: Request) -> Json:
         await hs.accounts.summon(invitee)
     hs.accounts.check_logged_in(request.user)
     refuse_creation(hs, request.user)
-    user_id, body = request.user.user_id, request.json
+    user_id, body = request.user.user_id, encrypted_by_default(hs, request.json)
     room = create_room(hs, user_id, body)
     others = [one for one in dict.fromkeys(body.get("invite", ())) if not hs.is_local(one)]
     more = {"is_direct": body.get("is_direct") is True}

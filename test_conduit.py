@@ -1194,6 +1194,7 @@ KEY_TESTS: Final = {
     "jwt_secret": "test_sec_33_forged_json_web_tokens",
     "allow_room_creation": "test_switches",
     "allow_encryption": "test_switches",
+    "encrypt_new_rooms": "test_new_rooms_are_encrypted_unasked_where_that_is_wanted",
     "allow_unstable_room_versions": "test_unstable_versions_can_be_switched_off",
     "default_room_version": "test_unstable_versions_can_be_switched_off",
     "max_request_size": "test_sec_38_unbounded_upload",
@@ -12963,6 +12964,34 @@ def test_switches(new_server: Callable[..., Server]) -> None:
     room_id = admin.create_room()
     path = ("rooms", room_id, "state", "m.room.encryption", "")
     fails(admin.put(path, {"algorithm": "m.megolm.v1.aes-sha2"}), 403, "M_FORBIDDEN")
+
+
+def test_new_rooms_are_encrypted_unasked_where_that_is_wanted(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server(encrypt_new_rooms="private")
+    admin = register(server)
+    megolm = {"algorithm": "m.megolm.v1.aes-sha2"}
+    own = {"type": "m.room.encryption", "state_key": "", "content": {**megolm, "mine": True}}
+
+    def encryption(**fields: Any) -> Json | None:
+        room_id = ok(admin.post("createRoom", fields))["room_id"]
+        found = [e for e in admin.state(room_id) if e["type"] == "m.room.encryption"]
+        return cast("Json", found[0]["content"]) if found else None
+
+    assert encryption() == encryption(preset="trusted_private_chat") == megolm
+    assert encryption(initial_state=[own]) == own["content"]
+    assert encryption(preset="public_chat") is encryption(visibility="public") is None
+    assert encryption(creation_content={"type": "m.space"}) is None
+    for setting, wanted in (("all", megolm), ("off", None)):
+        server.write_config(encrypt_new_rooms=setting)
+        os.kill(server.pid, signal.SIGHUP)
+        eventually(lambda wanted=wanted: encryption(preset="public_chat") == wanted)
+    server.write_config(encrypt_new_rooms="all", allow_encryption=False)
+    os.kill(server.pid, signal.SIGHUP)
+    path = ("rooms", admin.create_room(), "state", "m.room.encryption", "")
+    eventually(lambda: admin.put(path, megolm).status_code == 403)
+    assert encryption() is None, "what is forbidden does not keep rooms from being made"
 
 
 def test_new_users_find_themselves_in_the_rooms_of_the_house(
