@@ -16804,6 +16804,16 @@ def test_fallback_key_is_given_out_when_one_time_keys_are_used_up(
     assert claim(bob, device) == fresh
 
 
+def test_key_counts_are_in_every_answer_also_when_nothing_is_left(alice: Client) -> None:
+    """Clients that are not told that they have no keys do not make any."""
+    slider = slide(alice)
+    slider.body["extensions"] = wants("e2ee")
+    for _ in range(2):  # the second answer has nothing else in it
+        for result in (alice.poll(), slider()["extensions"]["e2ee"]):
+            assert result["device_one_time_keys_count"] == {"signed_curve25519": 0}
+            assert result["device_unused_fallback_key_types"] == []
+
+
 def test_sync_wakes_when_a_key_is_claimed(alice: Client, bob: Client) -> None:
     device = crypto(alice, 10)
     assert alice.poll()["device_one_time_keys_count"] == {"signed_curve25519": 10}
