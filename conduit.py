@@ -14328,6 +14328,17 @@ def leave(hs: Homeserver, room: Room, user_id: str, reason: str | None = None) -
         hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
 
 
+async def depart(
+    hs: Homeserver, room: Room, user_id: str, member: Member | None, reason: str | None = None
+) -> None:
+    """Make a user leave a room, reject its invite or take back a knock, wherever the room is."""
+    is_outside = member is not None and member.membership in {"invite", "knock"}
+    if is_outside and own_room_with(hs, room.room_id, user_id) is None:
+        await hs.joining.leave(room, user_id, with_reason({"membership": "leave"}, reason))
+    else:
+        leave(hs, room, user_id, reason)
+
+
 def membership_in(hs: Homeserver, room_id: str, user_nid: UserNid) -> tuple[Room, Member | None]:
     """A room that the user is or was in or invited to, known or not, and their membership. 404."""
     room = hs.rooms.heard_of(room_id)
@@ -14343,13 +14354,8 @@ async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
 
     Spec: CS-API "Leaving rooms".
     """
-    user, reason = request.user, request.json.get("reason")
-    room, member = membership_in(hs, room_id, user.nid)
-    is_outside = member is not None and member.membership in {"invite", "knock"}
-    if is_outside and own_room_with(hs, room_id, user.user_id) is None:
-        await hs.joining.leave(room, user.user_id, with_reason({"membership": "leave"}, reason))
-    else:
-        leave(hs, room, user.user_id, reason)
+    room, member = membership_in(hs, room_id, request.user.nid)
+    await depart(hs, room, request.user.user_id, member, request.json.get("reason"))
     return {}
 
 
@@ -27937,6 +27943,20 @@ async def list_joined_rooms_of(hs: Homeserver, arguments: Arguments) -> Reply:
     rooms = [*map(hs.rooms.by_nid, hs.rooms.joined_rooms(nid))]
     rows = [(room.room_id, room.setting("m.room.name", "name", "")) for room in rooms]
     return reply_table(f"{user_id} is in {len(rows)} room(s):", ("Room", "Name"), rows)
+
+
+@command("reject-invites USER [SENDER]")
+async def reject_invites(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Refuse all invitations of an account, or those that come from one user or server."""
+    user_id, nid = local_account(hs, arguments["USER"])
+    count = 0
+    for room_nid, member in [*hs.rooms.memberships(nid).items()]:
+        sender = sender_of(hs, member.event_nid) if member.membership == "invite" else ""
+        if sender and arguments.get("SENDER") in (None, sender, server_of(sender)):
+            await depart(hs, hs.rooms.by_nid(room_nid), user_id, member)
+            count += 1
+            await asyncio.sleep(0)
+    return reply_text(f"{count} invitation(s) of {user_id} are gone.", failed=not count)
 
 
 @command("deactivate-all {IDS} [--erase]")

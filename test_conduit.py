@@ -21624,6 +21624,26 @@ def test_sec_24_ignored_invites_come_nowhere(alice: Client, bob: Client, by: str
     assert sync()["rooms"] == {}
 
 
+def test_sec_43_an_admin_refuses_all_invitations_of_a_user(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    admin, alice, bob, eve = (register(server, name) for name in ("admin", "alice", "bob", "eve"))
+    kept = alice.create_room()
+    for number in range(4):
+        eve.create_room(alice, name=f"Room {number}")
+    wanted = bob.create_room(alice)
+    assert len(alice.poll()["rooms"]["invite"]) == 5
+    assert "There is no account" in order(admin, "reject-invites nobody")
+    assert "4 invitation(s)" in order(admin, f"reject-invites alice {eve.user_id}")
+    news = alice.poll()["rooms"]
+    assert (len(news["leave"]), set(alice.sync()["rooms"]["invite"])) == (4, {wanted})
+    assert "0 invitation(s)" in order(admin, "reject-invites alice elsewhere.example")
+    assert "1 invitation(s)" in order(admin, f"reject-invites alice {server.name}")
+    assert ok(alice.get("joined_rooms"))["joined_rooms"] == [kept]
+    assert "invite" not in alice.sync()["rooms"]
+
+
 def test_sec_43_a_flood_of_invites(new_server: Callable[..., Server]) -> None:
     one = new_server()
     host, guest = register(one), register(one)
