@@ -23162,10 +23162,13 @@ def forget_departures(hs: Homeserver) -> None:
         hs.db.execute("DELETE FROM purged_rooms WHERE purged_ts < ?", old)
 
 
-def departures_from_purged(ask: SyncReader, since: int) -> list[tuple[RoomNid, Event]]:
+def departures_from_purged(
+    ask: SyncReader, since: int, heard: Callable[[RoomNid], int | None]
+) -> list[tuple[RoomNid, Event]]:
     """The events by which the user left rooms that are deleted and that they did not come back to.
 
-    A client that heard of none of them would show the rooms for ever.
+    A client that heard of none of them would show the rooms for ever. `heard` is the position up
+    to which it has a room, None for one that it does not have.
     """
     query = """
         SELECT room_nid, left_nid, event_id, version, pdu
@@ -23177,6 +23180,9 @@ def departures_from_purged(ask: SyncReader, since: int) -> list[tuple[RoomNid, E
     found, members = [], ask.hs.rooms.memberships(ask.nid)
     rows = ask.hs.db.all(query, (ask.nid, since, ask.upto))
     for room_nid, left_nid, event_id, version, pdu in rows:
+        known = heard(room_nid)
+        if known is None or left_nid <= known:
+            continue
         event = Event(ROOM_VERSIONS[version], json.loads(pdu), event_id)
         event.nid = left_nid
         again = ask.hs.rooms.heard_of(event.room_id)
@@ -23239,7 +23245,8 @@ async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
         name, section = room_section(ask, room, member, changes, new_data)
         if section is not None:
             sections.setdefault(name, {})[room.room_id] = section
-    for _, left in [] if ask.since is None else departures_from_purged(ask, ask.since):
+    since = ask.upto if ask.since is None else ask.since
+    for _, left in departures_from_purged(ask, since, lambda _: since):
         if ask.wanted.rooms.wants_room(left.room_id):
             sections.setdefault("leave", {})[left.room_id] = departed_section(ask, left)
     return sections
@@ -24407,12 +24414,10 @@ class Answer:
     def _take_leave(self) -> None:
         """Name the rooms that the client has and that are deleted, each once."""
         ask, known = self.ask, self.connection.rooms
-        for nid, left in departures_from_purged(ask, 0) if known else ():
-            sent = known.get(nid)
-            if sent is not None and left.nid > begin_of(ask, sent):
-                self.window.ids[nid] = left.room_id
-                self.rooms[nid] = departed_room(ask, left, sent)
-                self.sent[nid] = sent._replace(behind=ask.upto)
+        for nid, left in departures_from_purged(ask, 0, self.begin) if known else ():
+            self.window.ids[nid] = left.room_id
+            self.rooms[nid] = departed_room(ask, left, known[nid])
+            self.sent[nid] = known[nid]._replace(behind=ask.upto)
 
     def _make_room(self, nid: RoomNid, member: Member) -> None:
         ask, sent, config = self.ask, self.connection.rooms.get(nid), self.window.configs[nid]
