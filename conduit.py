@@ -23150,9 +23150,16 @@ def remember_departures(hs: Homeserver, room: Room) -> None:
         JOIN events ON nid = event_nid
         WHERE memberships.room_nid = :room
           AND membership IN ('leave', 'ban')
+          AND deactivated = 0
         """,
         {"room": room.nid, "version": room.version.id, "now": now_ms()},
     )
+
+
+def forget_departures_of(hs: Homeserver, user_nid: UserNid) -> None:
+    """Subscriber of the accounts: nobody is left to hear of them."""
+    with hs.db.write():
+        hs.db.execute("DELETE FROM purged_rooms WHERE user_nid = ?", (user_nid,))
 
 
 def forget_departures(hs: Homeserver) -> None:
@@ -30311,6 +30318,7 @@ class Homeserver:
         self.accounts.on_device_deleted(functools.partial(device_removed, self))
         self.accounts.on_device_renamed(functools.partial(device_renamed, self))
         self.accounts.on_deactivated(functools.partial(account_deactivated, self))
+        self.accounts.on_deactivated(functools.partial(forget_departures_of, self))
         self.rooms.subscribe_membership(functools.partial(note_membership, self))
         self.rooms.subscribe_membership(functools.partial(follow_into_replacement, self))
         self.rooms.subscribe(functools.partial(follow_tombstone, self))

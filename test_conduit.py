@@ -24901,6 +24901,18 @@ def test_what_was_told_of_deleted_rooms_is_forgotten(
     monkeypatch.setattr(conduit, "PURGED_KEPT_MS", -1000)
     server.do(conduit.forget_departures, server.hs)
     assert server.do(server.hs.db.value, count) == 0
+    for forgets in (True, False):  # by the account, when a room goes before or after it
+        bob = register(server)
+        room_id = bob.create_room()
+        bob.leave(room_id)
+        if forgets:
+            ok(bob.post(("rooms", room_id, "forget")))
+            eventually(lambda: server.do(server.hs.db.value, count) == 1)
+        ok(bob.uia("POST", "account/deactivate", {}))
+        if not forgets:
+            room = server.do(server.hs.rooms.get, room_id)
+            server.call(server.hs.rooms.purge_room(room))
+        assert server.do(server.hs.db.value, count) == 0
 
 
 def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Server]) -> None:
