@@ -635,6 +635,7 @@ A_CONTACT = Check(
     lambda text: is_user_id(text) or EMAIL_ADDRESS.fullmatch(text), "an e-mail address or user id"
 )
 A_EMAIL = Check(EMAIL_ADDRESS.fullmatch, "an address such as matrix@example.org")
+A_KIND_OF_ROOM = Check(matches("off|private|all"), "off, private or all")
 A_FILE = Check(Path.is_file, "a file that exists")
 A_FOCUS = Check(  # and nothing that JSON cannot carry, such as a date
     lambda focus: isinstance(focus.get("type"), str) and json.dumps(focus),
@@ -776,6 +777,9 @@ class Config:
     # What users may do
     allow_room_creation: bool = live("whether users can create rooms", True)
     allow_encryption: bool = live("whether rooms can be encrypted", True)
+    encrypt_new_rooms: str = live(
+        "which new rooms are encrypted unasked: off, private or all", "off", A_KIND_OF_ROOM
+    )
     allow_unstable_room_versions: bool = live("whether rooms can have an unstable version", True)
     default_room_version: str = live("version of new rooms", "12", A_ROOM_VERSION)
     max_request_size: int = live("largest upload, in bytes", 20_971_520, bounds=(65_536, 2**40))
@@ -15064,6 +15068,17 @@ def require_rejectable(hs: Homeserver, room: Room, user_nid: UserNid) -> None:
         raise MatrixError(403, "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM", error)
 
 
+async def depart(
+    hs: Homeserver, room: Room, user_id: str, member: Member | None, reason: str | None = None
+) -> None:
+    """Make a user leave a room, reject its invite or take back a knock, wherever the room is."""
+    is_outside = member is not None and member.membership in {"invite", "knock"}
+    if is_outside and own_room_with(hs, room.room_id, user_id) is None:
+        await hs.joining.leave(room, user_id, with_reason({"membership": "leave"}, reason))
+    else:
+        leave(hs, room, user_id, reason)
+
+
 def membership_in(hs: Homeserver, room_id: str, user_nid: UserNid) -> tuple[Room, Member | None]:
     """A room that the user is or was in or invited to, known or not, and their membership. 404."""
     room = hs.rooms.heard_of(room_id)
@@ -15079,14 +15094,9 @@ async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
 
     Spec: CS-API "Leaving rooms".
     """
-    user, reason = request.user, request.json.get("reason")
-    room, member = membership_in(hs, room_id, user.nid)
-    require_rejectable(hs, room, user.nid)
-    is_outside = member is not None and member.membership in {"invite", "knock"}
-    if is_outside and own_room_with(hs, room_id, user.user_id) is None:
-        await hs.joining.leave(room, user.user_id, with_reason({"membership": "leave"}, reason))
-    else:
-        leave(hs, room, user.user_id, reason)
+    room, member = membership_in(hs, room_id, request.user.nid)
+    require_rejectable(hs, room, request.user.nid)
+    await depart(hs, room, request.user.user_id, member, request.json.get("reason"))
     return {}
 
 
@@ -15342,6 +15352,19 @@ def require_encryption_allowed(hs: Homeserver, event_type: str) -> None:
         raise forbidden("Encryption is switched off on this server")
 
 
+def encrypted_by_default(hs: Homeserver, body: Json) -> Json:
+    """A createRoom body, with encryption where the configuration wants it; never for spaces."""
+    given: list[Json] = body.get("initial_state", [])
+    kinds = {"all"} if preset_of(body) == "public_chat" else {"all", "private"}
+    is_space = body.get("creation_content", {}).get("type") == "m.space"
+    is_said = any(one["type"] == "m.room.encryption" for one in given)
+    if is_space or is_said or hs.config.encrypt_new_rooms not in kinds:
+        return body
+    content = {"algorithm": "m.megolm.v1.aes-sha2"}
+    event = {"type": "m.room.encryption", "content": content}
+    return {**body, "initial_state": [*given, *([event] if hs.config.allow_encryption else [])]}
+
+
 def initial_state(
     hs: Homeserver, body: Json, preset: str, alias: str | None
 ) -> Iterator[tuple[str, str, Json]]:
@@ -15423,7 +15446,7 @@ async def post_create_room(hs: Homeserver, request: Request) -> Json:
         await hs.accounts.summon(invitee)
     hs.accounts.check_logged_in(request.user)
     refuse_creation(hs, request.user)
-    user_id, body = request.user.user_id, request.json
+    user_id, body = request.user.user_id, encrypted_by_default(hs, request.json)
     room = create_room(hs, user_id, body)
     others = [one for one in dict.fromkeys(body.get("invite", ())) if not hs.is_local(one)]
     more = {"is_direct": body.get("is_direct") is True}
@@ -24230,9 +24253,16 @@ def remember_departures(hs: Homeserver, room: Room) -> None:
         JOIN events ON nid = event_nid
         WHERE memberships.room_nid = :room
           AND membership IN ('leave', 'ban')
+          AND deactivated = 0
         """,
         {"room": room.nid, "version": room.version.id, "now": now_ms()},
     )
+
+
+def forget_departures_of(hs: Homeserver, user_nid: UserNid) -> None:
+    """Subscriber of the accounts: nobody is left to hear of them."""
+    with hs.db.write():
+        hs.db.execute("DELETE FROM purged_rooms WHERE user_nid = ?", (user_nid,))
 
 
 def forget_departures(hs: Homeserver) -> None:
@@ -24242,10 +24272,13 @@ def forget_departures(hs: Homeserver) -> None:
         hs.db.execute("DELETE FROM purged_rooms WHERE purged_ts < ?", old)
 
 
-def departures_from_purged(ask: SyncReader, since: int) -> list[tuple[RoomNid, Event]]:
+def departures_from_purged(
+    ask: SyncReader, since: int, heard: Callable[[RoomNid], int | None]
+) -> list[tuple[RoomNid, Event]]:
     """The events by which the user left rooms that are deleted and that they did not come back to.
 
-    A client that heard of none of them would show the rooms for ever.
+    A client that heard of none of them would show the rooms for ever. `heard` is the position up
+    to which it has a room, None for one that it does not have.
     """
     query = """
         SELECT room_nid, left_nid, event_id, version, pdu
@@ -24257,6 +24290,9 @@ def departures_from_purged(ask: SyncReader, since: int) -> list[tuple[RoomNid, E
     found, members = [], ask.hs.rooms.memberships(ask.nid)
     rows = ask.hs.db.all(query, (ask.nid, since, ask.upto))
     for room_nid, left_nid, event_id, version, pdu in rows:
+        known = heard(room_nid)
+        if known is None or left_nid <= known:
+            continue
         event = Event(ROOM_VERSIONS[version], json.loads(pdu), event_id)
         event.nid = left_nid
         again = ask.hs.rooms.heard_of(event.room_id)
@@ -24319,7 +24355,8 @@ async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
         name, section = room_section(ask, room, member, changes, new_data)
         if section is not None:
             sections.setdefault(name, {})[room.room_id] = section
-    for _, left in [] if ask.since is None else departures_from_purged(ask, ask.since):
+    since = ask.upto if ask.since is None else ask.since
+    for _, left in departures_from_purged(ask, since, lambda _: since):
         if ask.wanted.rooms.wants_room(left.room_id):
             sections.setdefault("leave", {})[left.room_id] = departed_section(ask, left)
     return sections
@@ -25491,12 +25528,10 @@ class Answer:
     def _take_leave(self) -> None:
         """Name the rooms that the client has and that are deleted, each once."""
         ask, known = self.ask, self.connection.rooms
-        for nid, left in departures_from_purged(ask, 0) if known else ():
-            sent = known.get(nid)
-            if sent is not None and left.nid > begin_of(ask, sent):
-                self.window.ids[nid] = left.room_id
-                self.rooms[nid] = departed_room(ask, left, sent)
-                self.sent[nid] = sent._replace(behind=ask.upto)
+        for nid, left in departures_from_purged(ask, 0, self.begin) if known else ():
+            self.window.ids[nid] = left.room_id
+            self.rooms[nid] = departed_room(ask, left, known[nid])
+            self.sent[nid] = known[nid]._replace(behind=ask.upto)
 
     def _make_room(self, nid: RoomNid, member: Member) -> None:
         ask, sent, config = self.ask, self.connection.rooms.get(nid), self.window.configs[nid]
@@ -29048,6 +29083,20 @@ async def list_joined_rooms_of(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_table(f"{user_id} is in {len(rows)} room(s):", ("Room", "Name"), rows)
 
 
+@command("reject-invites USER [SENDER]")
+async def reject_invites(hs: Homeserver, arguments: Arguments) -> Reply:
+    """Refuse all invitations of an account, or those that come from one user or server."""
+    user_id, nid = local_account(hs, arguments["USER"])
+    count = 0
+    for room_nid, member in [*hs.rooms.memberships(nid).items()]:
+        sender = sender_of(hs, member.event_nid) if member.membership == "invite" else ""
+        if sender and arguments.get("SENDER") in (None, sender, server_of(sender)):
+            await depart(hs, hs.rooms.by_nid(room_nid), user_id, member)
+            count += 1
+            await asyncio.sleep(0)
+    return reply_text(f"{count} invitation(s) of {user_id} are gone.", failed=not count)
+
+
 @command("deactivate-all {IDS} [--erase]")
 async def deactivate_all(hs: Homeserver, arguments: Arguments) -> Reply:
     """Close all accounts that the code block names, one in a line; admins are passed over."""
@@ -31490,6 +31539,7 @@ class Homeserver:
         self.accounts.on_device_deleted(functools.partial(device_removed, self))
         self.accounts.on_device_renamed(functools.partial(device_renamed, self))
         self.accounts.on_deactivated(functools.partial(account_deactivated, self))
+        self.accounts.on_deactivated(functools.partial(forget_departures_of, self))
         self.rooms.subscribe_membership(functools.partial(note_membership, self))
         self.rooms.subscribe_membership(functools.partial(follow_into_replacement, self))
         self.rooms.subscribe(functools.partial(follow_tombstone, self))

@@ -1196,6 +1196,7 @@ KEY_TESTS: Final = {
     "jwt_secret": "test_sec_33_forged_json_web_tokens",
     "allow_room_creation": "test_switches",
     "allow_encryption": "test_switches",
+    "encrypt_new_rooms": "test_new_rooms_are_encrypted_unasked_where_that_is_wanted",
     "allow_unstable_room_versions": "test_unstable_versions_can_be_switched_off",
     "default_room_version": "test_unstable_versions_can_be_switched_off",
     "max_request_size": "test_sec_38_unbounded_upload",
@@ -13656,6 +13657,34 @@ def test_switches(new_server: Callable[..., Server]) -> None:
     fails(admin.put(path, {"algorithm": "m.megolm.v1.aes-sha2"}), 403, "M_FORBIDDEN")
 
 
+def test_new_rooms_are_encrypted_unasked_where_that_is_wanted(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server(encrypt_new_rooms="private")
+    admin = register(server)
+    megolm = {"algorithm": "m.megolm.v1.aes-sha2"}
+    own = {"type": "m.room.encryption", "state_key": "", "content": {**megolm, "mine": True}}
+
+    def encryption(**fields: Any) -> Json | None:
+        room_id = ok(admin.post("createRoom", fields))["room_id"]
+        found = [e for e in admin.state(room_id) if e["type"] == "m.room.encryption"]
+        return cast("Json", found[0]["content"]) if found else None
+
+    assert encryption() == encryption(preset="trusted_private_chat") == megolm
+    assert encryption(initial_state=[own]) == own["content"]
+    assert encryption(preset="public_chat") is encryption(visibility="public") is None
+    assert encryption(creation_content={"type": "m.space"}) is None
+    for setting, wanted in (("all", megolm), ("off", None)):
+        server.write_config(encrypt_new_rooms=setting)
+        os.kill(server.pid, signal.SIGHUP)
+        eventually(lambda wanted=wanted: encryption(preset="public_chat") == wanted)
+    server.write_config(encrypt_new_rooms="all", allow_encryption=False)
+    os.kill(server.pid, signal.SIGHUP)
+    path = ("rooms", admin.create_room(), "state", "m.room.encryption", "")
+    eventually(lambda: admin.put(path, megolm).status_code == 403)
+    assert encryption() is None, "what is forbidden does not keep rooms from being made"
+
+
 def test_new_users_find_themselves_in_the_rooms_of_the_house(
     new_server: Callable[..., Server],
 ) -> None:
@@ -17694,6 +17723,16 @@ def test_fallback_key_is_given_out_when_one_time_keys_are_used_up(
     ok(device.upload(fallback_keys=fresh))
     assert alice.poll()["device_unused_fallback_key_types"] == ["signed_curve25519"]
     assert claim(bob, device) == fresh
+
+
+def test_key_counts_are_in_every_answer_also_when_nothing_is_left(alice: Client) -> None:
+    """Clients that are not told that they have no keys do not make any."""
+    slider = slide(alice)
+    slider.body["extensions"] = wants("e2ee")
+    for _ in range(2):  # the second answer has nothing else in it
+        for result in (alice.poll(), slider()["extensions"]["e2ee"]):
+            assert result["device_one_time_keys_count"] == {"signed_curve25519": 0}
+            assert result["device_unused_fallback_key_types"] == []
 
 
 def test_sync_wakes_when_a_key_is_claimed(alice: Client, bob: Client) -> None:
@@ -22931,6 +22970,26 @@ def test_sec_24_ignored_invites_come_nowhere(alice: Client, bob: Client, by: str
     assert sync()["rooms"] == {}
 
 
+def test_sec_43_an_admin_refuses_all_invitations_of_a_user(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    admin, alice, bob, eve = (register(server, name) for name in ("admin", "alice", "bob", "eve"))
+    kept = alice.create_room()
+    for number in range(4):
+        eve.create_room(alice, name=f"Room {number}")
+    wanted = bob.create_room(alice)
+    assert len(alice.poll()["rooms"]["invite"]) == 5
+    assert "There is no account" in order(admin, "reject-invites nobody")
+    assert "4 invitation(s)" in order(admin, f"reject-invites alice {eve.user_id}")
+    news = alice.poll()["rooms"]
+    assert (len(news["leave"]), set(alice.sync()["rooms"]["invite"])) == (4, {wanted})
+    assert "0 invitation(s)" in order(admin, "reject-invites alice elsewhere.example")
+    assert "1 invitation(s)" in order(admin, f"reject-invites alice {server.name}")
+    assert ok(alice.get("joined_rooms"))["joined_rooms"] == [kept]
+    assert "invite" not in alice.sync()["rooms"]
+
+
 def test_sec_43_a_flood_of_invites(new_server: Callable[..., Server]) -> None:
     one = new_server()
     host, guest = register(one), register(one)
@@ -26220,6 +26279,18 @@ def test_what_was_told_of_deleted_rooms_is_forgotten(
     monkeypatch.setattr(conduit, "PURGED_KEPT_MS", -1000)
     server.do(conduit.forget_departures, server.hs)
     assert server.do(server.hs.db.value, count) == 0
+    for forgets in (True, False):  # by the account, when a room goes before or after it
+        bob = register(server)
+        room_id = bob.create_room()
+        bob.leave(room_id)
+        if forgets:
+            ok(bob.post(("rooms", room_id, "forget")))
+            eventually(lambda: server.do(server.hs.db.value, count) == 1)
+        ok(bob.uia("POST", "account/deactivate", {}))
+        if not forgets:
+            room = server.do(server.hs.rooms.get, room_id)
+            server.call(server.hs.rooms.purge_room(room))
+        assert server.do(server.hs.db.value, count) == 0
 
 
 def test_history_is_purged_and_the_room_lives_on(new_server: Callable[..., Server]) -> None:
