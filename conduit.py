@@ -14990,6 +14990,7 @@ def send_redaction(
     target_id: str,
     content: Json,
     transaction: SentAs,
+    timestamp: int | None = None,
 ) -> Event:
     """Redact an event, if the requester may."""
     room = hs.rooms.get(room_id)
@@ -15004,9 +15005,8 @@ def send_redaction(
         is_admins = user.is_admin and hs.is_local(target.sender)
         if levels.user(sender) < levels.redact and not is_admins:
             raise forbidden("You may not redact the events of others in this room")
-    return hs.rooms.send(
-        room, sender, REDACTION, content, redacts=target_id, transaction=transaction
-    )
+    how: Json = {"redacts": target_id, "transaction": transaction, "timestamp": timestamp}
+    return hs.rooms.send(room, sender, REDACTION, content, **how)
 
 
 def send_message(
@@ -15019,18 +15019,18 @@ def send_message(
     timestamp: int | None = None,
 ) -> Event:
     """Send an event that is no state; a redaction names its target in the content."""
+    how: Json = {"transaction": transaction, "timestamp": timestamp}
     if event_type != REDACTION:
         refuse_suspended(hs, user)
         room = hs.rooms.get(room_id)
         require_thread_root(hs, room, content)
         refuse_second_annotation(hs, room, user.nid, event_type, content)
-        how: Json = {"transaction": transaction, "timestamp": timestamp}
         return hs.rooms.send(room, user.user_id, event_type, content, **how)
     target = content.get("redacts")
     if not isinstance(target, str):
         raise bad_json("A redaction names the event that it redacts")
     rest = {name: value for name, value in content.items() if name != "redacts"}
-    return send_redaction(hs, user, room_id, target, rest, transaction)
+    return send_redaction(hs, user, room_id, target, rest, **how)
 
 
 @route("PUT", SEND_PATH, auth=GUEST, limit="message", body=ANY_OBJECT)
@@ -15977,8 +15977,13 @@ class Joining(Handshakes):
         bodies = {"v2": body}
         if room.version.explicit_event_ids:
             bodies["v1"] = {**event.pdu, "unsigned": {"invite_room_state": shown}}
-        async with self._put(server, "invite", event, bodies) as answer:
-            found = {name: value async for name, value in answer.members()}
+        try:
+            async with self._put(server, "invite", event, bodies) as answer:
+                found = {name: value async for name, value in answer.members()}
+        except MatrixError as error:
+            if error.errcode != "M_INCOMPATIBLE_ROOM_VERSION":
+                raise
+            raise MatrixError(400, "M_UNSUPPORTED_ROOM_VERSION", error.error) from error
         event = await add_signature(self.hs, event, server, found.get("event"))
         self.hs.rooms.put_late(room, event, draft)
         return event
