@@ -18936,8 +18936,14 @@ class Presence:
         self._users.move_to_end(user_nid)
 
     def _profile_changed(self, user_nid: UserNid) -> None:
-        """Others hear of a new name or avatar.  Spec: "Events on Change of Profile Information"."""
-        if self.hs.config.allow_local_presence:
+        """Others hear of a new name or avatar.  Spec: "Events on Change of Profile Information".
+
+        Bridges name people by the thousand, of whom only those who are shown present take memory.
+        """
+        if not self.hs.config.allow_local_presence:
+            return
+        is_met = self.hs.rooms.joined_rooms(user_nid) and not self.hs.accounts.is_puppet(user_nid)
+        if user_nid in self._users or is_met:
             self._users.setdefault(user_nid, UserPresence())
             self._tell(user_nid)
 
