@@ -9945,7 +9945,7 @@ class Sessions:
     The composition root sets how cross-signing keys are known, whose names no device may have.
     """
 
-    is_signing_key: Callable[[UserNid, str], bool]
+    is_key_name: Callable[[UserNid, str], bool]
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
@@ -10102,7 +10102,7 @@ class Sessions:
         self, nid: UserNid, device_id: str, name: str | None, address: str | None = None
     ) -> DeviceNid:
         """A device, made if it is not there; inside a write block.  403 for the name of a key."""
-        if self.is_signing_key(nid, device_id):
+        if self.is_key_name(nid, device_id):
             raise forbidden("The device id is the same as a cross-signing key")
         seen_ts = None if address is None else now_ms()
         self.db.execute(
@@ -10232,7 +10232,7 @@ class Accounts(Sessions):
     name_account: Callable[[UserNid, str], None]
     member_content: Callable[[UserNid, Json], Json]
     has_tokens: Callable[[], bool]  # whether there are registration tokens beside the configured
-    notice_room: Callable[[UserNid], RoomNid | None]  # where the server speaks to a user
+    notices_in: Callable[[UserNid], RoomNid | None]  # where the server speaks to a user
     # These are the application services':
     is_reserved: Callable[[str], bool]  # whether a user id is in a namespace of theirs
     check_appservice: Callable[[Request, str], None]  # raises unless such a request is from one
@@ -14349,7 +14349,7 @@ def require_rejectable(hs: Homeserver, room: Room, user_nid: UserNid) -> None:
 
     Spec: CS-API "Server Notices".
     """
-    if room.membership_of(user_nid) == "invite" and hs.accounts.notice_room(user_nid) == room.nid:
+    if room.membership_of(user_nid) == "invite" and hs.accounts.notices_in(user_nid) == room.nid:
         error = "Here the server speaks to you: this invite cannot be rejected"
         raise MatrixError(403, "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM", error)
 
@@ -30094,7 +30094,7 @@ class Homeserver:
         A changed membership: unread counts, typing, device lists, the syncs that wait, the sender
         (which servers are in the room). An event of ours: the sender.
         """
-        self.accounts.is_signing_key = functools.partial(is_signing_key, self)
+        self.accounts.is_key_name = functools.partial(is_signing_key, self)
         self.accounts.on_account_created(functools.partial(auto_join, self))
         self.accounts.on_registered(functools.partial(store_consent, self))
         self.accounts.on_device_deleted(functools.partial(device_removed, self))
@@ -30107,7 +30107,7 @@ class Homeserver:
         self.reports.subscribe(self.admin_room.announce)
         self.delayed_events.send = functools.partial(send_delayed, self)
         self.rooms.check_sender = functools.partial(check_sender, self)
-        self.accounts.notice_room = functools.partial(known_notice_room, self)
+        self.accounts.notices_in = functools.partial(known_notice_room, self)
         self.rooms.check_consent = Consents(self).check
         self.rooms.subscribe_purge(functools.partial(forget_names, self))
         self.rooms.subscribe_purge(functools.partial(forget_notice_room, self))
