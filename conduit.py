@@ -10630,7 +10630,7 @@ class Sessions:
     The composition root sets how cross-signing keys are known, whose names no device may have.
     """
 
-    is_signing_key: Callable[[UserNid, str], bool]
+    is_key_name: Callable[[UserNid, str], bool]
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
@@ -10787,7 +10787,7 @@ class Sessions:
         self, nid: UserNid, device_id: str, name: str | None, address: str | None = None
     ) -> DeviceNid:
         """A device, made if it is not there; inside a write block.  403 for the name of a key."""
-        if self.is_signing_key(nid, device_id):
+        if self.is_key_name(nid, device_id):
             raise forbidden("The device id is the same as a cross-signing key")
         seen_ts = None if address is None else now_ms()
         self.db.execute(
@@ -10917,7 +10917,7 @@ class Accounts(Sessions):
     name_account: Callable[[UserNid, str], None]
     member_content: Callable[[UserNid, Json], Json]
     has_tokens: Callable[[], bool]  # whether there are registration tokens beside the configured
-    notice_room: Callable[[UserNid], RoomNid | None]  # where the server speaks to a user
+    notices_in: Callable[[UserNid], RoomNid | None]  # where the server speaks to a user
     # These are the application services':
     is_reserved: Callable[[str], bool]  # whether a user id is in a namespace of theirs
     check_appservice: Callable[[Request, str], None]  # raises unless such a request is from one
@@ -15063,7 +15063,7 @@ def require_rejectable(hs: Homeserver, room: Room, user_nid: UserNid) -> None:
 
     Spec: CS-API "Server Notices".
     """
-    if room.membership_of(user_nid) == "invite" and hs.accounts.notice_room(user_nid) == room.nid:
+    if room.membership_of(user_nid) == "invite" and hs.accounts.notices_in(user_nid) == room.nid:
         error = "Here the server speaks to you: this invite cannot be rejected"
         raise MatrixError(403, "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM", error)
 
@@ -15723,6 +15723,7 @@ def send_redaction(
     target_id: str,
     content: Json,
     transaction: SentAs,
+    timestamp: int | None = None,
 ) -> Event:
     """Redact an event, if the requester may."""
     room = hs.rooms.get(room_id)
@@ -15737,9 +15738,8 @@ def send_redaction(
         is_admins = user.is_admin and hs.is_local(target.sender)
         if levels.user(sender) < levels.redact and not is_admins:
             raise forbidden("You may not redact the events of others in this room")
-    return hs.rooms.send(
-        room, sender, REDACTION, content, redacts=target_id, transaction=transaction
-    )
+    how: Json = {"redacts": target_id, "transaction": transaction, "timestamp": timestamp}
+    return hs.rooms.send(room, sender, REDACTION, content, **how)
 
 
 def send_message(
@@ -15752,18 +15752,18 @@ def send_message(
     timestamp: int | None = None,
 ) -> Event:
     """Send an event that is no state; a redaction names its target in the content."""
+    how: Json = {"transaction": transaction, "timestamp": timestamp}
     if event_type != REDACTION:
         refuse_suspended(hs, user)
         room = hs.rooms.get(room_id)
         require_thread_root(hs, room, content)
         refuse_second_annotation(hs, room, user.nid, event_type, content)
-        how: Json = {"transaction": transaction, "timestamp": timestamp}
         return hs.rooms.send(room, user.user_id, event_type, content, **how)
     target = content.get("redacts")
     if not isinstance(target, str):
         raise bad_json("A redaction names the event that it redacts")
     rest = {name: value for name, value in content.items() if name != "redacts"}
-    return send_redaction(hs, user, room_id, target, rest, transaction)
+    return send_redaction(hs, user, room_id, target, rest, **how)
 
 
 @route("PUT", SEND_PATH, auth=GUEST, limit="message", body=ANY_OBJECT)
@@ -16749,8 +16749,13 @@ class Joining(Handshakes):
         bodies = {"v2": body}
         if room.version.explicit_event_ids:
             bodies["v1"] = {**event.pdu, "unsigned": {"invite_room_state": shown}}
-        async with self._put(server, "invite", event, bodies) as answer:
-            found = {name: value async for name, value in answer.members()}
+        try:
+            async with self._put(server, "invite", event, bodies) as answer:
+                found = {name: value async for name, value in answer.members()}
+        except MatrixError as error:
+            if error.errcode != "M_INCOMPATIBLE_ROOM_VERSION":
+                raise
+            raise MatrixError(400, "M_UNSUPPORTED_ROOM_VERSION", error.error) from error
         event = await add_signature(self.hs, event, server, found.get("event"))
         self.hs.rooms.put_late(room, event, draft)
         return event
@@ -19815,8 +19820,14 @@ class Presence:
         self._users.move_to_end(user_nid)
 
     def _profile_changed(self, user_nid: UserNid) -> None:
-        """Others hear of a new name or avatar.  Spec: "Events on Change of Profile Information"."""
-        if self.hs.config.allow_local_presence:
+        """Others hear of a new name or avatar.  Spec: "Events on Change of Profile Information".
+
+        Bridges name people by the thousand, of whom only those who are shown present take memory.
+        """
+        if not self.hs.config.allow_local_presence:
+            return
+        is_met = self.hs.rooms.joined_rooms(user_nid) and not self.hs.accounts.is_puppet(user_nid)
+        if user_nid in self._users or is_met:
             self._users.setdefault(user_nid, UserPresence())
             self._tell(user_nid)
 
@@ -31533,7 +31544,7 @@ class Homeserver:
         A changed membership: unread counts, typing, device lists, the syncs that wait, the sender
         (which servers are in the room). An event of ours: the sender.
         """
-        self.accounts.is_signing_key = functools.partial(is_signing_key, self)
+        self.accounts.is_key_name = functools.partial(is_signing_key, self)
         self.accounts.on_account_created(functools.partial(auto_join, self))
         self.accounts.on_registered(functools.partial(store_consent, self))
         self.accounts.on_device_deleted(functools.partial(device_removed, self))
@@ -31547,7 +31558,7 @@ class Homeserver:
         self.reports.subscribe(self.admin_room.announce)
         self.delayed_events.send = functools.partial(send_delayed, self)
         self.rooms.check_sender = functools.partial(check_sender, self)
-        self.accounts.notice_room = functools.partial(known_notice_room, self)
+        self.accounts.notices_in = functools.partial(known_notice_room, self)
         self.rooms.check_consent = Consents(self).check
         self.rooms.subscribe_purge(functools.partial(forget_names, self))
         self.rooms.subscribe_purge(functools.partial(forget_notice_room, self))

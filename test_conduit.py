@@ -13973,6 +13973,21 @@ def test_sec_01_invites_that_are_none(pair: tuple[Server, Server], peer: Peer) -
     assert set(signed["signatures"]) == {peer.name, pair[0].name}
 
 
+def test_invites_to_servers_that_do_not_know_the_version(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    alice = register(pair[0])
+    room_id = alice.create_room()
+    error = {"errcode": "M_INCOMPATIBLE_ROOM_VERSION", "error": "too new", "room_version": "12"}
+    peer.answers["invite"] = conduit.Response(400, conduit.encode_json(error))
+    target = f"@bob:{peer.name}"
+    answer = alice.post(("rooms", room_id, "invite"), {"user_id": target})
+    fails(answer, 400, "M_UNSUPPORTED_ROOM_VERSION")
+    path = ("rooms", room_id, "state", "m.room.member", target)
+    fails(alice.put(path, {"membership": "invite"}), 400, "M_UNSUPPORTED_ROOM_VERSION")
+    assert target not in [e.get("state_key") for e in alice.state(room_id)]
+
+
 def evil_answers(room: PeerRoom) -> dict[str, Callable[[Json], Any]]:
     """What a resident server could say to a join."""
     other = PeerRoom(room.peer, room.version.id)
@@ -24571,6 +24586,10 @@ def test_the_time_of_events(server: Server, bridge: Bridge, alice: Client) -> No
     topic = ("rooms", room_id, "state", "m.room.topic", "")
     event_id = ok(ghost.put(topic, {"topic": "x"}, params={"ts": "42"}))["event_id"]
     assert ok(ghost.get(("rooms", room_id, "event", event_id)))["origin_server_ts"] == 42
+    redaction = ("rooms", room_id, "send", "m.room.redaction", unique())
+    redacts = {"redacts": event_id}
+    event_id = ok(ghost.put(redaction, redacts, params={"ts": "43"}))["event_id"]
+    assert ok(ghost.get(("rooms", room_id, "event", event_id)))["origin_server_ts"] == 43
     for wrong in ("-1", "x", str(2**53)):
         fails(ghost.put((*path[:4], unique()), text, params={"ts": wrong}), 400)
     alice.join(room_id)
