@@ -18113,7 +18113,7 @@ MAX_VIA = 3  # servers asked for a room
 VIA_SECONDS = 10.0
 REMEMBERED_MS = 300_000
 REMOTE_SPACES_BYTES = 2**23
-SPACE_MEMORY = 200_000  # room ids kept for walks that may go on
+SPACE_WALKS_BYTES = 2**24  # kept for walks that may go on
 SUMMARY: Final = {
     **{"room_id": str, "num_joined_members": int, "world_readable": bool, "guest_can_join": bool},
     **dict.fromkeys(("name?", "topic?", "avatar_url?", "canonical_alias?", "join_rule?"), str),
@@ -18132,7 +18132,7 @@ class Spaces:
     """What is remembered: walks that may go on, and what servers say of rooms, and until when."""
 
     def __init__(self) -> None:
-        self.walks: LruCache[str, SpaceWalk] = LruCache(SPACE_MEMORY)
+        self.walks: LruCache[str, SpaceWalk] = LruCache(SPACE_WALKS_BYTES)
         # As text, since as an object JSON can take thirty times as much memory.
         self.remote: LruCache[tuple[str, str], tuple[int, bytes]] = LruCache(REMOTE_SPACES_BYTES)
 
@@ -18250,6 +18250,12 @@ class SpaceWalk(NamedTuple):
     waiting: tuple[tuple[str, int, tuple[str, ...]], ...]  # ids, depths, servers; the next one last
     seen: frozenset[str]
 
+    def weight(self) -> int:
+        """About how many bytes it takes; other servers choose how long names are."""
+        names = [(room_id, *servers) for room_id, _, servers in self.waiting]
+        texts = itertools.chain(self.seen, *names)
+        return sum(100 + len(text) for text in texts)
+
 
 def child_rank(child: Event) -> tuple[bool, str, int, str]:
     """The place of a child in its space.  Spec: "Ordering of children within a space"."""
@@ -18349,10 +18355,8 @@ async def get_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Json:
             del waiting[:-MAX_SPACE_ROOMS]
     if not waiting:
         return {"rooms": rooms}
-    token = random_token(20)
-    hs.spaces.walks.put(
-        token, SpaceWalk(walk.wanted, tuple(waiting), frozenset(seen)), len(waiting) + len(seen)
-    )
+    token, rest = random_token(20), SpaceWalk(walk.wanted, tuple(waiting), frozenset(seen))
+    hs.spaces.walks.put(token, rest, rest.weight())
     return {"rooms": rooms, "next_batch": token}
 
 
@@ -23273,8 +23277,9 @@ def sync_filter(hs: Homeserver, request: Request) -> SyncFilter:
     key = (request.user.nid, text)
     found = hs.sync_filters.get(key)
     if found is None:
-        found = SyncFilter(get_filter(hs, request.user.nid, text) if text else {})
-        hs.sync_filters.put(key, found)
+        definition = get_filter(hs, request.user.nid, text) if text else {}
+        found = SyncFilter(definition)
+        hs.sync_filters.put(key, found, 1000 + len(encode_json(definition)))
     return found
 
 
@@ -23747,6 +23752,11 @@ class SlidingConnection:
     settled: int = 0  # the snapshot in which the client has all rooms of the window
     turn: object = None  # the request that is being answered; an older one changes nothing
 
+    def weight(self) -> int:
+        """What it takes in memory, in rooms; a piece of state that is wished for counts as one."""
+        wishes = itertools.chain(*self.configs)
+        return 1 + len(self.rooms) + sum(len(one.include) + len(one.exclude) for one in wishes)
+
 
 def unknown_pos() -> MatrixError:
     """400 M_UNKNOWN_POS: the client starts the connection over."""
@@ -23828,7 +23838,7 @@ class Sliding:
             raise unknown_pos()
         if connection.confirmed != connection.sent:
             self._settle(connection, snapshot)
-        self._connections.put(key, connection, 1 + len(connection.rooms))
+        self._connections.put(key, connection, connection.weight())
         return connection
 
     def _load(self, key: tuple[int, int, str]) -> SlidingConnection | None:
@@ -29975,7 +29985,7 @@ class FlameSampler:
 
 EVENT_CACHE_SHARE = 8  # of db_cache_capacity_mb, for events, rooms and state together
 LAZY_MEMBERS = 50_000  # member events remembered as sent, over all devices
-SYNC_FILTERS = 500
+SYNC_FILTERS_BYTES = 2**20  # of filters as text; prepared, they take some times as much
 HARD_STOP_SECONDS = 4.0
 WATCH_SECONDS = 1.0
 LATE_SECONDS = 0.25
@@ -30034,7 +30044,7 @@ class Homeserver:
         self.lazy_members: LruCache[tuple[int | None, RoomNid], dict[str, tuple[EventNid, int]]] = (
             LruCache(LAZY_MEMBERS)
         )
-        self.sync_filters: LruCache[tuple[UserNid, str], SyncFilter] = LruCache(SYNC_FILTERS)
+        self.sync_filters: LruCache[tuple[UserNid, str], SyncFilter] = LruCache(SYNC_FILTERS_BYTES)
         self.sliding = Sliding(self)
         self.media = Media(self)
         self.previews = Previews(self)
