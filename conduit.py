@@ -2090,6 +2090,10 @@ class Stream:
             return None
         return self._changes[bisect.bisect_right(self._positions, position) :]
 
+    def reaches(self, position: int) -> bool:
+        """Whether the log has all after a position, so that what is new is quickly told."""
+        return position >= self._floor
+
     def subscribe(self, listener: Callable[[str, int], None]) -> None:
         """Call back with kind and target at each stamp."""
         self._listeners.append(listener)
@@ -7518,6 +7522,7 @@ RATE_LIMITS = {  # requests a second for ever, and how many at once after a paus
     "media": (100, 500),  # opening a room shows many thumbnails at once
     "upload": (5, 100),
     "search": (2, 20),
+    "beginning": (0.5, 20),  # syncs that begin anew, or where one ended long ago
     "claim": (0.5, 30),  # fewer than a device has one-time keys
     "login": (0.5, 20),  # wrong passwords have limits of their own, in chapter 20
     "register": (0.2, 10),
@@ -23283,6 +23288,13 @@ def sync_filter(hs: Homeserver, request: Request) -> SyncFilter:
     return found
 
 
+def count_beginning(hs: Homeserver, request: Request, since: int | None) -> None:
+    """429 for who begins anew too often: to be told all that there is keeps others waiting."""
+    is_dear = since is None or not hs.stream.reaches(since)
+    if is_dear and hs.config.rate_limit and not hs.router.is_unlimited(request):
+        hs.router.limiter.check("beginning", request.user.nid)
+
+
 @route("GET", "/_matrix/client/v3/sync", auth=GUEST, limit=None)
 async def get_sync(hs: Homeserver, request: Request) -> Json:
     """What is new since a token; waits up to `timeout` milliseconds when nothing is.
@@ -23292,6 +23304,7 @@ async def get_sync(hs: Homeserver, request: Request) -> Json:
     timeout = request.int_arg("timeout", 0, 0, 2**53)
     ends = time.monotonic() + min(timeout, MAX_SYNC_TIMEOUT_MS) / 1000
     ask = SyncRequest(hs, request, sync_filter(hs, request))
+    count_beginning(hs, request, None if ask.full_state else ask.since)
     asked = request.arg("set_presence") or "online"
     note_sync(hs, request.user, asked, min(timeout, MAX_SYNC_TIMEOUT_MS) / 1000)
     if ask.since is not None:
@@ -23354,7 +23367,7 @@ def old_invite(hs: Homeserver, request: Request, room: Room, invite: Event) -> J
     return {"room_id": room.room_id, "membership": "invite", "invite": event}
 
 
-@route("GET", V3 + "/initialSync", auth=GUEST)
+@route("GET", V3 + "/initialSync", auth=GUEST, limit="beginning")
 async def initial_sync(hs: Homeserver, request: Request) -> Json:
     """All rooms of the user, with their newest events and their state; deprecated."""
     limit = request.int_arg("limit", DEFAULT_PAGE, 0, MAX_PAGE)
@@ -24646,6 +24659,7 @@ async def answer_sliding(
     that it gave up must not count as sent.
     """
     ends = time.monotonic() + seconds
+    count_beginning(hs, request, None if pos is None else hs.stream.position)
     connection = open_connection(ask, pos)
     acknowledge_sliding(ask)
     changes, looked = Changes(set(), set(), set(), set()), ask.since

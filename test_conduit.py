@@ -20179,6 +20179,27 @@ def test_private_receipt_of_someone_else_is_no_news(alice: Client, bob: Client) 
     assert room_id in bob.poll()["rooms"]["join"]
 
 
+def test_sec_44_nobody_begins_anew_all_the_time(new_server: Callable[..., Server]) -> None:
+    """All that there is costs the more the longer one is here; what is new costs nothing."""
+    server = new_server(rate_limit=True)
+    asks: list[Callable[[Client], httpx.Response]] = [
+        lambda user: user.get("sync"),
+        lambda user: user.get("sync", since=user.since, full_state="true"),
+        lambda user: user.get("sync", since="s1"),
+        lambda user: user.post(SLIDING, {"lists": {"all": window()}}),
+        lambda user: user.get("initialSync"),
+    ]
+    for ask in asks:
+        alice = register(server)
+        alice.poll()
+        server.restart()  # so that a token of before is one of long ago
+        found = [ask(alice).status_code for _ in range(25)]
+        assert found[:15] == [200] * 15 and 429 in found, found
+        ok(alice.get("sync", since=alice.since))
+        for _ in range(25):
+            alice.since = ok(alice.get("sync", since=alice.since))["next_batch"]
+
+
 def test_sec_46_filters_in_memory_have_a_size() -> None:
     """Five hundred filters of the largest size would take a gigabyte, prepared."""
     cache: Any = conduit.LruCache(conduit.SYNC_FILTERS_BYTES)
