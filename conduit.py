@@ -2179,6 +2179,10 @@ class Stream:
             return None
         return self._changes[bisect.bisect_right(self._positions, position) :]
 
+    def reaches(self, position: int) -> bool:
+        """Whether the log has all after a position, so that what is new is quickly told."""
+        return position >= self._floor
+
     def subscribe(self, listener: Callable[[str, int], None]) -> None:
         """Call back with kind and target at each stamp."""
         self._listeners.append(listener)
@@ -8090,6 +8094,7 @@ RATE_LIMITS = {  # requests a second for ever, and how many at once after a paus
     "media": (100, 500),  # opening a room shows many thumbnails at once
     "upload": (5, 100),
     "search": (2, 20),
+    "beginning": (0.5, 20),  # syncs that begin anew, or where one ended long ago
     "claim": (0.5, 30),  # fewer than a device has one-time keys
     "login": (0.5, 20),  # wrong passwords have limits of their own, in chapter 20
     "register": (0.2, 10),
@@ -18980,7 +18985,7 @@ MAX_VIA = 3  # servers asked for a room
 VIA_SECONDS = 10.0
 REMEMBERED_MS = 300_000
 REMOTE_SPACES_BYTES = 2**23
-SPACE_MEMORY = 200_000  # room ids kept for walks that may go on
+SPACE_WALKS_BYTES = 2**24  # kept for walks that may go on
 SUMMARY: Final = {
     **{"room_id": str, "num_joined_members": int, "world_readable": bool, "guest_can_join": bool},
     **dict.fromkeys(("name?", "topic?", "avatar_url?", "canonical_alias?", "join_rule?"), str),
@@ -18999,7 +19004,7 @@ class Spaces:
     """What is remembered: walks that may go on, and what servers say of rooms, and until when."""
 
     def __init__(self) -> None:
-        self.walks: LruCache[str, SpaceWalk] = LruCache(SPACE_MEMORY)
+        self.walks: LruCache[str, SpaceWalk] = LruCache(SPACE_WALKS_BYTES)
         # As text, since as an object JSON can take thirty times as much memory.
         self.remote: LruCache[tuple[str, str], tuple[int, bytes]] = LruCache(REMOTE_SPACES_BYTES)
 
@@ -19117,6 +19122,12 @@ class SpaceWalk(NamedTuple):
     waiting: tuple[tuple[str, int, tuple[str, ...]], ...]  # ids, depths, servers; the next one last
     seen: frozenset[str]
 
+    def weight(self) -> int:
+        """About how many bytes it takes; other servers choose how long names are."""
+        names = [(room_id, *servers) for room_id, _, servers in self.waiting]
+        texts = itertools.chain(self.seen, *names)
+        return sum(100 + len(text) for text in texts)
+
 
 def child_rank(child: Event) -> tuple[bool, str, int, str]:
     """The place of a child in its space.  Spec: "Ordering of children within a space"."""
@@ -19216,10 +19227,8 @@ async def get_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Json:
             del waiting[:-MAX_SPACE_ROOMS]
     if not waiting:
         return {"rooms": rooms}
-    token = random_token(20)
-    hs.spaces.walks.put(
-        token, SpaceWalk(walk.wanted, tuple(waiting), frozenset(seen)), len(waiting) + len(seen)
-    )
+    token, rest = random_token(20), SpaceWalk(walk.wanted, tuple(waiting), frozenset(seen))
+    hs.spaces.walks.put(token, rest, rest.weight())
     return {"rooms": rooms, "next_batch": token}
 
 
@@ -24432,9 +24441,17 @@ def sync_filter(hs: Homeserver, request: Request) -> SyncFilter:
     key = (request.user.nid, text)
     found = hs.sync_filters.get(key)
     if found is None:
-        found = SyncFilter(get_filter(hs, request.user.nid, text) if text else {})
-        hs.sync_filters.put(key, found)
+        definition = get_filter(hs, request.user.nid, text) if text else {}
+        found = SyncFilter(definition)
+        hs.sync_filters.put(key, found, 1000 + len(encode_json(definition)))
     return found
+
+
+def count_beginning(hs: Homeserver, request: Request, since: int | None) -> None:
+    """429 for who begins anew too often: to be told all that there is keeps others waiting."""
+    is_dear = since is None or not hs.stream.reaches(since)
+    if is_dear and hs.config.rate_limit and not hs.router.is_unlimited(request):
+        hs.router.limiter.check("beginning", request.user.nid)
 
 
 @route("GET", "/_matrix/client/v3/sync", auth=GUEST, limit=None)
@@ -24446,6 +24463,7 @@ async def get_sync(hs: Homeserver, request: Request) -> Json:
     timeout = request.int_arg("timeout", 0, 0, 2**53)
     ends = time.monotonic() + min(timeout, MAX_SYNC_TIMEOUT_MS) / 1000
     ask = SyncRequest(hs, request, sync_filter(hs, request))
+    count_beginning(hs, request, None if ask.full_state else ask.since)
     asked = request.arg("set_presence") or "online"
     note_sync(hs, request.user, asked, min(timeout, MAX_SYNC_TIMEOUT_MS) / 1000)
     if ask.since is not None:
@@ -24508,7 +24526,7 @@ def old_invite(hs: Homeserver, request: Request, room: Room, invite: Event) -> J
     return {"room_id": room.room_id, "membership": "invite", "invite": event}
 
 
-@route("GET", V3 + "/initialSync", auth=GUEST)
+@route("GET", V3 + "/initialSync", auth=GUEST, limit="beginning")
 async def initial_sync(hs: Homeserver, request: Request) -> Json:
     """All rooms of the user, with their newest events and their state; deprecated."""
     limit = request.int_arg("limit", DEFAULT_PAGE, 0, MAX_PAGE)
@@ -24910,6 +24928,11 @@ class SlidingConnection:
     settled: int = 0  # the snapshot in which the client has all rooms of the window
     turn: object = None  # the request that is being answered; an older one changes nothing
 
+    def weight(self) -> int:
+        """What it takes in memory, in rooms; a piece of state that is wished for counts as one."""
+        wishes = itertools.chain(*self.configs)
+        return 1 + len(self.rooms) + sum(len(one.include) + len(one.exclude) for one in wishes)
+
 
 def unknown_pos() -> MatrixError:
     """400 M_UNKNOWN_POS: the client starts the connection over."""
@@ -24992,7 +25015,7 @@ class Sliding:
             raise unknown_pos()
         if connection.confirmed != connection.sent:
             self._settle(connection, snapshot)
-        self._connections.put(key, connection, 1 + len(connection.rooms))
+        self._connections.put(key, connection, connection.weight())
         return connection
 
     def _load(self, key: tuple[int, int, str]) -> SlidingConnection | None:
@@ -25821,6 +25844,7 @@ async def answer_sliding(
     that it gave up must not count as sent.
     """
     ends = time.monotonic() + seconds
+    count_beginning(hs, request, None if pos is None else hs.stream.position)
     connection = open_connection(ask, pos)
     acknowledge_sliding(ask)
     changes, looked = Changes(set(), set(), set(), set()), ask.since
@@ -31443,7 +31467,7 @@ class FlameSampler:
 
 EVENT_CACHE_SHARE = 8  # of db_cache_capacity_mb, for events, rooms and state together
 LAZY_MEMBERS = 50_000  # member events remembered as sent, over all devices
-SYNC_FILTERS = 500
+SYNC_FILTERS_BYTES = 2**20  # of filters as text; prepared, they take some times as much
 HARD_STOP_SECONDS = 4.0
 WATCH_SECONDS = 1.0
 LATE_SECONDS = 0.25
@@ -31503,7 +31527,7 @@ class Homeserver:
         self.lazy_members: LruCache[tuple[int | None, RoomNid], dict[str, tuple[EventNid, int]]] = (
             LruCache(LAZY_MEMBERS)
         )
-        self.sync_filters: LruCache[tuple[UserNid, str], SyncFilter] = LruCache(SYNC_FILTERS)
+        self.sync_filters: LruCache[tuple[UserNid, str], SyncFilter] = LruCache(SYNC_FILTERS_BYTES)
         self.sliding = Sliding(self)
         self.media = Media(self)
         self.previews = Previews(self)

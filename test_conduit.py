@@ -15972,6 +15972,14 @@ def test_sec_47_spaces_in_a_circle_end(alice: Client) -> None:
     assert hierarchy_ids(alice, below, max_depth=10_000) == deep[:51]
 
 
+def test_sec_46_walks_weigh_what_they_remember() -> None:
+    """Other servers choose how long the names in their spaces are."""
+    long = "!" + "x" * 200
+    waiting = ((long, 1, ("y" * 200, "z" * 200)),) * 100
+    user = (conduit.UserNid(1), "!r:x", 1, False)
+    assert conduit.SpaceWalk(user, waiting, frozenset((long,))).weight() > 100 * 600
+
+
 def test_sec_38_spaces_of_others_take_little_memory() -> None:
     """Anybody can have any server asked for a room, and JSON as objects takes much."""
     hs: Any = types.SimpleNamespace(spaces=conduit.Spaces())
@@ -21552,6 +21560,43 @@ def test_private_receipt_of_someone_else_is_no_news(alice: Client, bob: Client) 
     assert room_id in bob.poll()["rooms"]["join"]
 
 
+def test_sec_44_nobody_begins_anew_all_the_time(new_server: Callable[..., Server]) -> None:
+    """All that there is costs the more the longer one is here; what is new costs nothing."""
+    server = new_server(rate_limit=True)
+    asks: list[Callable[[Client], httpx.Response]] = [
+        lambda user: user.get("sync"),
+        lambda user: user.get("sync", since=user.since, full_state="true"),
+        lambda user: user.get("sync", since="s1"),
+        lambda user: user.post(SLIDING, {"lists": {"all": window()}}),
+        lambda user: user.get("initialSync"),
+    ]
+    for ask in asks:
+        alice = register(server)
+        alice.poll()
+        server.restart()  # so that a token of before is one of long ago
+        found = [ask(alice).status_code for _ in range(25)]
+        assert found[:15] == [200] * 15 and 429 in found, found
+        ok(alice.get("sync", since=alice.since))
+        for _ in range(25):
+            alice.since = ok(alice.get("sync", since=alice.since))["next_batch"]
+
+
+def test_sec_46_filters_in_memory_have_a_size() -> None:
+    """Five hundred filters of the largest size would take a gigabyte, prepared."""
+    cache: Any = conduit.LruCache(conduit.SYNC_FILTERS_BYTES)
+    filters = types.SimpleNamespace(
+        get=lambda _, n: {"room": {"timeline": {"types": [f"{n}.{m}" for m in range(5000)]}}}
+    )
+    hs: Any = types.SimpleNamespace(sync_filters=cache, filters=filters)
+    for n in range(100):
+        request: Any = types.SimpleNamespace(
+            arg=lambda _, n=n: f"{n}", user=types.SimpleNamespace(nid=1)
+        )
+        found = conduit.sync_filter(hs, request)
+        assert conduit.sync_filter(hs, request) is found
+    assert 0 < len(cache) * 30_000 < conduit.SYNC_FILTERS_BYTES
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  43. SLIDING SYNC
 # ═════════════════════════════════════════════════════════════════════════════
@@ -22513,6 +22558,14 @@ def test_many_at_once_on_one_connection(alice: Client, bob: Client) -> None:
 )
 def test_requests_that_are_refused(alice: Client, body: Json, errcode: str) -> None:
     fails(Slider(alice, **body).post(), 400, errcode)
+
+
+def test_sec_46_connections_weigh_what_they_ask_for() -> None:
+    """A connection may wish for a hundred kinds of state, each of hundreds of entries."""
+    wish = conduit.wish_of_pairs("@a:b", [["m.x", f"{n}"] for n in range(300)])
+    small = conduit.SlidingConnection(1, 1, 1, [])
+    large = conduit.SlidingConnection(1, 1, 1, [frozenset((wish,))] * 100)
+    assert (small.weight(), large.weight()) == (1, 30_001)
 
 
 def test_sec_42_filters_of_lists_have_a_size(alice: Client) -> None:
