@@ -8473,6 +8473,25 @@ def test_sec_15_keys_of_the_wrong_shape_stay_out(pair: tuple[Server, Server], pe
     assert found["failures"] == {}
 
 
+def test_sec_46_failures_are_not_kept_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can name servers that are not there; the newest failures are kept."""
+    monkeypatch.setattr(conduit, "DESTINATIONS_CACHED", 10)
+    monkeypatch.setattr(conduit, "now_ms", itertools.count(conduit.now_ms()).__next__)
+
+    async def story() -> None:
+        hs = Keys(tmp_path).hs
+        for n in range(30):
+            hs.federation.failed(f"s{n}.example")
+        hs.federation.maintain()
+        rows = hs.db.all("SELECT server FROM destinations")
+        assert {row[0] for row in rows} == {f"s{n}.example" for n in range(19, 30)}
+        await hs.stop()
+
+    asyncio.run(story())
+
+
 def test_versions(pair: tuple[Server, Server]) -> None:
     answer = ok(Client(pair[0]).get("/_matrix/federation/v1/version"))
     assert answer["server"] == {"name": "conduit.py", "version": conduit.VERSION}
@@ -29878,6 +29897,8 @@ SCANS: Final = {
     "SELECT room_id FROM disabled_rooms": "at the start; few",
     "SELECT server, acked FROM late_servers": "at the start",
     "SELECT server FROM late_servers": "when writes were undone",
+    "DELETE FROM destinations WHERE retry_ts < ( SELECT retry_ts FROM destinations"
+    " ORDER BY retry_ts DESC LIMIT 1 OFFSET ? )": "once a minute at most, where any failed; few",
     "UPDATE device_updates SET pos = pos + ?, previous = NULL": "after a restore",
     "SELECT user_nid FROM profile_updates": "at the start; the table is a queue",
     "SELECT user_nid, state, status_msg FROM presence": "at the start",
