@@ -9971,7 +9971,7 @@ CREATE TABLE destinations (         -- servers that did not answer the last time
 FEDERATION_API: Final = "/_matrix/federation/v1"
 BACKOFF_MS = (5_000, 3_600_000)  # after the first failure, doubled with each, and at most
 BACKOFF_SPREAD = 0.3  # by so much at most it is shorter
-DESTINATIONS_CACHED = 20_000
+DESTINATIONS_CACHED = 20_000  # and about so many are kept
 X_MATRIX_PARAM = re.compile(
     r"([!#$%&'*+.^_`|~0-9A-Za-z-]+)="
     r'(?:"((?:[\t !#-\[\]-~]|\\[\t -~])*)"'
@@ -10075,6 +10075,7 @@ class Federation:
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self._failing: LruCache[str, tuple[int, int]] = LruCache(DESTINATIONS_CACHED)
+        self._noted_failures = 0  # since the last maintenance
         self._for_anybody = asyncio.Semaphore(max(1, hs.config.max_concurrent_requests // 4))
         self.on_alive: Callable[[str], None] = lambda _: None  # the composition root sets this
         hs.db.on_reset(self._failing.clear)
@@ -10110,6 +10111,7 @@ class Federation:
         row = (server, failures + 1, now + self.wait_after(server, failures + 1))
         with self.hs.db.write():
             self.hs.db.execute("INSERT OR REPLACE INTO destinations VALUES (?, ?, ?)", row)
+        self._noted_failures += 1
         self._failing.pop(server)
 
     def wait_after(self, server: str, failures: int) -> int:
@@ -10129,6 +10131,22 @@ class Federation:
             raise limit_exceeded(5000, "Too many other servers are being asked")
         async with self._for_anybody:
             yield
+
+    def maintain(self) -> None:
+        """Forget failures beyond the newest: anybody can name servers that are not there."""
+        delete = """
+            DELETE FROM destinations
+            WHERE retry_ts < (
+                SELECT retry_ts
+                FROM destinations
+                ORDER BY retry_ts DESC
+                LIMIT 1 OFFSET ?
+            )
+        """
+        if self._noted_failures:
+            self._noted_failures = 0
+            with self.hs.db.write():
+                self.hs.db.execute(delete, (DESTINATIONS_CACHED,))
 
     def check_backoff(self, server: str) -> None:
         """502 while a server is left alone."""
@@ -31707,6 +31725,7 @@ class Homeserver:
         self.presence.save()
         self.media.maintain()
         self.delayed_events.maintain()
+        self.federation.maintain()
         self.sender.maintain()
         self.inbox.maintain()
 

@@ -8972,6 +8972,25 @@ def test_sec_15_keys_of_the_wrong_shape_stay_out(pair: tuple[Server, Server], pe
     assert found["failures"] == {}
 
 
+def test_sec_46_failures_are_not_kept_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody can name servers that are not there; the newest failures are kept."""
+    monkeypatch.setattr(conduit, "DESTINATIONS_CACHED", 10)
+    monkeypatch.setattr(conduit, "now_ms", itertools.count(conduit.now_ms()).__next__)
+
+    async def story() -> None:
+        hs = Keys(tmp_path).hs
+        for n in range(30):
+            hs.federation.failed(f"s{n}.example")
+        hs.federation.maintain()
+        rows = hs.db.all("SELECT server FROM destinations")
+        assert {row[0] for row in rows} == {f"s{n}.example" for n in range(19, 30)}
+        await hs.stop()
+
+    asyncio.run(story())
+
+
 def test_versions(pair: tuple[Server, Server]) -> None:
     answer = ok(Client(pair[0]).get("/_matrix/federation/v1/version"))
     assert answer["server"] == {"name": "conduit.py", "version": conduit.VERSION}
@@ -32694,6 +32713,8 @@ SCANS: Final = {
     " room_servers.room_nid AND pos > :after )": "at the start",
     "SELECT room_nid FROM rooms WHERE EXISTS (SELECT 1 FROM receipts WHERE room_nid ="
     " rooms.room_nid AND pos > ?)": "at the start",
+    "DELETE FROM destinations WHERE retry_ts < ( SELECT retry_ts FROM destinations"
+    " ORDER BY retry_ts DESC LIMIT 1 OFFSET ? )": "once a minute at most, where any failed; few",
     "UPDATE device_updates SET pos = pos + ?, previous = NULL": "after a restore",
     "SELECT user_nid FROM profile_updates": "at the start; the table is a queue",
     "SELECT user_nid, state, status_msg FROM presence": "at the start",
