@@ -28510,6 +28510,11 @@ def resident_bytes() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def mebibytes(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 1_048_576:.1f} MiB"
+
+
 ROOT_PAGE, FREE_PAGE = 1, 2  # kinds of pages in SQLite's pointer map
 SMALL_TABLE = 65_536  # bytes up to which tables are summed up in one line
 MEDIA_SIZES = """
@@ -28580,11 +28585,6 @@ def disk_rows(folder: Path, connection: sqlite3.Connection) -> list[tuple[str, s
                 sizes["(small tables)"] += sizes.pop(name)
         rows += [(part, name, mebibytes(size)) for name, size in sizes.most_common()]
     return [*rows, ("", "free on the disk", mebibytes(shutil.disk_usage(folder).free))]
-
-
-def mebibytes(size: int) -> str:
-    """A number of bytes for people."""
-    return f"{size / 1_048_576:.1f} MiB"
 
 
 @command("help")
