@@ -18178,7 +18178,8 @@ def test_receipts_wait_for_their_events(anna: Client, far: Elsewhere) -> None:
         else:
             far.tell(event)
             ok(far.send(edus=edus))
-        eventually(lambda: event.event_id in ephemeral_now(anna, room_id, "m.receipt"))  # noqa: B023
+        read = event.event_id
+        eventually(lambda read=read: read in ephemeral_now(anna, room_id, "m.receipt"))
 
 
 def device_of(user_id: str, name: str = "D") -> tuple[KeyPair, Json]:
@@ -19201,14 +19202,14 @@ def test_receipts_of_the_last_moment_are_not_lost(
     alice, room_id = met
     event_id = alice.send_text(room_id, "x")
     eventually(lambda: receiver.bodies == ["x"])
-    for peers in range(3):  # that it is not told again later
-        if not peers:
+    for life in range(3):  # that it is not told again later
+        if not life:
             ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id), {}))
         sending.kill9()
         sending.start()
         eventually(lambda: receiver.edus("m.receipt"))
-        alice.send_text(room_id, f"{peers}")
-        eventually(lambda: receiver.bodies[-1] == f"{peers}")  # noqa: B023
+        alice.send_text(room_id, f"{life}")
+        eventually(lambda life=life: receiver.bodies[-1] == f"{life}")
         time.sleep(1.2)
     assert receiver.edus("m.receipt")[0][room_id]["m.read"][alice.user_id]["event_ids"] == [
         event_id
