@@ -18260,8 +18260,8 @@ def test_devices_of_a_server_that_was_rebuilt(anna: Client, far: Elsewhere) -> N
     listed = {"user_id": user, "stream_id": 1, "devices": [{"device_id": "E", "keys": second}]}
     far.answers[f"{FEDERATION_V1}/user/devices/{quote(user, safe='')}"] = listed
     old = {far.key.key_id: {"key": far.key.public, "expired_ts": conduit.now_ms() - 1}}
-    edu = {"edu_type": "m.typing", "content": {"room_id": branch.room_id, "user_id": user}}
-    edu["content"]["typing"] = True  # type: ignore[index]
+    typing = {"room_id": branch.room_id, "user_id": user, "typing": True}
+    edu = {"edu_type": "m.typing", "content": typing}
     for known in (old, {}):  # with the old key beside it, a new one is nothing special
         far.key = conduit.SigningKey.generate()
         far.answers["/_matrix/key/v2/server"] = far.keys(old_verify_keys=known)
