@@ -19190,7 +19190,8 @@ def test_receipts_wait_for_their_events(anna: Client, far: Elsewhere) -> None:
         else:
             far.tell(event)
             ok(far.send(edus=edus))
-        eventually(lambda: event.event_id in ephemeral_now(anna, room_id, "m.receipt"))  # noqa: B023
+        read = event.event_id
+        eventually(lambda read=read: read in ephemeral_now(anna, room_id, "m.receipt"))
 
 
 def device_of(user_id: str, name: str = "D") -> tuple[KeyPair, Json]:
@@ -19271,8 +19272,8 @@ def test_devices_of_a_server_that_was_rebuilt(anna: Client, far: Elsewhere) -> N
     listed = {"user_id": user, "stream_id": 1, "devices": [{"device_id": "E", "keys": second}]}
     far.answers[f"{FEDERATION_V1}/user/devices/{quote(user, safe='')}"] = listed
     old = {far.key.key_id: {"key": far.key.public, "expired_ts": conduit.now_ms() - 1}}
-    edu = {"edu_type": "m.typing", "content": {"room_id": branch.room_id, "user_id": user}}
-    edu["content"]["typing"] = True  # type: ignore[index]
+    typing = {"room_id": branch.room_id, "user_id": user, "typing": True}
+    edu = {"edu_type": "m.typing", "content": typing}
     for known in (old, {}):  # with the old key beside it, a new one is nothing special
         far.key = conduit.SigningKey.generate()
         far.answers["/_matrix/key/v2/server"] = far.keys(old_verify_keys=known)
@@ -20285,14 +20286,14 @@ def test_receipts_of_the_last_moment_are_not_lost(
     alice, room_id = met
     event_id = alice.send_text(room_id, "x")
     eventually(lambda: receiver.bodies == ["x"])
-    for peers in range(3):  # that it is not told again later
-        if not peers:
+    for life in range(3):  # that it is not told again later
+        if not life:
             ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id), {}))
         sending.kill9()
         sending.start()
         eventually(lambda: receiver.edus("m.receipt"))
-        alice.send_text(room_id, f"{peers}")
-        eventually(lambda: receiver.bodies[-1] == f"{peers}")  # noqa: B023
+        alice.send_text(room_id, f"{life}")
+        eventually(lambda life=life: receiver.bodies[-1] == f"{life}")
         time.sleep(1.2)
     assert receiver.edus("m.receipt")[0][room_id]["m.read"][alice.user_id]["event_ids"] == [
         event_id
