@@ -27053,6 +27053,515 @@ def sealed_conversation(mum: JsDevice, dad: JsDevice) -> None:
     assert not mum.unreadable(room_id) and not dad.unreadable(room_id)
 
 
+# ── What Element X is made of ────────────────────────────────────────────────
+#
+# matrix-rust-sdk with its room list, timelines and send queue, over sliding sync. Cargo builds
+# it once, which takes minutes: with DEEP=1 only.
+
+RUST_MANIFEST: Final = """
+[package]
+name = "device"
+version = "0.1.0"
+edition = "2021"
+[dependencies]
+matrix-sdk = { version = "=0.18.0", default-features = false, features = [
+  "e2e-encryption", "automatic-room-key-forwarding", "sqlite", "bundled-sqlite"] }
+matrix-sdk-ui = "=0.18.0"
+tokio = { version = "1", features = ["full"] }
+futures-util = "0.3"
+serde_json = "1"
+anyhow = "1"
+[profile.dev]
+debug = false
+"""
+
+RUST_DEVICE: Final = r"""
+use std::{collections::HashMap, sync::{Arc, Mutex}, time::Duration};
+use anyhow::{anyhow, Context, Result};
+use futures_util::{pin_mut, StreamExt};
+use matrix_sdk::{
+    encryption::{
+        verification::{SasVerification, Verification, VerificationRequest,
+            VerificationRequestState},
+        BackupDownloadStrategy, EncryptionSettings,
+    },
+    room::edit::EditedContent,
+    ruma::{
+        api::client::{receipt::create_receipt::v3::ReceiptType, room::create_room},
+        events::{
+            key::verification::request::ToDeviceKeyVerificationRequestEvent,
+            room::{
+                encryption::RoomEncryptionEventContent,
+                message::{RoomMessageEventContent, RoomMessageEventContentWithoutRelation},
+            },
+            InitialStateEvent,
+        },
+        EventId, RoomId, UserId,
+    },
+    Client, Room, ThreadingSupport,
+};
+use matrix_sdk_ui::{
+    eyeball_im::Vector,
+    room_list_service::{filters::new_filter_all, RoomListItem},
+    sync_service::SyncService,
+    timeline::{RoomExt, Timeline, TimelineEventItemId, TimelineFocus},
+};
+use serde_json::{json, Value};
+use tokio::{io::{AsyncBufReadExt, BufReader}, time::sleep};
+
+#[derive(Default)]
+struct Shared { sas: Mutex<Option<SasVerification>>, list: Mutex<Vector<RoomListItem>> }
+
+struct Device {
+    url: String,
+    folder: String,
+    client: Option<Client>,
+    sync: Option<Arc<SyncService>>,
+    timelines: HashMap<String, Arc<Timeline>>,
+    shared: Arc<Shared>,
+}
+
+fn item(id: &str) -> Result<TimelineEventItemId> {
+    Ok(TimelineEventItemId::EventId(EventId::parse(id)?))
+}
+
+// Comparing emoji. The one who asked begins; the other accepts.
+async fn follow(shared: Arc<Shared>, request: VerificationRequest) -> matrix_sdk::Result<()> {
+    *shared.sas.lock().unwrap() = None;
+    if !request.we_started() { request.accept().await?; }
+    for _ in 0..1200 {
+        if request.we_started() && request.is_ready() {
+            *shared.sas.lock().unwrap() = request.start_sas().await?;
+            break;
+        }
+        if let VerificationRequestState::Transitioned { verification: Verification::SasV1(sas) }
+            = request.state() {
+            if !sas.we_started() { sas.accept().await?; }
+            *shared.sas.lock().unwrap() = Some(sas);
+            break;
+        }
+        sleep(Duration::from_millis(25)).await;
+    }
+    Ok(())
+}
+
+impl Device {
+    fn client(&self) -> Result<&Client> { self.client.as_ref().context("not logged in") }
+    fn sync(&self) -> Result<&SyncService> { self.sync.as_deref().context("not logged in") }
+    fn room(&self, id: &str) -> Result<Room> {
+        self.client()?.get_room(&RoomId::parse(id)?).context("no such room")
+    }
+
+    // What a room or one of its threads shows; to open a room subscribes to it.
+    async fn timeline(&mut self, id: &str, thread: &str) -> Result<Arc<Timeline>> {
+        let key = format!("{id}{thread}");
+        if let Some(found) = self.timelines.get(&key) { return Ok(found.clone()); }
+        let room_id = RoomId::parse(id)?;
+        self.sync()?.room_list_service().subscribe_to_rooms(&[&room_id]).await;
+        let focus = match thread {
+            "" => TimelineFocus::Live { hide_threaded_events: true },
+            root => TimelineFocus::Thread { root_event_id: EventId::parse(root)? },
+        };
+        let made = Arc::new(self.room(id)?.timeline_builder().with_focus(focus).build().await?);
+        self.timelines.insert(key, made.clone());
+        Ok(made)
+    }
+
+    async fn login(&mut self, user: &str, password: &str) -> Result<Value> {
+        let client = Client::builder().homeserver_url(&self.url).sqlite_store(&self.folder, None)
+            .disable_ssl_verification()
+            .with_encryption_settings(EncryptionSettings {
+                auto_enable_cross_signing: true,
+                auto_enable_backups: true,
+                backup_download_strategy: BackupDownloadStrategy::AfterDecryptionFailure,
+                ..Default::default()
+            })
+            .with_threading_support(ThreadingSupport::Enabled { with_subscriptions: true })
+            .build().await?;
+        client.matrix_auth().login_username(user, password).send().await?;
+        client.event_cache().subscribe()?;
+        let shared = self.shared.clone();
+        let heard = move |event: ToDeviceKeyVerificationRequestEvent, client: Client| {
+            let shared = shared.clone();
+            async move {
+                let id = event.content.transaction_id.as_str();
+                let found = client.encryption().get_verification_request(&event.sender, id).await;
+                if let Some(request) = found { tokio::spawn(follow(shared, request)); }
+            }
+        };
+        client.add_event_handler(heard);
+        let service = SyncService::builder(client.clone()).with_offline_mode();
+        let sync = Arc::new(service.build().await?);
+        sync.start().await;
+        let (list, shared) = (sync.room_list_service(), self.shared.clone());
+        tokio::spawn(async move {
+            let rooms = list.all_rooms().await.unwrap();
+            let (changes, control) = rooms.entries_with_dynamic_adapters(1000);
+            control.set_filter(Box::new(new_filter_all(vec![])));
+            pin_mut!(changes);
+            while let Some(some) = changes.next().await {
+                let mut list = shared.list.lock().unwrap();
+                for change in some { change.apply(&mut list); }
+            }
+        });
+        client.encryption().wait_for_e2ee_initialization_tasks().await;
+        let answer = json!({"user_id": client.user_id(), "device_id": client.device_id()});
+        (self.sync, self.client) = (Some(sync), Some(client));
+        Ok(answer)
+    }
+
+    fn rooms(&self) -> Value {
+        self.shared.list.lock().unwrap().iter().map(|it| {
+            let counts = it.unread_notification_counts();
+            (it.room_id().to_string(), json!({
+                "name": it.cached_display_name().map(|name| name.to_string()),
+                "membership": format!("{:?}", it.state()), "joined": it.joined_members_count(),
+                "unread": it.num_unread_messages(), "counted": counts.notification_count,
+                "encrypted": it.encryption_state().is_encrypted(),
+                "marked": it.is_marked_unread(), "favourite": it.is_favourite(),
+            }))
+        }).collect::<serde_json::Map<_, _>>().into()
+    }
+
+    async fn items(&mut self, room: &str, thread: &str) -> Result<Value> {
+        let items = self.timeline(room, thread).await?.items().await;
+        Ok(items.iter().filter_map(|it| it.as_event()).map(|event| {
+            let content = event.content();
+            let message = content.as_message();
+            let reactions = content.reactions().map(|found| found.iter()
+                .map(|(key, by)| (key.clone(), json!(by.len())))
+                .collect::<serde_json::Map<_, _>>());
+            let sending = event.send_state().is_some_and(|it| format!("{it:?}").contains("Not"));
+            json!({
+                "id": event.event_id(), "sender": event.sender(), "sending": sending,
+                "body": message.map(|it| it.body()),
+                "edited": message.is_some_and(|it| it.is_edited()),
+                "unreadable": content.is_unable_to_decrypt(), "redacted": content.is_redacted(),
+                "thread": content.thread_root(), "reactions": reactions,
+                "replies": content.thread_summary().map(|it| it.num_replies),
+                "reply_to": content.in_reply_to().map(|it| it.event_id),
+                "read_by": event.read_receipts().keys().collect::<Vec<_>>(),
+            })
+        }).collect())
+    }
+
+    async fn create(&self, name: &str, invited: &str) -> Result<Value> {
+        let mut request = create_room::v3::Request::new();
+        request.name = Some(name.to_owned());
+        request.invite.push(UserId::parse(invited)?);
+        request.preset = Some(create_room::v3::RoomPreset::PrivateChat);
+        let sealed = RoomEncryptionEventContent::with_recommended_defaults();
+        request.initial_state.push(InitialStateEvent::with_empty_state_key(sealed).to_raw_any());
+        Ok(json!(self.client()?.create_room(request).await?.room_id()))
+    }
+
+    async fn trusts(&self, user: &str, device: &str) -> Result<Value> {
+        let (keys, user) = (self.client()?.encryption(), UserId::parse(user)?);
+        if device.is_empty() {
+            let identity = keys.get_user_identity(&user).await?;
+            return Ok(json!(identity.is_some_and(|it| it.is_verified())));
+        }
+        let found = keys.get_device(&user, device.into()).await?;
+        Ok(json!(found.is_some_and(|it| it.is_verified_with_cross_signing())))
+    }
+
+    async fn emoji(&self) -> Result<Value> {
+        for _ in 0..1200 {
+            let sas = self.shared.sas.lock().unwrap().clone();
+            if let Some(found) = sas.and_then(|it| it.emoji()) {
+                return Ok(json!(found.map(|each| each.symbol)));
+            }
+            sleep(Duration::from_millis(25)).await;
+        }
+        Err(anyhow!("no emoji"))
+    }
+
+    async fn obey(&mut self, order: &[Value]) -> Result<Value> {
+        let word = |at: usize| order.get(at).and_then(Value::as_str).unwrap_or("");
+        let (a, b, c) = (word(1), word(2), word(3));
+        let text = RoomMessageEventContentWithoutRelation::text_plain(c);
+        match word(0) {
+            "login" => return self.login(a, b).await,
+            "stop" => self.sync()?.stop().await,
+            "start" => self.sync()?.start().await,
+            "rooms" => return Ok(self.rooms()),
+            "create" => return self.create(a, b).await,
+            "join" => { self.client()?.join_room_by_id(&RoomId::parse(a)?).await?; }
+            "leave" => self.room(a)?.leave().await?,
+            "invite" => self.room(a)?.invite_user_by_id(&UserId::parse(b)?).await?,
+            "favourite" => self.room(a)?.set_is_favourite(true, None).await?,
+            "mark" => self.room(a)?.set_unread_flag(b == "unread").await?,
+            "name" => { self.room(a)?.set_name(b.to_owned()).await?; }
+            "timeline" => return self.items(a, b).await,
+            "say" => {
+                let content = RoomMessageEventContent::text_plain(b).into();
+                self.timeline(a, c).await?.send(content).await?;
+            }
+            "reply" => self.timeline(a, "").await?.send_reply(text, EventId::parse(b)?).await?,
+            "edit" => {
+                let content = EditedContent::RoomMessage(text);
+                self.timeline(a, "").await?.edit(&item(b)?, content).await?;
+            }
+            "react" => { self.timeline(a, "").await?.toggle_reaction(&item(b)?, c).await?; }
+            "redact" => self.timeline(a, "").await?.redact(&item(b)?, None).await?,
+            "back" => return Ok(json!(self.timeline(a, "").await?.paginate_backwards(20).await?)),
+            "read" => { self.timeline(a, b).await?.mark_as_read(ReceiptType::Read).await?; }
+            "secure" => {
+                let recovery = self.client()?.encryption().recovery();
+                return Ok(json!(recovery.enable().wait_for_backups_to_upload().await?));
+            }
+            "unlock" => self.client()?.encryption().recovery().recover(a).await?,
+            "has_keys" => {
+                let status = self.client()?.encryption().cross_signing_status().await;
+                return Ok(json!(status.is_some_and(|it| it.is_complete())));
+            }
+            "trusts" => return self.trusts(a, b).await,
+            "knows" => {
+                let keys = self.client()?.encryption();
+                let found = keys.get_device(&UserId::parse(a)?, b.into()).await?;
+                return Ok(json!(found.is_some()));
+            }
+            "verify" => {
+                let keys = self.client()?.encryption();
+                let found = keys.get_device(&UserId::parse(a)?, b.into()).await?;
+                let request = found.context("no such device")?.request_verification().await?;
+                tokio::spawn(follow(self.shared.clone(), request));
+            }
+            "emoji" => return self.emoji().await,
+            "confirm" => {
+                let sas = self.shared.sas.lock().unwrap().clone();
+                sas.context("no emoji")?.confirm().await?;
+            }
+            "verified" => {
+                let sas = self.shared.sas.lock().unwrap().clone().context("no emoji")?;
+                while !sas.is_done() { sleep(Duration::from_millis(25)).await; }
+            }
+            other => return Err(anyhow!("there is no order {other}")),
+        }
+        Ok(Value::Null)
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let mut args = std::env::args().skip(1);
+    let (url, folder) = (args.next().context("URL")?, args.next().context("folder")?);
+    let (timelines, shared) = (HashMap::new(), Arc::default());
+    let mut device = Device { url, folder, client: None, sync: None, timelines, shared };
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    while let Some(line) = lines.next_line().await? {
+        let order: Vec<Value> = serde_json::from_str(&line)?;
+        match device.obey(&order).await {
+            Ok(answer) => println!("{}", json!({ "answer": answer })),
+            Err(error) => println!("{}", json!({ "error": format!("{error:#}") })),
+        }
+    }
+    Ok(())
+}
+"""
+RUST_FOLDER: Final = ROOT / ".venv-test" / "rust"
+RUST_NEEDED: Final = (1, 93)
+
+
+@pytest.fixture(scope="session")
+def rust_device() -> Path:
+    """The program of such a device, built anew when its source has changed."""
+    need("cargo")
+    version = subprocess.run(["cargo", "--version"], capture_output=True, text=True, check=True)  # noqa: S607  as found
+    found = tuple(map(int, version.stdout.split()[1].split(".")[:2]))
+    if found < RUST_NEEDED:
+        pytest.skip(f"matrix-sdk-ui 0.18 needs Rust {RUST_NEEDED}, this is {found}")
+    (RUST_FOLDER / "src").mkdir(parents=True, exist_ok=True)
+    for name, text in (("Cargo.toml", RUST_MANIFEST), ("src/main.rs", RUST_DEVICE)):
+        if not (path := RUST_FOLDER / name).exists() or path.read_text() != text:
+            path.write_text(text)
+    subprocess.run(["cargo", "build", "--quiet"], cwd=RUST_FOLDER, check=True)  # noqa: S607  as found
+    return RUST_FOLDER / "target" / "debug" / "device"
+
+
+class RustDevice(JsDevice):
+    """One such device, which takes the same kind of orders."""
+
+    def __init__(self, program: Path, url: str, folder: Path) -> None:
+        self.user_id = self.device_id = ""
+        name = unique("rust")
+        with open(folder / f"{name}.log", "w") as log:
+            self.process = subprocess.Popen(  # noqa: S603  our own program
+                [str(program), url, str(folder / name)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def item(self, room_id: str, thread: str = "", **wanted: Any) -> Json:
+        """The newest item of a timeline that has these members, as soon as there is one."""
+
+        def find() -> Json | None:
+            items = self("timeline", room_id, thread)
+            return next((one for one in reversed(items) if {**one, **wanted} == one), None)
+
+        return cast("Json", eventually(find, 60))
+
+    def lists(self, room_id: str, **wanted: Any) -> None:
+        """Wait until the list of rooms shows a room like that."""
+        eventually(lambda: {**(one := self("rooms").get(room_id, {"": 0})), **wanted} == one, 60)
+
+    def trusted_by(self, *others: RustDevice) -> None:
+        """Wait until others hold the owner of this device to be who they say they are."""
+        for other in others:
+            assert eventually(lambda it=other: it("trusts", self.user_id), 60)
+
+
+@pytest.fixture
+def rust_devices(rust_device: Path, tmp_path: Path) -> Iterator[Callable[..., RustDevice]]:
+    """Factory of devices that log in: server and user name in."""
+    made: list[RustDevice] = []
+
+    def make(server: Server, name: str) -> RustDevice:
+        made.append(RustDevice(rust_device, server.url, tmp_path))
+        made[-1].enter("login", name, PASSWORD)
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.stop()
+
+
+def rust_room(mum: RustDevice, dad: RustDevice) -> str:
+    """Both have keys and are in an encrypted room, in which each has read the other."""
+    for device in (mum, dad):
+        assert eventually(lambda it=device: it("has_keys"), 60)
+    room_id = str(mum("create", "Family", dad.user_id))
+    dad.lists(room_id, membership="Invited")
+    dad("join", room_id)
+    for device, other in ((mum, dad), (dad, mum)):
+        device.lists(room_id, membership="Joined", name="Family", joined=2, encrypted=True)
+        other("timeline", room_id)
+        device("say", room_id, f"from {device.user_id}")
+        other.item(room_id, body=f"from {device.user_id}")
+    return room_id
+
+
+def while_away(speaker: RustDevice, room_id: str, count: int = 30) -> list[str]:
+    """Say more than an answer of a sync has room for; the texts."""
+    texts = [f"n{n}" for n in range(count)]
+    for text in texts:
+        speaker("say", room_id, text)
+    speaker.item(room_id, body=texts[-1], sending=False)
+    return texts
+
+
+def has_all(reader: RustDevice, room_id: str, texts: list[str]) -> None:
+    """A device that was away fills the gap, and reads all, in order."""
+    reader.item(room_id, body=texts[-1])
+    for _ in range(8):
+        bodies = [one["body"] for one in reader("timeline", room_id)]
+        if set(texts) <= set(bodies) or reader("back", room_id):
+            break
+    assert eventually(
+        lambda: (
+            [one["body"] for one in reader("timeline", room_id) if one["body"] in set(texts)]
+            == texts
+        ),
+        60,
+    )
+    assert not [one for one in reader("timeline", room_id) if one["unreadable"]]
+
+
+@deep
+def test_an_evening_with_element_x(
+    new_server: Callable[..., Server], rust_devices: Callable[..., RustDevice]
+) -> None:
+    server = new_server()
+    for name in ("mum", "dad"):
+        register(server, name)
+    mum, dad = rust_devices(server, "mum"), rust_devices(server, "dad")
+    room_id = rust_room(mum, dad)
+    recovery_key = mum("secure")
+    hers = dad.item(room_id, sender=mum.user_id, body=f"from {mum.user_id}")["id"]
+    dad("react", room_id, hers, "❤")
+    mum.item(room_id, id=hers, reactions={"❤": 1})
+    dad("reply", room_id, hers, "dear")
+    mum.item(room_id, body="dear", reply_to=hers)
+    mum("edit", room_id, hers, "Hello!")
+    dad.item(room_id, id=hers, body="Hello!", edited=True)
+    dad("say", room_id, "in a thread", hers)
+    mum.item(room_id, id=hers, replies=1)
+    mum.item(room_id, hers, body="in a thread")
+    dad("say", room_id, "read me")
+    mum.lists(room_id, unread=1, counted=2)  # that, and what is in the thread
+    mum("read", room_id)
+    mum.lists(room_id, unread=0, counted=1)
+    mum("read", room_id, hers)
+    mum.lists(room_id, counted=0)
+    last = dad.item(room_id, body="read me")
+    dad.item(room_id, id=last["id"], read_by=[mum.user_id])
+    dad("redact", room_id, last["id"])
+    mum.item(room_id, id=last["id"], redacted=True)
+    compare_emoji(mum, dad)
+    mum.trusted_by(dad)
+    dad.trusted_by(mum)
+    mum("favourite", room_id)
+    mum("mark", room_id, "unread")
+    mum("name", room_id, "Home")
+    mum.lists(room_id, favourite=True, marked=True)
+    dad.lists(room_id, favourite=False, marked=False, name="Home")
+    server.restart()
+    mum("say", room_id, "after a restart")
+    dad.item(room_id, body="after a restart")
+    server.kill9()
+    server.start()
+    dad("say", room_id, "after the plug was pulled")
+    mum.item(room_id, body="after the plug was pulled")
+    mum("stop")
+    texts = while_away(dad, room_id)
+    mum("start")
+    has_all(mum, room_id, texts)
+    phone = rust_devices(server, "mum")
+    phone.lists(room_id, membership="Joined", name="Home")
+    phone("unlock", recovery_key)
+    has_all(phone, room_id, ["Hello!", "dear", *texts])
+    assert eventually(lambda: dad("trusts", mum.user_id, phone.device_id), 60)
+    dad("leave", room_id)
+    mum.lists(room_id, joined=1)
+    dad.lists(room_id, membership="Left")
+    mum("invite", room_id, dad.user_id)
+    dad.lists(room_id, membership="Invited")
+    dad("join", room_id)
+    dad.lists(room_id, membership="Joined")
+    phone("say", room_id, "welcome back")
+    dad.item(room_id, body="welcome back")
+    assert not re.search(r" 50[0-9], ", server.log)
+
+
+@deep
+def test_element_x_with_a_synapse(
+    beside: Server, synapse: Synapse, rust_devices: Callable[..., RustDevice]
+) -> None:
+    """Two devices, each at its server; the other server is away for a while."""
+    mum, dad = (rust_devices(each, register(each).user_id) for each in (beside, synapse))
+    room_id = rust_room(mum, dad)
+    mum("read", room_id)
+    dad.item(room_id, read_by=[mum.user_id])
+    compare_emoji(mum, dad)
+    mum.trusted_by(dad)
+    dad.trusted_by(mum)
+    synapse.stop()
+    texts = while_away(mum, room_id)
+    tablet = rust_devices(beside, mum.user_id)
+    assert eventually(lambda: mum("knows", mum.user_id, tablet.device_id), 60)
+    compare_emoji(mum, tablet)
+    synapse.start()
+    has_all(dad, room_id, texts)
+    assert eventually(lambda: dad("trusts", mum.user_id, tablet.device_id), 60)
+    tablet("timeline", room_id)
+    for speaker in (dad, tablet):
+        speaker("say", room_id, f"{speaker.device_id} for all")
+        for reader in (mum, dad, tablet):
+            reader.item(room_id, body=f"{speaker.device_id} for all")
+
+
 # ── A whole street at once ───────────────────────────────────────────────────
 #
 # Many users in many rooms, each with a client of either kind of sync, all at random. In the
