@@ -32751,7 +32751,6 @@ SCANS: Final = {
     "SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts, badge,"
     " pushed_ts, failures, failing_ts, retry_ts, error, failed_ts"
     " FROM pushers": "at the start and when one changes; in memory",
-    "SELECT user_nid FROM remote_devices": "a server elsewhere has lost its keys",
     "SELECT DISTINCT pusher_nid FROM push_queue": "then as well; the table is a queue",
     " ".join(conduit.USER_ROWS.split()): "an admin asks for the list, in a thread",
     "SELECT room_nid FROM rooms WHERE state_group > 0": "an admin asks for the list",
