@@ -25890,18 +25890,23 @@ STICKY_BODY: Final[Json] = {
 }
 
 
-@route("POST", SLIDING_PATH, auth=GUEST, limit=None, body=SLIDING_BODY)
-async def post_sliding_sync(hs: Homeserver, request: Request, *, sticky: bool = False) -> Json:
-    """What is new in the windows since `pos`, in the form that is deployed.
-
-    Spec: MSC4186 under its unstable prefix.  400 M_UNKNOWN_POS for a `pos` that is not the newest
-    of this connection, nor the one before.
-    """
+async def slide(hs: Homeserver, request: Request, *, sticky: bool) -> Json:
+    """Answer a request in the form that is deployed, whose body is whole by now."""
     timeout = min(request.int_arg("timeout", 0, 0, 2**53), MAX_SYNC_TIMEOUT_MS) / 1000
     asked = request.arg("set_presence")
     note_sync(hs, request.user, asked if asked in PRESENCE_STATES else "online", timeout)
     ask = SlidingRequest(hs, request, accepted=False, sticky=sticky)
     return await answer_sliding(hs, request, ask, request.arg("pos"), timeout)
+
+
+@route("POST", SLIDING_PATH, auth=GUEST, limit=None, body=SLIDING_BODY)
+async def post_sliding_sync(hs: Homeserver, request: Request) -> Json:
+    """What is new in the windows since `pos`, in the form that is deployed.
+
+    Spec: MSC4186 under its unstable prefix.  400 M_UNKNOWN_POS for a `pos` that is not the newest
+    of this connection, nor the one before.
+    """
+    return await slide(hs, request, sticky=False)
 
 
 def merged(known: Any, given: Any) -> Any:
@@ -25949,7 +25954,7 @@ async def post_sticky_sync(hs: Homeserver, request: Request) -> Json:
     if size > STICKY_BYTES:
         raise too_large(f"The parameters of a connection have at most {STICKY_BYTES} bytes")
     cache.put(key, request.json, size)
-    result = await post_sliding_sync(hs, request, sticky=True)
+    result = await slide(hs, request, sticky=True)
     return result if txn_id is None else {**result, "txn_id": txn_id}
 
 
