@@ -1233,16 +1233,8 @@ class RawJson:
     data: bytes
 
 
-def encode_json(value: Any) -> bytes:
-    """Compact JSON in UTF-8, for responses; the value is our own and so needs no checks."""
-    try:
-        return _encode(value).encode("utf-8")
-    except TypeError:  # which is what the encoder says of RawJson
-        return splice(value)
-
-
 def splice(value: Any) -> bytes:
-    """The same for a value with RawJson in it."""
+    """Compact JSON of a value with RawJson in it."""
     pieces = [b""]
 
     def stand_in(raw: RawJson) -> str:
@@ -1252,6 +1244,14 @@ def splice(value: Any) -> bytes:
     encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=stand_in)
     parts = encoder.encode(value).encode("utf-8").split(b'"%b"' % RAW_MARK.encode())
     return b"".join(itertools.chain(*zip(pieces, parts, strict=True)))
+
+
+def encode_json(value: Any) -> bytes:
+    """Compact JSON in UTF-8, for responses; the value is our own and so needs no checks."""
+    try:
+        return _encode(value).encode("utf-8")
+    except TypeError:  # which is what the encoder says of RawJson
+        return splice(value)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -6003,7 +6003,9 @@ class RoomReceiver(RoomWriter):
             "DELETE FROM backward_extremities WHERE event_id = ?", (event.event_id,)
         )
 
-    # A room that we are not in
+
+class RoomVisitor(RoomReceiver):
+    """Rooms that others let us into, and those of which we only hear."""
 
     def put_late(self, room: Room, event: Event, draft: Draft) -> None:
         """Let an event that we built a moment ago into the room, if it still may."""
@@ -6050,8 +6052,6 @@ class RoomReceiver(RoomWriter):
                 room.version = version
         return room
 
-    # A room that we enter
-
     def enter(
         self, room: Room, join: Event, state: StateChanges, memberships: Memberships = NONE_KNOWN
     ) -> None:
@@ -6096,7 +6096,7 @@ class RoomImport:
     come in any order, and each can be judged only after its auth events.
     """
 
-    def __init__(self, rooms: RoomReceiver, version_id: str, room_id: str) -> None:
+    def __init__(self, rooms: RoomVisitor, version_id: str, room_id: str) -> None:
         self.rooms = rooms
         self.version = ROOM_VERSIONS[version_id]
         self.room_id = room_id
@@ -6272,7 +6272,7 @@ def events_needed(room_nid: RoomNid, since: int, connection: sqlite3.Connection)
     return {row[0] for row in rows}
 
 
-class RoomKeeper(RoomReceiver):
+class RoomKeeper(RoomVisitor):
     """What keeps rooms small, in batches between which everything else goes on."""
 
     def __init__(self, *args: Any) -> None:
@@ -7422,8 +7422,6 @@ class BlockReceiver(asyncio.BufferedProtocol):
         self._stream = cast(asyncio.Protocol, self._transport.get_protocol())
         self._block = memoryview(bytearray(BODY_BLOCK))
         self._free = self._block[:0]
-        self.pause_writing = self._stream.pause_writing  # type: ignore[method-assign]
-        self.resume_writing = self._stream.resume_writing  # type: ignore[method-assign]
 
     def __enter__(self) -> BlockReceiver:
         """Take over from the stream, which holds no bytes now."""
@@ -7460,6 +7458,14 @@ class BlockReceiver(asyncio.BufferedProtocol):
         if not self._free:
             self._transport.pause_reading()
             give_up(self._connection.waiting)
+
+    def pause_writing(self) -> None:
+        """The client takes no more for now."""
+        self._stream.pause_writing()
+
+    def resume_writing(self) -> None:
+        """It takes more again."""
+        self._stream.resume_writing()
 
     def eof_received(self) -> bool | None:
         """The client sends no more."""

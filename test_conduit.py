@@ -8977,6 +8977,7 @@ def test_sec_46_failures_are_not_kept_without_end(
 ) -> None:
     """Anybody can name servers that are not there; the newest failures are kept."""
     monkeypatch.setattr(conduit, "DESTINATIONS_CACHED", 10)
+    monkeypatch.setattr(conduit, "BACKOFF_SPREAD", 0.0)
     monkeypatch.setattr(conduit, "now_ms", itertools.count(conduit.now_ms()).__next__)
 
     async def story() -> None:
