@@ -7460,7 +7460,7 @@ class BlockReceiver(asyncio.BufferedProtocol):
             give_up(self._connection.waiting)
 
     def pause_writing(self) -> None:
-        """The client takes no more for now."""
+        """The client takes no more at the moment."""
         self._stream.pause_writing()
 
     def resume_writing(self) -> None:
