@@ -1672,8 +1672,11 @@ class Migration(NamedTuple):
 # The first schema is version 1; the n-th entry leads from version n to n + 1.
 MIGRATIONS: Final[tuple[Migration, ...]] = (
     Migration(
-        "when a push failed last; who left purged rooms; no search texts of purged history",
+        "types of rooms; when a push failed; who left purged rooms; no texts of purged history",
         """
+        CREATE INDEX typed_rooms ON events (room_nid)
+            WHERE auth = '[]'
+              AND instr(substr(pdu, instr(pdu, x'2274797065223A') + 1), x'2274797065223A') > 0;
         CREATE TABLE purged_rooms (
             user_nid INTEGER NOT NULL,
             room_nid INTEGER NOT NULL,
@@ -4311,6 +4314,9 @@ CREATE INDEX events_ts ON events (room_nid, ts, pos) WHERE pos IS NOT NULL;
 CREATE UNIQUE INDEX events_timeline ON events (room_nid, pos) WHERE pos IS NOT NULL;
 CREATE INDEX events_state ON events (room_nid, state_nid, pos) WHERE state_nid IS NOT NULL;
 CREATE INDEX events_outside ON events (room_nid) WHERE pos IS NULL;
+CREATE INDEX typed_rooms ON events (room_nid)
+    WHERE auth = '[]'  -- as of a create event, in which "type": is there twice if the room has one
+      AND instr(substr(pdu, instr(pdu, x'2274797065223A') + 1), x'2274797065223A') > 0;
 CREATE TABLE memberships (
     user_nid INTEGER NOT NULL,
     room_nid INTEGER NOT NULL,
@@ -24980,10 +24986,9 @@ class Sliding:
             int(SLIDING_ROOMS * scale)
         )
         self.bumps: LruCache[RoomNid, int] = LruCache(int(SLIDING_ROOMS * scale))
-        self.types: LruCache[RoomNid, str] = LruCache(int(SLIDING_ROOMS * scale))
         self.senders: LruCache[EventNid, str] = LruCache(int(SLIDING_ROOMS * scale))
         self.sticky: LruCache[tuple[int, int, str], Json] = LruCache(int(STICKY_MEMORY * scale))
-        for cache in (self._connections, self.bumps, self.types, self.senders):
+        for cache in (self._connections, self.bumps, self.senders):
             hs.db.on_reset(cache.clear)
         hs.accounts.on_device_deleted(self._device_deleted)
         hs.accounts.on_deactivated(self._deactivated)
@@ -25182,24 +25187,20 @@ def direct_rooms(ask: SlidingRequest) -> set[str]:
     return {room_id for rooms in lists for room_id in rooms if isinstance(room_id, str)}
 
 
-def room_types(ask: SlidingRequest) -> dict[RoomNid, str | None]:
-    """The type of each of the user's rooms, None for an ordinary one; it never changes."""
-    known = ask.hs.sliding.types
-    types = {nid: known.get(nid) for nid in ask.hs.rooms.memberships(ask.nid)}
-    missing = [nid for nid, value in types.items() if value is None]
+def room_types(ask: SlidingRequest) -> dict[RoomNid, str]:
+    """The types of those of the user's rooms that have one, as spaces do."""
     sql = """
         SELECT room_nid, pdu
-        FROM json_each(?)
-        JOIN events ON room_nid = value AND state_nid = ?
+        FROM memberships
+        CROSS JOIN events INDEXED BY typed_rooms USING (room_nid)
+        WHERE user_nid = ?
+          AND state_nid = ?
+          AND auth = '[]'
+          AND instr(substr(pdu, instr(pdu, x'2274797065223A') + 1), x'2274797065223A') > 0
     """
-    state_nid = ask.hs.rooms.groups.names.find(CREATE_KEY)
-    for nid, pdu in ask.hs.db.execute(sql, (json.dumps(missing), state_nid)):
-        # One `type` is the event's own: to read a thousand of them would take milliseconds.
-        is_typed = pdu.count(b'"type":') > 1
-        value = json.loads(pdu)["content"].get("type") if is_typed else None
-        types[nid] = value if isinstance(value, str) else ""
-        known.put(nid, cast(str, types[nid]))
-    return {nid: value or None for nid, value in types.items()}
+    rows = ask.hs.db.all(sql, (ask.nid, ask.hs.rooms.groups.names.find(CREATE_KEY)))
+    types = {nid: json.loads(pdu)["content"].get("type") for nid, pdu in rows}
+    return {nid: value for nid, value in types.items() if isinstance(value, str) and value}
 
 
 def rooms_in_spaces(ask: SlidingRequest, spaces: list[str]) -> set[str]:
@@ -25220,7 +25221,7 @@ def is_one_of(room_ids: set[str]) -> RoomTest:
     return lambda _, room_id: room_id in room_ids
 
 
-def has_type_of(types: dict[RoomNid, str | None], wanted: list[object]) -> RoomTest:
+def has_type_of(types: dict[RoomNid, str], wanted: list[object]) -> RoomTest:
     """A test for rooms of one of the types."""
     return lambda nid, _: types.get(nid) in wanted
 
