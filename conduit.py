@@ -2279,10 +2279,15 @@ def back_up(folder: Path, target: Path, keep: int = 0) -> Path:
     """
     if not (folder / DATABASE_FILE).exists():
         raise DatabaseRefused(f"there is no database in {folder}")
-    if target.suffix == ".db":
+    target = target.absolute()  # as the answer names it to who may be elsewhere
+    if not os.access(target.parent, os.W_OK):
+        raise DatabaseRefused(f"{target.parent} is no folder that this process can write to")
+    place = target
+    if keep < 0 or (keep and not place.is_dir()):
+        raise DatabaseRefused(f"--keep wants a folder that is there, and {target} is none")
+    if target.suffix == ".db" and not place.is_dir():
         copy_database(folder / DATABASE_FILE, target)
         return target
-    place = target
     if target.is_dir():
         target /= time.strftime("conduit-%Y%m%d-%H%M%S.tar", time.gmtime())
     if target.exists():
@@ -28329,7 +28334,8 @@ def reply_contents(reply: Reply) -> Iterator[Json]:
 Arguments = dict[str, str]  # by the names in the usage; an option without value has ""
 CommandFunction = Callable[["Homeserver", Arguments], Awaitable[Reply]]
 COMMANDS: Final[dict[str, tuple[str, CommandFunction]]] = {}  # name → usage, function
-CODE_BLOCK = re.compile(r"\s*```[^\n`]*\n(.*?)\n?```\s*", re.DOTALL)
+CODE_BLOCK = re.compile(r"\s*```(?:[^\n`]*\n)?(.*?)\n?```\s*", re.DOTALL)
+PHONE_MARKS = re.compile(r"(?<!\S)—(?=\w)|(?<!\S)[“„]|[“”](?!\S)")  # of two hyphens, and of quotes
 
 
 def command(usage: str) -> Callable[[CommandFunction], CommandFunction]:
@@ -28388,6 +28394,8 @@ def parse_arguments(usage: str, words: Sequence[str], below: str = "") -> Argume
             raise UsageError(f"{name} is missing")
     found |= {name.strip("[].{}"): word for name, word in zip(names, given, strict=False)}
     code = re.search(r"\{(\w+)\}", usage)
+    if code is None and below.strip():
+        raise UsageError("the lines below are too many; write one command in each message")
     if code is not None:
         block = CODE_BLOCK.fullmatch(below)
         if block is None:
@@ -28396,33 +28404,52 @@ def parse_arguments(usage: str, words: Sequence[str], below: str = "") -> Argume
     return found
 
 
-def unknown_command(name: str, addressed: bool) -> Reply | None:
-    """What is said about a word that is no command; nothing if this may be mere talk."""
-    nearest = nearest_key(name, COMMANDS) if addressed or "-" in name else None
-    if nearest is not None:
-        return reply_text(f"There is no command {name}. Did you mean {nearest}?", failed=True)
-    if addressed:
-        text = f"There is no command {name}. Write help for all there are."
-        return reply_text(text, failed=True)
-    return None
+def unknown_command(name: str) -> Reply:
+    """What is said about a word that is no command."""
+    nearest = nearest_key(name, COMMANDS)
+    hint = "Write help for all there are." if nearest is None else f"Did you mean {nearest}?"
+    return reply_text(f"There is no command {name}. {hint}", failed=True)
+
+
+def order_parts(usage: str, rest: str) -> tuple[list[str], str]:
+    """The words behind the name of a command, and what stands below them.
+
+    A text to pass on is one word, apostrophes and lines as they were written; a code block may
+    begin in the first line.
+    """
+    if usage.endswith(" TEXT..."):
+        with contextlib.suppress(ValueError):
+            if len(words := shlex.split(rest)) < 2:
+                return words, ""
+        return ["--", rest.strip()], ""
+    line = re.split(r"\n|```" if "{" in usage else r"\n", rest, maxsplit=1)[0]
+    plain = PHONE_MARKS.sub(lambda mark: "--" if mark[0] == "—" else '"', line)
+    try:
+        return shlex.split(plain), rest[len(line) :]
+    except ValueError as error:
+        raise UsageError(f"this cannot be read: {error}") from None
+
+
+def explain(name: str) -> Reply:
+    """What --help says of a command."""
+    usage, function = COMMANDS[name]
+    return reply_text(f"{function.__doc__}\nUsage: {usage}")
 
 
 async def run_order(hs: Homeserver, order: str, addressed: bool) -> Reply | None:
     """Do what a line says, with the lines below it, and answer; None for talk among admins."""
-    line, _, below = order.partition("\n")
-    try:
-        words = shlex.split(line)
-    except ValueError as error:  # an apostrophe in plain talk is no unclosed quotation
-        text = f"This cannot be read: {error}."
-        return reply_text(text, failed=True) if addressed else None
-    name = words[0] if words else ""
+    name, space, rest = re.findall(r"(\S*)(\s?)(.*)", order, re.DOTALL)[0]
+    if addressed or "-" in name or not rest:  # phones begin with a capital letter; so does talk
+        name = name.lower()
     if name not in COMMANDS:
-        return unknown_command(name, addressed)
+        is_order = addressed or ("-" in name and nearest_key(name, COMMANDS))
+        return unknown_command(name) if is_order else None
     usage, function = COMMANDS[name]
-    if "--help" in words:
-        return reply_text(f"{function.__doc__}\nUsage: {usage}")
     try:
-        return await function(hs, parse_arguments(usage, words[1:], below))
+        words, below = order_parts(usage, space + rest)
+        if not {"--help", "-h"}.isdisjoint(words):
+            return explain(name)
+        return await function(hs, parse_arguments(usage, words, below))
     except UsageError as error:
         return reply_text(f"{name}: {error}.\nUsage: {usage}", failed=True)
     except MatrixError as error:
@@ -28456,9 +28483,9 @@ def addressed_line(hs: Homeserver, event: Event) -> tuple[str, bool] | None:
 
 def local_part(hs: Homeserver, name: str) -> str:
     """The localpart of a name or a whole user id; 400 for a user of another server."""
-    if name.startswith("@") and not hs.is_local(name):
+    if name.startswith("@") and ":" in name and not hs.is_local(name):
         raise invalid_param(f"{name} is no user of this server")
-    return name.removeprefix("@").partition(":")[0]
+    return name.removeprefix("@").partition(":")[0].lower()
 
 
 def local_account(hs: Homeserver, name: str) -> tuple[str, UserNid]:
@@ -28599,9 +28626,12 @@ def disk_rows(folder: Path, connection: sqlite3.Connection) -> list[tuple[str, s
     return [*rows, ("", "free on the disk", mebibytes(shutil.disk_usage(folder).free))]
 
 
-@command("help")
+@command("help [COMMAND]")
 async def help_command(hs: Homeserver, arguments: Arguments) -> Reply:
-    """List all commands."""
+    """List all commands, or explain one."""
+    if "COMMAND" in arguments:
+        name = arguments["COMMAND"].lower()
+        return explain(name) if name in COMMANDS else unknown_command(name)
     rows = [(usage, function.__doc__ or "") for usage, function in COMMANDS.values()]
     return reply_table(
         f"Write a command as it stands here, after !admin, or after {hs.accounts.bot_id}. "
@@ -28790,30 +28820,45 @@ async def backup_command(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_text(f"Everything is in {target}, {mebibytes(target.stat().st_size)}.")
 
 
+ROOM_SIZE = """
+    SELECT COUNT(*), IFNULL(SUM(LENGTH(pdu)), 0)
+    FROM events
+    WHERE room_nid = ? AND pos IS NOT NULL
+"""
+
+
+async def room_sizes(hs: Homeserver, room_nids: list[RoomNid]) -> dict[RoomNid, tuple[str, str]]:
+    """How many events rooms have, and how much they take."""
+    found = await hs.db.read_in_thread(
+        lambda db: {nid: db.execute(ROOM_SIZE, (nid,)).fetchone() for nid in room_nids}
+    )
+    return {nid: (str(count), mebibytes(size)) for nid, (count, size) in found.items()}
+
+
 @command("list-rooms")
 async def list_rooms(hs: Homeserver, arguments: Arguments) -> Reply:
     """List the rooms with users of this server, large ones first."""
-    rooms = []
+    rooms = {}
     for (nid,) in hs.db.all("SELECT DISTINCT room_nid FROM memberships"):
         room = hs.rooms.by_nid(nid)
         if room.local_joined:
-            rooms.append((room.joined_count, room.room_id, room.setting("m.room.name", "name", "")))
+            name = room.setting("m.room.name", "name", "")
+            rooms[room.nid] = room.joined_count, room.room_id, name
         await asyncio.sleep(0)
-    rooms.sort(reverse=True)
-    rows = [(room_id, str(count), name) for count, room_id, name in rooms]
-    return reply_table(f"Found {len(rows)} room(s):", ("Room", "Members", "Name"), rows)
+    sizes = await room_sizes(hs, [*rooms])
+    rows = [
+        (room_id, str(count), *sizes[nid], name)
+        for nid, (count, room_id, name) in sorted(rooms.items(), key=lambda item: item[1])[::-1]
+    ]
+    heads = ("Room", "Members", "Events", "Size", "Name")
+    return reply_table(f"Found {len(rows)} room(s):", heads, rows)
 
 
 @command("room-info ROOM")
 async def room_info(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show what is known of a room, by its id or alias."""
     room = room_by_name(hs, arguments["ROOM"])
-    sql = """
-        SELECT COUNT(*), SUM(LENGTH(pdu))
-        FROM events
-        WHERE room_nid = ? AND pos IS NOT NULL
-    """
-    count, size = await hs.db.read_in_thread(lambda db: db.execute(sql, (room.nid,)).fetchone())
+    sizes = await room_sizes(hs, [room.nid])
     aliases = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
     rows = [
         ("id", room.room_id),
@@ -28824,17 +28869,23 @@ async def room_info(hs: Homeserver, arguments: Arguments) -> Reply:
         ("history visibility", room.history_visibility),
         ("encrypted", "yes" if room.encrypted else "no"),
         ("aliases", " ".join(alias for (alias,) in aliases)),
-        ("events", f"{count}, {mebibytes(size or 0)}"),
+        ("events", ", ".join(sizes[room.nid])),
         ("pieces of state", str(len(room.state))),
     ]
     return reply_table("The room:", ("What", ""), rows)
+
+
+KNOWN_MEMBERSHIPS = ("join", "invite", "knock", "leave", "ban")
 
 
 @command("room-members ROOM [MEMBERSHIP]")
 async def room_members(hs: Homeserver, arguments: Arguments) -> Reply:
     """List who is in a room, or who is invited, banned and so on."""
     room = room_by_name(hs, arguments["ROOM"])
-    members = sorted(room.members(arguments.get("MEMBERSHIP", "join")))
+    membership = arguments.get("MEMBERSHIP", "join")
+    if membership not in KNOWN_MEMBERSHIPS:
+        raise UsageError(f"MEMBERSHIP is one of {', '.join(KNOWN_MEMBERSHIPS)}")
+    members = sorted(room.members(membership))
     levels = room.power_levels()
     rows = [(user_id, str(levels.user(user_id))) for user_id in members]
     return reply_table(f"Found {len(rows)} member(s):", ("User", "Power"), rows)
@@ -29221,15 +29272,18 @@ async def media_budget(hs: Homeserver, arguments: Arguments) -> Reply:
 def chosen_media(hs: Homeserver, arguments: Arguments) -> list[int]:
     """The media that WHAT names: mxc://…, all of an event, of a user, or of a server."""
     what, own = arguments["WHAT"], hs.config.server_name
+    if what.startswith(("$", "mxc://")) and "--days" in arguments:
+        raise UsageError("--days goes with a user or a server only")
     before = now_ms() + 1 - (count_of(arguments, "--days") or 0) * DAY_MS
     hs.media.maintain()  # what was used a moment ago counts
     if what.startswith("$"):
         return hs.media.named_in(wanted_event(hs, what).content)
     if what.startswith("mxc://"):
         return hs.media.named_in(what)
-    if not what.startswith("@"):
+    user_id = what if what.startswith("@") else f"@{what}:{own}"
+    nid = hs.db.find_user_nid(user_id)
+    if what == own or (user_id != what and nid is None):
         return hs.media.select(server="" if what == own else what, before=before)
-    nid = hs.db.find_user_nid(what)
     return [] if nid is None else hs.media.select(user_nid=nid, before=before)
 
 
@@ -29276,12 +29330,13 @@ def other_server(hs: Homeserver, name: str) -> str:
 
 @command("resolve-server SERVER")
 async def resolve_server(hs: Homeserver, arguments: Arguments) -> Reply:
-    """Show where another server is to be found, and by which steps."""
+    """Show where a server, another one or this, is to be found, and by which steps."""
     steps: list[str] = []
+    server = arguments["SERVER"]
+    if not is_server_name(server):
+        raise invalid_param("This is not the name of a server")
     try:
-        for target in await hs.discovery.targets(
-            other_server(hs, arguments["SERVER"]), steps.append
-        ):
+        for target in await hs.discovery.targets(server, steps.append):
             steps.append(f"It is at {target.place}, with a certificate for {target.tls_name}")
     except MatrixError as error:
         return reply_text("\n".join([*steps, error.error]), failed=True)
@@ -29488,7 +29543,7 @@ def admin_room_request(server_name: str) -> Json:
 
 async def obey(hs: Homeserver, sender: str, order: str, addressed: bool) -> Reply | None:
     """Do what somebody orders who may, and answer; what goes wrong is told as well."""
-    name = (order.split() or [""])[0]
+    name = (order.split() or [""])[0].lower()
     if name in COMMANDS:  # of talk nothing is logged, nor what follows: it may be a password
         log_admin.info("%s: %s", sender, name)
     try:
@@ -31387,8 +31442,8 @@ class Tracer:
         attributes = {
             "http.request.method": request.method,
             "http.route": request.route_path,
-            "http.response.status_code": str(status),
         }
+        number = {"key": "http.response.status_code", "value": {"intValue": str(status)}}
         self._spans.append(
             {
                 "traceId": parent[1] if parent else secrets.token_hex(16),
@@ -31401,7 +31456,8 @@ class Tracer:
                 "attributes": [
                     {"key": key, "value": {"stringValue": value}}
                     for key, value in attributes.items()
-                ],
+                ]
+                + [number],
                 "status": {"code": 2 if status >= 500 else 0},
             }
         )
@@ -32000,6 +32056,9 @@ def order_running_server(config: Config, order: str) -> int:
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(str(config.database_path / ADMIN_SOCKET))
+        except PermissionError:
+            complain(f"{config.database_path} is another user's: try again with sudo")
+            return 1
         except OSError:
             complain(f"no server is running on {config.database_path}")
             return 1

@@ -25402,6 +25402,48 @@ def test_mistakes_are_answered_politely(admin: Client) -> None:
     assert "no user of this server" in order(admin, "deactivate-user @a:elsewhere.example")
 
 
+def test_orders_are_read_as_phones_and_people_write_them(admin: Client, alice: Client) -> None:
+    """Capital letters, long dashes, curly quotes, apostrophes, fences in the first line."""
+    room_id = admin_room(admin)
+    admin.send_text(room_id, "let us see")
+    assert "list-local-users" in order(admin, "Help")
+    assert "local user account" in order(admin, "List-local-users")
+    local = alice.user_id.partition(":")[0]
+    assert "is suspended" in order(admin, f"Suspend-user {local.upper()}")
+    assert "is no longer suspended" in order(admin, f"suspend-user {local} —undo")
+    assert "word 12" in order(admin, f"create-user {unique('curly')} “pass word 12”")
+    for text in ('sign-json ```\n{"a": 1}\n```', 'sign-json ```{"a": 1}```'):
+        assert "signatures" in order(admin, text)
+    for text in (
+        "create-user --help",
+        "create-user -h",
+        "help create-user",
+        "!admin Help Create-User",
+    ):
+        assert order(admin, text).endswith("Usage: create-user NAME [PASSWORD]")
+    assert "Did you mean create-user?" in order(admin, "help create-users")
+    assert "cannot be read" in order(admin, "create-user o'brien")
+    assert "lines below" in order(admin, f"uptime\ncreate-user {unique('below')}")
+    for text in ("Version 2 is out", "it's late—help", "well-done"):
+        stays_silent(admin, room_id, admin.send_text(room_id, text))
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("We're closing at 8", "We're closing at 8"),
+        ("it's late, isn't it", "it's late, isn't it"),
+        ('Tonight:\n- cake\n- "tea" --cold', 'Tonight:\n- cake\n- "tea" --cold'),
+        ("'all in quotes'", "all in quotes"),
+        ("--soon we close", "--soon we close"),
+        ("see ```code``` there", "see ```code``` there"),
+    ],
+)
+def test_a_text_is_passed_on_as_it_was_written(written: str, told: str) -> None:
+    words, below = conduit.order_parts("notice-all TEXT...", f" {written}")
+    assert conduit.parse_arguments("notice-all TEXT...", words, below) == {"TEXT": told}
+
+
 def test_admins_can_talk_among_themselves(admin: Client) -> None:
     room_id = admin_room(admin)
     for text in (
@@ -25514,9 +25556,12 @@ def test_rooms_are_shown_named_and_published(admin: Client, alice: Client, bob: 
     text = order(admin, f"!admin room-info {alias}")
     for piece in (room_id, "The <lounge>", "2, of them 2 of this server", alias, "invite"):
         assert piece in text
-    assert re.search(rf"{re.escape(room_id)} +2 +The <lounge>", order(admin, "list-rooms"))
+    assert re.search(
+        rf"{re.escape(room_id)} +2 +\d+ +[\d.]+ MiB +The <lounge>", order(admin, "list-rooms")
+    )
     assert bob.user_id in order(admin, f"room-members {room_id}")
     assert "Found 0" in order(admin, f"room-members {room_id} ban")
+    assert "is one of join" in order(admin, f"room-members {room_id} banned")
     assert "m.room.create" in order(admin, f"room-state {room_id}")
     state = json.loads(order(admin, f"room-state {room_id} m.room.member {bob.user_id}"))
     assert state["membership"] == "join"
@@ -25627,7 +25672,11 @@ def test_media_are_listed_hidden_and_deleted(admin: Client, alice: Client) -> No
     assert first in listing
     assert second in listing
     assert second not in order(admin, f"list-media {event_id}")
+    assert second in order(admin, f"list-media {alice.user_id[1:].partition(':')[0]}")
     assert "Found 0" in order(admin, f"list-media {alice.user_id} --days=1")
+    for what in (first, event_id):  # used a moment ago, so an age must not be passed over
+        assert "--days goes with" in order(admin, f"delete-media {what} --days=30")
+    assert alice.download(first).status_code == 200
     assert re.search(rf"{re.escape(alice.user_id)} +2 ", order(admin, "media-usage"))
     assert "1 in quarantine" in order(admin, f"quarantine-media {event_id}")
     assert alice.download(first).status_code == 404
@@ -25662,7 +25711,8 @@ def test_other_servers_are_resolved_and_pinged(
     try:
         admin = register(server)
         assert "not the name of another" in order(admin, "ping-server 'a b'")
-        assert "not the name of another" in order(admin, f"resolve-server {server.name}")
+        assert f"It is at {server.name}, with" in order(admin, f"resolve-server {server.name}")
+        assert "not the name of a server" in order(admin, "resolve-server 'a b'")
         assert f"It is at {peer.name}, with" in order(admin, f"resolve-server {peer.name}")
         assert "Unrecognized request" in order(admin, f"ping-server {peer.name}")
         version = "/_matrix/federation/v1/version"
@@ -25704,7 +25754,7 @@ def test_the_server_is_looked_after(admin: Client, tmp_path: Path) -> None:
 def test_notices_reach_everybody(new_server: Callable[..., Server]) -> None:
     server = new_server()
     admin, user = register(server), register(server)
-    assert "2 user(s)" in order(admin, "notice-all 'The server' rests at night")
+    assert "2 user(s)" in order(admin, "notice-all The server rests at night")
     invited = user.poll()["rooms"]["invite"]
     (room_id,) = invited
     error = "M_CANNOT_LEAVE_SERVER_NOTICE_ROOM"
@@ -27246,6 +27296,8 @@ def test_traces(new_server: Callable[..., Server]) -> None:
         collector.shutdown()
     assert (span["traceId"], span["parentSpanId"]) == ("a" * 32, "b" * 16)
     assert span["name"] == "GET /_matrix/client/versions"
+    number = {"key": "http.response.status_code", "value": {"intValue": "200"}}
+    assert number in span["attributes"]
     assert int(span["startTimeUnixNano"]) <= int(span["endTimeUnixNano"])
     assert re.fullmatch("[0-9a-f]{16}", span["spanId"])
 
@@ -27517,6 +27569,25 @@ def test_backup_and_restore(new_server: Callable[..., Server], tmp_path: Path) -
     assert claimed_key(bob, alice) == "D"
     alice.send_text(room_id, "and on")
     assert [e["content"]["body"] for e in bob.timeline(room_id, bob.poll())] == ["and on"]
+
+
+def test_backups_that_would_not_be_found_are_refused(
+    new_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """A count without a folder: the disk is not there; and what is no folder at all."""
+    server, missing = new_server(), tmp_path / "missing"
+    for target in (missing, f"{missing}/", tmp_path / "file.tar"):
+        refused = server.run_command("--backup", str(target), "--keep", "7")
+        assert (refused.returncode, "wants a folder" in refused.stderr) == (1, True)
+    assert server.run_command("--backup", str(tmp_path), "--keep", "-1").returncode == 1
+    nowhere = server.run_command("--admin", f"backup {missing}/x.tar")
+    assert f"{missing} is no folder" in nowhere.stdout
+    assert [*tmp_path.glob("**/*.tar")] == []
+    near = os.path.relpath(tmp_path / "near.tar")
+    said = server.run_command("--admin", f"backup {near}").stdout
+    found = re.search(r"in (/.*/near\.tar),", said)
+    assert found, said
+    Path(found[1]).unlink()
 
 
 def test_backups_in_a_folder(new_server: Callable[..., Server], tmp_path: Path) -> None:
