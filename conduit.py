@@ -31544,6 +31544,53 @@ class FlameSampler:
             log_tracing.warning("%s cannot be written: %s", self.path, error)
 
 
+# ── 51.4  Who holds the loop ─────────────────────────────────────────────────
+
+WATCH_SECONDS = 1.0
+LATE_SECONDS = 0.25
+
+log_loop = logging.getLogger("conduit.loop")
+
+
+class LoopWatch:
+    """Logs when something held the loop for too long, as everyone waits then, and what it was.
+
+    Only a thread can see that: it looks where the loop is when that does not come round in time.
+    """
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._watched = threading.get_ident()
+        self._round, self._ended = threading.Event(), False
+        self._busy_with = ""
+
+    def _look(self) -> None:
+        while not self._ended:
+            self._round.clear()
+            if not self._round.wait(WATCH_SECONDS + LATE_SECONDS / 2):
+                stack = folded_stack(sys._current_frames().get(self._watched))
+                self._busy_with = " > ".join(stack.split(";")[-4:])
+                self._round.wait()
+
+    async def run(self) -> None:
+        """Come round once a second, as long as the server runs."""
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+        try:
+            while True:
+                before, self._busy_with = time.monotonic(), ""
+                await asyncio.sleep(WATCH_SECONDS)
+                self.hs.late = late = time.monotonic() - before - WATCH_SECONDS
+                if late > LATE_SECONDS:
+                    text = "the loop was busy for %.0f ms without a pause: %s"
+                    log_loop.warning(
+                        text, late * 1000, self._busy_with or "it is not known with what"
+                    )
+                self._round.set()
+        finally:
+            self._ended = True
+            self._round.set()
+
+
 # ═════════════════════════════════════════════════════════════════════════════
 #  52. COMPOSITION ROOT AND MAINTENANCE
 #
@@ -31555,8 +31602,6 @@ EVENT_CACHE_SHARE = 8  # of db_cache_capacity_mb, for events, rooms and state to
 LAZY_MEMBERS = 50_000  # member events remembered as sent, over all devices
 SYNC_FILTERS_BYTES = 2**20  # of filters as text; prepared, they take some times as much
 HARD_STOP_SECONDS = 4.0
-WATCH_SECONDS = 1.0
-LATE_SECONDS = 0.25
 PAGES_GIVEN_BACK = 500  # of the database to the disk, in one round
 
 log_server = logging.getLogger("conduit.server")
@@ -31727,7 +31772,7 @@ class Homeserver:
         await self.http.listen(self.config.address, self.config.port, context)
         await self.admin_socket.start()
         self.background(self._maintain())
-        self.background(self._watch_loop())
+        self.background(LoopWatch(self).run())
         self._start_measuring()
 
     def _start_measuring(self) -> None:
@@ -31861,15 +31906,6 @@ class Homeserver:
                 log_server.error("maintenance: %s; will try again", error)
             except Exception:  # a bad page, say: the rest of the house still wants keeping
                 log_server.exception("maintenance failed, will try again")
-
-    async def _watch_loop(self) -> None:
-        """Log when something held the loop for too long; everyone waits then."""
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(WATCH_SECONDS)
-            self.late = late = time.monotonic() - before - WATCH_SECONDS
-            if late > LATE_SECONDS:
-                log_server.warning("the loop was busy for %.0f ms without a pause", late * 1000)
 
 
 # ── 52.2  What this server speaks ────────────────────────────────────────────

@@ -27314,6 +27314,26 @@ def test_a_flame_graph_is_recorded(new_server: Callable[..., Server]) -> None:
     assert any("conduit:run_server" in line for line in lines)
 
 
+def hold_everybody_up() -> None:
+    time.sleep(1.6)
+
+
+def test_who_holds_the_loop_is_named(
+    inner: Callable[..., InnerServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A late loop is logged with what it was doing, and seen in the metrics; a free one is not."""
+    server = inner(accept)
+    with caplog.at_level("WARNING", "conduit.loop"):
+        time.sleep(2.5)
+        assert "the loop was busy" not in caplog.text
+        server.do(hold_everybody_up)
+        eventually(lambda: "the loop was busy" in caplog.text)
+    line = next(line for line in caplog.messages if "the loop was busy" in line)
+    assert re.search(r"busy for \d+ ms without a pause: .*hold_everybody_up", line), line
+    names = {thread.name for thread in threading.enumerate()}
+    assert "watch" in names
+
+
 def test_each_request_is_a_line_at_debug(new_server: Callable[..., Server]) -> None:
     server = new_server(log="warn,http=debug")
     Client(server).get("/_matrix/client/versions")
