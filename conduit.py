@@ -29420,10 +29420,13 @@ async def list_appservices(hs: Homeserver, arguments: Arguments) -> Reply:
     """List the application services, and what waits for them."""
     services = hs.appservices.services.values()
     rows = [
-        (each.id, each.sender, each.url or "", str(hs.appservices.waiting(each)))
+        (
+            *(each.id, each.sender, each.url or ""),
+            *(str(each.failures), str(hs.appservices.waiting(each))),
+        )
         for each in services
     ]
-    heads = ("Id", "User", "Address", "Waiting")
+    heads = ("Id", "User", "Address", "Failures", "Waiting")
     return reply_table(f"Appservices ({len(rows)}):", heads, rows)
 
 

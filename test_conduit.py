@@ -10554,7 +10554,10 @@ def test_transactions_survive_a_restart(new_server: Callable[..., Server]) -> No
 # ═════════════════════════════════════════════════════════════════════════════
 
 JWT_SECRET: Final = "a secret between two services"
-HOUSE_RULES: Final = {"id": "rules", "name": "Rules <of> the house", "url": "https://x.example/r"}
+HOUSE_RULES: Final = {
+    **{"id": "rules", "name": "Rules <of> the house", "url": "https://x.example/r"},
+    **{"version": "2.1", "lang": "de"},
+}
 USER_STATES: Final = "/_matrix/client/v1/admin/"
 
 
@@ -10963,14 +10966,14 @@ def test_consent_is_asked_for_and_kept(mail: MailServer) -> None:
     anyone = Client(mail.server)
     body = {"username": unique(), "password": PASSWORD}
     answer = anyone.post("register", body).json()
-    rules = {"version": "1.0", "en": {"name": HOUSE_RULES["name"], "url": HOUSE_RULES["url"]}}
+    rules = {"version": "2.1", "de": {"name": HOUSE_RULES["name"], "url": HOUSE_RULES["url"]}}
     assert answer["params"] == {"m.login.terms": {"policies": {"rules": rules}}}
     dummy = {"type": "m.login.dummy", "session": answer["session"]}
     fails(anyone.post("register", {**body, "auth": dummy}), 401, "M_FORBIDDEN")
     auth = {"type": "m.login.terms", "session": answer["session"]}
     user = ok(anyone.post("register", {**body, "auth": auth}))["user_id"]
     sql = "SELECT document, version FROM consents JOIN users USING (user_nid) WHERE user_id = ?"
-    assert read_database(mail.server, sql, user) == [("rules", "1.0")]
+    assert read_database(mail.server, sql, user) == [("rules", "2.1")]
 
 
 # ── 22.4  Registration tokens ────────────────────────────────────────────────
@@ -25165,6 +25168,7 @@ def test_heisenbridge_with_ngircd(new_server: Callable[..., Server], tmp_path: P
             return int(order(admin, "list-appservices").split()[-1])
 
         eventually(lambda: waiting() > 0)
+        eventually(lambda: re.search(r" [1-9]\d* +\d+$", order(admin, "list-appservices")))
         with running(*bridge):
             # It takes what waits at once, and lets fall what comes before it is on IRC again.
             eventually(lambda: waiting() == 0, 60)
