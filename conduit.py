@@ -28420,7 +28420,7 @@ def order_parts(usage: str, rest: str) -> tuple[list[str], str]:
     if usage.endswith(" TEXT..."):
         with contextlib.suppress(ValueError):
             if len(words := shlex.split(rest)) < 2:
-                return words, ""
+                return [*filter(None, words)], ""
         return ["--", rest.strip()], ""
     line = re.split(r"\n|```" if "{" in usage else r"\n", rest, maxsplit=1)[0]
     plain = PHONE_MARKS.sub(lambda mark: "--" if mark[0] == "—" else '"', line)

@@ -25427,6 +25427,7 @@ def test_orders_are_read_as_phones_and_people_write_them(admin: Client, alice: C
         assert order(admin, text).endswith("Usage: create-user NAME [PASSWORD]")
     assert "Did you mean create-user?" in order(admin, "help create-users")
     assert "cannot be read" in order(admin, "create-user o'brien")
+    assert "TEXT... is missing" in order(admin, 'notice-all ""')
     assert "lines below" in order(admin, f"uptime\ncreate-user {unique('below')}")
     for text in ("Version 2 is out", "it's late—help", "well-done"):
         stays_silent(admin, room_id, admin.send_text(room_id, text))
@@ -27532,6 +27533,21 @@ def test_orders_from_a_shell(new_server: Callable[..., Server]) -> None:
     assert (gone.returncode, "no server is running" in gone.stderr) == (1, True)
     running.start()
     assert running.run_command("--admin", "uptime").returncode == 0
+
+
+def test_who_may_not_open_the_socket_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that runs as another user is running all the same."""
+
+    class Closed(socket.socket):
+        def connect(self, address: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(conduit.socket, "socket", Closed)
+    config = config_of("", tmp_path)
+    assert conduit.order_running_server(config, "help") == 1
+    assert f"{config.database_path} is another user's: try again with sudo" in capsys.readouterr().err
 
 
 def upload_keys(client: Client, *names: str, fallback: str = "") -> None:
