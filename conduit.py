@@ -1168,10 +1168,11 @@ def load_config(environ: Mapping[str, str]) -> tuple[Config, list[str]]:
     return config, [*reader.warnings, *advice(config)]
 
 
-def reload_config(running: Config, environ: Mapping[str, str]) -> Config:
+def reload_config(running: Config, environ: Mapping[str, str]) -> tuple[Config, list[str]]:
     """What file and environment say now, for the keys that can change at run time.
 
-    Logs the warnings, and which keys wait for a restart. ConfigError if the file is wrong.
+    The warnings, and which keys wait for a restart, are logged, and returned as well. ConfigError
+    if the file is wrong.
     """
     fresh, warnings = load_config(environ)
     kept = {}
@@ -1182,7 +1183,7 @@ def reload_config(running: Config, environ: Mapping[str, str]) -> Config:
             warnings.append(f"{entry.name} has changed; the new value waits for a restart")
     for warning in warnings:
         config_log.warning("%s", warning)
-    return dataclasses.replace(fresh, **kept)
+    return dataclasses.replace(fresh, **kept), warnings
 
 
 # ── 2.7  Showing the table ───────────────────────────────────────────────────
@@ -27599,7 +27600,8 @@ class AppserviceRegistry:
     def _add(self, service: Appservice) -> None:
         """Let a service in, and make its own account."""
         if service.id in self.services:
-            raise invalid_param(f"There is an application service {service.id} already")
+            text = f"There is an application service {service.id} already; unregister it first"
+            raise invalid_param(text)
         if token_hash(service.as_token) in self._by_token:
             raise invalid_param("Another application service has the same as_token")
         account = self.hs.accounts.find(service.sender)
@@ -28743,12 +28745,12 @@ async def set_log_level(hs: Homeserver, arguments: Arguments) -> Reply:
 async def reload_command(hs: Homeserver, arguments: Arguments) -> Reply:
     """Read the configuration again; a wrong one changes nothing."""
     try:
-        config = reload_config(hs.config, os.environ)
+        config, warnings = reload_config(hs.config, os.environ)
         hs.reload(config)
     except (ConfigError, OSError) as error:
         return reply_text(f"Everything stays as it was:\n{error}", failed=True)
     apply_log_levels(parse_log_levels(config.log))
-    return reply_text("Done. The log names keys that wait for a restart.")
+    return reply_text("\n".join(["Done.", *warnings]))
 
 
 def known_notice_room(hs: Homeserver, user_nid: UserNid) -> RoomNid | None:
@@ -32127,7 +32129,7 @@ def reload_running(hs: Homeserver) -> None:
     """SIGHUP: take over what may change while running; a wrong file changes nothing."""
     tell_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        config = reload_config(hs.config, os.environ)
+        config, _ = reload_config(hs.config, os.environ)
         hs.reload(config)
     except ConfigError as error:
         log_main.error("the configuration stays as it was, since the new one is wrong:\n%s", error)

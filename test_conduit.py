@@ -1563,9 +1563,10 @@ def test_reload_takes_what_can_change_and_names_the_rest(
     environ = {"CONDUIT_CONFIG": str(tmp_path / "conduit.toml")}
     config_of('port = 9999\nlog = "debug"\nallow_federation = false', tmp_path)
     with caplog.at_level(logging.WARNING, "conduit"):
-        fresh = conduit.reload_config(running, environ)
+        fresh, warnings = conduit.reload_config(running, environ)
     assert (fresh.port, fresh.log, fresh.allow_federation) == (6167, "debug", True)
     assert "port has changed; the new value waits for a restart" in caplog.text
+    assert [line.split()[0] for line in warnings] == ["port", "allow_federation"]
     assert "allow_federation has changed" in caplog.text
     (tmp_path / "conduit.toml").write_text("[global]\nport = 'x'")
     with pytest.raises(conduit.ConfigError):
@@ -25479,6 +25480,8 @@ def test_help_names_every_command(admin: Client) -> None:
         "show-config",
     ):
         assert name in text
+    for name, (usage, _) in conduit.COMMANDS.items():
+        assert order(admin, f"{name} --help").endswith(f"\nUsage: {usage}")
 
 
 def test_the_readme_has_the_table_of_commands() -> None:
@@ -25754,6 +25757,18 @@ def test_the_server_is_looked_after(admin: Client, tmp_path: Path) -> None:
     assert "exists already" in order(admin, f"backup {tmp_path}/a.tar")
     assert "no backup" in order(admin, "backup /nowhere/at/all.tar")
     assert "--keep wants a number" in order(admin, f"backup {tmp_path} --keep x")
+
+
+def test_a_reload_says_what_waits_for_a_restart(new_server: Callable[..., Server]) -> None:
+    server = new_server()
+    admin = register(server)
+    assert "restart" not in order(admin, "reload")
+    server.write_config(tracing_flame=True, turn_ttl=77)
+    said = order(admin, "reload").splitlines()
+    assert said[0] == "Done."
+    assert "tracing_flame has changed; the new value waits for a restart" in said
+    assert "turn_ttl = 77" in order(admin, "show-config")
+    server.may_fail = True  # the warning is in its log
 
 
 def test_notices_reach_everybody(new_server: Callable[..., Server]) -> None:
@@ -27547,7 +27562,9 @@ def test_who_may_not_open_the_socket_is_told_so(
     monkeypatch.setattr(conduit.socket, "socket", Closed)
     config = config_of("", tmp_path)
     assert conduit.order_running_server(config, "help") == 1
-    assert f"{config.database_path} is another user's: try again with sudo" in capsys.readouterr().err
+    assert (
+        f"{config.database_path} is another user's: try again with sudo" in capsys.readouterr().err
+    )
 
 
 def upload_keys(client: Client, *names: str, fallback: str = "") -> None:
