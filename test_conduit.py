@@ -31703,6 +31703,38 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @slow
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, for a Debian of its own")
+def test_what_an_admin_wrote_stays_when_the_package_is_upgraded(tmp_path: Path) -> None:
+    """The two scripts on a file that was edited by hand, with remarks behind the values."""
+    config, answers = tmp_path / "conduit.toml", tmp_path / "answers"
+    answers.mkdir()
+    for name, answer in (("hostname", "old.example"), ("address", "127.0.0.1"), ("port", "6167")):
+        (answers / name).write_text(answer)
+    stub = tmp_path / "confmodule"
+    stub.write_text(
+        f'db_get() {{ RET=$(cat "{answers}/${{1#*/}}"); }}\n'
+        f'db_set() {{ printf %s "$2" > "{answers}/${{1#*/}}"; }}\n'
+        "db_input() { :; }\ndb_go() { :; }\ndb_stop() { :; }\ngetent() { :; }\n"
+    )
+
+    def upgrade() -> str:
+        for name in ("config", "postinst"):
+            script = (ROOT / f"deploy/debian/matrix-conduit.{name}").read_text()
+            script = script.replace("/usr/share/debconf/confmodule", str(stub))
+            script = script.replace("/etc/matrix-conduit", str(tmp_path))
+            subprocess.run(["sh", "-ec", script, name, "configure"], check=True)  # noqa: S603, S607
+        return config.read_text()
+
+    text = EXAMPLE.replace('#server_name = "example.org"', 'server_name = "new.example"  # ours')
+    text = text.replace('address = "127.0.0.1"', "address='::1'").replace(
+        "port = 6167", "port = 8008 # as the proxy wants it"
+    )
+    config.write_text(text)
+    assert [line for line in upgrade().splitlines() if line not in text.splitlines()] == []
+    config.write_text(EXAMPLE)  # which names no server, so what was asked for counts
+    (answers / "hostname").write_text("asked.example")
+    assert 'server_name = "asked.example"\n' in upgrade()
+
+
 def test_the_package_is_installed_upgraded_removed_and_purged(
     package: Path, tmp_path: Path
 ) -> None:
