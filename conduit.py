@@ -28738,7 +28738,8 @@ async def set_log_level(hs: Homeserver, arguments: Arguments) -> Reply:
         apply_log_levels(parse_log_levels(text))
     except ValueError as error:
         raise UsageError(f"'{error}' is no level such as info or http=debug") from None
-    return reply_text(f"The log is at {text}.")
+    names = sorted(name[8:] for name in logging.root.manager.loggerDict if name[:8] == "conduit.")
+    return reply_text(f"The log is at {text}. It has the areas {', '.join(names)}.")
 
 
 @command("reload")
