@@ -31721,7 +31721,7 @@ def test_what_an_admin_wrote_stays_when_the_package_is_upgraded(tmp_path: Path) 
             script = (ROOT / f"deploy/debian/matrix-conduit.{name}").read_text()
             script = script.replace("/usr/share/debconf/confmodule", str(stub))
             script = script.replace("/etc/matrix-conduit", str(tmp_path))
-            subprocess.run(["sh", "-ec", script, name, "configure"], check=True)  # noqa: S603, S607
+            subprocess.run(["sh", "-ec", script, name, "configure"], check=True)  # noqa: S603, S607  the package's
         return config.read_text()
 
     text = EXAMPLE.replace('#server_name = "example.org"', 'server_name = "new.example"  # ours')
