@@ -1695,6 +1695,18 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
         DELETE FROM meta WHERE key = 'search_indexed'
         """,
     ),
+    Migration(
+        "rooms whose members are not known yet",
+        """
+        CREATE TABLE partial_rooms (
+            room_nid INTEGER PRIMARY KEY,
+            join_nid INTEGER NOT NULL,
+            state_group INTEGER NOT NULL,
+            servers TEXT NOT NULL,
+            pos INTEGER
+        )
+        """,
+    ),
 )
 
 
@@ -4363,6 +4375,13 @@ CREATE TABLE backward_extremities (
 ) WITHOUT ROWID;
 CREATE INDEX backward_extremities_room ON backward_extremities (room_nid);
 CREATE INDEX backward_extremities_by ON backward_extremities (nid);
+CREATE TABLE partial_rooms (        -- entered before all members were known
+    room_nid INTEGER PRIMARY KEY,
+    join_nid INTEGER NOT NULL,      -- our join
+    state_group INTEGER NOT NULL,   -- the state as far as it was known then
+    servers TEXT NOT NULL,          -- those in the room, as a JSON list
+    pos INTEGER                     -- when all was known; NULL before that
+);
 """)
 invariant(
     "events of rooms that are not there",
@@ -4445,6 +4464,7 @@ RESOLUTIONS = 1000  # outcomes of resolutions remembered
 WRITTEN_OVERHEAD_BYTES = 500  # what a written state event weighs beside its text
 WRITE_AT_ONCE = 200  # state events written before others get a turn, where that can be
 IMPORT_BATCH = 100
+LARGE_STATE = 1_000  # entries; of more, the members follow when the room is entered
 DUMMY_EVENT: Final = "org.matrix.dummy_event"
 AUTH_TYPES = frozenset({CREATE, MEMBER, POWER_LEVELS, JOIN_RULES, THIRD_PARTY_INVITE})
 
@@ -4458,6 +4478,15 @@ class Member(NamedTuple):
     event_nid: EventNid
     join_pos: int
     forgotten: bool
+
+
+class Partial(NamedTuple):
+    """That a room was entered before all its members were known, and when they were."""
+
+    join_nid: EventNid
+    group: int  # the state as far as it was known
+    servers: tuple[str, ...]
+    pos: int | None  # None: they are not known yet
 
 
 HISTORY_VISIBILITIES = ("world_readable", "shared", "invited", "joined")
@@ -4489,6 +4518,16 @@ class Room:
         self.power: tuple[object, PowerLevels] | None = None
         self.acl: tuple[object, LruCache[str, bool]] = (None, LruCache(1))
         self.policy: tuple[object, object] = (None, None)
+        self.partial: Partial | None = None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether there are members of which we do not know yet."""
+        return self.partial is not None and self.partial.pos is None
+
+    def became_whole_since(self, position: int) -> bool:
+        """Whether the members became known after a position."""
+        return self.partial is not None and (self.partial.pos or 0) > position
 
     def state_event(self, event_type: str, state_key: str = "") -> Event | None:
         """The current state event of that type and key."""
@@ -4711,21 +4750,27 @@ class RoomReader:
         """Fill a room from the tables, unless it is not there, because its creation was undone."""
         row = self.database.one(
             """
-            SELECT room_id, version, state_group, last_pos, extremities
+            SELECT room_id, version, rooms.state_group, last_pos, extremities,
+                join_nid, partial_rooms.state_group, servers, pos
             FROM rooms
+            LEFT JOIN partial_rooms USING (room_nid)
             WHERE room_nid = ?
             """,
             (room.nid,),
         )
         if row is None:
             return
-        room.room_id, version, group, room.last_pos, extremities = row
+        room.room_id, version, group, room.last_pos, extremities = row[:5]
+        join_nid, known, servers, pos = row[5:]
+        room.partial = Partial(join_nid, known, tuple(json.loads(servers)), pos) if known else None
         room.version, room.group, room.power = ROOM_VERSIONS[version], group or None, None
         room.extremities = json.loads(extremities)
         # Without a group there is no create event yet, but perhaps somebody is invited.
         room.state = self.groups.named(self.groups.read(group)) if group else {}
         for kept in (room.members_by_nid, room.counts, room.local_joined, room.servers):
             kept.clear()
+        if room.partial is not None and room.is_partial:  # one of theirs, to begin with
+            room.servers.update(room.partial.servers)
         rows = self.database.execute(
             """
             SELECT user_nid, membership
@@ -5232,6 +5277,7 @@ StateChanges = Mapping[StateKey, EventNid]  # 0 stands for what is gone
 SentAs = tuple[int | None, str] | None
 RoomListener = Callable[["Room", Event], None]
 StateListener = Callable[["Room", StateChanges], None]
+PartialListener = Callable[["Room"], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
 RelationListener = Callable[["Room", Event, int], None]
 SenderCheck = Callable[["Room", str, str, Json, "str | None", "str | None"], None]  # as `send`
@@ -5282,6 +5328,7 @@ class RoomWriter(RoomResolver):
         self._membership_listeners: list[MembershipListener] = []
         self._old_listeners: list[RoomListener] = []
         self._relation_listeners: list[RelationListener] = []
+        self._partial_listeners: list[PartialListener] = []
         self.check_sender: SenderCheck = lambda *_: None
         # Gives the event that goes out in place of one just made; it may raise NeedsConsent.
         self.check_consent: ConsentCheck = lambda _, event: event
@@ -5319,6 +5366,10 @@ class RoomWriter(RoomResolver):
         """Call back with each event that relates to another (1), and when it is redacted (-1)."""
         self._relation_listeners.append(listener)
 
+    def subscribe_partial(self, listener: PartialListener) -> None:
+        """Call back when a room is entered whose members are not known, and when they are."""
+        self._partial_listeners.append(listener)
+
     def new_room(self, room_id: str, version: RoomVersion) -> Room:
         """A room that has no event yet; if it stays so, maintenance takes it away."""
         cursor = self.database.execute(
@@ -5349,6 +5400,8 @@ class RoomWriter(RoomResolver):
     ) -> tuple[Event, Draft]:
         """An event of a local user, authorised and signed, and its draft; see `send`."""
         checked = (more.get("state_key"), more.get("redacts"))
+        if room.is_partial and checked[0] is not None and content.get("membership") != "leave":
+            raise limit_exceeded(5_000, "The members of the room are not known yet")
         self.check_sender(room, sender, event_type, content, *checked)
         draft = self.draft(room, sender, event_type, content, **more)
         event = finish_event(room.version, draft.fields, self.server_name, self.signing_key)
@@ -5498,9 +5551,12 @@ class RoomWriter(RoomResolver):
         group: int | None,
         pos: int | None,
         changes: StateChanges,
-        memberships: Memberships = NONE_KNOWN,
+        memberships: Memberships | None = NONE_KNOWN,
     ) -> None:
-        """Move the room on; what its state says otherwise now goes to all who keep or follow it."""
+        """Move the room on; what its state says otherwise now goes to all who keep or follow it.
+
+        Without `memberships` those are noted already.
+        """
         room.group, room.last_pos, room.extremities = group, pos or room.last_pos, tips
         self.database.execute(
             """
@@ -5515,16 +5571,24 @@ class RoomWriter(RoomResolver):
         room.state.update(changes)
         for key in [key for key, nid in changes.items() if not nid]:
             del room.state[key]
-        members = {key[1]: nid for key, nid in changes.items() if key[0] == MEMBER}
-        self._change_memberships(room, members, memberships)
+        if memberships is not None:
+            members = {key[1]: nid for key, nid in changes.items() if key[0] == MEMBER}
+            self._change_memberships(room, members, memberships)
         self._rooms.put(room.nid, room, room.weight())
         for listener in self._state_listeners:
             listener(room, changes)
 
     def _change_memberships(
-        self, room: Room, changes: Mapping[str, EventNid], memberships: Memberships
+        self,
+        room: Room,
+        changes: Mapping[str, EventNid],
+        memberships: Memberships,
+        pos: int | None = None,
     ) -> None:
-        """Note what the new member events say; what is not known of them is read in one go."""
+        """Note what the new member events say; what is not known of them is read in one go.
+
+        `pos` is where new stays begin, if that is not at the newest event.
+        """
         unknown = [nid for nid in changes.values() if nid not in memberships]
         if unknown:
             rows = self.database.all(
@@ -5538,20 +5602,25 @@ class RoomWriter(RoomResolver):
             memberships = {**memberships, **dict(rows)}
         user_nid = self.database.user_nid
         found = [
-            (one := user_nid(name), self._member(room, one, nid, memberships.get(nid)))
+            (one := user_nid(name), self._member(room, one, nid, memberships.get(nid), pos))
             for name, nid in changes.items()
         ]
         self._write_members(room, found)
 
     def _member(
-        self, room: Room, user_nid: UserNid, event_nid: EventNid, membership: str | None
+        self,
+        room: Room,
+        user_nid: UserNid,
+        event_nid: EventNid,
+        membership: str | None,
+        pos: int | None = None,
     ) -> Member:
         """A new membership; without an event the old was undone, which is as good as a leave."""
         membership = sys.intern(membership or "leave")
         old = room.members_by_nid.get(user_nid)
         previous = None if old is None else self.memberships(user_nid).get(room.nid)
         stays = previous is not None and previous.membership == membership == "join"
-        join_pos = previous.join_pos if stays and previous else room.last_pos
+        join_pos = previous.join_pos if stays and previous else pos or room.last_pos
         event_nid = event_nid or (previous.event_nid if previous else event_nid)
         return Member(membership, event_nid, join_pos, False)
 
@@ -6065,12 +6134,18 @@ class RoomVisitor(RoomReceiver):
         return room
 
     def enter(
-        self, room: Room, join: Event, state: StateChanges, memberships: Memberships = NONE_KNOWN
+        self,
+        room: Room,
+        join: Event,
+        state: StateChanges,
+        memberships: Memberships = NONE_KNOWN,
+        servers: Collection[str] | None = None,
     ) -> None:
         """Make a join the newest event of a room, whose state before it others have told us.
 
         What we knew of the room before stays as it is, below a gap. 403 M_FORBIDDEN when the join
-        does not stand in that state. `memberships` are what its member events say.
+        does not stand in that state. `memberships` are what its member events say. With `servers`,
+        those in the room, it lacks members, which `make_whole` adds.
         """
         join, is_settled = self._known(room, join)
         if is_settled:
@@ -6090,11 +6165,99 @@ class RoomVisitor(RoomReceiver):
             self._store(room, join, before, auth, pos)
             if room.group is None:
                 changes, group = {**state, join.key: join.nid}, join.state_group
+                if servers is not None:
+                    self._begin_partial(room, join, servers)
                 self._move(room, [join.nid], group, pos, changes, {**memberships, join.nid: "join"})
             else:
                 self._meet(room, [join.nid], pos)
             self._note_gap(room, join, missing, floor)
             self._tell(room, join, is_ours=False)
+
+    # Rooms whose members come late
+
+    def _begin_partial(self, room: Room, join: Event, servers: Collection[str]) -> None:
+        """Note that members are missing, and at which servers there are some of them."""
+        room.partial = Partial(join.nid, cast(int, join.state_group), tuple(servers), None)
+        row = (room.nid, *room.partial[:2], json.dumps(room.partial.servers))
+        self.database.execute("INSERT INTO partial_rooms VALUES (?, ?, ?, ?, NULL)", row)
+        room.servers.update(room.partial.servers)
+        for listener in self._partial_listeners:
+            listener(room)
+
+    def _end_partial(self, room: Room, pos: int) -> None:
+        """Note from which position on the members are known, as far as anybody wants to."""
+        partial = cast(Partial, room.partial)
+        room.partial = partial._replace(pos=pos)
+        self.database.execute(
+            "UPDATE partial_rooms SET pos = ? WHERE room_nid = ?", (pos, room.nid)
+        )
+        room.servers -= Counter(partial.servers)
+        for listener in self._partial_listeners:
+            listener(room)
+
+    def end_if_empty(self, room: Room, _: Event) -> None:
+        """Subscriber to what we send: when the last of us leaves, nobody wants to know the rest.
+
+        Trap: not before the sender, as those who are to hear of it are known only by name.
+        """
+        if room.is_partial and not room.local_joined:
+            self._end_partial(room, self.stream.position)
+
+    async def make_whole(self, room: Room, state: StateChanges, memberships: Memberships) -> None:
+        """Add what was missing of the state before our join; others get their turn meanwhile.
+
+        The members go first, some at a time, for whom a restart between them does no harm.
+        """
+        join = cast(Event, self.event_by_nid(cast(Partial, room.partial).join_nid))
+        by_nid, items = dict[StateNid, EventNid](), list(state.items())
+        for start in range(0, len(items), IMPORT_BATCH):
+            batch = items[start : start + IMPORT_BATCH]
+            by_nid.update((self.groups.names.nid(key), nid) for key, nid in batch)
+            new = {
+                key[1]: nid
+                for key, nid in batch
+                if key[0] == MEMBER and key != join.key and room.state.get(key) != nid
+            }
+            with self.database.write():
+                if not room.is_partial:
+                    return
+                self._change_memberships(room, new, memberships, self.stream.advance())
+            await asyncio.sleep(0)
+        if room.is_partial:
+            self._complete(room, join, state, by_nid)
+
+    def _complete(
+        self, room: Room, join: Event, state: StateChanges, by_nid: dict[StateNid, EventNid]
+    ) -> None:
+        """Put the whole state in the place of the partial one.
+
+        Trap: our events since the join all have the group of the partial state, as none is state.
+        """
+        old, own = cast(Partial, room.partial).group, self.groups.names.nid(join.key)
+        gone = dict.fromkeys(self.groups.read(old), EventNid(0))
+        changes = {key: nid for key, nid in state.items() if room.state.get(key) != nid}
+        changes |= {key: EventNid(0) for key in room.state.keys() - state.keys()}
+        changes.pop(join.key)
+        with self.database.write():
+            whole = self.groups.changed(room.nid, old, gone | by_nid | {own: join.nid})
+            self.database.execute(
+                """
+                UPDATE events
+                SET state_group = :whole,
+                    replaces = CASE nid WHEN :join THEN :before ELSE replaces END
+                WHERE room_nid = :room
+                  AND pos >= :pos
+                  AND state_group = :old
+                """,
+                {
+                    **{"whole": whole, "old": old, "room": room.nid, "pos": join.pos},
+                    **{"join": join.nid, "before": state.get(join.key)},
+                },
+            )
+            for event in self.events_between(room, cast(int, join.pos) - 1, MAX_POSITION, -1):
+                self._events.pop(event.nid)
+            self._end_partial(room, self.stream.stamp(ROOM_EVENT, room.nid))
+            self._move(room, room.extremities, whole, None, changes, None)
 
 
 # What is wrong with each of some events, None for those that are right.
@@ -6145,42 +6308,91 @@ class RoomImport:
         events = [make_event(self.version, json.loads(raw), key) for key, raw in found.items()]
         return found, events
 
-    async def finish(self, join: Event, check: EventsCheck | None = None) -> Room:
+    async def finish(
+        self,
+        join: Event,
+        check: EventsCheck | None = None,
+        servers: Collection[str] | None = None,
+    ) -> Room:
         """Judge and store all, then enter the room with the join; other work goes on meanwhile.
 
         `check` says of a batch of events what is wrong with each, if they come unchecked: such ones
         are left out. 403 M_FORBIDDEN or 400 M_BAD_JSON when that does not make a room; the rest of
-        it is taken away by maintenance.
+        it is taken away by maintenance. With `servers` members are missing, as for `enter`.
         """
+        async with self._importing() as room:
+            state, memberships = await self._store(room, check)
+            if room.local_joined:  # one more of us enters by way of another server
+                join = self.rooms.receive(room, join, [self.rooms.nids_of(self._state)])
+                if join.rejected or join.soft_failed:
+                    raise forbidden(join.rejected or "The room does not let you in now")
+            else:
+                await self._enter(room, join, state, memberships, servers)
+        return room
+
+    async def complete(self, check: EventsCheck) -> None:
+        """Judge and store all, and add it to the room, which lacks members."""
+        async with self._importing() as room:
+            state, memberships = await self._store(room, check)
+            if room.is_partial:
+                await self.rooms.make_whole(room, state, memberships)
+
+    @contextlib.asynccontextmanager
+    async def _importing(self) -> AsyncIterator[Room]:
+        """The room, which nobody takes away meanwhile; the file is let go of at the end."""
+        room = self.rooms.room_for(self.room_id, self.version)
+        self.rooms.importing[room.nid] += 1
+        try:
+            yield room
+        finally:
+            self.rooms.importing[room.nid] -= 1
+            self.close()
+
+    async def _store(
+        self, room: Room, check: EventsCheck | None
+    ) -> tuple[dict[StateKey, EventNid], dict[EventNid, str]]:
+        """Store the good events; those of the state, and what its member events say."""
         rooms, told = self.rooms, set(self._state)
         state, memberships = dict[StateKey, EventNid](), dict[EventNid, str]()
-        with contextlib.closing(self._file):
-            order = await rooms.database.in_thread(in_order, self._edges)
-            self._file.flush()
-            room = rooms.room_for(self.room_id, self.version)
-            rooms.importing[room.nid] += 1
-            try:
-                for start in range(0, len(order), IMPORT_BATCH):
-                    encoded, batch = self._read(order[start : start + IMPORT_BATCH])
-                    problems = await check(batch) if check else [None] * len(batch)
-                    pairs = zip(batch, problems, strict=True)
-                    good = [event for event, problem in pairs if problem is None]
-                    for event in rooms.outliers(room, good, encoded):
-                        is_told = event.event_id in told and event.room_nid == room.nid
-                        if is_told and event.is_state and not event.rejected:
-                            state[event.key] = event.nid
-                            if event.membership:
-                                memberships[event.nid] = event.membership
-                    await asyncio.sleep(0)
-                if room.local_joined:  # one more of us enters by way of another server
-                    join = rooms.receive(room, join, [rooms.nids_of(self._state)])
-                    if join.rejected or join.soft_failed:
-                        raise forbidden(join.rejected or "The room does not let you in now")
-                else:
-                    rooms.enter(room, join, state, memberships)
-            finally:
-                rooms.importing[room.nid] -= 1
-        return room
+        order = await rooms.database.in_thread(in_order, self._edges)
+        self._file.flush()
+        for start in range(0, len(order), IMPORT_BATCH):
+            encoded, batch = self._read(order[start : start + IMPORT_BATCH])
+            problems = await check(batch) if check else [None] * len(batch)
+            pairs = zip(batch, problems, strict=True)
+            good = [event for event, problem in pairs if problem is None]
+            for event in rooms.outliers(room, good, encoded):
+                is_told = event.event_id in told and event.room_nid == room.nid
+                if is_told and event.is_state and not event.rejected:
+                    state[event.key] = event.nid
+                    if event.membership:
+                        memberships[event.nid] = event.membership
+            await asyncio.sleep(0)
+        return state, memberships
+
+    async def _enter(
+        self,
+        room: Room,
+        join: Event,
+        state: StateChanges,
+        memberships: Memberships,
+        servers: Collection[str] | None,
+    ) -> None:
+        """Enter a room new to us: a large one at first without its members, or all would wait.
+
+        What the join stands on goes with it in any case.
+        """
+        is_told = servers is not None
+        if room.group is not None or not (is_told or len(state) > LARGE_STATE):
+            self.rooms.enter(room, join, state, memberships)
+            return
+        auth = self.rooms.events_by_ids(join.auth_events)
+        first = {event.key: event.nid for event in auth if event.membership and not event.rejected}
+        first |= {key: nid for key, nid in state.items() if is_told or key[0] != MEMBER}
+        there = {server_of(key[1]) for key in state if key[0] == MEMBER}
+        self.rooms.enter(room, join, first, memberships, there if servers is None else servers)
+        if not is_told:
+            await self.rooms.make_whole(room, state, memberships)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -6200,6 +6412,10 @@ EVENT_ROWS = (
     "DELETE FROM pending_redactions WHERE redaction IN (SELECT value FROM json_each(?))",
     "DELETE FROM backward_extremities WHERE nid IN (SELECT value FROM json_each(?))",
     "DELETE FROM events WHERE nid IN (SELECT value FROM json_each(?))",
+)
+ROOM_ROWS = (
+    "DELETE FROM partial_rooms WHERE room_nid = ?",
+    "DELETE FROM rooms WHERE room_nid = ?",
 )
 OLD_IN_TIMELINE = """
     SELECT nid
@@ -6242,6 +6458,10 @@ def living_groups(
         UNION
         SELECT state_group, NULL
         FROM rooms
+        WHERE room_nid = :room
+        UNION
+        SELECT state_group, NULL
+        FROM partial_rooms
         WHERE room_nid = :room
         """,
         {"room": room_nid, "since": since},
@@ -6347,7 +6567,8 @@ class RoomKeeper(RoomVisitor):
             await self._batches(functools.partial(self._purge_events, room, query))
         await self._batches(functools.partial(self._purge_groups, room))
         with self.database.write():
-            self.database.execute("DELETE FROM rooms WHERE room_nid = ?", (room.nid,))
+            for sql in ROOM_ROWS:
+                self.database.execute(sql, (room.nid,))
         self._forget_room(room)
 
     def _forget_room(self, room: Room) -> None:
@@ -8164,6 +8385,7 @@ class Route:
     limit: str | None
     body: Any
     handler: Handler
+    partial: bool = False
 
 
 ROUTES: list[Route] = []
@@ -8188,18 +8410,21 @@ def route(
     limit: str | None = "default",
     also: Iterable[str] = (),
     body: Any = None,
+    partial: bool = False,
 ) -> Callable[[Handler], Handler]:
     """Make a function the handler of a path.
 
     `{name}` stands for one segment, `{name...}` at the end for one that may be empty or missing.
     `also` has further versions ("v1", "unstable") or other paths; v3 comes with r0 by itself.
     Without `body` a body is not looked at; ANY_OBJECT takes any object, and nothing at all as {}.
+    What is `partial` is done at once in a room whose members are not all known yet; others wait.
     """
     if limit is not None and limit not in RATE_LIMITS:
         raise ValueError(f"{path}: no rate limit is called {limit}")
 
     def register(handler: Handler) -> Handler:
-        ROUTES.append(Route(method, all_paths(path, also), auth, limit, body, handler))
+        paths = all_paths(path, also)
+        ROUTES.append(Route(method, paths, auth, limit, body, handler, partial))
         return handler
 
     return register
@@ -8284,13 +8509,14 @@ class Router:
     """Finds the handler of a request, and calls it when everything that its route demands is met.
 
     The composition root sets `authenticate` and `authenticate_server`, which know tokens and
-    signatures, and `is_unlimited`, which says for whom no rate limit counts: all that is of later
-    chapters.
+    signatures, `is_unlimited`, which says for whom no rate limit counts, and `settle`, which waits
+    for the members of a room: all that is of later chapters.
     """
 
     authenticate: Callable[[Request, str], Requester]
     authenticate_server: Callable[[Request], Awaitable[Callable[[Any], str]]]
     is_unlimited: Callable[[Request], bool] = staticmethod(lambda _: False)
+    settle: Callable[[str], Awaitable[None]]
 
     def __init__(self, hs: Homeserver, routes: Iterable[Route] = ROUTES) -> None:
         self.hs = hs
@@ -8317,8 +8543,11 @@ class Router:
             request.requester = self.authenticate(request, access_token(self.hs, request) or "")
             check_caller(entry.auth, request.requester)
         values.reverse()
+        arguments = dict(zip(names, values, strict=True))
+        if "room_id" in arguments and not entry.partial:
+            await self.settle(arguments["room_id"])
         lost = self.hs.db.lost
-        result = await self._call(entry, request, dict(zip(names, values, strict=True)))
+        result = await self._call(entry, request, arguments)
         if self.hs.db.lost != lost and method not in {"GET", "HEAD"}:  # perhaps a part of this
             raise MatrixError(507, "M_UNKNOWN", "The server could not store all of this; try again")
         return result if isinstance(result, Response) else Response(200, encode_json(result))
@@ -13027,7 +13256,7 @@ def own_room(hs: Homeserver, request: Request, user_id: str, room_id: str | None
 
 
 @route("PUT", USER_DATA, auth=USER, body=ANY_OBJECT)
-@route("PUT", ROOM_DATA_PATH, auth=USER, body=ANY_OBJECT)
+@route("PUT", ROOM_DATA_PATH, auth=USER, body=ANY_OBJECT, partial=True)
 async def put_account_data(
     hs: Homeserver, request: Request, user_id: str, data_type: str, room_id: str | None = None
 ) -> Json:
@@ -13040,7 +13269,7 @@ async def put_account_data(
 
 
 @route("GET", USER_DATA, auth=USER)
-@route("GET", ROOM_DATA_PATH, auth=USER)
+@route("GET", ROOM_DATA_PATH, auth=USER, partial=True)
 async def get_account_data(
     hs: Homeserver, request: Request, user_id: str, data_type: str, room_id: str | None = None
 ) -> Json:
@@ -13076,14 +13305,14 @@ def tags_of(hs: Homeserver, user_nid: UserNid, room_nid: RoomNid) -> Json:
     return tags if isinstance(tags, dict) else {}
 
 
-@route("GET", USER_ROOM + "/tags", auth=USER)
+@route("GET", USER_ROOM + "/tags", auth=USER, partial=True)
 async def get_tags(hs: Homeserver, request: Request, user_id: str, room_id: str) -> Json:
     """The user's tags on a room.  Spec: "Room Tagging"."""
     room_nid = own_room(hs, request, user_id, room_id)
     return {"tags": tags_of(hs, request.user.nid, room_nid)}
 
 
-@route("PUT", USER_ROOM + "/tags/{tag}", auth=USER, body={"order?": float})
+@route("PUT", USER_ROOM + "/tags/{tag}", auth=USER, body={"order?": float}, partial=True)
 async def put_tag(hs: Homeserver, request: Request, user_id: str, room_id: str, tag: str) -> Json:
     """Put a tag on a room."""
     room_nid = own_room(hs, request, user_id, room_id)
@@ -13096,7 +13325,7 @@ async def put_tag(hs: Homeserver, request: Request, user_id: str, room_id: str, 
     return {}
 
 
-@route("DELETE", USER_ROOM + "/tags/{tag}", auth=USER)
+@route("DELETE", USER_ROOM + "/tags/{tag}", auth=USER, partial=True)
 async def delete_tag(
     hs: Homeserver, request: Request, user_id: str, room_id: str, tag: str
 ) -> Json:
@@ -15129,7 +15358,7 @@ def membership_in(hs: Homeserver, room_id: str, user_nid: UserNid) -> tuple[Room
     return room, member
 
 
-@route("POST", ROOM_PATH + "/leave", auth=GUEST, body=REASON)
+@route("POST", ROOM_PATH + "/leave", auth=GUEST, body=REASON, partial=True)
 async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Leave a room, reject its invite or take back a knock; leaving twice is no error.
 
@@ -15807,7 +16036,7 @@ def send_message(
     return send_redaction(hs, user, room_id, target, rest, **how)
 
 
-@route("PUT", SEND_PATH, auth=GUEST, limit="message", body=ANY_OBJECT)
+@route("PUT", SEND_PATH, auth=GUEST, limit="message", body=ANY_OBJECT, partial=True)
 async def put_send(
     hs: Homeserver, request: Request, room_id: str, event_type: str, txn_id: str
 ) -> Json:
@@ -16278,6 +16507,10 @@ JOIN_SECONDS = 900.0  # for the whole of a room's state to come
 JOIN_BYTES = 2**30
 SIGNER_SECONDS = 60.0  # for the keys of all servers that signed it
 HANDSHAKE_SECONDS = 30.0
+WHOLE_SECONDS = 60.0  # that a request waits for the members of a room
+REFILL_SECONDS, MAX_REFILL_SECONDS = 5.0, 600.0  # before servers are asked for them again
+MAX_SERVERS = 50_000  # that a room may be said to have
+JOIN_MEMBERS = frozenset({"event", "members_omitted", "servers_in_room"})
 JSON_WINDOW = 2**19  # characters; no event is longer, with what it replaced, however escaped
 MAX_TOLD = 100  # events looked at in an invite, besides itself
 MAX_STRIPPED_BYTES = 2**16  # kept of what an invite says about a room
@@ -16581,12 +16814,145 @@ class Handshakes:
             return {name: value async for name, value in answer.members()}
 
 
+class StateIntake:
+    """Puts the events of a state aside as they come; what it needs to know is noted on the way."""
+
+    def __init__(self, hs: Homeserver, version: RoomVersion, arriving: RoomImport) -> None:
+        self.hs = hs
+        self.version = version
+        self.arriving = arriving
+        self.creates = set[str]()
+        self.unknown = set[str]()  # servers whose keys are needed
+
+    async def take(self, batch: Sequence[tuple[bool, Any]]) -> None:
+        """Events as they came, each with whether it is of the state or of what that stands on."""
+        pdus = [pdu for _, pdu in batch]
+        read = await self.hs.db.in_thread(read_encoded, self.version, pdus)
+        events = list[Event]()
+        for (is_state, _), (event, raw) in zip(batch, read, strict=True):
+            if isinstance(event, MatrixError):
+                continue
+            if event.type == CREATE:
+                self.creates.add(event.event_id)
+                if event.content.get("room_version", "1") != self.version.id:
+                    raise bad_json("The room is of another version than was said")
+            self.arriving.add(event, raw, is_state=is_state)
+            events.append(event)
+        self.unknown |= servers_to_ask(events, self.hs.server_keys)
+
+
+async def take_state(
+    hs: Homeserver, answer: JsonStream, name: str, version: RoomVersion, arriving: RoomImport
+) -> Json:
+    """Take in a state, the list of that name, and its auth chain; fetch the keys of its servers.
+
+    What else counts in the answer is returned.
+    """
+    intake, rest = StateIntake(hs, version, arriving), cast(Json, {})
+    batch: list[tuple[bool, Any]] = []
+    async for member, value in answer.members(name, "auth_chain"):
+        if member not in {name, "auth_chain"}:
+            rest |= {member: value} if member in JOIN_MEMBERS else {}
+            continue
+        batch.append((member == name, value))
+        if len(batch) == PDU_BATCH:
+            await intake.take(batch)
+            batch = []
+    await intake.take(batch)
+    if len(intake.creates) != 1:
+        raise bad_json(f"A room with {len(intake.creates)} create events")
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(hs.server_keys.fetch(intake.unknown), SIGNER_SECONDS)
+    return rest
+
+
+def told_servers(hs: Homeserver, answer: Json) -> list[str]:
+    """The servers that the answer to a join names as those in the room. 502 if it names none."""
+    named = answer.get("servers_in_room")
+    if not isinstance(named, list):
+        raise unreachable("Members were left out, and nobody is named who knows them")
+    good = (one for one in named[:MAX_SERVERS] if isinstance(one, str) and is_server_name(one))
+    return [one for one in dict.fromkeys(good) if one != hs.config.server_name]
+
+
+class LateMembers:
+    """Fetches the members of rooms that were entered without them; a restart does not end it.
+
+    The composition root calls start(). Till a room is whole, its events from elsewhere wait in the
+    inbox, and requests for what depends on its members wait as well.
+    """
+
+    def __init__(self, hs: Homeserver) -> None:
+        self.hs = hs
+        self._running: dict[RoomNid, asyncio.Task[None]] = {}
+
+    def start(self) -> None:
+        """Go on where the last run ended."""
+        for (nid,) in self.hs.db.all("SELECT room_nid FROM partial_rooms WHERE pos IS NULL"):
+            self.begin(self.hs.rooms.by_nid(nid))
+
+    def begin(self, room: Room, server: str = "") -> None:
+        """Fetch what is missing of a room, if anything is, first from the server that let us in."""
+        if room.is_partial and room.nid not in self._running:
+            task = self.hs.background(self._fill(room, server))
+            self._running[room.nid] = task
+            task.add_done_callback(lambda _: self._running.pop(room.nid, None))
+
+    async def settle(self, room_id: str) -> None:
+        """Wait until a room's members are known; 504 when that takes too long."""
+        room = self.hs.rooms.find(room_id) if self._running else None
+        if room is None or not room.is_partial:
+            return
+        task = self._running.get(room.nid)
+        if task is not None:
+            await asyncio.wait({task}, timeout=WHOLE_SECONDS)
+        if room.is_partial:
+            raise MatrixError(504, "M_UNKNOWN", "The members of this room are not known yet")
+
+    async def _fill(self, room: Room, first: str) -> None:
+        """Ask one server after the other, and again later, until all members are known."""
+        pause = REFILL_SECONDS
+        while room.is_partial:
+            servers = dict.fromkeys([first] if first else [])
+            servers |= dict.fromkeys(cast(Partial, room.partial).servers)
+            for server in [*servers][:MAX_CANDIDATES]:
+                try:
+                    await self._fetch(room, server)
+                except MatrixError as error:
+                    log_rooms.warning("%s: members from %s: %s", room.room_id, server, error.error)
+                if not room.is_partial:
+                    return
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, MAX_REFILL_SECONDS)
+
+    async def _fetch(self, room: Room, server: str) -> None:
+        """Have a server tell the state before our join, and take it in."""
+        join_id = self.hs.rooms.id_of(cast(Partial, room.partial).join_nid)
+        path = f"{FEDERATION_API}/state/{quote(room.room_id, '')}"
+        options: Json = {"timeout": JOIN_SECONDS, "max_bytes": JOIN_BYTES}
+        options["query"] = {"event_id": join_id}
+        arriving = RoomImport(self.hs.rooms, room.version.id, room.room_id)
+        try:
+            async with self.hs.federation.stream(server, "GET", path, **options) as response:
+                if response.status != 200:
+                    response.limit = MAX_JSON_BODY
+                    response.body = await response.read()
+                    raise peer_error(server, response)
+                with as_unreachable(server):
+                    answer = JsonStream(response)
+                    await take_state(self.hs, answer, "pdus", room.version, arriving)
+            await arriving.complete(functools.partial(verify_by_known, self.hs))
+        finally:
+            arriving.close()
+
+
 class Joining(Handshakes):
     """Brings our users into rooms of other servers and out again, and those of others into ours."""
 
     def __init__(self, hs: Homeserver) -> None:
         super().__init__(hs)
         self._joins: Flights[tuple[str, str], None] = Flights()
+        self.late_members = LateMembers(hs)
 
     async def join(self, room_id: str, user_id: str, servers: Iterable[str], content: Json) -> None:
         """Let a user of ours join a room by way of a server that is in it.
@@ -16599,6 +16965,7 @@ class Joining(Handshakes):
 
     async def _join(self, room_id: str, user_id: str, servers: list[str], content: Json) -> None:
         async with self.turn(room_id):
+            await self.late_members.settle(room_id)
             room = own_room_with(self.hs, room_id, user_id)
             if room is not None and self._join_own(room, user_id, content):
                 return
@@ -16630,59 +16997,27 @@ class Joining(Handshakes):
             voucher = event.content.get("join_authorised_via_users_server")
             if voucher is not None:
                 event = await add_signature(self.hs, event, server_of(voucher), rest.get("event"))
-            await arriving.finish(event, functools.partial(verify_by_known, self.hs))
+            there = told_servers(self.hs, rest) if rest.get("members_omitted") is True else None
+            check = functools.partial(verify_by_known, self.hs)
+            room = await arriving.finish(event, check, there)
         finally:
             arriving.close()
+        self.late_members.begin(room, server)
 
     async def _receive_state(self, server: str, event: Event, arriving: RoomImport) -> Json:
         """Send our join, take the state of the room as it comes, and fetch the keys for it.
 
-        What else counts in the answer is returned.
+        What else counts in the answer is returned. Of a room new to us the members may follow.
         """
         bodies = dict.fromkeys(("v2", "v1"), event.pdu)
-        options = {"timeout": JOIN_SECONDS, "max_bytes": JOIN_BYTES}
-        creates, unknown, rest = set[str](), set[str](), cast(Json, {})
-        batch: list[tuple[bool, Any]] = []
+        known = self.hs.rooms.find(event.room_id)
+        query = {"omit_members": "true"} if known is None else {}
+        options: Json = {"timeout": JOIN_SECONDS, "max_bytes": JOIN_BYTES, "query": query}
         async with self._put(server, "send_join", event, bodies, **options) as answer:
-            async for name, value in answer.members("state", "auth_chain"):
-                if name not in {"state", "auth_chain"}:
-                    rest |= {name: value} if name in {"event", "members_omitted"} else {}
-                    continue
-                batch.append((name == "state", value))
-                if len(batch) == PDU_BATCH:
-                    await self._take_batch(event, batch, arriving, creates, unknown)
-                    batch = []
-            await self._take_batch(event, batch, arriving, creates, unknown)
-            if len(creates) != 1:
-                raise bad_json(f"A room with {len(creates)} create events")
-            if rest.get("members_omitted") is True:
-                raise bad_json("Not all of the state is there")
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.hs.server_keys.fetch(unknown), SIGNER_SECONDS)
+            rest = await take_state(self.hs, answer, "state", event.version, arriving)
+        if rest.get("members_omitted") is True and not query:
+            raise unreachable(f"{server}: Not all of the state is there")
         return rest
-
-    async def _take_batch(
-        self,
-        join: Event,
-        batch: list[tuple[bool, Any]],
-        arriving: RoomImport,
-        creates: set[str],
-        unknown: set[str],
-    ) -> None:
-        """Put events aside, and note create events and the servers whose keys are needed."""
-        version, pdus = join.version, [pdu for _, pdu in batch]
-        read = await self.hs.db.in_thread(read_encoded, version, pdus)
-        events = list[Event]()
-        for (is_state, _), (event, raw) in zip(batch, read, strict=True):
-            if isinstance(event, MatrixError):
-                continue
-            if event.type == CREATE:
-                creates.add(event.event_id)
-                if event.content.get("room_version", "1") != version.id:
-                    raise bad_json("The room is of another version than was said")
-            arriving.add(event, raw, is_state=is_state)
-            events.append(event)
-        unknown |= servers_to_ask(events, self.hs.server_keys)
 
     async def auto_join(self, user_id: str, alias: str) -> None:
         """Let a new user into a room of another server that the configuration names."""
@@ -19558,7 +19893,7 @@ def apply_receipt(
         set_room_account_data(hs, user_nid, room.nid, FULLY_READ, content)
 
 
-@route("POST", RECEIPT_PATH, auth=USER, body=ANY_OBJECT)
+@route("POST", RECEIPT_PATH, auth=USER, body=ANY_OBJECT, partial=True)
 async def post_receipt(
     hs: Homeserver, request: Request, room_id: str, receipt_type: str, event_id: str
 ) -> Json:
@@ -19573,7 +19908,7 @@ async def post_receipt(
     return {}
 
 
-@route("POST", READ_MARKERS_PATH, auth=USER, body=READ_MARKERS_SHAPE)
+@route("POST", READ_MARKERS_PATH, auth=USER, body=READ_MARKERS_SHAPE, partial=True)
 async def post_read_markers(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Move the marker of what is fully read, and both receipts, at once."""
     room = require_joined_room(hs, request, room_id)
@@ -19637,7 +19972,7 @@ def typing_users(hs: Homeserver, room: Room) -> list[str]:
     return [hs.db.user_id(nid) for nid in hs.typing.users(room.nid)]
 
 
-@route("PUT", TYPING_PATH, auth=USER, body={"typing": bool, "timeout?": int})
+@route("PUT", TYPING_PATH, auth=USER, body={"typing": bool, "timeout?": int}, partial=True)
 async def put_typing(hs: Homeserver, request: Request, room_id: str, user_id: str) -> Json:
     """Say that the user types, for `timeout` milliseconds, or has stopped."""
     check_own_user(request, user_id)
@@ -22435,8 +22770,13 @@ class Inbox:
 
     # What is done with it
 
+    def resume(self, room: Room) -> None:
+        """Subscriber of the room store: what waited for the members of a room has its turn."""
+        if self._sizes[room.nid]:
+            self._wake(room.nid)
+
     def _wake(self, room_nid: RoomNid) -> None:
-        if room_nid not in self._working:
+        if room_nid not in self._working and not self.hs.rooms.by_nid(room_nid).is_partial:
             self._working.add(room_nid)
             self.hs.background(self._work(room_nid))
 
@@ -23150,6 +23490,7 @@ class Sender(Queues):
         self._typing: dict[int, set[UserNid]] = {}
         rooms = hs.rooms
         rooms.subscribe_membership(self._membership_changed)
+        rooms.subscribe_partial(self._members_are_late)
         rooms.subscribe_sent(self.add)
         rooms.subscribe_purge(self._forget_room)
         rooms.subscribe_history(self._forget_events)
@@ -23233,6 +23574,24 @@ class Sender(Queues):
         row = (server, pos, canonical_json(edu))
         self.db.execute("INSERT INTO to_device_out VALUES (?, ?, ?)", row)
         self._note_late(self._wake(server, pos))
+
+    def _members_are_late(self, room: Room) -> None:
+        """Note the servers of a room whose members come later, or those that had none after all."""
+        named, here = cast(Partial, room.partial).servers, self.hs.stream.position
+        rows: list[tuple[Any, ...]]
+        if room.is_partial:
+            rows = [(server, room.nid, here, MAX_POSITION) for server in named]
+            insert = "INSERT OR REPLACE INTO room_servers VALUES (?, ?, ?, ?)"
+        elif room.local_joined:
+            rows = [(here, room.nid, one, here) for one in named if one not in room.servers]
+            insert = """
+                UPDATE room_servers
+                SET until = ?
+                WHERE room_nid = ? AND server = ? AND until > ?
+            """
+        else:
+            return  # they have yet to hear that we left
+        self.db.connection.executemany(insert, rows)
 
     def _membership_changed(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
         """Note which servers come and go; the event that does it is the last of a server's."""
@@ -23905,9 +24264,10 @@ def changes_in_tables(ask: SyncReader, since: int) -> Changes:
     """The same for a token older than the log: all kinds, and each room with a newer event."""
     rows = ask.hs.db.all(
         """
-        SELECT room_nid, MAX(last_pos, event_nid)
+        SELECT room_nid, MAX(last_pos, event_nid, IFNULL(pos, 0))
         FROM memberships
         JOIN rooms USING (room_nid)
+        LEFT JOIN partial_rooms USING (room_nid)
         WHERE user_nid = ?
         """,
         (ask.nid,),
@@ -23989,6 +24349,9 @@ def without_gap(ask: SyncRequest, room: Room, timeline: Timeline) -> Timeline:
 
 def group_at(ask: SyncReader, room: Room, position: int) -> int | None:
     """The state group of a room at a position; None before its first event."""
+    partial = room.partial
+    if partial is not None and partial.join_nid <= position < (partial.pos or 0):
+        return partial.group
     if position >= room.last_pos:
         return room.group
     event = ask.hs.rooms.event_at(room, position)
@@ -24017,7 +24380,7 @@ def changed_state(
     has_state = any(event.is_state for event in timeline.events)
     branched = any(event.current_group for event in timeline.events)
     is_told = timeline.complete and not branched and not (ask.state_after and has_state)
-    if since is not None and is_told:
+    if since is not None and is_told and not room.became_whole_since(since):
         return {}
     groups = ask.hs.rooms.groups
     new = group_at(ask, room, upto)
@@ -24204,14 +24567,28 @@ def known_until(ask: SyncReader, member: Member) -> int | None:
     return None
 
 
+def begin_of_stay(ask: SyncRequest, room: Room, member: Member) -> int:
+    """The position from which on a client has a room that its user is in.
+
+    Who does not load members lazily, and would think that those who are known are all there are,
+    gets a room when all are.
+    """
+    if room.partial is None or ask.wanted.state.lazy_load_members:
+        return member.join_pos
+    return MAX_POSITION if room.is_partial else max(member.join_pos, room.partial.pos or 0)
+
+
 def joined_section(
     ask: SyncRequest, room: Room, member: Member, changes: Changes | None, data: list[Json]
 ) -> Json | None:
     """What is new in a room that the user is in, or None."""
-    since = ask.since
-    if since is not None and member.join_pos > since:
+    since, began = ask.since, begin_of_stay(ask, room, member)
+    if began == MAX_POSITION:
+        return None
+    if since is not None and began > since:
         since = None  # joined meanwhile: everything is new
     fresh = since is None or ask.full_state
+    is_whole_now = since is not None and room.became_whole_since(since)
     state: list[Json] | RawJson = []
     if fresh or changes is None or room.nid in changes.rooms:
         low = known_until(ask, member) if since is None else since
@@ -24221,7 +24598,7 @@ def joined_section(
     else:
         timeline = Timeline([], False, stream_token(ask.upto), True)
     ephemeral = ephemeral_events(ask, room, since, changes)
-    if not (fresh or timeline.events or state or ephemeral or data):
+    if not (fresh or is_whole_now or timeline.events or state or ephemeral or data):
         receipts = changes.receipts if changes is not None else set()
         if room.nid not in receipts or not own_receipt_moved(
             ask.hs, room.nid, ask.nid, ask.since or 0
@@ -24234,7 +24611,7 @@ def joined_section(
     }
     told = [] if isinstance(state, RawJson) else state
     types = (*(event.type for event in timeline.events), *(one.get("type") for one in told))
-    if fresh or timeline.limited or not NAMING.isdisjoint(types):
+    if fresh or is_whole_now or timeline.limited or not NAMING.isdisjoint(types):
         section["summary"] = summary_of(ask, room)
     return section
 
@@ -24405,7 +24782,8 @@ async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
         room = rooms.by_nid(nid)
         if not ask.wanted.rooms.wants_room(room.room_id):
             continue
-        is_new = ask.full_state or (ask.since is not None and member.join_pos > ask.since)
+        began = begin_of_stay(ask, room, member)
+        is_new = ask.full_state or (ask.since is not None and began > ask.since)
         new_data = room_account_data_of(ask.hs, ask.nid, nid) if is_new else data.get(nid, [])
         new_data = ask.pick_data(ask.wanted.room_data, new_data, room.room_id)
         name, section = room_section(ask, room, member, changes, new_data)
@@ -25417,7 +25795,7 @@ def lazy_members(view: RoomView) -> set[StateKey]:
     people = {event.sender for event in view.timeline.events}
     keys = {(MEMBER, user_id) for user_id in people}
     keys.update(event.key for event in view.timeline.events if event.type == MEMBER)
-    if not view.timeline.limited:
+    if not view.timeline.limited and not view.room.became_whole_since(view.since or 0):
         keys.update(key for key in view.changed if key[0] == MEMBER)
     return keys & view.state.keys()
 
@@ -25627,7 +26005,8 @@ class Answer:
         if config.limit > sent.limit or config.state != sent.state:
             return True
         if sent.behind is not None:
-            return self.ask.hs.rooms.by_nid(nid).last_pos > sent.behind
+            room = self.ask.hs.rooms.by_nid(nid)
+            return room.last_pos > sent.behind or room.became_whole_since(sent.behind)
         return nid in self.changes.rooms and (
             member.membership == "join" or member.event_nid > begin_of(self.ask, sent)
         )
@@ -31688,6 +32067,7 @@ class Homeserver:
         router.authenticate = self.appservices.authenticate
         router.authenticate_server = self.federation.authenticate
         router.is_unlimited = self.appservices.is_unlimited
+        router.settle = self.joining.late_members.settle
         http = HttpServer(
             router.dispatch,
             max_request_size=self.config.max_request_size,
@@ -31704,6 +32084,7 @@ class Homeserver:
         A report: the admin room.
         A changed membership: unread counts, typing, device lists, the syncs that wait, the sender
         (which servers are in the room). An event of ours: the sender.
+        That members are missing, or missing no more: the sender, the inbox.
         """
         self.accounts.is_key_name = functools.partial(is_signing_key, self)
         self.accounts.on_account_created(functools.partial(auto_join, self))
@@ -31714,6 +32095,8 @@ class Homeserver:
         self.accounts.on_deactivated(functools.partial(forget_departures_of, self))
         self.rooms.subscribe_membership(functools.partial(note_membership, self))
         self.rooms.subscribe_membership(functools.partial(follow_into_replacement, self))
+        self.rooms.subscribe_sent(self.rooms.end_if_empty)
+        self.rooms.subscribe_partial(self.inbox.resume)
         self.rooms.subscribe(functools.partial(follow_tombstone, self))
         self.rooms.subscribe(functools.partial(guests_may_stay, self))
         self.reports.subscribe(self.admin_room.announce)
@@ -31747,11 +32130,12 @@ class Homeserver:
         """Whether a user belongs to this server."""
         return server_of(user_id) == self.config.server_name
 
-    def background(self, work: Coroutine[Any, Any, None]) -> None:
+    def background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something beside the requests; what goes wrong in it is logged."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._background_done)
+        return task
 
     def _rebuilt(self, server: str) -> None:
         """Another server has none of its keys any more, so it was made anew under its name."""
@@ -31771,6 +32155,7 @@ class Homeserver:
         self.pushers.start()
         self.appservices.start()
         self.sender.start()
+        self.joining.late_members.start()
         self.inbox.start()
         await self.db.synced()
         tls = self.config.tls

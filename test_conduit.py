@@ -2055,6 +2055,7 @@ UNDONE: Final = (  # for each migration, what leads back
     ALTER TABLE pushers DROP COLUMN failed_ts;
     INSERT INTO search_texts VALUES (0, 0, 0, 'content.body', 0, 'of an event long gone')
     """,
+    "DROP TABLE partial_rooms;",
 )
 
 
@@ -14301,7 +14302,214 @@ def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> No
     fails(join_via(alice, other.room_id, peer), 400, "M_INCOMPATIBLE_ROOM_VERSION")
 
 
-# ── 30.2  A large room ───────────────────────────────────────────────────────
+# ── 30.2  Members that come later ────────────────────────────────────────────
+
+LAZILY: Final[Json] = {"room": {"state": {"lazy_load_members": True}}}
+
+
+class LateRoom(PeerRoom):
+    """A room on a peer that lets us in without its members, and tells of them once `gate` is open.
+
+    `refusals` are answered before that, one to each request for them.
+    """
+
+    def __init__(self, peer: Peer, members: int, version: str = "11") -> None:
+        super().__init__(peer, version)
+        self.put("m.room.name", {"name": "Square"})
+        self.users = [f"@u{number}:{peer.name}" for number in range(members)]
+        for user in self.users:
+            self.put("m.room.member", {"membership": "join"}, user, sender=user)
+        self.gate, self.refusals = threading.Event(), list[int]()
+        self.asked_for: list[str] = []
+        self.serve(answer=self.without_members)
+        peer.answers["state"] = self.tell
+        peer.answers["send"] = {"pdus": {}}
+
+    def without_members(self, made: Json) -> Json:
+        assert self.peer.asked[-1].query["omit_members"] == ["true"]
+        bare = [pdu for pdu in made["state"] if pdu["type"] != "m.room.member"]
+        chain = [self.state["m.room.member", self.owner].pdu]
+        more = {"members_omitted": True, "servers_in_room": [self.peer.name, "gone.test"]}
+        return {"state": bare, "auth_chain": chain, **more}
+
+    def tell(self, request: conduit.Request) -> conduit.Response:
+        self.asked_for += request.query["event_id"]
+        if self.refusals:
+            raise conduit.MatrixError(self.refusals.pop(), "M_UNKNOWN", "Not now")
+        pdus = [event.pdu for event in self.state.values()]
+        body = json.dumps({"pdus": pdus, "auth_chain": pdus}).encode()
+
+        async def blocks() -> AsyncIterator[bytes]:
+            await asyncio.to_thread(self.gate.wait, 30)
+            yield body
+
+        return conduit.Response(200, body=blocks())
+
+    def say(self, server: Server, text: str) -> httpx.Response:
+        """A message of one of the members, who knows of our join, as a transaction."""
+        self.events.append(conduit.make_event(self.version, self.given[0]))
+        event = self.put(
+            "m.room.message", {"msgtype": "m.text", "body": text}, None, sender=self.users[0]
+        )
+        body = {"origin": self.peer.name, "origin_server_ts": 1, "pdus": [event.pdu], "edus": []}
+        return self.peer.ask(server, "PUT", f"{SEND_PATH}{unique('txn')}", body)
+
+
+def section_of(result: Json, room_id: str) -> Json:
+    return cast("Json", result.get("rooms", {}).get("join", {}).get(room_id, {}))
+
+
+def members_in(events: Iterable[Json]) -> set[str]:
+    return {event["state_key"] for event in events if event["type"] == "m.room.member"}
+
+
+@pytest.mark.parametrize("version", ["6", "11", "12"])
+def test_a_join_is_answered_before_the_members_are_known(
+    pair: tuple[Server, Server], peer: Peer, version: str
+) -> None:
+    """Who loads members lazily has the room at once and can write; the rest follows.
+
+    Others, who would take the members for all there are, get the room when it is whole. What needs
+    the members waits, and so does what the room's servers send.
+    """
+    server, room = pair[0], LateRoom(peer, 30, version)
+    alice, room_id = register(server), room.room_id
+    everybody = {alice.user_id, room.owner, *room.users}
+    lazy, plain = alice.sync(filter=LAZILY)["next_batch"], alice.sync()["next_batch"]
+    sliding = slide(alice, limit=5, state=[["m.room.member", "$LAZY"]])
+    sliding()
+    ok(join_via(alice, room_id, peer))
+
+    result = alice.sync(lazy, filter=LAZILY)
+    shown = section_of(result, room_id)
+    types = {event["type"]: event["content"] for event in shown["state"]["events"]}
+    assert types["m.room.name"] == {"name": "Square"}
+    assert [event["type"] for event in shown["timeline"]["events"]] == ["m.room.member"]
+    lazy, later = result["next_batch"], alice.sync(plain)
+    assert room_id not in later.get("rooms", {}).get("join", {})
+    assert room_id not in alice.sync().get("rooms", {}).get("join", {})
+    plain = later["next_batch"]
+    assert sliding()["rooms"][room_id]["name"] == "Square"
+
+    sent = alice.send_text(room_id, "hello")
+    alice.put(("rooms", room_id, "typing", alice.user_id), {"typing": True, "timeout": 1000})
+    assert ok(room.say(server, "from afar"))["pdus"][room.events[-1].event_id] == {}
+    with ThreadPoolExecutor(8) as pool:
+        topic = pool.submit(alice.put, ("rooms", room_id, "state", "m.room.topic"), {"topic": "x"})
+        members = pool.submit(alice.get, ("rooms", room_id, "members"))
+        page = pool.submit(alice.messages, room_id)
+        made = pool.submit(
+            peer.ask, server, "GET", f"{FEDERATION}/v1/state_ids/{quote(room_id)}?event_id={sent}"
+        )
+        time.sleep(0.5)
+        assert not any(each.done() for each in (topic, members, page, made))
+        assert "from afar" not in json.dumps(alice.sync(lazy, filter=LAZILY))
+        room.gate.set()
+        assert members_in(ok(members.result())["chunk"]) == everybody
+        fails(topic.result(), 403)
+        assert "hello" in json.dumps(page.result())
+        assert len(ok(made.result())["pdu_ids"]) == len(room.state) + 1
+    assert room.asked_for == [conduit.make_event(room.version, room.given[0]).event_id]
+
+    seen = list[Json]()
+
+    def has_all(token: str, **options: Any) -> tuple[Json, str]:
+        """What comes till the message from afar is there."""
+        sections = list[Json]()
+        for _ in range(20):
+            result = alice.sync(token, timeout=1000, **options)
+            token = result["next_batch"]
+            sections.append(section_of(result, room_id))
+            seen.append(result)
+            if "from afar" in json.dumps(result):
+                return {
+                    "state": [one for each in sections if each for one in each["state"]["events"]],
+                    "timeline": [
+                        one for each in sections if each for one in each["timeline"]["events"]
+                    ],
+                    "summary": {
+                        key: value
+                        for each in sections
+                        for key, value in each.get("summary", {}).items()
+                    },
+                }, token
+        raise AssertionError(sections)
+
+    news, _ = has_all(lazy, filter=LAZILY)
+    assert news["summary"]["m.joined_member_count"] == len(everybody)
+    assert [one["content"]["body"] for one in news["timeline"]] == ["hello", "from afar"]
+    assert members_in(news["state"]) <= {room.users[0], alice.user_id}
+    changed = {user for each in seen for user in each.get("device_lists", {}).get("changed", ())}
+    assert changed >= set(room.users)
+    whole, _ = has_all(plain)
+    assert members_in([*whole["state"], *whole["timeline"]]) == everybody
+    ids = [one["event_id"] for one in whole["timeline"]]
+    assert len(ids) == len(set(ids)) == 3
+    counts = [each.get("joined_count") for each in (sliding()["rooms"].get(room_id, {}),)]
+    assert counts == [len(everybody)]
+    fresh = section_of(alice.sync(), room_id)
+    assert members_in([*fresh["state"]["events"], *fresh["timeline"]["events"]]) == everybody
+    query = "SELECT server FROM room_servers JOIN rooms USING (room_nid) WHERE room_id = ?"
+    until = f"{query} AND until = {conduit.MAX_POSITION}"
+    assert rows_of(server, until, room_id) == [(peer.name,)]
+    told = [
+        pdu for each in peer.asked if each.path.startswith(SEND_PATH) for pdu in each.json["pdus"]
+    ]
+    assert [pdu["content"].get("body") for pdu in told] == ["hello"]
+    server.check()
+
+
+def test_members_are_fetched_after_a_crash_and_from_whom_has_them(
+    authority: Authority, peer: Peer, tmp_path: Path
+) -> None:
+    """kill -9 between the join and its members: they are fetched by the next run."""
+    server = federating(tmp_path, authority).start()
+    alice, room = register(server), LateRoom(peer, 250)
+    ok(join_via(alice, room.room_id, peer))
+    alice.send_text(room.room_id, "before")
+    server.kill9()
+    room.refusals = [500]
+    server.start()
+    alice.send_text(room.room_id, "after")
+    room.gate.set()
+    found = ok(alice.get(("rooms", room.room_id, "joined_members"), timeout=60))["joined"]
+    assert len(found) == 252
+    assert len(room.asked_for) == 3
+    server.restart()
+    assert len(ok(alice.get(("rooms", room.room_id, "joined_members")))["joined"]) == 252
+    assert alice.bodies(room.room_id) == ["before", "after"]
+    server.stop()
+    server.assert_clean_log()
+    server.check()
+
+
+def test_a_room_can_be_left_before_its_members_are_known(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    """Then nobody wants to know them any more; whoever comes back is told all at once."""
+    server, room = pair[0], LateRoom(peer, 5)
+    alice = register(server)
+    ok(join_via(alice, room.room_id, peer))
+    alice.leave(room.room_id)
+    eventually(lambda: [one for one in peer.asked if one.path.startswith(SEND_PATH)])
+    left = next(one for one in peer.asked if one.path.startswith(SEND_PATH)).json["pdus"][0]
+    assert left["content"]["membership"] == "leave"
+    for pdu in (room.given[0], left):
+        event = conduit.make_event(room.version, pdu)
+        room.events.append(event)
+        room.state[event.key] = event
+    room.serve()
+    ok(join_via(alice, room.room_id, peer))
+    assert "omit_members" not in peer.asked[-1].query
+    found = ok(alice.get(("rooms", room.room_id, "joined_members")))["joined"]
+    assert found.keys() == {alice.user_id, room.owner, *room.users}
+    room.gate.set()
+    time.sleep(0.3)
+    assert len(ok(alice.get(("rooms", room.room_id, "joined_members")))["joined"]) == 7
+    server.check()
+
+
+# ── 30.3  A large room ───────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
