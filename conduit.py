@@ -4522,8 +4522,8 @@ class Room:
 
     @property
     def is_partial(self) -> bool:
-        """Whether there are members of which we do not know yet."""
-        return self.partial is not None and self.partial.pos is None
+        """Whether there are members of which we do not know yet, but will."""
+        return self.partial is not None and self.partial.pos is None and bool(self.local_joined)
 
     def became_whole_since(self, position: int) -> bool:
         """Whether the members became known after a position."""
@@ -4721,7 +4721,8 @@ class RoomReader:
 
         Of a room that `user_id` was invited to from outside, others know more than we.
         """
-        if room.local_joined or room.group is None:
+        was_whole = room.partial is None or room.partial.pos is not None
+        if room.local_joined or room.group is None or not was_whole:
             return bool(room.local_joined)
         nid = self.database.find_user_nid(user_id)
         member = None if nid is None else self.memberships(nid).get(room.nid)
@@ -4769,7 +4770,7 @@ class RoomReader:
         room.state = self.groups.named(self.groups.read(group)) if group else {}
         for kept in (room.members_by_nid, room.counts, room.local_joined, room.servers):
             kept.clear()
-        if room.partial is not None and room.is_partial:  # one of theirs, to begin with
+        if room.partial is not None and room.partial.pos is None:  # somebody of theirs is there
             room.servers.update(room.partial.servers)
         rows = self.database.execute(
             """
@@ -6169,6 +6170,8 @@ class RoomVisitor(RoomReceiver):
                     self._begin_partial(room, join, servers)
                 self._move(room, [join.nid], group, pos, changes, {**memberships, join.nid: "join"})
             else:
+                if room.partial is not None and room.partial.pos is None:
+                    self._end_partial(room, pos)
                 self._meet(room, [join.nid], pos)
             self._note_gap(room, join, missing, floor)
             self._tell(room, join, is_ours=False)
@@ -6185,7 +6188,7 @@ class RoomVisitor(RoomReceiver):
             listener(room)
 
     def _end_partial(self, room: Room, pos: int) -> None:
-        """Note from which position on the members are known, as far as anybody wants to."""
+        """Note from which position on the members are known."""
         partial = cast(Partial, room.partial)
         room.partial = partial._replace(pos=pos)
         self.database.execute(
@@ -6194,14 +6197,6 @@ class RoomVisitor(RoomReceiver):
         room.servers -= Counter(partial.servers)
         for listener in self._partial_listeners:
             listener(room)
-
-    def end_if_empty(self, room: Room, _: Event) -> None:
-        """Subscriber to what we send: when the last of us leaves, nobody wants to know the rest.
-
-        Trap: not before the sender, as those who are to hear of it are known only by name.
-        """
-        if room.is_partial and not room.local_joined:
-            self._end_partial(room, self.stream.position)
 
     async def make_whole(self, room: Room, state: StateChanges, memberships: Memberships) -> None:
         """Add what was missing of the state before our join; others get their turn meanwhile.
@@ -11408,6 +11403,7 @@ class Accounts(Sessions):
             await asyncio.sleep(0)  # others are served in between
             room = self.hs.rooms.by_nid(room_nid)
             try:
+                await self.hs.router.settle(room.room_id)
                 self._update_member(room, nid, user_id)
             except MatrixError as error:
                 log_accounts.warning("%s in %s not updated: %s", user_id, room.room_id, error)
@@ -23577,20 +23573,18 @@ class Sender(Queues):
 
     def _members_are_late(self, room: Room) -> None:
         """Note the servers of a room whose members come later, or those that had none after all."""
-        named, here = cast(Partial, room.partial).servers, self.hs.stream.position
-        rows: list[tuple[Any, ...]]
-        if room.is_partial:
+        _, _, named, known = cast(Partial, room.partial)
+        here, rows = self.hs.stream.position, cast(list[tuple[Any, ...]], [])
+        if known is None:
             rows = [(server, room.nid, here, MAX_POSITION) for server in named]
             insert = "INSERT OR REPLACE INTO room_servers VALUES (?, ?, ?, ?)"
-        elif room.local_joined:
+        else:
             rows = [(here, room.nid, one, here) for one in named if one not in room.servers]
             insert = """
                 UPDATE room_servers
                 SET until = ?
                 WHERE room_nid = ? AND server = ? AND until > ?
             """
-        else:
-            return  # they have yet to hear that we left
         self.db.connection.executemany(insert, rows)
 
     def _membership_changed(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
@@ -32095,7 +32089,6 @@ class Homeserver:
         self.accounts.on_deactivated(functools.partial(forget_departures_of, self))
         self.rooms.subscribe_membership(functools.partial(note_membership, self))
         self.rooms.subscribe_membership(functools.partial(follow_into_replacement, self))
-        self.rooms.subscribe_sent(self.rooms.end_if_empty)
         self.rooms.subscribe_partial(self.inbox.resume)
         self.rooms.subscribe(functools.partial(follow_tombstone, self))
         self.rooms.subscribe(functools.partial(guests_may_stay, self))
