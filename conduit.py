@@ -6315,7 +6315,8 @@ class RoomImport:
         are left out. 403 M_FORBIDDEN or 400 M_BAD_JSON when that does not make a room; the rest of
         it is taken away by maintenance. With `servers` members are missing, as for `enter`.
         """
-        async with self._importing() as room:
+        room = self.rooms.room_for(self.room_id, self.version)
+        async with self._importing(room):
             state, memberships = await self._store(room, check)
             if room.local_joined:  # one more of us enters by way of another server
                 join = self.rooms.receive(room, join, [self.rooms.nids_of(self._state)])
@@ -6325,20 +6326,19 @@ class RoomImport:
                 await self._enter(room, join, state, memberships, servers)
         return room
 
-    async def complete(self, check: EventsCheck) -> None:
-        """Judge and store all, and add it to the room, which lacks members."""
-        async with self._importing() as room:
+    async def complete(self, room: Room, check: EventsCheck) -> None:
+        """Judge and store all, and add it to the room, if it still lacks members."""
+        async with self._importing(room):
             state, memberships = await self._store(room, check)
             if room.is_partial:
                 await self.rooms.make_whole(room, state, memberships)
 
     @contextlib.asynccontextmanager
-    async def _importing(self) -> AsyncIterator[Room]:
-        """The room, which nobody takes away meanwhile; the file is let go of at the end."""
-        room = self.rooms.room_for(self.room_id, self.version)
+    async def _importing(self, room: Room) -> AsyncIterator[None]:
+        """Meanwhile the room counts as not empty; the file is let go of at the end."""
         self.rooms.importing[room.nid] += 1
         try:
-            yield room
+            yield
         finally:
             self.rooms.importing[room.nid] -= 1
             self.close()
@@ -6346,7 +6346,10 @@ class RoomImport:
     async def _store(
         self, room: Room, check: EventsCheck | None
     ) -> tuple[dict[StateKey, EventNid], dict[EventNid, str]]:
-        """Store the good events; those of the state, and what its member events say."""
+        """Store the good events; those of the state, and what its member events say.
+
+        429 when the room is deleted meanwhile.
+        """
         rooms, told = self.rooms, set(self._state)
         state, memberships = dict[StateKey, EventNid](), dict[EventNid, str]()
         order = await rooms.database.in_thread(in_order, self._edges)
@@ -6356,6 +6359,8 @@ class RoomImport:
             problems = await check(batch) if check else [None] * len(batch)
             pairs = zip(batch, problems, strict=True)
             good = [event for event, problem in pairs if problem is None]
+            if room.nid in rooms.purging or rooms.heard_of(self.room_id) is not room:
+                raise limit_exceeded(10_000, "The room is being deleted")
             for event in rooms.outliers(room, good, encoded):
                 is_told = event.event_id in told and event.room_nid == room.nid
                 if is_told and event.is_state and not event.rejected:
@@ -15267,6 +15272,7 @@ async def post_join(hs: Homeserver, request: Request, room: str) -> Json:
     user, signed = request.user, request.json.get("third_party_signed")
     refuse_suspended(hs, user)
     room_id, servers = await room_named(hs, request, room)
+    await hs.router.settle(room_id)
     found = own_room_with(hs, room_id, user.user_id)
     if found is not None and await join_here(hs, request, found):
         return {"room_id": room_id}
@@ -16937,7 +16943,7 @@ class LateMembers:
                 with as_unreachable(server):
                     answer = JsonStream(response)
                     await take_state(self.hs, answer, "pdus", room.version, arriving)
-            await arriving.complete(functools.partial(verify_by_known, self.hs))
+            await arriving.complete(room, functools.partial(verify_by_known, self.hs))
         finally:
             arriving.close()
 
@@ -16961,7 +16967,7 @@ class Joining(Handshakes):
 
     async def _join(self, room_id: str, user_id: str, servers: list[str], content: Json) -> None:
         async with self.turn(room_id):
-            await self.late_members.settle(room_id)
+            await self.late_members.settle(room_id)  # somebody else may have come in meanwhile
             room = own_room_with(self.hs, room_id, user_id)
             if room is not None and self._join_own(room, user_id, content):
                 return
@@ -17000,14 +17006,22 @@ class Joining(Handshakes):
             arriving.close()
         self.late_members.begin(room, server)
 
+    def _may_be_large(self, join: Event) -> bool:
+        """Whether to enter a room without its members: if it is new to us, and none for two."""
+        room = self.hs.rooms.heard_of(join.room_id)
+        if room is None or room.group is not None:
+            return room is None
+        member = self.hs.rooms.memberships(self.hs.db.user_nid(join.sender)).get(room.nid)
+        invite = None if member is None else self.hs.rooms.event_by_nid(member.event_nid)
+        return invite is None or invite.content.get("is_direct") is not True
+
     async def _receive_state(self, server: str, event: Event, arriving: RoomImport) -> Json:
         """Send our join, take the state of the room as it comes, and fetch the keys for it.
 
-        What else counts in the answer is returned. Of a room new to us the members may follow.
+        What else counts in the answer is returned.
         """
         bodies = dict.fromkeys(("v2", "v1"), event.pdu)
-        known = self.hs.rooms.find(event.room_id)
-        query = {"omit_members": "true"} if known is None else {}
+        query = {"omit_members": "true"} if self._may_be_large(event) else {}
         options: Json = {"timeout": JOIN_SECONDS, "max_bytes": JOIN_BYTES, "query": query}
         async with self._put(server, "send_join", event, bodies, **options) as answer:
             rest = await take_state(self.hs, answer, "state", event.version, arriving)
