@@ -1704,7 +1704,8 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
             state_group INTEGER NOT NULL,
             servers TEXT NOT NULL,
             pos INTEGER
-        )
+        );
+        CREATE INDEX partial_rooms_pos ON partial_rooms (pos)
         """,
     ),
 )
@@ -4382,6 +4383,7 @@ CREATE TABLE partial_rooms (        -- entered before all members were known
     servers TEXT NOT NULL,          -- those in the room, as a JSON list
     pos INTEGER                     -- when all was known; NULL before that
 );
+CREATE INDEX partial_rooms_pos ON partial_rooms (pos);
 """)
 invariant(
     "events of rooms that are not there",
@@ -5278,7 +5280,6 @@ StateChanges = Mapping[StateKey, EventNid]  # 0 stands for what is gone
 SentAs = tuple[int | None, str] | None
 RoomListener = Callable[["Room", Event], None]
 StateListener = Callable[["Room", StateChanges], None]
-PartialListener = Callable[["Room"], None]
 MembershipListener = Callable[["Room", UserNid, "str | None", str], None]
 RelationListener = Callable[["Room", Event, int], None]
 SenderCheck = Callable[["Room", str, str, Json, "str | None", "str | None"], None]  # as `send`
@@ -5329,7 +5330,6 @@ class RoomWriter(RoomResolver):
         self._membership_listeners: list[MembershipListener] = []
         self._old_listeners: list[RoomListener] = []
         self._relation_listeners: list[RelationListener] = []
-        self._partial_listeners: list[PartialListener] = []
         self.check_sender: SenderCheck = lambda *_: None
         # Gives the event that goes out in place of one just made; it may raise NeedsConsent.
         self.check_consent: ConsentCheck = lambda _, event: event
@@ -5366,10 +5366,6 @@ class RoomWriter(RoomResolver):
     def subscribe_relation(self, listener: RelationListener) -> None:
         """Call back with each event that relates to another (1), and when it is redacted (-1)."""
         self._relation_listeners.append(listener)
-
-    def subscribe_partial(self, listener: PartialListener) -> None:
-        """Call back when a room is entered whose members are not known, and when they are."""
-        self._partial_listeners.append(listener)
 
     def new_room(self, room_id: str, version: RoomVersion) -> Room:
         """A room that has no event yet; if it stays so, maintenance takes it away."""
@@ -6089,6 +6085,14 @@ class RoomReceiver(RoomWriter):
 class RoomVisitor(RoomReceiver):
     """Rooms that others let us into, and those of which we only hear."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._partial_listeners: list[Callable[[Room], None]] = []
+
+    def subscribe_partial(self, listener: Callable[[Room], None]) -> None:
+        """Call back when a room is entered whose members are not known, and when they are."""
+        self._partial_listeners.append(listener)
+
     def put_late(self, room: Room, event: Event, draft: Draft) -> None:
         """Let an event that we built a moment ago into the room, if it still may."""
         if room.group is None or not self._fits_now(room, event, draft.group):
@@ -6356,9 +6360,11 @@ class RoomImport:
         self._file.flush()
         for start in range(0, len(order), IMPORT_BATCH):
             encoded, batch = self._read(order[start : start + IMPORT_BATCH])
-            problems = await check(batch) if check else [None] * len(batch)
-            pairs = zip(batch, problems, strict=True)
-            good = [event for event, problem in pairs if problem is None]
+            here = rooms.nids_of(encoded)  # which were checked when they came
+            new = [event for event in batch if event.event_id not in here]
+            problems = await check(new) if check else [None] * len(new)
+            bad = {event.event_id for event, wrong in zip(new, problems, strict=True) if wrong}
+            good = [event for event in batch if event.event_id not in bad]
             if room.nid in rooms.purging or rooms.heard_of(self.room_id) is not room:
                 raise limit_exceeded(10_000, "The room is being deleted")
             for event in rooms.outliers(room, good, encoded):
