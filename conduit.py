@@ -4676,6 +4676,8 @@ class RoomReader:
             min(cache_bytes // 8, events * EVENT_OVERHEAD_BYTES)
         )
         self.written: LruCache[EventNid, WrittenState] = LruCache(cache_bytes // 8)
+        self.profiles: LruCache[int, bytes] = LruCache(cache_bytes // 16)
+        self.era = object()  # another one, when what was written before does not count any more
         self._memberships: LruCache[UserNid, dict[RoomNid, Member]] = LruCache(100_000)
         # Whom a user ignores is known to a later chapter: the composition root sets this.
         self.ignored: Callable[[UserNid], frozenset[str]] = lambda _: frozenset()
@@ -4689,6 +4691,7 @@ class RoomReader:
             "room ids": self._room_nids,
             "events": self._events,
             "written state": self.written,
+            "profiles of members": self.profiles,
             "memberships": self._memberships,
             "state groups": self.groups.cache,
             "resolutions": self._resolved,
@@ -4698,8 +4701,15 @@ class RoomReader:
         """Forget what may never have happened; rooms that someone holds are read again."""
         for cache in self.caches().values():
             cache.clear()
+        self.era = object()
         for room in list(self._alive.values()):
             self._read(room)
+
+    def forget_written(self) -> None:
+        """Forget what was written of state events: the content of one is gone."""
+        self.written.clear()
+        self.profiles.clear()
+        self.era = object()
 
     # Rooms
 
@@ -5715,7 +5725,7 @@ class RoomWriter(RoomResolver):
             self._tell_relation(room, target, -1)
         self._events.pop(target.nid)
         if target.is_state:  # which the event after it has in its `unsigned`
-            self.written.clear()
+            self.forget_written()
         room.power, room.acl, room.policy = None, (None, room.acl[1]), (None, None)
 
 
@@ -6544,7 +6554,7 @@ class RoomKeeper(RoomVisitor):
             self.database.execute(sql, (json.dumps(nids),))
         for nid in nids:
             self._events.pop(nid)
-        self.written.clear()
+        self.forget_written()
 
     async def purge_room(self, room: Room) -> None:
         """Delete a room with all that is in it. No local user should be in it any more.
@@ -16289,12 +16299,18 @@ async def get_joined_members(hs: Homeserver, request: Request, room_id: str) -> 
     room, service = known_room(hs, room_id), hs.appservices.of_request(request)
     if service is None or service.owned.isdisjoint(room.local_joined):
         require_joined(room, request.user.nid)
-    nids, joined = member_nids(room.state), cast(list[bytes], [])
-    for first in range(0, len(nids), WRITE_AT_ONCE):
-        states = written_state(hs.rooms, nids[first : first + WRITE_AT_ONCE])
-        joined += [state.profile for _, state in states if state.membership == "join"]
-        await asyncio.sleep(0)  # others get a turn
-    return Response(200, b'{"joined":{%b}}' % b",".join(joined))
+    group, era = cast(int, room.group), hs.rooms.era
+    written = hs.rooms.profiles.get(group)
+    if written is None:
+        nids, joined = member_nids(room.state), cast(list[bytes], [])
+        for first in range(0, len(nids), WRITE_AT_ONCE):
+            states = written_state(hs.rooms, nids[first : first + WRITE_AT_ONCE])
+            joined += [state.profile for _, state in states if state.membership == "join"]
+            await asyncio.sleep(0)  # others get a turn
+        written = b'{"joined":{%b}}' % b",".join(joined)
+        if hs.rooms.era is era:
+            hs.rooms.profiles.put(group, written, len(written))
+    return Response(200, written)
 
 
 # ── 29.3  Reading events ─────────────────────────────────────────────────────
