@@ -6243,12 +6243,12 @@ class RoomVisitor(RoomReceiver):
         Trap: our events since the join all have the group of the partial state, as none is state.
         """
         old, own = cast(Partial, room.partial).group, self.groups.names.nid(join.key)
-        gone = dict.fromkeys(self.groups.read(old), EventNid(0))
         changes = {key: nid for key, nid in state.items() if room.state.get(key) != nid}
         changes |= {key: EventNid(0) for key in room.state.keys() - state.keys()}
         changes.pop(join.key)
         with self.database.write():
-            whole = self.groups.changed(room.nid, old, gone | by_nid | {own: join.nid})
+            # Without a base: upon the partial state it would be in the way of every later merge.
+            whole = self.groups.extend(room.nid, None, by_nid | {own: join.nid})
             self.database.execute(
                 """
                 UPDATE events
