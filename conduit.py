@@ -9873,15 +9873,18 @@ KEY_ID = re.compile(r"ed25519:[A-Za-z0-9_]{1,64}")
 
 
 def check_key_answer(answer: Any, server: str) -> None:
-    """400 for what is not signed by the server with each of the keys that it claims and we read."""
-    check_shape(answer, KEY_ANSWER, "The keys")
+    """400 for what is not signed by the server with each of the keys that it claims and we read.
+
+    Trap: a null that stands for nothing is signed as well, so the answer stays as it is.
+    """
+    check_shape(dict(answer) if isinstance(answer, dict) else answer, KEY_ANSWER, "The keys")
     check_canonical(answer)
     keys = {name: each["key"] for name, each in answer["verify_keys"].items()}
     marks = signatures_by(answer, server)
     known = [name for name in marks if name in keys and KEY_ID.fullmatch(name)]
     if answer["server_name"] != server or not known:
         raise invalid_param(f"These are not the keys of {server}")
-    if len(keys) + len(answer.get("old_verify_keys", {})) > MAX_KEYS:
+    if len(keys) + len(answer.get("old_verify_keys") or {}) > MAX_KEYS:
         raise invalid_param(f"{server} has too many keys")
     if not all(verify_json(answer, server, name, keys[name]) for name in known):
         raise invalid_param(f"The keys of {server} are wrongly signed")
@@ -9891,7 +9894,7 @@ def keys_in(answer: Json) -> dict[str, ServerKey]:
     """The keys of a checked answer.  Spec: valid_until_ts is believed for at most seven days."""
     until = min(answer["valid_until_ts"], now_ms() + KEY_LIFETIME_MS)
     signed = signatures_by(answer, answer["server_name"])
-    old = answer.get("old_verify_keys", {})
+    old = answer.get("old_verify_keys") or {}
     keys = {
         name: ServerKey(key["key"], min(key["expired_ts"], now_ms()), True)
         for name, key in old.items()
@@ -9946,17 +9949,32 @@ class ServerKeys:
             await self.fetch({server}, urgent=True)
         return None
 
-    async def fetch(self, servers: Iterable[str], *, urgent: bool = False) -> None:
+    async def fetch_named(self, named: Iterable[tuple[str, str]]) -> None:
+        """Ask for the keys of these names, each with its server, as fetch() does."""
+        wanted: dict[str, set[str]] = {}
+        for server, key_id in named:
+            wanted.setdefault(server, set()).add(key_id)
+        await self.fetch(wanted, wanted)
+
+    async def fetch(
+        self,
+        servers: Iterable[str],
+        named: Mapping[str, set[str]] = types.MappingProxyType({}),
+        *,
+        urgent: bool = False,
+    ) -> None:
         """Ask for the keys of servers, if that was not done a moment ago; see known() then.
 
-        `urgent` is for a server that waits for our answer.
+        A notary's answer will do if it has the keys that are `named`. `urgent` is for a server that
+        waits for our answer.
         """
         now, own = time.monotonic(), self.hs.config.server_name
         wanted = {s for s in servers if is_server_name(s) and s != own}
         wanted = {s for s in wanted if (self._asked.get(s) or -math.inf) + KEY_RETRY_SECONDS < now}
         fresh = {(server, urgent) for server in wanted} - self._fetching.keys()
         if fresh:
-            work = self._fetch({server for server, _ in fresh}, self._gates[urgent])
+            named = {server: named.get(server, set()) for server, _ in fresh}
+            work = self._fetch(named, self._gates[urgent])
             task = asyncio.get_running_loop().create_task(work)
             self._fetching.update(dict.fromkeys(fresh, task))
             task.add_done_callback(lambda _: [self._fetching.pop(key) for key in fresh])
@@ -9964,9 +9982,9 @@ class ServerKeys:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def _fetch(self, servers: set[str], gate: asyncio.Semaphore) -> None:
+    async def _fetch(self, servers: Mapping[str, set[str]], gate: asyncio.Semaphore) -> None:
         """Ask the servers themselves and then notaries, or if they are many the other way round."""
-        left, notaries = set(servers), list(self.hs.config.trusted_servers)
+        left, notaries = dict(servers), list(self.hs.config.trusted_servers)
         ways = [self._ask_all(left, gate)]
         ways += [self._ask_notary(notary, left, gate) for notary in notaries]
         if len(servers) > MANY_SERVERS:
@@ -9980,10 +9998,10 @@ class ServerKeys:
             for server in servers:
                 self._asked.put(server, time.monotonic())
 
-    async def _ask_all(self, left: set[str], gate: asyncio.Semaphore) -> None:
+    async def _ask_all(self, left: dict[str, set[str]], gate: asyncio.Semaphore) -> None:
         await asyncio.gather(*(self._ask(server, left, gate) for server in left))
 
-    async def _ask(self, server: str, left: set[str], gate: asyncio.Semaphore) -> None:
+    async def _ask(self, server: str, left: dict[str, set[str]], gate: asyncio.Semaphore) -> None:
         """Ask a server for its own keys."""
         path = "/_matrix/key/v2/server"
         try:
@@ -9993,16 +10011,18 @@ class ServerKeys:
             body = answer.json() if answer.status == 200 else None
             check_key_answer(body, server)
             self.store(cast(Json, body))
-            left.discard(server)
+            left.pop(server, None)
         except MatrixError as error:
             log_federation.info("no keys from %s: %s", server, error.error)
 
-    async def _ask_notary(self, notary: str, left: set[str], gate: asyncio.Semaphore) -> None:
+    async def _ask_notary(
+        self, notary: str, left: dict[str, set[str]], gate: asyncio.Semaphore
+    ) -> None:
         """Ask a trusted server for the keys of others: an answer counts if both have signed it."""
         if not left or notary == self.hs.config.server_name:
             return
         if not any(not key.expired for key in self.known(notary).values()):
-            await self._ask(notary, set(), gate)
+            await self._ask(notary, {}, gate)
         missing = sorted(left)
         for start in range(0, len(missing), MAX_NOTARY_QUERY):
             part = missing[start : start + MAX_NOTARY_QUERY]
@@ -10021,7 +10041,8 @@ class ServerKeys:
             except MatrixError as error:
                 log_federation.info("no keys from notary %s: %s", notary, error.error)
 
-    def _take_from_notary(self, notary: str, answer: Any, left: set[str]) -> None:
+    def _take_from_notary(self, notary: str, answer: Any, left: dict[str, set[str]]) -> None:
+        """Trap: a notary may not have heard of a new key; then its server is asked all the same."""
         server = answer.get("server_name") if isinstance(answer, dict) else None
         if server not in left:
             return
@@ -10034,6 +10055,8 @@ class ServerKeys:
                 raise invalid_param(f"{notary} has not signed this")
             check_key_answer(answer, server)
             self.store(answer, direct=False)
+            if answer["valid_until_ts"] > now_ms() and left[server] <= self.known(server).keys():
+                del left[server]
         except MatrixError as error:
             log_federation.warning("keys of %s from %s: %s", server, notary, error.error)
 
@@ -10114,6 +10137,7 @@ async def query_notary_keys(hs: Homeserver, request: Request) -> Json:
 # ── 18.5  Events of others ───────────────────────────────────────────────────
 
 PDU_BATCH = 100  # checked in one go by a thread
+NAMED_KEYS = 3  # of a server, by one event, that are looked for
 
 
 def key_for(event: Event, key: ServerKey | None) -> str | None:
@@ -10123,16 +10147,20 @@ def key_for(event: Event, key: ServerKey | None) -> str | None:
     return key.key if key is not None and good else None
 
 
-def servers_to_ask(events: Iterable[Event], keys: ServerKeys) -> set[str]:
-    """The servers of whose keys none that is known fits to their signature of an event."""
+def unknown_keys(events: Iterable[Event], keys: ServerKeys) -> set[tuple[str, str]]:
+    """The servers of whose keys none that is known fits to their signature of an event.
+
+    Each stands beside the names of the keys that it signed with, a few at most.
+    """
     return {
-        server
+        (server, key_id)
         for event in events
         for server in required_signers(event)
         if not any(
             key_for(event, keys.known(server).get(key_id))
             for key_id in signatures_by(event.pdu, server)
         )
+        for key_id in itertools.islice(signatures_by(event.pdu, server), NAMED_KEYS)
     }
 
 
@@ -10166,7 +10194,7 @@ async def verify_by_known(hs: Homeserver, events: Sequence[Event]) -> list[Matri
 
 async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixError | None]:
     """What is wrong with the signatures of each event; keys are fetched for all of them at once."""
-    await hs.server_keys.fetch(servers_to_ask(events, hs.server_keys))
+    await hs.server_keys.fetch_named(unknown_keys(events, hs.server_keys))
     return await verify_by_known(hs, events)
 
 
@@ -16846,7 +16874,7 @@ class StateIntake:
         self.version = version
         self.arriving = arriving
         self.creates = set[str]()
-        self.unknown = set[str]()  # servers whose keys are needed
+        self.unknown = set[tuple[str, str]]()  # keys that are needed, with their servers
 
     async def take(self, batch: Sequence[tuple[bool, Any]]) -> None:
         """Events as they came, each with whether it is of the state or of what that stands on."""
@@ -16862,7 +16890,7 @@ class StateIntake:
                     raise bad_json("The room is of another version than was said")
             self.arriving.add(event, raw, is_state=is_state)
             events.append(event)
-        self.unknown |= servers_to_ask(events, self.hs.server_keys)
+        self.unknown |= unknown_keys(events, self.hs.server_keys)
 
 
 async def take_state(
@@ -16886,7 +16914,7 @@ async def take_state(
     if len(intake.creates) != 1:
         raise bad_json(f"A room with {len(intake.creates)} create events")
     with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(hs.server_keys.fetch(intake.unknown), SIGNER_SECONDS)
+        await asyncio.wait_for(hs.server_keys.fetch_named(intake.unknown), SIGNER_SECONDS)
     return rest
 
 
@@ -22497,7 +22525,8 @@ def receive_receipts(hs: Homeserver, origin: str, content: Json) -> None:
         return
     for room_id, receipts in content.items():
         room, users = hs.rooms.find(room_id), receipts.get(READ)
-        if room is not None and isinstance(users, dict) and acl_allows(room, origin):
+        is_there = room is not None and origin in room.servers and acl_allows(room, origin)
+        if room is not None and is_there and isinstance(users, dict):
             hs.inbox.put(room, origin, None, users)
 
 
@@ -22613,7 +22642,7 @@ EDUS: Final[dict[str, tuple[Any, Callable[[Homeserver, str, Json], None]]]] = {
 
 
 def receive_edu(hs: Homeserver, origin: str, edu: Any) -> None:
-    """Take in a piece of news; what is wrong with it only keeps itself out."""
+    """Take in a piece of news; what is wrong with it only keeps itself out. 507 if it is lost."""
     try:
         check_shape(edu, {"edu_type": str, "content": dict}, "The EDU")
         shape, handler = EDUS.get(edu["edu_type"], (ANY, None))
@@ -22622,6 +22651,8 @@ def receive_edu(hs: Homeserver, origin: str, edu: Any) -> None:
             with hs.db.write():
                 handler(hs, origin, edu["content"])
     except MatrixError as error:
+        if error.status >= 500:  # the disk is full, say: it has to come again
+            raise
         log_federation.info("an EDU of %s is left out: %s", origin, error.error)
 
 
@@ -23023,6 +23054,7 @@ class Queue:
     edus: dict[EduKey, int] = field(default_factory=dict)  # of what is short-lived; see Sender
     sending: dict[EduKey, int] = field(default_factory=dict)  # and of this, what is on its way
     unread: int = MAX_POSITION  # it has all receipts up to this position
+    balks: int = 0  # how often it refused what is short-lived alone, though it seemed well
     unanswered: Unanswered | None = None  # what has to go out again before all else
 
 
@@ -23344,7 +23376,7 @@ class Queues:
             self.hs.federation.failed(queue.server, queue.failures)
             return True
         self._take_edus(queue, is_alone=not items, is_last=upto >= self.hs.stream.position)
-        content = self._transaction(items, queue.sending)
+        content = self._transaction(queue, items)
         if not content["pdus"] and not content["edus"]:
             return self._delivered(queue, upto)
         here, edus = self.hs.stream.position, frozenset(queue.sending)
@@ -23355,7 +23387,7 @@ class Queues:
             self._log_refused(queue.server, answer)
             return self._delivered(queue, upto)
         queue.unanswered = None if status in REFUSALS else again
-        if items or status not in REFUSALS:
+        if items or status not in REFUSALS or self._is_in_trouble(queue, status):
             self._give_back(queue)
         self._settle(queue)
         self._refused(queue, items, status)
@@ -23370,10 +23402,23 @@ class Queues:
         def goes(key: EduKey) -> bool:
             if queue.unanswered is not None:
                 return key in queue.unanswered.edus
-            return (is_alone or queue.size == MAX_EDUS) and (is_last or key[0] != RECEIPT)
+            is_trusted = queue.size == MAX_EDUS and not queue.balks
+            return (is_alone or is_trusted) and (is_last or key[0] != RECEIPT)
 
         queue.sending = {key: value for key, value in queue.edus.items() if goes(key)}
         queue.edus = {key: value for key, value in queue.edus.items() if not goes(key)}
+
+    def _is_in_trouble(self, queue: Queue, status: int) -> bool:
+        """Whether what is short-lived was refused, alone, for no fault of its own.
+
+        Trap: a server in trouble refuses everything. So it is kept until it was refused several
+        times by a server that had just given a sign of life.
+        """
+        queue.balks += queue.failures == 0
+        if status == 500 and queue.balks <= MAX_SUSPECTS:
+            return True
+        queue.balks = 0
+        return False
 
     def _settle(self, queue: Queue) -> None:
         """What is short-lived has gone out, or is given up or back."""
@@ -23386,11 +23431,16 @@ class Queues:
             if key[0] != TYPING:
                 queue.edus[key] = min(value, queue.edus.get(key, value))
 
-    def _transaction(self, items: list[Item], edus: Mapping[EduKey, int]) -> Json:
+    def _transaction(self, queue: Queue, items: list[Item]) -> Json:
+        """The items, and beside them what is short-lived, if there is room for all of that."""
         content: Json = {"origin": self._own, "origin_server_ts": now_ms(), "pdus": [], "edus": []}
         for item in items:
             content[item.kind].append(item.value)
-        content["edus"] = (content["edus"] + brief_edus(self.hs, edus))[:MAX_EDUS]
+        brief = brief_edus(self.hs, queue.sending)
+        is_full = len(content["edus"]) + len(brief) > MAX_EDUS
+        if is_full and items and queue.unanswered is None:
+            queue.edus, queue.sending, brief = {**queue.edus, **queue.sending}, {}, []
+        content["edus"] = (content["edus"] + brief)[:MAX_EDUS]
         return content
 
     async def _put(self, server: str, path: str, content: Json) -> tuple[int, Json]:
@@ -23418,6 +23468,7 @@ class Queues:
             log_sending.error("%s chokes on what is at %d; left out", queue.server, queue.suspect)
         queue.acked, queue.suspect, queue.suspects = max(upto, queue.acked), 0, 0
         queue.size = min(MAX_EDUS, 2 * queue.size)
+        queue.balks = 0 if queue.sending else queue.balks
         if (again := queue.unanswered) is not None:  # it may not know what has moved since
             moved = {key: again.here for key in again.edus if key[0] == RECEIPT}
             queue.edus, queue.unanswered = {**moved, **queue.edus}, None
@@ -24075,15 +24126,16 @@ async def serve_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Jso
     404 for a room that nobody of that server could join or look into.
     """
     room, server = hs.rooms.get(room_id), request.origin
-    if not server_may_preview(hs, room, server):
+    if not room.local_joined or not server_may_preview(hs, room, server):
         raise not_found("There is no such room")
     below = children_state(room, suggested_only=request.bool_arg("suggested_only", False))
     children, hidden = list[Json](), list[str]()
     for at, child_id in enumerate(one["state_key"] for one in below[:MAX_SERVED_CHILDREN]):
         child = hs.rooms.find(child_id)
-        if child is not None and server_may_preview(hs, child, server):
+        is_ours = child is not None and bool(child.local_joined)  # of others we know what once was
+        if child is not None and is_ours and server_may_preview(hs, child, server):
             children.append(room_summary(child))
-        elif child is not None:
+        elif is_ours:
             hidden.append(child_id)
         if at % MAX_SERVED == 0:
             await asyncio.sleep(0)

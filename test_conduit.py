@@ -9337,6 +9337,38 @@ def test_notaries_count_only_with_both_signatures(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_what_a_notary_knows_is_not_asked_for_again(tmp_path: Path) -> None:
+    """Many servers cost one query, but for those with keys of which the notary has not heard."""
+
+    async def story() -> None:
+        made = Keys(tmp_path, trusted_servers=("notary.example",))
+        names = [f"s{n}.example" for n in range(6)]
+        known = {name: key_answer(name, KEY_1) for name in names}
+        known[names[1]] = key_answer(names[1], KEY_1, valid_until_ts=conduit.now_ms() - 1)
+        made.published |= {name: key_answer(name, KEY_1, KEY_2) for name in names}
+        by_notary = [conduit.sign_json(one, "notary.example", NOTARY_KEY) for one in known.values()]
+        made.published["notary.example"] = lambda query: (
+            {"server_keys": by_notary} if query else key_answer("notary.example", NOTARY_KEY)
+        )
+        named = {(name, KEY_1.key_id) for name in names} | {(names[0], KEY_2.key_id)}
+        await made.hs.server_keys.fetch_named(named)
+        asked = sorted(server for server, path in made.asked if path.endswith("/server"))
+        assert asked == ["notary.example", *names[:2]]
+        assert all(KEY_1.key_id in made.hs.server_keys.known(name) for name in names)
+        assert KEY_2.key_id in made.hs.server_keys.known(names[0])
+        await made.hs.stop()
+
+    asyncio.run(story())
+
+
+def test_nulls_in_a_key_answer_are_signed_too() -> None:
+    """Some write null for no old keys."""
+    answer = key_answer("a.example", KEY_1, old_verify_keys=None)
+    conduit.check_key_answer(answer, "a.example")
+    assert "old_verify_keys" in answer
+    assert list(conduit.keys_in(answer)) == [KEY_1.key_id]
+
+
 def test_our_notary(pair: tuple[Server, Server], peer: Peer) -> None:
     """Keys of others carry our signature too; the last answer serves when the server is gone."""
     server = pair[0]
@@ -19722,6 +19754,26 @@ def test_sec_48_acls_hold_for_events_and_news(anna: Client, far: Elsewhere) -> N
     assert "kept out" not in anna.bodies(room_id)
 
 
+def test_sec_44_receipts_of_strangers_take_no_place(
+    anna: Client, far: Elsewhere, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would keep out the events of those who are in the room."""
+    room_id, branch = shared(anna, far)
+    event_id = anna.send_text(room_id, "hello")
+    branch.read()
+    stranger = Elsewhere(authority, far.server)
+    far.lies["get_missing_events"] = far.lies["state_ids"] = lambda *_: {}
+    far.delay = 1.0
+    unseen = branch.make("m.room.message", {"body": "never seen", "msgtype": "m.text"})
+    far.tell(branch.make("m.room.message", {}, prev_events=[conduit.event_reference(unseen)]))
+    receipt = {"edu_type": "m.receipt", "content": {room_id: receipt_of(branch.user, event_id)}}
+    for _ in range(conduit.MAX_WAITING // 100):
+        assert ok(stranger.send(edus=[receipt] * 100)) == {"pdus": {}}
+    waiting = database_rows(far.server, "SELECT COUNT(*) FROM inbox WHERE event_id IS NULL")
+    assert waiting == [(0,)]
+    stranger.close()
+
+
 def test_switches_for_news(tmp_path: Path, authority: Authority) -> None:
     """allow_incoming_typing, _read_receipts and _presence."""
     switches = ("typing", "read_receipts", "presence")
@@ -20582,6 +20634,83 @@ def test_receipts_are_not_taken_for_what_a_server_chokes_on(
     assert "chokes" not in sending.log
 
 
+def test_a_server_in_trouble_hears_of_receipts_later(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """What is short-lived and was refused alone with a 500 comes again."""
+    alice, room_id = met
+    event_id = alice.send_text(room_id, "0")
+    eventually(lambda: receiver.bodies == ["0"])
+    seen: list[Json] = []
+    receiver.verdict = lambda content: seen.append(content) or 500
+    uri = f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id), {}))
+    eventually(lambda: "m.receipt" in json.dumps(seen))
+    receiver.verdict = lambda _: 200
+
+    def come() -> bool:
+        ok(receiver.ask(sending, "GET", uri))
+        return bool(receiver.edus("m.receipt"))
+
+    eventually(come)
+    (edu,) = receiver.edus("m.receipt")
+    assert edu[room_id]["m.read"][alice.user_id]["event_ids"] == [event_id]
+
+
+def test_receipts_that_a_server_chokes_on_are_left_out(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """If it gives signs of life, and answers 500 to them again and again; events go out meanwhile."""
+    alice, room_id = met
+    seen: list[Json] = []
+
+    def verdict(content: Json) -> int:
+        receipts = [edu for edu in content["edus"] if edu["edu_type"] == "m.receipt"]
+        seen.extend(receipts)
+        return 500 if receipts else 200
+
+    receiver.verdict = verdict
+    event_id = alice.send_text(room_id, "0")
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id), {}))
+    uri = f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+    for n in range(1, 12):
+        count = len(seen)
+        alice.send_text(room_id, f"{n}")
+        ok(receiver.ask(sending, "GET", uri))
+        eventually(lambda n=n: receiver.bodies[-1] == f"{n}")
+        if n < conduit.MAX_SUSPECTS:
+            eventually(lambda count=count: len(seen) > count)
+    assert receiver.bodies == [f"{n}" for n in range(12)]
+    assert conduit.MAX_SUSPECTS < len(seen) < 11
+    eventually(lambda: not database_rows(sending, "SELECT 1 FROM late_servers"))
+
+
+def test_what_is_short_lived_waits_for_room_in_a_transaction(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """Two receipts of one user need two places, and there is but one beside 99 messages."""
+    alice, room_id = met
+    root = alice.send_text(room_id, "0")
+    relation = {"rel_type": "m.thread", "event_id": root}
+    reply = alice.send(room_id, "m.room.message", {"body": "1", "m.relates_to": relation})
+    eventually(lambda: receiver.bodies == ["0", "1"])
+    receiver.verdict = lambda _: 429
+    for n in range(conduit.MAX_EDUS - 1):
+        message = {receiver.user(): {"DEV": {"n": n}}}
+        ok(alice.put(("sendToDevice", "m.test", unique("txn")), {"messages": message}))
+    eventually(lambda: database_rows(sending, "SELECT 1 FROM destinations"))
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", root), {"thread_id": "main"}))
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", reply), {"thread_id": root}))
+    sending.kill9()  # so that what was tried already goes with the rest
+    sending.start()
+    receiver.verdict = lambda _: 200
+    uri = f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+    ok(receiver.ask(sending, "GET", uri))
+    eventually(lambda: len(receiver.edus("m.direct_to_device")) == conduit.MAX_EDUS - 1)
+    eventually(lambda: len(receiver.edus("m.receipt")) == 2)
+    assert max(len(content["edus"]) for content in receiver.transactions) <= conduit.MAX_EDUS
+
+
 # ── 40.3  Whose turn it is ───────────────────────────────────────────────────
 
 
@@ -21073,6 +21202,17 @@ def test_spaces_show_what_a_server_could_join(served: Served) -> None:
     assert len(found["room"]["children_state"]) == len(found["children"]) == 1
     fails(served.get(served.stranger, "hierarchy", private), 404)
     fails(served.get(served.stranger, "hierarchy", "!elsewhere:x.example"), 404)
+
+
+def test_rooms_that_we_left_are_not_shown_as_they_were(served: Served) -> None:
+    """Nor is it said of them that nobody may see them: others may know better."""
+    alice, here = served.alice, {"via": [served.server.name]}
+    space, child = (alice.create_room(preset="public_chat") for _ in range(2))
+    alice.set_state(space, "m.space.child", here, child)
+    alice.leave(child)
+    found = ok(served.get(served.stranger, "hierarchy", space))
+    assert found["children"] == found["inaccessible_children"] == []
+    fails(served.get(served.stranger, "hierarchy", child), 404)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -31221,6 +31361,34 @@ def test_sec_a1_a_fault_at_every_step(new_server: Callable[..., Server], mode: s
     assert story.failed >= step // 2
     server.restart()
     story.hold()
+    server.stop()
+    server.check()
+
+
+def test_sec_a4_messages_of_others_are_not_lost(tmp_path: Path, authority: Authority) -> None:
+    """Whichever write fails, a transaction is only answered with 200 when all in it is stored."""
+    server = federating(tmp_path, authority)
+    faults = Faults(server)
+    server.start()
+    anna, far = register(server), Elsewhere(authority, server)
+    content: Json = {"sender": f"@eve:{far.name}", "type": "m.test"}
+    far.edu("m.direct_to_device", {**content, "message_id": "0", "messages": {anna.user_id: {}}})
+    anna.poll()
+    for step in itertools.count(1):
+        messages = {anna.user_id: {"*": {"n": step}}}
+        edu = {**content, "message_id": f"{step}", "messages": messages}
+        edus = [{"edu_type": "m.direct_to_device", "content": edu}]
+        faults.order(f"{step}")
+        answer = far.send(edus=edus, txn=f"t{step}")
+        left = faults.order("0")
+        if answer.status_code != 200:
+            assert answer.status_code in (500, 503, 507), answer.text
+            ok(far.send(edus=edus, txn=f"t{step}"))
+        assert [one["content"] for one in to_device(anna.poll())] == [{"n": step}]
+        if left > 0:
+            break
+    assert step > 3
+    far.close()
     server.stop()
     server.check()
 
