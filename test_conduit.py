@@ -20660,7 +20660,7 @@ def test_a_server_in_trouble_hears_of_receipts_later(
 def test_receipts_that_a_server_chokes_on_are_left_out(
     met: tuple[Client, str], receiver: Destination, sending: Server
 ) -> None:
-    """If it gives signs of life, and answers 500 to them again and again; events go out meanwhile."""
+    """If it gives signs of life, and says 500 to them again and again; events go out meanwhile."""
     alice, room_id = met
     seen: list[Json] = []
 
