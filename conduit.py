@@ -10439,9 +10439,13 @@ class Federation:
             with self.hs.db.write():
                 self.hs.db.execute(delete, (DESTINATIONS_CACHED,))
 
+    def is_left_alone(self, server: str) -> bool:
+        """Whether a server did not answer a moment ago."""
+        return self.failing(server)[1] > now_ms()
+
     def check_backoff(self, server: str) -> None:
         """502 while a server is left alone."""
-        if self.failing(server)[1] > now_ms():
+        if self.is_left_alone(server):
             raise unreachable(f"{server} did not answer a moment ago; it will be asked again later")
 
     @contextlib.asynccontextmanager
@@ -10634,11 +10638,12 @@ async def ask_consent(hs: Homeserver, room: Room, event: Event) -> None:
     )
     signature = answer.get(server)
     if isinstance(signature, dict) and isinstance(signature.get(POLICY_KEY_ID), str):
-        before = signatures_by(event.pdu, server)
-        more = {**before, POLICY_KEY_ID: signature[POLICY_KEY_ID]}
-        event.pdu["signatures"] = {**event.pdu["signatures"], server: more}
-    if not has_consent(event, *policy):
-        raise forbidden("The room's policy server has not signed the event")
+        mark = signature[POLICY_KEY_ID]
+        if verify_signature(policy[1], mark, reference_bytes(event.version, event.pdu)):
+            more = {**signatures_by(event.pdu, server), POLICY_KEY_ID: mark}
+            event.pdu["signatures"] = {**event.pdu["signatures"], server: more}
+            return
+    raise forbidden("The room's policy server has not signed the event")
 
 
 class Consents:
@@ -16555,6 +16560,7 @@ async def get_context(hs: Homeserver, request: Request, room_id: str, event_id: 
 
 MAX_CANDIDATES = 20  # servers that are tried in turn
 LEAVE_SERVERS = 3  # the same for who wants out
+PATIENT_TRIES = 2  # of them that did not answer a moment ago, but may be back
 JOIN_SECONDS = 900.0  # for the whole of a room's state to come
 JOIN_BYTES = 2**30
 SIGNER_SECONDS = 60.0  # for the keys of all servers that signed it
@@ -16719,6 +16725,7 @@ async def add_signature(hs: Homeserver, event: Event, server: str, answer: objec
     }
     if not good:
         raise unreachable(f"{server} has not signed the event")
+    good = {**signatures_by(event.pdu, server), **good}  # it may be the policy server as well
     signatures = {**event.pdu["signatures"], server: good}
     return make_event(event.version, {**event.pdu, "signatures": signatures}, event.event_id)
 
@@ -16797,9 +16804,13 @@ class Handshakes:
         return list(dict.fromkeys(others))[:MAX_CANDIDATES]
 
     async def _try_each(self, servers: Iterable[str], attempt: Attempt[Result]) -> Result:
-        """The result of the first server with which it works; else the error that says most."""
-        failures = []
-        for server in servers:
+        """The result of the first server with which it works; else the error that says most.
+
+        Those that did not answer a moment ago come last: somebody waits, and they may be back.
+        """
+        failures, given = [], list(servers)
+        late = list(filter(self.hs.federation.is_left_alone, given))
+        for server in [*(one for one in given if one not in late), *late[:PATIENT_TRIES]]:
             try:
                 return await attempt(server)
             except MatrixError as error:
@@ -16824,6 +16835,7 @@ class Handshakes:
             f"{path}/{quote(user_id, '')}",
             query=query,
             timeout=HANDSHAKE_SECONDS,
+            impatient=False,
         )
         with as_unreachable(server):
             try:
@@ -16840,7 +16852,7 @@ class Handshakes:
     ) -> AsyncIterator[JsonStream]:
         """Hand a server an event; `bodies` are those for the versions of the API to try in turn."""
         place = f"{quote(event.room_id, '')}/{quote(event.event_id, '')}"
-        options = {"timeout": HANDSHAKE_SECONDS, **options}
+        options = {"timeout": HANDSHAKE_SECONDS, "impatient": False, **options}
         failures = []
         for version, body in bodies.items():
             path = f"/_matrix/federation/{version}/{action}/{place}"
@@ -17180,6 +17192,7 @@ class Joining(Handshakes):
         refuse_blocked(self.hs, room.room_id)
         server = server_of(invitee)
         event, draft = self.hs.rooms.build(room, sender, MEMBER, content, state_key=invitee)
+        await ask_consent(self.hs, room, event)
         shown = [entry.pdu for entry in telling_state(room, sender)]
         body = {"event": event.pdu, "room_version": room.version.id, "invite_room_state": shown}
         bodies = {"v2": body}
@@ -22506,12 +22519,18 @@ def user_of(hs: Homeserver, origin: str, user_id: str) -> UserNid:
     return nid
 
 
+def is_heard(hs: Homeserver, room: Room, origin: str) -> bool:
+    """Whether a server may tell news of a room."""
+    is_open = room.room_id not in hs.sender.disabled and acl_allows(room, origin)
+    return is_open and origin in room.servers
+
+
 def receive_typing(hs: Homeserver, origin: str, content: Json) -> None:
     """Somebody elsewhere begins or ends to type."""
     if not hs.config.allow_incoming_typing:
         return
     nid, room = user_of(hs, origin, content["user_id"]), hs.rooms.get(content["room_id"])
-    if room.membership_of(nid) != "join" or not acl_allows(room, origin):
+    if room.membership_of(nid) != "join" or not is_heard(hs, room, origin):
         raise forbidden("They are not in that room")
     if content["typing"]:
         hs.typing.start(room.nid, nid, TYPING_ELSEWHERE_SECONDS)
@@ -22525,8 +22544,7 @@ def receive_receipts(hs: Homeserver, origin: str, content: Json) -> None:
         return
     for room_id, receipts in content.items():
         room, users = hs.rooms.find(room_id), receipts.get(READ)
-        is_there = room is not None and origin in room.servers and acl_allows(room, origin)
-        if room is not None and is_there and isinstance(users, dict):
+        if room is not None and is_heard(hs, room, origin) and isinstance(users, dict):
             hs.inbox.put(room, origin, None, users)
 
 

@@ -19774,6 +19774,25 @@ def test_sec_44_receipts_of_strangers_take_no_place(
     stranger.close()
 
 
+def test_rooms_that_take_no_part_hear_no_news(tmp_path: Path, authority: Authority) -> None:
+    """An admin can switch off the federation of a room."""
+    ours = federating(tmp_path, authority).start()
+    anna, far = register(ours), Elsewhere(authority, ours)
+    room_id, branch = shared(anna, far)
+    event_id = anna.send_text(room_id, "hello")
+    inside(ours, lambda hs: conduit.set_room_federation(hs, room_id, enabled=False))
+    news_seen(anna, room_id)
+    for kind in ("m.typing", "m.receipt"):
+        far.edu(kind, news_of(branch.user, room_id, event_id, anna)[kind])
+    far.edu("m.presence", news_of(branch.user, room_id, event_id, anna)["m.presence"])
+    heard: set[str] = set()
+    eventually(lambda: "m.presence" in (heard.update(news_seen(anna, room_id)), heard)[1])
+    assert heard == {"m.presence"}
+    ours.stop()
+    ours.assert_clean_log()
+    far.close()
+
+
 def test_switches_for_news(tmp_path: Path, authority: Authority) -> None:
     """allow_incoming_typing, _read_receipts and _presence."""
     switches = ("typing", "read_receipts", "presence")
@@ -19834,6 +19853,13 @@ def test_policy_servers_decide_what_is_seen(anna: Client, far: Elsewhere) -> Non
     assert given["ed25519:policy_server"] == sign(join)
 
 
+def countersigned(far: Elsewhere, _: str, asked: Json) -> Json:
+    """An invite as the server of who is invited gives it back."""
+    pdu, version = asked["body"]["event"], conduit.ROOM_VERSIONS[asked["body"]["room_version"]]
+    mark = {far.key.key_id: far.key.sign(conduit.reference_bytes(version, pdu))}
+    return {"event": {**pdu, "signatures": {**pdu["signatures"], far.name: mark}}}
+
+
 def test_our_events_need_the_consent_of_policy_servers(anna: Client, far: Elsewhere) -> None:
     """What the policy server refuses is not sent, its error is handed on; the rest is signed."""
     room_id, branch = shared(anna, far, "11")
@@ -19866,10 +19892,13 @@ def test_our_events_need_the_consent_of_policy_servers(anna: Client, far: Elsewh
     later = {"msgtype": "m.text", "body": "later"}
     ok(anna.put(delayed, later, params={"org.matrix.msc4140.delay": 100}))
     eventually(lambda: "later" in anna.bodies(room_id), 5)
+    guest = {"user_id": f"@guest:{far.name}"}
+    far.lies["invite"] = functools.partial(countersigned, far)
+    ok(anna.post(("rooms", room_id, "invite"), guest))
     ok(anna.post(("rooms", room_id, "kick"), {"user_id": branch.user}))
-    assert far.counts["sign"] == 5
+    assert far.counts["sign"] == 6
     branch.read()
-    for event in list(far.events.values())[-5:]:
+    for event in list(far.events.values())[-6:]:
         assert conduit.has_consent(event, far.name, policy.public)
     far.lies.clear()
     anna.send_text(room_id, "nobody of that server is here any more")
@@ -20939,6 +20968,26 @@ def test_who_went_down_together_is_not_tried_together(
 
 
 # ── 40.4  For the admin ──────────────────────────────────────────────────────
+
+
+def test_who_was_down_may_be_back(sending: Server, peer: Peer, authority: Authority) -> None:
+    """A user who waits need not wait for the end of the back-off; others are asked first."""
+    alice, other = register(sending), Peer(authority)
+    room, order = PeerRoom(peer), list[str]()
+    for each in (peer, other):
+        each.answers["make_join"] = lambda _, name=each.name: order.append(name)
+    inside(sending, lambda hs: hs.federation.failed(peer.name, 9))
+    fails(alice.get(("profile", room.owner)), 502)
+    assert not peer.asked
+    named = {"server_name": [peer.name, other.name]}
+    fails(alice.post(("join", room.room_id), {}, params=named), 404)
+    assert order == [other.name, peer.name]
+    room.serve()
+    inside(sending, lambda hs: hs.federation.failed(peer.name, 9))
+    ok(join_via(alice, room.room_id, peer))
+    assert membership(alice, room.room_id, alice) == "join"
+    for each in (peer, other):
+        each.close()
 
 
 def test_queues_are_seen_and_reset_and_rooms_switched_off(sending: Server) -> None:
