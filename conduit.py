@@ -16568,6 +16568,7 @@ HANDSHAKE_SECONDS = 30.0
 WHOLE_SECONDS = 60.0  # that a request waits for the members of a room
 REFILL_SECONDS, MAX_REFILL_SECONDS = 5.0, 600.0  # before servers are asked for them again
 MAX_SERVERS = 50_000  # that a room may be said to have
+MAX_EARLY = 100  # events that are kept while the state of their room is on its way
 JOIN_MEMBERS = frozenset({"event", "members_omitted", "servers_in_room"})
 JSON_WINDOW = 2**19  # characters; no event is longer, with what it replaced, however escaped
 MAX_TOLD = 100  # events looked at in an invite, besides itself
@@ -17016,6 +17017,7 @@ class Joining(Handshakes):
     def __init__(self, hs: Homeserver) -> None:
         super().__init__(hs)
         self._joins: Flights[tuple[str, str], None] = Flights()
+        self._early: dict[str, list[tuple[str, Json]]] = {}  # for rooms that are being entered
         self.late_members = LateMembers(hs)
 
     async def join(self, room_id: str, user_id: str, servers: Iterable[str], content: Json) -> None:
@@ -17034,12 +17036,27 @@ class Joining(Handshakes):
             if room is not None and self._join_own(room, user_id, content):
                 return
             attempt = functools.partial(self._join_through, room_id, user_id, content)
+            self._early[room_id] = []
             try:
                 await self._try_each(self.candidates(room_id, user_id, servers), attempt)
             finally:
+                self.hs.background(self.hs.inbox.take_early(self._early.pop(room_id)))
                 left = self.hs.rooms.heard_of(room_id)
                 if left is not None:
                     await self.hs.rooms.drop_empty(left)
+
+    def note_early(self, origin: str, pdu: Any) -> bool:
+        """Keep an event of a room that we are about to be in; False if it is of no such room.
+
+        Trap: whoever lets us in sends us from then on what happens, and will not send it again.
+        """
+        early = self._early.get(str(pdu.get("room_id"))) if isinstance(pdu, dict) else None
+        if early is None:
+            return False
+        if len(encode_json(pdu)) <= MAX_EVENT_BYTES:
+            early.append((origin, pdu))
+            del early[:-MAX_EARLY]  # the newest lead to the others
+        return True
 
     def _join_own(self, room: Room, user_id: str, content: Json) -> bool:
         """Join a room that we came into while waiting; False if others have to decide."""
@@ -22767,13 +22784,7 @@ class Inbox:
         if known is not None:
             return cast(Json, json.loads(known))
         verdicts, events = await self._judge(origin, body.get("pdus", []))
-        with db.write():
-            for event in events:
-                room = self.hs.rooms.find(event.room_id)
-                if room is not None and room.local_joined:
-                    self.put(room, origin, event.event_id, event.pdu)
-                else:
-                    self.hs.joining.note_removal(event)
+        self._keep(origin, events)
         for edu in body.get("edus", []):  # such as receipts for these events
             receive_edu(self.hs, origin, edu)
             await asyncio.sleep(0)
@@ -22796,6 +22807,25 @@ class Inbox:
             db.execute(delete, {"origin": origin, "kept": KEPT_TRANSACTIONS})
         return answer
 
+    async def take_early(self, early: Iterable[tuple[str, Json]]) -> None:
+        """Take in what came for a room while we were about to enter it."""
+        by_origin: dict[str, list[Json]] = {}
+        for origin, pdu in early:
+            by_origin.setdefault(origin, []).append(pdu)
+        for origin, pdus in by_origin.items():
+            _, events = await self._judge(origin, pdus)
+            self._keep(origin, events)
+
+    def _keep(self, origin: str, events: Iterable[Event]) -> None:
+        """Let events that were judged wait for their rooms, on the disk."""
+        with self.hs.db.write():
+            for event in events:
+                room = self.hs.rooms.find(event.room_id)
+                if room is not None and room.local_joined:
+                    self.put(room, origin, event.event_id, event.pdu)
+                else:
+                    self.hs.joining.note_removal(event)
+
     async def _judge(self, origin: str, pdus: list[Any]) -> tuple[Json, list[Event]]:
         """What can be told of each PDU at once, by event id; and the events that may wait."""
         verdicts: Json = {}
@@ -22803,6 +22833,8 @@ class Inbox:
         by_version: dict[str, list[Json]] = {}
         for pdu in pdus:
             room = self._room_of(pdu)
+            if room is None and self.hs.joining.note_early(origin, pdu):
+                continue
             refusal = self._refusal(origin, room)
             if room is None or refusal is not None:
                 refuse_pdu(verdicts, room.version if room else None, pdu, str(refusal))

@@ -14310,6 +14310,32 @@ def test_restricted_rooms_between_servers(sides: tuple[Server, Server], version:
     assert joined["join_authorised_via_users_server"] == alice.user_id
 
 
+def test_what_comes_before_we_are_in_is_not_lost(pair: tuple[Server, Server], peer: Peer) -> None:
+    """Who lets us in sends us what happens from then on, which may be before we have the state."""
+    alice = register(pair[0])
+    room = PeerRoom(peer)
+    ok(peer.ask(pair[0], "GET", PROFILE_OF + quote(alice.user_id)))  # the peer's key is known now
+    sent: list[httpx.Response] = []
+
+    def answer(made: Json) -> Json:
+        join = conduit.make_event(room.version, room.given[0])
+        welcome = room.make(
+            "m.room.message",
+            {"msgtype": "m.text", "body": "welcome"},
+            None,
+            prev_events=[conduit.event_reference(join)],
+            depth=join.depth + 1,
+        )
+        body = {"origin": peer.name, "origin_server_ts": 1, "pdus": [welcome.pdu], "edus": []}
+        sent.append(peer.ask(pair[0], "PUT", f"{FEDERATION}/v1/send/{unique('t')}", body))
+        return made
+
+    room.serve(answer=answer)
+    ok(join_via(alice, room.room_id, peer))
+    eventually(lambda: alice.bodies(room.room_id) == ["welcome"])
+    assert ok(sent[0])["pdus"] == {}
+
+
 def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> None:
     """Each error of the specification for restricted rooms; with several servers, all are tried."""
     alice, server = register(pair[0]), pair[0]
