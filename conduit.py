@@ -16795,6 +16795,8 @@ class Handshakes:
         """The servers to try: those named, who told the user of it, those of its id and members."""
         found, hs = list(given), self.hs
         room = hs.rooms.heard_of(room_id)
+        if room_id in hs.sender.disabled:
+            return []
         if room is not None:
             member = hs.rooms.memberships(hs.db.user_nid(user_id)).get(room.nid)
             told = [] if member is None else stripped_state(hs.rooms, room, member)
@@ -17207,6 +17209,8 @@ class Joining(Handshakes):
     async def invite_elsewhere(self, room: Room, sender: str, invitee: str, content: Json) -> Event:
         """Invite a user of another server, which sees the invite first and has to sign it too."""
         refuse_blocked(self.hs, room.room_id)
+        if room.room_id in self.hs.sender.disabled:
+            raise forbidden("The room takes no part in federation")
         server = server_of(invitee)
         event, draft = self.hs.rooms.build(room, sender, MEMBER, content, state_key=invitee)
         await ask_consent(self.hs, room, event)
@@ -17369,7 +17373,8 @@ class Backfill:
 
     def _may_be_had(self, room: Room, position: int) -> bool:
         again = (self._given_up.get((room.nid, position)) or -math.inf) + GAP_RETRY_SECONDS
-        return bool(room.local_joined) and time.monotonic() >= again
+        is_open = bool(room.local_joined) and room.room_id not in self.hs.sender.disabled
+        return is_open and time.monotonic() >= again
 
     async def _within_time(
         self, key: tuple[RoomNid, int, str], work: Callable[[], Coroutine[Any, Any, bool]]
@@ -17740,6 +17745,8 @@ async def take_invite(
     await require_signed(hs, event)
     stripped = await checked_room_state(hs, version, event.room_id, shown)
     room = hs.rooms.heard_of(event.room_id)
+    if event.room_id in hs.sender.disabled:
+        raise forbidden("This server takes no part in that room")
     if room is not None and not acl_allows(room, request.origin):
         raise forbidden("The room's access control list excludes your server")
     if room is not None and room.local_joined and room.membership(str(event.state_key)) == "join":

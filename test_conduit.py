@@ -19814,6 +19814,16 @@ def test_rooms_that_take_no_part_hear_no_news(tmp_path: Path, authority: Authori
     heard: set[str] = set()
     eventually(lambda: "m.presence" in (heard.update(news_seen(anna, room_id)), heard)[1])
     assert heard == {"m.presence"}
+    guest, asked = f"@guest:{far.name}", len(far.asked)
+    fails(anna.post(("rooms", room_id, "invite"), {"user_id": guest}), 403, "M_FORBIDDEN")
+    invite = branch.make(
+        "m.room.member", {"membership": "invite"}, state_key=register(ours).user_id
+    )
+    path = f"{FEDERATION}/v2/invite/{quote(room_id)}/{quote(invite.event_id, '')}"
+    body = {"event": invite.pdu, "room_version": branch.version.id, "invite_room_state": []}
+    body["invite_room_state"] = [far.events[branch.state["m.room.create", ""]].pdu]
+    fails(far.ask(ours, "PUT", path, body), 403, "M_FORBIDDEN")
+    assert len(far.asked) == asked
     ours.stop()
     ours.assert_clean_log()
     far.close()
