@@ -13827,9 +13827,9 @@ ROOM_QUERY = {
 
 def page_of(rooms: list[Json], since: str, limit: int) -> Json:
     """One page of the list; its tokens are places in it. 400 for what never was a token."""
-    if not re.fullmatch("[0-9]{1,9}", since):
+    if not re.fullmatch("[0-9]{0,9}", since):
         raise invalid_param("since is not a token of this list")
-    first = int(since)
+    first = int(since or "0")
     last = first + min(limit, MAX_LISTED)
     answer: Json = {"chunk": rooms[first:last], "total_room_count_estimate": len(rooms)}
     if first > 0:
@@ -22845,6 +22845,7 @@ class Inbox:
             refusal = self._refusal(origin, room)
             if room is None or refusal is not None:
                 refuse_pdu(verdicts, room.version if room else None, pdu, str(refusal))
+                await asyncio.sleep(0)  # its id is a hash, of what may be large
             else:
                 by_version.setdefault(room.version.id, []).append(pdu)
         for version_id, some in by_version.items():
@@ -23246,8 +23247,17 @@ def receipt_edus(hs: Homeserver, moved: Mapping[RoomNid, int]) -> Iterator[Json]
     yield from ({"edu_type": "m.receipt", "content": content} for content in contents)
 
 
-def brief_edus(hs: Homeserver, edus: Mapping[EduKey, int]) -> list[Json]:
-    """Typing, receipts and presence, as they are now."""
+def still_concerns(hs: Homeserver, server: str, key: EduKey) -> bool:
+    """Whether a server is, since it was to be told, still in the room, or in one with the user."""
+    kind, room_nid, user_nid = key
+    if kind == PRESENCE:
+        return rooms_shared(hs, UserNid(user_nid), server)
+    return server in hs.rooms.by_nid(RoomNid(room_nid)).servers
+
+
+def brief_edus(hs: Homeserver, server: str, waiting: Mapping[EduKey, int]) -> list[Json]:
+    """Typing, receipts and presence, as they are now, and as far as a server may hear of them."""
+    edus = {key: value for key, value in waiting.items() if still_concerns(hs, server, key)}
     moved = {RoomNid(key[1]): since for key, since in edus.items() if key[0] == RECEIPT}
     found = list(receipt_edus(hs, moved))
     for (kind, room_nid, user_nid), typing in edus.items():
@@ -23493,7 +23503,7 @@ class Queues:
         content: Json = {"origin": self._own, "origin_server_ts": now_ms(), "pdus": [], "edus": []}
         for item in items:
             content[item.kind].append(item.value)
-        brief = brief_edus(self.hs, queue.sending)
+        brief = brief_edus(self.hs, queue.server, queue.sending)
         is_full = len(content["edus"]) + len(brief) > MAX_EDUS
         if is_full and items and queue.unanswered is None:
             queue.edus, queue.sending, brief = {**queue.edus, **queue.sending}, {}, []

@@ -11984,6 +11984,7 @@ def test_list_is_paged_both_ways(new_server: Callable[..., Server]) -> None:
     assert [room["room_id"] for room in back["chunk"]] == chunks[1]
     front = ok(alice.get("publicRooms", limit=3, since=back["prev_batch"]))
     assert [room["room_id"] for room in front["chunk"]] == chunks[0]
+    assert ok(alice.post("publicRooms", {"since": "", "limit": 3}))["chunk"] == front["chunk"]
     for since in ("x", "-5", "1e3", "9" * 40):
         fails(alice.get("publicRooms", since=since), 400, "M_INVALID_PARAM")
     fails(alice.get("publicRooms", limit=0), 400)
@@ -20720,6 +20721,25 @@ def test_a_server_in_trouble_hears_of_receipts_later(
     eventually(come)
     (edu,) = receiver.edus("m.receipt")
     assert edu[room_id]["m.read"][alice.user_id]["event_ids"] == [event_id]
+
+
+def test_who_was_kicked_hears_no_receipts(
+    met: tuple[Client, str], receiver: Destination, sending: Server
+) -> None:
+    """Of what waited for a server that was down, it gets what happened while it was there."""
+    alice, room_id = met
+    receiver.verdict = lambda _: 502
+    event_id = alice.send_text(room_id, "0")
+    eventually(lambda: database_rows(sending, "SELECT 1 FROM destinations"))
+    ok(alice.post(("rooms", room_id, "receipt", "m.read", event_id), {}))
+    time.sleep(0.4)  # receipts are collected for a while
+    ok(alice.post(("rooms", room_id, "kick"), {"user_id": receiver.user()}))
+    receiver.verdict = lambda _: 200
+    uri = f"/_matrix/federation/v1/query/profile?user_id={alice.user_id}"
+    ok(receiver.ask(sending, "GET", uri))
+    eventually(lambda: len(receiver.pdus) == 2)
+    eventually(lambda: not database_rows(sending, "SELECT 1 FROM late_servers"))
+    assert not receiver.edus("m.receipt") + receiver.edus("m.presence")
 
 
 def test_receipts_that_a_server_chokes_on_are_left_out(
