@@ -10624,7 +10624,8 @@ def has_consent(event: Event, server: str, public: str) -> bool:
 async def ask_consent(hs: Homeserver, room: Room, event: Event) -> None:
     """See to it that an event has the consent that it needs; the error says why it has not.
 
-    Spec: SS-API "Validating Policy Server signatures".
+    Spec: SS-API "Validating Policy Server signatures". Trap: it may be a server that never asks for
+    anything, so that nothing but an answer shows that it is back.
     """
     policy = policy_server(room)
     if policy is None or event.key == POLICY_KEY or has_consent(event, *policy):
@@ -10633,9 +10634,8 @@ async def ask_consent(hs: Homeserver, room: Room, event: Event) -> None:
     if server == hs.config.server_name:
         raise forbidden("The room's policy server is this one, which is none")
     path = "/_matrix/policy/v1/sign"
-    answer = await hs.federation.request(
-        server, "POST", path, content=event.pdu, timeout=POLICY_SECONDS
-    )
+    options: Json = {"timeout": POLICY_SECONDS, "impatient": False}
+    answer = await hs.federation.request(server, "POST", path, content=event.pdu, **options)
     signature = answer.get(server)
     if isinstance(signature, dict) and isinstance(signature.get(POLICY_KEY_ID), str):
         mark = signature[POLICY_KEY_ID]
@@ -13567,8 +13567,8 @@ async def look_up_alias(hs: Homeserver, alias: str) -> tuple[str, list[str]]:
     """The same for an alias of any server; that server is asked. 502 when it does not answer."""
     if not is_room_alias(alias) or server_of(alias) == hs.config.server_name:
         return resolve_alias(hs, alias)
-    server, query = server_of(alias), {"room_alias": alias}
-    answer = await hs.federation.request(server, "GET", DIRECTORY_QUERY, query=query)
+    server, options = server_of(alias), {"query": {"room_alias": alias}, "impatient": False}
+    answer = await hs.federation.request(server, "GET", DIRECTORY_QUERY, **options)
     room_id, servers = answer.get("room_id"), answer.get("servers")
     if not is_room_id(room_id) or not isinstance(servers, list):
         raise unreachable(f"{server} does not say which room {alias} is")
@@ -13877,7 +13877,7 @@ async def remote_public_rooms(hs: Homeserver, server: str, method: str, **what: 
 
     Trap: one odd room, of somebody else maybe, must not hide the others.
     """
-    answer = await hs.federation.request(server, method, PUBLIC_ROOMS, **what)
+    answer = await hs.federation.request(server, method, PUBLIC_ROOMS, impatient=False, **what)
     with as_unreachable(server):
         check_shape(answer, REMOTE_LIST)
     rooms = []

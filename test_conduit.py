@@ -8745,7 +8745,7 @@ def test_a_silent_server_is_left_alone_for_a_while(pair: tuple[Server, Server], 
     peer.answers["/_matrix/federation/v1/query/directory"] = {"room_id": 3}
     fails(user.get(path), 502)
     silent = f"localhost:{free_port()}"
-    dead = ("directory", "room", f"#x:{silent}")
+    dead = ("profile", f"@x:{silent}")
     assert "out of reach" in fails(user.get(dead), 502)["error"]
     assert "later" in fails(user.get(dead), 502)["error"]
     with sqlite3.connect(server.database) as database:
@@ -19920,6 +19920,7 @@ def test_our_events_need_the_consent_of_policy_servers(anna: Client, far: Elsewh
             )
         }
     }
+    inside(far.server, lambda hs: hs.federation.failed(far.name, 9))  # though it was down
     first = ok(anna.put(path, message))
     assert ok(anna.put(path, message)) == first
     second = anna.send_text(room_id, "hello")
@@ -20188,6 +20189,8 @@ def test_sec_44_events_of_many_silent_servers(
         port = silent.getsockname()[1]
         senders = [f"@x:127.0.7.{n}:{port}" for n in range(1, 45)] + [f"@x:{named.name}"]
         pdus = [branch.make("m.room.message", {}, sender=sender) for sender in senders]
+        for event in pdus:  # without their signatures, nobody is asked for keys
+            event.pdu["signatures"][conduit.server_of(event.sender)] = {"ed25519:x": "AAAA"}
         with ThreadPoolExecutor(2) as pool:
             waiting = pool.submit(far.send, *pdus)
             time.sleep(0.5)
@@ -21035,6 +21038,10 @@ def test_who_was_down_may_be_back(sending: Server, peer: Peer, authority: Author
     inside(sending, lambda hs: hs.federation.failed(peer.name, 9))
     fails(alice.get(("profile", room.owner)), 502)
     assert not peer.asked
+    peer.answers["query"] = {"room_id": room.room_id, "servers": [peer.name]}
+    alias = f"#far:{peer.name}"
+    assert ok(alice.get(("directory", "room", alias)))["room_id"] == room.room_id
+    inside(sending, lambda hs: hs.federation.failed(peer.name, 9))
     named = {"server_name": [peer.name, other.name]}
     fails(alice.post(("join", room.room_id), {}, params=named), 404)
     assert order == [other.name, peer.name]
