@@ -23039,6 +23039,8 @@ MAX_OUTGOING = 2000  # to-device EDUs that wait for one server; later ones are d
 EDU_BYTES = 65_536  # a to-device EDU is split if it would be larger
 RECEIPT_SECONDS = (0.1, 0.02, 10.0)  # how long receipts are collected: least, per server, most
 SAVE_SECONDS = 1.0
+SLOW_TURN = 5.0  # seconds; who takes longer shares a half of all turns with its like
+PACES = 20_000  # remembered
 REFUSALS = frozenset({400, 413, 500})  # what a server says that chokes on something in it
 
 log_sending = logging.getLogger("conduit.sending")
@@ -23104,6 +23106,7 @@ class Queue:
     acked: int  # position up to which it has everything
     is_late: bool = False  # there is a row
     is_busy: bool = False  # it waits for its turn, or has it
+    kind: int = 0  # of server, for its turn; see Turns
     retry_ts: int = 0  # when it is tried again, if it has to wait
     failures: int = 0
     size: int = MAX_EDUS  # items in a transaction, fewer after one was refused
@@ -23273,6 +23276,54 @@ def brief_edus(hs: Homeserver, server: str, waiting: Mapping[EduKey, int]) -> li
 # ── 40.3  Whose turn it is ───────────────────────────────────────────────────
 
 
+class Turns:
+    """Fair shares: who had a turn goes behind all who are ready, and no kind of server has all.
+
+    Trap: servers that take as long as they are given would leave nothing to others. So those that
+    were slow have half of all turns at most; with those of which nothing is known, three quarters.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._shares = (count, max(1, count * 3 // 4), max(1, count // 2))
+        self._running = [0, 0, 0]  # of quick servers, unknown ones, slow ones
+        self._ready: list[deque[tuple[int, Queue]]] = [deque(), deque(), deque()]
+        self._numbers = itertools.count()
+        self._paces: LruCache[str, float] = LruCache(PACES)
+
+    def wait(self, queue: Queue) -> None:
+        """Put a queue behind those that are ready."""
+        pace = self._paces.get(queue.server)
+        queue.kind = 1 if pace is None else 2 * (pace > SLOW_TURN)
+        self._ready[queue.kind].append((next(self._numbers), queue))
+
+    def begin(self) -> Queue | None:
+        """The queue whose turn begins now, if there is one."""
+        free = [
+            kind
+            for kind, share in enumerate(self._shares)
+            if self._ready[kind] and sum(self._running[kind:]) < share
+        ]
+        if not free or sum(self._running) >= self._shares[0]:
+            return None
+        first = min(free, key=lambda kind: self._ready[kind][0][0])
+        self._running[first] += 1
+        return self._ready[first].popleft()[1]
+
+    def end(self, kind: int) -> None:
+        """A turn of a queue of that kind is over."""
+        self._running[kind] -= 1
+
+    def note(self, server: str, seconds: float, *, is_done: bool) -> None:
+        """Remember how long a server took; who was slow has to be quick several times."""
+        if is_done or seconds > SLOW_TURN:
+            self._paces.put(server, max(seconds, (self._paces.get(server) or 0.0) / 2))
+
+    def clear(self) -> None:
+        """No more turns."""
+        for ready in self._ready:
+            ready.clear()
+
+
 class Queues:
     """Brings to each server what waits for it: one transaction at a time, each in its turn.
 
@@ -23285,9 +23336,7 @@ class Queues:
         self.db = hs.db
         self.queues: dict[str, Queue] = {}
         self._own = hs.config.server_name
-        self._ready: deque[Queue] = deque()
-        self._running = 0
-        self._share = max(1, hs.config.max_concurrent_requests // 2)
+        self._turns = Turns(max(1, hs.config.max_concurrent_requests // 2))
         self._retries: list[tuple[int, str]] = []
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._receipts: dict[RoomNid, int] = {}  # rooms where some moved, after which position
@@ -23352,7 +23401,7 @@ class Queues:
             self._pause(queue, retry_ts)
             return
         queue.retry_ts, queue.is_busy = 0, True
-        self._ready.append(queue)
+        self._turns.wait(queue)
         asyncio.get_running_loop().call_soon(self._next_turns)
 
     def _pause(self, queue: Queue, retry_ts: int) -> None:
@@ -23406,12 +23455,10 @@ class Queues:
             timer.cancel()
 
     def _next_turns(self) -> None:
-        """Fair shares: who had a turn goes behind all others who are ready."""
-        while self._ready and self._running < self._share:
-            self._running += 1
-            self.hs.background(self._turn(self._ready.popleft()))
+        while (queue := self._turns.begin()) is not None:
+            self.hs.background(self._turn(queue, queue.kind))
 
-    async def _turn(self, queue: Queue) -> None:
+    async def _turn(self, queue: Queue, kind: int) -> None:
         """Send one transaction, and see whether there is more."""
         try:
             if await self._transact(queue):
@@ -23425,7 +23472,7 @@ class Queues:
             self._pause(queue, now_ms() + BACKOFF_MS[0])
             queue.is_busy = False
         finally:
-            self._running -= 1
+            self._turns.end(kind)
             self._next_turns()
 
     # A transaction
@@ -23449,7 +23496,9 @@ class Queues:
         here, edus = self.hs.stream.position, frozenset(queue.sending)
         again = again or Unanswered(random_token(16), upto, here, edus)
         path = f"{FEDERATION_API}/send/{again.txn_id}"
+        began = time.monotonic()
         status, answer = await self._put(queue.server, path, content)
+        self._turns.note(queue.server, time.monotonic() - began, is_done=status == 200)
         if status == 200:
             self._log_refused(queue.server, answer)
             return self._delivered(queue, upto)
@@ -23623,7 +23672,7 @@ class Queues:
 
     def stop(self) -> None:
         """No more turns, no more timers."""
-        self._ready.clear()
+        self._turns.clear()
         for timer in self._timers.values():
             timer.cancel()
 

@@ -21002,6 +21002,52 @@ def test_a_room_with_many_dead_servers_writes_no_row_for_them(
     assert sending.cpu() - used < 0.1
 
 
+def test_sec_44_slow_servers_do_not_have_all_turns(tmp_path: Path, authority: Authority) -> None:
+    """Many that take transactions and never answer: who is known to be quick has its turn."""
+    server = federating(tmp_path, authority, max_concurrent_requests=8).start()
+    alice, honest = register(server), Destination(authority)
+    silent = [Destination(authority) for _ in range(6)]
+    room_id, other = (alice.create_room(preset="public_chat") for _ in range(2))
+    come(server, room_id, honest)
+    alice.send_text(room_id, "0")
+    eventually(lambda: honest.bodies == ["0"])
+    come(server, other, *silent)
+    alice.send_text(room_id, "1")  # a restart has forgotten who is quick
+    eventually(lambda: honest.bodies == ["0", "1"])
+    for each in silent:
+        each.verdict = lambda _: 0
+    alice.send_text(other, "nobody says that they have it")
+    eventually(lambda: sum(len(each.txn_ids) for each in silent) == 3)
+    alice.send_text(room_id, "2")
+    eventually(lambda: honest.bodies == ["0", "1", "2"])
+    assert sum(len(each.txn_ids) for each in silent) == 3
+    server.stop()
+    server.assert_clean_log()
+
+
+def test_turns() -> None:
+    """Who was slow has a half of them, until it was quick several times."""
+    turns = conduit.Turns(4)
+    for name in "abcdefgh":
+        turns.note(name, 60.0 if name < "e" else 0.1, is_done=name > "b")
+    for name in "abcdefgh":
+        turns.wait(conduit.Queue(name, 0))
+    begun = list(iter(turns.begin, None))
+    assert [queue.server for queue in begun] == ["a", "b", "e", "f"]
+    turns.end(begun[0].kind)
+    assert cast(conduit.Queue, turns.begin()).server == "c"
+    turns.end(begun[2].kind)
+    assert cast(conduit.Queue, turns.begin()).server == "g"
+    for count in range(4):
+        turns.wait(queue := conduit.Queue("a", 0))
+        assert (queue.kind == 2) == (count < 4)
+        turns.note("a", 0.1, is_done=True)
+    turns.wait(queue := conduit.Queue("a", 0))
+    assert queue.kind == 0
+    turns.wait(queue := conduit.Queue("nobody", 0))
+    assert queue.kind == 1
+
+
 def test_who_went_down_together_is_not_tried_together(
     sending: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
