@@ -9659,6 +9659,7 @@ OWN_KEY_LIFETIME_MS = 86_400_000
 KEY_RETRY_SECONDS = 10.0  # before a server is asked for keys once more
 KEY_ANSWER_SECONDS = 15.0  # for one server's answer
 KEYS_CACHED = 20_000
+STRANGERS = 2_000  # servers that share no room with us, whose keys are kept
 MAX_KEYS = 100  # of one server, in one answer
 MAX_KEY_ANSWER = 65_536  # bytes of it; anybody can have any server asked, and what it says is kept
 MAX_NOTARY_QUERY = 100  # servers in one query
@@ -9916,6 +9917,7 @@ class ServerKeys:
         self._cache: LruCache[str, dict[str, ServerKey]] = LruCache(KEYS_CACHED)
         self._fetching: dict[tuple[str, bool], asyncio.Task[None]] = {}
         self._asked: LruCache[str, float] = LruCache(KEYS_CACHED)  # when a fetch ended
+        self._stored = STRANGERS  # answers, since it was last looked whether they are too many
         share = max(1, hs.config.max_concurrent_requests // 4)
         self._gates = {urgent: asyncio.Semaphore(share) for urgent in (False, True)}
         self.on_rebuilt: Callable[[str], None] = lambda _: None  # the composition root sets this
@@ -10078,11 +10080,35 @@ class ServerKeys:
                     continue
                 row = (server, key_id, *key)
                 self.hs.db.execute("INSERT OR REPLACE INTO server_keys VALUES (?, ?, ?, ?, ?)", row)
-            latest = (server, (answer["valid_until_ts"] + now_ms()) // 2, body)
+            until = min(answer["valid_until_ts"], now_ms() + KEY_LIFETIME_MS)
+            latest = (server, (until + now_ms()) // 2, body)
             self.hs.db.execute("INSERT OR REPLACE INTO key_answers VALUES (?, ?, ?)", latest)
         self._cache.pop(server)
+        self._stored += 1
         if direct and known and not is_same:
             self.on_rebuilt(server)
+
+    def maintain(self) -> None:
+        """Forget the keys of strangers, but for those that were heard of last.
+
+        Trap: anybody can have any server asked, and one machine can be a million of them.
+        """
+        if self._stored < STRANGERS // 10:
+            return
+        query = """
+            SELECT server
+            FROM key_answers
+            WHERE NOT EXISTS (SELECT 1 FROM room_servers WHERE server = key_answers.server)
+            ORDER BY until_ts DESC
+            LIMIT -1 OFFSET ?
+        """
+        rows = self.hs.db.all(query, (STRANGERS,))
+        with self.hs.db.write():
+            self.hs.db.connection.executemany("DELETE FROM server_keys WHERE server = ?", rows)
+            self.hs.db.connection.executemany("DELETE FROM key_answers WHERE server = ?", rows)
+        for (server,) in rows:
+            self._cache.pop(server)
+        self._stored = 0
 
     async def answer_of(self, server: str, minimum_ts: int) -> Json | None:
         """What a server says of its keys, good until then if that can be had."""
@@ -32427,6 +32453,7 @@ class Homeserver:
         self.media.maintain()
         self.delayed_events.maintain()
         self.federation.maintain()
+        self.server_keys.maintain()
         self.sender.maintain()
         self.inbox.maintain()
 

@@ -9300,6 +9300,32 @@ def test_sec_38_little_is_kept_of_what_servers_say_of_their_keys(tmp_path: Path)
     asyncio.run(story())
 
 
+def test_sec_38_keys_of_strangers_do_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of servers without a room of ours, the newest are kept; and of those with one, all."""
+    monkeypatch.setattr(conduit, "STRANGERS", 3)
+
+    async def story() -> None:
+        made = Keys(tmp_path)
+        keys, now = made.hs.server_keys, conduit.now_ms()
+        names = [f"s{n}.example" for n in range(9)]
+        for n, name in enumerate(names):
+            keys.store(key_answer(name, KEY_1, valid_until_ts=now + n * 60_000))
+        with made.hs.db.write():
+            row = (names[0], 1, 0, conduit.MAX_POSITION)
+            made.hs.db.execute("INSERT INTO room_servers VALUES (?, ?, ?, ?)", row)
+        keys.maintain()
+        kept = [names[0], *names[-3:]]
+        assert [name for name in names if keys.known(name)] == kept
+        for table in ("server_keys", "key_answers"):
+            rows = made.hs.db.all(f"SELECT server FROM {table} ORDER BY server")
+            assert [row[0] for row in rows] == kept
+        await made.hs.stop()
+
+    asyncio.run(story())
+
+
 def test_notaries_count_only_with_both_signatures(tmp_path: Path) -> None:
     """Servers that are gone are asked about in one query; a notary cannot invent or revive keys."""
 
@@ -33451,6 +33477,8 @@ SCANS: Final = {
     "SELECT room_id FROM disabled_rooms": "at the start; few",
     "SELECT server, acked FROM late_servers": "at the start",
     "SELECT server FROM late_servers": "when writes were undone",
+    "SELECT server FROM key_answers WHERE NOT EXISTS (SELECT 1 FROM room_servers WHERE server ="
+    " key_answers.server) ORDER BY until_ts DESC LIMIT -1 OFFSET ?": "when many are new",
     "SELECT server, COALESCE(failures, 0), COALESCE(retry_ts, 0) FROM (SELECT server FROM"
     " room_servers UNION SELECT server FROM destinations) LEFT JOIN destinations USING"
     " (server)": "an admin asks for all; in a thread",
