@@ -9697,6 +9697,7 @@ class Delegation(NamedTuple):
     server: str  # who speaks for it; empty if it does not say
     expires: float
     error_seconds: float = 0.0  # how long the last error was remembered
+    until: float = 0.0  # it is believed for so long if nobody answers any more
 
 
 def say_nothing(_: str) -> None:
@@ -9750,11 +9751,16 @@ class Discovery:
         return await self._flights.join(host, lambda: self._fetch_delegation(host))
 
     async def _fetch_delegation(self, host: str) -> Delegation:
-        """Ask for .well-known; errors are remembered too, twice as long each time."""
-        known = self._delegations.get(host)
+        """Ask for .well-known; errors are remembered too, twice as long each time.
+
+        Trap: it is on a web site, and when that is down, the server that it names need not be.
+        """
+        known, now = self._delegations.get(host), time.monotonic()
         shortest, longest = WELL_KNOWN_ERROR_SECONDS
         wait = min(longest, 2 * known.error_seconds if known else 0) or shortest
-        found = Delegation("", time.monotonic() + wait, wait)
+        found = last = Delegation("", now + wait, wait)
+        if known is not None and now < known.until:
+            last = known._replace(expires=now + wait, error_seconds=wait)
         try:
             answer = await self.hs.http_client.request(
                 "GET",
@@ -9764,9 +9770,12 @@ class Discovery:
             )
             server = answer.json().get("m.server") if answer.status == 200 else None
             if is_server_name(server):
-                seconds = cache_seconds(answer.headers)
-                found = Delegation(cast(str, server), time.monotonic() + seconds)
+                expires = now + cache_seconds(answer.headers)
+                found = Delegation(cast(str, server), expires, until=now + WELL_KNOWN_BOUNDS[1])
+            elif answer.status >= 500:
+                found = last
         except MatrixError as error:
+            found = last
             log_federation.debug("no delegation of %s: %s", host, error.error)
         self._delegations.put(host, found)
         return found

@@ -9151,6 +9151,33 @@ def test_errors_of_well_known_are_kept_for_longer_each_time(
     assert finding.fetched == 6
 
 
+@pytest.mark.parametrize("outage", [None, (503, {}, b"<html>"), (200, {}, b"<html>")])
+def test_a_delegation_outlives_its_web_site_for_a_while(
+    monkeypatch: pytest.MonkeyPatch, outage: Any
+) -> None:
+    """For two days after it was last heard of; who says that there is none is believed at once."""
+    finding = Finding(delegating("b.example:1"))
+    now = [1000.0]
+    monkeypatch.setattr(conduit.time, "monotonic", lambda: now[0])
+
+    def named() -> str:
+        return finding.find("a.example")[0].host
+
+    assert named() == "b.example"
+    finding.well_known = outage
+    for _ in range(2):
+        now[0] += 86_000
+        assert named() == "b.example"
+    now[0] += 1000
+    assert named() == "a.example"
+    finding.well_known = delegating("c.example:1")
+    now[0] += 3600
+    assert named() == "c.example"
+    finding.well_known = (404, {}, b"")
+    now[0] += 86_401
+    assert named() == "a.example"
+
+
 # ── 18.2  Keys ───────────────────────────────────────────────────────────────
 
 
