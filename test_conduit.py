@@ -14398,23 +14398,26 @@ def test_a_join_is_answered_before_the_members_are_known(
 
     sent = alice.send_text(room_id, "hello")
     alice.put(("rooms", room_id, "typing", alice.user_id), {"typing": True, "timeout": 1000})
+    fails(alice.get(("room_keys", "keys", room_id), params={"version": "1"}), 404)
     assert ok(room.say(server, "from afar"))["pdus"][room.events[-1].event_id] == {}
     bob = register(server)
     with ThreadPoolExecutor(8) as pool:
         topic = pool.submit(alice.put, ("rooms", room_id, "state", "m.room.topic"), {"topic": "x"})
         joined = pool.submit(join_via, bob, room_id, peer)
+        knocked = pool.submit(bob.post, ("knock", room_id), {})
         members = pool.submit(alice.get, ("rooms", room_id, "members"))
         page = pool.submit(alice.messages, room_id)
         made = pool.submit(
             peer.ask, server, "GET", f"{FEDERATION}/v1/state_ids/{quote(room_id)}?event_id={sent}"
         )
         time.sleep(0.5)
-        assert not any(each.done() for each in (topic, members, page, made, joined))
+        assert not any(each.done() for each in (topic, members, page, made, joined, knocked))
         assert "from afar" not in json.dumps(alice.sync(lazy, filter=LAZILY))
         room.gate.set()
         assert members_in(ok(members.result())["chunk"]) >= everybody
         fails(topic.result(), 403)
         ok(joined.result())
+        fails(knocked.result(), 403)
         everybody.add(bob.user_id)
         assert "hello" in json.dumps(page.result())
         assert len(ok(made.result())["pdu_ids"]) == len(room.state) + 1
@@ -14521,6 +14524,114 @@ def test_a_room_can_be_left_before_its_members_are_known(
     room.gate.set()
     time.sleep(0.3)
     assert len(ok(alice.get(("rooms", room.room_id, "joined_members")))["joined"]) == 7
+    server.check()
+
+
+def test_who_leaves_lets_go_on_what_waited_for_the_members(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    """A request is answered, and what had come for the room does not stay behind."""
+    server, room = pair[0], LateRoom(peer, 5)
+    alice = register(server)
+    ok(join_via(alice, room.room_id, peer))
+    ok(room.say(server, "from afar"))
+    waiting = "SELECT 1 FROM inbox JOIN rooms USING (room_nid) WHERE room_id = ?"
+    assert rows_of(server, waiting, room.room_id)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(alice.get, ("rooms", room.room_id, "joined_members"))
+        time.sleep(0.5)
+        assert not asked.done()
+        alice.leave(room.room_id)
+        fails(asked.result(5), 403)
+    eventually(lambda: not rows_of(server, waiting, room.room_id))
+    room.gate.set()
+    server.check()
+
+
+LIES_ABOUT_STATE: Final[dict[str, Callable[[LateRoom], list[conduit.Event]]]] = {
+    "nothing": lambda room: [],
+    "only the create event": lambda room: room.events[:1],
+    "without the join rules": lambda room: [
+        event for event in room.state.values() if event.type != "m.room.join_rules"
+    ],
+    "other join rules": lambda room: [
+        *(event for event in room.state.values() if event.type != "m.room.join_rules"),
+        room.make("m.room.join_rules", {"join_rule": "public", "other": True}),
+    ],
+}
+
+
+def test_a_false_state_does_not_make_a_room_whole(
+    pair: tuple[Server, Server], authority: Authority
+) -> None:
+    """Such an answer is passed over, and others are asked again."""
+    server = pair[0]
+    told = dict[str, tuple[Client, LateRoom]]()
+    for name, lie in LIES_ABOUT_STATE.items():
+        peer = Peer(authority)
+        room, alice = LateRoom(peer, 5), register(server)
+        lies = [lie(room)]
+
+        def tell(request: conduit.Request, room: LateRoom = room, lies: Any = lies) -> Any:
+            if not lies:
+                return room.tell(request)
+            pdus = [event.pdu for event in lies.pop()]
+            return {"pdus": pdus, "auth_chain": [event.pdu for event in room.events]}
+
+        peer.answers["state"] = tell
+        room.gate.set()
+        ok(join_via(alice, room.room_id, peer))
+        told[name] = alice, room
+    for name, (alice, room) in told.items():
+        found = ok(alice.get(("rooms", room.room_id, "joined_members")))["joined"]
+        assert found.keys() == {alice.user_id, room.owner, *room.users}, name
+        shown = ok(alice.get(("rooms", room.room_id, "state")))
+        assert {one["type"]: one["content"] for one in shown}["m.room.join_rules"] == {
+            "join_rule": "public"
+        }, name
+        assert room.asked_for, name
+    server.check()
+
+
+def test_the_state_after_a_join_makes_a_room_whole_as_well(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    """Some servers tell the join too, though it is the state before it that is asked for."""
+    server, room = pair[0], LateRoom(peer, 5)
+    alice = register(server)
+    ok(room.invite(server, alice.user_id))
+    join = room.without_members
+
+    def let_in(made: Json) -> Json:
+        event = conduit.make_event(room.version, room.given[-1])
+        room.state[event.key] = event
+        return join(made)
+
+    room.serve(answer=let_in)
+    ok(join_via(alice, room.room_id, peer))
+    room.gate.set()
+    found = ok(alice.get(("rooms", room.room_id, "joined_members")))["joined"]
+    assert found.keys() == {alice.user_id, room.owner, *room.users}
+    assert len(room.asked_for) == 1
+    server.check()
+
+
+def test_all_of_a_large_answer_is_there_before_anybody_is_told(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    """The members of a large room are stored in turns; who asks meanwhile waits for them."""
+    server, room = pair[0], large_room(peer, 3_000, 10)
+    alice = register(server)
+    path = ("rooms", room.room_id, "joined_members")
+    with ThreadPoolExecutor(4) as pool:
+        joined = pool.submit(join_via, alice, room.room_id, peer)
+        counts = set[int]()
+        while not joined.done():
+            for answer in pool.map(lambda _: alice.get(path), range(2)):
+                counts.add(len(answer.json().get("joined", ())))
+    ok(joined.result())
+    assert counts <= {0, 3_001}
+    assert len(ok(alice.get(path))["joined"]) == 3_001
     server.check()
 
 
