@@ -11655,13 +11655,18 @@ def uia_session(
     return name, session
 
 
+def is_next(session: UiaSession, stage: str) -> bool:
+    """Whether a stage is the next of a flow of the session."""
+    done = (*session.completed, stage)
+    return any(flow[: len(done)] == done for flow in session.flows)
+
+
 async def try_stage(hs: Homeserver, request: Request, auth: Json, session: UiaSession) -> bool:
     """Let the session go on by one stage, if it is the next of a flow and is proved."""
-    done = (*session.completed, auth["type"])
-    is_next = any(flow[: len(done)] == done for flow in session.flows)
-    if not is_next or not await STAGES[auth["type"]](hs, request, auth, session):
+    stage = auth["type"]
+    if not is_next(session, stage) or not await STAGES[stage](hs, request, auth, session):
         return False
-    session.completed = done
+    session.completed = (*session.completed, stage)
     return True
 
 
@@ -11706,6 +11711,9 @@ NEW_ACCOUNT = {
     **{"auth?": dict, "username?": str, "password?": str, "guest_access_token?": str},
     **{"inhibit_login?": bool, "type?": str},
 }
+
+
+REGISTER_PATH: Final = "/_matrix/static/client/register/"
 
 
 def registration_flows(hs: Homeserver, request: Request) -> Flows:
@@ -29642,8 +29650,10 @@ async def create_token(hs: Homeserver, arguments: Arguments) -> Reply:
         raise invalid_param("There is such a token already")
     until = None if days is None else now_ms() + days * DAY_MS
     hs.registration_tokens.put(RegistrationToken(token, uses, 0, until))
-    hint = "" if hs.config.allow_registration else "\nIt waits for allow_registration = true."
-    return reply_text(f"The token is {token}{hint}")
+    if not hs.config.allow_registration:
+        return reply_text(f"It waits for allow_registration = true. The token is {token}")
+    link = f"{hs.config.well_known.client}{REGISTER_PATH}#token={quote(token, safe='')}"
+    return reply_text(f"This link invites whom you give it: {link}\nThe token is {token}")
 
 
 @command("revoke-token TOKEN")
@@ -31459,13 +31469,16 @@ ICON_HEADERS = {
 }
 
 NOBODY_YET = """<b>Nobody has an account here yet.</b> The first one becomes the admin. It takes the
-registration token that the server printed when it started, or the one in its configuration."""
+registration token that the server printed when it started, or the one in its configuration.
+<a href="/_matrix/static/client/register/">Register here</a> or in an app."""
 CLOSED = "<b>Registration is closed.</b> Ask the admin of this server for an account."
-INVITED = """<b>Registration needs a token.</b> Ask the admin of this server for it; your app will
-want it from you. Element, nheko and Cinny know how to ask."""
+INVITED = """<b>Registration needs a token.</b> Ask the admin of this server for it, and
+<a href="/_matrix/static/client/register/">register here</a> or in an app that asks for it, as
+Element, nheko and Cinny do."""
 ONLY_HERE = """<b>Only this machine can register</b>, as there is neither a registration token nor
 <code>allow_open_registration</code>."""
-OPEN = "<b>Registration is open.</b> Everybody can create an account here."
+OPEN = """<b>Registration is open.</b> Everybody can create an account,
+<a href="/_matrix/static/client/register/">here</a> or in an app."""
 SIGN_IN = "Sign in with the name and the password that the admin gave you."
 SIGN_UP = "Enter the <b>registration token</b> when you are asked for it, and choose a password."
 
@@ -31563,6 +31576,8 @@ DONE = (
     "<p class='status'>Thank you, that is done. You can close this page and go on in your app.</p>"
 )
 OVER = "<p>This page is out of date. Go back to your app and begin again.</p>"
+WRONG = "<p class='error'>That was not right. Please try again.</p>"
+NOT_YET = "<p class='error'>Another step comes first. Go back to your app and begin with that.</p>"
 AUTH_DONE = """
 if (window.onAuthDone) {
     window.onAuthDone();
@@ -31609,6 +31624,82 @@ form.addEventListener("submit", async (event) => {
     problem.hidden = false;
 });
 """
+REGISTER_FORM = string.Template("""
+<form><label for="user">User name</label>
+<input id="user" autocomplete="username" autocapitalize="none" spellcheck="false" required
+autofocus>
+<label for="password">Password</label>
+<input id="password" type="password" autocomplete="new-password" required>
+<label><input id="show" type="checkbox"> Show the password</label>
+$fields<p id="problem" role="alert" hidden class="error"></p>
+<button>Create account</button></form>
+<div id="done" hidden><p class="status">Welcome! You are <b id="who"></b>.</p>
+<ol><li>Get an app; <a href="/">here are some</a>.</li>
+<li>Choose <b>Sign in</b> there, and change the server (&ldquo;homeserver&rdquo;) to
+<code>$address</code></li>
+<li>Enter the user name and the password that you have just chosen.</li>
+<li>When the app offers a recovery key, save it somewhere safe: it is the only way back into your
+encrypted messages if you lose all your devices.</li></ol></div>
+<noscript><p class="error">This page needs JavaScript.</p></noscript>
+""")
+INVITED_FIELD = """<div id="invited"><label for="token">Registration token</label>
+<input id="token" autocomplete="off" autocapitalize="none" spellcheck="false" required></div>
+"""
+# The token of an invitation is behind the # of its link, which no browser sends to any server.
+REGISTER_SCRIPT = """
+const form = document.querySelector("form"), problem = document.getElementById("problem");
+const token = document.getElementById("token"), invited = document.getElementById("invited");
+const given = new URLSearchParams(location.hash.slice(1)).get("token");
+if (token && given) {
+    token.value = given;
+    invited.hidden = true;
+}
+document.getElementById("show").addEventListener("change", (event) => {
+    form.password.type = event.target.checked ? "text" : "password";
+});
+const UNKNOWN = "This server wants something that only an app can do. Please use one.";
+const REFUSED = "This token is not good, or not any more. Ask for a new one where you got it.";
+const PROOFS = {
+    "m.login.dummy": () => ({}),
+    "m.login.terms": () => ({}),
+    "m.login.registration_token": () => ({token: token ? token.value.trim() : ""}),
+};
+async function ask(auth) {
+    const body = {username: form.user.value.trim(), password: form.password.value,
+                  inhibit_login: true, ...(auth && {auth})};
+    const response = await fetch("/_matrix/client/v3/register",
+        {method: "POST", headers: {"Content-Type": "application/json"},
+         body: JSON.stringify(body)});
+    return [response.status, await response.json()];
+}
+async function register() {
+    let [status, answer] = await ask();
+    for (const type of (answer.flows || [{stages: []}])[0].stages) {
+        if (!PROOFS[type]) throw UNKNOWN;
+        [status, answer] = await ask({type, session: answer.session, ...PROOFS[type]()});
+        if (status !== 200 && !(answer.completed || []).includes(type)) {
+            if (type !== "m.login.registration_token" || status !== 401) throw answer.error;
+            invited.hidden = false;
+            throw REFUSED;
+        }
+    }
+    if (status !== 200) throw answer.error;
+    return answer.user_id;
+}
+form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const button = form.querySelector("button");
+    problem.hidden = button.disabled = true;
+    try {
+        document.getElementById("who").textContent = await register();
+        document.getElementById("done").hidden = false;
+        form.remove();
+    } catch (error) {
+        problem.textContent = typeof error === "string" ? error : "The server cannot be reached.";
+        problem.hidden = button.disabled = false;
+    }
+});
+"""
 
 
 def source_hash(text: str) -> str:
@@ -31631,18 +31722,22 @@ def form_page(
     return Response(status, html.encode(), headers, "text/html; charset=utf-8")
 
 
-def terms_form(hs: Homeserver) -> str:
+ACCEPT_FIELD = '<label><input type="checkbox" required> I accept all of this</label>'
+
+
+def terms_list(hs: Homeserver) -> str:
     """The documents to accept."""
     items = [
         f'<li><a href="{document.url.translate(HTML_ESCAPES)}" target="_blank" rel="noopener">'
         f"{document.name.translate(HTML_ESCAPES)}</a></li>"
         for document in hs.config.terms
     ]
-    return (
-        f"<p>Before you can register, please read:</p><ul>{''.join(items)}</ul>"
-        '<form method="post"><label><input type="checkbox" required> I accept all of this</label>'
-        "<button>Accept</button></form>"
-    )
+    return f"<p>Before you can register, please read:</p><ul>{''.join(items)}</ul>"
+
+
+def terms_form(hs: Homeserver) -> str:
+    """The documents to accept, and the way to do so."""
+    return f'{terms_list(hs)}<form method="post">{ACCEPT_FIELD}<button>Accept</button></form>'
 
 
 INVITED_FORM = """<p>Who runs this server gives out tokens, with which one can register.</p>
@@ -31691,7 +31786,7 @@ async def stage_page(hs: Homeserver, request: Request, kind: str) -> Response:
             good = await try_stage(hs, request, {"type": kind, **auth}, session)
         except MatrixError as error:
             good, problem = False, f"<p class='error'>{error.error.translate(HTML_ESCAPES)}</p>"
-        problem = problem or "<p class='error'>That was not right. Please try again.</p>"
+        problem = problem or (WRONG if is_next(session, kind) else NOT_YET)
         if good:
             return form_page(hs, title, DONE, AUTH_DONE)
     if kind in session.completed:
@@ -31703,6 +31798,20 @@ async def stage_page(hs: Homeserver, request: Request, kind: str) -> Response:
 async def login_page(hs: Homeserver, _request: Request) -> Response:
     """The whole login as a page.  Spec: "Login fallback"."""
     return form_page(hs, "Sign in", LOGIN_FORM, LOGIN_SCRIPT)
+
+
+@route("GET", REGISTER_PATH, auth=NONE, also=(REGISTER_PATH.rstrip("/"),))
+async def register_page(hs: Homeserver, request: Request) -> Response:
+    """Registration as a page, and where the link of an invitation leads; 403 while nobody can."""
+    try:
+        stages = registration_flows(hs, request)[0]
+    except MatrixError as error:
+        return form_page(hs, "Create account", f"<p>{CLOSED}</p>", status=error.status)
+    fields = INVITED_FIELD if REGISTRATION_TOKEN in stages else ""
+    fields += terms_list(hs) + ACCEPT_FIELD if TERMS in stages else ""
+    address = hs.config.well_known.client.translate(HTML_ESCAPES)
+    body = REGISTER_FORM.substitute(fields=fields, address=address)
+    return form_page(hs, "Create account", body, REGISTER_SCRIPT)
 
 
 MAIL_FORMS = {
