@@ -6212,6 +6212,26 @@ class RoomVisitor(RoomReceiver):
         for listener in self._partial_listeners:
             listener(room)
 
+    def whole_state(self, room: Room, told: StateChanges) -> StateChanges:
+        """The state before our join, as a server tells it of a room that lacks members.
+
+        403 M_FORBIDDEN when the join does not stand in it, or by other rules than we were told.
+        """
+        join = cast(Event, self.event_by_nid(cast(Partial, room.partial).join_nid))
+        state = dict(told)
+        if state.get(join.key) == join.nid:  # it is the state after the join
+            del state[join.key]
+            if join.replaces is not None:
+                state[join.key] = join.replaces
+        keys = (CREATE_KEY, *auth_types_of(join))
+        found = self.events_by_nids(state[key] for key in keys if key in state)
+        refusal = self._refusal(room, join, self._auth_of(join)[0], {one.key: one for one in found})
+        if refusal or any(
+            state.get(key) != room.state.get(key) for key in keys if key[0] != MEMBER
+        ):
+            raise forbidden(refusal or "This is not the state that the join came into")
+        return state
+
     async def make_whole(self, room: Room, state: StateChanges, memberships: Memberships) -> None:
         """Add what was missing of the state before our join; others get their turn meanwhile.
 
@@ -6345,7 +6365,8 @@ class RoomImport:
         async with self._importing(room):
             state, memberships = await self._store(room, check)
             if room.is_partial:
-                await self.rooms.make_whole(room, state, memberships)
+                whole = self.rooms.whole_state(room, state)
+                await self.rooms.make_whole(room, whole, memberships)
 
     @contextlib.asynccontextmanager
     async def _importing(self, room: Room) -> AsyncIterator[None]:
@@ -6408,6 +6429,7 @@ class RoomImport:
         there = {server_of(key[1]) for key in state if key[0] == MEMBER}
         self.rooms.enter(room, join, first, memberships, there if servers is None else servers)
         if not is_told:
+            state = self.rooms.whole_state(room, state)
             await self.rooms.make_whole(room, state, memberships)
 
 
@@ -11487,7 +11509,7 @@ class Accounts(Sessions):
     async def _update_rooms(self, nid: UserNid) -> None:
         if self.get(nid) is None:  # its creation was undone
             return
-        user_id = self.db.user_id(nid)
+        user_id, is_done = self.db.user_id(nid), True
         for room_nid in list(self.hs.rooms.memberships(nid)):
             await asyncio.sleep(0)  # others are served in between
             room = self.hs.rooms.by_nid(room_nid)
@@ -11496,8 +11518,9 @@ class Accounts(Sessions):
                 self._update_member(room, nid, user_id)
             except MatrixError as error:
                 log_accounts.warning("%s in %s not updated: %s", user_id, room.room_id, error)
-                if error.status >= 500:
-                    return  # the disk is full, say; the next start goes on from here
+                is_done &= error.status < 500  # else the disk is full, say
+        if not is_done:
+            return  # the next start tries again
         with contextlib.suppress(MatrixError), self.db.write():  # else the next start tries again
             sql = "UPDATE accounts SET behind = MAX(behind - 1, 0) WHERE user_nid = ?"
             self.db.execute(sql, (nid,))
@@ -11700,13 +11723,18 @@ def uia_session(
     return name, session
 
 
+def is_next(session: UiaSession, stage: str) -> bool:
+    """Whether a stage is the next of a flow of the session."""
+    done = (*session.completed, stage)
+    return any(flow[: len(done)] == done for flow in session.flows)
+
+
 async def try_stage(hs: Homeserver, request: Request, auth: Json, session: UiaSession) -> bool:
     """Let the session go on by one stage, if it is the next of a flow and is proved."""
-    done = (*session.completed, auth["type"])
-    is_next = any(flow[: len(done)] == done for flow in session.flows)
-    if not is_next or not await STAGES[auth["type"]](hs, request, auth, session):
+    stage = auth["type"]
+    if not is_next(session, stage) or not await STAGES[stage](hs, request, auth, session):
         return False
-    session.completed = done
+    session.completed = (*session.completed, stage)
     return True
 
 
@@ -11751,6 +11779,9 @@ NEW_ACCOUNT = {
     **{"auth?": dict, "username?": str, "password?": str, "guest_access_token?": str},
     **{"inhibit_login?": bool, "type?": str},
 }
+
+
+REGISTER_PATH: Final = "/_matrix/static/client/register/"
 
 
 def registration_flows(hs: Homeserver, request: Request) -> Flows:
@@ -13831,7 +13862,7 @@ def visibility_of(hs: Homeserver, room_nid: RoomNid) -> str:
     return "private" if row is None else "public"
 
 
-@route("GET", VISIBILITY, auth=NONE)
+@route("GET", VISIBILITY, auth=NONE, partial=True)
 async def get_visibility(hs: Homeserver, _request: Request, room_id: str) -> Json:
     """Whether a room is in the list. 404 M_NOT_FOUND for an unknown room."""
     return {"visibility": visibility_of(hs, hs.rooms.get(room_id).nid)}
@@ -15395,6 +15426,7 @@ async def post_knock(hs: Homeserver, request: Request, room: str) -> Json:
     user = request.user
     refuse_suspended(hs, user)
     room_id, servers = await room_named(hs, request, room)
+    await hs.router.settle(room_id)
     found = own_room_with(hs, room_id, user.user_id)
     if found is None:
         content = own_content(hs, request, {"membership": "knock"})
@@ -16986,46 +17018,73 @@ class LateMembers:
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
-        self._running: dict[RoomNid, asyncio.Task[None]] = {}
+        self._running: set[RoomNid] = set()
+        self._known: dict[
+            str, asyncio.Event
+        ] = {}  # by room id: set when the room is whole, or left
+        hs.rooms.subscribe_partial(self._changed)
+        hs.rooms.subscribe_membership(self._membership_changed)
 
     def start(self) -> None:
         """Go on where the last run ended."""
         for (nid,) in self.hs.db.all("SELECT room_nid FROM partial_rooms WHERE pos IS NULL"):
-            self.begin(self.hs.rooms.by_nid(nid))
+            room = self.hs.rooms.by_nid(nid)
+            self._changed(room)
+            self.begin(room)
+
+    def _changed(self, room: Room) -> None:
+        """Note whether requests have to wait for a room's members."""
+        if cast(Partial, room.partial).pos is None:
+            self._known[room.room_id] = asyncio.Event()
+        elif room.room_id in self._known:
+            self._known.pop(room.room_id).set()
+
+    def _membership_changed(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
+        """Let go on what waits for a room that the last of us has left."""
+        was_ours = old == "join" != new and self.hs.rooms.is_local(user_nid)
+        if was_ours and room.room_id in self._known and not room.local_joined:
+            self._known[room.room_id].set()
+            self.hs.inbox.resume(room)
 
     def begin(self, room: Room, server: str = "") -> None:
         """Fetch what is missing of a room, if anything is, first from the server that let us in."""
         if room.is_partial and room.nid not in self._running:
+            self._running.add(room.nid)
             task = self.hs.background(self._fill(room, server))
-            self._running[room.nid] = task
-            task.add_done_callback(lambda _: self._running.pop(room.nid, None))
+            task.add_done_callback(lambda _: self._running.discard(room.nid))
 
     async def settle(self, room_id: str) -> None:
         """Wait until a room's members are known; 504 when that takes too long."""
-        room = self.hs.rooms.find(room_id) if self._running else None
-        if room is None or not room.is_partial:
+        known = self._known.get(room_id)
+        room = None if known is None else self.hs.rooms.find(room_id)
+        if known is None or room is None or not room.is_partial:
             return
-        task = self._running.get(room.nid)
-        if task is not None:
-            await asyncio.wait({task}, timeout=WHOLE_SECONDS)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(known.wait(), WHOLE_SECONDS)
         if room.is_partial:
             raise MatrixError(504, "M_UNKNOWN", "The members of this room are not known yet")
 
     async def _fill(self, room: Room, first: str) -> None:
-        """Ask one server after the other, and again later, until all members are known."""
-        pause = REFILL_SECONDS
+        """Ask some servers, the next ones later, and so on until all members are known."""
+        pause, there = REFILL_SECONDS, cast(Partial, room.partial).servers
+        servers = deque(dict.fromkeys([first, *there] if first else there))
         while room.is_partial:
-            servers = dict.fromkeys([first] if first else [])
-            servers |= dict.fromkeys(cast(Partial, room.partial).servers)
-            for server in [*servers][:MAX_CANDIDATES]:
-                try:
-                    await self._fetch(room, server)
-                except MatrixError as error:
-                    log_rooms.warning("%s: members from %s: %s", room.room_id, server, error.error)
+            for server in list(servers)[:MAX_CANDIDATES]:
+                await self._try(room, server)
                 if not room.is_partial:
                     return
+            servers.rotate(-MAX_CANDIDATES)
             await asyncio.sleep(pause)
             pause = min(2 * pause, MAX_REFILL_SECONDS)
+
+    async def _try(self, room: Room, server: str) -> None:
+        """Ask one server; whatever goes wrong, the next may help, or a later time."""
+        try:
+            await self._fetch(room, server)
+        except MatrixError as error:
+            log_rooms.warning("%s: members from %s: %s", room.room_id, server, error.error)
+        except Exception:  # a fault of ours, or of the disk
+            log_rooms.exception("%s: members from %s", room.room_id, server)
 
     async def _fetch(self, room: Room, server: str) -> None:
         """Have a server tell the state before our join, and take it in."""
@@ -17117,10 +17176,12 @@ class Joining(Handshakes):
                 event = await add_signature(self.hs, event, server_of(voucher), rest.get("event"))
             there = told_servers(self.hs, rest) if rest.get("members_omitted") is True else None
             check = functools.partial(verify_by_known, self.hs)
-            room = await arriving.finish(event, check, there)
+            await arriving.finish(event, check, there)
         finally:
             arriving.close()
-        self.late_members.begin(room, server)
+            room = self.hs.rooms.heard_of(room_id)
+            if room is not None:
+                self.late_members.begin(room, server)
 
     def _may_be_large(self, join: Event) -> bool:
         """Whether to enter a room without its members: if it is new to us, and none for two."""
@@ -19806,7 +19867,7 @@ REPORT_ROOM = V3 + "/rooms/{room_id}/report"
 REASON_NEEDED: Final[Json] = {"reason": str}
 
 
-@route("POST", REPORT_ROOM + "/{event_id}", auth=USER, limit="report", body=REASON)
+@route("POST", REPORT_ROOM + "/{event_id}", auth=USER, limit="report", body=REASON, partial=True)
 async def report_event(hs: Homeserver, request: Request, room_id: str, event_id: str) -> Json:
     """Report an event to the admins.  Spec: CS-API "Reporting Content".
 
@@ -19823,7 +19884,7 @@ async def report_event(hs: Homeserver, request: Request, room_id: str, event_id:
     return {}
 
 
-@route("POST", REPORT_ROOM, auth=USER, limit="report", body=REASON_NEEDED)
+@route("POST", REPORT_ROOM, auth=USER, limit="report", body=REASON_NEEDED, partial=True)
 async def report_room(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Report a room to the admins.  Spec: CS-API "Reporting Content"."""
     if not is_room_id(room_id):
@@ -22049,8 +22110,8 @@ def session_rank(session: Json) -> tuple[bool, int, int]:
 
 
 @route("PUT", ALL_SESSIONS, auth=USER, also=OLD, body={"rooms": {str: ROOM_SESSIONS}})
-@route("PUT", SESSIONS_OF_ROOM, auth=USER, also=OLD, body=ROOM_SESSIONS)
-@route("PUT", ONE_SESSION, auth=USER, also=OLD, body=SESSION)
+@route("PUT", SESSIONS_OF_ROOM, auth=USER, also=OLD, body=ROOM_SESSIONS, partial=True)
+@route("PUT", ONE_SESSION, auth=USER, also=OLD, body=SESSION, partial=True)
 async def put_sessions(hs: Homeserver, request: Request, **at: str) -> Json:
     """Store sessions in the newest version, each if it is better than what is there."""
     version, body = required_arg(request, "version"), request.json
@@ -22092,8 +22153,8 @@ async def backup_as_json(hs: Homeserver, backup_nid: int) -> AsyncIterator[bytes
 
 
 @route("GET", ALL_SESSIONS, auth=USER, also=OLD)
-@route("GET", SESSIONS_OF_ROOM, auth=USER, also=OLD)
-@route("GET", ONE_SESSION, auth=USER, also=OLD)
+@route("GET", SESSIONS_OF_ROOM, auth=USER, also=OLD, partial=True)
+@route("GET", ONE_SESSION, auth=USER, also=OLD, partial=True)
 async def get_sessions(hs: Homeserver, request: Request, **at: str) -> Response:
     """Give all sessions of a version, those of one room, or a single one."""
     backup_nid, _ = get_backup(hs, request, required_arg(request, "version"))
@@ -22108,8 +22169,8 @@ async def get_sessions(hs: Homeserver, request: Request, **at: str) -> Response:
 
 
 @route("DELETE", ALL_SESSIONS, auth=USER, also=OLD)
-@route("DELETE", SESSIONS_OF_ROOM, auth=USER, also=OLD)
-@route("DELETE", ONE_SESSION, auth=USER, also=OLD)
+@route("DELETE", SESSIONS_OF_ROOM, auth=USER, also=OLD, partial=True)
+@route("DELETE", ONE_SESSION, auth=USER, also=OLD, partial=True)
 async def delete_sessions(hs: Homeserver, request: Request, **at: str) -> Json:
     """Delete what get_sessions gives."""
     backup_nid, _ = get_backup(hs, request, required_arg(request, "version"))
@@ -29792,8 +29853,10 @@ async def create_token(hs: Homeserver, arguments: Arguments) -> Reply:
         raise invalid_param("There is such a token already")
     until = None if days is None else now_ms() + days * DAY_MS
     hs.registration_tokens.put(RegistrationToken(token, uses, 0, until))
-    hint = "" if hs.config.allow_registration else "\nIt waits for allow_registration = true."
-    return reply_text(f"The token is {token}{hint}")
+    if not hs.config.allow_registration:
+        return reply_text(f"It waits for allow_registration = true. The token is {token}")
+    link = f"{hs.config.well_known.client}{REGISTER_PATH}#token={quote(token, safe='')}"
+    return reply_text(f"This link invites whom you give it: {link}\nThe token is {token}")
 
 
 @command("revoke-token TOKEN")
@@ -30955,14 +31018,14 @@ class AdminJobs:
         return self.jobs.add(job)
 
 
-@admin_route("GET", "/v1/rooms/{room_id}/block")
+@admin_route("GET", "/v1/rooms/{room_id}/block", partial=True)
 async def admin_get_block(hs: Homeserver, _request: Request, room_id: str) -> Json:
     """Whether a room is blocked, and who did it."""
     nid = hs.db.value("SELECT blocker_nid FROM blocked_rooms WHERE room_id = ?", (room_id,))
     return {"block": False} if nid is None else {"block": True, "user_id": hs.db.user_id(nid)}
 
 
-@admin_route("PUT", "/v1/rooms/{room_id}/block", body={"block": bool})
+@admin_route("PUT", "/v1/rooms/{room_id}/block", body={"block": bool}, partial=True)
 async def admin_block(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Block a room, or take that back."""
     if request.json["block"]:
@@ -31016,7 +31079,7 @@ def new_shutdown(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, 
     return hs.rooms.get(room_id), {**{name: [] for name in names}, "new_room_id": None}
 
 
-@admin_route("DELETE", "/v1/rooms/{room_id}", body=DELETION)
+@admin_route("DELETE", "/v1/rooms/{room_id}", body=DELETION, partial=True)
 async def admin_delete_now(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Delete a room, and answer when that is done."""
     room, result = new_shutdown(hs, request, room_id)
@@ -31024,7 +31087,7 @@ async def admin_delete_now(hs: Homeserver, request: Request, room_id: str) -> Js
     return result
 
 
-@admin_route("DELETE", "/v2/rooms/{room_id}", body=DELETION)
+@admin_route("DELETE", "/v2/rooms/{room_id}", body=DELETION, partial=True)
 async def admin_delete_room(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Delete a room beside the requests; the answer names the job."""
     room, result = new_shutdown(hs, request, room_id)
@@ -31048,7 +31111,7 @@ async def admin_job_status(hs: Homeserver, _request: Request, job_id: str) -> Js
     return job_json(job)
 
 
-@admin_route("GET", "/v2/rooms/{room_id}/delete_status")
+@admin_route("GET", "/v2/rooms/{room_id}/delete_status", partial=True)
 async def admin_room_jobs(hs: Homeserver, _request: Request, room_id: str) -> Json:
     """The deletions of one room."""
     found = [job_json(job) for job in hs.admin_jobs.jobs.live() if job.get("room_id") == room_id]
@@ -31609,13 +31672,16 @@ ICON_HEADERS = {
 }
 
 NOBODY_YET = """<b>Nobody has an account here yet.</b> The first one becomes the admin. It takes the
-registration token that the server printed when it started, or the one in its configuration."""
+registration token that the server printed when it started, or the one in its configuration.
+<a href="/_matrix/static/client/register/">Register here</a> or in an app."""
 CLOSED = "<b>Registration is closed.</b> Ask the admin of this server for an account."
-INVITED = """<b>Registration needs a token.</b> Ask the admin of this server for it; your app will
-want it from you. Element, nheko and Cinny know how to ask."""
+INVITED = """<b>Registration needs a token.</b> Ask the admin of this server for it, and
+<a href="/_matrix/static/client/register/">register here</a> or in an app that asks for it, as
+Element, nheko and Cinny do."""
 ONLY_HERE = """<b>Only this machine can register</b>, as there is neither a registration token nor
 <code>allow_open_registration</code>."""
-OPEN = "<b>Registration is open.</b> Everybody can create an account here."
+OPEN = """<b>Registration is open.</b> Everybody can create an account,
+<a href="/_matrix/static/client/register/">here</a> or in an app."""
 SIGN_IN = "Sign in with the name and the password that the admin gave you."
 SIGN_UP = "Enter the <b>registration token</b> when you are asked for it, and choose a password."
 
@@ -31713,6 +31779,8 @@ DONE = (
     "<p class='status'>Thank you, that is done. You can close this page and go on in your app.</p>"
 )
 OVER = "<p>This page is out of date. Go back to your app and begin again.</p>"
+WRONG = "<p class='error'>That was not right. Please try again.</p>"
+NOT_YET = "<p class='error'>Another step comes first. Go back to your app and begin with that.</p>"
 AUTH_DONE = """
 if (window.onAuthDone) {
     window.onAuthDone();
@@ -31759,6 +31827,82 @@ form.addEventListener("submit", async (event) => {
     problem.hidden = false;
 });
 """
+REGISTER_FORM = string.Template("""
+<form><label for="user">User name</label>
+<input id="user" autocomplete="username" autocapitalize="none" spellcheck="false" required
+autofocus>
+<label for="password">Password</label>
+<input id="password" type="password" autocomplete="new-password" required>
+<label><input id="show" type="checkbox"> Show the password</label>
+$fields<p id="problem" role="alert" hidden class="error"></p>
+<button>Create account</button></form>
+<div id="done" hidden><p class="status">Welcome! You are <b id="who"></b>.</p>
+<ol><li>Get an app; <a href="/">here are some</a>.</li>
+<li>Choose <b>Sign in</b> there, and change the server (&ldquo;homeserver&rdquo;) to
+<code>$address</code></li>
+<li>Enter the user name and the password that you have just chosen.</li>
+<li>When the app offers a recovery key, save it somewhere safe: it is the only way back into your
+encrypted messages if you lose all your devices.</li></ol></div>
+<noscript><p class="error">This page needs JavaScript.</p></noscript>
+""")
+INVITED_FIELD = """<div id="invited"><label for="token">Registration token</label>
+<input id="token" autocomplete="off" autocapitalize="none" spellcheck="false" required></div>
+"""
+# The token of an invitation is behind the # of its link, which no browser sends to any server.
+REGISTER_SCRIPT = """
+const form = document.querySelector("form"), problem = document.getElementById("problem");
+const token = document.getElementById("token"), invited = document.getElementById("invited");
+const given = new URLSearchParams(location.hash.slice(1)).get("token");
+if (token && given) {
+    token.value = given;
+    invited.hidden = true;
+}
+document.getElementById("show").addEventListener("change", (event) => {
+    form.password.type = event.target.checked ? "text" : "password";
+});
+const UNKNOWN = "This server wants something that only an app can do. Please use one.";
+const REFUSED = "This token is not good, or not any more. Ask for a new one where you got it.";
+const PROOFS = {
+    "m.login.dummy": () => ({}),
+    "m.login.terms": () => ({}),
+    "m.login.registration_token": () => ({token: token ? token.value.trim() : ""}),
+};
+async function ask(auth) {
+    const body = {username: form.user.value.trim(), password: form.password.value,
+                  inhibit_login: true, ...(auth && {auth})};
+    const response = await fetch("/_matrix/client/v3/register",
+        {method: "POST", headers: {"Content-Type": "application/json"},
+         body: JSON.stringify(body)});
+    return [response.status, await response.json()];
+}
+async function register() {
+    let [status, answer] = await ask();
+    for (const type of (answer.flows || [{stages: []}])[0].stages) {
+        if (!PROOFS[type]) throw UNKNOWN;
+        [status, answer] = await ask({type, session: answer.session, ...PROOFS[type]()});
+        if (status !== 200 && !(answer.completed || []).includes(type)) {
+            if (type !== "m.login.registration_token" || status !== 401) throw answer.error;
+            invited.hidden = false;
+            throw REFUSED;
+        }
+    }
+    if (status !== 200) throw answer.error;
+    return answer.user_id;
+}
+form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const button = form.querySelector("button");
+    problem.hidden = button.disabled = true;
+    try {
+        document.getElementById("who").textContent = await register();
+        document.getElementById("done").hidden = false;
+        form.remove();
+    } catch (error) {
+        problem.textContent = typeof error === "string" ? error : "The server cannot be reached.";
+        problem.hidden = button.disabled = false;
+    }
+});
+"""
 
 
 def source_hash(text: str) -> str:
@@ -31781,18 +31925,22 @@ def form_page(
     return Response(status, html.encode(), headers, "text/html; charset=utf-8")
 
 
-def terms_form(hs: Homeserver) -> str:
+ACCEPT_FIELD = '<label><input type="checkbox" required> I accept all of this</label>'
+
+
+def terms_list(hs: Homeserver) -> str:
     """The documents to accept."""
     items = [
         f'<li><a href="{document.url.translate(HTML_ESCAPES)}" target="_blank" rel="noopener">'
         f"{document.name.translate(HTML_ESCAPES)}</a></li>"
         for document in hs.config.terms
     ]
-    return (
-        f"<p>Before you can register, please read:</p><ul>{''.join(items)}</ul>"
-        '<form method="post"><label><input type="checkbox" required> I accept all of this</label>'
-        "<button>Accept</button></form>"
-    )
+    return f"<p>Before you can register, please read:</p><ul>{''.join(items)}</ul>"
+
+
+def terms_form(hs: Homeserver) -> str:
+    """The documents to accept, and the way to do so."""
+    return f'{terms_list(hs)}<form method="post">{ACCEPT_FIELD}<button>Accept</button></form>'
 
 
 INVITED_FORM = """<p>Who runs this server gives out tokens, with which one can register.</p>
@@ -31841,7 +31989,7 @@ async def stage_page(hs: Homeserver, request: Request, kind: str) -> Response:
             good = await try_stage(hs, request, {"type": kind, **auth}, session)
         except MatrixError as error:
             good, problem = False, f"<p class='error'>{error.error.translate(HTML_ESCAPES)}</p>"
-        problem = problem or "<p class='error'>That was not right. Please try again.</p>"
+        problem = problem or (WRONG if is_next(session, kind) else NOT_YET)
         if good:
             return form_page(hs, title, DONE, AUTH_DONE)
     if kind in session.completed:
@@ -31853,6 +32001,20 @@ async def stage_page(hs: Homeserver, request: Request, kind: str) -> Response:
 async def login_page(hs: Homeserver, _request: Request) -> Response:
     """The whole login as a page.  Spec: "Login fallback"."""
     return form_page(hs, "Sign in", LOGIN_FORM, LOGIN_SCRIPT)
+
+
+@route("GET", REGISTER_PATH, auth=NONE, also=(REGISTER_PATH.rstrip("/"),))
+async def register_page(hs: Homeserver, request: Request) -> Response:
+    """Registration as a page, and where the link of an invitation leads; 403 while nobody can."""
+    try:
+        stages = registration_flows(hs, request)[0]
+    except MatrixError as error:
+        return form_page(hs, "Create account", f"<p>{CLOSED}</p>", status=error.status)
+    fields = INVITED_FIELD if REGISTRATION_TOKEN in stages else ""
+    fields += terms_list(hs) + ACCEPT_FIELD if TERMS in stages else ""
+    address = hs.config.well_known.client.translate(HTML_ESCAPES)
+    body = REGISTER_FORM.substitute(fields=fields, address=address)
+    return form_page(hs, "Create account", body, REGISTER_SCRIPT)
 
 
 MAIL_FORMS = {
