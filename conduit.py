@@ -20125,6 +20125,8 @@ class Typing:
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self._rooms: dict[RoomNid, dict[UserNid, asyncio.TimerHandle]] = {}
+        # Hears of users who still type; the composition root sets this.
+        self.on_repeated: Callable[[RoomNid, UserNid], None] = lambda *_: None
         hs.rooms.subscribe_membership(self._membership_changed)
 
     def users(self, room_nid: RoomNid) -> list[UserNid]:
@@ -20141,6 +20143,7 @@ class Typing:
             self.hs.stream.stamp(TYPING, room_nid)
         else:
             before.cancel()
+            self.on_repeated(room_nid, user_nid)
 
     def stop(self, room_nid: RoomNid, user_nid: UserNid) -> None:
         """A user no longer types."""
@@ -23134,6 +23137,7 @@ GIVE_UP = 30  # failures (over a day) after which who shares no room with us is 
 MAX_OUTGOING = 2000  # to-device EDUs that wait for one server; later ones are dropped
 EDU_BYTES = 65_536  # a to-device EDU is split if it would be larger
 RECEIPT_SECONDS = (0.1, 0.02, 10.0)  # how long receipts are collected: least, per server, most
+TYPING_AGAIN_SECONDS = 20.0  # after which it is told again that a user types
 SAVE_SECONDS = 1.0
 SLOW_TURN = 5.0  # seconds; who takes longer shares a half of all turns with its like
 PACES = 20_000  # remembered
@@ -23782,7 +23786,7 @@ class Sender(Queues):
     def __init__(self, hs: Homeserver) -> None:
         super().__init__(hs)
         self.disabled = {row[0] for row in hs.db.all("SELECT room_id FROM disabled_rooms")}
-        self._typing: dict[int, set[UserNid]] = {}
+        self._typing: dict[RoomNid, dict[UserNid, float]] = {}  # when that was told
         rooms = hs.rooms
         rooms.subscribe_membership(self._membership_changed)
         rooms.subscribe_partial(self._members_are_late)
@@ -23958,12 +23962,21 @@ class Sender(Queues):
             self._wake_all(self._servers_of(UserNid(target)), None, (PRESENCE, 0, target))
 
     def _typing_changed(self, room_nid: RoomNid, *, is_told: bool) -> None:
-        room, before = self.hs.rooms.by_nid(room_nid), self._typing.pop(room_nid, set())
+        room, before = self.hs.rooms.by_nid(room_nid), self._typing.pop(room_nid, {})
         now = room.local_joined.intersection(self.hs.typing.users(room_nid))
         if now:
-            self._typing[room_nid] = now
-        for user_nid in now ^ before if is_told and room.room_id not in self.disabled else ():
+            told = time.monotonic()
+            self._typing[room_nid] = {user_nid: before.get(user_nid, told) for user_nid in now}
+        is_told = is_told and room.room_id not in self.disabled
+        for user_nid in now ^ before.keys() if is_told else ():
             self._wake_all(room.servers, None, (TYPING, room_nid, user_nid), user_nid in now)
+
+    def still_typing(self, room_nid: RoomNid, user_nid: UserNid) -> None:
+        """Say once more that a user of ours types: other servers forget it after a minute."""
+        told = self._typing.get(room_nid, {}).get(user_nid)
+        if told is not None and time.monotonic() >= told + TYPING_AGAIN_SECONDS:
+            del self._typing[room_nid][user_nid]
+            self._stamped(TYPING, room_nid)
 
     def _collect_receipts(self, room_nid: RoomNid) -> None:
         """Wait a little for more of them, and longer the more servers have to hear of it."""
@@ -32510,6 +32523,7 @@ class Homeserver:
         self.rooms.erased = self.accounts.erased
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive
+        self.typing.on_repeated = self.sender.still_typing
         self.server_keys.on_rebuilt = self._rebuilt
 
     def _load_signing_key(self) -> SigningKey:

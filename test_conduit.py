@@ -20786,6 +20786,35 @@ def test_typing_and_receipts_go_out(
     assert receiver.edus("m.presence")[0]["push"][0]["user_id"] == alice.user_id
 
 
+def test_long_typing_is_told_again(
+    met: tuple[Client, str], receiver: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other servers forget after a minute that somebody types, unless they hear it once more."""
+    alice, room_id = met
+
+    def story(hs: conduit.Homeserver) -> None:
+        room, nid = hs.rooms.get(room_id), cast(conduit.UserNid, hs.db.find_user_nid(alice.user_id))
+
+        def told() -> Json:
+            queue = hs.sender.queues.get(receiver.name)
+            found = {} if queue is None else {**queue.edus}
+            if queue is not None:
+                queue.edus.clear()
+            return {key[0]: value for key, value in found.items()}
+
+        for seconds, expected in ((20.0, {}), (0.0, {conduit.TYPING: True}), (20.0, {})):
+            hs.typing.start(room.nid, nid, 30)
+            told()
+            monkeypatch.setattr(conduit, "TYPING_AGAIN_SECONDS", seconds)
+            hs.typing.start(room.nid, nid, 30)
+            assert told() == expected
+        hs.typing.stop(room.nid, nid)
+        assert told() == {conduit.TYPING: False}
+        hs.sender.queues.clear()
+
+    inside(alice.server, story)
+
+
 def test_switched_off_nothing_goes_out(
     met: tuple[Client, str], receiver: Destination, sending: Server
 ) -> None:
