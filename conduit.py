@@ -20210,6 +20210,7 @@ MAX_STATUS_BYTES = 1024
 LAST_RUN = -1  # stands for the devices that were there before the restart
 ELSEWHERE = -2  # and for those on another server,
 ELSEWHERE_SECONDS = 1_800  # which are gone when that server is silent for so long
+PRESENCE_AGAIN_SECONDS = 1_500  # so other servers are told again that somebody is here
 
 
 @dataclass(slots=True)
@@ -20229,6 +20230,7 @@ class UserPresence:
     shown: tuple[str, bool, str | None] = ("offline", False, None)  # as `due` gives it
     last_active: float = -math.inf
     pos: int = 0  # of the stream, when others were told
+    told: float = 0.0  # on the monotonic clock, when other servers were, or could have been
     joined_pos: int = 0  # and at the last join of a room
     is_local: bool = True  # what is elsewhere is not stored
     devices: dict[int, DevicePresence] = field(default_factory=dict)
@@ -20265,6 +20267,8 @@ class Presence:
         self._present: set[UserNid] = set()  # who has devices
         self._unsaved: set[UserNid] = set()
         self._timer: asyncio.TimerHandle | None = None
+        # Hears of users of ours who are still here; the composition root sets this.
+        self.on_repeated: Callable[[UserNid], None] = lambda _: None
         self._load()
         hs.rooms.subscribe(self._event_sent)
         hs.rooms.subscribe_membership(self._membership_changed)
@@ -20350,6 +20354,9 @@ class Presence:
             if not user.devices:
                 self._present.discard(user_nid)
             self._show(user_nid, user, now)
+            if user.is_local and user.devices and now > user.told + PRESENCE_AGAIN_SECONDS:
+                user.told = now
+                self.on_repeated(user_nid)
         self._arm()
         # A full disk must not stop the sweep; the rows stay unsaved and are tried again.
         with contextlib.suppress(MatrixError):
@@ -20392,7 +20399,8 @@ class Presence:
         self._tell(user_nid)
 
     def _tell(self, user_nid: UserNid) -> None:
-        self._users[user_nid].pos = self.hs.stream.stamp(PRESENCE, user_nid)
+        user = self._users[user_nid]
+        user.pos, user.told = self.hs.stream.stamp(PRESENCE, user_nid), self._clock()
         self._users.move_to_end(user_nid)
 
     def _profile_changed(self, user_nid: UserNid) -> None:
@@ -23977,6 +23985,10 @@ class Sender(Queues):
         if told is not None and time.monotonic() >= told + TYPING_AGAIN_SECONDS:
             del self._typing[room_nid][user_nid]
             self._stamped(TYPING, room_nid)
+
+    def still_present(self, user_nid: UserNid) -> None:
+        """Say once more how a user of ours is: other servers forget it after half an hour."""
+        self._stamped(PRESENCE, user_nid)
 
     def _collect_receipts(self, room_nid: RoomNid) -> None:
         """Wait a little for more of them, and longer the more servers have to hear of it."""
@@ -32524,6 +32536,7 @@ class Homeserver:
         self.keys.send_out = self.sender.send_to_devices
         self.federation.on_alive = self.sender.alive
         self.typing.on_repeated = self.sender.still_typing
+        self.presence.on_repeated = self.sender.still_present
         self.server_keys.on_rebuilt = self._rebuilt
 
     def _load_signing_key(self) -> SigningKey:

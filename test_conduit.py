@@ -17057,6 +17057,28 @@ def test_presence_does_not_flood() -> None:
     on_stage(play)
 
 
+def test_who_is_here_for_long_is_told_of_again() -> None:
+    """Other servers forget after half an hour that somebody is here; clients here do not."""
+
+    def play(stage: PresenceStage) -> None:
+        again: list[tuple[int, float]] = []
+        stage.presence.on_repeated = lambda nid: again.append((nid, stage.now))
+        stage.presence.receive(conduit.UserNid(2), "online", None, 0)
+        begin = stage.now
+        while stage.now < begin + 4 * 3600:
+            stage.presence.note_sync(device(), "unavailable", 30)
+            stage.at(25)
+        stamps, times = len(stage.stamps), [begin, *(ts for _, ts in again)]
+        assert {nid for nid, _ in again} == {1}
+        gaps = [later - ts for ts, later in itertools.pairwise(times)]
+        assert max(gaps) < conduit.ELSEWHERE_SECONDS
+        assert len(again) < 12 and stamps < 6  # of which some are of who is elsewhere
+        stage.at(4 * 3600)
+        assert len(again) <= len(times) and stage.state() == "offline"
+
+    on_stage(play)
+
+
 def test_presence_of_several_devices_is_the_best_of_them() -> None:
     def play(stage: PresenceStage) -> None:
         stage.presence.note_sync(device(device_nid=10), "unavailable", 30)
