@@ -13788,23 +13788,35 @@ class Directory:
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
-        self._listings: LruCache[RoomNid, Json] = LruCache(5_000)
+        # How rooms are shown, and whether servers of others may enter them at all.
+        self._listings: LruCache[RoomNid, tuple[Json, bool]] = LruCache(5_000)
         hs.db.on_reset(self._listings.clear)
         hs.rooms.subscribe_state(self._state_changed)
 
-    def listings(self, network: str = "", *, everywhere: bool = False) -> list[Json]:
+    def listings(
+        self, network: str = "", *, everywhere: bool = False, for_server: bool = False
+    ) -> list[Json]:
         """The published rooms that have somebody in them, large ones first.
 
-        These are our own, those of a bridged network, or both kinds.
+        These are our own, those of a bridged network, or both kinds; for another server, without
+        those that are closed to it.
         """
         nids = set(self.network_rooms(network or None)) if network or everywhere else set()
         if not network or everywhere:
             nids |= {row[0] for row in self.hs.db.all("SELECT room_nid FROM published_rooms")}
         found = []
         for nid in nids:
-            listing = self._listings.get(nid) or listing_of(self.hs.rooms.by_nid(nid))
-            self._listings.put(nid, listing)
-            if listing["num_joined_members"]:
+            known = self._listings.get(nid)
+            if known is None:
+                room = self.hs.rooms.by_nid(nid)
+                known = (
+                    listing_of(room),
+                    room.content("m.room.create").get("m.federate") is not False,
+                )
+                self._listings.put(nid, known)
+            listing, is_open = known
+            is_open = is_open and listing["room_id"] not in self.hs.sender.disabled
+            if listing["num_joined_members"] and (is_open or not for_server):
                 found.append(listing)
         return sorted(found, key=lambda room: (-room["num_joined_members"], room["room_id"]))
 
@@ -13911,8 +13923,8 @@ def fits(room: Json, term: str, types: Container[str | None] | None) -> bool:
     return term in texts.casefold() and (types is None or room.get("room_type") in types)
 
 
-def public_rooms_page(hs: Homeserver, query: Json) -> Json:
-    """The page of our list that a query asks for."""
+def public_rooms_page(hs: Homeserver, query: Json, *, for_server: bool = False) -> Json:
+    """The page of our list that a query, of another server perhaps, asks for."""
     limit = query.get("limit", 100)
     if limit < 1:
         raise invalid_param("limit must be at least 1")
@@ -13922,7 +13934,7 @@ def public_rooms_page(hs: Homeserver, query: Json) -> Json:
         types = frozenset(one for one in types if one is None or isinstance(one, str))
     everywhere = query.get("include_all_networks", False)
     network = "" if everywhere else query.get("third_party_instance_id", "")
-    listings = hs.directory.listings(network, everywhere=everywhere)
+    listings = hs.directory.listings(network, everywhere=everywhere, for_server=for_server)
     found = [room for room in listings if fits(room, term, types)]
     return page_of(found, query.get("since", "0"), limit)
 
@@ -13994,13 +14006,14 @@ async def tell_public_rooms(hs: Homeserver, request: Request) -> Json:
     """Our list for another server.  Spec: SS-API "Published Room Directory"; limit 0 is none."""
     networks: Json = {"include_all_networks": request.bool_arg("include_all_networks", False)}
     networks["third_party_instance_id"] = request.arg("third_party_instance_id", "")
-    return public_rooms_page(hs, list_query(request) | networks)
+    return public_rooms_page(hs, list_query(request) | networks, for_server=True)
 
 
 @route("POST", PUBLIC_ROOMS, auth=FEDERATION, body=ROOM_QUERY)
 async def search_public_rooms_for(hs: Homeserver, request: Request) -> Json:
     """The same with a filter."""
-    return public_rooms_page(hs, {**request.json, "limit": request.json.get("limit") or MAX_LISTED})
+    query = {**request.json, "limit": request.json.get("limit") or MAX_LISTED}
+    return public_rooms_page(hs, query, for_server=True)
 
 
 # ── 24.4  The search for users ───────────────────────────────────────────────
@@ -24346,7 +24359,11 @@ def server_may_preview(hs: Homeserver, room: Room, server: str) -> bool:
     """Whether some user of a server might be in a room, join it, or look into it."""
     if room.room_id in hs.sender.disabled or not acl_allows(room, server):
         return False
-    if room.history_visibility == "world_readable" or server in room.servers:
+    if server in room.servers:
+        return True
+    if room.content(CREATE).get("m.federate") is False:
+        return False
+    if room.history_visibility == "world_readable":
         return True
     conditions = (one for one in allow_conditions(room) if isinstance(one, dict))
     allowed = (hs.rooms.find(str(one.get("room_id"))) for one in conditions)

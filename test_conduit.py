@@ -21577,10 +21577,32 @@ def test_spaces_show_what_a_server_could_join(served: Served) -> None:
     fails(served.get(served.stranger, "hierarchy", "!elsewhere:x.example"), 404)
 
 
+def test_rooms_that_do_not_federate_are_not_shown(served: Served) -> None:
+    """Neither in the list nor in a space, to servers that could not enter them."""
+    alice, here = served.alice, {"via": [served.server.name]}
+    closed = {"preset": "public_chat", "visibility": "public"}
+    own = alice.create_room(**closed, creation_content={"m.federate": False})
+    kinds = ({"type": "m.space"}, {})
+    space, open_one = (alice.create_room(**closed, creation_content=kind) for kind in kinds)
+    alice.set_state(space, "m.space.child", here, own)
+    path = f"{FEDERATION}/v1/publicRooms"
+    for answer in (
+        served.stranger.ask(served.server, "GET", path),
+        served.stranger.ask(served.server, "POST", path, {}),
+    ):
+        listed = {room["room_id"] for room in ok(answer)["chunk"]}
+        assert {space, open_one} <= listed and own not in listed
+    assert own in {room["room_id"] for room in ok(alice.get("publicRooms"))["chunk"]}
+    found = ok(served.get(served.stranger, "hierarchy", space))
+    assert found["children"] == [] and found["inaccessible_children"] == [own]
+    fails(served.get(served.stranger, "hierarchy", own), 404)
+
+
 def test_rooms_that_we_left_are_not_shown_as_they_were(served: Served) -> None:
     """Nor is it said of them that nobody may see them: others may know better."""
     alice, here = served.alice, {"via": [served.server.name]}
-    space, child = (alice.create_room(preset="public_chat") for _ in range(2))
+    kinds = ({"type": "m.space"}, {})
+    space, child = (alice.create_room(preset="public_chat", creation_content=k) for k in kinds)
     alice.set_state(space, "m.space.child", here, child)
     alice.leave(child)
     found = ok(served.get(served.stranger, "hierarchy", space))
