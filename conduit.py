@@ -2021,6 +2021,11 @@ class Database:
         elif self._broken:
             raise self._broken
 
+    def check_kept(self, lost: int) -> None:
+        """MatrixError if writes were undone since `self.lost` was that: for work in batches."""
+        if self.lost != lost:
+            raise MatrixError(507, "M_UNKNOWN", "The server could not store all of this")
+
     def on_reset(self, callback: Callable[[], None]) -> None:
         """Call back when writes were undone, so that no cache keeps what never happened."""
         self._reset.append(callback)
@@ -6237,56 +6242,77 @@ class RoomVisitor(RoomReceiver):
 
         The members go first, some at a time, for whom a restart between them does no harm.
         """
-        join = cast(Event, self.event_by_nid(cast(Partial, room.partial).join_nid))
+        partial = cast(Partial, room.partial)
+        join = cast(Event, self.event_by_nid(partial.join_nid))
         by_nid, items = dict[StateNid, EventNid](), list(state.items())
+        lost = self.database.lost
         for start in range(0, len(items), IMPORT_BATCH):
             batch = items[start : start + IMPORT_BATCH]
             by_nid.update((self.groups.names.nid(key), nid) for key, nid in batch)
+            ours = {join.key, *self._set_since(room, partial)}
             new = {
                 key[1]: nid
                 for key, nid in batch
-                if key[0] == MEMBER and key != join.key and room.state.get(key) != nid
+                if key[0] == MEMBER and key not in ours and room.state.get(key) != nid
             }
             with self.database.write():
                 if not room.is_partial:
                     return
                 self._change_memberships(room, new, memberships, self.stream.advance())
             await asyncio.sleep(0)
+            self.database.check_kept(lost)
         if room.is_partial:
             self._complete(room, join, state, by_nid)
+
+    def _set_since(self, room: Room, partial: Partial) -> Iterable[StateKey]:
+        """What is otherwise than when we came: one of us has left, and another has not."""
+        return self.groups.named(self.groups.difference(partial.group, cast(int, room.group)))
 
     def _complete(
         self, room: Room, join: Event, state: StateChanges, by_nid: dict[StateNid, EventNid]
     ) -> None:
-        """Put the whole state in the place of the partial one.
-
-        Trap: our events since the join all have the group of the partial state, as none is state.
-        """
-        old, own = cast(Partial, room.partial).group, self.groups.names.nid(join.key)
+        """Put the whole state in the place of the partial one."""
+        partial, own = cast(Partial, room.partial), self.groups.names.nid(join.key)
         changes = {key: nid for key, nid in state.items() if room.state.get(key) != nid}
         changes |= {key: EventNid(0) for key in room.state.keys() - state.keys()}
-        changes.pop(join.key)
+        for key in (join.key, *self._set_since(room, partial)):
+            changes.pop(key, None)
         with self.database.write():
             # Without a base: upon the partial state it would be in the way of every later merge.
             whole = self.groups.extend(room.nid, None, by_nid | {own: join.nid})
+            group = self._put_upon(room, join, partial.group, whole)
             self.database.execute(
-                """
-                UPDATE events
-                SET state_group = :whole,
-                    replaces = CASE nid WHEN :join THEN :before ELSE replaces END
-                WHERE room_nid = :room
-                  AND pos >= :pos
-                  AND state_group = :old
-                """,
-                {
-                    **{"whole": whole, "old": old, "room": room.nid, "pos": join.pos},
-                    **{"join": join.nid, "before": state.get(join.key)},
-                },
+                "UPDATE events SET replaces = ? WHERE nid = ?", (state.get(join.key), join.nid)
             )
-            for event in self.events_between(room, cast(int, join.pos) - 1, MAX_POSITION, -1):
-                self._events.pop(event.nid)
             self._end_partial(room, self.stream.stamp(ROOM_EVENT, room.nid))
-            self._move(room, room.extremities, whole, None, changes, None)
+            self._move(room, room.extremities, group, None, changes, None)
+
+    def _put_upon(self, room: Room, join: Event, old: int, whole: int) -> int:
+        """Move our events since a join from the old state to the whole one; the state after them.
+
+        Trap: as messages follow the join, that may be out of the timeline by now.
+        """
+        groups, newest = {old: whole}, whole
+        for event in self.events_between(room, join.nid - 1, MAX_POSITION, -1):
+            if event.is_state and event.nid != join.nid:
+                key = self.groups.names.nid(event.key)
+                newest = self.groups.extend(room.nid, newest, {key: event.nid})
+                groups[cast(int, event.state_group)] = newest
+            self._events.pop(event.nid)
+        self.database.connection.executemany(
+            """
+            UPDATE events
+            SET state_group = :new
+            WHERE room_nid = :room
+              AND pos >= :since
+              AND state_group = :old
+            """,
+            (
+                {"new": new, "old": old, "room": room.nid, "since": join.nid}
+                for old, new in groups.items()
+            ),
+        )
+        return newest
 
 
 # What is wrong with each of some events, None for those that are right.
@@ -6385,7 +6411,7 @@ class RoomImport:
 
         429 when the room is deleted meanwhile.
         """
-        rooms, told = self.rooms, set(self._state)
+        rooms, told, lost = self.rooms, set(self._state), self.rooms.database.lost
         state, memberships = dict[StateKey, EventNid](), dict[EventNid, str]()
         order = await rooms.database.in_thread(in_order, self._edges)
         self._file.flush()
@@ -6405,6 +6431,7 @@ class RoomImport:
                     if event.membership:
                         memberships[event.nid] = event.membership
             await asyncio.sleep(0)
+            rooms.database.check_kept(lost)  # or the room would have events that are not there
         return state, memberships
 
     async def _enter(
@@ -6419,16 +6446,19 @@ class RoomImport:
 
         What the join stands on goes with it in any case.
         """
-        is_told = servers is not None
-        if room.group is not None or not (is_told or len(state) > LARGE_STATE):
+        if servers is not None:
+            auth = self.rooms.events_by_ids(join.auth_events)
+            good = (event for event in auth if event.membership and not event.rejected)
+            first = {**{event.key: event.nid for event in good}, **state}
+            self.rooms.enter(room, join, first, memberships, servers)
+        elif room.group is not None or len(state) <= LARGE_STATE:
             self.rooms.enter(room, join, state, memberships)
-            return
-        auth = self.rooms.events_by_ids(join.auth_events)
-        first = {event.key: event.nid for event in auth if event.membership and not event.rejected}
-        first |= {key: nid for key, nid in state.items() if is_told or key[0] != MEMBER}
-        there = {server_of(key[1]) for key in state if key[0] == MEMBER}
-        self.rooms.enter(room, join, first, memberships, there if servers is None else servers)
-        if not is_told:
+        else:
+            needed = auth_types_of(join)
+            first = {key: state[key] for key in state if key[0] != MEMBER or key in needed}
+            joined = (key for key, nid in state.items() if memberships.get(nid) == "join")
+            there = {server_of(user_id) for _, user_id in joined} - {self.rooms.server_name}
+            self.rooms.enter(room, join, first, memberships, there)
             state = self.rooms.whole_state(room, state)
             await self.rooms.make_whole(room, state, memberships)
 
@@ -6450,10 +6480,6 @@ EVENT_ROWS = (
     "DELETE FROM pending_redactions WHERE redaction IN (SELECT value FROM json_each(?))",
     "DELETE FROM backward_extremities WHERE nid IN (SELECT value FROM json_each(?))",
     "DELETE FROM events WHERE nid IN (SELECT value FROM json_each(?))",
-)
-ROOM_ROWS = (
-    "DELETE FROM partial_rooms WHERE room_nid = ?",
-    "DELETE FROM rooms WHERE room_nid = ?",
 )
 OLD_IN_TIMELINE = """
     SELECT nid
@@ -6599,14 +6625,14 @@ class RoomKeeper(RoomVisitor):
                 "UPDATE rooms SET state_group = 0, extremities = '[]' WHERE room_nid = ?",
                 (room.nid,),
             )
-            room.group = None
+            self.database.execute("DELETE FROM partial_rooms WHERE room_nid = ?", (room.nid,))
+            room.group = room.partial = None
         await self._batches(functools.partial(self._purge_memberships, room))
         for query in (OLD_IN_TIMELINE, OLD_OUTSIDE):
             await self._batches(functools.partial(self._purge_events, room, query))
         await self._batches(functools.partial(self._purge_groups, room))
         with self.database.write():
-            for sql in ROOM_ROWS:
-                self.database.execute(sql, (room.nid,))
+            self.database.execute("DELETE FROM rooms WHERE room_nid = ?", (room.nid,))
         self._forget_room(room)
 
     def _forget_room(self, room: Room) -> None:
@@ -8577,13 +8603,13 @@ class Router:
         request.route_path = entry.paths[0]
         self._admit(request, entry)
         await self._read_body(request, entry)
-        if request.requester is not None:  # the session may have ended while the body came
-            request.requester = self.authenticate(request, access_token(self.hs, request) or "")
-            check_caller(entry.auth, request.requester)
         values.reverse()
         arguments = dict(zip(names, values, strict=True))
         if "room_id" in arguments and not entry.partial:
             await self.settle(arguments["room_id"])
+        if request.requester is not None:  # the session may have ended meanwhile
+            request.requester = self.authenticate(request, access_token(self.hs, request) or "")
+            check_caller(entry.auth, request.requester)
         lost = self.hs.db.lost
         result = await self._call(entry, request, arguments)
         if self.hs.db.lost != lost and method not in {"GET", "HEAD"}:  # perhaps a part of this
@@ -11514,7 +11540,8 @@ class Accounts(Sessions):
             await asyncio.sleep(0)  # others are served in between
             room = self.hs.rooms.by_nid(room_nid)
             try:
-                await self.hs.router.settle(room.room_id)
+                if self.is_active(user_id):  # who leaves need not wait for other members
+                    await self.hs.router.settle(room.room_id)
                 self._update_member(room, nid, user_id)
             except MatrixError as error:
                 log_accounts.warning("%s in %s not updated: %s", user_id, room.room_id, error)
@@ -17013,13 +17040,13 @@ async def take_state(
     return rest
 
 
-def told_servers(hs: Homeserver, answer: Json) -> list[str]:
-    """The servers that the answer to a join names as those in the room. 502 if it names none."""
+def told_servers(hs: Homeserver, answer: Json, server: str) -> list[str]:
+    """Those in a room, says one of them in its answer to a join. 502 if it names nobody."""
     named = answer.get("servers_in_room")
     if not isinstance(named, list):
         raise unreachable("Members were left out, and nobody is named who knows them")
     good = (one for one in named[:MAX_SERVERS] if isinstance(one, str) and is_server_name(one))
-    return [one for one in dict.fromkeys(good) if one != hs.config.server_name]
+    return [one for one in dict.fromkeys([server, *good]) if one != hs.config.server_name]
 
 
 class LateMembers:
@@ -17037,13 +17064,20 @@ class LateMembers:
         ] = {}  # by room id: set when the room is whole, or left
         hs.rooms.subscribe_partial(self._changed)
         hs.rooms.subscribe_membership(self._membership_changed)
+        hs.db.on_reset(self._read)
 
     def start(self) -> None:
         """Go on where the last run ended."""
+        self._read()
+
+    def _read(self) -> None:
+        """Requests have to wait for these rooms, also when it was undone that they need not."""
         for (nid,) in self.hs.db.all("SELECT room_nid FROM partial_rooms WHERE pos IS NULL"):
             room = self.hs.rooms.by_nid(nid)
-            self._changed(room)
-            self.begin(room)
+            known = self._known.get(room.room_id)
+            if known is None or known.is_set():
+                self._known[room.room_id] = asyncio.Event()
+                self.begin(room)
 
     def _changed(self, room: Room) -> None:
         """Note whether requests have to wait for a room's members."""
@@ -17116,6 +17150,7 @@ class LateMembers:
                     answer = JsonStream(response)
                     await take_state(self.hs, answer, "pdus", room.version, arriving)
             await arriving.complete(room, functools.partial(verify_by_known, self.hs))
+            await self.hs.db.synced()  # or it is not whole after all
         finally:
             arriving.close()
 
@@ -17187,7 +17222,8 @@ class Joining(Handshakes):
             voucher = event.content.get("join_authorised_via_users_server")
             if voucher is not None:
                 event = await add_signature(self.hs, event, server_of(voucher), rest.get("event"))
-            there = told_servers(self.hs, rest) if rest.get("members_omitted") is True else None
+            is_late = rest.get("members_omitted") is True
+            there = told_servers(self.hs, rest, server) if is_late else None
             check = functools.partial(verify_by_known, self.hs)
             await arriving.finish(event, check, there)
         finally:
@@ -22853,26 +22889,36 @@ class Inbox:
         self._sizes: Counter[RoomNid] = Counter()  # items, by room
         self._working: set[RoomNid] = set()
         self._pauses: LruCache[tuple[RoomNid, str], float] = LruCache(PAUSES)  # until when
+        hs.db.on_reset(self._reread)
+
+    def _reread(self) -> None:
+        """Give what waits its turn, also what seemed to be done when writes were undone."""
+        self._sizes = Counter({room_nid: size for room_nid, size, _ in self._rooms()})
+        for room_nid in self._sizes:
+            self._wake(room_nid)
+
+    def _rooms(self) -> list[tuple[RoomNid, int, int]]:
+        """The rooms for which anything waits, with how much, and what is first."""
+        return self.hs.db.all(
+            """
+            SELECT room_nid, COUNT(*), MIN(item_nid)
+            FROM inbox
+            WHERE error IS NULL
+            GROUP BY room_nid
+            """
+        )
 
     def start(self) -> None:
         """Go on where the last run ended; an item at which it ended again and again stays."""
         with self.hs.db.write():
-            rows = self.hs.db.all(
-                """
-                SELECT room_nid, COUNT(*), MIN(item_nid)
-                FROM inbox
-                WHERE error IS NULL
-                GROUP BY room_nid
-                """
-            )
-            for _, _, first in rows:
+            for room_nid, _, first in self._rooms():
+                if self.hs.rooms.by_nid(room_nid).is_partial:  # it had no turn
+                    continue
                 update = "UPDATE inbox SET tries = tries + 1 WHERE item_nid = ?"
                 self.hs.db.execute(update, (first,))
                 update = "UPDATE inbox SET error = 'crash' WHERE item_nid = ? AND tries > ?"
                 self.hs.db.execute(update, (first, MAX_TRIES))
-        for room_nid, size, _ in rows:
-            self._sizes[room_nid] = size
-            self._wake(room_nid)
+        self._reread()
 
     def maintain(self) -> None:
         """Forget the ids of old messages."""
@@ -23032,6 +23078,8 @@ class Inbox:
         """
         try:
             while row := self.hs.db.one(query, (room_nid,)):
+                if self.hs.rooms.by_nid(room_nid).is_partial:  # that it is not was undone
+                    break
                 item = InboxItem(*row)
                 try:
                     self._done(room_nid, item, await self._handle(room_nid, item))

@@ -14778,6 +14778,182 @@ def test_only_large_rooms_are_entered_before_their_members_are_known(
         assert bool(rows_of(pair[1], query, room_id)) is not is_direct
 
 
+def test_only_servers_of_members_are_told_while_members_come(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    """Neither a server whose users were put out of a room counts as one in it, nor our own."""
+    server, room = pair[0], large_room(peer, 1_100, 0)
+    alice, bob = register(server), register(server)
+    for user in (bob.user_id, "@gone:past.test"):
+        room.put("m.room.member", {"membership": "ban"}, user)
+    ok(join_via(alice, room.room_id, peer))
+    ok(alice.get(("rooms", room.room_id, "joined_members")))
+    query = "SELECT servers FROM partial_rooms JOIN rooms USING (room_nid) WHERE room_id = ?"
+    assert json.loads(rows_of(server, query, room.room_id)[0][0]) == [peer.name]
+    query = "SELECT server FROM room_servers JOIN rooms USING (room_nid) WHERE room_id = ?"
+    assert rows_of(server, query, room.room_id) == [(peer.name,)]
+    server.check()
+
+
+def test_a_large_room_that_refuses_us_is_not_entered(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    """Whatever the server says that let us in."""
+    server, room = pair[0], large_room(peer, 1_100, 0)
+    alice = register(server)
+    ban = room.make("m.room.member", {"membership": "ban"}, alice.user_id)
+    room.serve(answer=lambda made: {"state": [*made["state"], ban.pdu], "auth_chain": []})
+    fails(join_via(alice, room.room_id, peer), 403)
+    assert ok(alice.get("joined_rooms"))["joined_rooms"] == []
+    server.check()
+
+
+@contextlib.contextmanager
+def failing(server: Server, what: str) -> Iterator[None]:
+    """A running server that cannot do one kind of write, such as DELETE ON events."""
+    with contextlib.closing(sqlite3.connect(server.database)) as database:
+        body = "BEGIN SELECT RAISE(ABORT, 'no room on the disk'); END"
+        database.execute(f"CREATE TRIGGER failing BEFORE {what} {body}")
+        yield
+        database.execute("DROP TRIGGER failing")
+
+
+def test_a_room_that_is_deleted_by_half_can_be_entered_late_once_more(
+    authority: Authority, peer: Peer, tmp_path: Path
+) -> None:
+    """The disk fills up, or the machine stops, while it is deleted."""
+    server = federating(tmp_path, authority).start()
+    alice, room = register(server), LateRoom(peer, 5)
+    ok(join_via(alice, room.room_id, peer))
+    alice.leave(room.room_id)
+    eventually(lambda: [one for one in peer.asked if one.path.startswith(SEND_PATH)])
+    with failing(server, "DELETE ON events"):
+        assert server.run_command("--admin", f"delete-room {room.room_id}").returncode
+    server.restart()
+    assert knows(server, room.room_id)
+    ok(join_via(alice, room.room_id, peer))
+    room.gate.set()
+    found = ok(alice.get(("rooms", room.room_id, "joined_members"), timeout=60))["joined"]
+    assert found.keys() == {alice.user_id, room.owner, *room.users}
+    server.stop()
+    server.check()
+
+
+def test_the_members_wait_for_room_on_the_disk(pair: tuple[Server, Server], peer: Peer) -> None:
+    """A room that could not be made whole is not: requests wait again, and so does the inbox."""
+    server, room = pair[0], LateRoom(peer, 5)
+    alice = register(server)
+    ok(join_via(alice, room.room_id, peer))
+    ok(room.say(server, "from afar"))
+    waiting = "SELECT 1 FROM inbox JOIN rooms USING (room_nid) WHERE room_id = ?"
+    failures = server.log.count("write failed")
+    with ThreadPoolExecutor(1) as pool:
+        with failing(server, "UPDATE OF state_group ON rooms"):
+            room.gate.set()
+            eventually(lambda: server.log.count("write failed") > failures)
+            asked = pool.submit(alice.get, ("rooms", room.room_id, "joined_members"))
+            time.sleep(0.5)
+            assert not asked.done()
+            assert rows_of(server, waiting, room.room_id)
+        assert ok(asked.result())["joined"].keys() == {alice.user_id, room.owner, *room.users}
+    eventually(lambda: alice.bodies(room.room_id) == ["from afar"])
+    server.check()
+
+
+def test_what_waits_for_members_outlives_many_restarts(
+    authority: Authority, peer: Peer, tmp_path: Path
+) -> None:
+    """None of them is held against an event that had no turn."""
+    server = federating(tmp_path, authority).start()
+    alice, room = register(server), LateRoom(peer, 5)
+    ok(join_via(alice, room.room_id, peer))
+    ok(room.say(server, "from afar"))
+    for _ in range(conduit.MAX_TRIES + 1):
+        server.restart()
+    room.gate.set()
+    eventually(lambda: alice.bodies(room.room_id) == ["from afar"], 30)
+    server.stop()
+    server.check()
+
+
+def test_history_may_be_deleted_before_the_members_are_known(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    """Our join is out of the timeline then, and what was left in it has the whole state."""
+    server, room = pair[0], LateRoom(peer, 5)
+    alice = register(server)
+    ok(join_via(alice, room.room_id, peer))
+    alice.send_text(room.room_id, "before")
+    last = alice.send_text(room.room_id, "after")
+    said = server.run_command("--admin", f"purge-history {room.room_id} {last}")
+    assert said.returncode == 0, said
+    room.gate.set()
+    found = ok(alice.get(("rooms", room.room_id, "joined_members")))["joined"]
+    assert found.keys() == {alice.user_id, room.owner, *room.users}
+    assert alice.bodies(room.room_id) == ["after"]
+    alice.send_text(room.room_id, "still here")
+    path = f"{FEDERATION}/v1/state_ids/{quote(room.room_id)}?event_id={last}"
+    assert len(ok(peer.ask(server, "GET", path))["pdu_ids"]) == len(room.state) + 1
+    server.check()
+
+
+def test_one_of_us_leaves_before_the_members_are_known_and_one_stays(
+    authority: Authority, peer: Peer, tmp_path: Path
+) -> None:
+    """A server may tell of a join that we have forgotten; what happens since is not undone."""
+    server = federating(tmp_path, authority).start()
+    alice, bob, room = register(server), register(server), LateRoom(peer, 5)
+    ok(join_via(bob, room.room_id, peer))
+    bob.leave(room.room_id)
+    eventually(lambda: [one for one in peer.asked if one.path.startswith(SEND_PATH)])
+    said = server.run_command("--admin", f"delete-room {room.room_id}")
+    assert said.returncode == 0, said
+    eventually(lambda: not knows(server, room.room_id), 20)
+    old = conduit.make_event(room.version, room.given[0])
+    room.state[old.key] = old
+    answer = room.without_members
+
+    def with_bob(made: Json) -> Json:
+        told = answer(made)
+        return {**told, "state": [*told["state"], old.pdu]}
+
+    room.serve(answer=with_bob)
+    ok(join_via(alice, room.room_id, peer))
+    alice.send_text(room.room_id, "one")
+    alice.leave(room.room_id)
+    last = bob.send_text(room.room_id, "two")
+    room.gate.set()
+    for _ in range(2):
+        found = ok(bob.get(("rooms", room.room_id, "joined_members")))["joined"]
+        assert found.keys() == {bob.user_id, room.owner, *room.users}
+        assert membership(bob, room.room_id, alice) == "leave"
+        server.restart()
+    path = f"{FEDERATION}/v1/state_ids/{quote(room.room_id)}?event_id={last}"
+    assert len(ok(peer.ask(server, "GET", path))["pdu_ids"]) == len(room.state) + 1
+    assert bob.bodies(room.room_id) == ["one", "two"]
+    server.stop()
+    server.assert_clean_log()
+    server.check()
+
+
+def test_who_is_deactivated_leaves_before_the_members_are_known(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    server, room = pair[0], LateRoom(peer, 5)
+    alice = register(server)
+    ok(join_via(alice, room.room_id, peer))
+    said = server.run_command("--admin", f"deactivate-user {alice.user_id}")
+    assert said.returncode == 0, said
+
+    def told() -> list[str]:
+        sent = (one.json["pdus"] for one in peer.asked if one.path.startswith(SEND_PATH))
+        return [pdu["content"].get("membership") for pdus in sent for pdu in pdus]
+
+    eventually(lambda: told() == ["leave"])
+    room.gate.set()
+    server.check()
+
+
 # ── 30.3  A large room ───────────────────────────────────────────────────────
 
 
@@ -31710,11 +31886,11 @@ def fail_at_step(control: str) -> None:
 class Faults:
     """The test's end of fail_at_step."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *hooks: Callable[[str], None]) -> None:
         self.server = server
         self.control = server.folder / "fault"
         self.answer = server.folder / "fault.answer"
-        run_under(server, fail_at_step, control=str(self.control))
+        run_under(server, *(hooks or (fail_at_step,)), control=str(self.control))
 
     def order(self, words: str) -> int:
         """Arm (or with "0" disarm) the fault; how many steps the previous order had left."""
@@ -31738,6 +31914,65 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
             yield from differences(*pair, f"{path}/{index}")
     elif one != other:
         yield f"{path}: {json.dumps(one)[:300]} and {json.dumps(other)[:300]}"
+
+
+def fail_at_step_of_members(control: str) -> None:
+    """The same, where what failed is tried again at once, and each room comes in several parts."""
+    vars(conduit).update(REFILL_SECONDS=0.05, DISK_SECONDS=0.05, IMPORT_BATCH=4, LARGE_STATE=4)
+    fail_at_step(control)
+
+
+def test_a_full_disk_at_every_step_at_which_members_come(
+    authority: Authority, peer: Peer, tmp_path: Path
+) -> None:
+    """Whatever is undone of it, the room is whole in the end, and what waited for it is there."""
+    server = federating(tmp_path, authority)
+    faults = Faults(server, fail_at_step_of_members, fail_at_step)
+    server.start()
+    alice, words = register(server), itertools.cycle(("", " rollback"))
+    for step in itertools.count(2):
+        room = LateRoom(peer, 3)
+        ok(join_via(alice, room.room_id, peer))
+        ok(room.say(server, "from afar"))
+        faults.order(f"{step // 2}{next(words)}")
+        room.gate.set()
+        alice.checked = False
+        path = ("rooms", room.room_id, "joined_members")
+        found = eventually(lambda path=path: alice.get(path).json().get("joined"), 20)
+        assert found.keys() == {alice.user_id, room.owner, *room.users}, step
+        eventually(lambda room=room: alice.bodies(room.room_id) == ["from afar"], 20)
+        alice.checked = True
+        if faults.order("0") > 0:
+            break
+    assert step > 20
+    server.stop()
+    server.check()
+
+
+def test_a_full_disk_at_every_step_of_a_join(
+    authority: Authority, peer: Peer, tmp_path: Path
+) -> None:
+    """A room that comes in several parts is never entered without one of them."""
+    server = federating(tmp_path, authority)
+    faults = Faults(server, fail_at_step_of_members, fail_at_step)
+    server.start()
+    alice, words = register(server), itertools.cycle(("", " rollback"))
+    for step in itertools.count(2):
+        room = LateRoom(peer, 6)
+        room.serve()  # with all members
+        room.gate.set()
+        faults.order(f"{step // 2}{next(words)}")
+        alice.checked = False
+        eventually(lambda room=room: join_via(alice, room.room_id, peer).status_code == 200, 20)
+        path = ("rooms", room.room_id, "joined_members")
+        found = eventually(lambda path=path: alice.get(path).json().get("joined"), 20)
+        assert found.keys() == {alice.user_id, room.owner, *room.users}, step
+        alice.checked = True
+        if faults.order("0") > 0:
+            break
+    assert step > 20
+    server.stop()
+    server.check()
 
 
 class Story:
