@@ -25710,6 +25710,21 @@ def direct_rooms(ask: SlidingRequest) -> set[str]:
     return {room_id for rooms in lists for room_id in rooms if isinstance(room_id, str)}
 
 
+def rooms_shown(ask: SlidingRequest) -> dict[RoomNid, dict[str, Json]]:
+    """What came with invites to rooms that we are not in, and of those knocked on: content by type.
+
+    What was not shown counts as not being so: an invite must be found in one list or the other.
+    """
+    sql = """
+        SELECT room_nid, state
+        FROM memberships
+        JOIN stripped_states USING (event_nid)
+        WHERE user_nid = ?
+    """
+    rows = ask.hs.db.all(sql, (ask.nid,))
+    return {nid: {one["type"]: one["content"] for one in json.loads(state)} for nid, state in rows}
+
+
 def room_types(ask: SlidingRequest) -> dict[RoomNid, str]:
     """The types of those of the user's rooms that have one, as spaces do."""
     sql = """
@@ -25723,6 +25738,7 @@ def room_types(ask: SlidingRequest) -> dict[RoomNid, str]:
     """
     rows = ask.hs.db.all(sql, (ask.nid, ask.hs.rooms.groups.names.find(CREATE_KEY)))
     types = {nid: json.loads(pdu)["content"].get("type") for nid, pdu in rows}
+    types |= {nid: shown.get(CREATE, {}).get("type") for nid, shown in rooms_shown(ask).items()}
     return {nid: value for nid, value in types.items() if isinstance(value, str) and value}
 
 
@@ -25760,21 +25776,38 @@ def tagged_with(ask: SlidingRequest, wanted: list[str]) -> RoomTest:
     return test
 
 
+def is_encrypted(ask: SlidingRequest) -> RoomTest:
+    """A test for rooms that are encrypted."""
+    rooms, shown = ask.hs.rooms, rooms_shown(ask)
+    return lambda nid, _: (
+        "m.room.encryption" in shown[nid] if nid in shown else rooms.by_nid(nid).encrypted
+    )
+
+
+def is_named_like(ask: SlidingRequest, text: str) -> RoomTest:
+    """A test for rooms that have a text in their name."""
+    rooms, shown = ask.hs.rooms, rooms_shown(ask)
+
+    def test(nid: RoomNid, _room_id: str) -> bool:
+        kind = "m.room.name"
+        content = shown[nid].get(kind, {}) if nid in shown else rooms.by_nid(nid).content(kind)
+        name = content.get("name")
+        return isinstance(name, str) and text.lower() in name.lower()
+
+    return test
+
+
 def filter_tests(ask: SlidingRequest, filters: Json) -> Iterator[tuple[RoomTest, bool]]:
     """The filters of a list as tests, each with the answer that a room must give."""
-    rooms, members = ask.hs.rooms, ask.hs.rooms.memberships(ask.nid)
+    members = ask.hs.rooms.memberships(ask.nid)
     tests: dict[str, Callable[[Any], RoomTest]] = {
         "is_dm": lambda _: is_one_of(direct_rooms(ask)),
         "is_invite": lambda _: lambda nid, _: members[nid].membership == "invite",
         "spaces": lambda spaces: is_one_of(rooms_in_spaces(ask, spaces)),
         "tags": lambda wanted: tagged_with(ask, wanted),
         "room_types": lambda wanted: has_type_of(room_types(ask), wanted),
-        "is_encrypted": lambda _: lambda nid, _: rooms.by_nid(nid).encrypted,
-        "room_name_like": lambda text: (
-            lambda nid, _: (
-                text.lower() in rooms.by_nid(nid).setting("m.room.name", "name", "").lower()
-            )
-        ),
+        "is_encrypted": lambda _: is_encrypted(ask),
+        "room_name_like": lambda text: is_named_like(ask, text),
     }
     for name, value in filters.items():
         wanted = name.replace("invited", "invite").removeprefix("not_")

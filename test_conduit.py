@@ -14241,6 +14241,41 @@ def test_an_invite_outlives_a_restart(tmp_path: Path, authority: Authority, peer
     server.assert_clean_log()
 
 
+def test_invites_to_rooms_elsewhere_are_filtered_by_what_they_show(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    """A space is no chat, and an encrypted room is encrypted, before anybody here is in it."""
+    alice = register(pair[0])
+    algorithm = {"algorithm": "m.megolm.v1.aes-sha2"}
+    shown = {
+        "space": {"m.room.create": {"room_version": "11", "type": "m.space"}},
+        "secret": {"m.room.create": {"room_version": "11"}, "m.room.encryption": algorithm},
+        "plain": {"m.room.create": {"room_version": "11"}, "m.room.name": {"name": "Garden shed"}},
+        "bare": {},
+    }
+    names: dict[str, str] = {}
+    for name, contents in shown.items():
+        room = PeerRoom(peer)
+        names[room.room_id] = name
+        stripped = [
+            {"type": kind, "state_key": "", "sender": f"@owner:{peer.name}", "content": content}
+            for kind, content in contents.items()
+        ]
+        ok(room.invite(pair[0], alice.user_id, shown=stripped))
+
+    def listed(**filters: Any) -> set[str]:
+        wanted = {"ranges": [[0, 9]], "timeline_limit": 1, "filters": filters}
+        path = "/_matrix/client/unstable/org.matrix.simplified_msc3575/sync"
+        rooms = ok(alice.post(path, {"lists": {"a": wanted}}))["rooms"]  # an admin has one more
+        return {names[room_id] for room_id in rooms.keys() & names.keys()}
+
+    assert listed(room_types=["m.space"]) == {"space"}
+    assert listed(not_room_types=["m.space"]) == {"secret", "plain", "bare"}
+    assert listed(is_encrypted=True) == {"secret"}
+    assert listed(is_encrypted=False) == {"space", "plain", "bare"}
+    assert listed(room_name_like="den sh") == {"plain"}
+
+
 def test_knocks(sides: tuple[Server, Server]) -> None:
     """A knock is shown to both; the answer to it is an invite."""
     alice, bob = people(*sides)
