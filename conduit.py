@@ -13335,11 +13335,14 @@ def own_room(hs: Homeserver, request: Request, user_id: str, room_id: str | None
 async def put_account_data(
     hs: Homeserver, request: Request, user_id: str, data_type: str, room_id: str | None = None
 ) -> Json:
-    """Keep data for the user's clients. 405 M_BAD_JSON for what has endpoints of its own."""
+    """Keep data for the user's clients. 405 M_BAD_JSON for what has endpoints of its own.
+
+    Spec: MSC3391: an empty object deletes. It is told even if there was nothing: clients wait for it.
+    """
     room_nid = own_room(hs, request, user_id, room_id)
     if data_type in SERVER_MANAGED:
         raise MatrixError(405, "M_BAD_JSON", f"Cannot set {data_type} through this API")
-    hs.account_data.put(request.user.nid, room_nid, data_type, request.json)
+    hs.account_data.put(request.user.nid, room_nid, data_type, request.json or None)
     return {}
 
 

@@ -11500,12 +11500,12 @@ def test_account_data_is_kept_and_synced(alice: Client, bob: Client) -> None:
     phone.poll()
     path = ("user", alice.user_id, "account_data", "com.example.x")
     fails(alice.get(path), 404, "M_NOT_FOUND")
-    for content in ({"a": 1}, {"b": [1.5, None, "ü"]}, {}):
+    for content in ({"a": 1}, {"b": [1.5, None, "ü"]}):
         ok(alice.put(path, content))
         assert ok(alice.get(path)) == content
         assert account_data_in(phone.poll())["com.example.x"] == content
     assert "com.example.x" not in account_data_in(phone.poll())
-    assert account_data_in(alice.login().sync())["com.example.x"] == {}
+    assert account_data_in(alice.login().sync())["com.example.x"] == content
     fails(bob.get(path), 403, "M_FORBIDDEN")
     fails(bob.put(path, {}), 403, "M_FORBIDDEN")
     fails(alice.put(path, content="[]"), 400)
@@ -11746,6 +11746,26 @@ def test_deleted_account_data_is_told_once(alice: Client) -> None:
     assert "account_data" not in alice.poll() or not account_data_in(alice.poll())
     rules = base + path_of((*own, "account_data", "m.push_rules")).removeprefix(CLIENT)
     fails(alice.delete(rules), 405, "M_BAD_JSON")
+
+
+def test_an_empty_object_deletes_account_data(alice: Client) -> None:
+    """Clients that know no DELETE write this; they wait for it to come back, known type or not."""
+    room_id = alice.create_room()
+    for place, room in (
+        (("user", alice.user_id), None),
+        (("user", alice.user_id, "rooms", room_id), room_id),
+    ):
+        for data_type in ("known", "unknown"):
+            path = (*place, "account_data", data_type)
+            if data_type == "known":
+                ok(alice.put(path, {"x": 1}))
+            alice.poll()
+            ok(alice.put(path, {}))
+            assert account_data_in(alice.poll(), room)[data_type] == {}
+            fails(alice.get(path), 404, "M_NOT_FOUND")
+            assert data_type not in account_data_in(alice.sync(), room)
+            ok(alice.put(path, {"x": 2}))
+            assert ok(alice.get(path)) == account_data_in(alice.sync(), room)[data_type] == {"x": 2}
 
 
 def test_what_is_kept_for_a_device_goes_with_it(alice: Client) -> None:
