@@ -12960,7 +12960,9 @@ MAX_FILTERS = 500  # of one user; beyond, the oldest goes
 PROFILE = V3 + "/profile/{user_id}"
 PROFILE_FIELD = PROFILE + "/{name}"
 PROFILE_QUERY = FEDERATION_API + "/query/profile"
-PROFILE_FIELD_OLD = ("/_matrix/client/unstable/uk.tcpip.msc4133/profile/{user_id}/{name}",)
+MSC4133 = "/_matrix/client/unstable/uk.tcpip.msc4133"
+PROFILE_OLD = (PROFILE.replace(V3, MSC4133),)
+PROFILE_FIELD_OLD = (PROFILE_FIELD.replace(V3, MSC4133),)
 FIELD_NAME = re.compile(r"[a-z][a-z0-9._-]*")
 FIELD_VALUES: Final = {  # what texts those fields take that clients rely on
     "displayname": re.compile(r".{0,256}", re.DOTALL),
@@ -13057,7 +13059,7 @@ async def remote_profile(hs: Homeserver, user_id: str) -> Json:
     return cast(Json, json.loads(raw))
 
 
-@route("GET", PROFILE, auth=NONE)
+@route("GET", PROFILE, auth=NONE, also=PROFILE_OLD)
 async def get_profile(hs: Homeserver, _request: Request, user_id: str) -> Json:
     """All that a user says about themselves.  Spec: "Profiles"."""
     if not is_user_id(user_id):
@@ -13337,7 +13339,7 @@ async def put_account_data(
 ) -> Json:
     """Keep data for the user's clients. 405 M_BAD_JSON for what has endpoints of its own.
 
-    Spec: MSC3391: an empty object deletes. It is told even if there was nothing: clients wait for it.
+    Spec: MSC3391, by which an empty object deletes. Trap: clients wait to be told, even of nothing.
     """
     room_nid = own_room(hs, request, user_id, room_id)
     if data_type in SERVER_MANAGED:
@@ -28745,10 +28747,17 @@ async def find_third_party(hs: Homeserver, request: Request, kind: str) -> list[
 # ── 46.6  What they ask of us ────────────────────────────────────────────────
 
 NETWORK_LIST = V3 + "/directory/list/appservice/{network_id}/{room_id}"
-APPSERVICE_PING = "/_matrix/client/v1/appservice/{service_id}/ping"
+APPSERVICE_PING = "/appservice/{service_id}/ping"
 
 
-@route("POST", APPSERVICE_PING, auth=APPSERVICE, limit=None, body={"transaction_id?": str})
+@route(
+    "POST",
+    "/_matrix/client/v1" + APPSERVICE_PING,
+    auth=APPSERVICE,
+    also=("/_matrix/client/unstable/fi.mau.msc2659" + APPSERVICE_PING,),
+    limit=None,
+    body={"transaction_id?": str},
+)
 async def ping_appservice(hs: Homeserver, request: Request, service_id: str) -> Json:
     """Try whether the service can be reached from here, and how fast it answers.
 
@@ -32578,6 +32587,7 @@ class Homeserver:
 
 SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 20)]
 UNSTABLE_FEATURES = {
+    "fi.mau.msc2659.stable": True,
     "org.matrix.e2e_cross_signing": True,
     "org.matrix.msc2285.stable": True,
     "org.matrix.msc3026.busy_presence": True,

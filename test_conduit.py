@@ -11338,9 +11338,10 @@ def test_profile_fields_are_set_read_and_deleted(alice: Client, nobody: Client) 
 
 
 def test_unstable_path_of_profile_fields(alice: Client) -> None:
-    path = "/_matrix/client/unstable/uk.tcpip.msc4133/profile/" + quote(alice.user_id) + "/x.y"
-    ok(alice.put(path, {"x.y": 1}))
-    assert ok(alice.get(path)) == {"x.y": 1}
+    path = "/_matrix/client/unstable/uk.tcpip.msc4133/profile/" + quote(alice.user_id)
+    ok(alice.put(path + "/x.y", {"x.y": 1}))
+    assert ok(alice.get(path + "/x.y")) == {"x.y": 1}
+    assert ok(alice.get(path)) == {"displayname": alice.user_id[1:].partition(":")[0], "x.y": 1}
 
 
 def test_empty_name_and_avatar_take_them_away(alice: Client) -> None:
@@ -25544,8 +25545,8 @@ def test_paths_of_old(server: Server, bridge: Bridge) -> None:
 
 
 def test_pings(server: Server, admin: Client, bridge: Bridge, alice: Client) -> None:
-    def ping(client: Client, name: str = bridge.id) -> httpx.Response:
-        path = f"/_matrix/client/v1/appservice/{name}/ping"
+    def ping(client: Client, name: str = bridge.id, version: str = "v1") -> httpx.Response:
+        path = f"/_matrix/client/{version}/appservice/{name}/ping"
         return client.post(path, {"transaction_id": "meow"})
 
     bot = bridge.client(server)
@@ -25553,6 +25554,7 @@ def test_pings(server: Server, admin: Client, bridge: Bridge, alice: Client) -> 
     assert refused["status"] == 404
     bridge.answers["/ping"] = dict
     assert ok(ping(bot))["duration_ms"] >= 0
+    assert ok(ping(bot, version="unstable/fi.mau.msc2659"))["duration_ms"] >= 0
     assert ("POST", "/_matrix/app/v1/ping") in bridge.requests
     fails(ping(alice), 403, "M_FORBIDDEN")
     fails(ping(bot, "another"), 403, "M_FORBIDDEN")
