@@ -19774,6 +19774,18 @@ MAX_REASON = 1_000  # characters
 REPORTED: Final = {"event_id": "the event", "room_id": "the room", "user_id": "the user"}
 
 
+class UserReport(NamedTuple):
+    """A row of reports."""
+
+    nid: int
+    ts: int
+    reporter_nid: UserNid
+    room_id: str | None
+    event_id: str | None
+    user_id: str | None
+    reason: str
+
+
 class Reports:
     """What users have reported, for the admins."""
 
@@ -19802,6 +19814,21 @@ class Reports:
         named = " in ".join(f"{text} {what[key]}" for key, text in REPORTED.items() if key in what)
         for listener in self._listeners:
             listener(f"{reporter.user_id} reports {named}: {why or 'no reason given'}")
+
+    def of_events(self) -> list[UserReport]:
+        """Those that are about an event, the oldest first."""
+        query = """
+            SELECT report_nid, ts, reporter_nid, room_id, event_id, user_id, reason
+            FROM reports
+            WHERE report_nid > 0 AND event_id IS NOT NULL
+            ORDER BY report_nid
+        """
+        return list(itertools.starmap(UserReport, self.db.all(query)))
+
+    def dismiss(self, nid: int) -> None:
+        """Forget a report."""
+        with self.db.write():
+            self.db.execute("DELETE FROM reports WHERE report_nid = ?", (nid,))
 
 
 REPORT_ROOM = V3 + "/rooms/{room_id}/report"
@@ -31346,7 +31373,68 @@ async def admin_reset_connection(hs: Homeserver, _request: Request, server: str)
     return {}
 
 
-# ── 49.9  The server ─────────────────────────────────────────────────────────
+# ── 49.9  Reports ────────────────────────────────────────────────────────────
+
+REPORTS_PATH = "/v1/event_reports"
+ONE_REPORT = REPORTS_PATH + "/{report_id}"
+
+
+def report_json(hs: Homeserver, report: UserReport) -> Json:
+    """A report of an event as Synapse's list shows it; nobody rates events any more."""
+    room = hs.rooms.find(str(report.room_id))
+    alias = room and room.setting("m.room.canonical_alias", "alias", "")
+    return {
+        **{"id": report.nid, "received_ts": report.ts, "reason": report.reason, "score": None},
+        **{"room_id": report.room_id, "event_id": report.event_id, "sender": report.user_id},
+        "user_id": hs.db.user_id(report.reporter_nid),
+        "name": (room and room.setting("m.room.name", "name", "")) or None,
+        "canonical_alias": alias or None,
+    }
+
+
+def wanted_report(hs: Homeserver, report_id: str) -> UserReport:
+    """The report that a path names, or 404."""
+    found = [report for report in hs.reports.of_events() if str(report.nid) == report_id]
+    if not found:
+        raise not_found("Event report not found")
+    return found[0]
+
+
+@admin_route("GET", REPORTS_PATH)
+async def admin_reports(hs: Homeserver, request: Request) -> Json:
+    """The events that users reported, the newest first, page by page."""
+    by, room_id, sender = map(request.arg, ("user_id", "room_id", "event_sender_user_id"))
+    shown = (report_json(hs, report) for report in hs.reports.of_events())
+    found = [
+        one
+        for one in shown
+        if (by or "") in one["user_id"]
+        and (room_id or "") in one["room_id"]
+        and sender in (None, one["sender"])
+    ]
+    found.sort(key=operator.itemgetter("id"), reverse=request.arg("dir", "b") == "b")
+    _, page, end = rows_page(request, found)
+    answer: Json = {"event_reports": page, "total": len(found)}
+    return answer if end is None else {**answer, "next_token": end}
+
+
+@admin_route("GET", ONE_REPORT)
+async def admin_report(hs: Homeserver, request: Request, report_id: str) -> Json:
+    """One report, with the event if it is still there."""
+    report = wanted_report(hs, report_id)
+    event = hs.rooms.event(str(report.event_id))
+    shown = as_clients(hs, request, [] if event is None else [event])
+    return report_json(hs, report) | {"event_json": shown[0] if shown else {}}
+
+
+@admin_route("DELETE", ONE_REPORT)
+async def admin_dismiss_report(hs: Homeserver, _request: Request, report_id: str) -> Json:
+    """Forget a report."""
+    hs.reports.dismiss(wanted_report(hs, report_id).nid)
+    return {}
+
+
+# ── 49.10  The server ────────────────────────────────────────────────────────
 
 
 @route("GET", ADMIN_API + "/v1/server_version", auth=NONE)

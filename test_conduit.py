@@ -27264,6 +27264,35 @@ def test_signing_with_a_new_key(tmp_path: Path, authority: Authority) -> None:
         server.check()
 
 
+def test_reports_of_events_are_listed(admin: Client, alice: Client, bob: Client) -> None:
+    """What moderation bots and admin pages read; reports of rooms and users are no part of it."""
+    path = ADMIN_API + "v1/event_reports"
+    room_id = alice.room_with(bob, name="Kitchen")
+    events = [alice.send_text(room_id, text) for text in ("one", "two", "three")]
+    for number, event_id in enumerate(events):
+        ok(bob.post(("rooms", room_id, "report", event_id), {"reason": str(number), "score": -1}))
+    ok(bob.post(("rooms", room_id, "report"), {"reason": "the room"}))
+    ok(bob.post(("users", alice.user_id, "report"), {"reason": "the user"}))
+    first = ok(admin.get(path, room_id=room_id, limit=2))
+    assert [report["event_id"] for report in first["event_reports"]] == [events[2], events[1]]
+    assert (first["total"], first["next_token"]) == (3, 2)
+    rest = ok(admin.get(path, room_id=room_id, limit=2, **{"from": first["next_token"]}))
+    assert "next_token" not in rest
+    report = rest["event_reports"][0]
+    assert ok(admin.get(path, room_id=room_id, dir="f"))["event_reports"][0] == report
+    shown = {"event_id": events[0], "reason": "0", "sender": alice.user_id, "user_id": bob.user_id}
+    shown |= {"room_id": room_id, "name": "Kitchen", "canonical_alias": None, "score": None}
+    assert shown.items() <= report.items() and report["received_ts"] > 0
+    assert ok(admin.get(path, event_sender_user_id=bob.user_id))["event_reports"] == []
+    assert ok(admin.get(path, user_id=bob.user_id, room_id=room_id))["total"] == 3
+    one = f"{path}/{report['id']}"
+    assert ok(admin.get(one))["event_json"]["content"]["body"] == "one"
+    ok(admin.delete(one))
+    fails(admin.get(one), 404, "M_NOT_FOUND")
+    fails(admin.delete(f"{path}/x"), 404, "M_NOT_FOUND")
+    assert ok(admin.get(path, room_id=room_id))["total"] == 2
+
+
 def test_the_server_speaks_to_a_user(admin: Client, alice: Client) -> None:
     content = {"msgtype": "m.text", "body": "tidy up"}
     body = {"user_id": alice.user_id, "content": content}
