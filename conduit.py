@@ -25750,8 +25750,8 @@ def rooms_shown(ask: SlidingRequest) -> dict[RoomNid, dict[str, Json]]:
     sql = """
         SELECT room_nid, state
         FROM memberships
-        JOIN stripped_states USING (event_nid)
-        WHERE user_nid = ?
+        CROSS JOIN stripped_states USING (event_nid)
+        WHERE user_nid = ? AND membership IN ('invite', 'knock')
     """
     rows = ask.hs.db.all(sql, (ask.nid,))
     return {nid: {one["type"]: one["content"] for one in json.loads(state)} for nid, state in rows}
@@ -31404,17 +31404,17 @@ def wanted_report(hs: Homeserver, report_id: str) -> UserReport:
 async def admin_reports(hs: Homeserver, request: Request) -> Json:
     """The events that users reported, the newest first, page by page."""
     by, room_id, sender = map(request.arg, ("user_id", "room_id", "event_sender_user_id"))
-    shown = (report_json(hs, report) for report in hs.reports.of_events())
     found = [
-        one
-        for one in shown
-        if (by or "") in one["user_id"]
-        and (room_id or "") in one["room_id"]
-        and sender in (None, one["sender"])
+        report
+        for report in hs.reports.of_events()
+        if (by is None or by in hs.db.user_id(report.reporter_nid))
+        and (room_id or "") in str(report.room_id)
+        and sender in (None, report.user_id)
     ]
-    found.sort(key=operator.itemgetter("id"), reverse=request.arg("dir", "b") == "b")
+    found = found if request.arg("dir") == "f" else found[::-1]
     _, page, end = rows_page(request, found)
-    answer: Json = {"event_reports": page, "total": len(found)}
+    answer: Json = {"event_reports": [report_json(hs, report) for report in page]}
+    answer["total"] = len(found)
     return answer if end is None else {**answer, "next_token": end}
 
 
