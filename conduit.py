@@ -13028,7 +13028,9 @@ MAX_FILTERS = 500  # of one user; beyond, the oldest goes
 PROFILE = V3 + "/profile/{user_id}"
 PROFILE_FIELD = PROFILE + "/{name}"
 PROFILE_QUERY = FEDERATION_API + "/query/profile"
-PROFILE_FIELD_OLD = ("/_matrix/client/unstable/uk.tcpip.msc4133/profile/{user_id}/{name}",)
+MSC4133 = "/_matrix/client/unstable/uk.tcpip.msc4133"
+PROFILE_OLD = (PROFILE.replace(V3, MSC4133),)
+PROFILE_FIELD_OLD = (PROFILE_FIELD.replace(V3, MSC4133),)
 FIELD_NAME = re.compile(r"[a-z][a-z0-9._-]*")
 FIELD_VALUES: Final = {  # what texts those fields take that clients rely on
     "displayname": re.compile(r".{0,256}", re.DOTALL),
@@ -13125,7 +13127,7 @@ async def remote_profile(hs: Homeserver, user_id: str) -> Json:
     return cast(Json, json.loads(raw))
 
 
-@route("GET", PROFILE, auth=NONE)
+@route("GET", PROFILE, auth=NONE, also=PROFILE_OLD)
 async def get_profile(hs: Homeserver, _request: Request, user_id: str) -> Json:
     """All that a user says about themselves.  Spec: "Profiles"."""
     if not is_user_id(user_id):
@@ -13403,11 +13405,14 @@ def own_room(hs: Homeserver, request: Request, user_id: str, room_id: str | None
 async def put_account_data(
     hs: Homeserver, request: Request, user_id: str, data_type: str, room_id: str | None = None
 ) -> Json:
-    """Keep data for the user's clients. 405 M_BAD_JSON for what has endpoints of its own."""
+    """Keep data for the user's clients. 405 M_BAD_JSON for what has endpoints of its own.
+
+    Spec: MSC3391, by which an empty object deletes. Trap: clients wait to be told, even of nothing.
+    """
     room_nid = own_room(hs, request, user_id, room_id)
     if data_type in SERVER_MANAGED:
         raise MatrixError(405, "M_BAD_JSON", f"Cannot set {data_type} through this API")
-    hs.account_data.put(request.user.nid, room_nid, data_type, request.json)
+    hs.account_data.put(request.user.nid, room_nid, data_type, request.json or None)
     return {}
 
 
@@ -19882,6 +19887,18 @@ MAX_REASON = 1_000  # characters
 REPORTED: Final = {"event_id": "the event", "room_id": "the room", "user_id": "the user"}
 
 
+class UserReport(NamedTuple):
+    """A row of reports."""
+
+    nid: int
+    ts: int
+    reporter_nid: UserNid
+    room_id: str | None
+    event_id: str | None
+    user_id: str | None
+    reason: str
+
+
 class Reports:
     """What users have reported, for the admins."""
 
@@ -19910,6 +19927,21 @@ class Reports:
         named = " in ".join(f"{text} {what[key]}" for key, text in REPORTED.items() if key in what)
         for listener in self._listeners:
             listener(f"{reporter.user_id} reports {named}: {why or 'no reason given'}")
+
+    def of_events(self) -> list[UserReport]:
+        """Those that are about an event, the oldest first."""
+        query = """
+            SELECT report_nid, ts, reporter_nid, room_id, event_id, user_id, reason
+            FROM reports
+            WHERE report_nid > 0 AND event_id IS NOT NULL
+            ORDER BY report_nid
+        """
+        return list(itertools.starmap(UserReport, self.db.all(query)))
+
+    def dismiss(self, nid: int) -> None:
+        """Forget a report."""
+        with self.db.write():
+            self.db.execute("DELETE FROM reports WHERE report_nid = ?", (nid,))
 
 
 REPORT_ROOM = V3 + "/rooms/{room_id}/report"
@@ -25955,6 +25987,21 @@ def direct_rooms(ask: SlidingRequest) -> set[str]:
     return {room_id for rooms in lists for room_id in rooms if isinstance(room_id, str)}
 
 
+def rooms_shown(ask: SlidingRequest) -> dict[RoomNid, dict[str, Json]]:
+    """What came with invites to rooms that we are not in, and of those knocked on: content by type.
+
+    What was not shown counts as not being so: an invite must be found in one list or the other.
+    """
+    sql = """
+        SELECT room_nid, state
+        FROM memberships
+        CROSS JOIN stripped_states USING (event_nid)
+        WHERE user_nid = ? AND membership IN ('invite', 'knock')
+    """
+    rows = ask.hs.db.all(sql, (ask.nid,))
+    return {nid: {one["type"]: one["content"] for one in json.loads(state)} for nid, state in rows}
+
+
 def room_types(ask: SlidingRequest) -> dict[RoomNid, str]:
     """The types of those of the user's rooms that have one, as spaces do."""
     sql = """
@@ -25968,6 +26015,7 @@ def room_types(ask: SlidingRequest) -> dict[RoomNid, str]:
     """
     rows = ask.hs.db.all(sql, (ask.nid, ask.hs.rooms.groups.names.find(CREATE_KEY)))
     types = {nid: json.loads(pdu)["content"].get("type") for nid, pdu in rows}
+    types |= {nid: shown.get(CREATE, {}).get("type") for nid, shown in rooms_shown(ask).items()}
     return {nid: value for nid, value in types.items() if isinstance(value, str) and value}
 
 
@@ -26005,21 +26053,38 @@ def tagged_with(ask: SlidingRequest, wanted: list[str]) -> RoomTest:
     return test
 
 
+def is_encrypted(ask: SlidingRequest) -> RoomTest:
+    """A test for rooms that are encrypted."""
+    rooms, shown = ask.hs.rooms, rooms_shown(ask)
+    return lambda nid, _: (
+        "m.room.encryption" in shown[nid] if nid in shown else rooms.by_nid(nid).encrypted
+    )
+
+
+def is_named_like(ask: SlidingRequest, text: str) -> RoomTest:
+    """A test for rooms that have a text in their name."""
+    rooms, shown = ask.hs.rooms, rooms_shown(ask)
+
+    def test(nid: RoomNid, _room_id: str) -> bool:
+        kind = "m.room.name"
+        content = shown[nid].get(kind, {}) if nid in shown else rooms.by_nid(nid).content(kind)
+        name = content.get("name")
+        return isinstance(name, str) and text.lower() in name.lower()
+
+    return test
+
+
 def filter_tests(ask: SlidingRequest, filters: Json) -> Iterator[tuple[RoomTest, bool]]:
     """The filters of a list as tests, each with the answer that a room must give."""
-    rooms, members = ask.hs.rooms, ask.hs.rooms.memberships(ask.nid)
+    members = ask.hs.rooms.memberships(ask.nid)
     tests: dict[str, Callable[[Any], RoomTest]] = {
         "is_dm": lambda _: is_one_of(direct_rooms(ask)),
         "is_invite": lambda _: lambda nid, _: members[nid].membership == "invite",
         "spaces": lambda spaces: is_one_of(rooms_in_spaces(ask, spaces)),
         "tags": lambda wanted: tagged_with(ask, wanted),
         "room_types": lambda wanted: has_type_of(room_types(ask), wanted),
-        "is_encrypted": lambda _: lambda nid, _: rooms.by_nid(nid).encrypted,
-        "room_name_like": lambda text: (
-            lambda nid, _: (
-                text.lower() in rooms.by_nid(nid).setting("m.room.name", "name", "").lower()
-            )
-        ),
+        "is_encrypted": lambda _: is_encrypted(ask),
+        "room_name_like": lambda text: is_named_like(ask, text),
     }
     for name, value in filters.items():
         wanted = name.replace("invited", "invite").removeprefix("not_")
@@ -28954,10 +29019,17 @@ async def find_third_party(hs: Homeserver, request: Request, kind: str) -> list[
 # ── 46.6  What they ask of us ────────────────────────────────────────────────
 
 NETWORK_LIST = V3 + "/directory/list/appservice/{network_id}/{room_id}"
-APPSERVICE_PING = "/_matrix/client/v1/appservice/{service_id}/ping"
+APPSERVICE_PING = "/appservice/{service_id}/ping"
 
 
-@route("POST", APPSERVICE_PING, auth=APPSERVICE, limit=None, body={"transaction_id?": str})
+@route(
+    "POST",
+    "/_matrix/client/v1" + APPSERVICE_PING,
+    auth=APPSERVICE,
+    also=("/_matrix/client/unstable/fi.mau.msc2659" + APPSERVICE_PING,),
+    limit=None,
+    body={"transaction_id?": str},
+)
 async def ping_appservice(hs: Homeserver, request: Request, service_id: str) -> Json:
     """Try whether the service can be reached from here, and how fast it answers.
 
@@ -31546,7 +31618,68 @@ async def admin_reset_connection(hs: Homeserver, _request: Request, server: str)
     return {}
 
 
-# ── 49.9  The server ─────────────────────────────────────────────────────────
+# ── 49.9  Reports ────────────────────────────────────────────────────────────
+
+REPORTS_PATH = "/v1/event_reports"
+ONE_REPORT = REPORTS_PATH + "/{report_id}"
+
+
+def report_json(hs: Homeserver, report: UserReport) -> Json:
+    """A report of an event as Synapse's list shows it; nobody rates events any more."""
+    room = hs.rooms.find(str(report.room_id))
+    alias = room and room.setting("m.room.canonical_alias", "alias", "")
+    return {
+        **{"id": report.nid, "received_ts": report.ts, "reason": report.reason, "score": None},
+        **{"room_id": report.room_id, "event_id": report.event_id, "sender": report.user_id},
+        "user_id": hs.db.user_id(report.reporter_nid),
+        "name": (room and room.setting("m.room.name", "name", "")) or None,
+        "canonical_alias": alias or None,
+    }
+
+
+def wanted_report(hs: Homeserver, report_id: str) -> UserReport:
+    """The report that a path names, or 404."""
+    found = [report for report in hs.reports.of_events() if str(report.nid) == report_id]
+    if not found:
+        raise not_found("Event report not found")
+    return found[0]
+
+
+@admin_route("GET", REPORTS_PATH)
+async def admin_reports(hs: Homeserver, request: Request) -> Json:
+    """The events that users reported, the newest first, page by page."""
+    by, room_id, sender = map(request.arg, ("user_id", "room_id", "event_sender_user_id"))
+    found = [
+        report
+        for report in hs.reports.of_events()
+        if (by is None or by in hs.db.user_id(report.reporter_nid))
+        and (room_id or "") in str(report.room_id)
+        and sender in (None, report.user_id)
+    ]
+    found = found if request.arg("dir") == "f" else found[::-1]
+    _, page, end = rows_page(request, found)
+    answer: Json = {"event_reports": [report_json(hs, report) for report in page]}
+    answer["total"] = len(found)
+    return answer if end is None else {**answer, "next_token": end}
+
+
+@admin_route("GET", ONE_REPORT)
+async def admin_report(hs: Homeserver, request: Request, report_id: str) -> Json:
+    """One report, with the event if it is still there."""
+    report = wanted_report(hs, report_id)
+    event = hs.rooms.event(str(report.event_id))
+    shown = as_clients(hs, request, [] if event is None else [event])
+    return report_json(hs, report) | {"event_json": shown[0] if shown else {}}
+
+
+@admin_route("DELETE", ONE_REPORT)
+async def admin_dismiss_report(hs: Homeserver, _request: Request, report_id: str) -> Json:
+    """Forget a report."""
+    hs.reports.dismiss(wanted_report(hs, report_id).nid)
+    return {}
+
+
+# ── 49.10  The server ────────────────────────────────────────────────────────
 
 
 @route("GET", ADMIN_API + "/v1/server_version", auth=NONE)
@@ -32790,6 +32923,7 @@ class Homeserver:
 
 SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 20)]
 UNSTABLE_FEATURES = {
+    "fi.mau.msc2659.stable": True,
     "org.matrix.e2e_cross_signing": True,
     "org.matrix.msc2285.stable": True,
     "org.matrix.msc3026.busy_presence": True,
