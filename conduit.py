@@ -32083,6 +32083,7 @@ if (token && given) {
 document.getElementById("show").addEventListener("change", (event) => {
     form.password.type = event.target.checked ? "text" : "password";
 });
+addEventListener("hashchange", () => location.reload());  // another link in the same tab
 const UNKNOWN = "This server wants something that only an app can do. Please use one.";
 const REFUSED = "This token is not good, or not any more. Ask for a new one where you got it.";
 const PROOFS = {
@@ -32098,9 +32099,14 @@ async function ask(auth) {
          body: JSON.stringify(body)});
     return [response.status, await response.json()];
 }
+let begun = {};  // a session that has shown the token occupies it, so a second try goes on with it
 async function register() {
-    let [status, answer] = await ask();
+    const account = JSON.stringify([form.user.value.trim(), form.password.value]);
+    if (begun.account !== account) begun = {account};
+    let [status, answer] = await ask(begun.session && {session: begun.session});
+    begun.session = answer.session;
     for (const type of (answer.flows || [{stages: []}])[0].stages) {
+        if ((answer.completed || []).includes(type)) continue;
         if (!PROOFS[type]) throw UNKNOWN;
         [status, answer] = await ask({type, session: answer.session, ...PROOFS[type]()});
         if (status !== 200 && !(answer.completed || []).includes(type)) {
@@ -32204,6 +32210,8 @@ async def stage_page(hs: Homeserver, request: Request, kind: str) -> Response:
     session = hs.accounts.uia.get(request.arg("session"))
     if session is None:
         return form_page(hs, title, OVER, status=404)
+    if request.method == "GET" and kind not in session.completed and not is_next(session, kind):
+        return form_page(hs, title, NOT_YET)
     if request.method == "POST":
         raw = await request.stream.read(MAX_FORM_BYTES)
         fields = form_fields(raw)

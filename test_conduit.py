@@ -28084,6 +28084,8 @@ def test_pages_of_stages_say_when_another_comes_first(new_server: Callable[..., 
         path, params = f"auth/{kind}/fallback/web", {"session": session}
         return anyone.request("POST", path, params=params, content=content).text
 
+    early = anyone.get("auth/m.login.terms/fallback/web", session=session)
+    assert "Another step comes first" in early.text and "<form" not in early.text
     assert "Another step comes first" in give("m.login.terms", b"x=y")
     assert "not right" in give("m.login.registration_token", b"token=wrong")
     assert "that is done" in give("m.login.registration_token", b"token=open-sesame")
@@ -28300,6 +28302,46 @@ def test_an_invitation_by_link_with_a_browser(
     browser.click("button")
     browser.says(f"You are @ben:{server.name}")
     assert not browser.complaints()
+
+
+@slow
+def test_an_invitation_outlives_a_lost_connection_with_a_browser(
+    browser: Browser, new_server: Callable[..., Server]
+) -> None:
+    """Who has shown a token for one and presses again is not told that it is used up."""
+    server = new_server(start=False, registration_token="open-sesame", terms=[HOUSE_RULES])
+    server.write_config(well_known={"client": server.url})
+    server.start()
+    admin = register(server)
+    first, second = (
+        re.findall(r"https?://\S+", order(admin, "create-token --uses=1"))[0] for _ in range(2)
+    )
+    browser.open(first)
+    browser.driver.get(second)  # differs behind the # only, so it is the same page to a browser
+    token = second.partition("#token=")[2]
+    eventually(lambda: browser.js("return document.getElementById('token')?.value") == token)
+    browser.js(LOSE_THE_TERMS)
+    browser.fill("#user", "anna")
+    browser.fill("#password", PASSWORD)
+    browser.click("[type=checkbox][required]")
+    browser.click("button")
+    browser.says("The server cannot be reached")
+    browser.click("button")
+    browser.says(f"You are @anna:{server.name}")
+    listed = ok(admin.get(f"/_synapse/admin/v1/registration_tokens/{token}"))
+    assert (listed["completed"], listed["pending"]) == (1, 0)
+    assert not browser.complaints()
+
+
+# The connection is lost once, when the token has been shown and the terms are about to be.
+LOSE_THE_TERMS: Final = """
+const send = window.fetch;
+window.fetch = (path, request) => {
+  if (!request.body.includes("m.login.terms")) return send(path, request);
+  window.fetch = send;
+  return Promise.reject(new TypeError("lost"));
+};
+"""
 
 
 def test_the_page_for_accounts_is_there_while_accounts_are(
