@@ -26127,8 +26127,13 @@ def running(*command: str | Path) -> Iterator[subprocess.Popen[bytes]]:
 def room_of_an_invitation(client: Client, name: str) -> str:
     """Wait for an invitation into a room of this name, and join it."""
 
+    token, rooms = "", dict[str, Json]()
+
     def find() -> str | None:
-        rooms = client.sync()["rooms"].get("invite", {})
+        nonlocal token
+        result = client.sync(token or None, timeout=500)
+        token = result["next_batch"]
+        rooms.update(result.get("rooms", {}).get("invite", {}))
         names = {
             room_id: [e["content"].get("name") for e in room["invite_state"]["events"]]
             for room_id, room in rooms.items()
@@ -26724,7 +26729,8 @@ def test_media_are_listed_hidden_and_deleted(admin: Client, alice: Client) -> No
     assert "budget is" not in (order(admin, "reload") + order(admin, "media-budget"))
 
 
-def test_queues_and_rooms_that_stay_here(admin: Client) -> None:
+def test_queues_and_rooms_that_stay_here(new_server: Callable[..., Server]) -> None:
+    admin = register(new_server())
     room_id = admin.create_room()
     assert "stays here" in order(admin, f"disable-federation {room_id}")
     assert "federates again" in order(admin, f"disable-federation {room_id} --undo")
