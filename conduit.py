@@ -22983,7 +22983,7 @@ class Inbox:
             self._waiting += Counter()  # drops zeros
 
     async def _take(self, origin: str, txn_id: str, body: Json) -> Json:
-        db = self.hs.db
+        db, lost = self.hs.db, self.hs.db.lost
         query = "SELECT answer FROM received_transactions WHERE origin = ? AND txn_id = ?"
         known = db.value(query, (origin, txn_id))
         if known is not None:
@@ -22996,6 +22996,7 @@ class Inbox:
         answer = {"pdus": verdicts}
         if not events:  # nothing is remembered of servers that have nothing to tell
             return answer
+        db.check_kept(lost)  # or it would be answered as before when it comes again
         with db.write():  # until then, all this does no harm if the transaction comes again
             row = (origin, txn_id, now_ms(), json.dumps(answer))
             db.execute("INSERT INTO received_transactions VALUES (?, ?, ?, ?)", row)
@@ -23112,9 +23113,13 @@ class Inbox:
             while row := self.hs.db.one(query, (room_nid,)):
                 if self.hs.rooms.by_nid(room_nid).is_partial:  # that it is not was undone
                     break
-                item = InboxItem(*row)
+                item, lost = InboxItem(*row), self.hs.db.lost
                 try:
-                    self._done(room_nid, item, await self._handle(room_nid, item))
+                    problem = await self._handle(room_nid, item)
+                    self.hs.db.check_kept(
+                        lost
+                    )  # or what it brought is undone, and it would be gone
+                    self._done(room_nid, item, problem)
                 except MatrixError as error:  # the disk is full, say
                     log_federation.error("the inbox waits: %s", error.error)
                     await asyncio.sleep(DISK_SECONDS)
