@@ -17064,9 +17064,8 @@ class LateMembers:
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
         self._running: set[RoomNid] = set()
-        self._known: dict[
-            str, asyncio.Event
-        ] = {}  # by room id: set when the room is whole, or left
+        # By the id of a room: set when its members are known, or it is left.
+        self._known: dict[str, asyncio.Event] = {}
         hs.rooms.subscribe_partial(self._changed)
         hs.rooms.subscribe_membership(self._membership_changed)
         hs.db.on_reset(self._read)
