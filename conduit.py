@@ -1708,6 +1708,18 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
         CREATE INDEX partial_rooms_pos ON partial_rooms (pos)
         """,
     ),
+    Migration(
+        "events of rooms that are being entered",
+        """
+        CREATE TABLE early_events (
+            item_nid INTEGER PRIMARY KEY,
+            room_id TEXT NOT NULL,
+            origin TEXT NOT NULL,
+            pdu BLOB NOT NULL
+        );
+        CREATE INDEX early_events_room ON early_events (room_id)
+        """,
+    ),
 )
 
 
@@ -5712,8 +5724,7 @@ class RoomWriter(RoomResolver):
     def _apply_redaction(self, room: Room, redaction: Event, target: Event) -> None:
         """Take the content of the target away, if the redaction's sender might do that then."""
         levels = power_levels_of(
-            room.version,
-            self.entries(room, redaction.state_group, (POWER_LEVELS_KEY, CREATE_KEY)),
+            room.version, self.entries(room, redaction.state_group, (POWER_LEVELS_KEY, CREATE_KEY))
         )
         if target.redacted_by is not None or not may_redact(redaction, target, levels):
             return
@@ -6364,10 +6375,7 @@ class RoomImport:
         return found, events
 
     async def finish(
-        self,
-        join: Event,
-        check: EventsCheck | None = None,
-        servers: Collection[str] | None = None,
+        self, join: Event, check: EventsCheck | None = None, servers: Collection[str] | None = None
     ) -> Room:
         """Judge and store all, then enter the room with the join; other work goes on meanwhile.
 
@@ -14846,10 +14854,7 @@ class DelayedEvents:
 
 MSC4140: Final = "/_matrix/client/unstable/org.matrix.msc4140"
 DELAYED_PATH: Final = MSC4140 + "/delayed_events"
-DELAYED_EVENT: Final = {
-    **{"delay_ms?": int, "delay?": int, "state_key?": str},
-    "content": dict,
-}
+DELAYED_EVENT: Final = {"delay_ms?": int, "delay?": int, "state_key?": str, "content": dict}
 
 
 def schedule_once(
@@ -16680,7 +16685,6 @@ HANDSHAKE_SECONDS = 30.0
 WHOLE_SECONDS = 60.0  # that a request waits for the members of a room
 REFILL_SECONDS, MAX_REFILL_SECONDS = 5.0, 600.0  # before servers are asked for them again
 MAX_SERVERS = 50_000  # that a room may be said to have
-MAX_EARLY = 100  # events that are kept while the state of their room is on its way
 JOIN_MEMBERS = frozenset({"event", "members_omitted", "servers_in_room"})
 JSON_WINDOW = 2**19  # characters; no event is longer, with what it replaced, however escaped
 MAX_TOLD = 100  # events looked at in an invite, besides itself
@@ -17165,7 +17169,7 @@ class Joining(Handshakes):
     def __init__(self, hs: Homeserver) -> None:
         super().__init__(hs)
         self._joins: Flights[tuple[str, str], None] = Flights()
-        self._early: dict[str, list[tuple[str, Json]]] = {}  # for rooms that are being entered
+        self.entering: set[str] = set()  # ids of rooms
         self.late_members = LateMembers(hs)
 
     async def join(self, room_id: str, user_id: str, servers: Iterable[str], content: Json) -> None:
@@ -17184,27 +17188,15 @@ class Joining(Handshakes):
             if room is not None and self._join_own(room, user_id, content):
                 return
             attempt = functools.partial(self._join_through, room_id, user_id, content)
-            self._early[room_id] = []
+            self.entering.add(room_id)
             try:
                 await self._try_each(self.candidates(room_id, user_id, servers), attempt)
             finally:
-                self.hs.background(self.hs.inbox.take_early(self._early.pop(room_id)))
+                self.entering.discard(room_id)
+                self.hs.background(self.hs.inbox.take_early(room_id))
                 left = self.hs.rooms.heard_of(room_id)
                 if left is not None:
                     await self.hs.rooms.drop_empty(left)
-
-    def note_early(self, origin: str, pdu: Any) -> bool:
-        """Keep an event of a room that we are about to be in; False if it is of no such room.
-
-        Trap: whoever lets us in sends us from then on what happens, and will not send it again.
-        """
-        early = self._early.get(str(pdu.get("room_id"))) if isinstance(pdu, dict) else None
-        if early is None:
-            return False
-        if len(encode_json(pdu)) <= MAX_EVENT_BYTES:
-            early.append((origin, pdu))
-            del early[:-MAX_EARLY]  # the newest lead to the others
-        return True
 
     def _join_own(self, room: Room, user_id: str, content: Json) -> bool:
         """Join a room that we came into while waiting; False if others have to decide."""
@@ -18914,12 +18906,7 @@ def thread_page(hs: Homeserver, viewer: Viewer, before: int, limit: int) -> list
         ORDER BY latest DESC
         LIMIT :limit
         """,
-        {
-            "room": viewer.room.nid,
-            "before": before,
-            "ignored": json.dumps(ignored),
-            "limit": limit,
-        },
+        {"room": viewer.room.nid, "before": before, "ignored": json.dumps(ignored), "limit": limit},
     )
 
 
@@ -22567,6 +22554,13 @@ CREATE TABLE inbox (                -- what came and waits for its room
     error TEXT                      -- why it was put aside; NULL: it waits
 );
 CREATE INDEX inbox_by_room ON inbox (room_nid, error, item_nid);
+CREATE TABLE early_events (         -- of rooms that are being entered
+    item_nid INTEGER PRIMARY KEY,   -- rises in the order of arrival
+    room_id TEXT NOT NULL,
+    origin TEXT NOT NULL,
+    pdu BLOB NOT NULL               -- JSON, not looked at yet
+);
+CREATE INDEX early_events_room ON early_events (room_id);
 CREATE TABLE received_transactions (
     origin TEXT, txn_id TEXT, ts INTEGER NOT NULL, answer TEXT NOT NULL,
     PRIMARY KEY (origin, txn_id)
@@ -22588,6 +22582,7 @@ MAX_NEWS = 1_000  # users in one EDU
 MAX_TURNS = 4  # transactions of one server that wait while another of its is looked at
 KEPT_TRANSACTIONS = 10  # of each server: it repeats the last one, if any
 KEPT_MESSAGES_MS = 7 * 86_400_000
+MAX_EARLY = 100  # events of a room that are kept while its state is on its way
 MAX_WAITING = 1_000  # items of one room; later ones are refused, and fetched when they are missed
 MAX_TRIES = 3
 ITEM_SECONDS = 180.0  # for one item with all that it needs
@@ -22927,6 +22922,9 @@ class Inbox:
         self._sizes = Counter({room_nid: size for room_nid, size, _ in self._rooms()})
         for room_nid in self._sizes:
             self._wake(room_nid)
+        for (room_id,) in self.hs.db.all("SELECT DISTINCT room_id FROM early_events"):
+            if room_id not in self.hs.joining.entering:
+                self.hs.background(self.take_early(room_id))
 
     def _rooms(self) -> list[tuple[RoomNid, int, int]]:
         """The rooms for which anything waits, with how much, and what is first."""
@@ -23012,14 +23010,44 @@ class Inbox:
             db.execute(delete, {"origin": origin, "kept": KEPT_TRANSACTIONS})
         return answer
 
-    async def take_early(self, early: Iterable[tuple[str, Json]]) -> None:
+    def _note_early(self, origin: str, pdu: Any) -> bool:
+        """Keep an event of a room that we are about to be in; False if it is of no such room.
+
+        Trap: whoever lets us in sends us from then on what happens, and will not send it again.
+        """
+        room_id = str(pdu.get("room_id")) if isinstance(pdu, dict) else ""
+        if room_id not in self.hs.joining.entering:
+            return False
+        raw = encode_json(pdu)
+        if len(raw) > MAX_EVENT_BYTES:
+            return True
+        with self.hs.db.write():
+            insert = "INSERT INTO early_events (room_id, origin, pdu) VALUES (?, ?, ?)"
+            self.hs.db.execute(insert, (room_id, origin, raw))
+            keep_newest = """
+                DELETE FROM early_events
+                WHERE item_nid IN (
+                    SELECT item_nid
+                    FROM early_events
+                    WHERE room_id = ?
+                    ORDER BY item_nid DESC
+                    LIMIT -1 OFFSET ?
+                )
+            """
+            self.hs.db.execute(keep_newest, (room_id, MAX_EARLY))  # they lead to the others
+        return True
+
+    async def take_early(self, room_id: str) -> None:
         """Take in what came for a room while we were about to enter it."""
-        by_origin: dict[str, list[Json]] = {}
-        for origin, pdu in early:
-            by_origin.setdefault(origin, []).append(pdu)
-        for origin, pdus in by_origin.items():
-            _, events = await self._judge(origin, pdus)
-            self._keep(origin, events)
+        query = "SELECT * FROM early_events WHERE room_id = ? ORDER BY origin, item_nid"
+        rows = self.hs.db.all(query, (room_id,))
+        for origin, items in itertools.groupby(rows, key=lambda row: row[2]):
+            numbers, _, _, raws = zip(*items, strict=True)
+            _, events = await self._judge(origin, [json.loads(raw) for raw in raws])
+            with self.hs.db.write():
+                self._keep(origin, events)
+                done = "DELETE FROM early_events WHERE room_id = ? AND origin = ? AND item_nid <= ?"
+                self.hs.db.execute(done, (room_id, origin, numbers[-1]))
 
     def _keep(self, origin: str, events: Iterable[Event]) -> None:
         """Let events that were judged wait for their rooms, on the disk."""
@@ -23038,7 +23066,7 @@ class Inbox:
         by_version: dict[str, list[Json]] = {}
         for pdu in pdus:
             room = self._room_of(pdu)
-            if room is None and self.hs.joining.note_early(origin, pdu):
+            if room is None and self._note_early(origin, pdu):
                 continue
             refusal = self._refusal(origin, room)
             if room is None or refusal is not None:
@@ -23115,9 +23143,7 @@ class Inbox:
                 item, lost = InboxItem(*row), self.hs.db.lost
                 try:
                     problem = await self._handle(room_nid, item)
-                    self.hs.db.check_kept(
-                        lost
-                    )  # or what it brought is undone, and it would be gone
+                    self.hs.db.check_kept(lost)  # or what it brought is undone, and it is gone
                     self._done(room_nid, item, problem)
                 except MatrixError as error:  # the disk is full, say
                     log_federation.error("the inbox waits: %s", error.error)
@@ -23163,9 +23189,7 @@ class Inbox:
         self._sizes[room_nid] -= 1
 
 
-TRANSACTION: Final = {
-    **{"origin?": str, "origin_server_ts?": ANY, "pdus?": [ANY], "edus?": [ANY]},
-}
+TRANSACTION: Final = {"origin?": str, "origin_server_ts?": ANY, "pdus?": [ANY], "edus?": [ANY]}
 
 
 @route("PUT", FEDERATION_API + "/send/{txn_id}", auth=FEDERATION, body=TRANSACTION)
@@ -28322,10 +28346,7 @@ REGISTRATION: Final = {
     **{"push_ephemeral?": bool, "de.sorunome.msc2409.push_ephemeral?": bool},
     "org.matrix.msc3202?": bool,
 }
-EPHEMERAL: Final = (
-    *("receive_ephemeral", "push_ephemeral"),
-    "de.sorunome.msc2409.push_ephemeral",
-)
+EPHEMERAL: Final = ("receive_ephemeral", "push_ephemeral", "de.sorunome.msc2409.push_ephemeral")
 
 
 @dataclass
@@ -32454,10 +32475,7 @@ class Tracer:
         """Keep the span of one request; its caller's `traceparent` says what it is a part of."""
         parent = TRACE_PARENT.fullmatch(request.headers.get("traceparent", ""))
         end = time.time_ns()
-        attributes = {
-            "http.request.method": request.method,
-            "http.route": request.route_path,
-        }
+        attributes = {"http.request.method": request.method, "http.route": request.route_path}
         number = {"key": "http.response.status_code", "value": {"intValue": str(status)}}
         self._spans.append(
             {

@@ -2056,6 +2056,7 @@ UNDONE: Final = (  # for each migration, what leads back
     INSERT INTO search_texts VALUES (0, 0, 0, 'content.body', 0, 'of an event long gone')
     """,
     "DROP TABLE partial_rooms;",
+    "DROP TABLE early_events;",
 )
 
 
@@ -14475,6 +14476,45 @@ def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> No
     fails(join_via(alice, other.room_id, peer), 400, "M_INCOMPATIBLE_ROOM_VERSION")
 
 
+def test_what_comes_while_we_join_outlives_a_crash(
+    authority: Authority, peer: Peer, tmp_path: Path
+) -> None:
+    """It was answered, so it is on the disk, though the key that signed it is yet to come."""
+    server = federating(tmp_path, authority).start()
+    alice, room, third = register(server), PeerRoom(peer), Peer(authority)
+    guest, gate, asked = f"@guest:{third.name}", threading.Event(), list[bool]()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        asked.append(True)
+        await asyncio.to_thread(gate.wait, 30)
+        yield conduit.encode_json(third.keys())
+
+    def let_in(made: Json) -> Json:
+        """Tell of a guest who came after us, before our join is answered."""
+        room.events.append(conduit.make_event(room.version, room.given[0]))
+        fields = room.fields("m.room.member", {"membership": "join"}, guest, guest)
+        event = conduit.finish_event(room.version, fields, third.name, third.key)
+        body = {"origin": peer.name, "pdus": [event.pdu]}
+        ok(peer.ask(server, "PUT", f"{SEND_PATH}1", body))
+        return made
+
+    third.answers["/_matrix/key/v2/server"] = lambda _: conduit.Response(200, body=slowly())
+    room.serve(answer=let_in)
+    path = f"{FEDERATION}/v1/query/profile?user_id={quote(alice.user_id)}"
+    ok(peer.ask(server, "GET", path))  # the peer's own key is known from then on
+    ok(join_via(alice, room.room_id, peer))
+    eventually(lambda: asked)
+    server.kill9()
+    gate.set()
+    server.start()
+    members = ("rooms", room.room_id, "joined_members")
+    eventually(lambda: guest in ok(alice.get(members))["joined"])
+    assert not rows_of(server, "SELECT * FROM early_events")
+    server.stop()
+    server.assert_clean_log()
+    server.check()
+
+
 # ── 30.2  Members that come later ────────────────────────────────────────────
 
 LAZILY: Final[Json] = {"room": {"state": {"lazy_load_members": True}}}
@@ -15056,6 +15096,139 @@ def large_room(peer: Peer, members: int, others: int) -> PeerRoom:
     for number in range(others):
         room.put("org.example.thing", {"filling": "of some length" * 4}, str(number))
     return room.serve(answer=lambda made: {"state": made["state"], "auth_chain": []})
+
+
+def room_of_the_dead(peer: Peer, count: int) -> PeerRoom:
+    """A room with members on so many servers that do not answer; the peer knows their keys."""
+    key = conduit.SigningKey.generate()
+
+    def vouch(request: conduit.Request) -> Json:
+        """Spec: SS-API "Querying Keys Through Another Server"."""
+        valid = conduit.now_ms() + 3_600_000
+        keys = {"verify_keys": {key.key_id: {"key": key.public}}, "old_verify_keys": {}}
+        said = [
+            conduit.sign_json({"server_name": name, "valid_until_ts": valid, **keys}, name, key)
+            for name in request.json["server_keys"]
+        ]
+        return {"server_keys": [conduit.sign_json(each, peer.name, peer.key) for each in said]}
+
+    peer.answers["query"] = vouch
+    room = PeerRoom(peer).serve()
+    for number in range(1, count + 1):
+        name = f"localhost:{number}"  # nothing listens there
+        user = f"@somebody:{name}"
+        fields = room.fields("m.room.member", {"membership": "join"}, user, user)
+        event = conduit.finish_event(room.version, fields, name, key)
+        room.events.append(event)
+        room.state[event.key] = event
+    return room
+
+
+@slow
+def test_dead_servers_cost_nothing(authority: Authority, peer: Peer, tmp_path: Path) -> None:
+    """200 of them, for which something waits: while they are left alone, and when they are tried.
+
+    Where they have not answered for a day, each is tried once an hour.
+    """
+    server = federating(tmp_path, authority, trusted_servers=[peer.name]).start()
+    alice = register(server)
+    quiet, dead = alice.create_room(), room_of_the_dead(peer, 200).room_id
+
+    def used(action: Callable[[], Any]) -> float:
+        before = server.cpu()
+        action()
+        return server.cpu() - before
+
+    def say(room_id: str) -> None:
+        for number in range(100):
+            alice.send_text(room_id, str(number))
+
+    def rest() -> None:
+        time.sleep(5)
+
+    def fail_again(failures: int, milliseconds: int) -> None:
+        """As if all had failed so often before, and were to be tried again in a while."""
+        server.stop()
+        retry = conduit.now_ms() + milliseconds
+        with sqlite3.connect(server.database) as database:
+            update = "UPDATE destinations SET failures = ?, retry_ts = ? WHERE server LIKE ?"
+            changed = database.execute(update, (failures, retry, "localhost:%")).rowcount
+        assert changed >= 200
+        server.start()
+
+    def have_failed(times: int) -> bool:
+        query = "SELECT COUNT(*) FROM destinations WHERE failures >= ?"
+        return bool(rows_of(server, query, times)[0][0] >= 200)
+
+    say(quiet)
+    time.sleep(1)
+    idle = used(rest)
+    ok(join_via(alice, dead, peer))
+    alice.send_text(dead, "Anybody there?")
+    eventually(lambda: have_failed(1), 30)
+    fail_again(20, 3_000_000)
+    say(quiet)
+    time.sleep(1)
+    waiting, here, there = used(rest), used(lambda: say(quiet)), used(lambda: say(dead))
+    assert have_failed(20) and not have_failed(21)
+    fail_again(20, 4000)
+    time.sleep(2)
+    tried = used(lambda: eventually(lambda: have_failed(21), 30))
+    hourly = tried / 3600
+    print(f"5 s idle {idle:.4f}, with 200 dead servers {waiting:.4f}; 100 messages {here:.3f},")
+    print(f"to the dead {there:.3f}; all tried once {tried:.3f}: {hourly:.4%} of a core")
+    assert waiting < idle + 0.025
+    assert there < 2 * here + 0.05
+    assert hourly < 0.0005
+    server.stop()
+    server.assert_clean_log()
+    server.check()
+
+
+class Reception(NamedTuple):
+    """Seconds, wall and CPU, until events were shown that came in transactions of 50."""
+
+    whole: float
+    cpu: float
+
+
+def timed_reception(server: Server, peer: Peer, count: int) -> Reception:
+    """Let a server receive so many messages from a peer; none may be lost.
+
+    Each transaction waits until the one before is shown: a Synapse for whose room more than 100
+    events wait drops them, and asks for them later.
+    """
+    (user,) = people(server)
+    room = PeerRoom(peer, "10").serve()
+    ok(join_via(user, room.room_id, peer))
+    room.events.append(conduit.make_event(room.version, room.given[0]))
+    texts = [room.put("m.room.message", {"body": str(n)}, None) for n in range(count)]
+    began, used = time.monotonic(), server.cpu()
+    for first in range(0, count, 50):
+        some = texts[first : first + 50]
+        body = {"origin": peer.name, "pdus": [event.pdu for event in some]}
+        ok(peer.ask(server, "PUT", f"{SEND_PATH}{unique('txn')}", body))
+        last = ("rooms", room.room_id, "event", some[-1].event_id)
+        eventually(lambda last=last: user.get(last).status_code == 200, 60)
+    figures = Reception(time.monotonic() - began, server.cpu() - used)
+    latest = user.messages(room.room_id, limit=100)["chunk"]
+    assert [e["content"]["body"] for e in latest] == [str(n) for n in range(count)][:-101:-1]
+    return figures
+
+
+def test_messages_are_received_at_five_times_synapses_rate(
+    authority: Authority, peer: Peer, synapse: Synapse, tmp_path: Path
+) -> None:
+    """1,000 messages in transactions of 50 with DEEP, from the same peer."""
+    count = 1000 if os.environ.get("DEEP") else 200
+    ours = federating(tmp_path, authority).start()
+    mine, theirs = (timed_reception(each, peer, count) for each in (ours, synapse))
+    print(f"{count} events: ours {mine}; Synapse {theirs}")
+    assert mine.whole < theirs.whole / 5
+    assert mine.cpu < theirs.cpu / 5
+    ours.stop()
+    ours.assert_clean_log()
+    ours.check()
 
 
 def test_a_large_room_is_joined_in_a_third_of_synapses_time(
@@ -34169,6 +34342,7 @@ SCANS: Final = {
     "SELECT DISTINCT room_nid FROM memberships": "an admin asks for the list",
     "SELECT room_nid, COUNT(*), MIN(item_nid) FROM inbox WHERE error IS NULL"
     " GROUP BY room_nid": "at the start; the table is a queue",
+    "SELECT DISTINCT room_id FROM early_events": "at the start; the table is a queue",
     " ".join(conduit.MEDIA_USAGE.split()): "an admin asks, in a thread",
     " ".join(conduit.MEDIA_SIZES.split()): "an admin asks, in a thread",
     "SELECT rootpage, tbl_name FROM sqlite_schema": "an admin asks, in a thread",
