@@ -20387,6 +20387,10 @@ class Presence:
                 device.state = "online"
         self._show(user_nid, user, now)
 
+    def present(self, users: Iterable[UserNid]) -> set[UserNid]:
+        """Those of them who have a device that is there."""
+        return self._present.intersection(users)
+
     def of(self, user_nid: UserNid) -> Json:
         """A user's presence as it is now, for GET and for m.presence events."""
         return self._users.get(user_nid, UserPresence()).content(self._clock())
@@ -21134,6 +21138,9 @@ async def get_notifications(hs: Homeserver, request: Request) -> Json:
 MAX_KEY_BYTES = 65_536  # of a key, a session in a backup, a to-device message; as for events
 MAX_ONE_TIME_KEYS = 5_000  # per device; more than any client can hold the private halves of
 MAX_QUEUE_BYTES = 64 * 1024 * 1024  # per device; what comes later is refused, nothing is dropped
+STRANGERS_BYTES = (
+    MAX_QUEUE_BYTES // 4
+)  # up to which it is filled by who shares no room with the user
 MESSAGE_OVERHEAD = 200  # bytes that a waiting message takes besides its content
 KEYS: Final = "/_matrix/client/v3/keys"
 ROOM_KEYS: Final = "/_matrix/client/v3/room_keys"
@@ -22271,6 +22278,7 @@ async def delete_sessions(hs: Homeserver, request: Request, **at: str) -> Json:
 # an answer that was lost is given again, and nothing comes twice to a client that
 # goes on from the token it has. A full queue refuses the newest message: what waits
 # was promised, and the oldest are the keys to the messages that are read first.
+# Strangers cannot fill it.
 
 
 def queue_of(hs: Homeserver, device_nid: DeviceNid) -> tuple[int, int]:
@@ -22307,7 +22315,8 @@ def queue_to_device(
         if raw is None:
             continue
         size = queue_of(hs, device_nid)[0] + len(raw) + MESSAGE_OVERHEAD
-        if size <= MAX_QUEUE_BYTES:
+        is_met = size <= STRANGERS_BYTES or hs.rooms.share_room(sender_nid, user_nid)
+        if size <= MAX_QUEUE_BYTES and (is_met or sender_nid == user_nid):
             rows.append((device_nid, pos, sender_nid, kind, raw))
             hs.keys.queues.put(device_nid, (size, pos))
     hs.db.connection.executemany("INSERT INTO to_device VALUES (?, ?, ?, ?, ?)", rows)
@@ -23266,6 +23275,7 @@ GIVE_UP = 30  # failures (over a day) after which who shares no room with us is 
 MAX_OUTGOING = 2000  # to-device EDUs that wait for one server; later ones are dropped
 EDU_BYTES = 65_536  # a to-device EDU is split if it would be larger
 RECEIPT_SECONDS = (0.1, 0.02, 10.0)  # how long receipts are collected: least, per server, most
+WELCOME_SECONDS = 5.0  # after which a server that came has stored the room, or never will
 TYPING_AGAIN_SECONDS = 20.0  # after which it is told again that a user types
 SAVE_SECONDS = 1.0
 SLOW_TURN = 5.0  # seconds; who takes longer shares a half of all turns with its like
@@ -24031,6 +24041,12 @@ class Sender(Queues):
         elif came and room.servers[server] == 1:
             row = (server, room.nid, here, MAX_POSITION)
             self.db.execute("INSERT OR REPLACE INTO room_servers VALUES (?, ?, ?, ?)", row)
+            if self.hs.config.allow_outgoing_presence and self.hs.config.allow_federation:
+                name, welcome = (
+                    f"{room.nid} {server}",
+                    functools.partial(self._welcome, room, server),
+                )
+                self._call_later(name, WELCOME_SECONDS, welcome)
         elif not came and server not in room.servers:
             self.db.execute(
                 """
@@ -24040,6 +24056,13 @@ class Sender(Queues):
                 """,
                 (here, server, room.nid, here),
             )
+
+    def _welcome(self, room: Room, server: str) -> None:
+        """Tell a server that came a while ago, and knows the room by now, who is there."""
+        for user_nid in (
+            self.hs.presence.present(room.local_joined) if server in room.servers else ()
+        ):
+            self._wake_all([server], None, (PRESENCE, 0, user_nid))
 
     def _introduce(self, room: Room, user_nid: UserNid) -> None:
         """Let servers that a user of ours meets for the first time know of their devices.

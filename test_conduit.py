@@ -19257,6 +19257,28 @@ def test_sec_46_a_full_queue_refuses_the_newest_message(
     asyncio.run(scenario())
 
 
+def test_sec_46_strangers_cannot_fill_a_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who shares no room with somebody cannot keep the keys of others from them."""
+    monkeypatch.setattr(conduit, "STRANGERS_BYTES", 700)
+
+    async def scenario() -> None:
+        with bare_homeserver(tmp_path) as hs, hs.db.write():
+            user, friend, stranger = (
+                hs.db.user_nid(f"@{name}:test.example") for name in ("user", "friend", "stranger")
+            )
+            insert = "INSERT INTO devices (device_nid, user_nid, device_id) VALUES (1, ?, 'D')"
+            hs.db.execute(insert, (user,))
+            hs.rooms.joined[1] = {user, friend}
+            for sender in (stranger, stranger, stranger, stranger, friend, user):
+                conduit.queue_to_device(hs, sender, "m.test", {user: {"D": b"{}" * 50}})
+            senders = hs.db.all("SELECT sender_nid FROM to_device ORDER BY pos")
+            assert [nid for (nid,) in senders] == [stranger, stranger, friend, user]
+
+    asyncio.run(scenario())
+
+
 @slow
 def test_to_device_is_delivered_exactly_once_over_restarts(
     new_server: Callable[..., Server],
@@ -21211,6 +21233,25 @@ def test_typing_and_receipts_go_out(
     assert shown == [([root], None), ([reply], root)]
     eventually(lambda: receiver.edus("m.presence"))
     assert receiver.edus("m.presence")[0]["push"][0]["user_id"] == alice.user_id
+
+
+def test_who_is_there_is_told_to_a_server_that_comes(tmp_path: Path, authority: Authority) -> None:
+    """Nobody needs to do anything: who joins from there sees at once who is here."""
+    near, far = (
+        federating(tmp_path / name, authority, allow_outgoing_presence=True).start()
+        for name in ("near", "far")
+    )
+    alice, carol, bob = register(near), register(near), register(far)
+    room_id = alice.create_room(carol, preset="public_chat")
+    carol.join(room_id)
+    ok(alice.put(("presence", alice.user_id, "status"), {"presence": "online"}))
+    ok(join_via(bob, room_id, near))
+    status = ("presence", alice.user_id, "status")
+    eventually(lambda: bob.get(status).json().get("presence") == "online", 20)
+    assert ok(bob.get(("presence", carol.user_id, "status")))["presence"] == "offline"
+    for each in (near, far):
+        each.stop()
+        each.check()
 
 
 def test_long_typing_is_told_again(
