@@ -14491,17 +14491,24 @@ def test_what_comes_while_we_join_outlives_a_crash(
 
     def let_in(made: Json) -> Json:
         """Tell of a guest who came after us, before our join is answered."""
-        room.events.append(conduit.make_event(room.version, room.given[0]))
+        room.events.append(conduit.make_event(room.version, room.given[-1]))
         fields = room.fields("m.room.member", {"membership": "join"}, guest, guest)
         event = conduit.finish_event(room.version, fields, third.name, third.key)
         body = {"origin": peer.name, "pdus": [event.pdu]}
-        ok(peer.ask(server, "PUT", f"{SEND_PATH}1", body))
+        ok(peer.ask(server, "PUT", f"{SEND_PATH}{unique('txn')}", body))
         return made
 
     third.answers["/_matrix/key/v2/server"] = lambda _: conduit.Response(200, body=slowly())
-    room.serve(answer=let_in)
+
+    def not_let_in(made: Json) -> Json:
+        return {"state": let_in(made)["state"][1:]}
+
     path = f"{FEDERATION}/v1/query/profile?user_id={quote(alice.user_id)}"
     ok(peer.ask(server, "GET", path))  # the peer's own key is known from then on
+    fails(join_via(alice, room.serve(answer=not_let_in).room_id, peer), 502)
+    eventually(lambda: not rows_of(server, "SELECT * FROM early_events"))
+    assert not asked
+    room.serve(answer=let_in)
     ok(join_via(alice, room.room_id, peer))
     eventually(lambda: asked)
     server.kill9()
