@@ -26216,6 +26216,12 @@ def newest_bump(ask: SlidingRequest, room: Room) -> int:
     return bump
 
 
+DESCRIBED: Final = {  # state that is in the answer by itself: the member, and where it is found
+    ("m.room.name", ""): ("name", "name"),
+    ("m.room.avatar", ""): ("avatar", "url"),
+}
+
+
 class RoomView(NamedTuple):
     """What goes into the section of a room that the user is or was in."""
 
@@ -26247,17 +26253,16 @@ def whole_state(ask: SyncReader, room: Room, position: int) -> Mapping[StateKey,
 
 
 def redacted_since(
-    ask: SyncReader, timeline: Timeline, config: RoomConfig, state: Mapping[StateKey, EventNid]
-) -> Iterator[tuple[StateKey, EventNid]]:
-    """The entries of the state whose content was taken away, by a redaction that may be new.
+    ask: SyncReader, timeline: Timeline, shown: set[EventNid], since: int
+) -> dict[StateKey, EventNid]:
+    """The state events, of those that the client was shown, whose content a redaction has taken.
 
     Trap: the entry is the same event as before, but the client reads state nowhere else.
     """
-    redactions = {event.nid for event in timeline.events if event.type == REDACTION}
-    if timeline.limited or redactions:
-        for event in ask.hs.rooms.events_by_nids(select_state(config.state, state).values()):
-            if event.redacted_by and (timeline.limited or event.redacted_by in redactions):
-                yield event.key, event.nid
+    if not timeline.limited and all(event.type != REDACTION for event in timeline.events):
+        return {}
+    events = ask.hs.rooms.events_by_nids(shown)
+    return {event.key: event.nid for event in events if (event.redacted_by or 0) > since}
 
 
 def left_place(
@@ -26276,7 +26281,7 @@ def view_room(
     ask: SlidingRequest, room: Room, member: Member, config: RoomConfig, sent: SentRoom | None
 ) -> RoomView:
     """Find out what is new in a room that the user is or was in."""
-    ask.wanted = limited_filter(config.limit)
+    ask.wanted = limited_filter(config.limit or 10)  # looked at also if none are sent
     since = None if sent is None else begin_of(ask, sent)
     if since is not None and member.membership == "join" and member.join_pos > since:
         since = None  # joined meanwhile: the client knew only of an invite, or of an earlier stay
@@ -26286,8 +26291,6 @@ def view_room(
         timeline = timeline_of(ask, room, None if expanded else since, ask.upto)
     else:
         since, timeline, at = left_place(ask, room, member, since, expanded=expanded)
-    if config.limit == 0:
-        timeline = Timeline([], False, timeline.prev_batch, False)
     changed: dict[StateKey, EventNid] = {}
     if at is None:  # never was a member: all there is to see is how the invite ended
         own = (MEMBER, ask.user.user_id)
@@ -26295,9 +26298,13 @@ def view_room(
         changed = dict(state) if member.event_nid > (since or 0) else {}
     else:
         state = whole_state(ask, room, at)
-        if since is not None and at > since:
-            changed = changed_state(ask, room, since, timeline, at)
-            changed.update(redacted_since(ask, timeline, config, state))
+        if sent is not None and since is not None and at > since:
+            names = {nid for key in DESCRIBED if (nid := state.get(key))}
+            shown = names.union(sent.extra, select_state(config.state, state).values())
+            redacted = redacted_since(ask, timeline, shown, since)
+            changed = redacted | changed_state(ask, room, since, timeline, at)
+    if config.limit == 0:
+        timeline = Timeline([], False, timeline.prev_batch, False)
     return RoomView(room, config, sent, since, timeline, state, changed, expanded)
 
 
@@ -26318,7 +26325,7 @@ def choose_state(view: RoomView) -> tuple[dict[StateKey, EventNid], list[EventNi
     if view.since is None or sent is None:
         chosen = select_state(config, state)
     else:
-        extra = list(sent.extra)
+        extra = [nid for nid in sent.extra if nid not in view.changed.values()]
         chosen = {key: nid for key, nid in view.changed.items() if config_matches(config, key)}
         if sent.state != config:  # more is asked for, or less, or other
             wanted, had = select_state(config, state), select_state(sent.state, state)
@@ -26345,15 +26352,12 @@ def describe(ask: SlidingRequest, view: RoomView, *, is_joined: bool) -> Json:
     result: Json = {}
     rooms = ask.hs.rooms
     name = None
-    for member, event_type, key in (
-        ("name", "m.room.name", "name"),
-        ("avatar", "m.room.avatar", "url"),
-    ):
-        nid = view.state.get((event_type, ""))
+    for (event_type, state_key), (member, key) in DESCRIBED.items():
+        nid = view.state.get((event_type, state_key))
         value = cast(Event, rooms.event_by_nid(nid)).content.get(key) if nid else None
         value = value if isinstance(value, str) and value else None
         name = value if member == "name" else name
-        if view.news(event_type, "") and (value or view.since is not None):
+        if view.news(event_type, state_key) and (value or view.since is not None):
             result[member] = value
     if is_joined and view.members_changed:
         result["joined_count"] = view.room.joined_count
@@ -26394,14 +26398,12 @@ def entered_section(
     if chosen:
         events = ask.hs.rooms.events_by_nids(sorted(chosen.values()))
         result["required_state"] = [ask.format(event) for event in events]
-    if view.timeline.events or result:
-        if config.limit > 0:
-            result.update(timeline_members(ask, view))
-        bumped = any(event.type in BUMP_TYPES for event in view.timeline.events)
-        if not is_joined:
-            result["bump_stamp"] = max(0, member.event_nid)
-        elif view.since is None or view.timeline.limited or bumped:
-            result["bump_stamp"] = newest_bump(ask, room)
+    stamp = newest_bump(ask, room) if is_joined else member.event_nid
+    is_shown = bool(view.timeline.events or result)  # not if all that is new is by ignored users
+    if config.limit > 0 and is_shown:
+        result.update(timeline_members(ask, view))
+    if (view.since is None or stamp > view.since) and (is_shown or config.limit == 0):
+        result["bump_stamp"] = max(0, stamp)
     keeps = sent is not None and view.since is not None and not view.timeline.limited
     limit = max(config.limit, cast(SentRoom, sent).limit) if keeps else config.limit
     return result, SentRoom(None, limit, config.state, False, tuple(extra))
@@ -26411,7 +26413,7 @@ def invited_section(
     ask: SlidingRequest, room: Room, member: Member, config: RoomConfig, sent: SentRoom | None
 ) -> tuple[Json, SentRoom]:
     """A room that the user was invited to or knocks on."""
-    now = SentRoom(None, 0, config.state, False)
+    now = SentRoom(None, config.limit, config.state, False)
     if sent is not None and member.event_nid <= begin_of(ask, sent):
         return {}, now
     stripped = stripped_state(ask.hs.rooms, room, member)

@@ -23701,6 +23701,65 @@ def test_redacted_state_is_sent_again(alice: Client) -> None:
     assert [(e["event_id"], e["content"]) for e in room["required_state"]] == [(event_id, {})]
 
 
+def test_list_without_timelines_hears_of_what_happens(alice: Client, bob: Client) -> None:
+    """With a timeline_limit of 0 there are still counts, bump_stamp, and state that is redacted."""
+    room_id = alice.room_with(bob, name="Den")
+    event_id = alice.set_state(room_id, "m.room.topic", {"topic": "oops"})
+    sync = slide(bob, limit=0, state=[["m.room.topic", ""]])
+    first = sync()["rooms"][room_id]
+    alice.send_text(room_id, "x")
+    room = sync()["rooms"][room_id]
+    assert room["bump_stamp"] > first["bump_stamp"]
+    assert room["notification_count"] == 1
+    assert not room.keys() & {"timeline", "limited", "required_state"}
+    alice.redact(room_id, event_id)
+    assert [e["content"] for e in sync()["rooms"][room_id]["required_state"]] == [{}]
+    alice.send_text(room_id, "y")
+    assert "required_state" not in sync()["rooms"][room_id]
+    assert sync()["rooms"] == {}
+
+
+def test_redacted_names_are_sent_again(alice: Client, bob: Client) -> None:
+    """Also where the state was not asked for, or a member came lazily."""
+    room_id = alice.room_with(bob)
+    ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": "Rude"}))
+    member = [e["event_id"] for e in alice.state(room_id) if e["state_key"] == bob.user_id]
+    event_ids = [
+        alice.set_state(room_id, "m.room.name", {"name": "oops"}),
+        alice.set_state(room_id, "m.room.avatar", {"url": "mxc://x/y"}),
+    ]
+    bob.send_text(room_id, "x")
+    sync = slide(alice, limit=1, state=[["m.room.member", "$LAZY"]])
+    first = sync()["rooms"][room_id]
+    assert (first["name"], first["avatar"]) == ("oops", "mxc://x/y")
+    assert first["required_state"][0]["content"]["displayname"] == "Rude"
+    for event_id in event_ids:
+        alice.redact(room_id, event_id)
+    room = sync()["rooms"][room_id]
+    assert (room["name"], room["avatar"]) == (None, None)
+    alice.redact(room_id, member[0])
+    room = sync()["rooms"][room_id]
+    mine = [e for e in room["required_state"] if e["state_key"] == bob.user_id]
+    assert [e["content"] for e in mine] == [{"membership": "join"}]
+    assert room["heroes"] == [{"user_id": bob.user_id}]
+    bob.send_text(room_id, "y")
+    assert "required_state" not in sync()["rooms"][room_id]
+
+
+def test_refused_invite_is_no_longer_timeline(alice: Client, bob: Client) -> None:
+    """Nobody asked for more; what was before the invite does not come with its end."""
+    room_id = alice.room_with(bob)
+    sync = slide(bob, limit=9, state=[["m.room.member", "$ME"]])
+    bob.leave(room_id)
+    sync()
+    alice.invite(room_id, bob)
+    assert "invite_state" in sync()["rooms"][room_id]
+    bob.leave(room_id)
+    room = sync()["rooms"][room_id]
+    assert "unstable_expanded_timeline" not in room
+    assert len(room["timeline"]) == len(room["required_state"]) == 1
+
+
 def test_request_that_was_given_up_changes_nothing(alice: Client, bob: Client) -> None:
     room_id = alice.room_with(bob)
     sync = slide(bob)
