@@ -1710,7 +1710,7 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
     ),
     Migration(
         "what clients of sliding sync have of each extension",
-        "ALTER TABLE sliding_rooms ADD COLUMN extensions TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE sliding_rooms ADD COLUMN extensions TEXT NOT NULL DEFAULT ''",
     ),
 )
 
@@ -20218,7 +20218,7 @@ class Typing:
         return list(self._rooms.get(room_nid, ()))
 
     def is_known(self, room_nid: RoomNid) -> bool:
-        """Whether anybody typed in a room since the start."""
+        """Whether we have heard of typing in a room since the start."""
         return room_nid in self._rooms
 
     def start(self, room_nid: RoomNid, user_nid: UserNid, seconds: float) -> None:
@@ -20234,10 +20234,12 @@ class Typing:
             self.on_repeated(room_nid, user_nid)
 
     def stop(self, room_nid: RoomNid, user_nid: UserNid) -> None:
-        """A user no longer types."""
-        timer = self._rooms.get(room_nid, {}).pop(user_nid, None)
+        """A user no longer types; it is news as well if they may have since before the start."""
+        is_first = not self.is_known(room_nid)
+        timer = self._rooms.setdefault(room_nid, {}).pop(user_nid, None)
         if timer is not None:
             timer.cancel()
+        if timer is not None or is_first:
             self.hs.stream.stamp(TYPING, room_nid)
 
     def close(self) -> None:
@@ -20247,7 +20249,7 @@ class Typing:
                 timer.cancel()
 
     def _membership_changed(self, room: Room, user_nid: UserNid, _: str | None, new: str) -> None:
-        if new != "join":
+        if new != "join" and user_nid in self._rooms.get(room.nid, ()):
             self.stop(room.nid, user_nid)
 
 
@@ -24702,7 +24704,8 @@ def changes_in_tables(ask: SyncReader, since: int) -> Changes:
     )
     rooms = {room_nid for room_nid, last_pos in rows if last_pos > since}
     kinds = {ROOM_DATA, ACCOUNT_DATA, TO_DEVICE, DEVICE_LIST, KEY_COUNTS, PRESENCE}
-    return Changes(rooms, {room_nid for room_nid, _ in rows}, set(), kinds)
+    mine = {room_nid for room_nid, _ in rows}
+    return Changes(rooms, mine, set(filter(ask.hs.typing.is_known, mine)), kinds)
 
 
 def changes_since(ask: SyncReader, since: int) -> Changes:
@@ -25485,7 +25488,7 @@ CREATE TABLE sliding_rooms (
     config INTEGER NOT NULL,        -- index into the connection's configs
     is_dm INTEGER NOT NULL,
     extra TEXT NOT NULL,            -- event nids of state sent beyond the config, a JSON list
-    extensions TEXT NOT NULL,       -- what is sent of them, see SentRoom
+    extensions TEXT NOT NULL,       -- what is sent of them, as in "typing:0", see SentRoom
     PRIMARY KEY (connection_nid, room_nid, snapshot)
 ) WITHOUT ROWID;                    -- room_nid 0: what belongs to no room
 """)
@@ -25757,10 +25760,15 @@ def extensions_after(known: Extensions, wanted: frozenset[str], begin: int) -> E
     return tuple(sorted((left | dict.fromkeys(wanted, LIVE)).items()))
 
 
+def encode_extensions(extensions: Extensions) -> str:
+    """What the client has of extensions, as it is stored."""
+    return " ".join(f"{name}:{at}" for name, at in extensions)
+
+
 @functools.lru_cache(256)
 def decode_extensions(text: str) -> Extensions:
-    """What was stored of extensions."""
-    return tuple((name, at) for name, at in json.loads(text))
+    """What `encode_extensions` made."""
+    return tuple((name, int(at)) for name, at in (one.split(":") for one in text.split()))
 
 
 class SentRoom(NamedTuple):
@@ -25942,11 +25950,12 @@ class Sliding:
     def save(self, connection: SlidingConnection, changed: dict[RoomNid, SentRoom]) -> None:
         """A new snapshot, with what changed since the confirmed one."""
         nid, snapshot = connection.nid, self.hs.stream.advance()
-        rows, text_of = [], functools.lru_cache(256)(json.dumps)  # most have the same
+        rows = []
         for room_nid, sent in changed.items():
             if sent.state not in connection.configs:
                 connection.configs.append(sent.state)
-            config, texts = connection.configs.index(sent.state), map(text_of, sent[4:])
+            config, extra = connection.configs.index(sent.state), json.dumps(sent.extra)
+            texts = extra, encode_extensions(sent.extensions)
             rows.append((nid, room_nid, snapshot, *sent[:2], config, sent.is_dm, *texts))
         if len(connection.configs) > MAX_CONFIGS:
             self._drop([(nid,)])

@@ -23536,6 +23536,23 @@ def test_typing_that_ended_out_of_the_window(alice: Client, bob: Client) -> None
     assert sync()["extensions"]["typing"]["rooms"] == {}
 
 
+def test_typing_that_ended_after_a_restart(new_server: Callable[..., Server]) -> None:
+    """Which the server does not remember, but the clients do."""
+    one = new_server()
+    alice, bob = register(one), register(one)
+    room_id = alice.room_with(bob)
+    typing = ("rooms", room_id, "typing", bob.user_id)
+    sync = Slider(alice, lists={"all": window()}, extensions=wants("typing"))
+    ok(bob.put(typing, {"typing": True, "timeout": 60_000}))
+    assert sync()["extensions"]["typing"]["rooms"][room_id]["content"]["user_ids"]
+    since = alice.sync()["next_batch"]
+    one.restart()
+    ok(bob.put(typing, {"typing": False}))
+    over = {"type": "m.typing", "content": {"user_ids": []}}
+    assert sync()["extensions"]["typing"]["rooms"] == {room_id: over}
+    assert alice.sync(since)["rooms"]["join"][room_id]["ephemeral"]["events"] == [over]
+
+
 def slides_until(sync: Slider, act: Callable[[], Any]) -> tuple[Json, float]:
     """The answer of a call during which something happens, and how long it took after that."""
     sync()
