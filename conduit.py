@@ -26176,8 +26176,8 @@ def scope_of(ask: SlidingRequest, window: Window, name: str) -> Collection[RoomN
             (ask.rooms, ask.extensions[name].get("rooms")),
         )
     )
-    if lists is ask.lists and rooms is ask.rooms:
-        return window.configs.keys()
+    if len(lists) == len(ask.lists) and len(rooms) == len(ask.rooms):
+        return window.configs.keys()  # takes no memory
     listed = {nid for nid, names in window.lists.items() if any(one in lists for one in names)}
     return listed.union(nid for nid, room_id in window.ids.items() if room_id in rooms)
 
@@ -26458,6 +26458,9 @@ class Answer:
         self.direct = direct_rooms(ask)
         self.is_lasting = True  # whether the next answer selects the same; not the rooms that end
         self.window = self._window()
+        scopes, size = self.window.scopes, len(self.window.configs)
+        is_even = all(len(nids) == size for nids in scopes.values())  # so all rooms have the same
+        self.steady = extensions_after((), frozenset(scopes), 0) if is_even else None
         self.is_settled = connection.settled == connection.confirmed and ask.since is not None
 
     def _window(self) -> Window:
@@ -26500,7 +26503,8 @@ class Answer:
         moved = self._counts_moved(nid)
         is_same = sent is not None and is_dm == sent.is_dm and not moved
         if sent and is_same and not self._may_have_news(nid, sent, config, member):
-            self._note(nid, sent._replace(behind=None))
+            if sent.behind is not None or sent.extensions != self.steady:
+                self._note(nid, sent._replace(behind=None))
             return
         room = ask.hs.rooms.by_nid(nid)
         make = invited_section if member.membership in {"invite", "knock"} else entered_section

@@ -22885,6 +22885,7 @@ def test_idle_connection_writes_nothing(new_server: Callable[..., Server]) -> No
     host, guest = register(one), register(one)
     room_id = host.room_with(guest)
     sync = slide(guest)
+    sync.body["extensions"] = wants(*EXTENSION_NAMES)
     sync()
     positions = set()
     for number in range(5):
