@@ -23655,12 +23655,14 @@ def test_first_window_of_a_thousand_rooms_is_cheap(new_server: Callable[..., Ser
         return statistics.median(costs)
 
     state = [["m.room.member", "$LAZY"], ["m.room.name", ""], ["m.space.child", "*"]]
+    everything = wants(*EXTENSION_NAMES)
     for first in (
         slide(guest, [0, 19], limit=1, state=state),
         slide(guest, [0, 19], limit=1, not_room_types=["m.space"]),
+        Slider(guest, lists={"all": window([0, 19], limit=1, state=state)}, extensions=everything),
     ):
         assert cost(lambda first=first: ok(first.post())) < 15
-    sync = slide(guest, [0, 999], limit=1)
+    sync = Slider(guest, lists={"all": window([0, 999], limit=1)}, extensions=everything)
     sync()
     assert cost(sync) < 3
 
