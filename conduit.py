@@ -26532,7 +26532,10 @@ class Answer:
             return True
         if sent.behind is not None:
             room = self.ask.hs.rooms.by_nid(nid)
-            return room.last_pos > sent.behind or room.became_whole_since(sent.behind)
+            newest = max(
+                room.last_pos, member.event_nid
+            )  # of a room elsewhere only the latter moves
+            return newest > sent.behind or room.became_whole_since(sent.behind)
         return nid in self.changes.rooms and (
             member.membership == "join" or member.event_nid > begin_of(self.ask, sent)
         )

@@ -22956,6 +22956,33 @@ def test_an_invite_or_knock_elsewhere_ends_in_the_open_connection(
     assert (room["num_live"], len(room["timeline"])) == (1, 1)
 
 
+def test_invites_elsewhere_to_a_room_that_was_out_of_the_window(
+    pair: tuple[Server, Server],
+) -> None:
+    """A room that we are not in any more, or not yet, has no events but those of its guests."""
+    alice, bob = people(*pair)
+    own, room_id = bob.create_room(), alice.create_room(bob)
+    sync = slide(bob, limit=1, state=[["m.room.member", "$ME"]])
+    bob.wait_for(lambda answer: room_id in answer.get("rooms", {}).get("invite", {}))
+    assert room_id in sync()["rooms"]
+    bob.join(room_id)
+    sync()
+    bob.leave(room_id)
+    assert room_id in sync()["rooms"]
+    sync()
+    alice.invite(room_id, bob)
+    assert "invite_state" in sync(timeout=9000)["rooms"][room_id]
+    sync.body = slide(bob, [0, 0], limit=1, state=[["m.room.member", "$ME"]]).body
+    bob.send_text(own, "up")
+    sync()
+    bob.leave(room_id)
+    bob.send_text(own, "up")
+    assert set(sync()["rooms"]) == {own}
+    sync.body = slide(bob, limit=1, state=[["m.room.member", "$ME"]]).body
+    room = sync()["rooms"][room_id]
+    assert room["required_state"][0]["content"]["membership"] == "leave"
+
+
 def test_sec_20_nothing_after_a_kick_on_an_open_connection(alice: Client, bob: Client) -> None:
     """CVE-2024-53867: a connection that had the room goes on to get its state."""
     room_id = alice.room_with(bob, name="Before")
