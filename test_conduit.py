@@ -24109,10 +24109,11 @@ class SlidingKnowledge(Knowledge):
         if self.sync.pos is not None:
             ok(self.sync.post())
 
-    def catch_up(self, *span: int) -> None:
+    def catch_up(self, *span: int, **scope: Any) -> None:
         self.sync.body["lists"] = {"all": window(span or [0, 99], limit=3, state=ALL_STATE)}
+        self.sync.body["extensions"]["account_data"] = {"enabled": True, **scope}
         result = self.sync()
-        data = result["extensions"]["account_data"]
+        data = result["extensions"].get("account_data", {"global": [], "rooms": {}})
         self.add_data("", data["global"])
         for room_id, room in result["rooms"].items():
             self.take_room(room_id, room)
@@ -24147,7 +24148,7 @@ DEEDS: Final = (
     *("message", "message", "thread", "burst", "name", "redact", "redact state", "read", "read"),
     *("read privately", "tag", "data", "room data", "mention"),
     *("join", "leave", "kick", "ban", "unban", "invite"),
-    *("sync", "sync", "peek", "lose"),
+    *("sync", "sync", "peek", "lose", "look away"),
 )
 
 
@@ -24165,7 +24166,7 @@ class Household:
     def act(self, deed: str, which: int, who: int, number: int) -> None:
         """One step; what the rules forbid is simply not done."""
         room_id, person = self.rooms[which], self.people[who]
-        if deed in ("sync", "peek", "lose"):
+        if deed in ("sync", "peek", "lose", "look away"):
             self.look(deed, who, number)
         elif deed in ("message", "thread", "burst", "mention"):
             self.talk(deed, room_id, person, number)
@@ -24222,6 +24223,8 @@ class Household:
             sliding.lose()
         elif deed == "peek":
             sliding.catch_up(0, number % 2)
+        elif deed == "look away":
+            sliding.catch_up(**({"lists": []} if number % 2 else {"enabled": False}))
         else:
             sliding.catch_up()
             plain.catch_up()
