@@ -1709,7 +1709,7 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
         """,
     ),
     Migration(
-        "events of rooms that are being entered",
+        "events of rooms that are being entered; what sliding sync has sent of each extension",
         """
         CREATE TABLE early_events (
             item_nid INTEGER PRIMARY KEY,
@@ -1717,7 +1717,8 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
             origin TEXT NOT NULL,
             pdu BLOB NOT NULL
         );
-        CREATE INDEX early_events_room ON early_events (room_id)
+        CREATE INDEX early_events_room ON early_events (room_id);
+        ALTER TABLE sliding_rooms ADD COLUMN extensions TEXT NOT NULL DEFAULT ''
         """,
     ),
 )
@@ -20200,6 +20201,10 @@ class Typing:
         """Who is typing in a room, who began first at the front."""
         return list(self._rooms.get(room_nid, ()))
 
+    def is_known(self, room_nid: RoomNid) -> bool:
+        """Whether we have heard of typing in a room since the start."""
+        return room_nid in self._rooms
+
     def start(self, room_nid: RoomNid, user_nid: UserNid, seconds: float) -> None:
         """A user types, for so long unless we hear again; it is news if they did not before."""
         users = self._rooms.setdefault(room_nid, {})
@@ -20213,10 +20218,12 @@ class Typing:
             self.on_repeated(room_nid, user_nid)
 
     def stop(self, room_nid: RoomNid, user_nid: UserNid) -> None:
-        """A user no longer types."""
-        timer = self._rooms.get(room_nid, {}).pop(user_nid, None)
+        """A user no longer types; it is news as well if they may have since before the start."""
+        is_first = not self.is_known(room_nid)
+        timer = self._rooms.setdefault(room_nid, {}).pop(user_nid, None)
         if timer is not None:
             timer.cancel()
+        if timer is not None or is_first:
             self.hs.stream.stamp(TYPING, room_nid)
 
     def close(self) -> None:
@@ -20226,7 +20233,7 @@ class Typing:
                 timer.cancel()
 
     def _membership_changed(self, room: Room, user_nid: UserNid, _: str | None, new: str) -> None:
-        if new != "join":
+        if new != "join" and user_nid in self._rooms.get(room.nid, ()):
             self.stop(room.nid, user_nid)
 
 
@@ -24741,7 +24748,8 @@ def changes_in_tables(ask: SyncReader, since: int) -> Changes:
     )
     rooms = {room_nid for room_nid, last_pos in rows if last_pos > since}
     kinds = {ROOM_DATA, ACCOUNT_DATA, TO_DEVICE, DEVICE_LIST, KEY_COUNTS, PRESENCE}
-    return Changes(rooms, {room_nid for room_nid, _ in rows}, set(), kinds)
+    mine = {room_nid for room_nid, _ in rows}
+    return Changes(rooms, mine, set(filter(ask.hs.typing.is_known, mine)), kinds)
 
 
 def changes_since(ask: SyncReader, since: int) -> Changes:
@@ -25225,6 +25233,23 @@ def room_section(
     return "leave", section
 
 
+async def rooms_in_turns(
+    ask: SyncReader, nids: Iterable[RoomNid]
+) -> AsyncIterator[tuple[RoomNid, Member]]:
+    """Rooms with the user's membership as it is now; others get a turn when they are many.
+
+    Rooms that are deleted meanwhile are left out.
+    """
+    members = ask.hs.rooms.memberships(ask.nid)
+    pause_at = time.monotonic() + YIELD_SECONDS
+    for nid, member in [(nid, members.get(nid)) for nid in nids]:
+        if time.monotonic() > pause_at:
+            await asyncio.sleep(0)
+            pause_at = time.monotonic() + YIELD_SECONDS
+        if member is not None and nid in ask.hs.rooms.memberships(ask.nid):
+            yield nid, member
+
+
 async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
     """The rooms of the answer, by membership; others get a turn while a long one is made.
 
@@ -25239,13 +25264,7 @@ async def rooms_section(ask: SyncRequest, changes: Changes | None) -> Json:
         nids = set(members)
     else:
         nids = changes.rooms | changes.receipts | changes.typing | set(data)
-    pause_at = time.monotonic() + YIELD_SECONDS
-    for nid, member in [(nid, members.get(nid)) for nid in nids]:
-        if time.monotonic() > pause_at:
-            await asyncio.sleep(0)
-            pause_at = time.monotonic() + YIELD_SECONDS
-        if member is None or nid not in rooms.memberships(ask.nid):  # deleted meanwhile
-            continue
+    async for nid, member in rooms_in_turns(ask, nids):
         room = rooms.by_nid(nid)
         if not ask.wanted.rooms.wants_room(room.room_id):
             continue
@@ -25513,8 +25532,9 @@ CREATE TABLE sliding_rooms (
     config INTEGER NOT NULL,        -- index into the connection's configs
     is_dm INTEGER NOT NULL,
     extra TEXT NOT NULL,            -- event nids of state sent beyond the config, a JSON list
+    extensions TEXT NOT NULL,       -- what is sent of them, as in "typing:0", see SentRoom
     PRIMARY KEY (connection_nid, room_nid, snapshot)
-) WITHOUT ROWID;
+) WITHOUT ROWID;                    -- room_nid 0: what belongs to no room
 """)
 invariant(
     "sliding sync connections of devices that are gone",
@@ -25555,6 +25575,7 @@ BUMP_TYPES = frozenset(  # what clients sort rooms by
 # ── 43.1  What state is wanted ───────────────────────────────────────────────
 
 ANYTHING = "*"
+EXPANDED = frozenset({"expanded_timeline", "unstable_expanded_timeline"})
 
 
 def pairs_match(pairs: frozenset[StateKey], key: StateKey, lazy: bool = False) -> bool:
@@ -25731,9 +25752,13 @@ class SlidingRequest(SyncReader):
         self.extensions = {
             name: wanted
             for name, wanted in body.get("extensions", {}).items()
-            if isinstance(wanted, dict) and wanted.get("enabled")
+            if f"{name}?" in EXTENSIONS and isinstance(wanted, dict) and wanted.get("enabled")
         }
-        asked = encode_json([lists, rooms])
+        scopes = {
+            name: [wanted.get("lists"), wanted.get("rooms")]
+            for name, wanted in self.extensions.items()
+        }
+        asked = encode_json([lists, rooms, scopes])
         self.digest = hashlib.blake2b(asked, digest_size=16).digest()
 
     def _config(self, wanted: Json) -> RoomConfig:
@@ -25756,15 +25781,6 @@ class SlidingRequest(SyncReader):
             raise invalid_param(f"A list has at most {MAX_RANGES} ranges")
         return RoomList(self._config(wanted), ranges, wanted.get("filters", {}))
 
-    def wants_room(self, name: str, room_id: str, lists: Iterable[str]) -> bool:
-        """Whether an extension is wanted for a room, which these lists have in their windows."""
-        wanted = self.extensions[name]
-        for asked, has in ((wanted.get("lists"), lists), (wanted.get("rooms"), (room_id,))):
-            present = has if asked is None or ANYTHING in asked else set(asked).intersection(has)
-            if present and (has is lists or room_id in self.rooms):
-                return True
-        return False
-
 
 # ── 43.3  Connections ────────────────────────────────────────────────────────
 #
@@ -25773,16 +25789,41 @@ class SlidingRequest(SyncReader):
 # windows, up to where it did. So an answer in which no room comes or goes changes no
 # snapshot and writes nothing. Two snapshots are kept, as rows that differ: the one of
 # the last request, which may come again, and the one of the last answer.
+#
+# The same is remembered of each extension: its data of a room are sent whole when the
+# room comes into its scope first, and from where it left off when it comes back.
+
+Extensions = tuple[tuple[str, int], ...]
+LIVE = 0  # of an extension: as far as the room
+
+
+@functools.lru_cache(256)  # most rooms of a connection have the same, and share it
+def extensions_after(known: Extensions, wanted: frozenset[str], begin: int) -> Extensions:
+    """What the client has of extensions after an answer with some, if it had all up to `begin`."""
+    left = {name: at or begin for name, at in known}
+    return tuple(sorted((left | dict.fromkeys(wanted, LIVE)).items()))
+
+
+def encode_extensions(extensions: Extensions) -> str:
+    """What the client has of extensions, as it is stored."""
+    return " ".join(f"{name}:{at}" for name, at in extensions)
+
+
+@functools.lru_cache(256)
+def decode_extensions(text: str) -> Extensions:
+    """What `encode_extensions` made."""
+    return tuple((name, int(at)) for name, at in (one.split(":") for one in text.split()))
 
 
 class SentRoom(NamedTuple):
-    """What the client has of a room."""
+    """What the client has of a room; of NO_ROOM, what extensions have that belongs to none."""
 
     behind: int | None  # the position up to which it has it; None: it is live
     limit: int
     state: StateConfig
     is_dm: bool
-    extra: tuple[EventNid, ...]  # state that it has beyond the config: lazy members and such
+    extra: tuple[EventNid, ...] = ()  # state that it has beyond the config: lazy members and such
+    extensions: Extensions = ()  # those whose data it has, and the position up to which, or LIVE
 
 
 class Window(NamedTuple):
@@ -25792,6 +25833,7 @@ class Window(NamedTuple):
     configs: dict[RoomNid, RoomConfig]
     ids: dict[RoomNid, str]
     lists: dict[RoomNid, list[str]]
+    scopes: dict[str, Collection[RoomNid]]  # the rooms that each extension is wanted for
     answer: Json  # the member `lists` of the response
 
 
@@ -25911,16 +25953,16 @@ class Sliding:
         configs = [decode_config(one) for one in json.loads(configs)]
         connection = SlidingConnection(nid, confirmed, newest, configs)
         sql = """
-            SELECT room_nid, snapshot, behind, timeline_limit, config, is_dm, extra
+            SELECT room_nid, snapshot, behind, timeline_limit, config, is_dm, extra, extensions
             FROM sliding_rooms
             WHERE connection_nid = ?
         """
         for row in self.hs.db.all(sql, (connection.nid,)):
-            room_nid, snapshot, behind, limit, config, is_dm, extra = row
+            room_nid, snapshot, behind, limit, config, is_dm, extra, extensions = row
             into = connection.rooms if snapshot <= connection.confirmed else connection.pending
-            into[room_nid] = SentRoom(
-                behind, limit, connection.configs[config], bool(is_dm), tuple(json.loads(extra))
-            )
+            state, extra = connection.configs[config], tuple(json.loads(extra))
+            sent = SentRoom(behind, limit, state, bool(is_dm), extra, decode_extensions(extensions))
+            into[room_nid] = sent
         return connection
 
     def _settle(self, connection: SlidingConnection, snapshot: int) -> None:
@@ -25957,7 +25999,8 @@ class Sliding:
             if sent.state not in connection.configs:
                 connection.configs.append(sent.state)
             config, extra = connection.configs.index(sent.state), json.dumps(sent.extra)
-            rows.append((nid, room_nid, snapshot, *sent[:2], config, sent.is_dm, extra))
+            texts = extra, encode_extensions(sent.extensions)
+            rows.append((nid, room_nid, snapshot, *sent[:2], config, sent.is_dm, *texts))
         if len(connection.configs) > MAX_CONFIGS:
             self._drop([(nid,)])
             raise unknown_pos()
@@ -25966,7 +26009,7 @@ class Sliding:
         with self.hs.db.write():
             if not self.hs.db.execute(update, (snapshot, configs, nid)).rowcount:
                 raise unknown_pos()  # begun anew while this answer was made
-            insert = "INSERT INTO sliding_rooms VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+            insert = "INSERT INTO sliding_rooms VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
             for row in rows:
                 self.hs.db.execute(insert, row)
         connection.sent, connection.pending = snapshot, changed
@@ -26165,10 +26208,28 @@ def add_subscriptions(ask: SlidingRequest, connection: SlidingConnection, window
             add_to_window(window, room.nid, room_id, config)
 
 
+def scope_of(ask: SlidingRequest, window: Window, name: str) -> Collection[RoomNid]:
+    """The rooms of a window that an extension is wanted for: those of its lists, and of its rooms.
+
+    Spec: MSC3575 "Extensions"; of the rooms only those subscribed to.
+    """
+    lists, rooms = (
+        has if asked is None or ANYTHING in asked else has.keys() & set(asked)
+        for has, asked in (
+            (ask.lists, ask.extensions[name].get("lists")),
+            (ask.rooms, ask.extensions[name].get("rooms")),
+        )
+    )
+    if len(lists) == len(ask.lists) and len(rooms) == len(ask.rooms):
+        return window.configs.keys()  # takes no memory
+    listed = {nid for nid, names in window.lists.items() if any(one in lists for one in names)}
+    return listed.union(nid for nid, room_id in window.ids.items() if room_id in rooms)
+
+
 def select_rooms(ask: SlidingRequest, connection: SlidingConnection) -> Window:
     """The rooms in the windows of all lists, and those subscribed to, with what is wanted."""
     ordered = rooms_by_activity(ask, connection)
-    window = Window(ask.digest, {}, {}, {}, {})
+    window = Window(ask.digest, {}, {}, {}, {}, {})
     for name, wanted in ask.lists.items():
         tests = list(filter_tests(ask, wanted.filters))
         nids = [
@@ -26188,6 +26249,9 @@ def select_rooms(ask: SlidingRequest, connection: SlidingConnection) -> Window:
             add_to_window(window, nid, ordered[nid], wanted.config)
             window.lists.setdefault(nid, []).append(name)
     add_subscriptions(ask, connection, window)
+    for name in ask.extensions:
+        if EXTENSIONS[f"{name}?"] is SCOPE:
+            window.scopes[name] = scope_of(ask, window, name)
     return window
 
 
@@ -26203,6 +26267,12 @@ def newest_bump(ask: SlidingRequest, room: Room) -> int:
         bump = max(0, next(found, events[0].pos if events else 0) or 0)
         ask.hs.sliding.bumps.put(room.nid, bump)
     return bump
+
+
+DESCRIBED: Final = {  # state that is in the answer by itself: the member, and where it is found
+    ("m.room.name", ""): ("name", "name"),
+    ("m.room.avatar", ""): ("avatar", "url"),
+}
 
 
 class RoomView(NamedTuple):
@@ -26236,17 +26306,16 @@ def whole_state(ask: SyncReader, room: Room, position: int) -> Mapping[StateKey,
 
 
 def redacted_since(
-    ask: SyncReader, timeline: Timeline, config: RoomConfig, state: Mapping[StateKey, EventNid]
-) -> Iterator[tuple[StateKey, EventNid]]:
-    """The entries of the state whose content was taken away, by a redaction that may be new.
+    ask: SyncReader, timeline: Timeline, shown: set[EventNid], since: int
+) -> dict[StateKey, EventNid]:
+    """The state events, of those that the client was shown, whose content a redaction has taken.
 
     Trap: the entry is the same event as before, but the client reads state nowhere else.
     """
-    redactions = {event.nid for event in timeline.events if event.type == REDACTION}
-    if timeline.limited or redactions:
-        for event in ask.hs.rooms.events_by_nids(select_state(config.state, state).values()):
-            if event.redacted_by and (timeline.limited or event.redacted_by in redactions):
-                yield event.key, event.nid
+    if not timeline.limited and all(event.type != REDACTION for event in timeline.events):
+        return {}
+    events = ask.hs.rooms.events_by_nids(shown)
+    return {event.key: event.nid for event in events if (event.redacted_by or 0) > since}
 
 
 def left_place(
@@ -26265,7 +26334,7 @@ def view_room(
     ask: SlidingRequest, room: Room, member: Member, config: RoomConfig, sent: SentRoom | None
 ) -> RoomView:
     """Find out what is new in a room that the user is or was in."""
-    ask.wanted = limited_filter(config.limit)
+    ask.wanted = limited_filter(config.limit or 10)  # looked at also if none are sent
     since = None if sent is None else begin_of(ask, sent)
     if since is not None and member.membership == "join" and member.join_pos > since:
         since = None  # joined meanwhile: the client knew only of an invite, or of an earlier stay
@@ -26275,8 +26344,6 @@ def view_room(
         timeline = timeline_of(ask, room, None if expanded else since, ask.upto)
     else:
         since, timeline, at = left_place(ask, room, member, since, expanded=expanded)
-    if config.limit == 0:
-        timeline = Timeline([], False, timeline.prev_batch, False)
     changed: dict[StateKey, EventNid] = {}
     if at is None:  # never was a member: all there is to see is how the invite ended
         own = (MEMBER, ask.user.user_id)
@@ -26284,9 +26351,13 @@ def view_room(
         changed = dict(state) if member.event_nid > (since or 0) else {}
     else:
         state = whole_state(ask, room, at)
-        if since is not None and at > since:
-            changed = changed_state(ask, room, since, timeline, at)
-            changed.update(redacted_since(ask, timeline, config, state))
+        if sent is not None and since is not None and at > since:
+            names = {nid for key in DESCRIBED if (nid := state.get(key))}
+            shown = names.union(sent.extra, select_state(config.state, state).values())
+            redacted = redacted_since(ask, timeline, shown, since)
+            changed = redacted | changed_state(ask, room, since, timeline, at)
+    if config.limit == 0:
+        timeline = Timeline([], False, timeline.prev_batch, False)
     return RoomView(room, config, sent, since, timeline, state, changed, expanded)
 
 
@@ -26307,7 +26378,7 @@ def choose_state(view: RoomView) -> tuple[dict[StateKey, EventNid], list[EventNi
     if view.since is None or sent is None:
         chosen = select_state(config, state)
     else:
-        extra = list(sent.extra)
+        extra = [nid for nid in sent.extra if nid not in view.changed.values()]
         chosen = {key: nid for key, nid in view.changed.items() if config_matches(config, key)}
         if sent.state != config:  # more is asked for, or less, or other
             wanted, had = select_state(config, state), select_state(sent.state, state)
@@ -26334,15 +26405,12 @@ def describe(ask: SlidingRequest, view: RoomView, *, is_joined: bool) -> Json:
     result: Json = {}
     rooms = ask.hs.rooms
     name = None
-    for member, event_type, key in (
-        ("name", "m.room.name", "name"),
-        ("avatar", "m.room.avatar", "url"),
-    ):
-        nid = view.state.get((event_type, ""))
+    for (event_type, state_key), (member, key) in DESCRIBED.items():
+        nid = view.state.get((event_type, state_key))
         value = cast(Event, rooms.event_by_nid(nid)).content.get(key) if nid else None
         value = value if isinstance(value, str) and value else None
         name = value if member == "name" else name
-        if view.news(event_type, "") and (value or view.since is not None):
+        if view.news(event_type, state_key) and (value or view.since is not None):
             result[member] = value
     if is_joined and view.members_changed:
         result["joined_count"] = view.room.joined_count
@@ -26383,14 +26451,12 @@ def entered_section(
     if chosen:
         events = ask.hs.rooms.events_by_nids(sorted(chosen.values()))
         result["required_state"] = [ask.format(event) for event in events]
-    if view.timeline.events or result:
-        if config.limit > 0:
-            result.update(timeline_members(ask, view))
-        bumped = any(event.type in BUMP_TYPES for event in view.timeline.events)
-        if not is_joined:
-            result["bump_stamp"] = max(0, member.event_nid)
-        elif view.since is None or view.timeline.limited or bumped:
-            result["bump_stamp"] = newest_bump(ask, room)
+    stamp = newest_bump(ask, room) if is_joined else member.event_nid
+    is_shown = bool(view.timeline.events or result)  # not if all that is new is by ignored users
+    if config.limit > 0 and is_shown:
+        result.update(timeline_members(ask, view))
+    if (view.since is None or stamp > view.since) and (is_shown or config.limit == 0):
+        result["bump_stamp"] = max(0, stamp)
     keeps = sent is not None and view.since is not None and not view.timeline.limited
     limit = max(config.limit, cast(SentRoom, sent).limit) if keeps else config.limit
     return result, SentRoom(None, limit, config.state, False, tuple(extra))
@@ -26400,7 +26466,7 @@ def invited_section(
     ask: SlidingRequest, room: Room, member: Member, config: RoomConfig, sent: SentRoom | None
 ) -> tuple[Json, SentRoom]:
     """A room that the user was invited to or knocks on."""
-    now = SentRoom(None, 0, config.state, False, ())
+    now = SentRoom(None, config.limit, config.state, False)
     if sent is not None and member.event_nid <= begin_of(ask, sent):
         return {}, now
     stripped = stripped_state(ask.hs.rooms, room, member)
@@ -26436,6 +26502,9 @@ class Answer:
         self.direct = direct_rooms(ask)
         self.is_lasting = True  # whether the next answer selects the same; not the rooms that end
         self.window = self._window()
+        scopes, size = self.window.scopes, len(self.window.configs)
+        is_even = all(len(nids) == size for nids in scopes.values())  # so all rooms have the same
+        self.steady = extensions_after((), frozenset(scopes), 0) if is_even else None
         self.is_settled = connection.settled == connection.confirmed and ask.since is not None
 
     def _window(self) -> Window:
@@ -26454,18 +26523,14 @@ class Answer:
 
     async def make_rooms(self) -> None:
         """Make the sections of all rooms; others get a turn while a long answer is made."""
-        pause_at = time.monotonic() + YIELD_SECONDS
-        members = self.ask.hs.rooms.memberships(self.ask.nid)  # as of now; see `rooms_section`
-        for nid, member in [(nid, members.get(nid)) for nid in self.candidates()]:
-            if time.monotonic() > pause_at:
-                await asyncio.sleep(0)
-                pause_at = time.monotonic() + YIELD_SECONDS
-            if member is not None and nid in self.ask.hs.rooms.memberships(self.ask.nid):
-                self._make_room(nid, member)
+        async for nid, member in rooms_in_turns(self.ask, self.candidates()):
+            self._make_room(nid, member)
         if not self.is_settled:
             for nid, sent in self.connection.rooms.items():
-                if sent.behind is None and nid not in self.window.configs:
+                if sent.behind is None and nid not in self.window.configs and nid != NO_ROOM:
                     self.sent[nid] = sent._replace(behind=cast(int, self.ask.since))
+        if self.ask.extensions or NO_ROOM in self.connection.rooms:
+            self._note(NO_ROOM, SentRoom(None, 0, frozenset(), False))
         self._take_leave()
 
     def _take_leave(self) -> None:
@@ -26482,7 +26547,8 @@ class Answer:
         moved = self._counts_moved(nid)
         is_same = sent is not None and is_dm == sent.is_dm and not moved
         if sent and is_same and not self._may_have_news(nid, sent, config, member):
-            self._note(nid, sent._replace(behind=None))
+            if sent.behind is not None or sent.extensions != self.steady:
+                self._note(nid, sent._replace(behind=None))
             return
         room = ask.hs.rooms.by_nid(nid)
         make = invited_section if member.membership in {"invite", "knock"} else entered_section
@@ -26496,7 +26562,11 @@ class Answer:
 
     def _note(self, nid: RoomNid, now: SentRoom) -> None:
         """What the client then has of a room, if that is not what it had."""
-        if now != self.connection.rooms.get(nid):
+        sent, scopes = self.connection.rooms.get(nid), self.window.scopes.items()
+        wanted = self.ask.extensions if nid == NO_ROOM else [n for n, nids in scopes if nid in nids]
+        known, begin = (sent.extensions, begin_of(self.ask, sent)) if sent else ((), 0)
+        now = now._replace(extensions=extensions_after(known, frozenset(wanted), begin))
+        if now != sent:
             self.sent[nid] = now
 
     def _may_have_news(
@@ -26506,7 +26576,10 @@ class Answer:
             return True
         if sent.behind is not None:
             room = self.ask.hs.rooms.by_nid(nid)
-            return room.last_pos > sent.behind or room.became_whole_since(sent.behind)
+            newest = max(
+                room.last_pos, member.event_nid
+            )  # of a room elsewhere only the latter moves
+            return newest > sent.behind or room.became_whole_since(sent.behind)
         return nid in self.changes.rooms and (
             member.membership == "join" or member.event_nid > begin_of(self.ask, sent)
         )
@@ -26532,9 +26605,15 @@ class Answer:
         return section | unread_sums(ask, room)
 
     def begin(self, nid: RoomNid) -> int | None:
-        """The position from which on receipts and account data of a room are new; None: all."""
+        """The position up to which the client has a room; None: it does not have it."""
         sent = self.connection.rooms.get(nid)
         return None if sent is None else begin_of(self.ask, sent)
+
+    def begin_with(self, name: str, nid: RoomNid = NO_ROOM) -> int | None:
+        """The position up to which the client has an extension's data of a room; None: has none."""
+        sent, begins_anew = self.connection.rooms.get(nid), "initial" in self.rooms.get(nid, ())
+        at = None if sent is None or begins_anew else dict(sent.extensions).get(name)
+        return self.begin(nid) if at == LIVE else at
 
 
 # ── 43.7  Extensions ─────────────────────────────────────────────────────────
@@ -26542,7 +26621,7 @@ class Answer:
 # Each gives its section, and whether that is worth ending a wait for.
 
 
-def to_device_extension(answer: Answer) -> tuple[Json, bool]:
+async def to_device_extension(answer: Answer) -> tuple[Json, bool]:
     """Messages for the device, on a stream of their own: what `since` names is received."""
     ask, wanted = answer.ask, answer.ask.extensions["to_device"]
     since = parse_token(wanted["since"]) if wanted.get("since") else 0
@@ -26553,7 +26632,7 @@ def to_device_extension(answer: Answer) -> tuple[Json, bool]:
     return {"next_batch": stream_token(upto), "events": events}, bool(events)
 
 
-def e2ee_extension(answer: Answer) -> tuple[Json, bool]:
+async def e2ee_extension(answer: Answer) -> tuple[Json, bool]:
     """How many keys are left, and whose devices changed."""
     ask, device_nid = answer.ask, answer.ask.user.device_nid
     result: Json = {"device_one_time_keys_count": {"signed_curve25519": 0}}
@@ -26561,32 +26640,33 @@ def e2ee_extension(answer: Answer) -> tuple[Json, bool]:
     if device_nid is not None:
         result["device_one_time_keys_count"] |= one_time_key_counts(ask.hs, device_nid)
         result["device_unused_fallback_key_types"] = unused_fallback_types(ask.hs, device_nid)
-    if ask.since is None:
+    since = answer.begin_with("e2ee") or ask.since
+    if since is None:
         return result, False
-    changed, left = device_list_changes(ask.hs, ask.nid, ask.since, ask.upto)
+    changed, left = device_list_changes(ask.hs, ask.nid, since, ask.upto)
     return result | {"device_lists": {"changed": changed, "left": left}}, bool(changed or left)
 
 
-def rooms_of_extension(answer: Answer, name: str, moved: set[RoomNid]) -> Iterator[Room]:
-    """The rooms that an extension is wanted for, of those that are sent, come back, or moved."""
-    ask, window = answer.ask, answer.window
-    for nid in dict.fromkeys((*answer.sent, *answer.rooms, *moved)):
-        if nid in window.configs:
-            room = ask.hs.rooms.by_nid(nid)
-            if ask.wants_room(name, room.room_id, window.lists.get(nid, ())):
-                yield room
+async def rooms_of_extension(
+    answer: Answer, name: str, moved: set[RoomNid]
+) -> AsyncIterator[tuple[Room, int | None]]:
+    """The rooms that an extension may have news of, and the position up to which they are sent."""
+    scope = answer.window.scopes[name]
+    nids = [one for one in {**answer.sent, **answer.rooms, **dict.fromkeys(moved)} if one in scope]
+    async for nid, _ in rooms_in_turns(answer.ask, nids):
+        yield answer.ask.hs.rooms.by_nid(nid), answer.begin_with(name, nid)
 
 
-def account_data_extension(answer: Answer) -> tuple[Json, bool]:
-    """The account's data that changed, and that of the rooms: all when a room comes first."""
+async def account_data_extension(answer: Answer) -> tuple[Json, bool]:
+    """The account's data that changed, and that of the rooms: all when it is asked for first."""
     ask, since = answer.ask, answer.ask.since or 0
-    events = global_account_data(ask.hs, ask.nid, since)
-    rules = push_rules_account_data(ask.hs, ask.nid, since)
+    begin = answer.begin_with("account_data")
+    events = global_account_data(ask.hs, ask.nid, begin or 0)
+    rules = push_rules_account_data(ask.hs, ask.nid, begin or 0)
     events = events if rules is None else [*events, rules]
     changed = room_account_data(ask.hs, ask.nid, since)
     rooms: Json = {}
-    for room in rooms_of_extension(answer, "account_data", set(changed)):
-        begin = answer.begin(room.nid)
+    async for room, begin in rooms_of_extension(answer, "account_data", set(changed)):
         if begin is None:
             found = room_account_data_of(ask.hs, ask.nid, room.nid)
         elif begin == since:
@@ -26598,30 +26678,39 @@ def account_data_extension(answer: Answer) -> tuple[Json, bool]:
     return {"global": events, "rooms": rooms}, bool(events or rooms)
 
 
-def receipts_extension(answer: Answer) -> tuple[Json, bool]:
-    """Receipts that moved; of a room that comes first, those at the events that come with it."""
+def newest_events(answer: Answer, room: Room) -> set[str]:
+    """The ids of the newest events of a room, as many as are asked for."""
+    section = answer.rooms.get(room.nid, {})
+    if not EXPANDED.isdisjoint(section) or "initial" in section:
+        return {event["event_id"] for event in section.get("timeline", ())}
+    answer.ask.wanted = limited_filter(answer.window.configs[room.nid].limit)
+    timeline = timeline_of(answer.ask, room, None, answer.ask.upto)
+    return {event.event_id for event in timeline.events}
+
+
+async def receipts_extension(answer: Answer) -> tuple[Json, bool]:
+    """Receipts that moved; at first those at the events that the client has of the timeline."""
     ask = answer.ask
     rooms: Json = {}
-    for room in rooms_of_extension(answer, "receipts", answer.changes.receipts):
+    async for room, begin in rooms_of_extension(answer, "receipts", answer.changes.receipts):
         if room.membership_of(ask.nid) != "join":
             continue
-        section, only = answer.rooms.get(room.nid, {}), None
-        begin = answer.begin(room.nid) or 0
-        if section.keys() & {"initial", "unstable_expanded_timeline", "expanded_timeline"}:
-            only, begin = {event["event_id"] for event in section.get("timeline", ())}, 0
-        content = receipts_since(ask.hs, room.nid, ask.nid, begin, only)
+        since = begin if EXPANDED.isdisjoint(answer.rooms.get(room.nid, ())) else None
+        only = newest_events(answer, room) if since is None else None
+        content = receipts_since(ask.hs, room.nid, ask.nid, since or 0, only)
         if content:
             rooms[room.room_id] = {"type": "m.receipt", "content": content}
     return {"rooms": rooms}, bool(rooms)
 
 
-def typing_extension(answer: Answer) -> tuple[Json, bool]:
-    """Who types, where that changed, and where a room comes first."""
+async def typing_extension(answer: Answer) -> tuple[Json, bool]:
+    """Who types, where that changed, and where the client does not know."""
     ask, rooms = answer.ask, cast(Json, {})
-    for room in rooms_of_extension(answer, "typing", answer.changes.typing):
+    async for room, begin in rooms_of_extension(answer, "typing", answer.changes.typing):
         if room.membership_of(ask.nid) == "join":
             users = typing_users(ask.hs, room)
-            if users or room.nid in answer.changes.typing:
+            is_back = begin is not None and begin != ask.since and ask.hs.typing.is_known(room.nid)
+            if room.nid in answer.changes.typing or is_back or (begin is None and users):
                 rooms[room.room_id] = {"type": "m.typing", "content": {"user_ids": users}}
     return {"rooms": rooms}, bool(rooms)
 
@@ -26640,12 +26729,15 @@ def subscription_page(
     return page, changes[limit - 1].bump_stamp - 1 if len(changes) > limit else None
 
 
-def threads_extension(answer: Answer) -> tuple[Json, bool]:
+async def threads_extension(answer: Answer) -> tuple[Json, bool]:
     """The threads that the user began or ceased to follow; nothing if there are none.  MSC4308."""
     ask, wanted = answer.ask, answer.ask.extensions["io.element.msc4308.thread_subscriptions"]
     limit = wanted.get("limit", 100)
-    page, more = subscription_page(ask.hs, ask.nid, ask.since or 0, ask.upto, limit)
-    return (page if more is None else {**page, "prev_batch": stream_token(more)}), bool(page)
+    since = answer.begin_with("io.element.msc4308.thread_subscriptions") or 0
+    page, more = subscription_page(ask.hs, ask.nid, since, ask.upto, limit)
+    if more is not None:
+        page["prev_batch"] = f"{stream_token(more)}_{since}"
+    return page, bool(page)
 
 
 MSC4308_PATH = "/_matrix/client/unstable/io.element.msc4308/thread_subscriptions"
@@ -26653,18 +26745,24 @@ MSC4308_PATH = "/_matrix/client/unstable/io.element.msc4308/thread_subscriptions
 
 @route("GET", MSC4308_PATH, auth=USER, also=("/_matrix/client/v1/thread_subscriptions",))
 async def get_thread_subscriptions(hs: Homeserver, request: Request) -> Json:
-    """What an answer of sliding sync had no room for, page by page, the newest first.  MSC4308."""
+    """What an answer of sliding sync had no room for, page by page, the newest first.  MSC4308.
+
+    Trap: `to` is the `pos` of the request, but where the extension was asked for late, its first
+    answer goes back further; so the token `from` says how far.
+    """
     if request.arg("dir") != "b":
         raise invalid_param("dir is b")
     begin, to = (request.arg(name) for name in ("from", "to"))
     upto = parse_token(begin) if begin else hs.stream.position
     limit = request.int_arg("limit", 100, 1, 100)
     since = parse_token(to) if to else 0
+    if begin and "_" in begin:
+        since = min(since, int(begin.partition("_")[2]))
     page, more = subscription_page(hs, request.user.nid, since, upto, limit)
-    return page if more is None else {**page, "end": stream_token(more)}
+    return page if more is None else {**page, "end": f"{stream_token(more)}_{since}"}
 
 
-EXTENSION_MAKERS: Final[dict[str, Callable[[Answer], tuple[Json, bool]]]] = {
+EXTENSION_MAKERS: Final[dict[str, Callable[[Answer], Awaitable[tuple[Json, bool]]]]] = {
     "to_device": to_device_extension,
     "e2ee": e2ee_extension,
     "account_data": account_data_extension,
@@ -26710,7 +26808,7 @@ async def answer_once(
     extensions, is_news = cast(Json, {}), bool(answer.rooms)
     for name, make in EXTENSION_MAKERS.items():
         if name in ask.extensions:
-            section, has_news = make(answer)
+            section, has_news = await make(answer)
             is_news = is_news or has_news
             if section:
                 extensions[name] = section

@@ -2056,7 +2056,7 @@ UNDONE: Final = (  # for each migration, what leads back
     INSERT INTO search_texts VALUES (0, 0, 0, 'content.body', 0, 'of an event long gone')
     """,
     "DROP TABLE partial_rooms;",
-    "DROP TABLE early_events;",
+    "DROP TABLE early_events; ALTER TABLE sliding_rooms DROP COLUMN extensions;",
 )
 
 
@@ -23105,6 +23105,7 @@ def test_idle_connection_writes_nothing(new_server: Callable[..., Server]) -> No
     host, guest = register(one), register(one)
     room_id = host.room_with(guest)
     sync = slide(guest)
+    sync.body["extensions"] = wants(*EXTENSION_NAMES)
     sync()
     positions = set()
     for number in range(5):
@@ -23173,6 +23174,33 @@ def test_an_invite_or_knock_elsewhere_ends_in_the_open_connection(
     room = sync(timeout=9000)["rooms"][room_id]
     assert room["required_state"][0]["content"]["membership"] == "leave"
     assert (room["num_live"], len(room["timeline"])) == (1, 1)
+
+
+def test_invites_elsewhere_to_a_room_that_was_out_of_the_window(
+    pair: tuple[Server, Server],
+) -> None:
+    """A room that we are not in any more, or not yet, has no events but those of its guests."""
+    alice, bob = people(*pair)
+    own, room_id = bob.create_room(), alice.create_room(bob)
+    sync = slide(bob, limit=1, state=[["m.room.member", "$ME"]])
+    bob.wait_for(lambda answer: room_id in answer.get("rooms", {}).get("invite", {}))
+    assert room_id in sync()["rooms"]
+    bob.join(room_id)
+    sync()
+    bob.leave(room_id)
+    assert room_id in sync()["rooms"]
+    sync()
+    alice.invite(room_id, bob)
+    assert "invite_state" in sync(timeout=9000)["rooms"][room_id]
+    sync.body = slide(bob, [0, 0], limit=1, state=[["m.room.member", "$ME"]]).body
+    bob.send_text(own, "up")
+    sync()
+    bob.leave(room_id)
+    bob.send_text(own, "up")
+    assert set(sync()["rooms"]) == {own}
+    sync.body = slide(bob, limit=1, state=[["m.room.member", "$ME"]]).body
+    room = sync()["rooms"][room_id]
+    assert room["required_state"][0]["content"]["membership"] == "leave"
 
 
 def test_sec_20_nothing_after_a_kick_on_an_open_connection(alice: Client, bob: Client) -> None:
@@ -23604,6 +23632,175 @@ def test_receipts_of_a_room_that_was_out_of_the_window(alice: Client, bob: Clien
     assert again["receipts"]["rooms"] == again["account_data"]["rooms"] == {}
 
 
+LATE_SCOPES: Final[dict[str, tuple[Json, Json]]] = {  # what is asked of an extension, and then
+    "enabled": ({}, {"enabled": True}),
+    "one more list": ({"enabled": True, "lists": [], "rooms": []}, {"enabled": True}),
+    "one more room": (
+        {"enabled": True, "lists": [], "rooms": ["!other:x"]},
+        {"enabled": True, "lists": [], "rooms": ["*"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("scope", LATE_SCOPES)
+def test_extension_that_is_asked_for_late_sends_all_at_first(
+    new_server: Callable[..., Server], scope: str
+) -> None:
+    """All data of a room when it comes into the scope of an extension, and then what changes."""
+    one = new_server()
+    alice, bob = register(one), register(one)
+    room_id = alice.room_with(bob)
+    old, event_id = (alice.send_text(room_id, text) for text in ("old", "new"))
+    mine, room = ("user", alice.user_id), ("rooms", room_id)
+    ok(alice.put((*mine, "account_data", "x.y"), {"a": 1}))
+    ok(alice.put((*mine, *room, "account_data", "x.z"), {"b": 1}))
+    ok(alice.post((*room, "receipt", "m.read.private", old)))
+    ok(bob.post((*room, "receipt", "m.read", event_id)))
+    ok(bob.put((*room, "typing", bob.user_id), {"typing": True, "timeout": 60_000}))
+    before, after = (
+        dict.fromkeys(("account_data", "receipts", "typing"), asked) for asked in LATE_SCOPES[scope]
+    )
+    sync = slide(alice, limit=1)
+    sync.body["room_subscriptions"] = {room_id: {"timeline_limit": 1}}
+    sync(extensions=before)
+    assert "x.z" not in json.dumps(sync(extensions=before))
+    pos = sync.pos
+    lost, again = (sync(pos=pos, extensions=after)["extensions"] for _ in range(2))
+    assert lost == again
+    assert again["account_data"]["rooms"] == {room_id: [{"type": "x.z", "content": {"b": 1}}]}
+    global_data = {event["type"] for event in again["account_data"]["global"]}
+    assert ({"m.push_rules", "x.y"} <= global_data) == (scope == "enabled")
+    receipts = again["receipts"]["rooms"][room_id]["content"]
+    assert {key: list(value) for key, value in receipts.items()} == {
+        old: ["m.read.private"],
+        event_id: ["m.read"],
+    }
+    typing = again["typing"]["rooms"]
+    assert typing == {room_id: {"type": "m.typing", "content": {"user_ids": [bob.user_id]}}}
+    one.kill9()
+    one.start()
+    nothing = {name: {"rooms": {}} for name in ("receipts", "typing")}
+    nothing |= {"account_data": {"rooms": {}, "global": []}}
+    assert sync(extensions=after)["extensions"] == nothing
+    # what happens while it is not asked for comes with it, and only that
+    sync(extensions=before)
+    ok(alice.put((*mine, "account_data", "x.y"), {"a": 2}))
+    ok(alice.put((*mine, *room, "account_data", "x.w"), {"c": 1}))
+    ok(alice.post((*room, "receipt", "m.read", old)))
+    sync(extensions=before)
+    back = sync(extensions=after)["extensions"]
+    assert back["account_data"]["rooms"] == {room_id: [{"type": "x.w", "content": {"c": 1}}]}
+    found = [{"type": "x.y", "content": {"a": 2}}]
+    assert back["account_data"]["global"] == (found if scope == "enabled" else [])
+    assert list(back["receipts"]["rooms"][room_id]["content"][old]) == ["m.read"]
+    assert back["typing"] == {"rooms": {}}
+    assert sync(extensions=after)["extensions"] == nothing
+
+
+def test_room_that_comes_into_the_scope_of_an_extension(alice: Client) -> None:
+    """By coming into the window of a list that the extension is wanted for."""
+    room_id, other = alice.create_room(), alice.create_room()
+    for one in (room_id, other):
+        ok(alice.put(("user", alice.user_id, "rooms", one, "tags", "u.x"), {}))
+    sync = Slider(alice, lists={"top": window([0, 0]), "all": window()})
+    sync.body["extensions"] = {"account_data": {"enabled": True, "lists": ["top"]}}
+
+    def tagged() -> set[str]:
+        return set(sync()["extensions"]["account_data"]["rooms"])
+
+    assert tagged() == {other}
+    alice.send_text(room_id, "up")
+    assert tagged() == {room_id}
+    ok(alice.put(("user", alice.user_id, "rooms", other, "tags", "u.y"), {}))
+    alice.send_text(other, "up")
+    assert tagged() == {other}
+    alice.send_text(room_id, "up")
+    assert tagged() == set()
+
+
+def test_device_lists_and_threads_that_are_asked_for_late(alice: Client, bob: Client) -> None:
+    """Who changed their devices while nobody asked; all threads that are followed, at first."""
+    room_id = alice.room_with(bob)
+    name = "io.element.msc4308.thread_subscriptions"
+    roots = [alice.send_text(room_id, str(number)) for number in range(3)]
+
+    def follow(root: str) -> None:
+        prefix = "/_matrix/client/unstable/io.element.msc4306/rooms/"
+        ok(alice.put(f"{prefix}{quote(room_id)}/thread/{quote(root)}/subscription", {}))
+
+    for root in roots[:2]:
+        follow(root)
+    sync = Slider(alice, extensions=wants("e2ee"))
+    sync()
+    CryptoDevice(bob.login()).publish()
+    sync(extensions={})
+    sync(extensions={})
+    both, pos = {**wants("e2ee"), name: {"enabled": True, "limit": 1}}, sync.pos
+    late = sync(extensions=both)["extensions"]
+    assert late["e2ee"]["device_lists"]["changed"] == [bob.user_id]
+    assert list(late[name]["subscribed"][room_id]) == [roots[1]]
+    pages = "/_matrix/client/unstable/io.element.msc4308/thread_subscriptions"
+    query = {"dir": "b", "from": late[name]["prev_batch"], "to": pos}
+    assert list(ok(alice.get(pages, params=query))["subscribed"][room_id]) == [roots[0]]
+    follow(roots[2])
+    later = sync(extensions=both)["extensions"]
+    assert later["e2ee"]["device_lists"]["changed"] == []
+    assert list(later[name]["subscribed"][room_id]) == [roots[2]]
+    assert "prev_batch" not in later[name]
+
+
+def test_who_begins_anew_gets_all_of_the_extensions(alice: Client, bob: Client) -> None:
+    """A client replaces what it has of a room by what comes with `initial`."""
+    room_id = alice.room_with(bob)
+    ok(bob.put(("user", bob.user_id, "rooms", room_id, "tags", "u.x"), {}))
+    sync = slide(bob)
+    sync.body["extensions"] = wants("account_data")
+    assert list(sync()["extensions"]["account_data"]["rooms"]) == [room_id]
+    bob.leave(room_id)
+    sync()
+    alice.invite(room_id, bob)
+    bob.join(room_id)
+    back = sync()
+    assert back["rooms"][room_id]["initial"] is True
+    assert list(back["extensions"]["account_data"]["rooms"]) == [room_id]
+
+
+def test_typing_that_ended_out_of_the_window(alice: Client, bob: Client) -> None:
+    room_id, other = alice.room_with(bob), alice.create_room()
+    typing = ("rooms", room_id, "typing", bob.user_id)
+    alice.send_text(room_id, "up")
+    sync = slide(alice, [0, 0])
+    sync.body["extensions"] = wants("typing")
+    sync()
+    ok(bob.put(typing, {"typing": True, "timeout": 60_000}))
+    assert list(sync()["extensions"]["typing"]["rooms"]) == [room_id]
+    alice.send_text(other, "up")
+    sync()
+    ok(bob.put(typing, {"typing": False}))
+    assert sync()["extensions"]["typing"]["rooms"] == {}
+    alice.send_text(room_id, "up")
+    result = sync()["extensions"]["typing"]["rooms"]
+    assert result[room_id]["content"] == {"user_ids": []}
+    assert sync()["extensions"]["typing"]["rooms"] == {}
+
+
+def test_typing_that_ended_after_a_restart(new_server: Callable[..., Server]) -> None:
+    """Which the server does not remember, but the clients do."""
+    one = new_server()
+    alice, bob = register(one), register(one)
+    room_id = alice.room_with(bob)
+    typing = ("rooms", room_id, "typing", bob.user_id)
+    sync = Slider(alice, lists={"all": window()}, extensions=wants("typing"))
+    ok(bob.put(typing, {"typing": True, "timeout": 60_000}))
+    assert sync()["extensions"]["typing"]["rooms"][room_id]["content"]["user_ids"]
+    since = alice.sync()["next_batch"]
+    one.restart()
+    ok(bob.put(typing, {"typing": False}))
+    over = {"type": "m.typing", "content": {"user_ids": []}}
+    assert sync()["extensions"]["typing"]["rooms"] == {room_id: over}
+    assert alice.sync(since)["rooms"]["join"][room_id]["ephemeral"]["events"] == [over]
+
+
 def slides_until(sync: Slider, act: Callable[[], Any]) -> tuple[Json, float]:
     """The answer of a call during which something happens, and how long it took after that."""
     sync()
@@ -23705,12 +23902,14 @@ def test_first_window_of_a_thousand_rooms_is_cheap(new_server: Callable[..., Ser
         return statistics.median(costs)
 
     state = [["m.room.member", "$LAZY"], ["m.room.name", ""], ["m.space.child", "*"]]
+    everything = wants(*EXTENSION_NAMES)
     for first in (
         slide(guest, [0, 19], limit=1, state=state),
         slide(guest, [0, 19], limit=1, not_room_types=["m.space"]),
+        Slider(guest, lists={"all": window([0, 19], limit=1, state=state)}, extensions=everything),
     ):
         assert cost(lambda first=first: ok(first.post())) < 15
-    sync = slide(guest, [0, 999], limit=1)
+    sync = Slider(guest, lists={"all": window([0, 999], limit=1)}, extensions=everything)
     sync()
     assert cost(sync) < 3
 
@@ -23767,6 +23966,65 @@ def test_redacted_state_is_sent_again(alice: Client) -> None:
     alice.redact(room_id, event_id)
     room = sync()["rooms"][room_id]
     assert [(e["event_id"], e["content"]) for e in room["required_state"]] == [(event_id, {})]
+
+
+def test_list_without_timelines_hears_of_what_happens(alice: Client, bob: Client) -> None:
+    """With a timeline_limit of 0 there are still counts, bump_stamp, and state that is redacted."""
+    room_id = alice.room_with(bob, name="Den")
+    event_id = alice.set_state(room_id, "m.room.topic", {"topic": "oops"})
+    sync = slide(bob, limit=0, state=[["m.room.topic", ""]])
+    first = sync()["rooms"][room_id]
+    alice.send_text(room_id, "x")
+    room = sync()["rooms"][room_id]
+    assert room["bump_stamp"] > first["bump_stamp"]
+    assert room["notification_count"] == 1
+    assert not room.keys() & {"timeline", "limited", "required_state"}
+    alice.redact(room_id, event_id)
+    assert [e["content"] for e in sync()["rooms"][room_id]["required_state"]] == [{}]
+    alice.send_text(room_id, "y")
+    assert "required_state" not in sync()["rooms"][room_id]
+    assert sync()["rooms"] == {}
+
+
+def test_redacted_names_are_sent_again(alice: Client, bob: Client) -> None:
+    """Also where the state was not asked for, or a member came lazily."""
+    room_id = alice.room_with(bob)
+    ok(bob.put(("profile", bob.user_id, "displayname"), {"displayname": "Rude"}))
+    member = [e["event_id"] for e in alice.state(room_id) if e["state_key"] == bob.user_id]
+    event_ids = [
+        alice.set_state(room_id, "m.room.name", {"name": "oops"}),
+        alice.set_state(room_id, "m.room.avatar", {"url": "mxc://x/y"}),
+    ]
+    bob.send_text(room_id, "x")
+    sync = slide(alice, limit=1, state=[["m.room.member", "$LAZY"]])
+    first = sync()["rooms"][room_id]
+    assert (first["name"], first["avatar"]) == ("oops", "mxc://x/y")
+    assert first["required_state"][0]["content"]["displayname"] == "Rude"
+    for event_id in event_ids:
+        alice.redact(room_id, event_id)
+    room = sync()["rooms"][room_id]
+    assert (room["name"], room["avatar"]) == (None, None)
+    alice.redact(room_id, member[0])
+    room = sync()["rooms"][room_id]
+    mine = [e for e in room["required_state"] if e["state_key"] == bob.user_id]
+    assert [e["content"] for e in mine] == [{"membership": "join"}]
+    assert room["heroes"] == [{"user_id": bob.user_id}]
+    bob.send_text(room_id, "y")
+    assert "required_state" not in sync()["rooms"][room_id]
+
+
+def test_refused_invite_is_no_longer_timeline(alice: Client, bob: Client) -> None:
+    """Nobody asked for more; what was before the invite does not come with its end."""
+    room_id = alice.room_with(bob)
+    sync = slide(bob, limit=9, state=[["m.room.member", "$ME"]])
+    bob.leave(room_id)
+    sync()
+    alice.invite(room_id, bob)
+    assert "invite_state" in sync()["rooms"][room_id]
+    bob.leave(room_id)
+    room = sync()["rooms"][room_id]
+    assert "unstable_expanded_timeline" not in room
+    assert len(room["timeline"]) == len(room["required_state"]) == 1
 
 
 def test_request_that_was_given_up_changes_nothing(alice: Client, bob: Client) -> None:
@@ -24071,10 +24329,11 @@ class SlidingKnowledge(Knowledge):
         if self.sync.pos is not None:
             ok(self.sync.post())
 
-    def catch_up(self, *span: int) -> None:
+    def catch_up(self, *span: int, **scope: Any) -> None:
         self.sync.body["lists"] = {"all": window(span or [0, 99], limit=3, state=ALL_STATE)}
+        self.sync.body["extensions"]["account_data"] = {"enabled": True, **scope}
         result = self.sync()
-        data = result["extensions"]["account_data"]
+        data = result["extensions"].get("account_data", {"global": [], "rooms": {}})
         self.add_data("", data["global"])
         for room_id, room in result["rooms"].items():
             self.take_room(room_id, room)
@@ -24109,7 +24368,7 @@ DEEDS: Final = (
     *("message", "message", "thread", "burst", "name", "redact", "redact state", "read", "read"),
     *("read privately", "tag", "data", "room data", "mention"),
     *("join", "leave", "kick", "ban", "unban", "invite"),
-    *("sync", "sync", "peek", "lose"),
+    *("sync", "sync", "peek", "lose", "look away"),
 )
 
 
@@ -24127,7 +24386,7 @@ class Household:
     def act(self, deed: str, which: int, who: int, number: int) -> None:
         """One step; what the rules forbid is simply not done."""
         room_id, person = self.rooms[which], self.people[who]
-        if deed in ("sync", "peek", "lose"):
+        if deed in ("sync", "peek", "lose", "look away"):
             self.look(deed, who, number)
         elif deed in ("message", "thread", "burst", "mention"):
             self.talk(deed, room_id, person, number)
@@ -24184,6 +24443,8 @@ class Household:
             sliding.lose()
         elif deed == "peek":
             sliding.catch_up(0, number % 2)
+        elif deed == "look away":
+            sliding.catch_up(**({"lists": []} if number % 2 else {"enabled": False}))
         else:
             sliding.catch_up()
             plain.catch_up()
