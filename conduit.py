@@ -296,6 +296,16 @@ def not_found(error: str) -> MatrixError:
     return MatrixError(404, "M_NOT_FOUND", error)
 
 
+Found = TypeVar("Found")
+
+
+def or_404(value: Found | None, error: str) -> Found:
+    """The value, or 404 M_NOT_FOUND where there is none."""
+    if value is None:
+        raise not_found(error)
+    return value
+
+
 def invalid_param(error: str) -> MatrixError:
     """400 M_INVALID_PARAM."""
     return MatrixError(400, "M_INVALID_PARAM", error)
@@ -1963,6 +1973,10 @@ class Database:
         """All rows."""
         return self.execute(sql, params).fetchall()
 
+    def column(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
+        """The first column of all rows."""
+        return [row[0] for row in self.execute(sql, params)]
+
     def value(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
         """The first column of the first row, or None."""
         row = self.execute(sql, params).fetchone()
@@ -1977,6 +1991,11 @@ class Database:
     def written(self) -> contextlib.AbstractContextManager[Any]:
         """The same for a single statement, which needs no savepoint of its own inside a block."""
         return contextlib.nullcontext() if self._blocks else self
+
+    def change(self, sql: str, params: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Write by a single statement."""
+        with self.written():
+            return self.execute(sql, params)
 
     def __enter__(self) -> None:
         """Open the shared transaction if there is none, and a savepoint in it."""
@@ -2104,6 +2123,11 @@ class Database:
     async def read_in_thread(self, function: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run a long scan in the pool on a read-only connection, which sees what is committed."""
         return await self.in_thread(self._with_reader, function)
+
+    async def scan(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
+        """All rows of a long query, read in a thread, once what it sees is on the disk."""
+        await self.synced()
+        return await self.read_in_thread(lambda reader: reader.execute(sql, params).fetchall())
 
     def _with_reader(self, function: Callable[[sqlite3.Connection], Result]) -> Result:
         connection = getattr(self._readers, "connection", None)
@@ -6510,8 +6534,7 @@ def living_groups(
             "SELECT state_group, base FROM state_groups WHERE room_nid = ?", (room_nid,)
         ).fetchall()
     )
-    rows = connection.execute(
-        """
+    sql = """
         SELECT state_group, current_group
         FROM events
         WHERE room_nid = :room AND pos >= :since
@@ -6527,9 +6550,8 @@ def living_groups(
         SELECT state_group, NULL
         FROM partial_rooms
         WHERE room_nid = :room
-        """,
-        {"room": room_nid, "since": since},
-    )
+    """
+    rows = connection.execute(sql, {"room": room_nid, "since": since})
     living: set[int] = set()
     for step in (group for row in rows for group in row):
         group = step
@@ -6545,8 +6567,7 @@ def events_needed(room_nid: RoomNid, since: int, connection: sqlite3.Connection)
     for group in living_groups(room_nid, since, connection)[0]:
         row = connection.execute("SELECT delta FROM state_groups WHERE state_group = ?", (group,))
         found.update(unpack_delta(row.fetchone()[0])[1])
-    rows = connection.execute(
-        """
+    sql = """
         WITH RECURSIVE chain (nid) AS (
             SELECT value
             FROM json_each(:events)
@@ -6562,9 +6583,8 @@ def events_needed(room_nid: RoomNid, since: int, connection: sqlite3.Connection)
         )
         SELECT nid
         FROM chain
-        """,
-        {"events": json.dumps(list(found)), "room": room_nid},
-    )
+    """
+    rows = connection.execute(sql, {"events": json.dumps(list(found)), "room": room_nid})
     return {row[0] for row in rows}
 
 
@@ -6642,8 +6662,7 @@ class RoomKeeper(RoomVisitor):
 
     def _purge_memberships(self, room: Room) -> int:
         self._memberships.clear()
-        return self.database.execute(
-            """
+        sql = """
             DELETE FROM memberships
             WHERE (user_nid, room_nid) IN (
                 SELECT user_nid, room_nid
@@ -6651,9 +6670,8 @@ class RoomKeeper(RoomVisitor):
                 WHERE room_nid = ?
                 LIMIT ?
             )
-            """,
-            (room.nid, PURGE_BATCH),
-        ).rowcount
+        """
+        return self.database.execute(sql, (room.nid, PURGE_BATCH)).rowcount
 
     def _purge_events(self, room: Room, query: str) -> int:
         bounds = {"after": 0, "before": MAX_POSITION, "size": PURGE_BATCH}
@@ -6663,16 +6681,14 @@ class RoomKeeper(RoomVisitor):
 
     def _purge_groups(self, room: Room) -> int:
         """Newest first: no group goes before those that differ from it."""
-        rows = self.database.all(
-            """
+        query = """
             SELECT state_group
             FROM state_groups
             WHERE room_nid = ?
             ORDER BY state_group DESC
             LIMIT ?
-            """,
-            (room.nid, PURGE_BATCH),
-        )
+        """
+        rows = self.database.all(query, (room.nid, PURGE_BATCH))
         return self._delete_groups([row[0] for row in rows])
 
     def _delete_groups(self, groups: list[int]) -> int:
@@ -6734,14 +6750,12 @@ class RoomKeeper(RoomVisitor):
         """Delete events, or take them out of the timeline if they must be kept."""
         kept = [nid for nid in nids if nid in keep]
         self._delete_events(room, [nid for nid in nids if nid not in keep])
-        self.database.execute(
-            """
+        sql = """
             UPDATE events
             SET pos = NULL, state_group = NULL, current_group = NULL, replaces = NULL
             WHERE nid IN (SELECT value FROM json_each(?))
-            """,
-            (json.dumps(kept),),
-        )
+        """
+        self.database.execute(sql, (json.dumps(kept),))
         for nid in kept:
             self._events.pop(nid)
         for event in self.events_by_nids(kept):
@@ -11049,15 +11063,13 @@ class Sessions:
 
     def get(self, nid: UserNid) -> Account | None:
         """The account of a user, or None if they have none here."""
-        row = self.db.one(
-            """
+        query = """
             SELECT user_nid, password_hash, is_admin, is_guest, deactivated, locked, suspended,
                 erased
             FROM accounts
             WHERE user_nid = ?
-            """,
-            (nid,),
-        )
+        """
+        row = self.db.one(query, (nid,))
         return None if row is None else Account(row[0], row[1], *map(bool, row[2:]))
 
     # Tokens
@@ -11079,16 +11091,14 @@ class Sessions:
 
     def _read_session(self, key: bytes, *, is_refresh: bool) -> Session:
         """The session of an access or a refresh token; its first use ends the pair before it."""
-        row = self.db.one(
-            """
+        query = """
             SELECT token_nid, user_nid, device_nid, device_id, expires_ts, replaces, spent
             FROM tokens
             JOIN devices USING (user_nid, device_nid)
             WHERE (access_hash = :key AND NOT :is_refresh)
                 OR (refresh_hash = :key AND :is_refresh)
-            """,
-            {"key": key, "is_refresh": is_refresh},
-        )
+        """
+        row = self.db.one(query, {"key": key, "is_refresh": is_refresh})
         account = self.get(row[1]) if row else None
         if row is None or account is None or account.deactivated:
             raise unknown_token()
@@ -11110,13 +11120,11 @@ class Sessions:
         with self.db.write():
             self.db.execute("UPDATE tokens SET spent = 1 WHERE token_nid = ?", (replaced,))
             self.db.execute("UPDATE tokens SET replaces = NULL WHERE token_nid = ?", (token_nid,))
-            self.db.execute(
-                """
+            sql = """
                 DELETE FROM tokens
                 WHERE user_nid = ? AND device_nid = ? AND token_nid NOT IN (?, ?)
-                """,
-                (nid, device_nid, token_nid, replaced),
-            )
+            """
+            self.db.execute(sql, (nid, device_nid, token_nid, replaced))
 
     def refresh(self, refresh_token: str) -> Json:
         """A new pair of tokens; the old one stays good until one of the new is used.
@@ -11146,14 +11154,12 @@ class Sessions:
             expires_ts = now_ms() + ACCESS_TOKEN_LIFETIME_MS
         access_hash = token_hash(answer["access_token"])
         with self.db.write():
-            self.db.execute(
-                """
+            sql = """
                 INSERT INTO tokens
                     (access_hash, refresh_hash, user_nid, device_nid, expires_ts, replaces)
                 VALUES (?, ?, ?, ?, ?, ?)
-                """,
-                (access_hash, refresh_hash, nid, device_nid, expires_ts, replaced),
-            )
+            """
+            self.db.execute(sql, (access_hash, refresh_hash, nid, device_nid, expires_ts, replaced))
         return answer
 
     def _end_tokens(self, nid: UserNid, device_nid: DeviceNid) -> None:
@@ -11188,18 +11194,16 @@ class Sessions:
     def add_device(
         self, nid: UserNid, device_id: str, name: str | None, address: str | None = None
     ) -> DeviceNid:
-        """A device, made if it is not there; inside a write block.  403 for the name of a key."""
+        """A device, made if it is not there.  403 for the name of a key."""
         if self.is_key_name(nid, device_id):
             raise forbidden("The device id is the same as a cross-signing key")
         seen_ts = None if address is None else now_ms()
-        self.db.execute(
-            """
+        sql = """
             INSERT OR IGNORE INTO devices
                 (user_nid, device_id, display_name, last_seen_ip, last_seen_ts)
             VALUES (?, ?, ?, ?, ?)
-            """,
-            (nid, device_id, name, address, seen_ts),
-        )
+        """
+        self.db.change(sql, (nid, device_id, name, address, seen_ts))
         return cast(DeviceNid, self.find_device(nid, device_id))
 
     def find_device(self, nid: UserNid, device_id: str) -> DeviceNid | None:
@@ -11219,28 +11223,19 @@ class Sessions:
     def devices(self, nid: UserNid) -> list[Json]:
         """All devices of a user as /devices shows them to their owner."""
         self.flush_last_seen()
-        rows = self.db.all(
-            """
+        query = """
             SELECT device_id, display_name, last_seen_ip, last_seen_ts
             FROM devices
             WHERE user_nid = ?
             ORDER BY device_nid
-            """,
-            (nid,),
-        )
+        """
+        rows = self.db.all(query, (nid,))
         names = ("device_id", "display_name", "last_seen_ip", "last_seen_ts")
         return [{k: v for k, v in zip(names, row, strict=True) if v is not None} for row in rows]
 
-    def make_device(self, nid: UserNid, device_id: str, name: str | None) -> DeviceNid:
-        """The device of that id, made if it is not there, without a token."""
-        with self.db.write():
-            return self.add_device(nid, device_id, name)
-
     def rename_device(self, nid: UserNid, device_id: str, name: str | None) -> None:
         """Give a device another display name, if one is given. 404 when there is no such device."""
-        device_nid = self.find_device(nid, device_id)
-        if device_nid is None:
-            raise not_found("You have no device with this id")
+        device_nid = or_404(self.find_device(nid, device_id), "You have no device with this id")
         if name is None:
             return
         with self.db.write():
@@ -11266,9 +11261,7 @@ class Sessions:
     def log_out_everywhere(self, nid: UserNid, *, keep: DeviceNid | None = None) -> None:
         """Log out all devices of a user, but the one to keep."""
         rows = self.db.all("SELECT device_nid, device_id FROM devices WHERE user_nid = ?", (nid,))
-        self.delete_devices(
-            nid, [device_id for device_nid, device_id in rows if device_nid != keep]
-        )
+        self.delete_devices(nid, [name for device_nid, name in rows if device_nid != keep])
 
     # Maintenance
 
@@ -11277,27 +11270,23 @@ class Sessions:
         seen, self._seen = self._seen, {}
         with self.db.write() if seen else contextlib.nullcontext():
             for device_nid, (address, seen_ts) in seen.items():
-                self.db.execute(
-                    """
+                sql = """
                     UPDATE devices
                     SET last_seen_ip = :address, last_seen_ts = :seen
                     WHERE device_nid = :device
                         AND (last_seen_ip IS NOT :address OR last_seen_ts < :seen - 300000)
-                    """,
-                    {"address": address, "seen": seen_ts, "device": device_nid},
-                )
+                """
+                self.db.execute(sql, {"address": address, "seen": seen_ts, "device": device_nid})
 
     async def expire(self) -> None:
         """Once an hour, delete transactions that have had their time, device by device."""
         if now_ms() - self._expired_ts < 3_600_000:
             return
         self._expired_ts = now_ms()
-        with self.db.write():
-            self.db.execute("DELETE FROM openid_tokens WHERE expires_ts < ?", (now_ms(),))
+        self.db.change("DELETE FROM openid_tokens WHERE expires_ts < ?", (now_ms(),))
         for (device_nid,) in self.db.all("SELECT device_nid FROM devices"):
             old = (device_nid, now_ms() - TXN_LIFETIME_MS)
-            with self.db.write():
-                self.db.execute("DELETE FROM txns WHERE device_nid = ? AND created_ts < ?", old)
+            self.db.change("DELETE FROM txns WHERE device_nid = ? AND created_ts < ?", old)
             await asyncio.sleep(0)
 
 
@@ -11388,16 +11377,14 @@ class Accounts(Sessions):
 
     def list_local_users(self) -> list[str]:
         """The ids of all active accounts, guests left out, in alphabetical order."""
-        rows = self.db.all(
-            """
+        query = """
             SELECT users.user_id
             FROM accounts
             JOIN users USING (user_nid)
             WHERE deactivated = 0 AND is_guest = 0
             ORDER BY users.user_id
-            """
-        )
-        return [row[0] for row in rows]
+        """
+        return self.db.column(query)
 
     def has_users(self) -> bool:
         """Whether anybody has an account but the server's own bot, guests, bridges and theirs."""
@@ -11451,10 +11438,6 @@ class Accounts(Sessions):
         log_accounts.info("new account %s, %s", user_id, role)
         return nid
 
-    def create_server_account(self, localpart: str, name: str) -> UserNid:
-        """Make the account of the server itself, which has no password."""
-        return self.make_account(f"@{localpart}:{self.hs.config.server_name}", name=name)
-
     async def create_account(
         self, username: str, password: str, *, name: str = "", role: str = "user"
     ) -> UserNid:
@@ -11480,8 +11463,7 @@ class Accounts(Sessions):
 
     def set_admin(self, nid: UserNid, is_admin: bool) -> None:
         """Make a user an administrator, or no longer."""
-        with self.db.write():
-            self.db.execute("UPDATE accounts SET is_admin = ? WHERE user_nid = ?", (is_admin, nid))
+        self.db.change("UPDATE accounts SET is_admin = ? WHERE user_nid = ?", (is_admin, nid))
         self._forget_sessions(nid)
 
     def set_mark(self, nid: UserNid, mark: str, value: bool) -> None:
@@ -11508,14 +11490,12 @@ class Accounts(Sessions):
         """End an account for good: password, devices and tokens go now, rooms in the background."""
         with self.db.write():
             self.log_out_everywhere(nid)
-            self.db.execute(
-                """
+            sql = """
                 UPDATE accounts
                 SET password_hash = NULL, deactivated = 1, is_admin = 0, erased = ?
                 WHERE user_nid = ?
-                """,
-                (max(1, self.hs.stream.position) if erase else 0, nid),
-            )
+            """
+            self.db.execute(sql, (max(1, self.hs.stream.position) if erase else 0, nid))
             self._read_marks()
             for callback in self._deactivated:
                 callback(nid)
@@ -11686,8 +11666,7 @@ class AuthenticationNeeded(MatrixError):
         return self.body
 
 
-IdentifierReader = Callable[["Homeserver", Json], "str | None"]
-IDENTIFIERS: Final[dict[object, IdentifierReader]] = {}  # how each type leads to a user id
+IDENTIFIERS: Final[dict[object, Callable[[Homeserver, Json], str | None]]] = {}  # to a user id
 
 
 def user_of_name(hs: Homeserver, identifier: Json) -> str | None:
@@ -11806,8 +11785,6 @@ NEW_ACCOUNT = {
     **{"auth?": dict, "username?": str, "password?": str, "guest_access_token?": str},
     **{"inhibit_login?": bool, "type?": str},
 }
-
-
 REGISTER_PATH: Final = "/_matrix/static/client/register/"
 
 
@@ -12091,10 +12068,8 @@ async def list_devices(hs: Homeserver, request: Request) -> Json:
 @route("GET", DEVICE, auth=GUEST)
 async def get_device(hs: Homeserver, request: Request, device_id: str) -> Json:
     """One device of the user. 404 M_NOT_FOUND when there is none with this id."""
-    for device in hs.accounts.devices(request.user.nid):
-        if device["device_id"] == device_id:
-            return device
-    raise not_found("You have no device with this id")
+    found = (one for one in hs.accounts.devices(request.user.nid) if one["device_id"] == device_id)
+    return or_404(next(found, None), "You have no device with this id")
 
 
 @route("PUT", DEVICE, auth=GUEST, body={"display_name?": str})
@@ -12103,7 +12078,7 @@ async def put_device(hs: Homeserver, request: Request, device_id: str) -> Json |
     user, name = request.user, request.json.get("display_name")
     check_device_texts({**request.json, "device_id": device_id})
     if user.appservice is not None and hs.accounts.find_device(user.nid, device_id) is None:
-        hs.accounts.make_device(user.nid, device_id, name)
+        hs.accounts.add_device(user.nid, device_id, name)
         return Response(201, b"{}")
     hs.accounts.rename_device(user.nid, device_id, name)
     return {}
@@ -12208,9 +12183,8 @@ async def request_openid_token(hs: Homeserver, request: Request, user_id: str) -
     """A token by which a third service can ask this server who the user is, and nothing else."""
     check_own_user(request, user_id)
     token, expires_ts = random_token(), now_ms() + OPENID_SECONDS * 1000
-    with hs.db.write():
-        row = (token_hash(token), request.user.nid, expires_ts)
-        hs.db.execute("INSERT INTO openid_tokens VALUES (?, ?, ?)", row)
+    row = (token_hash(token), request.user.nid, expires_ts)
+    hs.db.change("INSERT INTO openid_tokens VALUES (?, ?, ?)", row)
     return {
         "access_token": token,
         "token_type": "Bearer",
@@ -12460,15 +12434,13 @@ class Emails:
         """Give a user an address. 400 M_THREEPID_IN_USE for that of another."""
         if self.owner(address) not in (None, nid):
             raise threepid_in_use()
-        with self.db.write():
-            row = (address.lower(), nid, now_ms(), now_ms())
-            self.db.execute("INSERT OR IGNORE INTO emails VALUES (?, ?, ?, ?)", row)
+        row = (address.lower(), nid, now_ms(), now_ms())
+        self.db.change("INSERT OR IGNORE INTO emails VALUES (?, ?, ?, ?)", row)
 
     def remove(self, nid: UserNid, address: str) -> None:
         """Take an address from a user."""
-        with self.db.write():
-            sql = "DELETE FROM emails WHERE address = ? AND user_nid = ?"
-            self.db.execute(sql, (address.lower(), nid))
+        sql = "DELETE FROM emails WHERE address = ? AND user_nid = ?"
+        self.db.change(sql, (address.lower(), nid))
 
     def replace(self, nid: UserNid, addresses: Iterable[str]) -> None:
         """Let a user have these addresses and no others."""
@@ -12483,14 +12455,12 @@ class Emails:
         Whoever asks learns nothing from it: the message alone says whether there is an account.
         """
         address, secret_hash = checked_email(body["email"]), token_hash(body["client_secret"])
-        row = self.db.one(
-            """
+        query = """
             SELECT sid, send_attempt
             FROM email_validations
             WHERE address = ? AND secret_hash = ? AND purpose = ? AND sent_ts > ?
-            """,
-            (address, secret_hash, purpose, now_ms() - VALIDATION_MS),
-        )
+        """
+        row = self.db.one(query, (address, secret_hash, purpose, now_ms() - VALIDATION_MS))
         if row is not None and row[1] >= body["send_attempt"]:
             return cast(str, row[0])
         self.hs.accounts.guesses.take([("mail", address)])
@@ -12513,8 +12483,7 @@ class Emails:
         try:
             await self.mailer.send(address, SUBJECTS[purpose].format(**names), text)
         except MatrixError:  # the client may make the same attempt again
-            with self.db.write():
-                self.db.execute("DELETE FROM email_validations WHERE sid = ?", (sid,))
+            self.db.change("DELETE FROM email_validations WHERE sid = ?", (sid,))
             raise
         return sid
 
@@ -12528,18 +12497,15 @@ class Emails:
 
     def asked(self, token: str, *, answer: bool = False) -> Validation | None:
         """What the token in a link is about, and if it is the answer, the proof; None when over."""
-        row = self.db.one(
-            """
+        query = """
             SELECT sid, purpose, address, user_nid, next_link
             FROM email_validations
             WHERE token_hash = ? AND validated_ts IS NULL AND sent_ts > ?
-            """,
-            (token_hash(token), now_ms() - VALIDATION_MS),
-        )
+        """
+        row = self.db.one(query, (token_hash(token), now_ms() - VALIDATION_MS))
         if row is not None and answer:
-            with self.db.write():
-                sql = "UPDATE email_validations SET validated_ts = ? WHERE sid = ?"
-                self.db.execute(sql, (now_ms(), row[0]))
+            sql = "UPDATE email_validations SET validated_ts = ? WHERE sid = ?"
+            self.db.change(sql, (now_ms(), row[0]))
         return None if row is None else Validation(*row)
 
     def proved(self, creds: Json, purpose: str) -> Validation | None:
@@ -12555,8 +12521,7 @@ class Emails:
         )
         if row is None:
             return None
-        with self.db.write():
-            self.db.execute("DELETE FROM email_validations WHERE sid = ?", (row[0],))
+        self.db.change("DELETE FROM email_validations WHERE sid = ?", (row[0],))
         return Validation(*row)
 
     def _registered(self, nid: UserNid, session: UiaSession) -> None:
@@ -12569,9 +12534,8 @@ class Emails:
 
     def expire(self) -> None:
         """Delete validations that have had their time."""
-        with self.db.write():
-            before = now_ms() - 2 * VALIDATION_MS
-            self.db.execute("DELETE FROM email_validations WHERE sent_ts < ?", (before,))
+        before = now_ms() - 2 * VALIDATION_MS
+        self.db.change("DELETE FROM email_validations WHERE sent_ts < ?", (before,))
 
 
 @stage(EMAIL)
@@ -12583,10 +12547,8 @@ async def is_reader(hs: Homeserver, request: Request, auth: Json, session: UiaSe
     if proved is None:
         return False
     if purpose == "password":
-        is_owner = (
-            proved.user_nid is not None and hs.emails.owner(proved.address) == proved.user_nid
-        )
-        if not is_owner or session.operation[2] not in (None, proved.user_nid):
+        owner = hs.emails.owner(proved.address)
+        if owner is None or {owner} != {proved.user_nid, session.operation[2] or owner}:
             return False
     session.results[EMAIL] = proved
     return True
@@ -12741,25 +12703,12 @@ class RegistrationTokens:
 
     def find(self, token: str) -> RegistrationToken | None:
         """The token, whether it is still good or not."""
-        row = self.db.one(
-            """
-            SELECT token, uses_allowed, completed, expires_ts
-            FROM registration_tokens
-            WHERE token = ?
-            """,
-            (token,),
-        )
+        row = self.db.one("SELECT * FROM registration_tokens WHERE token = ?", (token,))
         return None if row is None else RegistrationToken(*row)
 
     def all(self) -> list[RegistrationToken]:
         """All tokens, in alphabetical order."""
-        rows = self.db.all(
-            """
-            SELECT token, uses_allowed, completed, expires_ts
-            FROM registration_tokens
-            ORDER BY token
-            """
-        )
+        rows = self.db.all("SELECT * FROM registration_tokens ORDER BY token")
         return [RegistrationToken(*row) for row in rows]
 
     def pending(self, token: str) -> int:
@@ -12781,29 +12730,24 @@ class RegistrationTokens:
             raise invalid_param("uses_allowed is a number from 0 on, or null")
         if row.expires_ts is not None and not now_ms() <= row.expires_ts <= MAX_CANONICAL_INT:
             raise invalid_param("expiry_time lies in the past")
-        with self.db.write():
-            sql = "INSERT OR REPLACE INTO registration_tokens VALUES (?, ?, ?, ?)"
-            self.db.execute(sql, row)
+        self.db.change("INSERT OR REPLACE INTO registration_tokens VALUES (?, ?, ?, ?)", row)
 
     def delete(self, token: str) -> bool:
         """Delete a token; whether there was one."""
-        with self.db.write():
-            sql = "DELETE FROM registration_tokens WHERE token = ?"
-            return self.db.execute(sql, (token,)).rowcount > 0
+        sql = "DELETE FROM registration_tokens WHERE token = ?"
+        return self.db.change(sql, (token,)).rowcount > 0
 
     def _use(self, _nid: UserNid, session: UiaSession) -> None:
         """Count a registration. 403 when the token was used up, or deleted, in the meantime."""
         token = session.results.get(REGISTRATION_TOKEN)
         if token is None:
             return
-        cursor = self.db.execute(
-            """
+        sql = """
             UPDATE registration_tokens
             SET completed = completed + 1
             WHERE token = ? AND (uses_allowed IS NULL OR completed < uses_allowed)
-            """,
-            (token,),
-        )
+        """
+        cursor = self.db.execute(sql, (token,))
         if not cursor.rowcount:
             raise forbidden("This registration token is not good any more")
 
@@ -12851,8 +12795,6 @@ async def registration_token_validity(hs: Homeserver, request: Request) -> Json:
 
 # ── 22.6  JSON web tokens ────────────────────────────────────────────────────
 
-JWT_CLAIMS = {"sub": str, "exp": float, "nbf?": float, "iat?": float}
-
 
 def jwt_claims(token: str, secret: str) -> Json:
     """The claims of a token that this secret signed; ValueError or MatrixError for any other.
@@ -12871,7 +12813,7 @@ def jwt_claims(token: str, secret: str) -> Json:
         raise ValueError("the signature is not right")
     header, claims = parse_json(padded[1]), parse_json(padded[2])
     check_shape(header, {"alg": str})
-    check_shape(claims, JWT_CLAIMS)
+    check_shape(claims, {"sub": str, "exp": float, "nbf?": float, "iat?": float})
     if header["alg"] != "HS256" or "crit" in header:
         raise ValueError("only HS256, and nothing beyond it")
     now = now_ms() / 1000
@@ -12936,30 +12878,20 @@ async def put_mark(hs: Homeserver, request: Request, user_id: str) -> Json:
     return {mark: request.json[mark]}
 
 
-def connection_of(device: Json) -> Json:
-    """Where a device was last seen, as whois tells it."""
-    return {"ip": device.get("last_seen_ip", ""), "last_seen": device.get("last_seen_ts", 0)}
-
-
 @route("GET", V3 + "/admin/whois/{user_id}", auth=USER)
 async def who_is(hs: Homeserver, request: Request, user_id: str) -> Json:
     """Where a user's devices were last seen, for themselves and for admins."""
     if user_id != request.user.user_id:
         check_caller(ADMIN, request.user)
-    account = hs.accounts.find(user_id)
-    if account is None:
-        raise not_found("There is no such account")
-    devices = {
-        device["device_id"]: {"sessions": [{"connections": [connection_of(device)]}]}
-        for device in hs.accounts.devices(account.nid)
-    }
+    account = or_404(hs.accounts.find(user_id), "There is no such account")
+    devices: Json = {}
+    for device in hs.accounts.devices(account.nid):
+        seen = {"ip": device.get("last_seen_ip", ""), "last_seen": device.get("last_seen_ts", 0)}
+        devices[device["device_id"]] = {"sessions": [{"connections": [seen]}]}
     return {"user_id": user_id, "devices": devices}
 
 
-OAUTH_PATH = "/_matrix/client/v1/auth_metadata"
-
-
-@route("GET", OAUTH_PATH, auth=NONE)
+@route("GET", "/_matrix/client/v1/auth_metadata", auth=NONE)
 async def auth_metadata(_hs: Homeserver, _request: Request) -> Json:
     """404 M_UNRECOGNIZED tells clients to sign in by the legacy API.  Spec: "Server metadata"."""
     raise MatrixError(404, "M_UNRECOGNIZED", "This server does not use OAuth 2.0")
@@ -13029,7 +12961,6 @@ PROFILE = V3 + "/profile/{user_id}"
 PROFILE_FIELD = PROFILE + "/{name}"
 PROFILE_QUERY = FEDERATION_API + "/query/profile"
 MSC4133 = "/_matrix/client/unstable/uk.tcpip.msc4133"
-PROFILE_OLD = (PROFILE.replace(V3, MSC4133),)
 PROFILE_FIELD_OLD = (PROFILE_FIELD.replace(V3, MSC4133),)
 FIELD_NAME = re.compile(r"[a-z][a-z0-9._-]*")
 FIELD_VALUES: Final = {  # what texts those fields take that clients rely on
@@ -13111,13 +13042,8 @@ async def remote_profile(hs: Homeserver, user_id: str) -> Json:
     """
     expires, raw = hs.profiles.remote.get(user_id) or (0.0, b"{}")
     if expires < time.monotonic():
-        profile = await hs.federation.request(
-            server_of(user_id),
-            "GET",
-            PROFILE_QUERY,
-            query={"user_id": user_id},
-            max_bytes=2 * MAX_PROFILE_BYTES,
-        )
+        asked: Json = {"query": {"user_id": user_id}, "max_bytes": 2 * MAX_PROFILE_BYTES}
+        profile = await hs.federation.request(server_of(user_id), "GET", PROFILE_QUERY, **asked)
         for name, form in FIELD_VALUES.items():
             value = profile.get(name, "")
             if not isinstance(value, str) or not form.fullmatch(value):
@@ -13127,7 +13053,7 @@ async def remote_profile(hs: Homeserver, user_id: str) -> Json:
     return cast(Json, json.loads(raw))
 
 
-@route("GET", PROFILE, auth=NONE, also=PROFILE_OLD)
+@route("GET", PROFILE, auth=NONE, also=(PROFILE.replace(V3, MSC4133),))
 async def get_profile(hs: Homeserver, _request: Request, user_id: str) -> Json:
     """All that a user says about themselves.  Spec: "Profiles"."""
     if not is_user_id(user_id):
@@ -13261,15 +13187,13 @@ class AccountData:
             self.latest.put(nid, latest)
         if latest <= since:
             return []
-        rows = self.hs.db.all(
-            """
+        query = """
             SELECT room_nid, type, content
             FROM account_data
             WHERE user_nid = :user AND pos > :since AND (:since OR content <> 'null')
             ORDER BY pos
-            """,
-            {"user": nid, "since": since},
-        )
+        """
+        rows = self.hs.db.all(query, {"user": nid, "since": since})
         return [
             (room, {"type": kind, "content": json.loads(text) or {}}) for room, kind, text in rows
         ]
@@ -13314,20 +13238,6 @@ def room_account_data_of(hs: Homeserver, user_nid: UserNid, room_nid: RoomNid) -
     """
     rows = hs.db.all(query, (user_nid, room_nid))
     return [{"type": kind, "content": json.loads(text)} for kind, text in rows]
-
-
-def get_room_account_data(
-    hs: Homeserver, user_nid: UserNid, room_nid: RoomNid, data_type: str
-) -> Json | None:
-    """One type of the user's data of a room, or None."""
-    return hs.account_data.get(user_nid, room_nid, data_type)
-
-
-def set_room_account_data(
-    hs: Homeserver, user_nid: UserNid, room_nid: RoomNid, data_type: str, content: Json
-) -> None:
-    """Set one type of the user's data of a room, for types that the server manages as well."""
-    hs.account_data.put(user_nid, room_nid, data_type, content)
 
 
 def ignored_users(hs: Homeserver, user_nid: UserNid) -> frozenset[str]:
@@ -13424,9 +13334,7 @@ async def get_account_data(
     """Data that the user's clients keep. 404 M_NOT_FOUND when there is none."""
     room_nid = own_room(hs, request, user_id, room_id)
     content = hs.account_data.get(request.user.nid, room_nid, data_type)
-    if content is None:
-        raise not_found("There is no account data of this type")
-    return content
+    return or_404(content, "There is no account data of this type")
 
 
 @route("DELETE", USER_DATA.replace(V3, MSC3391), auth=USER)
@@ -13568,9 +13476,7 @@ class Filters:
         if re.fullmatch("[0-9]{1,15}", filter_id):
             sql = "SELECT content FROM filters WHERE user_nid = ? AND filter_id = ?"
             text = self.db.value(sql, (nid, int(filter_id)))
-        if text is None:
-            raise not_found("There is no filter with this id")
-        return cast(Json, json.loads(text))
+        return cast(Json, json.loads(or_404(text, "There is no filter with this id")))
 
 
 def get_filter(hs: Homeserver, user_nid: UserNid, text: str) -> Json:
@@ -13882,16 +13788,14 @@ def move_to_replacement(hs: Homeserver, old: Room, new: Room) -> set[str]:
     The server's own alias stays: who could move #admins could pretend to be the admin room.
     """
     with hs.db.write():
-        rows = hs.db.all(
-            """
+        query = """
             UPDATE aliases
             SET room_nid = ?
             WHERE room_nid = ?
               AND creator_nid != ?
             RETURNING alias
-            """,
-            (new.nid, old.nid, hs.db.user_nid(hs.accounts.bot_id)),
-        )
+        """
+        rows = hs.db.all(query, (new.nid, old.nid, hs.db.user_nid(hs.accounts.bot_id)))
         sql = "UPDATE OR IGNORE published_rooms SET room_nid = ? WHERE room_nid = ?"
         hs.db.execute(sql, (new.nid, old.nid))
     return {row[0] for row in rows}
@@ -14056,16 +13960,14 @@ def matching_members(db: sqlite3.Connection, rooms: str, words: list[str]) -> di
 
     Trap: the name that somebody has in a room is for who sees that room (CVE-2021-39164).
     """
-    rows = db.execute(
-        """
+    sql = """
         SELECT user_id, pdu
         FROM memberships
         JOIN users USING (user_nid)
         JOIN events ON nid = event_nid
         WHERE memberships.room_nid IN (SELECT value FROM json_each(?)) AND membership = 'join'
-        """,
-        (rooms,),
-    )
+    """
+    rows = db.execute(sql, (rooms,))
     found: dict[str, Json] = {}
     for user_id, pdu in rows:
         content = json.loads(pdu)["content"]
@@ -14217,15 +14119,13 @@ class Threads:
 
     def senders(self, room_nid: RoomNid, root_id: str) -> list[tuple[UserNid, int, int]]:
         """Who wrote in a thread, how many replies, and the position of the newest."""
-        return self.db.all(
-            """
+        query = """
             SELECT sender_nid, count, latest
             FROM threads
             WHERE room_nid = ?
               AND root_id = ?
-            """,
-            (room_nid, root_id),
-        )
+        """
+        return self.db.all(query, (room_nid, root_id))
 
     def _on_relation(self, room: Room, event: Event, change: int) -> None:
         kind, root_id = relation_of(event) or ("", "")
@@ -14235,29 +14135,25 @@ class Threads:
         if change < 0:
             self._recount(key)
             return
-        self.db.execute(
-            """
+        sql = """
             INSERT INTO threads (room_nid, root_id, sender_nid, count, latest)
             VALUES (?, ?, ?, 1, ?)
             ON CONFLICT DO UPDATE
             SET count = count + 1, latest = MAX(latest, excluded.latest)
-            """,
-            (*key, event.pos),
-        )
+        """
+        self.db.execute(sql, (*key, event.pos))
 
     def _recount(self, key: tuple[RoomNid, str, UserNid]) -> None:
         """Count the replies of a sender anew: one of them is gone."""
-        count, latest = self.db.one(
-            """
+        query = """
             SELECT COUNT(*), MAX(pos)
             FROM relations
             WHERE room_nid = ?
               AND parent_id = ?
               AND sender_nid = ?
               AND rel_type = 'm.thread'
-            """,
-            key,
-        )
+        """
+        count, latest = self.db.one(query, key)
         self.db.execute(
             "DELETE FROM threads WHERE room_nid = ? AND root_id = ? AND sender_nid = ?", key
         )
@@ -14284,8 +14180,7 @@ class Threads:
             self.db.execute(
                 "INSERT OR REPLACE INTO thread_subscriptions VALUES (?, ?, ?, ?, ?)", row
             )
-            self.db.execute(
-                """
+            sql = """
                 DELETE FROM thread_subscriptions
                 WHERE user_nid = :user
                   AND pos <= (
@@ -14294,9 +14189,8 @@ class Threads:
                     WHERE user_nid = :user
                     ORDER BY pos DESC
                     LIMIT 1 OFFSET :most)
-                """,
-                {"user": user_nid, "most": MAX_SUBSCRIPTIONS},
-            )
+            """
+            self.db.execute(sql, {"user": user_nid, "most": MAX_SUBSCRIPTIONS})
 
     def _forget_user(self, user_nid: UserNid) -> None:
         self.db.execute("DELETE FROM thread_subscriptions WHERE user_nid = ?", (user_nid,))
@@ -14305,8 +14199,7 @@ class Threads:
         self, user_nid: UserNid, since: int, upto: int, limit: int
     ) -> list[SubscriptionChange]:
         """What changed with since < pos <= upto, the newest first, each thread once.  MSC4308."""
-        rows = self.db.all(
-            """
+        query = """
             SELECT room_nid, root_id, pos, state
             FROM thread_subscriptions
             WHERE user_nid = ?
@@ -14314,9 +14207,8 @@ class Threads:
               AND pos <= ?
             ORDER BY pos DESC
             LIMIT ?
-            """,
-            (user_nid, since, upto, limit),
-        )
+        """
+        rows = self.db.all(query, (user_nid, since, upto, limit))
         room = self.hs.rooms.by_nid
         return [SubscriptionChange(room(row[0]).room_id, *row[1:]) for row in rows]
 
@@ -14804,16 +14696,13 @@ class DelayedEvents:
     def _finish(
         self, delayed: DelayedEvent, event_id: str | None = None, error: str | None = None
     ) -> None:
-        self.hs.db.execute(
-            """
+        sql = """
             UPDATE delayed_events
             SET due_ts = NULL, finalised_ts = ?, event_id = ?, error = ?
             WHERE delayed_nid = ?
-            """,
-            (now_ms(), event_id, error, delayed.nid),
-        )
-        self.hs.db.execute(
-            """
+        """
+        self.hs.db.execute(sql, (now_ms(), event_id, error, delayed.nid))
+        query = """
             DELETE FROM delayed_events
             WHERE user_nid = :user AND due_ts IS NULL AND delayed_nid <= (
                 SELECT delayed_nid
@@ -14822,9 +14711,8 @@ class DelayedEvents:
                 ORDER BY delayed_nid DESC
                 LIMIT 1 OFFSET :kept
             )
-            """,
-            {"user": delayed.user_nid, "kept": KEPT_DELAYED},
-        )
+        """
+        self.hs.db.execute(query, {"user": delayed.user_nid, "kept": KEPT_DELAYED})
 
     def _state_set(self, room: Room, event: Event) -> None:
         """State that somebody else sets meanwhile stands: what would overwrite it is cancelled.
@@ -15607,13 +15495,12 @@ async def purge_emptied(hs: Homeserver, room: Room) -> None:
 
 async def purge_all_forgotten(hs: Homeserver) -> None:
     """Once a day: delete what could not be deleted when it was forgotten."""
-    rows = hs.db.all(
-        """
+    query = """
         SELECT room_nid
         FROM rooms
         WHERE EXISTS (SELECT 1 FROM memberships WHERE room_nid = rooms.room_nid AND forgotten = 1)
-        """
-    )
+    """
+    rows = hs.db.all(query)
     for (nid,) in rows:
         await purge_forgotten(hs, hs.rooms.by_nid(nid), 0)
 
@@ -15637,17 +15524,15 @@ async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 async def send_guests_away(hs: Homeserver, room: Room) -> None:
     """Make the guests of this server leave a room, unless it lets them in again by now."""
-    rows = hs.db.all(
-        """
+    query = """
         SELECT user_nid
         FROM memberships
         JOIN accounts USING (user_nid)
         WHERE room_nid = ?
           AND membership = 'join'
           AND is_guest
-        """,
-        (room.nid,),
-    )
+    """
+    rows = hs.db.all(query, (room.nid,))
     for (nid,) in rows:
         shut_out = room.setting(*GUEST_ACCESS, "forbidden") != "can_join"
         if shut_out and room.membership_of(nid) == "join":
@@ -19188,16 +19073,15 @@ class Search:
         """Make the full-text index from the texts: at the first start with a library that can."""
         with self.db.write():
             self.db.execute("DROP TABLE IF EXISTS search_index")
-            self.db.execute(
-                """
+            sql = """
                 CREATE VIRTUAL TABLE search_index USING fts5 (
                     text,
                     content = 'search_texts',
                     content_rowid = 'nid',
                     tokenize = 'unicode61 remove_diacritics 2'
                 )
-                """
-            )
+            """
+            self.db.execute(sql)
             self.db.execute("INSERT INTO search_index (search_index) VALUES ('rebuild')")
             self.db.set_meta("search_indexed", self._upto())
 
@@ -19914,13 +19798,11 @@ class Reports:
         why = (reason or "")[:MAX_REASON]
         with self.db.write():
             ids = tuple(what.get(name) for name in ("room_id", "event_id", "user_id"))
-            cursor = self.db.execute(
-                """
+            sql = """
                 INSERT INTO reports (ts, reporter_nid, room_id, event_id, user_id, reason)
                 VALUES (?, ?, ?, ?, ?, ?)
-                """,
-                (now_ms(), reporter.nid, *ids, why),
-            )
+            """
+            cursor = self.db.execute(sql, (now_ms(), reporter.nid, *ids, why))
             oldest = cast(int, cursor.lastrowid) - MAX_REPORTS
             self.db.execute("DELETE FROM reports WHERE report_nid <= ?", (oldest,))
         named = " in ".join(f"{text} {what[key]}" for key, text in REPORTED.items() if key in what)
@@ -20025,15 +19907,13 @@ class Receipts:
 
     def newer(self, room_nid: RoomNid, since: int) -> list[tuple[Any, ...]]:
         """The receipts that changed after a position: user nid, type, thread, event id, time."""
-        return self.hs.db.all(
-            """
+        query = """
             SELECT user_nid, type, thread, event_id, ts
             FROM receipts
             WHERE room_nid = ? AND pos > ?
             ORDER BY pos
-            """,
-            (room_nid, since),
-        )
+        """
+        return self.hs.db.all(query, (room_nid, since))
 
     def record(
         self,
@@ -20046,14 +19926,12 @@ class Receipts:
     ) -> None:
         """Move a user's receipt forward; one that would go back is dropped without a word."""
         db, key = self.hs.db, (room.nid, user_nid, kind, thread)
-        old = db.value(
-            """
+        query = """
             SELECT event_pos
             FROM receipts
             WHERE room_nid = ? AND user_nid = ? AND type = ? AND thread = ?
-            """,
-            key,
-        )
+        """
+        old = db.value(query, key)
         event_pos = cast(int, event.pos)
         if old is not None and old >= event_pos:
             return
@@ -20159,11 +20037,10 @@ def apply_receipt(
     if kind != FULLY_READ:
         hs.receipts.record(room, user_nid, kind, thread, event)
         return
-    present = get_room_account_data(hs, user_nid, room.nid, FULLY_READ) or {}
+    present = hs.account_data.get(user_nid, room.nid, FULLY_READ) or {}
     old = hs.rooms.event(str(present.get("event_id")))
     if old is None or old.pos is None or old.pos < cast(int, event.pos):
-        content = {"event_id": event.event_id}
-        set_room_account_data(hs, user_nid, room.nid, FULLY_READ, content)
+        hs.account_data.put(user_nid, room.nid, FULLY_READ, {"event_id": event.event_id})
 
 
 @route("POST", RECEIPT_PATH, auth=USER, body=ANY_OBJECT, partial=True)
@@ -20756,8 +20633,7 @@ class Pushers:
         with self.db.write():
             for (other_nid,) in [] if append else self.db.all(others, (*key, user.nid)):
                 self.remove(other_nid, *key)
-            self.db.execute(
-                """
+            sql = """
                 INSERT INTO pushers (user_nid, device_nid, app_id, pushkey, body, enabled,
                     created_ts, badge)
                 VALUES (?, ?, ?, ?, ?, ?, ?, 0)
@@ -20765,9 +20641,8 @@ class Pushers:
                 SET device_nid = excluded.device_nid, body = excluded.body,
                     enabled = excluded.enabled, created_ts = excluded.created_ts,
                     failures = 0, failing_ts = NULL, retry_ts = 0
-                """,
-                (user.nid, user.device_nid, *key, json.dumps(body), enabled, now),
-            )
+            """
+            self.db.execute(sql, (user.nid, user.device_nid, *key, json.dumps(body), enabled, now))
             self._load()
         self.start()
 
@@ -20801,13 +20676,12 @@ class Pushers:
 
     def _load(self) -> None:
         self._by_user, self._pushers = {}, {}
-        rows = self.db.all(
-            """
+        query = """
             SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts,
                 badge, pushed_ts, failures, failing_ts, retry_ts, error, failed_ts
             FROM pushers
-            """
-        )
+        """
+        rows = self.db.all(query)
         for row in rows:
             pusher = Pusher(*row)
             pusher.body = json.loads(row[5])
@@ -20871,8 +20745,7 @@ class Pushers:
                 continue
             row = (pusher.nid, event_nid, now_ms(), text)
             self.db.execute("INSERT OR REPLACE INTO push_queue VALUES (?, ?, ?, ?)", row)
-            self.db.execute(
-                """
+            sql = """
                 DELETE FROM push_queue
                 WHERE pusher_nid = :pusher AND event_nid <= (
                     SELECT event_nid
@@ -20881,9 +20754,8 @@ class Pushers:
                     ORDER BY event_nid DESC
                     LIMIT 1 OFFSET :kept
                 )
-                """,
-                {"pusher": pusher.nid, "kept": MAX_PUSHES_WAITING},
-            )
+            """
+            self.db.execute(sql, {"pusher": pusher.nid, "kept": MAX_PUSHES_WAITING})
             self._waiting.add(pusher.nid)
 
     # What goes out
@@ -20975,14 +20847,12 @@ class Pushers:
                 return
             pusher.badge, pusher.failures, pusher.failing_ts = badge, 0, None
             pusher.pushed_ts = now_ms()
-            self.db.execute(
-                """
+            sql = """
                 UPDATE pushers
                 SET badge = ?, pushed_ts = ?, failures = 0, failing_ts = NULL
                 WHERE pusher_nid = ?
-                """,
-                (badge, pusher.pushed_ts, pusher.nid),
-            )
+            """
+            self.db.execute(sql, (badge, pusher.pushed_ts, pusher.nid))
             if unread_in_all(self.hs, pusher.user_nid) < badge:
                 self._put(pusher.user_nid, BADGE, {})
 
@@ -26048,7 +25918,7 @@ def has_type_of(types: dict[RoomNid, str], wanted: list[object]) -> RoomTest:
 
 def tagged_with(ask: SlidingRequest, wanted: list[str]) -> RoomTest:
     """A test for rooms that have one of the tags."""
-    get = functools.partial(get_room_account_data, ask.hs, ask.nid)
+    get = functools.partial(ask.hs.account_data.get, ask.nid)
 
     def test(nid: RoomNid, _room_id: str) -> bool:
         tags = (get(nid, "m.tag") or {}).get("tags")
@@ -28553,13 +28423,11 @@ class AppserviceRegistry:
         """List a room under a network of a service ("public"), or no longer ("private")."""
         row = (service_id, network_id, room.nid)
         with self.db.write():
-            self.db.execute(
-                """
+            sql = """
                 DELETE FROM network_rooms
                 WHERE appservice = ? AND network_id = ? AND room_nid = ?
-                """,
-                row,
-            )
+            """
+            self.db.execute(sql, row)
             if visibility == "public":
                 self.db.execute("INSERT INTO network_rooms VALUES (?, ?, ?)", row)
 
@@ -28606,8 +28474,7 @@ class AppserviceQueues(AppserviceRegistry):
         item_nid = cast(int, self.db.execute(INSERT_ITEM, row).lastrowid)
         service.wake.set()
         if item_nid % PRUNE_EVERY == 0:
-            self.db.execute(
-                """
+            sql = """
                 DELETE FROM appservice_queue
                 WHERE appservice = :id AND item_nid <= (
                     SELECT item_nid
@@ -28616,9 +28483,8 @@ class AppserviceQueues(AppserviceRegistry):
                     ORDER BY item_nid DESC
                     LIMIT 1 OFFSET :kept
                 )
-                """,
-                {"id": service.id, "kept": MAX_WAITING_ITEMS},
-            )
+            """
+            self.db.execute(sql, {"id": service.id, "kept": MAX_WAITING_ITEMS})
 
     def _on_event(self, room: Room, event: Event) -> None:
         for service in self._told():
@@ -28693,16 +28559,14 @@ class AppserviceQueues(AppserviceRegistry):
         row = self.db.one(sql, (service.id,))
         if row is not None:
             return cast("tuple[str, bytes]", row)
-        items = self.db.all(
-            """
+        query = """
             SELECT item_nid, event_nid, user_id
             FROM appservice_queue
             WHERE appservice = ?
             ORDER BY item_nid
             LIMIT ?
-            """,
-            (service.id, MAX_TXN_ITEMS),
-        )
+        """
+        items = self.db.all(query, (service.id, MAX_TXN_ITEMS))
         with self.db.write():
             body = self._body(service, items)
             if len(body) == 1 and not body["events"] and not items:
@@ -30422,7 +30286,7 @@ class AdminRoom:
         self._read_room_id()
         with self.hs.db.write():
             if not self.hs.accounts.exists_local(self.bot):
-                self.hs.accounts.create_server_account(BOT_LOCALPART, "Conduit")
+                self.hs.accounts.make_account(self.bot, name="Conduit")
             self._see_to_emergency(self.hs.db.user_nid(self.bot))
             room = self.hs.rooms.find(self.room_id)
             if room is None or room.membership(self.bot) != "join":  # somebody left as @conduit

@@ -34194,8 +34194,7 @@ SCANS: Final = {
     "SELECT DISTINCT pusher_nid FROM push_queue": "then as well; the table is a queue",
     " ".join(conduit.USER_ROWS.split()): "an admin asks for the list, in a thread",
     "SELECT room_nid FROM rooms WHERE state_group > 0": "an admin asks for the list",
-    "SELECT token, uses_allowed, completed, expires_ts FROM registration_tokens"
-    " ORDER BY token": "an admin asks for the list",
+    "SELECT * FROM registration_tokens ORDER BY token": "an admin asks for the list",
     "SELECT 1 FROM registration_tokens LIMIT 1": "the first will do",
     "SELECT room_nid FROM published_rooms": "once; the list is kept in memory",
     "SELECT room_nid FROM rooms": "once a day",
