@@ -6529,11 +6529,8 @@ def living_groups(
     room_nid: RoomNid, since: int, connection: sqlite3.Connection
 ) -> tuple[set[int], dict[int, int | None]]:
     """The state groups that a room's events from a position on need, and all of its groups."""
-    bases = dict(
-        connection.execute(
-            "SELECT state_group, base FROM state_groups WHERE room_nid = ?", (room_nid,)
-        ).fetchall()
-    )
+    query = "SELECT state_group, base FROM state_groups WHERE room_nid = ?"
+    bases: dict[int, int | None] = dict(connection.execute(query, (room_nid,)).fetchall())
     sql = """
         SELECT state_group, current_group
         FROM events
@@ -6641,18 +6638,15 @@ class RoomKeeper(RoomVisitor):
         with self.database.write():
             for listener in self._purge_listeners:
                 listener(room)
-            self.database.execute(
-                "UPDATE rooms SET state_group = 0, extremities = '[]' WHERE room_nid = ?",
-                (room.nid,),
-            )
+            sql = "UPDATE rooms SET state_group = 0, extremities = '[]' WHERE room_nid = ?"
+            self.database.execute(sql, (room.nid,))
             self.database.execute("DELETE FROM partial_rooms WHERE room_nid = ?", (room.nid,))
             room.group = room.partial = None
         await self._batches(functools.partial(self._purge_memberships, room))
         for query in (OLD_IN_TIMELINE, OLD_OUTSIDE):
             await self._batches(functools.partial(self._purge_events, room, query))
         await self._batches(functools.partial(self._purge_groups, room))
-        with self.database.write():
-            self.database.execute("DELETE FROM rooms WHERE room_nid = ?", (room.nid,))
+        self.database.change("DELETE FROM rooms WHERE room_nid = ?", (room.nid,))
         self._forget_room(room)
 
     def _forget_room(self, room: Room) -> None:
@@ -6675,9 +6669,9 @@ class RoomKeeper(RoomVisitor):
 
     def _purge_events(self, room: Room, query: str) -> int:
         bounds = {"after": 0, "before": MAX_POSITION, "size": PURGE_BATCH}
-        rows = self.database.all(query, {"room": room.nid, **bounds})
-        self._delete_events(room, [row[0] for row in rows])
-        return len(rows)
+        nids = self.database.column(query, {"room": room.nid, **bounds})
+        self._delete_events(room, nids)
+        return len(nids)
 
     def _purge_groups(self, room: Room) -> int:
         """Newest first: no group goes before those that differ from it."""
@@ -6688,8 +6682,7 @@ class RoomKeeper(RoomVisitor):
             ORDER BY state_group DESC
             LIMIT ?
         """
-        rows = self.database.all(query, (room.nid, PURGE_BATCH))
-        return self._delete_groups([row[0] for row in rows])
+        return self._delete_groups(self.database.column(query, (room.nid, PURGE_BATCH)))
 
     def _delete_groups(self, groups: list[int]) -> int:
         for group in groups:
@@ -6727,27 +6720,19 @@ class RoomKeeper(RoomVisitor):
         since = min(cast(int, first.pos), *room.extremities)
         needed = functools.partial(events_needed, room.nid, since)
         keep = await self.database.read_in_thread(needed)
-        drop = functools.partial(self._drop, room, keep)
-        total = await self._batches(functools.partial(self._drop_old, room, since, drop))
-        cursor = [0]
-        await self._batches(functools.partial(self._drop_outside, room, since, drop, cursor))
+        drop = functools.partial(self._drop, room, keep, since)
+        total = await self._batches(functools.partial(drop, OLD_IN_TIMELINE, [0]))
+        await self._batches(functools.partial(drop, OLD_OUTSIDE, [0]))
         return total
 
-    def _drop_old(self, room: Room, before: int, drop: Callable[[list[EventNid]], int]) -> int:
-        bounds = {"room": room.nid, "before": before, "size": PURGE_BATCH}
-        return drop([row[0] for row in self.database.all(OLD_IN_TIMELINE, bounds)])
+    def _drop(self, room: Room, keep: set[int], before: int, query: str, after: list[int]) -> int:
+        """Delete events, or take them out of the timeline if they must be kept.
 
-    def _drop_outside(
-        self, room: Room, before: int, drop: Callable[[list[EventNid]], int], cursor: list[int]
-    ) -> int:
-        bounds = {"room": room.nid, "before": before, "size": PURGE_BATCH, "after": cursor[0]}
-        nids = [row[0] for row in self.database.all(OLD_OUTSIDE, bounds)]
-        cursor += nids[-1:]
-        del cursor[:-1]
-        return drop(nids)
-
-    def _drop(self, room: Room, keep: set[int], nids: list[EventNid]) -> int:
-        """Delete events, or take them out of the timeline if they must be kept."""
+        Outside of it, where those stay that must, `after` is the last that was looked at.
+        """
+        bounds = {"room": room.nid, "before": before, "size": PURGE_BATCH, "after": after[0]}
+        nids = self.database.column(query, bounds)
+        after[:] = nids[-1:] or after
         kept = [nid for nid in nids if nid in keep]
         self._delete_events(room, [nid for nid in nids if nid not in keep])
         sql = """
@@ -6921,18 +6906,17 @@ class Viewer:
     def _own_events(self) -> list[Event]:
         """The user's own member events, the newest first."""
         if self._own is None:
-            rows = self.rooms.database.all(
-                """
+            query = """
                 SELECT nid
                 FROM events
                 WHERE room_nid = ?
                   AND state_nid = ?
                   AND pos IS NOT NULL
                 ORDER BY pos DESC
-                """,
-                (self.room.nid, self.rooms.groups.names.find(self.key)),
-            )
-            self._own = self.rooms.events_by_nids(row[0] for row in rows)
+            """
+            state_nid = self.rooms.groups.names.find(self.key)
+            nids = self.rooms.database.column(query, (self.room.nid, state_nid))
+            self._own = self.rooms.events_by_nids(nids)
         return self._own
 
 
@@ -7127,13 +7111,8 @@ def client_states(
 
 
 STRIPPED_TYPES = (
-    CREATE,
-    JOIN_RULES,
-    "m.room.canonical_alias",
-    "m.room.avatar",
-    "m.room.name",
-    "m.room.encryption",
-    "m.room.topic",
+    *(CREATE, JOIN_RULES, "m.room.canonical_alias", "m.room.avatar", "m.room.name"),
+    *("m.room.encryption", "m.room.topic"),
 )
 
 
@@ -7221,6 +7200,7 @@ ONLY_ONCE = frozenset(  # to join these would make up a value that nobody sent
     {"content-length", "content-type", "expect", "host", "if-range", "range", "transfer-encoding"}
 )
 CONTROL_BYTES = bytes(set(range(32)) - set(b"\t")) + b"\x7f"
+BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00")
 
 
 def malformed(reason: str, status: int = 400) -> MatrixError:
@@ -7294,9 +7274,6 @@ def body_length(headers: Headers, is_http11: bool) -> int | None:
     if coding.lower() != "chunked":
         raise malformed("the only transfer coding is chunked", 501)
     return None
-
-
-BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00")
 
 
 @functools.lru_cache(512)  # for the ids of rooms and users, which come again and again
@@ -8468,8 +8445,6 @@ class Route:
 
 ROUTES: list[Route] = []
 Endpoint = tuple[Route, tuple[str, ...]]  # a route and the names of the parameters in its path
-
-
 VERSION_SEGMENT = re.compile(r"(?<=/)v[0-9]+(?=/)")
 
 
@@ -12548,7 +12523,7 @@ async def is_reader(hs: Homeserver, request: Request, auth: Json, session: UiaSe
         return False
     if purpose == "password":
         owner = hs.emails.owner(proved.address)
-        if owner is None or {owner} != {proved.user_nid, session.operation[2] or owner}:
+        if owner is None or owner != proved.user_nid or session.operation[2] not in (None, owner):
             return False
     session.results[EMAIL] = proved
     return True
@@ -13560,9 +13535,7 @@ def resolve_alias(hs: Homeserver, alias: str) -> tuple[str, list[str]]:
     """The room id that an alias stands for, and servers that know the room. 404 M_NOT_FOUND."""
     if not is_room_alias(alias):
         raise invalid_param("This is not a room alias")
-    room_id = find_alias(hs, alias)
-    if room_id is None:
-        raise not_found(f"The alias {alias} does not stand for a room")
+    room_id = or_404(find_alias(hs, alias), f"The alias {alias} does not stand for a room")
     others = hs.rooms.get(room_id).servers.most_common(MAX_ALIAS_SERVERS)
     return room_id, list(dict.fromkeys([hs.config.server_name, *(name for name, _ in others)]))
 
@@ -13593,15 +13566,18 @@ def set_alias(hs: Homeserver, alias: str, room: Room, creator: str) -> None:
         raise MatrixError(400, "M_EXCLUSIVE", "This alias belongs to an application service")
     if find_alias(hs, alias) is not None:
         raise MatrixError(409, "M_UNKNOWN", f"The alias {alias} exists already")
-    with hs.db.write():
-        row = (alias, room.nid, hs.db.user_nid(creator))
-        hs.db.execute("INSERT INTO aliases VALUES (?, ?, ?)", row)
+    row = (alias, room.nid, hs.db.user_nid(creator))
+    hs.db.change("INSERT INTO aliases VALUES (?, ?, ?)", row)
+
+
+def aliases_of(hs: Homeserver, room: Room) -> list[str]:
+    """The local aliases of a room."""
+    return hs.db.column("SELECT alias FROM aliases WHERE room_nid = ? ORDER BY alias", (room.nid,))
 
 
 def delete_alias(hs: Homeserver, alias: str) -> None:
     """Forget a local alias."""
-    with hs.db.write():
-        hs.db.execute("DELETE FROM aliases WHERE alias = ?", (alias,))
+    hs.db.change("DELETE FROM aliases WHERE alias = ?", (alias,))
 
 
 def may_curate(hs: Homeserver, requester: Requester, room: Room) -> bool:
@@ -13664,8 +13640,7 @@ async def remove_alias(hs: Homeserver, request: Request, alias: str) -> Json:
     """Delete an alias: who made it may, who could set the room's main alias, and admins."""
     check_local_alias(hs, alias)
     row = hs.db.one("SELECT room_nid, creator_nid FROM aliases WHERE alias = ?", (alias,))
-    if row is None:
-        raise not_found(f"The alias {alias} does not stand for a room")
+    row = or_404(row, f"The alias {alias} does not stand for a room")
     room, is_own = hs.rooms.by_nid(row[0]), row[1] == request.user.nid
     is_servers = hs.db.user_id(row[1]) == hs.accounts.bot_id
     if not is_own and (is_servers or not may_curate(hs, request.user, room)):
@@ -13677,18 +13652,14 @@ async def remove_alias(hs: Homeserver, request: Request, alias: str) -> Json:
     return {}
 
 
-ROOM_ALIASES_OLD = ("unstable/org.matrix.msc2432",)
-
-
-@route("GET", V3 + "/rooms/{room_id}/aliases", auth=USER, also=ROOM_ALIASES_OLD)
+@route("GET", V3 + "/rooms/{room_id}/aliases", auth=USER, also=("unstable/org.matrix.msc2432",))
 async def get_room_aliases(hs: Homeserver, request: Request, room_id: str) -> Json:
     """The local aliases of a room, for its members, or everyone if it is world readable."""
     room = hs.rooms.find(room_id)
     is_in = room is not None and room.membership_of(request.user.nid) == "join"
     if room is None or not (is_in or room.history_visibility == "world_readable"):
         raise forbidden("You are not a member of the room")
-    rows = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ? ORDER BY alias", (room.nid,))
-    return {"aliases": [row[0] for row in rows]}
+    return {"aliases": aliases_of(hs, room)}
 
 
 # ── 24.2  Published rooms ────────────────────────────────────────────────────
@@ -13700,6 +13671,7 @@ SHOWN_SETTINGS: Final = {  # member of a listing: event type and key in its cont
     "avatar_url": ("m.room.avatar", "url"),
     "room_type": ("m.room.create", "type"),
 }
+VISIBILITY = V3 + "/directory/list/room/{room_id}"
 
 
 def listing_of(room: Room) -> Json:
@@ -13741,16 +13713,13 @@ class Directory:
         """
         nids = set(self.network_rooms(network or None)) if network or everywhere else set()
         if not network or everywhere:
-            nids |= {row[0] for row in self.hs.db.all("SELECT room_nid FROM published_rooms")}
+            nids.update(self.hs.db.column("SELECT room_nid FROM published_rooms"))
         found = []
         for nid in nids:
             known = self._listings.get(nid)
             if known is None:
                 room = self.hs.rooms.by_nid(nid)
-                known = (
-                    listing_of(room),
-                    room.content("m.room.create").get("m.federate") is not False,
-                )
+                known = listing_of(room), room.content(CREATE).get("m.federate") is not False
                 self._listings.put(nid, known)
             listing, is_open = known
             is_open = is_open and listing["room_id"] not in self.hs.sender.disabled
@@ -13761,23 +13730,20 @@ class Directory:
     def _state_changed(self, room: Room, changes: StateChanges) -> None:
         self._listings.pop(room.nid)
         if not changes.keys().isdisjoint((JOIN_RULES_KEY, VISIBILITY_KEY)):
-            is_public = room.join_rule == "public" or room.history_visibility == "world_readable"
             self.hs.db.execute("DELETE FROM public_rooms WHERE room_nid = ?", (room.nid,))
-            if is_public:
+            if room.join_rule == "public" or room.history_visibility == "world_readable":
                 self.hs.db.execute("INSERT INTO public_rooms VALUES (?)", (room.nid,))
 
 
 def publish_room(hs: Homeserver, room: Room, visibility: str) -> None:
     """Put a room into the list of rooms ("public"), or take it out ("private")."""
-    with hs.db.write():
-        if visibility == "public":
-            hs.db.execute("INSERT OR IGNORE INTO published_rooms VALUES (?)", (room.nid,))
-        else:
-            hs.db.execute("DELETE FROM published_rooms WHERE room_nid = ?", (room.nid,))
+    listed = "INSERT OR IGNORE INTO published_rooms VALUES (?)"
+    unlisted = "DELETE FROM published_rooms WHERE room_nid = ?"
+    hs.db.change(listed if visibility == "public" else unlisted, (room.nid,))
 
 
 def forget_names(hs: Homeserver, room: Room) -> None:
-    """Subscriber of the room store: a room that is deleted has no aliases and is in no list."""
+    """A room that is closed, or deleted (of which the room store tells), has no names here."""
     hs.db.execute("DELETE FROM aliases WHERE room_nid = ?", (room.nid,))
     publish_room(hs, room, "private")
 
@@ -13788,20 +13754,17 @@ def move_to_replacement(hs: Homeserver, old: Room, new: Room) -> set[str]:
     The server's own alias stays: who could move #admins could pretend to be the admin room.
     """
     with hs.db.write():
-        query = """
+        update = """
             UPDATE aliases
             SET room_nid = ?
             WHERE room_nid = ?
               AND creator_nid != ?
             RETURNING alias
         """
-        rows = hs.db.all(query, (new.nid, old.nid, hs.db.user_nid(hs.accounts.bot_id)))
+        moved = hs.db.column(update, (new.nid, old.nid, hs.db.user_nid(hs.accounts.bot_id)))
         sql = "UPDATE OR IGNORE published_rooms SET room_nid = ? WHERE room_nid = ?"
         hs.db.execute(sql, (new.nid, old.nid))
-    return {row[0] for row in rows}
-
-
-VISIBILITY = V3 + "/directory/list/room/{room_id}"
+    return set(moved)
 
 
 def visibility_of(hs: Homeserver, room_nid: RoomNid) -> str:
@@ -13914,13 +13877,9 @@ def list_query(request: Request) -> Json:
 
 @route("GET", V3 + "/publicRooms", auth=OPTIONAL, limit="search")
 async def get_public_rooms(hs: Homeserver, request: Request) -> Json:
-    """The list of published rooms, ours or, for users, another server's.
-
-    Spec: "Published room directory".
-    """
-    own = hs.config.server_name
-    server = request.arg("server") or own
-    if server == own:
+    """The published rooms, ours or, for users, another server's.  "Published room directory"."""
+    server = request.arg("server") or hs.config.server_name
+    if server == hs.config.server_name:
         request.int_arg("limit", 100, 1, MAX_LISTED)
         return public_rooms_page(hs, list_query(request))
     check_caller(USER, request.requester)
@@ -13940,9 +13899,7 @@ async def search_public_rooms(hs: Homeserver, request: Request) -> Json:
 @route("GET", PUBLIC_ROOMS, auth=FEDERATION)
 async def tell_public_rooms(hs: Homeserver, request: Request) -> Json:
     """Our list for another server.  Spec: SS-API "Published Room Directory"; limit 0 is none."""
-    networks: Json = {"include_all_networks": request.bool_arg("include_all_networks", False)}
-    networks["third_party_instance_id"] = request.arg("third_party_instance_id", "")
-    return public_rooms_page(hs, list_query(request) | networks, for_server=True)
+    return public_rooms_page(hs, list_query(request), for_server=True)
 
 
 @route("POST", PUBLIC_ROOMS, auth=FEDERATION, body=ROOM_QUERY)
@@ -13991,7 +13948,7 @@ async def search_users(hs: Homeserver, request: Request) -> Json:
     words = request.json["search_term"].casefold().split()[:MAX_USER_WORDS]
     if not words:
         return {"results": [], "limited": False}
-    rooms = {row[0] for row in hs.db.all("SELECT room_nid FROM public_rooms")}
+    rooms = {*hs.db.column("SELECT room_nid FROM public_rooms")}
     among = json.dumps([*rooms.union(hs.rooms.joined_rooms(request.user.nid))])
     found = await hs.db.read_in_thread(lambda db: matching_members(db, among, words))
     found.pop(request.user.user_id, None)
@@ -14245,7 +14202,7 @@ CHILDREN_NEWEST = """
 def children(hs: Homeserver, parent: Event, rel_type: str, limit: int) -> list[Event]:
     """What relates to an event in one way, the newest first."""
     key = (parent.room_nid, parent.event_id, rel_type, limit)
-    return hs.rooms.events_by_nids(row[0] for row in hs.db.all(CHILDREN_NEWEST, key))
+    return hs.rooms.events_by_nids(hs.db.column(CHILDREN_NEWEST, key))
 
 
 OWN_ANNOTATIONS = """
@@ -14271,8 +14228,8 @@ def refuse_second_annotation(
     if kind != "m.annotation":
         return
     key = content["m.relates_to"].get("key")
-    rows = hs.db.all(OWN_ANNOTATIONS, (room.nid, parent_id, user_nid, MAX_COUNTED))
-    for event in hs.rooms.events_by_nids(row[0] for row in rows):
+    nids = hs.db.column(OWN_ANNOTATIONS, (room.nid, parent_id, user_nid, MAX_COUNTED))
+    for event in hs.rooms.events_by_nids(nids):
         if event.type == event_type and event.content["m.relates_to"].get("key") == key:
             raise MatrixError(400, "M_DUPLICATE_ANNOTATION", "You reacted with this already")
 
@@ -14404,7 +14361,6 @@ AGGREGATIONS: Final[dict[str, Callable[[Reader, Event], Json | None]]] = {
     REFERENCE: sum_up_references,
     THREAD: sum_up_thread,
 }
-AGGREGATED: Final = json.dumps([*AGGREGATIONS])
 
 
 def aggregations(hs: Homeserver, user: Requester, events: Sequence[Event]) -> dict[EventNid, Json]:
@@ -14429,7 +14385,7 @@ def aggregations(hs: Homeserver, user: Requester, events: Sequence[Event]) -> di
         """,
         {
             "parents": json.dumps({key: event.room_nid for key, event in parents.items()}),
-            "kinds": AGGREGATED,
+            "kinds": json.dumps([*AGGREGATIONS]),
         },
     )
     found: dict[EventNid, Json] = {}
@@ -14472,9 +14428,8 @@ KEPT_DELAYED = 1000  # and of how many of one user
 DELAYED_AT_ONCE = 50  # overdue ones sent before others get their turn
 DELAYED_RETRY_MS = 10_000  # when the disk did not take one
 DELAY = "org.matrix.msc4140.delay"
-CAPABILITIES["org.matrix.msc4140.delayed_events"] = {
-    **{"max_delay_ms": MAX_DELAY_MS, "max_scheduled": MAX_SCHEDULED}
-}
+LIMITS: Final = {"max_delay_ms": MAX_DELAY_MS, "max_scheduled": MAX_SCHEDULED}
+CAPABILITIES["org.matrix.msc4140.delayed_events"] = LIMITS
 
 schema("""
 CREATE TABLE delayed_events (
@@ -14593,20 +14548,14 @@ class DelayedEvents:
 
     def waiting(self, user_nid: UserNid) -> list[DelayedEvent]:
         """What a user has scheduled, the soonest first."""
-        query = """
-            SELECT *
-            FROM delayed_events
-            WHERE user_nid = ? AND due_ts > 0
-            ORDER BY due_ts
-        """
+        query = "SELECT * FROM delayed_events WHERE user_nid = ? AND due_ts > 0 ORDER BY due_ts"
         return list(itertools.starmap(DelayedEvent, self.hs.db.all(query, (user_nid,))))
 
     def restart(self, delayed: DelayedEvent) -> None:
         """Let the whole delay begin anew."""
         now = now_ms()
         update = "UPDATE delayed_events SET since_ts = ?, due_ts = ? WHERE delayed_nid = ?"
-        with self.hs.db.write():
-            self.hs.db.execute(update, (now, now + delayed.delay_ms, delayed.nid))
+        self.hs.db.change(update, (now, now + delayed.delay_ms, delayed.nid))
         self.arm()
 
     def send_now(self, delayed: DelayedEvent) -> None:
@@ -14616,8 +14565,7 @@ class DelayedEvents:
 
     def cancel(self, delayed: DelayedEvent) -> None:
         """Never send it."""
-        with self.hs.db.write():
-            self._finish(delayed)
+        self._finish(delayed)
 
     def arm(self) -> None:
         """Wait for the next one that is due."""
@@ -14627,8 +14575,7 @@ class DelayedEvents:
         """Forget what became of those that are long done."""
         old = (now_ms() - KEPT_DELAYED_MS,)
         if self.hs.db.value("SELECT 1 FROM delayed_events WHERE finalised_ts < ?", old):
-            with self.hs.db.write():
-                self.hs.db.execute("DELETE FROM delayed_events WHERE finalised_ts < ?", old)
+            self.hs.db.change("DELETE FROM delayed_events WHERE finalised_ts < ?", old)
 
     def stop(self) -> None:
         """Send nothing more."""
@@ -14670,17 +14617,11 @@ class DelayedEvents:
         except MatrixError as error:
             if error.status >= 500:
                 raise
-            with self.hs.db.write():
-                self._finish(delayed, error=json.dumps(error.to_json()))
+            self._finish(delayed, error=error)
 
     def _postpone(self, delayed: DelayedEvent, wait_ms: int) -> None:
-        update = """
-            UPDATE delayed_events
-            SET due_ts = ?
-            WHERE delayed_nid = ? AND due_ts IS NOT NULL
-        """
-        with self.hs.db.write():
-            self.hs.db.execute(update, (now_ms() + wait_ms, delayed.nid))
+        sql = "UPDATE delayed_events SET due_ts = ? WHERE delayed_nid = ? AND due_ts IS NOT NULL"
+        self.hs.db.change(sql, (now_ms() + wait_ms, delayed.nid))
 
     async def _ask(self, delayed: DelayedEvent, need: NeedsConsent) -> None:
         """Ask whether it may be sent, and then try again; who refuses does so for ever."""
@@ -14690,19 +14631,17 @@ class DelayedEvents:
             self.arm()
         except MatrixError as error:
             if error.status < 500:
-                with self.hs.db.write():
-                    self._finish(delayed, error=json.dumps(error.to_json()))
+                self._finish(delayed, error=error)
 
     def _finish(
-        self, delayed: DelayedEvent, event_id: str | None = None, error: str | None = None
+        self, delayed: DelayedEvent, event_id: str | None = None, error: MatrixError | None = None
     ) -> None:
-        sql = """
+        update = """
             UPDATE delayed_events
             SET due_ts = NULL, finalised_ts = ?, event_id = ?, error = ?
             WHERE delayed_nid = ?
         """
-        self.hs.db.execute(sql, (now_ms(), event_id, error, delayed.nid))
-        query = """
+        forget = """
             DELETE FROM delayed_events
             WHERE user_nid = :user AND due_ts IS NULL AND delayed_nid <= (
                 SELECT delayed_nid
@@ -14712,7 +14651,10 @@ class DelayedEvents:
                 LIMIT 1 OFFSET :kept
             )
         """
-        self.hs.db.execute(query, {"user": delayed.user_nid, "kept": KEPT_DELAYED})
+        why = None if error is None else json.dumps(error.to_json())
+        with self.hs.db.write():
+            self.hs.db.execute(update, (now_ms(), event_id, why, delayed.nid))
+            self.hs.db.execute(forget, {"user": delayed.user_nid, "kept": KEPT_DELAYED})
 
     def _state_set(self, room: Room, event: Event) -> None:
         """State that somebody else sets meanwhile stands: what would overwrite it is cancelled.
@@ -14734,10 +14676,7 @@ class DelayedEvents:
 
 MSC4140: Final = "/_matrix/client/unstable/org.matrix.msc4140"
 DELAYED_PATH: Final = MSC4140 + "/delayed_events"
-DELAYED_EVENT: Final = {
-    **{"delay_ms?": int, "delay?": int, "state_key?": str},
-    "content": dict,
-}
+DELAYED_EVENT: Final = {**{"delay_ms?": int, "delay?": int, "state_key?": str}, "content": dict}
 
 
 def schedule_once(
@@ -14808,15 +14747,12 @@ async def act_on_delayed_event(
     Without a token the id is the secret: whoever carries the call's media may know it. Once it is
     done, the same again is no error, and anything else 409.
     """
-    acts = {
-        "send": hs.delayed_events.send_now,
-        "cancel": hs.delayed_events.cancel,
-        "restart": hs.delayed_events.restart,
-    }
+    waiting = hs.delayed_events
+    acts = {"send": waiting.send_now, "cancel": waiting.cancel, "restart": waiting.restart}
     wanted = action or request.json["action"]
     if wanted not in acts:
         raise invalid_param("The action is send, cancel or restart")
-    delayed = hs.delayed_events.find(delay_id, request.requester)
+    delayed = waiting.find(delay_id, request.requester)
     if delayed.due_ts is not None:
         acts[wanted](delayed)
     elif wanted != ("cancel" if delayed.event_id is None else "send"):
@@ -14835,9 +14771,7 @@ async def act_on_delayed_event(
 MAX_INVITES = 200  # in one createRoom
 MAX_PAGE = 1000  # events in one answer of /messages
 MAX_FILLS = 5  # times that events are fetched from other servers for one page
-VALIDITY_QUESTION_SECONDS = (
-    10.0  # for the question whether a key of an identity server is still good
-)
+VALIDITY_QUESTION_SECONDS = 10.0  # to ask whether a key of an identity server is still good
 MAX_SCAN = 5000  # events looked at for one page; the token leads on behind them
 DEFAULT_PAGE = 10
 MAX_WILDCARDS = 100  # in one list of a filter
@@ -14866,8 +14800,7 @@ TOKEN = re.compile(r"s(-?[0-9]{1,18})(?:_([0-9]{1,18}))?")  # the second: see ch
 
 def parse_token(text: str) -> int:
     """The position in a token.  400 M_INVALID_PARAM for what is none."""
-    match = TOKEN.fullmatch(text)
-    if match is None:
+    if (match := TOKEN.fullmatch(text)) is None:
         raise invalid_param("That is not a token of this server")
     return int(match[1])
 
@@ -15029,6 +14962,9 @@ REASON: Final[Json] = {"reason?": str}
 USER_AND_REASON: Final[Json] = {"user_id": str, "reason?": str}
 JOIN_BODY: Final[Json] = {"reason?": str, "third_party_signed?": dict}
 INVITE_BODY: Final[Json] = {"user_id?": str, "reason?": str, "medium?": str, "address?": str}
+THIRD_PARTY_SIGNED: Final[Json] = {"sender": str, "mxid": str, "token": str, "signatures": dict}
+GUEST_ACCESS = ("m.room.guest_access", "guest_access")
+UNABLE = ("M_UNABLE_TO_AUTHORISE_JOIN", "M_UNABLE_TO_GRANT_JOIN")
 
 
 def member_profile(hs: Homeserver, user_id: str) -> Json:
@@ -15059,16 +14995,14 @@ def block_room(hs: Homeserver, room_id: str, blocker: str) -> None:
     """Let nobody here join, knock on or be invited to a room any more; who is in stays in."""
     if not is_room_id(room_id):
         raise invalid_param("That is not a room id")
-    with hs.db.write():
-        row = (room_id, hs.db.user_nid(blocker), now_ms())
-        hs.db.execute("INSERT OR IGNORE INTO blocked_rooms VALUES (?, ?, ?)", row)
+    row = (room_id, hs.db.user_nid(blocker), now_ms())
+    hs.db.change("INSERT OR IGNORE INTO blocked_rooms VALUES (?, ?, ?)", row)
 
 
 def unblock_room(hs: Homeserver, room_id: str) -> bool:
     """Open a blocked room again; False if it was none."""
-    with hs.db.write():
-        deleted = hs.db.execute("DELETE FROM blocked_rooms WHERE room_id = ?", (room_id,))
-        return deleted.rowcount > 0
+    deleted = hs.db.change("DELETE FROM blocked_rooms WHERE room_id = ?", (room_id,))
+    return deleted.rowcount > 0
 
 
 def blocked_rooms(hs: Homeserver) -> list[tuple[str, str, int]]:
@@ -15174,11 +15108,6 @@ def room_by_name(hs: Homeserver, name: str) -> Room:
     return hs.rooms.get(name)
 
 
-JOIN_PATH = "/_matrix/client/v3/join/{room}"
-JOIN_BY_ID = "/_matrix/client/v3/rooms/{room}/join"
-KNOCK_PATH = "/_matrix/client/v3/knock/{room}"
-
-
 def in_allowed_room(hs: Homeserver, condition: object, user_nid: UserNid) -> bool:
     """Whether one condition of a restricted join rule is met."""
     if not isinstance(condition, dict) or condition.get("type") != "m.room_membership":
@@ -15194,9 +15123,6 @@ def is_out_of_sight(hs: Homeserver, condition: object) -> bool:
     room_id = condition.get("room_id") if isinstance(condition, dict) else None
     room = hs.rooms.find(room_id) if isinstance(room_id, str) else None
     return is_room_id(room_id) and (room is None or not hs.rooms.is_in(room))
-
-
-UNABLE = ("M_UNABLE_TO_AUTHORISE_JOIN", "M_UNABLE_TO_GRANT_JOIN")
 
 
 def join_authorisation(hs: Homeserver, room: Room, user_nid: UserNid) -> Json:
@@ -15223,16 +15149,10 @@ def join_authorisation(hs: Homeserver, room: Room, user_nid: UserNid) -> Json:
     raise MatrixError(400, UNABLE[1], "Nobody here may let you in")
 
 
-GUEST_ACCESS = ("m.room.guest_access", "guest_access")
-
-
 def require_guest_access(room: Room, user: Requester) -> None:
     """403 for a guest where guests may not join."""
     if user.is_guest and room.setting(*GUEST_ACCESS, "forbidden") != "can_join":
         raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests cannot join this room")
-
-
-THIRD_PARTY_SIGNED: Final[Json] = {"sender": str, "mxid": str, "token": str, "signatures": dict}
 
 
 def pending_invite(room: Room, user_id: str, signed: Json) -> Event:
@@ -15311,8 +15231,8 @@ async def join_here(hs: Homeserver, request: Request, room: Room) -> bool:
     return True
 
 
-@route("POST", JOIN_PATH, auth=GUEST, limit="join", body=JOIN_BODY)
-@route("POST", JOIN_BY_ID, auth=GUEST, limit="join", body=JOIN_BODY)
+@route("POST", V3 + "/join/{room}", auth=GUEST, limit="join", body=JOIN_BODY)
+@route("POST", V3 + "/rooms/{room}/join", auth=GUEST, limit="join", body=JOIN_BODY)
 async def post_join(hs: Homeserver, request: Request, room: str) -> Json:
     """Join a room by its id or one of its aliases.  Spec: CS-API "Joining rooms"."""
     await hs.directory.summon(room)
@@ -15353,7 +15273,7 @@ def auto_join(hs: Homeserver, user_nid: UserNid) -> None:
             log_rooms.warning("%s cannot join %s: %s", user_id, alias, error.error)
 
 
-@route("POST", KNOCK_PATH, auth=USER, limit="join", body=REASON)
+@route("POST", V3 + "/knock/{room}", auth=USER, limit="join", body=REASON)
 async def post_knock(hs: Homeserver, request: Request, room: str) -> Json:
     """Ask to be let into a room.  Spec: CS-API "Knocking on rooms"."""
     user = request.user
@@ -15411,10 +15331,7 @@ def membership_in(hs: Homeserver, room_id: str, user_nid: UserNid) -> tuple[Room
 
 @route("POST", ROOM_PATH + "/leave", auth=GUEST, body=REASON, partial=True)
 async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
-    """Leave a room, reject its invite or take back a knock; leaving twice is no error.
-
-    Spec: CS-API "Leaving rooms".
-    """
+    """Leave a room, reject its invite or take back a knock, even twice.  Spec: "Leaving rooms"."""
     room, member = membership_in(hs, room_id, request.user.nid)
     require_rejectable(hs, room, request.user.nid)
     await depart(hs, room, request.user.user_id, member, request.json.get("reason"))
@@ -15507,10 +15424,7 @@ async def purge_all_forgotten(hs: Homeserver) -> None:
 
 @route("POST", ROOM_PATH + "/forget", auth=GUEST)
 async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
-    """Stop remembering a room that one has left.  400 M_UNKNOWN while still in it.
-
-    Spec: CS-API "Leaving rooms".
-    """
+    """Forget a room that one has left; 400 M_UNKNOWN while still in it.  Spec: "Leaving rooms"."""
     room, _ = membership_in(hs, room_id, request.user.nid)
     membership = room.membership_of(request.user.nid)
     if membership in {"join", "invite", "knock"}:
@@ -15599,7 +15513,6 @@ CREATE_BODY: Final[Json] = {
     "is_direct?": bool,
     "power_level_content_override?": dict,
 }
-CREATE_ROOM = "/_matrix/client/v3/createRoom"
 
 
 def preset_of(body: Json) -> str:
@@ -15753,7 +15666,7 @@ def create_room(hs: Homeserver, creator: str, body: Json) -> Room:
     return room
 
 
-@route("POST", CREATE_ROOM, auth=USER, limit="create", body=CREATE_BODY)
+@route("POST", V3 + "/createRoom", auth=USER, limit="create", body=CREATE_BODY)
 async def post_create_room(hs: Homeserver, request: Request) -> Json:
     """Create a room.  Spec: CS-API "Creation".
 
@@ -16001,7 +15914,6 @@ async def post_upgrade(hs: Homeserver, request: Request, room_id: str) -> Json:
 # ── 29.1  Sending ────────────────────────────────────────────────────────────
 
 SEND_PATH = ROOM_PATH + "/send/{event_type}/{txn_id}"
-REDACT_PATH = ROOM_PATH + "/redact/{event_id}/{txn_id}"
 MAX_ALIAS_QUESTIONS = 10  # to other servers, for one event
 STATE_PATH = ROOM_PATH + "/state/{event_type}/{state_key...}"
 
@@ -16022,10 +15934,7 @@ def send_once(
 
 
 def massaged_time(request: Request) -> int | None:
-    """When an event is said to have been sent; only application services can say so.
-
-    Spec: AS-API "Timestamp massaging".
-    """
+    """When an application service says that an event was sent.  AS-API "Timestamp massaging"."""
     if request.user.appservice is None or request.arg("ts") is None:
         return None
     timestamp = request.int_arg("ts", 0, 0, 2**60)
@@ -16101,7 +16010,7 @@ async def put_send(
     return send_once(hs, request, f"{room_id} {event_type}", txn_id, send)
 
 
-@route("PUT", REDACT_PATH, auth=GUEST, limit="message", body=REASON)
+@route("PUT", ROOM_PATH + "/redact/{event_id}/{txn_id}", auth=GUEST, limit="message", body=REASON)
 async def put_redact(
     hs: Homeserver, request: Request, room_id: str, event_id: str, txn_id: str
 ) -> Json:
@@ -16264,8 +16173,7 @@ async def get_state(
     room, limit = readable_room(hs, request, room_id)
     key = (event_type, state_key)
     event = room.state_event(*key) if limit is None else hs.rooms.entry_after(limit, key)
-    if event is None:
-        raise not_found("The room has no such state")
+    event = or_404(event, "The room has no such state")
     if request.arg("format", "content") == "event":
         return as_clients(hs, request, [event])[0]
     return event.content
@@ -16364,10 +16272,7 @@ def visible_event(
 
 @route("GET", ROOM_PATH + "/event/{event_id}", auth=GUEST)
 async def get_event(hs: Homeserver, request: Request, room_id: str, event_id: str) -> Json:
-    """One event; 404 also for what the user may not see.
-
-    Spec: CS-API "Getting events for a room".
-    """
+    """One event; 404 also for what the user may not see.  Spec: "Getting events for a room"."""
     return as_clients(hs, request, [visible_event(hs, request, room_id, event_id)[1]])[0]
 
 
@@ -16473,12 +16378,10 @@ def page_span(
         raise missing_param("dir is missing")
     if direction not in {"b", "f"}:
         raise invalid_param("dir is b or f")
-    first, last = (
-        (room.last_pos, MIN_POSITION) if direction == "b" else (MIN_POSITION, room.last_pos)
-    )
-    begin = parse_token(start) if start else first
-    end = last if to is None else parse_token(to)
-    return begin, (end, begin) if direction == "b" else (begin, end), direction == "b"
+    backwards, ends = direction == "b", (MIN_POSITION, room.last_pos)
+    begin = parse_token(start) if start else ends[backwards]
+    end = ends[not backwards] if to is None else parse_token(to)
+    return begin, (end, begin) if backwards else (begin, end), backwards
 
 
 def senders_of(hs: Homeserver, events: Sequence[Event]) -> list[Event]:
@@ -16513,10 +16416,7 @@ async def get_messages(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 @route("GET", ROOM_PATH + "/context/{event_id}", auth=GUEST)
 async def get_context(hs: Homeserver, request: Request, room_id: str, event_id: str) -> Json:
-    """An event with what came before and after it, and the state at the last of these.
-
-    Spec: CS-API "Event context".
-    """
+    """An event, what came before and after, and the state at the last.  Spec: "Event context"."""
     room, event = visible_event(hs, request, room_id, event_id)
     if event.pos is None:
         raise not_found("The event is not in the room's timeline")
@@ -28441,8 +28341,7 @@ class AppserviceRegistry:
             return True
         if not service.namespaces.get("aliases"):
             return False
-        rows = self.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
-        return any(service.claims("aliases", alias) for (alias,) in rows)
+        return any(service.claims("aliases", alias) for alias in aliases_of(self.hs, room))
 
 
 # ── 46.4  What they are told ─────────────────────────────────────────────────
@@ -29565,7 +29464,6 @@ async def room_info(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show what is known of a room, by its id or alias."""
     room = room_by_name(hs, arguments["ROOM"])
     sizes = await room_sizes(hs, [room.nid])
-    aliases = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
     rows = [
         ("id", room.room_id),
         ("name", room.setting("m.room.name", "name", "")),
@@ -29574,7 +29472,7 @@ async def room_info(hs: Homeserver, arguments: Arguments) -> Reply:
         ("join rule", room.join_rule),
         ("history visibility", room.history_visibility),
         ("encrypted", "yes" if room.encrypted else "no"),
-        ("aliases", " ".join(alias for (alias,) in aliases)),
+        ("aliases", " ".join(aliases_of(hs, room))),
         ("events", ", ".join(sizes[room.nid])),
         ("pieces of state", str(len(room.state))),
     ]
@@ -29687,12 +29585,10 @@ async def put_out(
 
 def unlist(hs: Homeserver, room: Room) -> list[str]:
     """Take away a room's aliases, which are returned, and its place in the list of rooms."""
-    rows = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
+    aliases = aliases_of(hs, room)
     with hs.db.write():
-        for (alias,) in rows:
-            delete_alias(hs, alias)
-        publish_room(hs, room, "private")
-    return [alias for (alias,) in rows]
+        forget_names(hs, room)
+    return aliases
 
 
 async def close_down(hs: Homeserver, name: str) -> tuple[Room, Reply]:
