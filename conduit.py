@@ -17851,7 +17851,6 @@ IS_EDIT: Final = property_is(r"content.m\.relates_to.rel_type", "m.replace")
 TWO_MEMBERS: Final = {"kind": "room_member_count", "is": "2"}
 MEMBER_CHANGE: Final = {"type": "m.room.member"}
 INVITE: Final = {**MEMBER_CHANGE, "content.membership": "invite", "state_key": OWN_USER_ID}
-TOMBSTONE: Final = {"type": "m.room.tombstone", "state_key": ""}
 MESSAGE: Final = {"type": "m.room.message"}
 ENCRYPTED: Final = {"type": "m.room.encrypted"}
 
@@ -17872,7 +17871,7 @@ DEFAULT_RULES: Final[dict[str, list[Json]]] = {
         predefined("member_event", MEMBER_CHANGE, []),
         predefined("is_user_mention", {}, [*LOUD, HIGHLIGHT], MENTIONS_USER),
         predefined("is_room_mention", {}, [NOTIFY, HIGHLIGHT], MENTIONS_ROOM, MAY_NOTIFY_ROOM),
-        predefined("tombstone", TOMBSTONE, [NOTIFY, HIGHLIGHT]),
+        predefined("tombstone", {"type": "m.room.tombstone", "state_key": ""}, [NOTIFY, HIGHLIGHT]),
         predefined("reaction", {"type": "m.reaction"}, []),
         predefined("room.server_acl", {"type": "m.room.server_acl", "state_key": ""}, []),
         predefined("suppress_edits", {}, [], IS_EDIT),
@@ -18184,14 +18183,6 @@ def push_rules_account_data(hs: Homeserver, user_nid: UserNid, since: int = 0) -
 # ── 31.5  Settings that follow an upgrade ────────────────────────────────────
 
 
-def inherit_push_rule(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
-    """Let the user's room rule for a room hold for its replacement, if that has none yet."""
-    rules = {rule["rule_id"]: rule for rule in hs.push_rules.of(user_nid).stored.get("room", ())}
-    if old.room_id in rules and new.room_id not in rules:
-        with hs.push_rules.edit(user_nid) as stored:
-            stored["room"].insert(0, {**rules[old.room_id], "rule_id": new.room_id})
-
-
 def inherit_account_data(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
     """Give the replacement of a room the user's tags, and its place among the direct chats."""
     tags = tags_of(hs, user_nid, old.nid)
@@ -18208,9 +18199,12 @@ def inherit_account_data(hs: Homeserver, user_nid: UserNid, old: Room, new: Room
 
 
 def inherit_settings(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
-    """Carry the personal settings of a room over; what is too large to fit stays behind."""
+    """Carry personal settings over, the rule for a room too; what is too large stays behind."""
+    rules = {rule["rule_id"]: rule for rule in hs.push_rules.of(user_nid).stored.get("room", ())}
     with contextlib.suppress(MatrixError):
-        inherit_push_rule(hs, user_nid, old, new)
+        if old.room_id in rules and new.room_id not in rules:
+            with hs.push_rules.edit(user_nid) as stored:
+                stored["room"].insert(0, {**rules[old.room_id], "rule_id": new.room_id})
         inherit_account_data(hs, user_nid, old, new)
 
 
@@ -18246,7 +18240,6 @@ def follow_tombstone(hs: Homeserver, room: Room, event: Event) -> None:
 
 # ── 31.6  The push rule endpoints ────────────────────────────────────────────
 
-OBSOLETE_ACTIONS = ("dont_notify", "coalesce")
 PUSH_RULES_PATH = "/_matrix/client/v3/pushrules"
 PUSH_RULE_PATH = "/_matrix/client/v3/pushrules/global/{kind}/{rule_id}"
 PUSH_RULE_SHAPE: Final = {
@@ -18291,7 +18284,7 @@ def parse_actions(actions: list[Any]) -> list[Any]:
         tweak = action.get("set_tweak") if isinstance(action, dict) else action
         if not isinstance(tweak, str):
             raise bad_json('An action is a string or an object with "set_tweak"')
-    return [action for action in actions if action not in OBSOLETE_ACTIONS]
+    return [action for action in actions if action not in ("dont_notify", "coalesce")]
 
 
 def parse_push_rule(kind: str, rule_id: str, body: Json) -> Json:
@@ -18315,8 +18308,7 @@ def parse_push_rule(kind: str, rule_id: str, body: Json) -> Json:
 
 def place_rule(rules: list[Json], rule: Json, before: str | None, after: str | None) -> None:
     """Put a rule where `before` or `after` says; else where it was, or first if it is new."""
-    ids = [other["rule_id"] for other in rules]
-    index = 0
+    ids, index = [other["rule_id"] for other in rules], 0
     if rule["rule_id"] in ids:
         index = ids.index(rule["rule_id"])
         rule["enabled"] = rules.pop(index)["enabled"]
@@ -18561,6 +18553,7 @@ ROOM_V1 = "/_matrix/client/v1/rooms/{room_id}"
 
 MAX_RECURSION = 3  # how far what relates to it indirectly may be away
 MAX_RELATED = 5_000  # events found that way
+RELATIONS_PATH = ROOM_V1 + "/relations/{event_id}"
 RELATED_NEWEST = """
     SELECT nid
     FROM relations
@@ -18572,17 +18565,7 @@ RELATED_NEWEST = """
     ORDER BY pos DESC
     LIMIT :size
 """
-RELATED_OLDEST = """
-    SELECT nid
-    FROM relations
-    WHERE room_nid = :room
-      AND parent_id = :parent
-      AND pos > :low
-      AND pos <= :high
-      AND (:kind IS NULL OR rel_type = :kind)
-    ORDER BY pos ASC
-    LIMIT :size
-"""
+RELATED_OLDEST = RELATED_NEWEST.replace("DESC", "ASC")
 
 
 def read_related(hs: Homeserver, parent: Event, kind: str | None, backwards: bool) -> Reading:
@@ -18591,8 +18574,7 @@ def read_related(hs: Homeserver, parent: Event, kind: str | None, backwards: boo
     place = {"room": parent.room_nid, "parent": parent.event_id, "kind": kind}
 
     def read(low: int, high: int, size: int) -> list[Event]:
-        rows = hs.db.all(sql, {**place, "low": low, "high": high, "size": size})
-        nids = [row[0] for row in rows]
+        nids = hs.db.column(sql, {**place, "low": low, "high": high, "size": size})
         return hs.rooms.events_by_nids(reversed(nids) if backwards else nids)
 
     return read
@@ -18632,9 +18614,6 @@ def read_descendants(hs: Homeserver, parent: Event, kind: str | None, backwards:
         return hs.rooms.events_by_nids(nid for _, nid in part)
 
     return read
-
-
-RELATIONS_PATH = ROOM_V1 + "/relations/{event_id}"
 
 
 @route("GET", RELATIONS_PATH, auth=GUEST)
@@ -18680,10 +18659,9 @@ MAX_THREAD_SCANS = 20  # pages of threads looked at for one answer
 
 def thread_page(hs: Homeserver, viewer: Viewer, before: int, limit: int) -> list[tuple[str, int]]:
     """Thread roots and positions of their newest replies, but for those of ignored users."""
-    find = hs.db.find_user_nid
-    ignored = [nid for nid in map(find, viewer.ignored) if nid is not None]
-    return hs.db.all(
-        """
+    nids = [nid for nid in map(hs.db.find_user_nid, viewer.ignored) if nid is not None]
+    values = {"room": viewer.room.nid, "before": before, "ignored": json.dumps(nids)}
+    query = """
         SELECT root_id, latest
         FROM threads AS newest
         WHERE room_nid = :room
@@ -18698,14 +18676,8 @@ def thread_page(hs: Homeserver, viewer: Viewer, before: int, limit: int) -> list
               AND other.sender_nid NOT IN (SELECT value FROM json_each(:ignored)))
         ORDER BY latest DESC
         LIMIT :limit
-        """,
-        {
-            "room": viewer.room.nid,
-            "before": before,
-            "ignored": json.dumps(ignored),
-            "limit": limit,
-        },
-    )
+    """
+    return hs.db.all(query, {**values, "limit": limit})
 
 
 def thread_roots(
@@ -18732,10 +18704,7 @@ def thread_roots(
 
 @route("GET", ROOM_V1 + "/threads", auth=GUEST)
 async def get_threads(hs: Homeserver, request: Request, room_id: str) -> Json:
-    """The threads of a room, the one with the newest reply first.
-
-    Spec: CS-API "Querying threads in a room".
-    """
+    """The threads of a room, the newest reply first.  Spec: "Querying threads in a room"."""
     room = viewable_room(hs, request, room_id)
     include = request.arg("include", "all")
     if include not in {"all", "participated"}:
@@ -18748,7 +18717,7 @@ async def get_threads(hs: Homeserver, request: Request, room_id: str) -> Json:
     for _ in range(MAX_THREAD_SCANS):
         wanted = limit - len(chunk)
         rows = thread_page(hs, viewer, before, wanted)
-        roots = [row[0] for row in rows]
+        roots = [root_id for root_id, _ in rows]
         chunk += thread_roots(hs, request, room, roots, include == "participated")
         before = rows[-1][1] if rows else before
         if len(rows) < wanted:
@@ -18775,9 +18744,8 @@ def check_cause(hs: Homeserver, room: Room, root: Event, cause_id: str, ended: i
     if cause is None or not is_there or thread_root(hs.rooms, cause) != root.event_id:
         raise MatrixError(400, "IO.ELEMENT.MSC4306.M_NOT_IN_THREAD", "That is not in the thread")
     if (cause.pos or 0) < ended:
-        raise MatrixError(
-            409, "IO.ELEMENT.MSC4306.M_CONFLICTING_UNSUBSCRIPTION", "Unsubscribed after that"
-        )
+        code = "IO.ELEMENT.MSC4306.M_CONFLICTING_UNSUBSCRIPTION"
+        raise MatrixError(409, code, "Unsubscribed after that")
 
 
 @route("PUT", SUBSCRIPTION_PATH, auth=USER, body={"automatic?": str})
@@ -18826,15 +18794,7 @@ BY_TIME_LATER = """
     ORDER BY ts ASC, pos ASC
     LIMIT ?
 """
-BY_TIME_EARLIER = """
-    SELECT ts, pos, nid
-    FROM events
-    WHERE room_nid = ?
-      AND pos IS NOT NULL
-      AND (ts, pos) < (?, ?)
-    ORDER BY ts DESC, pos DESC
-    LIMIT ?
-"""
+BY_TIME_EARLIER = BY_TIME_LATER.replace(">", "<").replace("ASC", "DESC")
 
 
 async def event_by_time(
@@ -18874,8 +18834,7 @@ async def event_near(
     event = await event_by_time(hs, room, may_see, ts, backwards=backwards)
     if ask_others and await hs.backfill.jump(room, ts, event, backwards=backwards):
         event = await event_by_time(hs, room, may_see, ts, backwards=backwards)
-    if event is None:
-        raise not_found("There is no event in that direction")
+    event = or_404(event, "There is no event in that direction")
     return {"event_id": event.event_id, "origin_server_ts": event.origin_server_ts}
 
 
@@ -18993,7 +18952,7 @@ class Search:
     def _take_in(self) -> bool:
         """Take in some events; whether there were any."""
         sql = "SELECT nid FROM events WHERE nid > ? ORDER BY nid LIMIT ?"
-        nids = [row[0] for row in self.db.all(sql, (self._upto(), SEARCH_BATCH))]
+        nids = self.db.column(sql, (self._upto(), SEARCH_BATCH))
         if not nids:
             return False
         with self.db.write():
@@ -19025,8 +18984,7 @@ class Search:
         if target is None or target.room_nid != event.room_nid:
             return []
         sql = "SELECT nid FROM search_texts WHERE source = ?"  # the text may have been an edit's
-        edited = self.db.all(sql, (target.nid,))
-        return [target, *self.hs.rooms.events_by_nids(row[0] for row in edited)]
+        return [target, *self.hs.rooms.events_by_nids(self.db.column(sql, (target.nid,)))]
 
     def _refresh(self, event: Event) -> None:
         """Make the index say of an event what is true now."""
@@ -19056,6 +19014,7 @@ class Search:
 
 # ── 33.2  Searching ──────────────────────────────────────────────────────────
 
+SEARCH_CONTEXT = {"before_limit?": int, "after_limit?": int, "include_profile?": bool}
 SEARCH_BODY: Final[Json] = {
     "search_categories": {
         "room_events?": {
@@ -19063,9 +19022,7 @@ SEARCH_BODY: Final[Json] = {
             "keys?": [str],
             "filter?": ROOM_EVENT_FILTER,
             "order_by?": str,
-            "event_context?": {
-                **{"before_limit?": int, "after_limit?": int, "include_profile?": bool}
-            },
+            "event_context?": SEARCH_CONTEXT,
             "include_state?": bool,
             "groupings?": {"group_by?": [{"key": str}]},
         }
@@ -19076,6 +19033,7 @@ GROUPS: Final[dict[str, Callable[[Event], str]]] = {
     "room_id": operator.attrgetter("room_id"),
     "sender": operator.attrgetter("sender"),
 }
+Hit = tuple[EventNid, float]  # and how well it fits
 MAX_SEARCH_PAGE = 100
 MAX_SEARCH_WORDS = 30
 MAX_CONTEXT = 50
@@ -19126,9 +19084,6 @@ def search_place(hs: Homeserver, token: str | None) -> SearchPlace:
     if kinds != (int, int, int, str, str) or min(at, seen) < 0 or abs(upto) > MAX_POSITION:
         raise invalid_param("next_batch is not a token of this server")
     return place
-
-
-Hit = tuple[EventNid, float]
 
 
 def hits_in_texts(rows: Iterable[tuple[EventNid, str]], words: list[str]) -> Iterator[Hit]:
@@ -19213,13 +19168,10 @@ def search_context(hs: Homeserver, request: Request, event: Event, wanted: Json)
     }
     if wanted.get("include_profile"):
         members = senders_of(hs, [*before.events, event, *after.events])
+        profiles = ((member.state_key, member.content) for member in members)
         context["profile_info"] = {
-            cast(str, member.state_key): {
-                key: value
-                for key in ("displayname", "avatar_url")
-                if isinstance(value := member.content.get(key), str)
-            }
-            for member in members
+            user_id: {key: said[key] for key in MEMBER_FIELDS if isinstance(said.get(key), str)}
+            for user_id, said in profiles
         }
     return context
 
@@ -19275,10 +19227,7 @@ async def search_page(
 
 @route("POST", V3 + "/search", auth=USER, limit="search", body=SEARCH_BODY)
 async def post_search(hs: Homeserver, request: Request) -> Json:
-    """Find events by words, in the rooms that the user is or was in.
-
-    Spec: CS-API "Server Side Search".
-    """
+    """Find events by words, in rooms that the user is or was in.  Spec: "Server Side Search"."""
     wanted = request.json["search_categories"].get("room_events")
     if wanted is None:
         return {"search_categories": {}}
@@ -19394,11 +19343,9 @@ SUMMARY: Final = {
     "allowed_room_ids?": [str],
 }
 STRIPPED: Final = {
-    **{"type": str, "state_key": str, "sender": str},
-    **{"content": dict, "origin_server_ts": int},
+    **{"type": str, "state_key": str, "sender": str, "content": dict, "origin_server_ts": int}
 }
 TOP: Final = {**SUMMARY, "children_state": [STRIPPED]}
-REMOTE_SPACE: Final = {"room": TOP, "children": [SUMMARY]}
 
 
 class Spaces:
@@ -19430,7 +19377,7 @@ async def ask_for_space(hs: Homeserver, server: str, room_id: str) -> Json | Non
     path, found = f"{FEDERATION_API}/hierarchy/{quote(room_id, safe='')}", None
     try:
         answer = await hs.federation.request(server, "GET", path, timeout=VIA_SECONDS)
-        check_shape(answer, REMOTE_SPACE)
+        check_shape(answer, {"room": TOP, "children": [SUMMARY]})
         if answer["room"]["room_id"] == room_id:
             found = only_known(answer["room"], TOP)
             found["children_state"] = [only_known(c, STRIPPED) for c in found["children_state"]]
@@ -19443,11 +19390,6 @@ async def ask_for_space(hs: Homeserver, server: str, room_id: str) -> Json | Non
         log_federation.info("%s says nothing of %s: %s", server, room_id, error.error)
     remember_space(hs, server, room_id, found)
     return found
-
-
-def allowed_in(summary: Json) -> list[str]:
-    """The rooms whose members may join, in another server's summary of a restricted room."""
-    return summary.get("allowed_room_ids") or []
 
 
 def own_membership(hs: Homeserver, room_id: str, user_nid: UserNid) -> str | None:
@@ -19467,7 +19409,8 @@ async def remote_room(
         found = await ask_for_space(hs, server, room_id)
         if found is not None:
             is_open = found["world_readable"] or found.get("join_rule", "public") in OPEN_RULES
-            allowed = ({"type": "m.room_membership", "room_id": one} for one in allowed_in(found))
+            ids = found.get("allowed_room_ids") or []
+            allowed = ({"type": "m.room_membership", "room_id": one} for one in ids)
             nid = UserNid(0) if user_nid is None else user_nid
             may_know = is_open or any(in_allowed_room(hs, one, nid) for one in allowed)
             return found if may_know or own_membership(hs, room_id, nid) == "invite" else None
@@ -19481,12 +19424,11 @@ def is_lived_in(room: Room | None) -> bool:
 
 # ── 34.3  One room ───────────────────────────────────────────────────────────
 
-SUMMARY_PATH = "/_matrix/client/v1/room_summary/{room}"
 NHEKO_PATH = "/_matrix/client/unstable/im.nheko.summary"
 NHEKO_PATHS = (NHEKO_PATH + "/summary/{room}", NHEKO_PATH + "/rooms/{room}/summary")
 
 
-@route("GET", SUMMARY_PATH, auth=OPTIONAL, also=NHEKO_PATHS)
+@route("GET", "/_matrix/client/v1/room_summary/{room}", auth=OPTIONAL, also=NHEKO_PATHS)
 async def get_room_summary(hs: Homeserver, request: Request, room: str) -> Json:
     """What a room is, for who may know of it.  Spec: CS-API "Room summary".  404 for others."""
     user_nid = request.requester.nid if request.requester is not None else None
@@ -19557,25 +19499,23 @@ def children_state(room: Room, *, suggested_only: bool) -> list[Json]:
     ]
 
 
-def hierarchy_room(hs: Homeserver, user_nid: UserNid, room_id: str, suggested: bool) -> Json | None:
-    """One room of a hierarchy, or None if the user may not know of it or nobody here does."""
-    room = hs.rooms.find(room_id)
-    if room is None or not may_preview(hs, room, user_nid):
-        return None
-    return {**room_summary(room), "children_state": children_state(room, suggested_only=suggested)}
-
-
 async def space_room(
     hs: Homeserver, user_nid: UserNid, room_id: str, suggested: bool, servers: Iterable[str]
 ) -> Json | None:
-    """The same for a room of any server: those that may know it are asked if nobody is in it."""
-    if not is_lived_in(hs.rooms.find(room_id)):
+    """One room of a hierarchy, or None if the user may not know of it or nobody does.
+
+    The servers that may know it are asked if nobody of ours is in it.
+    """
+    room = hs.rooms.find(room_id)
+    if not is_lived_in(room):
         found = await remote_room(hs, user_nid, room_id, servers)
         if found is not None:
             below = (c for c in found["children_state"] if is_room_id(c["state_key"]))
             wanted = [c for c in below if not suggested or c["content"].get("suggested") is True]
             return {**found, "children_state": wanted}
-    return hierarchy_room(hs, user_nid, room_id, suggested)
+    if room is None or not may_preview(hs, room, user_nid):
+        return None
+    return {**room_summary(room), "children_state": children_state(room, suggested_only=suggested)}
 
 
 def via_of(child: Json) -> tuple[str, ...]:
@@ -19635,15 +19575,14 @@ async def get_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 # ── 34.5  Rooms in common ────────────────────────────────────────────────────
 
-MAX_MUTUAL = 100
+MAX_MUTUAL = 100  # rooms in one answer
 MSC2666_PATH = "/_matrix/client/unstable/uk.half-shot.msc2666/user/mutual_rooms"
 
 
 @route("GET", "/_matrix/client/v1/mutual_rooms", auth=USER, limit="search", also=(MSC2666_PATH,))
 async def get_mutual_rooms(hs: Homeserver, request: Request) -> Json:
     """The rooms in which the user is together with another.  Spec: CS-API "Mutual Rooms"."""
-    other = request.arg("user_id")
-    if other is None:
+    if (other := request.arg("user_id")) is None:
         raise missing_param("user_id is missing")
     parts = split_id("@", other)
     if parts is None or not LOCALPART.fullmatch(parts[0]) or other == request.user.user_id:
@@ -19721,8 +19660,7 @@ class Reports:
 
     def dismiss(self, nid: int) -> None:
         """Forget a report."""
-        with self.db.write():
-            self.db.execute("DELETE FROM reports WHERE report_nid = ?", (nid,))
+        self.db.change("DELETE FROM reports WHERE report_nid = ?", (nid,))
 
 
 REPORT_ROOM = V3 + "/rooms/{room_id}/report"
@@ -19836,13 +19774,8 @@ class Receipts:
         if old is not None and old >= event_pos:
             return
         with db.write():
-            row = (
-                *key,
-                event.event_id,
-                event_pos,
-                now_ms() if ts is None else ts,
-                self.hs.stream.stamp(RECEIPT, room.nid),
-            )
+            pos = self.hs.stream.stamp(RECEIPT, room.nid)
+            row = (*key, event.event_id, event_pos, now_ms() if ts is None else ts, pos)
             db.execute("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             if user_nid in room.local_joined:
                 self.hs.unread.mark_read(user_nid, room, event_pos, thread or None)
@@ -19888,8 +19821,7 @@ def own_receipt_moved(hs: Homeserver, room_nid: RoomNid, user_nid: UserNid, sinc
 
 # ── 35.2  The receipt endpoints ──────────────────────────────────────────────
 
-RECEIPT_PATH = "/_matrix/client/v3/rooms/{room_id}/receipt/{receipt_type}/{event_id}"
-READ_MARKERS_PATH = "/_matrix/client/v3/rooms/{room_id}/read_markers"
+RECEIPT_PATH = ROOM_PATH + "/receipt/{receipt_type}/{event_id}"
 READ_MARKERS_SHAPE: Final = {"m.fully_read?": str, "m.read?": str, "m.read.private?": str}
 
 
@@ -19958,7 +19890,7 @@ async def post_receipt(
     return {}
 
 
-@route("POST", READ_MARKERS_PATH, auth=USER, body=READ_MARKERS_SHAPE, partial=True)
+@route("POST", ROOM_PATH + "/read_markers", auth=USER, body=READ_MARKERS_SHAPE, partial=True)
 async def post_read_markers(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Move the marker of what is fully read, and both receipts, at once."""
     room = require_joined_room(hs, request, room_id)
@@ -19973,7 +19905,7 @@ async def post_read_markers(hs: Homeserver, request: Request, room_id: str) -> J
 
 DEFAULT_TYPING_MS = 30_000
 MAX_TYPING_MS = 120_000
-TYPING_PATH = "/_matrix/client/v3/rooms/{room_id}/typing/{user_id}"
+TYPING_PATH = ROOM_PATH + "/typing/{user_id}"
 
 
 class Typing:
@@ -20439,12 +20371,6 @@ class Pusher:
         return cast(Json, self.body["data"])
 
 
-def tweaks_of(actions: list[Any]) -> Json:
-    """How a notification is to be made, by the actions of its rule."""
-    tweaks = [action for action in actions if isinstance(action, dict)]
-    return {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
-
-
 def push_about(pusher: Pusher, tweaks: Json, badge: int) -> Json:
     """What every notification says: for which device, and how much is unread.
 
@@ -20576,21 +20502,12 @@ class Pushers:
 
     def _load(self) -> None:
         self._by_user, self._pushers = {}, {}
-        query = """
-            SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts,
-                badge, pushed_ts, failures, failing_ts, retry_ts, error, failed_ts
-            FROM pushers
-        """
-        rows = self.db.all(query)
-        for row in rows:
-            pusher = Pusher(*row)
-            pusher.body = json.loads(row[5])
+        for pusher in itertools.starmap(Pusher, self.db.all("SELECT * FROM pushers")):
+            pusher.body = json.loads(cast(str, pusher.body))
             self._by_user.setdefault(pusher.user_nid, []).append(pusher)
             self._pushers[pusher.nid] = pusher
         self._users = set(self._by_user)
-        self._waiting = {
-            nid for (nid,) in self.db.all("SELECT DISTINCT pusher_nid FROM push_queue")
-        }
+        self._waiting = {*self.db.column("SELECT DISTINCT pusher_nid FROM push_queue")}
 
     def _find(self, user_nid: UserNid, app_id: str, pushkey: str) -> list[Pusher]:
         key = (app_id, pushkey)
@@ -20628,7 +20545,9 @@ class Pushers:
             user_id = self.db.user_id(user_nid)
             rule = self.hs.push_rules.of(user_nid).match(event, room, user_id)
             if rule is not None and rule.notify:
-                self._put(user_nid, event.nid, tweaks_of(rule.actions))
+                tweaks = (action for action in rule.actions if isinstance(action, dict))
+                values = {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
+                self._put(user_nid, event.nid, values)
         if concerned:
             self.start()
 
@@ -20813,10 +20732,7 @@ def check_pusher(body: Json) -> None:
 
 @route("POST", PUSHERS_PATH + "/set", auth=USER, body={"app_id": str, "pushkey": str})
 async def set_pusher(hs: Homeserver, request: Request) -> Json:
-    """Make, change or (kind: null) delete a pusher of the user.
-
-    Spec: POST /_matrix/client/v3/pushers/set.
-    """
+    """Make, change or (kind: null) delete a pusher of the user.  Spec: POST .../pushers/set."""
     body, user = request.json, request.user
     if "kind" not in body:
         raise missing_param("kind is missing")
@@ -20832,12 +20748,11 @@ async def set_pusher(hs: Homeserver, request: Request) -> Json:
 @route("GET", PUSHERS_PATH, auth=USER)
 async def get_pushers(hs: Homeserver, request: Request) -> Json:
     """The pushers of the user."""
-    return {
-        "pushers": [
-            {**pusher.body, ENABLED: bool(pusher.enabled), DEVICE_ID: device_id}
-            for pusher, device_id in hs.pushers.with_devices(request.user.nid)
-        ]
-    }
+    pushers = [
+        {**pusher.body, ENABLED: bool(pusher.enabled), DEVICE_ID: device_id}
+        for pusher, device_id in hs.pushers.with_devices(request.user.nid)
+    ]
+    return {"pushers": pushers}
 
 
 # ── 36.4  The list of notifications ──────────────────────────────────────────
@@ -20897,10 +20812,8 @@ async def get_notifications(hs: Homeserver, request: Request) -> Json:
         }
         for (event, room, rule), shown in zip(chosen, events, strict=False)
     ]
-    return {
-        "notifications": notifications,
-        **({"next_token": stream_token(before)} if before else {}),
-    }
+    rest = {"next_token": stream_token(before)} if before else {}
+    return {"notifications": notifications, **rest}
 
 
 # ═════════════════════════════════════════════════════════════════════════════
