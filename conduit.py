@@ -27644,7 +27644,7 @@ class Previews:
             return {}, None
         found = await self.hs.db.in_thread(read_html, answer.body, content_type)
         picture, media_nid = await self._picture(user_nid, url, found.pop("og:image", ""))
-        sizes = ("og:image:width", "og:image:height")
+        sizes = [f"og:image:{size}" for size in ("width", "height")]
         numbers = {
             name: int(found[name]) for name in sizes if PIXELS.fullmatch(found.get(name, ""))
         }
@@ -28005,10 +28005,7 @@ REGISTRATION: Final = {
     **{"push_ephemeral?": bool, "de.sorunome.msc2409.push_ephemeral?": bool},
     "org.matrix.msc3202?": bool,
 }
-EPHEMERAL: Final = (
-    *("receive_ephemeral", "push_ephemeral"),
-    "de.sorunome.msc2409.push_ephemeral",
-)
+EPHEMERAL: Final = ("receive_ephemeral", "push_ephemeral", "de.sorunome.msc2409.push_ephemeral")
 
 
 @dataclass
@@ -28080,8 +28077,6 @@ def read_registration(text: str, server_name: str, *, from_file: bool = False) -
 
 # ── 46.3  Who speaks, and what is theirs ─────────────────────────────────────
 
-M_EXCLUSIVE: Final = "M_EXCLUSIVE"
-
 
 class AppserviceRegistry:
     """All application services: what they may do, and which accounts and rooms are theirs."""
@@ -28138,11 +28133,10 @@ class AppserviceRegistry:
 
     def _own_accounts(self) -> None:
         """Find the accounts in the namespaces again."""
-        rows = self.services and self.db.all(
-            "SELECT user_nid, user_id FROM accounts JOIN users USING (user_nid)"
-        )
+        query = "SELECT user_nid, user_id FROM accounts JOIN users USING (user_nid)"
+        rows = self.db.all(query) if self.services else []
         for service in self.services.values():
-            service.owned = {nid for nid, user_id in rows or () if service.claims("users", user_id)}
+            service.owned = {nid for nid, user_id in rows if service.claims("users", user_id)}
 
     def _own_account(self, user_nid: UserNid) -> None:
         for service in self.services.values():
@@ -28158,11 +28152,10 @@ class AppserviceRegistry:
 
     def is_unlimited(self, request: Request) -> bool:
         """Whether no rate limit counts: for the service itself, and for its users if it says so."""
-        service = self.of_request(request)
-        acts_for = request.arg("user_id")
-        return service is not None and (
-            not service.rate_limited or acts_for in (None, service.sender)
-        )
+        service, acts_for = self.of_request(request), request.arg("user_id")
+        if service is None:
+            return False
+        return not service.rate_limited or acts_for in (None, service.sender)
 
     def authenticate(self, request: Request, token: str) -> Requester:
         """Who asks: as for everybody, or the user for whom a service acts by user_id.
@@ -28202,7 +28195,7 @@ class AppserviceRegistry:
         if service is None:
             raise unknown_token()
         if not self.hs.is_local(user_id) or not service.claims("users", user_id):
-            raise MatrixError(400, M_EXCLUSIVE, f"{user_id} is not in your namespaces")
+            raise MatrixError(400, "M_EXCLUSIVE", f"{user_id} is not in your namespaces")
         account = self.hs.accounts.find(user_id)
         if user_id == self.hs.accounts.bot_id or (account is not None and account.is_admin):
             raise forbidden("An application service cannot log in as an admin")
@@ -28223,14 +28216,10 @@ class AppserviceRegistry:
     def _network_rooms(self, instance: str | None) -> list[RoomNid]:
         """The rooms that services list under a network, or under any."""
         if instance is None:
-            rows = self.db.all("SELECT DISTINCT room_nid FROM network_rooms")
-        else:
-            appservice, _, network = instance.rpartition("|")
-            rows = self.db.all(
-                "SELECT room_nid FROM network_rooms WHERE appservice = ? AND network_id = ?",
-                (appservice, network),
-            )
-        return [row[0] for row in rows]
+            return self.db.column("SELECT DISTINCT room_nid FROM network_rooms")
+        appservice, _, network = instance.rpartition("|")
+        query = "SELECT room_nid FROM network_rooms WHERE appservice = ? AND network_id = ?"
+        return self.db.column(query, (appservice, network))
 
     def list_room(self, service_id: str, network_id: str, room: Room, visibility: str) -> None:
         """List a room under a network of a service ("public"), or no longer ("private")."""
@@ -28312,11 +28301,8 @@ class AppserviceQueues(AppserviceRegistry):
             service.receipts.pop(room.nid, None)
 
     def _forget_events(self, _: Room, nids: list[EventNid]) -> None:
-        delete = """
-            DELETE FROM appservice_queue
-            WHERE event_nid IN (SELECT value FROM json_each(?))
-        """
-        self.db.execute(delete, (json.dumps(nids),))
+        sql = "DELETE FROM appservice_queue WHERE event_nid IN (SELECT value FROM json_each(?))"
+        self.db.execute(sql, (json.dumps(nids),))
 
     def _on_membership(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
         if (old == "join") == (new == "join"):
@@ -28393,8 +28379,7 @@ class AppserviceQueues(AppserviceRegistry):
     def acknowledged(self, service: Appservice, txn_id: str) -> None:
         """A transaction has arrived: the next may follow."""
         delete = "DELETE FROM appservice_txns WHERE appservice = ? AND txn_id = ?"
-        with self.db.write():
-            self.db.execute(delete, (service.id, txn_id))
+        self.db.change(delete, (service.id, txn_id))
 
     def _body(self, service: Appservice, items: list[Any]) -> Json:
         nids = [event_nid for _, event_nid, _ in items if event_nid is not None]
@@ -28416,10 +28401,8 @@ class AppserviceQueues(AppserviceRegistry):
             content: Json = {"user_ids": typing_users(self.hs, room)}
             yield {"type": "m.typing", "room_id": room.room_id, "content": content}
         for room_nid, since in receipts.items():
-            room_id = self.hs.rooms.by_nid(room_nid).room_id
-            nobody = UserNid(0)
-            read = receipts_since(self.hs, room_nid, nobody, since, also=service.owned)
-            if read:
+            room_id, nobody = self.hs.rooms.by_nid(room_nid).room_id, UserNid(0)
+            if read := receipts_since(self.hs, room_nid, nobody, since, also=service.owned):
                 yield {"type": "m.receipt", "room_id": room_id, "content": read}
         for nid in present:
             shown = self.hs.presence.of(nid)
@@ -28469,6 +28452,7 @@ class AppserviceQueues(AppserviceRegistry):
 
 # ── 46.5  Speaking to them ───────────────────────────────────────────────────
 
+THIRD_PARTY = V3 + "/thirdparty"
 SERVICE_PATH = "/_matrix/app/v1"
 OLD_PATHS: Final = {"thirdparty": "/_matrix/app/unstable", "ping": None}  # the others: at the root
 UNKNOWN_PATH = frozenset({404, 405, 501})
@@ -28498,11 +28482,9 @@ class Appservices(AppserviceQueues):
         if service.url is None:
             return
         if service.encryption:  # what was noted in memory before the last stop
-            service.keys = {
-                nid
-                for nid in service.owned
-                if service.claims("users", self.db.user_id(nid), exclusively=True)
-            }
+            names = {nid: self.db.user_id(nid) for nid in service.owned}
+            own = functools.partial(service.claims, "users", exclusively=True)
+            service.keys = {nid for nid, user_id in names.items() if own(user_id)}
         service.wake.set()
         self.hs.background(self._deliver(service))
 
@@ -28517,9 +28499,8 @@ class Appservices(AppserviceQueues):
 
     def unregister(self, service_id: str) -> None:
         """Forget a service, with all that waits for it. 404, or 400 for one from a file."""
-        service = self.services.get(service_id)
-        if service is None:
-            raise not_found(f"There is no application service {service_id}")
+        missing = f"There is no application service {service_id}"
+        service = or_404(self.services.get(service_id), missing)
         if service.from_file:
             raise invalid_param("It stands in appservice_config_files; take it out there")
         with self.db.write():
@@ -28539,17 +28520,12 @@ class Appservices(AppserviceQueues):
         headers = {"Authorization": f"Bearer {service.hs_token}"}
         if body:
             headers["Content-Type"] = "application/json"
+        limits = {"timeout": SERVICE_SECONDS if body else QUESTION_SECONDS}
+        limits |= {"max_bytes": MAX_SERVICE_ANSWER, "trusted": True}  # the admin wrote that address
         for prefix in (SERVICE_PATH, old):
             token = "" if prefix else f"?access_token={quote(service.hs_token, safe='')}"
-            answer = await client.request(
-                method,
-                f"{service.url}{prefix}{path}{token}",
-                headers=headers,
-                body=body,
-                timeout=SERVICE_SECONDS if body else QUESTION_SECONDS,
-                max_bytes=MAX_SERVICE_ANSWER,
-                trusted=True,  # the admin wrote that address
-            )
+            url = f"{service.url}{prefix}{path}{token}"
+            answer = await client.request(method, url, headers=headers, body=body, **limits)
             if answer.status not in UNKNOWN_PATH or old is None:
                 break
         return answer
@@ -28648,9 +28624,6 @@ class Appservices(AppserviceQueues):
         return found
 
 
-THIRD_PARTY = V3 + "/thirdparty"
-
-
 def query_string(request: Request) -> str:
     """The query of a request for somebody else, without what is between us and the client."""
     private = ("access_token", "user_id", "device_id")
@@ -28673,27 +28646,24 @@ async def get_protocols(hs: Homeserver, _request: Request) -> Json:
 async def get_protocol(hs: Homeserver, _request: Request, name: str) -> Json:
     """One third-party protocol. 404 M_NOT_FOUND when nobody here speaks it."""
     found = await hs.appservices.protocol(name)
-    if found is None:
-        raise not_found("No application service speaks this protocol")
-    return found
+    return or_404(found, "No application service speaks this protocol")
 
 
 @route("GET", THIRD_PARTY + "/{kind}/{name}", auth=USER)
-async def search_third_party(hs: Homeserver, request: Request, kind: str, name: str) -> list[Json]:
-    """Users or locations of a protocol, found by fields. 404 M_NOT_FOUND when there are none."""
-    if kind not in ("user", "location"):
-        raise MatrixError(404, "M_UNRECOGNIZED", "Unrecognized request")
-    path = f"{kind}/{quote(name, safe='')}"
-    return await hs.appservices.look_up(kind, path, query_string(request), name)
-
-
 @route("GET", THIRD_PARTY + "/{kind}", auth=USER)
-async def find_third_party(hs: Homeserver, request: Request, kind: str) -> list[Json]:
-    """What a Matrix user or alias is elsewhere. 404 M_NOT_FOUND when nobody knows."""
+async def find_third_party(
+    hs: Homeserver, request: Request, kind: str, name: str | None = None
+) -> list[Json]:
+    """Users or locations of a protocol, by fields, or what a Matrix user or alias is elsewhere.
+
+    404 M_NOT_FOUND when nobody knows.
+    """
     if kind not in ("user", "location"):
         raise MatrixError(404, "M_UNRECOGNIZED", "Unrecognized request")
-    check_shape(request.query, {"userid" if kind == "user" else "alias": [str]}, "The query")
-    return await hs.appservices.look_up(kind, kind, query_string(request), None)
+    if name is None:
+        check_shape(request.query, {"userid" if kind == "user" else "alias": [str]}, "The query")
+    path = kind if name is None else f"{kind}/{quote(name, safe='')}"
+    return await hs.appservices.look_up(kind, path, query_string(request), name)
 
 
 # ── 46.6  What they ask of us ────────────────────────────────────────────────
@@ -28757,6 +28727,7 @@ async def list_in_network(hs: Homeserver, request: Request, network_id: str, roo
 
 ADMIN_ROOM_VERSION = "12"  # since then nobody has power over the creator of a room: the server
 ADMIN_POWER = 100
+DAY_MS = 86_400_000
 SERVER_POWER = 101  # what only @conduit may do in its room
 REPLY_BYTES = 24_000  # of plain text in one notice; the HTML beside it is about as long
 
@@ -28774,6 +28745,7 @@ invariant(
     "SELECT room_nid FROM notice_rooms WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
 )
 
+KNOWN_MEMBERSHIPS = ("join", "invite", "knock", "leave", "ban")
 log_admin = logging.getLogger("conduit.admin")
 
 
@@ -29016,9 +28988,6 @@ def local_account(hs: Homeserver, name: str) -> tuple[str, UserNid]:
     return user_id, account.nid
 
 
-DAY_MS = 86_400_000
-
-
 def count_of(arguments: Arguments, option: str) -> int | None:
     """The number that an option has, where it is given."""
     text = arguments.get(option)
@@ -29027,17 +28996,16 @@ def count_of(arguments: Arguments, option: str) -> int | None:
     return None if text is None else int(text)
 
 
-def minute_of(timestamp: int) -> str:
-    """A time for people, in UTC."""
+def minute_of(timestamp: int | None) -> str:
+    """A time for people, in UTC; nothing for None."""
+    if timestamp is None:
+        return ""
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(timestamp / 1000))
 
 
 def wanted_event(hs: Homeserver, event_id: str) -> Event:
     """An event of any room, or 404."""
-    event = hs.rooms.event(event_id)
-    if event is None:
-        raise not_found("There is no such event")
-    return event
+    return or_404(hs.rooms.event(event_id), "There is no such event")
 
 
 def caches_of(hs: Homeserver) -> dict[str, LruCache[Any, Any]]:
@@ -29149,13 +29117,10 @@ async def help_command(hs: Homeserver, arguments: Arguments) -> Reply:
     if "COMMAND" in arguments:
         name = arguments["COMMAND"].lower()
         return explain(name) if name in COMMANDS else unknown_command(name)
+    title = f"Write a command as it stands here, after !admin, or after {hs.accounts.bot_id}. "
     rows = [(usage, function.__doc__ or "") for usage, function in COMMANDS.values()]
-    return reply_table(
-        f"Write a command as it stands here, after !admin, or after {hs.accounts.bot_id}. "
-        "Each explains itself with --help.",
-        ("Command", "What it does"),
-        rows,
-    )
+    heads = ("Command", "What it does")
+    return reply_table(title + "Each explains itself with --help.", heads, rows)
 
 
 @command("list-local-users")
@@ -29198,19 +29163,14 @@ async def deactivate_user(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("memory-usage")
 async def memory_usage(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show memory, caches and disk space in use."""
-    media = await hs.db.read_in_thread(
-        lambda connection: connection.execute("SELECT SUM(size) FROM media").fetchone()[0]
-    )
+    ((media,),) = await hs.db.scan("SELECT SUM(size) FROM media")
     files = [hs.db.folder / name for name in (DATABASE_FILE, f"{DATABASE_FILE}-wal")]
-    rows = [
-        ("resident memory", mebibytes(resident_bytes()), ""),
-        *((file.name, mebibytes(size_of(file) or 0), "on disk") for file in files),
-        ("uploaded media", mebibytes(media or 0), "on disk"),
-        *(
-            (f"cache {name}", f"{len(cache)} entries", f"{cache.weight / cache.capacity:.0%} full")
-            for name, cache in caches_of(hs).items()
-        ),
-    ]
+    rows = [("resident memory", mebibytes(resident_bytes()), "")]
+    rows += [(file.name, mebibytes(size_of(file) or 0), "on disk") for file in files]
+    rows.append(("uploaded media", mebibytes(media or 0), "on disk"))
+    for name, cache in caches_of(hs).items():
+        full = f"{cache.weight / cache.capacity:.0%} full"
+        rows.append((f"cache {name}", f"{len(cache)} entries", full))
     return reply_table("Memory and disk:", ("What", "Size", ""), rows)
 
 
@@ -29338,17 +29298,15 @@ async def backup_command(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_text(f"Everything is in {target}, {mebibytes(target.stat().st_size)}.")
 
 
-ROOM_SIZE = """
-    SELECT COUNT(*), IFNULL(SUM(LENGTH(pdu)), 0)
-    FROM events
-    WHERE room_nid = ? AND pos IS NOT NULL
-"""
-
-
 async def room_sizes(hs: Homeserver, room_nids: list[RoomNid]) -> dict[RoomNid, tuple[str, str]]:
     """How many events rooms have, and how much they take."""
+    query = """
+        SELECT COUNT(*), IFNULL(SUM(LENGTH(pdu)), 0)
+        FROM events
+        WHERE room_nid = ? AND pos IS NOT NULL
+    """
     found = await hs.db.read_in_thread(
-        lambda db: {nid: db.execute(ROOM_SIZE, (nid,)).fetchone() for nid in room_nids}
+        lambda db: {nid: db.execute(query, (nid,)).fetchone() for nid in room_nids}
     )
     return {nid: (str(count), mebibytes(size)) for nid, (count, size) in found.items()}
 
@@ -29392,9 +29350,6 @@ async def room_info(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_table("The room:", ("What", ""), rows)
 
 
-KNOWN_MEMBERSHIPS = ("join", "invite", "knock", "leave", "ban")
-
-
 @command("room-members ROOM [MEMBERSHIP]")
 async def room_members(hs: Homeserver, arguments: Arguments) -> Reply:
     """List who is in a room, or who is invited, banned and so on."""
@@ -29416,8 +29371,7 @@ async def room_state(hs: Homeserver, arguments: Arguments) -> Reply:
         rows = [*sorted(room.state)]
         return reply_table(f"{len(rows)} piece(s) of state:", ("Type", "State key"), rows)
     event = room.state_event(arguments["TYPE"], arguments.get("STATE_KEY", ""))
-    if event is None:
-        raise not_found("There is no such state")
+    event = or_404(event, "There is no such state")
     return reply_code("json", json.dumps(event.content, indent=2, ensure_ascii=False))
 
 
@@ -29468,10 +29422,7 @@ async def block_room_command(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("list-blocked-rooms")
 async def list_blocked_rooms(hs: Homeserver, arguments: Arguments) -> Reply:
     """List the rooms that nobody of this server may enter."""
-    rows = [
-        (room_id, time.strftime("%Y-%m-%d", time.gmtime(since / 1000)))
-        for room_id, _, since in blocked_rooms(hs)
-    ]
+    rows = [(room_id, minute_of(since)[:10]) for room_id, _, since in blocked_rooms(hs)]
     return reply_table(f"Found {len(rows)} blocked room(s):", ("Room", "Since"), rows)
 
 
@@ -29610,7 +29561,7 @@ async def list_pushers_of(hs: Homeserver, arguments: Arguments) -> Reply:
     for pusher, device_id in hs.pushers.with_devices(nid):
         names = device_id or "", pusher.app_id, urlsplit(pusher.data["url"]).hostname or ""
         last = "failed" if pusher.failing_ts else "ok" if pusher.pushed_ts else ""
-        times = [minute_of(ts) if ts else "" for ts in (pusher.pushed_ts, pusher.failed_ts)]
+        times = minute_of(pusher.pushed_ts), minute_of(pusher.failed_ts)
         rows.append((*names, last if pusher.enabled else "off", *times, pusher.error or ""))
     heads = ("Device", "App", "Gateway", "Last push", "Worked (UTC)", "Failed (UTC)", "Why")
     return reply_table(f"Pushers of {user_id}:", heads, rows)
@@ -29677,9 +29628,8 @@ async def list_tokens(hs: Homeserver, arguments: Arguments) -> Reply:
     rows = []
     for row in hs.registration_tokens.all():
         uses = f"{row.completed} of {'any' if row.uses_allowed is None else row.uses_allowed}"
-        until = "" if row.expires_ts is None else minute_of(row.expires_ts)
         good = "" if hs.registration_tokens.is_good(row) else "no longer good"
-        rows.append((row.token, uses, until, good))
+        rows.append((row.token, uses, minute_of(row.expires_ts), good))
     return reply_table("Registration tokens:", ("Token", "Used", "Until (UTC)", ""), rows)
 
 
@@ -29702,9 +29652,8 @@ async def create_token(hs: Homeserver, arguments: Arguments) -> Reply:
 async def revoke_token(hs: Homeserver, arguments: Arguments) -> Reply:
     """Delete a registration token; the accounts made with it stay."""
     was_there = hs.registration_tokens.delete(arguments["TOKEN"])
-    return reply_text(
-        "It is gone." if was_there else "There is no such token.", failed=not was_there
-    )
+    text = "It is gone." if was_there else "There is no such token."
+    return reply_text(text, failed=not was_there)
 
 
 @command("list-joined-rooms USER")
@@ -29768,7 +29717,7 @@ MEDIA_LIST = """
 @command("media-usage")
 async def media_usage(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show how much each user has uploaded, and how much came from each other server."""
-    found = await hs.db.read_in_thread(lambda db: db.execute(MEDIA_USAGE).fetchall())
+    found = await hs.db.scan(MEDIA_USAGE)
     rows = [(of or "previews", str(count), mebibytes(total or 0)) for of, count, total in found]
     return reply_table("Media:", ("User or server", "Files", "Size"), rows)
 
@@ -29779,8 +29728,7 @@ async def media_budget(hs: Homeserver, arguments: Arguments) -> Reply:
     megabytes = count_of(arguments, "MB")
     if megabytes is not None:
         hs.config = dataclasses.replace(hs.config, media_budget_mb=max(1, megabytes))
-    query = "SELECT SUM(size) FROM media WHERE fetched = 1"
-    used = await hs.db.read_in_thread(lambda db: db.execute(query).fetchone()[0])
+    ((used,),) = await hs.db.scan("SELECT SUM(size) FROM media WHERE fetched = 1")
     limit = hs.config.media_budget_mb
     budget = "there is no budget" if limit is None else f"the budget is {limit} MB"
     return reply_text(f"{(used or 0) / 1_000_000:.1f} MB came from elsewhere; {budget}.")
@@ -29807,9 +29755,7 @@ def chosen_media(hs: Homeserver, arguments: Arguments) -> list[int]:
 @command("list-media WHAT [--days=DAYS]")
 async def list_media(hs: Homeserver, arguments: Arguments) -> Reply:
     """List media: one (mxc://…), or of an event, a user or a server; not used for some days."""
-    chosen = json.dumps(chosen_media(hs, arguments))
-    await hs.db.synced()
-    found = await hs.db.read_in_thread(lambda db: db.execute(MEDIA_LIST, (chosen,)).fetchall())
+    found = await hs.db.scan(MEDIA_LIST, (json.dumps(chosen_media(hs, arguments)),))
     rows = [
         (
             f"mxc://{server or hs.config.server_name}/{media_id}",
@@ -29877,13 +29823,10 @@ async def ping_server(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("list-queues")
 async def list_queues(hs: Homeserver, arguments: Arguments) -> Reply:
     """List the servers for which something waits, those that are stuck for longest first."""
-    rows = [
-        (
-            *(each.server, str(each.events), str(each.messages), str(each.failures)),
-            minute_of(each.retry_ts) if each.retry_ts else "",
-        )
-        for each in queues_by_lateness(hs)
-    ]
+    rows = []
+    for each in queues_by_lateness(hs):
+        counts = map(str, (each.events, each.messages, each.failures))
+        rows.append((each.server, *counts, minute_of(each.retry_ts or None)))
     heads = ("Server", "Events", "To devices", "Failures", "Next try (UTC)")
     return reply_table(f"Found {len(rows)}:", heads, rows)
 
@@ -29935,14 +29878,10 @@ async def unregister_appservice(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("list-appservices")
 async def list_appservices(hs: Homeserver, arguments: Arguments) -> Reply:
     """List the application services, and what waits for them."""
-    services = hs.appservices.services.values()
-    rows = [
-        (
-            *(each.id, each.sender, each.url or ""),
-            *(str(each.failures), str(hs.appservices.waiting(each))),
-        )
-        for each in services
-    ]
+    rows = []
+    for each in hs.appservices.services.values():
+        counts = str(each.failures), str(hs.appservices.waiting(each))
+        rows.append((each.id, each.sender, each.url or "", *counts))
     heads = ("Id", "User", "Address", "Failures", "Waiting")
     return reply_table(f"Appservices ({len(rows)}):", heads, rows)
 
@@ -30166,9 +30105,8 @@ class AdminRoom:
         """Whom an admin invites becomes an admin by joining; who leaves is none any more."""
         if event.membership == "invite":
             if event.sender == self.bot or self._may_command(event.sender):
-                self.hs.db.execute(
-                    "INSERT OR IGNORE INTO admin_invitations VALUES (?)", (user_nid,)
-                )
+                sql = "INSERT OR IGNORE INTO admin_invitations VALUES (?)"
+                self.hs.db.execute(sql, (user_nid,))
             return
         delete = "DELETE FROM admin_invitations WHERE user_nid = ?"
         was_invited = self.hs.db.execute(delete, (user_nid,)).rowcount > 0
@@ -30325,6 +30263,21 @@ def rows_page(request: Request, rows: Sequence[Any]) -> tuple[int, Sequence[Any]
     return start, rows[start:end], end if end < len(rows) else None
 
 
+def sort_key(name: str) -> Callable[[Json], tuple[bool, Any]]:
+    """Sorts by a member; those without it come first."""
+    return lambda row: (row[name] is not None, row[name])
+
+
+def sorted_page(
+    request: Request, name: str, rows: list[Json], order: str, token: type = int, down: bool = False
+) -> Json:
+    """The page of the rows that is asked for, sorted; the next one's token is of the type given."""
+    rows.sort(key=sort_key(order), reverse=down or request.arg("dir") == "b")
+    _, page, end = rows_page(request, rows)
+    answer: Json = {name: page, "total": len(rows)}
+    return answer if end is None else {**answer, "next_token": token(end)}
+
+
 def flag_arg(request: Request, name: str) -> bool | None:
     """A query argument that is true or false, or not there."""
     return {"true": True, "false": False, None: None}.get(request.arg(name))
@@ -30334,10 +30287,7 @@ def admin_target(hs: Homeserver, user_id: str) -> Account:
     """The account that a path names. 400 for a user of another server, 404 for nobody."""
     if not is_user_id(user_id) or not hs.is_local(user_id):
         raise invalid_param("This is no user of this server")
-    account = hs.accounts.find(user_id)
-    if account is None:
-        raise not_found("User not found")
-    return account
+    return or_404(hs.accounts.find(user_id), "User not found")
 
 
 def changeable(hs: Homeserver, user_id: str) -> Account:
@@ -30362,7 +30312,6 @@ USER_ROWS = """
     FROM accounts
     JOIN users USING (user_nid)
 """
-USER_ROW = f"{USER_ROWS} WHERE user_nid = ?"
 USER_FLAGS = ("is_guest", "admin", "deactivated", "erased", "locked", "suspended")
 USER_ORDER = {
     **{name: name for name in ("name", "displayname", "avatar_url", "creation_ts", "last_seen_ts")},
@@ -30393,24 +30342,15 @@ def is_wanted_user(request: Request, user: Json) -> bool:
     )
 
 
-def sort_key(name: str) -> Callable[[Json], tuple[bool, Any]]:
-    """Sorts by a member; those without it come first."""
-    return lambda row: (row[name] is not None, row[name])
-
-
 @admin_route("GET", "/v2/users", also=("v3",))
 async def admin_list_users(hs: Homeserver, request: Request) -> Json:
     """The accounts that pass the filters, sorted, page by page."""
     order = USER_ORDER.get(request.arg("order_by", "name") or "name")
     if order is None:
         raise invalid_param("order_by names no known column")
-    await hs.db.synced()
-    rows = await hs.db.read_in_thread(lambda reader: reader.execute(USER_ROWS).fetchall())
-    users = [user for user in map(user_json, rows) if is_wanted_user(request, user)]
-    users.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
-    _, page, end = rows_page(request, users)
-    answer: Json = {"users": page, "total": len(users)}
-    return answer if end is None else {**answer, "next_token": str(end)}
+    users = [user_json(row) for row in await hs.db.scan(USER_ROWS)]
+    found = [user for user in users if is_wanted_user(request, user)]
+    return sorted_page(request, "users", found, order, str)
 
 
 @admin_route("GET", "/v2/users/{user_id}")
@@ -30420,7 +30360,7 @@ async def admin_get_user(hs: Homeserver, _request: Request, user_id: str) -> Jso
     consent = hs.db.one("SELECT version, accepted_ts FROM consents WHERE user_nid = ?", (nid,))
     version, accepted_ts = consent or (None, None)
     return {
-        **user_json(hs.db.one(USER_ROW, (nid,)) or ()),
+        **user_json(hs.db.one(f"{USER_ROWS} WHERE user_nid = ?", (nid,)) or ()),
         **{"threepids": hs.emails.of(nid), "external_ids": [], "appservice_id": None},
         **{"consent_version": version, "consent_ts": accepted_ts},
     }
@@ -30542,16 +30482,11 @@ async def admin_who_is(hs: Homeserver, request: Request, user_id: str) -> Json:
     return await who_is(hs, request, user_id)  # type: ignore[no-any-return]  # a Handler gives Any
 
 
-@admin_route(
-    "GET",
-    "/v1/users/{user_id}/joined_rooms",
-    also=(f"{ADMIN_API}/v1/users/{{user_id}}/memberships",),
-)
+@admin_route("GET", "/v1/users/{user_id}/joined_rooms")
+@admin_route("GET", "/v1/users/{user_id}/memberships")
 async def admin_joined_rooms(hs: Homeserver, request: Request, user_id: str) -> Json:
     """The rooms that a user is in, or with /memberships all that they have a membership in."""
-    nid = hs.db.find_user_nid(user_id)
-    if nid is None:
-        raise not_found("User not found")
+    nid = or_404(hs.db.find_user_nid(user_id), "User not found")
     members = hs.rooms.memberships(nid).items()
     found = {hs.rooms.by_nid(room_nid).room_id: member.membership for room_nid, member in members}
     if request.segments[-1] == "memberships":
@@ -30584,10 +30519,9 @@ async def admin_devices(hs: Homeserver, _request: Request, user_id: str) -> Json
 @admin_route("GET", DEVICE_OF)
 async def admin_device(hs: Homeserver, request: Request, user_id: str, device_id: str) -> Json:
     """One device of a user."""
-    for device in (await admin_devices(hs, request, user_id=user_id))["devices"]:
-        if device["device_id"] == device_id:
-            return cast(Json, device)
-    raise not_found("There is no such device")
+    devices = (await admin_devices(hs, request, user_id=user_id))["devices"]
+    found: Iterator[Json] = (one for one in devices if one["device_id"] == device_id)
+    return or_404(next(found, None), "There is no such device")
 
 
 @admin_route("PUT", DEVICE_OF, body={"display_name?": str})
@@ -30628,10 +30562,7 @@ def token_json(hs: Homeserver, row: RegistrationToken) -> Json:
 
 def wanted_token(hs: Homeserver, token: str) -> RegistrationToken:
     """A registration token, or 404."""
-    row = hs.registration_tokens.find(token)
-    if row is None:
-        raise not_found(f"No such registration token: {token[:64]}")
-    return row
+    return or_404(hs.registration_tokens.find(token), f"No such registration token: {token[:64]}")
 
 
 @admin_route("GET", TOKENS)
@@ -30910,7 +30841,7 @@ async def shut_down(hs: Homeserver, room: Room, body: Json, result: Json, user: 
         await purge_emptied(hs, room)
 
 
-def new_shutdown(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, Json]:
+def new_shutdown(hs: Homeserver, room_id: str) -> tuple[Room, Json]:
     """The room to delete, and the result as it is before; the admin room is not to be had."""
     if room_id == hs.admin_room.room_id:
         raise forbidden("This is the admin room")
@@ -30921,7 +30852,7 @@ def new_shutdown(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, 
 @admin_route("DELETE", "/v1/rooms/{room_id}", body=DELETION, partial=True)
 async def admin_delete_now(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Delete a room, and answer when that is done."""
-    room, result = new_shutdown(hs, request, room_id)
+    room, result = new_shutdown(hs, room_id)
     await shut_down(hs, room, request.json, result, request.user)
     return result
 
@@ -30929,7 +30860,7 @@ async def admin_delete_now(hs: Homeserver, request: Request, room_id: str) -> Js
 @admin_route("DELETE", "/v2/rooms/{room_id}", body=DELETION, partial=True)
 async def admin_delete_room(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Delete a room beside the requests; the answer names the job."""
-    room, result = new_shutdown(hs, request, room_id)
+    room, result = new_shutdown(hs, room_id)
     job = {"status": "shutting_down", "shutdown_room": result, "room_id": room_id}
     work = shut_down(hs, room, request.json, result, request.user)
     return {"delete_id": hs.admin_jobs.begin(job, work)}
@@ -30944,10 +30875,7 @@ def job_json(job: Json) -> Json:
 @admin_route("GET", "/v1/purge_history_status/{job_id}")
 async def admin_job_status(hs: Homeserver, _request: Request, job_id: str) -> Json:
     """How far a deletion has come; for a day, and until the next restart."""
-    job = hs.admin_jobs.jobs.get(job_id)
-    if job is None:
-        raise not_found("There is no such deletion")
-    return job_json(job)
+    return job_json(or_404(hs.admin_jobs.jobs.get(job_id), "There is no such deletion"))
 
 
 @admin_route("GET", "/v2/rooms/{room_id}/delete_status", partial=True)
@@ -30983,9 +30911,7 @@ async def has_own(hs: Homeserver, room: Room, before: int) -> bool:
           AND json_extract(CAST(pdu AS TEXT), '$.sender') LIKE '%:' || ?
         LIMIT 1
     """
-    values = (room.nid, before, hs.config.server_name)
-    rows = await hs.db.read_in_thread(lambda reader: reader.execute(query, values).fetchall())
-    return bool(rows)
+    return bool(await hs.db.scan(query, (room.nid, before, hs.config.server_name)))
 
 
 @admin_route("POST", PURGE_PATH, body=PURGE)
@@ -31007,8 +30933,6 @@ async def admin_purge(
 USER_MEDIA = "/v1/users/{user_id}/media"
 ONE_MEDIA = "{server}/{media_id}"
 ROOM_MEDIA_BATCH = 1000  # events of a room read at a time
-
-
 USER_MEDIA_ROWS = """
     SELECT media_id, content_type, size, filename, created_ts, last_access_ts, quarantined
     FROM media
@@ -31033,16 +30957,10 @@ async def admin_user_media(hs: Homeserver, request: Request, user_id: str) -> Js
     order = request.arg("order_by", "created_ts") or ""
     if order not in MEDIA_ORDER:
         raise invalid_param(f"order_by is one of {', '.join(MEDIA_ORDER)}")
-    nid = admin_target(hs, user_id).nid
-    await hs.db.synced()
-    query = USER_MEDIA_ROWS
-    rows = await hs.db.read_in_thread(lambda db: db.execute(query, (nid,)).fetchall())
+    rows = await hs.db.scan(USER_MEDIA_ROWS, (admin_target(hs, user_id).nid,))
     media = [media_json(hs, row) for row in rows]
     newest_first = "order_by" not in request.query and request.arg("dir") is None
-    media.sort(key=sort_key(order), reverse=newest_first or request.arg("dir") == "b")
-    _, page, end = rows_page(request, media)
-    answer: Json = {"media": page, "total": len(media)}
-    return answer if end is None else {**answer, "next_token": end}
+    return sorted_page(request, "media", media, order, down=newest_first)
 
 
 async def deleted(hs: Homeserver, nids: Sequence[int]) -> Json:
@@ -31079,11 +30997,9 @@ def unused_since(hs: Homeserver, request: Request) -> int:
 
 async def avatars(hs: Homeserver) -> set[int]:
     """The media that are pictures of users or rooms, now."""
-    query = "SELECT value FROM profiles WHERE field = 'avatar_url'"
-    await hs.db.synced()
-    profiles = await hs.db.read_in_thread(lambda db: db.execute(query).fetchall())
+    profiles = await hs.db.scan("SELECT value FROM profiles WHERE field = 'avatar_url'")
     names = [json.loads(value) for (value,) in profiles]
-    for (nid,) in hs.db.all("SELECT room_nid FROM rooms WHERE state_group > 0"):
+    for nid in hs.db.column("SELECT room_nid FROM rooms WHERE state_group > 0"):
         names.append(hs.rooms.by_nid(nid).setting("m.room.avatar", "url", ""))
         await asyncio.sleep(0)
     return set(hs.media.named_in(names))
@@ -31113,14 +31029,7 @@ async def admin_purge_media(hs: Homeserver, request: Request) -> Json:
 
 async def media_of_room(hs: Homeserver, room: Room) -> set[tuple[str, str]]:
     """The media that a room's events name, as far as they can be read."""
-    query = """
-        SELECT pos, pdu
-        FROM events
-        WHERE room_nid = ?
-          AND pos > ?
-        ORDER BY pos
-        LIMIT ?
-    """
+    query = "SELECT pos, pdu FROM events WHERE room_nid = ? AND pos > ? ORDER BY pos LIMIT ?"
 
     def batch(after: int, db: sqlite3.Connection) -> tuple[int | None, set[tuple[str, str]]]:
         rows = db.execute(query, (room.nid, after, ROOM_MEDIA_BATCH)).fetchall()
@@ -31186,24 +31095,18 @@ MEDIA_STATISTICS = """
 @admin_route("GET", "/v1/statistics/users/media")
 async def admin_media_statistics(hs: Homeserver, request: Request) -> Json:
     """How much each user has uploaded, most first, page by page."""
-    query = MEDIA_STATISTICS
-    await hs.db.synced()
-    found = await hs.db.read_in_thread(lambda db: db.execute(query).fetchall())
     users = [
         {
             **{"user_id": user_id, "media_count": count, "media_length": size},
             "displayname": None if name is None else json.loads(name),
         }
-        for user_id, count, size, name in found
+        for user_id, count, size, name in await hs.db.scan(MEDIA_STATISTICS)
         if (request.arg("search_term") or "") in user_id
     ]
     order = request.arg("order_by", "user_id")
     if order not in ("user_id", "displayname", "media_count", "media_length"):
         raise invalid_param("order_by is user_id, displayname, media_count or media_length")
-    users.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
-    _, page, end = rows_page(request, users)
-    answer: Json = {"users": page, "total": len(users)}
-    return answer if end is None else {**answer, "next_token": end}
+    return sorted_page(request, "users", users, order)
 
 
 @admin_route("GET", "/v1/users/{user_id}/pushers")
@@ -31251,14 +31154,6 @@ async def known_destination(hs: Homeserver, server: str) -> Json:
     return destination_json(hs, server, failures, retry_ts)
 
 
-def destinations_page(request: Request, name: str, rows: list[Json], order: str) -> Json:
-    """The page of sorted rows that is asked for; the token of the next is a string."""
-    rows.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
-    _, page, end = rows_page(request, rows)
-    answer: Json = {name: page, "total": len(rows)}
-    return answer if end is None else {**answer, "next_token": str(end)}
-
-
 @admin_route("GET", "/v1/federation/destinations")
 async def admin_destinations(hs: Homeserver, request: Request) -> Json:
     """The servers that we deal with, and how it goes, sorted, page by page."""
@@ -31266,7 +31161,7 @@ async def admin_destinations(hs: Homeserver, request: Request) -> Json:
     if order not in DESTINATION_ORDER:
         raise invalid_param(f"order_by is one of {', '.join(DESTINATION_ORDER)}")
     found = [destination_json(hs, *row) for row in await destinations(hs) if wanted in row[0]]
-    return destinations_page(request, "destinations", found, order)
+    return sorted_page(request, "destinations", found, order, str)
 
 
 @admin_route("GET", DESTINATION_PATH)
@@ -31280,10 +31175,10 @@ async def admin_destination_rooms(hs: Homeserver, request: Request, server: str)
     """The rooms that we share with a server, and up to where it has our events."""
     await known_destination(hs, server)
     query = "SELECT DISTINCT room_nid FROM room_servers WHERE server = ? AND until = ?"
-    acked, rows = acked_by(hs, server), hs.db.all(query, (server, MAX_POSITION))
-    rooms = [hs.rooms.by_nid(nid) for (nid,) in rows]
+    acked, nids = acked_by(hs, server), hs.db.column(query, (server, MAX_POSITION))
+    rooms = map(hs.rooms.by_nid, nids)
     found = [{"room_id": r.room_id, "stream_ordering": min(r.last_pos, acked)} for r in rooms]
-    return destinations_page(request, "rooms", found, "room_id")
+    return sorted_page(request, "rooms", found, "room_id", str)
 
 
 @admin_route("POST", DESTINATION_PATH + "/reset_connection", body={})
@@ -31316,10 +31211,8 @@ def report_json(hs: Homeserver, report: UserReport) -> Json:
 
 def wanted_report(hs: Homeserver, report_id: str) -> UserReport:
     """The report that a path names, or 404."""
-    found = [report for report in hs.reports.of_events() if str(report.nid) == report_id]
-    if not found:
-        raise not_found("Event report not found")
-    return found[0]
+    found = (report for report in hs.reports.of_events() if str(report.nid) == report_id)
+    return or_404(next(found, None), "Event report not found")
 
 
 @admin_route("GET", REPORTS_PATH)
@@ -31335,8 +31228,8 @@ async def admin_reports(hs: Homeserver, request: Request) -> Json:
     ]
     found = found if request.arg("dir") == "f" else found[::-1]
     _, page, end = rows_page(request, found)
-    answer: Json = {"event_reports": [report_json(hs, report) for report in page]}
-    answer["total"] = len(found)
+    reports = [report_json(hs, report) for report in page]
+    answer: Json = {"event_reports": reports, "total": len(found)}
     return answer if end is None else {**answer, "next_token": end}
 
 
@@ -31512,21 +31405,22 @@ overflow-wrap:anywhere;font-family:ui-monospace,"Cascadia Mono","DejaVu Sans Mon
 footer{color:var(--soft);font-size:.9rem;padding:.5rem 0 0}
 """
 
-PAGE = string.Template("""<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta name="robots" content="noindex">
-<title>$name: a Matrix server</title>
+<title>$title</title>
 <link rel="icon" href="/favicon.svg" type="image/svg+xml">
 <style>$style</style>
 </head>
 <body><main>
 <header><img src="/favicon.svg" alt="">
-<div><h1>$name</h1><p>is a Matrix homeserver, and it is running.</p></div>
+<div><h1>$heading</h1><p>$subheading</p></div>
 </header>
-<section><h2>What is this?</h2>
+"""
+PAGE = string.Template(f"""{HEAD}<section><h2>What is this?</h2>
 <p><a href="https://matrix.org">Matrix</a> is an open network for chat and calls. As with e-mail,
 everybody picks a server; this one is the home of users whose names look like
 <code>@you:$name</code>. You do not chat on this page: you use an app, and tell it about this
@@ -31558,9 +31452,15 @@ in the configuration file, which <code>conduit-example.toml</code> explains key 
 <footer>conduit.py $version$support</footer>
 </main></body></html>
 """)
-STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+
+
+def source_hash(text: str) -> str:
+    """What a policy calls an inline style or script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 PAGE_HEADERS = {
-    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{STYLE_HASH}';"
+    "Content-Security-Policy": f"default-src 'none'; style-src {source_hash(STYLE)};"
     " img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -31614,12 +31514,16 @@ def support_links(config: Config) -> str:
 def landing_html(config: Config, has_users: bool, has_tokens: bool = False) -> str:
     """The page for people who come with a browser."""
     registration, third_step = way_in(config, has_users, has_tokens)
+    name = config.server_name.translate(HTML_ESCAPES)
     return PAGE.substitute(
         registration=registration,
         or_register="" if third_step is SIGN_IN else " or <b>Create account</b>",
         third_step=third_step,
         style=STYLE,
-        name=config.server_name.translate(HTML_ESCAPES),
+        title=f"{name}: a Matrix server",
+        heading=name,
+        subheading="is a Matrix homeserver, and it is running.",
+        name=name,
         address=config.well_known.client.translate(HTML_ESCAPES),
         version=VERSION,
         support=support_links(config),
@@ -31645,6 +31549,7 @@ async def favicon(hs: Homeserver, request: Request) -> Response:
 #  e-mail. No page does anything when it is merely opened: mail scanners do that.
 
 MAX_FORM_BYTES = 4096
+STAGE_PAGE = V3 + "/auth/{kind}/fallback/web"
 FORM_STYLE = (
     STYLE
     + """
@@ -31658,21 +31563,7 @@ border-radius:8px;background:var(--accent);color:var(--card);cursor:pointer}
 .error{border-left:4px solid #dc2626;padding:.2rem 0 .2rem .9rem}
 """
 )
-FORM_PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="robots" content="noindex">
-<title>$title: $name</title>
-<link rel="icon" href="/favicon.svg" type="image/svg+xml">
-<style>$style</style>
-</head>
-<body><main>
-<header><img src="/favicon.svg" alt="">
-<div><h1>$title</h1><p>on the Matrix server <b>$name</b></p></div>
-</header>
-<section>$body</section>
+FORM_PAGE = string.Template(f"""{HEAD}<section>$body</section>
 </main><script>$script</script></body></html>
 """)
 DONE = (
@@ -31745,6 +31636,7 @@ $fields<p id="problem" role="alert" hidden class="error"></p>
 encrypted messages if you lose all your devices.</li></ol></div>
 <noscript><p class="error">This page needs JavaScript.</p></noscript>
 """)
+ACCEPT_FIELD = '<label><input type="checkbox" required> I accept all of this</label>'
 INVITED_FIELD = """<div id="invited"><label for="token">Registration token</label>
 <input id="token" autocomplete="off" autocapitalize="none" spellcheck="false" required></div>
 """
@@ -31811,17 +31703,13 @@ form.addEventListener("submit", async (event) => {
 """
 
 
-def source_hash(text: str) -> str:
-    """What a policy calls an inline style or script by."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
 def form_page(
     hs: Homeserver, title: str, body: str, script: str = "", *, status: int = 200
 ) -> Response:
     """A page whose body, trusted HTML, may be a form to this server; only this script runs."""
-    values = {"title": title, "name": hs.config.server_name, "style": FORM_STYLE}
-    html = FORM_PAGE.substitute(values, body=body, script=script)
+    name = hs.config.server_name
+    texts = {"heading": title, "subheading": f"on the Matrix server <b>{name}</b>", "body": body}
+    html = FORM_PAGE.substitute(texts, title=f"{title}: {name}", style=FORM_STYLE, script=script)
     policy = (
         f"default-src 'none'; style-src {source_hash(FORM_STYLE)}; script-src"
         f" {source_hash(script)}; img-src 'self'; connect-src 'self'; form-action 'self';"
@@ -31829,9 +31717,6 @@ def form_page(
     )
     headers = {**PAGE_HEADERS, "Content-Security-Policy": policy, "Cache-Control": "no-store"}
     return Response(status, html.encode(), headers, "text/html; charset=utf-8")
-
-
-ACCEPT_FIELD = '<label><input type="checkbox" required> I accept all of this</label>'
 
 
 def terms_list(hs: Homeserver) -> str:
@@ -31872,9 +31757,6 @@ def form_fields(raw: bytes) -> dict[str, list[str]]:
         return parse_qs(raw.decode("utf-8", "replace"), max_num_fields=10)
     except ValueError as error:
         raise bad_json("This is not our form") from error
-
-
-STAGE_PAGE = V3 + "/auth/{kind}/fallback/web"
 
 
 @route("GET", STAGE_PAGE, auth=NONE, limit="login")
@@ -31952,9 +31834,8 @@ async def validation_page(hs: Homeserver, request: Request) -> Response:
     user = hs.db.user_id(found.user_nid) if found.user_nid else ""
     names = {"address": found.address, "user": user}
     text = text.format(**{key: value.translate(HTML_ESCAPES) for key, value in names.items()})
-    return form_page(
-        hs, title, f'<p>{text}</p><form method="post"><button>That was me</button></form>'
-    )
+    form = '<form method="post"><button>That was me</button></form>'
+    return form_page(hs, title, f"<p>{text}</p>{form}")
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
@@ -31984,6 +31865,7 @@ SAMPLE_SECONDS = 0.01
 FLAME_SECONDS = 30.0
 MAX_STACKS = 20_000
 FLAME_FILE = "flame.folded"
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 log_tracing = logging.getLogger("conduit.tracing")
 
@@ -31996,9 +31878,6 @@ class Sample(NamedTuple):
     value: float
     labels: Mapping[str, str] = types.MappingProxyType({})
     suffix: str = ""
-
-
-LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def metric(name: str, kind: str, text: str, samples: Iterable[Sample]) -> str:
@@ -32128,10 +32007,10 @@ class Tracer:
         parent = TRACE_PARENT.fullmatch(request.headers.get("traceparent", ""))
         end = time.time_ns()
         attributes = {
-            "http.request.method": request.method,
-            "http.route": request.route_path,
+            "http.request.method": {"stringValue": request.method},
+            "http.route": {"stringValue": request.route_path},
+            "http.response.status_code": {"intValue": str(status)},
         }
-        number = {"key": "http.response.status_code", "value": {"intValue": str(status)}}
         self._spans.append(
             {
                 "traceId": parent[1] if parent else secrets.token_hex(16),
@@ -32141,11 +32020,7 @@ class Tracer:
                 "kind": 2,  # a server's
                 "startTimeUnixNano": str(end - int(seconds * 1e9)),
                 "endTimeUnixNano": str(end),
-                "attributes": [
-                    {"key": key, "value": {"stringValue": value}}
-                    for key, value in attributes.items()
-                ]
-                + [number],
+                "attributes": [{"key": key, "value": one} for key, one in attributes.items()],
                 "status": {"code": 2 if status >= 500 else 0},
             }
         )
@@ -32158,21 +32033,18 @@ class Tracer:
 
     async def ship(self) -> None:
         """Send the spans to tracing_endpoint, again and again; what is not taken is lost."""
+        client: Any = self.hs.http_client
+        headers, how = {"Content-Type": "application/json"}, {"timeout": SPAN_SECONDS}
         while True:
             await asyncio.sleep(SPAN_SECONDS)
-            client: Any = self.hs.http_client
             spans = [*self._spans]
             self._spans.clear()
             if not spans:
                 continue
             try:
+                url, body = self.hs.config.tracing_endpoint, encode_json(self._document(spans))
                 answer = await client.request(
-                    "POST",
-                    self.hs.config.tracing_endpoint,
-                    headers={"Content-Type": "application/json"},
-                    body=encode_json(self._document(spans)),
-                    timeout=SPAN_SECONDS,
-                    trusted=True,
+                    "POST", url, headers=headers, body=body, trusted=True, **how
                 )
                 if answer.status >= 300:
                     log_tracing.warning("the traces were refused: status %d", answer.status)
@@ -32269,10 +32141,11 @@ class LoopWatch:
                 await asyncio.sleep(WATCH_SECONDS)
                 self.hs.late = late = time.monotonic() - before - WATCH_SECONDS
                 if late > LATE_SECONDS:
-                    text = "the loop was busy for %.0f ms without a pause: %s"
-                    log_loop.warning(
-                        text, late * 1000, self._busy_with or "it is not known with what"
+                    text, what = (
+                        "the loop was busy for %.0f ms without a pause: %s",
+                        self._busy_with,
                     )
+                    log_loop.warning(text, late * 1000, what or "it is not known with what")
                 self._round.set()
         finally:
             self._ended = True
@@ -32425,9 +32298,8 @@ class Homeserver:
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
         if text is None:
-            key = SigningKey.generate()
-            self.db.set_meta("signing_key", key.text())
-            return key
+            text = SigningKey.generate().text()
+            self.db.set_meta("signing_key", text)
         return SigningKey.parse(text)
 
     def is_local(self, user_id: str) -> bool:
@@ -32590,9 +32462,8 @@ class Homeserver:
                 await self.accounts.expire()
                 await self.search.catch_up()
                 self.previews.maintain()
-                self.media.expire(
-                    self.config.media_retention_remote_days, self.config.media_budget_mb
-                )
+                config = self.config
+                self.media.expire(config.media_retention_remote_days, config.media_budget_mb)
                 await self.media.sweep()
                 self.emails.expire()
                 await self._tidy_rooms()
@@ -32607,42 +32478,25 @@ class Homeserver:
 # ── 52.2  What this server speaks ────────────────────────────────────────────
 
 SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 20)]
-UNSTABLE_FEATURES = {
-    "fi.mau.msc2659.stable": True,
-    "org.matrix.e2e_cross_signing": True,
-    "org.matrix.msc2285.stable": True,
-    "org.matrix.msc3026.busy_presence": True,
-    "org.matrix.msc3030": True,
-    "org.matrix.msc3391": True,
-    "org.matrix.msc3440.stable": True,
-    "org.matrix.msc3771": True,
-    "org.matrix.msc3773": True,
-    "org.matrix.msc3827.stable": True,
-    "org.matrix.msc3874": True,
-    "org.matrix.msc3881": True,
-    "org.matrix.msc3882": True,
-    "org.matrix.msc3916.stable": True,
-    "org.matrix.msc3981": True,
-    "org.matrix.msc4140": True,
-    "org.matrix.msc4143": True,
-    "org.matrix.msc4155": True,
-    "org.matrix.msc4222": True,
-    "org.matrix.msc4306": True,
-    "org.matrix.msc4380.stable": True,
-    "org.matrix.simplified_msc3575": True,
-    "uk.half-shot.msc2666.query_mutual_rooms.stable": True,
-    "uk.tcpip.msc4133": True,
-    "uk.tcpip.msc4133.stable": True,
-    "uk.timedout.msc4323": True,
-}
+UNSTABLE_FEATURES = dict.fromkeys(
+    (
+        *("fi.mau.msc2659.stable", "org.matrix.e2e_cross_signing", "org.matrix.msc2285.stable"),
+        *("org.matrix.msc3026.busy_presence", "org.matrix.msc3030", "org.matrix.msc3391"),
+        *("org.matrix.msc3440.stable", "org.matrix.msc3771", "org.matrix.msc3773"),
+        *("org.matrix.msc3827.stable", "org.matrix.msc3874", "org.matrix.msc3881"),
+        *("org.matrix.msc3882", "org.matrix.msc3916.stable", "org.matrix.msc3981"),
+        *("org.matrix.msc4140", "org.matrix.msc4143", "org.matrix.msc4155"),
+        *("org.matrix.msc4222", "org.matrix.msc4306", "org.matrix.msc4380.stable"),
+        *("org.matrix.simplified_msc3575", "uk.half-shot.msc2666.query_mutual_rooms.stable"),
+        *("uk.tcpip.msc4133", "uk.tcpip.msc4133.stable", "uk.timedout.msc4323"),
+    ),
+    True,
+)
 
 
 @route("GET", "/_matrix/client/versions", auth=OPTIONAL, limit=None)
 async def get_versions(_hs: Homeserver, _request: Request) -> Json:
-    """The versions of the specification that this server knows, and features beside them.
-
-    Spec: CS-API "API Versions".
-    """
+    """The versions of the specification that this server knows.  Spec: CS-API "API Versions"."""
     return {"versions": SPEC_VERSIONS, "unstable_features": UNSTABLE_FEATURES}
 
 
