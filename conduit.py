@@ -1603,6 +1603,12 @@ def invariant(what: str, sql: str) -> None:
     INVARIANTS.append((what, sql))
 
 
+def room_invariant(what: str, sql: str) -> None:
+    """The same for rows each of which is of a room that there must be: a query for all of them."""
+    there = "(SELECT room_nid FROM rooms)"
+    invariant(what, f"{sql} WHERE room_nid NOT IN {there}")
+
+
 def checker(function: Checker) -> Checker:
     """Register what --check asks for more problems, with the folder and a connection."""
     CHECKERS.append(function)
@@ -4414,10 +4420,7 @@ CREATE TABLE partial_rooms (        -- entered before all members were known
 );
 CREATE INDEX partial_rooms_pos ON partial_rooms (pos);
 """)
-invariant(
-    "events of rooms that are not there",
-    "SELECT nid FROM events WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
+room_invariant("events of rooms that are not there", "SELECT nid FROM events")
 invariant(
     "events with state groups that are not there",
     """
@@ -6688,10 +6691,8 @@ class RoomKeeper(RoomVisitor):
         for group in groups:
             self.groups.cache.pop(group)
         self._resolved.clear()
-        self.database.execute(
-            "DELETE FROM state_groups WHERE state_group IN (SELECT value FROM json_each(?))",
-            (json.dumps(groups),),
-        )
+        sql = "DELETE FROM state_groups WHERE state_group IN (SELECT value FROM json_each(?))"
+        self.database.execute(sql, (json.dumps(groups),))
         return len(groups)
 
     def position_at(self, room: Room, timestamp: int) -> int:
@@ -13169,9 +13170,7 @@ class AccountData:
             ORDER BY pos
         """
         rows = self.hs.db.all(query, {"user": nid, "since": since})
-        return [
-            (room, {"type": kind, "content": json.loads(text) or {}}) for room, kind, text in rows
-        ]
+        return [(nid, {"type": kind, "content": json.loads(raw) or {}}) for nid, kind, raw in rows]
 
     def _device_deleted(self, nid: UserNid, _: DeviceNid, device_id: str) -> None:
         """What a client keeps for one device ends with it.  Spec: MSC3890."""
@@ -13500,10 +13499,7 @@ CREATE INDEX aliases_of_room ON aliases (room_nid);
 CREATE TABLE published_rooms (room_nid INTEGER PRIMARY KEY); -- in the room list
 CREATE TABLE public_rooms (room_nid INTEGER PRIMARY KEY);    -- anybody could join or look in
 """)
-invariant(
-    "aliases of rooms that are not there",
-    "SELECT alias FROM aliases WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
+room_invariant("aliases of rooms that are not there", "SELECT alias FROM aliases")
 
 ADMINS_ALIAS = "admins"  # the admin room's; nobody else is ever to have it
 MAX_LISTED = 500  # rooms in one answer
@@ -13987,17 +13983,10 @@ CREATE TABLE thread_subscriptions (
 CREATE INDEX thread_subscriptions_pos ON thread_subscriptions (user_nid, pos);
 CREATE INDEX thread_subscriptions_room ON thread_subscriptions (room_nid);
 """)
-invariant(
-    "threads of rooms that are not there",
-    "SELECT root_id FROM threads WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
-invariant(
+room_invariant("threads of rooms that are not there", "SELECT root_id FROM threads")
+room_invariant(
     "subscriptions to threads of rooms that are not there",
-    """
-    SELECT root_id
-    FROM thread_subscriptions
-    WHERE room_nid NOT IN (SELECT room_nid FROM rooms)
-    """,
+    "SELECT root_id FROM thread_subscriptions",
 )
 
 REPLACE, THREAD, REFERENCE = "m.replace", "m.thread", "m.reference"
@@ -14111,9 +14100,8 @@ class Threads:
               AND rel_type = 'm.thread'
         """
         count, latest = self.db.one(query, key)
-        self.db.execute(
-            "DELETE FROM threads WHERE room_nid = ? AND root_id = ? AND sender_nid = ?", key
-        )
+        delete = "DELETE FROM threads WHERE room_nid = ? AND root_id = ? AND sender_nid = ?"
+        self.db.execute(delete, key)
         if count:
             self.db.execute("INSERT INTO threads VALUES (?, ?, ?, ?, ?)", (*key, count, latest))
 
@@ -14134,9 +14122,8 @@ class Threads:
         with self.db.write():
             pos = self.hs.stream.stamp(THREAD_SUBSCRIPTION, user_nid)
             row = (user_nid, room_nid, root_id, pos, state)
-            self.db.execute(
-                "INSERT OR REPLACE INTO thread_subscriptions VALUES (?, ?, ?, ?, ?)", row
-            )
+            insert = "INSERT OR REPLACE INTO thread_subscriptions VALUES (?, ?, ?, ?, ?)"
+            self.db.execute(insert, row)
             sql = """
                 DELETE FROM thread_subscriptions
                 WHERE user_nid = :user
@@ -14516,10 +14503,8 @@ class DelayedEvents:
             raise invalid_param("The delay must be more than 0 milliseconds")
         if delay > MAX_DELAY_MS:
             raise forbidden(f"The delay can be {MAX_DELAY_MS} milliseconds at most")
-        waiting, first = self.hs.db.one(
-            "SELECT COUNT(*), MIN(due_ts) FROM delayed_events WHERE user_nid = ? AND due_ts > 0",
-            (nid,),
-        )
+        query = "SELECT COUNT(*), MIN(due_ts) FROM delayed_events WHERE user_nid = ? AND due_ts > 0"
+        waiting, first = self.hs.db.one(query, (nid,))
         if waiting >= MAX_SCHEDULED:
             text = f"You have {MAX_SCHEDULED} delayed events already"
             raise limit_exceeded(max(1, first - now_ms()), text)
@@ -14771,7 +14756,7 @@ async def act_on_delayed_event(
 MAX_INVITES = 200  # in one createRoom
 MAX_PAGE = 1000  # events in one answer of /messages
 MAX_FILLS = 5  # times that events are fetched from other servers for one page
-VALIDITY_QUESTION_SECONDS = 10.0  # to ask whether a key of an identity server is still good
+VALIDITY_SECONDS = 10.0  # to ask whether a key of an identity server is still good
 MAX_SCAN = 5000  # events looked at for one page; the token leads on behind them
 DEFAULT_PAGE = 10
 MAX_WILDCARDS = 100  # in one list of a filter
@@ -15177,9 +15162,8 @@ async def require_valid_key(hs: Homeserver, pending: Event, signed: Json) -> Non
             return
         with contextlib.suppress(MatrixError):
             query = encode_query({"public_key": key}) if isinstance(url, str) else ""
-            answer = await hs.http_client.request(
-                "GET", f"{url}{query}", timeout=VALIDITY_QUESTION_SECONDS
-            )
+            link = f"{url}{query}"
+            answer = await hs.http_client.request("GET", link, timeout=VALIDITY_SECONDS)
             if answer.status == 200 and answer.json().get("valid") is True:
                 return
     raise forbidden("No key of this invite that is still good has signed third_party_signed")
@@ -15490,28 +15474,15 @@ POWERS: Final = {
     **{"state_default": 50, "kick": 50, "ban": 50, "redact": 50},
 }
 EVENT_POWERS: Final = {
-    "m.room.name": 50,
-    "m.room.avatar": 50,
-    "m.room.canonical_alias": 50,
-    "m.room.power_levels": 100,
-    "m.room.history_visibility": 100,
-    "m.room.tombstone": 100,
-    "m.room.server_acl": 100,
-    "m.room.encryption": 100,
+    **dict.fromkeys(("m.room.name", "m.room.avatar", "m.room.canonical_alias"), 50),
+    **dict.fromkeys(("m.room.power_levels", "m.room.history_visibility", "m.room.tombstone"), 100),
+    **dict.fromkeys(("m.room.server_acl", "m.room.encryption"), 100),
 }
 CREATE_BODY: Final[Json] = {
-    "visibility?": str,
-    "room_alias_name?": str,
-    "name?": str,
-    "topic?": str,
-    "invite?": [str],
-    "invite_3pid?": [dict],
-    "room_version?": str,
-    "creation_content?": dict,
+    **{"visibility?": str, "preset?": str, "room_version?": str, "creation_content?": dict},
+    **{"name?": str, "topic?": str, "room_alias_name?": str, "is_direct?": bool},
+    **{"invite?": [str], "invite_3pid?": [dict], "power_level_content_override?": dict},
     "initial_state?": [{"type": str, "state_key?": str, "content": dict}],
-    "preset?": str,
-    "is_direct?": bool,
-    "power_level_content_override?": dict,
 }
 
 
@@ -18042,6 +18013,12 @@ def only_value(conditions: list[Json], key: str) -> str | None:
     return None
 
 
+def tweaks_of(actions: list[Any]) -> Json:
+    """How a notification is to be made, by the actions of its rule."""
+    tweaks = (action for action in actions if isinstance(action, dict))
+    return {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
+
+
 class PushRule:
     """One rule, ready to be asked; by `only_type` and `only_room` most events are ruled out."""
 
@@ -18051,10 +18028,8 @@ class PushRule:
         self.conditions = [prepare_condition(condition) for condition in conditions]
         self.actions: list[Any] = rule["actions"]
         self.notify = NOTIFY in self.actions
-        tweaks = (action for action in self.actions if isinstance(action, dict))
-        self.highlight = any(
-            t["set_tweak"] == "highlight" and t.get("value") is not False for t in tweaks
-        )
+        tweaks = tweaks_of(self.actions)
+        self.highlight = tweaks.get("highlight", False) is not False
         self.only_type = only_value(conditions, "type")
         self.only_room = only_value(conditions, "room_id")
 
@@ -19029,10 +19004,7 @@ SEARCH_BODY: Final[Json] = {
     }
 }
 SEARCH_KEYS: Final = [key for key, _ in SEARCHED.values()]
-GROUPS: Final[dict[str, Callable[[Event], str]]] = {
-    "room_id": operator.attrgetter("room_id"),
-    "sender": operator.attrgetter("sender"),
-}
+GROUPS: Final = {name: operator.attrgetter(name) for name in ("room_id", "sender")}
 Hit = tuple[EventNid, float]  # and how well it fits
 MAX_SEARCH_PAGE = 100
 MAX_SEARCH_WORDS = 30
@@ -19154,9 +19126,8 @@ def chosen_events(
 def search_context(hs: Homeserver, request: Request, event: Event, wanted: Json) -> Json:
     """What stands around a hit."""
     room, pos, nid = hs.rooms.by_nid(event.room_nid), cast(int, event.pos), request.user.nid
-    before_limit, after_limit = (
-        min(MAX_CONTEXT, max(0, wanted.get(name, 5))) for name in ("before_limit", "after_limit")
-    )
+    limits = (wanted.get(name, 5) for name in ("before_limit", "after_limit"))
+    before_limit, after_limit = (min(MAX_CONTEXT, max(0, limit)) for limit in limits)
     past, future, every = (MIN_POSITION, pos - 1), (pos, room.last_pos), EventFilter({})
     before = read_page(hs, nid, room, past, every, before_limit, backwards=True)
     after = read_page(hs, nid, room, future, every, after_limit, backwards=False)
@@ -20545,9 +20516,7 @@ class Pushers:
             user_id = self.db.user_id(user_nid)
             rule = self.hs.push_rules.of(user_nid).match(event, room, user_id)
             if rule is not None and rule.notify:
-                tweaks = (action for action in rule.actions if isinstance(action, dict))
-                values = {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
-                self._put(user_nid, event.nid, values)
+                self._put(user_nid, event.nid, tweaks_of(rule.actions))
         if concerned:
             self.start()
 
@@ -27769,10 +27738,7 @@ invariant(
     WHERE event_nid IS NOT NULL AND event_nid NOT IN (SELECT nid FROM events)
     """,
 )
-invariant(
-    "rooms of networks that are not there",
-    "SELECT room_nid FROM network_rooms WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
+room_invariant("rooms of networks that are not there", "SELECT room_nid FROM network_rooms")
 
 MAX_TXN_ITEMS = 100
 MAX_WAITING_ITEMS = 200_000  # for one service; beyond, the oldest are lost to it
@@ -28248,8 +28214,6 @@ class AppserviceRegistry:
 
 # ── 46.4  What they are told ─────────────────────────────────────────────────
 
-INSERT_ITEM = "INSERT INTO appservice_queue (appservice, event_nid, user_id) VALUES (?, ?, ?)"
-
 
 class AppserviceQueues(AppserviceRegistry):
     """Notes what happens for the services that care, and makes transactions of it.
@@ -28271,8 +28235,8 @@ class AppserviceQueues(AppserviceRegistry):
 
     def _put(self, service: Appservice, event_nid: int | None, user_id: str | None) -> None:
         """Put an item into the queue; of a service that is away too long, the oldest is lost."""
-        row = (service.id, event_nid, user_id)
-        item_nid = cast(int, self.db.execute(INSERT_ITEM, row).lastrowid)
+        insert = "INSERT INTO appservice_queue (appservice, event_nid, user_id) VALUES (?, ?, ?)"
+        item_nid = cast(int, self.db.execute(insert, (service.id, event_nid, user_id)).lastrowid)
         service.wake.set()
         if item_nid % PRUNE_EVERY == 0:
             sql = """
@@ -28740,10 +28704,7 @@ CREATE TABLE notice_rooms (        -- where each user hears from the server
     room_nid INTEGER NOT NULL UNIQUE
 );
 """)
-invariant(
-    "rooms for notices that are not there",
-    "SELECT room_nid FROM notice_rooms WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
+room_invariant("rooms for notices that are not there", "SELECT room_nid FROM notice_rooms")
 
 KNOWN_MEMBERSHIPS = ("join", "invite", "knock", "leave", "ban")
 log_admin = logging.getLogger("conduit.admin")
@@ -29192,9 +29153,8 @@ async def clear_caches(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("version")
 async def show_version(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show which version of this server runs, of Python and of SQLite."""
-    return reply_text(
-        f"conduit.py {VERSION}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
-    )
+    python, sqlite = sys.version.split()[0], sqlite3.sqlite_version
+    return reply_text(f"conduit.py {VERSION}, Python {python}, SQLite {sqlite}")
 
 
 @command("uptime")
@@ -32034,7 +31994,7 @@ class Tracer:
     async def ship(self) -> None:
         """Send the spans to tracing_endpoint, again and again; what is not taken is lost."""
         client: Any = self.hs.http_client
-        headers, how = {"Content-Type": "application/json"}, {"timeout": SPAN_SECONDS}
+        how: Json = {"headers": {"Content-Type": "application/json"}, "timeout": SPAN_SECONDS}
         while True:
             await asyncio.sleep(SPAN_SECONDS)
             spans = [*self._spans]
@@ -32043,9 +32003,7 @@ class Tracer:
                 continue
             try:
                 url, body = self.hs.config.tracing_endpoint, encode_json(self._document(spans))
-                answer = await client.request(
-                    "POST", url, headers=headers, body=body, trusted=True, **how
-                )
+                answer = await client.request("POST", url, body=body, trusted=True, **how)
                 if answer.status >= 300:
                     log_tracing.warning("the traces were refused: status %d", answer.status)
             except (MatrixError, OSError) as error:
@@ -32141,11 +32099,9 @@ class LoopWatch:
                 await asyncio.sleep(WATCH_SECONDS)
                 self.hs.late = late = time.monotonic() - before - WATCH_SECONDS
                 if late > LATE_SECONDS:
-                    text, what = (
-                        "the loop was busy for %.0f ms without a pause: %s",
-                        self._busy_with,
-                    )
-                    log_loop.warning(text, late * 1000, what or "it is not known with what")
+                    text = "the loop was busy for %.0f ms without a pause: %s"
+                    what = self._busy_with or "it is not known with what"
+                    log_loop.warning(text, late * 1000, what)
                 self._round.set()
         finally:
             self._ended = True
@@ -32180,12 +32136,8 @@ class Homeserver:
         self.request_counts = RequestCounts()
         self.flame: FlameSampler | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.db = Database(
-            Path(config.database_path),
-            config.server_name,
-            config.db_cache_capacity_mb,
-            checkpoints=config.checkpoints,
-        )
+        where = Path(config.database_path), config.server_name, config.db_cache_capacity_mb
+        self.db = Database(*where, checkpoints=config.checkpoints)
         self.stream = Stream(self.db)
         self.signing_key = self._load_signing_key()
         scale = config.conduit_cache_capacity_modifier
@@ -32573,26 +32525,16 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--version", action="version", version=f"conduit.py {VERSION}")
     choice.add_argument("--check", action="store_true", help="verify the database and exit")
-    choice.add_argument(
-        "--backup",
-        type=Path,
-        metavar="FILE",
-        help="copy all data, even in use, to FILE or into a folder; the database alone to a .db",
-    )
-    choice.add_argument(
-        "--restore", type=Path, metavar="FILE", help="make the data anew from a backup, and exit"
-    )
-    choice.add_argument(
-        "--admin",
-        metavar="COMMAND",
-        help="have the running server do what admins can order; - reads it from standard input",
-    )
-    parser.add_argument(
-        "--keep", type=int, default=0, metavar="COUNT", help="backups that stay in a folder"
-    )
-    choice.add_argument(
-        "--routes", action="store_true", help="list all paths and who may call them"
-    )
+    file: Any = {"type": Path, "metavar": "FILE"}
+    text = "copy all data, even in use, to FILE or into a folder; the database alone to a .db"
+    choice.add_argument("--backup", help=text, **file)
+    choice.add_argument("--restore", help="make the data anew from a backup, and exit", **file)
+    text = "have the running server do what admins can order; - reads it from standard input"
+    choice.add_argument("--admin", metavar="COMMAND", help=text)
+    count: Any = {"type": int, "default": 0, "metavar": "COUNT"}
+    parser.add_argument("--keep", help="backups that stay in a folder", **count)
+    text = "list all paths and who may call them"
+    choice.add_argument("--routes", action="store_true", help=text)
     return parser.parse_args(arguments)
 
 

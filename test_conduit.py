@@ -34225,9 +34225,10 @@ def text_of(node: ast.AST) -> str:
 
 
 def checks_of_the_database() -> set[ast.AST]:
-    """Everything inside invariant() and Migration(): they read whole tables by design."""
+    """Everything inside invariant(), its like and Migration(): they read whole tables by design."""
     calls = [node for node in ast.walk(TREE) if isinstance(node, ast.Call)]
-    checks = [call for call in calls if ast.unparse(call.func) in ("invariant", "Migration")]
+    names = ("invariant", "room_invariant", "Migration")
+    checks = [call for call in calls if ast.unparse(call.func) in names]
     return {inner for call in checks for inner in ast.walk(call)}
 
 
