@@ -13989,6 +13989,7 @@ room_invariant(
     "SELECT root_id FROM thread_subscriptions",
 )
 
+EventTest = Callable[[Event], bool]
 REPLACE, THREAD, REFERENCE = "m.replace", "m.thread", "m.reference"
 MAX_EDITS = 50  # of one event, the newest, among which the valid ones are looked for
 MAX_REFERENCES = 500  # of one event, in its aggregation
@@ -14226,9 +14227,7 @@ def is_accepted(event: Event) -> bool:
     return event.rejected is None and not event.soft_failed
 
 
-def latest_edit(
-    hs: Homeserver, event: Event, may_see: Callable[[Event], bool] = is_accepted
-) -> Event | None:
+def latest_edit(hs: Homeserver, event: Event, may_see: EventTest = is_accepted) -> Event | None:
     """The newest valid replacement of an event that may be seen, or None.
 
     Spec: CS-API "Validity of replacement events". The new content of an encrypted one is inside.
@@ -14247,16 +14246,13 @@ def latest_edit(
 
 
 def related_to(
-    hs: Homeserver,
-    room: Room,
-    events: Sequence[Event],
-    rel_types: list[str] | None,
-    senders: list[str] | None,
+    hs: Homeserver, room: Room, events: Sequence[Event], wanted: EventFilter
 ) -> list[Event]:
-    """The events that something of these types, sent by one of these, relates to.
+    """The events that something of the types, sent by one of the users, of a filter relates to.
 
     Spec: CS-API "Filtering", `related_by_rel_types` and `related_by_senders`.
     """
+    rel_types, senders = wanted.related_types, wanted.related_senders
     nids = None if senders is None else [hs.db.find_user_nid(sender) for sender in senders]
     rows = hs.db.all(
         """
@@ -14976,6 +14972,12 @@ def set_own_membership(hs: Homeserver, request: Request, room: Room, content: Js
     hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
 
 
+def enter(hs: Homeserver, room: Room, user_id: str, **more: Any) -> None:
+    """Make a user of this server join a room by themselves."""
+    content = {"membership": "join", **member_profile(hs, user_id), **more}
+    hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
+
+
 def block_room(hs: Homeserver, room_id: str, blocker: str) -> None:
     """Let nobody here join, knock on or be invited to a room any more; who is in stays in."""
     if not is_room_id(room_id):
@@ -15250,9 +15252,7 @@ def auto_join(hs: Homeserver, user_nid: UserNid) -> None:
         try:
             room = room_by_name(hs, alias)
             refuse_blocked(hs, room.room_id)
-            content = {"membership": "join", **member_profile(hs, user_id)}
-            content.update(join_authorisation(hs, room, user_nid))
-            hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
+            enter(hs, room, user_id, **join_authorisation(hs, room, user_nid))
         except MatrixError as error:
             log_rooms.warning("%s cannot join %s: %s", user_id, alias, error.error)
 
@@ -15616,11 +15616,10 @@ def create_room(hs: Homeserver, creator: str, body: Json) -> Room:
     trusted = invitees if preset == "trusted_private_chat" else []
     content = create_content(version, creator, body, trusted)
     levels = initial_levels(version, creator, body, trusted)
-    joins = {"membership": "join", **member_profile(hs, creator)}
     try:
         with hs.db.write():
             room = hs.rooms.create(version.id, creator, content)
-            hs.rooms.send(room, creator, MEMBER, joins, state_key=creator)
+            enter(hs, room, creator)
             hs.rooms.send(room, creator, POWER_LEVELS, levels, state_key="")
             if alias is not None:
                 set_alias(hs, alias, room, creator)
@@ -15733,8 +15732,7 @@ def start_replacement(
     content = create_content(version, maker, {"creation_content": content}, [])
     with hs.db.write():
         new = hs.rooms.create(version.id, maker, content)
-        joins = {"membership": "join", **member_profile(hs, maker)}
-        hs.rooms.send(new, maker, MEMBER, joins, state_key=maker)
+        enter(hs, new, maker)
         first = working_levels(version, levels, maker)
         hs.rooms.send(new, maker, POWER_LEVELS, first, state_key="")
     return new, levels
@@ -15915,15 +15913,9 @@ def massaged_time(request: Request) -> int | None:
 
 
 def send_redaction(
-    hs: Homeserver,
-    user: Requester,
-    room_id: str,
-    target_id: str,
-    content: Json,
-    transaction: SentAs,
-    timestamp: int | None = None,
+    hs: Homeserver, user: Requester, room_id: str, target_id: str, content: Json, **how: Any
 ) -> Event:
-    """Redact an event, if the requester may."""
+    """Redact an event, if the requester may; `how` are transaction and timestamp, as for `send`."""
     room = hs.rooms.get(room_id)
     require_joined(room, user.nid)
     target = hs.rooms.event(target_id)
@@ -15936,21 +15928,13 @@ def send_redaction(
         is_admins = user.is_admin and hs.is_local(target.sender)
         if levels.user(sender) < levels.redact and not is_admins:
             raise forbidden("You may not redact the events of others in this room")
-    how: Json = {"redacts": target_id, "transaction": transaction, "timestamp": timestamp}
-    return hs.rooms.send(room, sender, REDACTION, content, **how)
+    return hs.rooms.send(room, sender, REDACTION, content, redacts=target_id, **how)
 
 
 def send_message(
-    hs: Homeserver,
-    user: Requester,
-    room_id: str,
-    event_type: str,
-    content: Json,
-    transaction: SentAs,
-    timestamp: int | None = None,
+    hs: Homeserver, user: Requester, room_id: str, event_type: str, content: Json, **how: Any
 ) -> Event:
     """Send an event that is no state; a redaction names its target in the content."""
-    how: Json = {"transaction": transaction, "timestamp": timestamp}
     if event_type != REDACTION:
         refuse_suspended(hs, user)
         room = hs.rooms.get(room_id)
@@ -16053,17 +16037,10 @@ def checked_member_content(
 
 
 def set_state(
-    hs: Homeserver,
-    user: Requester,
-    room_id: str,
-    event_type: str,
-    state_key: str,
-    content: Json,
-    transaction: SentAs = None,
-    timestamp: int | None = None,
+    hs: Homeserver, user: Requester, room_id: str, key: StateKey, content: Json, **how: Any
 ) -> Event:
     """Set a piece of state; what is so already is left to the event that did it."""
-    room, user_id = hs.rooms.get(room_id), user.user_id
+    (event_type, state_key), room, user_id = key, hs.rooms.get(room_id), user.user_id
     require_encryption_allowed(hs, event_type)
     if event_type == REDACTION:  # it would get past the checks of `send_redaction`
         raise invalid_param("A redaction is no state; PUT .../redact/{event_id}/{txn_id} sends one")
@@ -16074,11 +16051,10 @@ def set_state(
         content = checked_member_content(hs, user, room, state_key, content)
     if (event_type, state_key, content.get("membership")) != (MEMBER, user_id, "leave"):
         refuse_suspended(hs, user)
-    event = room.state_event(event_type, state_key)
+    event = room.state_event(*key)
     if event is not None and event.content == content and event.sender == user_id:
         return event
-    how: Json = {"state_key": state_key, "transaction": transaction, "timestamp": timestamp}
-    return hs.rooms.send(room, user_id, event_type, content, **how)
+    return hs.rooms.send(room, user_id, event_type, content, state_key=state_key, **how)
 
 
 @route("PUT", STATE_PATH, auth=GUEST, limit="message", body=ANY_OBJECT)
@@ -16102,8 +16078,8 @@ async def put_state(
         invites = hs.joining.invite_elsewhere
         event = await invites(hs.rooms.get(room_id), request.user.user_id, state_key, request.json)
     else:
-        place, timestamp = (room_id, event_type, state_key), massaged_time(request)
-        event = set_state(hs, request.user, *place, request.json, timestamp=timestamp)
+        key, timestamp = (event_type, state_key), massaged_time(request)
+        event = set_state(hs, request.user, room_id, key, request.json, timestamp=timestamp)
     return {"event_id": event.event_id}
 
 
@@ -16117,9 +16093,10 @@ def send_delayed(hs: Homeserver, delayed: DelayedEvent) -> Event:
     user = Requester(user_id, delayed.user_nid, None, None, None, *rights)
     content, sent_as = json.loads(delayed.content), (None, delayed.delay_id)
     if delayed.state_key is None:
-        return send_message(hs, user, delayed.room_id, delayed.type, content, sent_as)
-    place = (delayed.room_id, delayed.type, delayed.state_key)
-    return set_state(hs, user, *place, content, sent_as)
+        place = (delayed.room_id, delayed.type)
+        return send_message(hs, user, *place, content, transaction=sent_as)
+    key = (delayed.type, delayed.state_key)
+    return set_state(hs, user, delayed.room_id, key, content, transaction=sent_as)
 
 
 # ── 29.2  Reading state and members ──────────────────────────────────────────
@@ -16256,15 +16233,11 @@ class Page(NamedTuple):
 
 
 Reading = Callable[[int, int, int], list[Event]]  # at most so many events with low < pos <= high
+Keeping = Callable[[list[Event]], list[Event]]  # those of the events that are wanted
 
 
 def collect(
-    read: Reading,
-    keep: Callable[[list[Event]], list[Event]],
-    span: tuple[int, int],
-    limit: int,
-    *,
-    backwards: bool,
+    read: Reading, keep: Keeping, span: tuple[int, int], limit: int, *, backwards: bool
 ) -> Page:
     """Up to `limit` events with span[0] < pos <= span[1] that are to be kept.
 
@@ -16303,7 +16276,7 @@ def read_page(
     def keep(events: list[Event]) -> list[Event]:
         events = wanted.pick(events)
         if wanted.wants_related:
-            events = related_to(hs, room, events, wanted.related_types, wanted.related_senders)
+            events = related_to(hs, room, events, wanted)
         return hs.rooms.visible(user_nid, room, events)
 
     if not wanted.wants_room(room.room_id):
@@ -18773,7 +18746,7 @@ BY_TIME_EARLIER = BY_TIME_LATER.replace(">", "<").replace("ASC", "DESC")
 
 
 async def event_by_time(
-    hs: Homeserver, room: Room, may_see: Callable[[Event], bool], ts: int, *, backwards: bool
+    hs: Homeserver, room: Room, may_see: EventTest, ts: int, *, backwards: bool
 ) -> Event | None:
     """The event nearest to a time, at or before it or at or after it, that who asks may see.
 
@@ -18793,12 +18766,7 @@ async def event_by_time(
 
 
 async def event_near(
-    hs: Homeserver,
-    request: Request,
-    room: Room,
-    may_see: Callable[[Event], bool],
-    *,
-    ask_others: bool = False,
+    hs: Homeserver, request: Request, room: Room, may_see: EventTest, *, ask_others: bool = False
 ) -> Json:
     """The answer to who asks for the event nearest to `ts` (milliseconds) in a direction `dir`."""
     if request.arg("ts") is None or request.arg("dir") is None:
@@ -19113,9 +19081,7 @@ def chosen_events(
             continue
         if place.group and GROUPS[place.group](event) != place.value:
             continue
-        if wanted.wants_related and not related_to(
-            hs, room, [event], wanted.related_types, wanted.related_senders
-        ):
+        if wanted.wants_related and not related_to(hs, room, [event], wanted):
             continue
         if room.nid not in viewers:
             viewers[room.nid] = Viewer(hs.rooms, room, request.user.nid)
@@ -19725,16 +19691,10 @@ class Receipts:
         return self.hs.db.all(query, (room_nid, since))
 
     def record(
-        self,
-        room: Room,
-        user_nid: UserNid,
-        kind: str,
-        thread: str,
-        event: Event,
-        ts: int | None = None,
+        self, room: Room, nid: UserNid, kind: str, thread: str, event: Event, ts: int | None = None
     ) -> None:
         """Move a user's receipt forward; one that would go back is dropped without a word."""
-        db, key = self.hs.db, (room.nid, user_nid, kind, thread)
+        db, key = self.hs.db, (room.nid, nid, kind, thread)
         query = """
             SELECT event_pos
             FROM receipts
@@ -19748,8 +19708,8 @@ class Receipts:
             pos = self.hs.stream.stamp(RECEIPT, room.nid)
             row = (*key, event.event_id, event_pos, now_ms() if ts is None else ts, pos)
             db.execute("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-            if user_nid in room.local_joined:
-                self.hs.unread.mark_read(user_nid, room, event_pos, thread or None)
+            if nid in room.local_joined:
+                self.hs.unread.mark_read(nid, room, event_pos, thread or None)
 
     def forget_room(self, room: Room) -> None:
         """Subscriber of the room store: a room is deleted."""
@@ -29398,8 +29358,7 @@ async def put_out(
             with hs.db.write():
                 leave(hs, room, user_id, "The room was closed")
                 if new_room is not None and new_room.membership_of(nid) != "join":
-                    joins = {"membership": "join", **member_profile(hs, user_id)}
-                    hs.rooms.send(new_room, user_id, MEMBER, joins, state_key=user_id)
+                    enter(hs, new_room, user_id)
             left.append(user_id)
         except MatrixError as error:
             log_admin.warning("%s stays in %s: %s", user_id, room.room_id, error)
@@ -30036,8 +29995,7 @@ class AdminRoom:
             return
         try:
             invite(self.hs, self._room(), self.bot, user_id)
-            joined = {"membership": "join", **member_profile(self.hs, user_id)}
-            self.hs.rooms.send(self._room(), user_id, "m.room.member", joined, state_key=user_id)
+            enter(self.hs, self._room(), user_id)
         except MatrixError as error:  # an account without its room is better than none
             log_admin.warning("%s could not join the admin room: %s", user_id, error)
 
@@ -30695,8 +30653,7 @@ async def admin_join(hs: Homeserver, request: Request, room: str) -> Json:
             if found.join_rule != "public" and found.membership_of(nid) != "invite":
                 require_joined(found, request.user.nid)
                 invite(hs, found, request.user.user_id, user_id)
-            content = {"membership": "join", **member_profile(hs, user_id)}
-            hs.rooms.send(found, user_id, MEMBER, content, state_key=user_id)
+            enter(hs, found, user_id)
     return {"room_id": found.room_id}
 
 
