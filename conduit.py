@@ -296,6 +296,16 @@ def not_found(error: str) -> MatrixError:
     return MatrixError(404, "M_NOT_FOUND", error)
 
 
+Found = TypeVar("Found")
+
+
+def or_404(value: Found | None, error: str) -> Found:
+    """The value, or 404 M_NOT_FOUND where there is none."""
+    if value is None:
+        raise not_found(error)
+    return value
+
+
 def invalid_param(error: str) -> MatrixError:
     """400 M_INVALID_PARAM."""
     return MatrixError(400, "M_INVALID_PARAM", error)
@@ -1593,6 +1603,12 @@ def invariant(what: str, sql: str) -> None:
     INVARIANTS.append((what, sql))
 
 
+def room_invariant(what: str, sql: str) -> None:
+    """The same for rows each of which is of a room that there must be: a query for all of them."""
+    there = "(SELECT room_nid FROM rooms)"
+    invariant(what, f"{sql} WHERE room_nid NOT IN {there}")
+
+
 def checker(function: Checker) -> Checker:
     """Register what --check asks for more problems, with the folder and a connection."""
     CHECKERS.append(function)
@@ -1976,6 +1992,10 @@ class Database:
         """All rows."""
         return self.execute(sql, params).fetchall()
 
+    def column(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
+        """The first column of all rows."""
+        return [row[0] for row in self.execute(sql, params)]
+
     def value(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
         """The first column of the first row, or None."""
         row = self.execute(sql, params).fetchone()
@@ -1990,6 +2010,11 @@ class Database:
     def written(self) -> contextlib.AbstractContextManager[Any]:
         """The same for a single statement, which needs no savepoint of its own inside a block."""
         return contextlib.nullcontext() if self._blocks else self
+
+    def change(self, sql: str, params: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Write by a single statement."""
+        with self.written():
+            return self.execute(sql, params)
 
     def __enter__(self) -> None:
         """Open the shared transaction if there is none, and a savepoint in it."""
@@ -2117,6 +2142,11 @@ class Database:
     async def read_in_thread(self, function: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run a long scan in the pool on a read-only connection, which sees what is committed."""
         return await self.in_thread(self._with_reader, function)
+
+    async def scan(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
+        """All rows of a long query, read in a thread, once what it sees is on the disk."""
+        await self.synced()
+        return await self.read_in_thread(lambda reader: reader.execute(sql, params).fetchall())
 
     def _with_reader(self, function: Callable[[sqlite3.Connection], Result]) -> Result:
         connection = getattr(self._readers, "connection", None)
@@ -4403,10 +4433,7 @@ CREATE TABLE partial_rooms (        -- entered before all members were known
 );
 CREATE INDEX partial_rooms_pos ON partial_rooms (pos);
 """)
-invariant(
-    "events of rooms that are not there",
-    "SELECT nid FROM events WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
+room_invariant("events of rooms that are not there", "SELECT nid FROM events")
 invariant(
     "events with state groups that are not there",
     """
@@ -6514,13 +6541,9 @@ def living_groups(
     room_nid: RoomNid, since: int, connection: sqlite3.Connection
 ) -> tuple[set[int], dict[int, int | None]]:
     """The state groups that a room's events from a position on need, and all of its groups."""
-    bases = dict(
-        connection.execute(
-            "SELECT state_group, base FROM state_groups WHERE room_nid = ?", (room_nid,)
-        ).fetchall()
-    )
-    rows = connection.execute(
-        """
+    query = "SELECT state_group, base FROM state_groups WHERE room_nid = ?"
+    bases: dict[int, int | None] = dict(connection.execute(query, (room_nid,)).fetchall())
+    sql = """
         SELECT state_group, current_group
         FROM events
         WHERE room_nid = :room AND pos >= :since
@@ -6536,9 +6559,8 @@ def living_groups(
         SELECT state_group, NULL
         FROM partial_rooms
         WHERE room_nid = :room
-        """,
-        {"room": room_nid, "since": since},
-    )
+    """
+    rows = connection.execute(sql, {"room": room_nid, "since": since})
     living: set[int] = set()
     for step in (group for row in rows for group in row):
         group = step
@@ -6554,8 +6576,7 @@ def events_needed(room_nid: RoomNid, since: int, connection: sqlite3.Connection)
     for group in living_groups(room_nid, since, connection)[0]:
         row = connection.execute("SELECT delta FROM state_groups WHERE state_group = ?", (group,))
         found.update(unpack_delta(row.fetchone()[0])[1])
-    rows = connection.execute(
-        """
+    sql = """
         WITH RECURSIVE chain (nid) AS (
             SELECT value
             FROM json_each(:events)
@@ -6571,9 +6592,8 @@ def events_needed(room_nid: RoomNid, since: int, connection: sqlite3.Connection)
         )
         SELECT nid
         FROM chain
-        """,
-        {"events": json.dumps(list(found)), "room": room_nid},
-    )
+    """
+    rows = connection.execute(sql, {"events": json.dumps(list(found)), "room": room_nid})
     return {row[0] for row in rows}
 
 
@@ -6630,18 +6650,15 @@ class RoomKeeper(RoomVisitor):
         with self.database.write():
             for listener in self._purge_listeners:
                 listener(room)
-            self.database.execute(
-                "UPDATE rooms SET state_group = 0, extremities = '[]' WHERE room_nid = ?",
-                (room.nid,),
-            )
+            sql = "UPDATE rooms SET state_group = 0, extremities = '[]' WHERE room_nid = ?"
+            self.database.execute(sql, (room.nid,))
             self.database.execute("DELETE FROM partial_rooms WHERE room_nid = ?", (room.nid,))
             room.group = room.partial = None
         await self._batches(functools.partial(self._purge_memberships, room))
         for query in (OLD_IN_TIMELINE, OLD_OUTSIDE):
             await self._batches(functools.partial(self._purge_events, room, query))
         await self._batches(functools.partial(self._purge_groups, room))
-        with self.database.write():
-            self.database.execute("DELETE FROM rooms WHERE room_nid = ?", (room.nid,))
+        self.database.change("DELETE FROM rooms WHERE room_nid = ?", (room.nid,))
         self._forget_room(room)
 
     def _forget_room(self, room: Room) -> None:
@@ -6651,8 +6668,7 @@ class RoomKeeper(RoomVisitor):
 
     def _purge_memberships(self, room: Room) -> int:
         self._memberships.clear()
-        return self.database.execute(
-            """
+        sql = """
             DELETE FROM memberships
             WHERE (user_nid, room_nid) IN (
                 SELECT user_nid, room_nid
@@ -6660,38 +6676,32 @@ class RoomKeeper(RoomVisitor):
                 WHERE room_nid = ?
                 LIMIT ?
             )
-            """,
-            (room.nid, PURGE_BATCH),
-        ).rowcount
+        """
+        return self.database.execute(sql, (room.nid, PURGE_BATCH)).rowcount
 
     def _purge_events(self, room: Room, query: str) -> int:
         bounds = {"after": 0, "before": MAX_POSITION, "size": PURGE_BATCH}
-        rows = self.database.all(query, {"room": room.nid, **bounds})
-        self._delete_events(room, [row[0] for row in rows])
-        return len(rows)
+        nids = self.database.column(query, {"room": room.nid, **bounds})
+        self._delete_events(room, nids)
+        return len(nids)
 
     def _purge_groups(self, room: Room) -> int:
         """Newest first: no group goes before those that differ from it."""
-        rows = self.database.all(
-            """
+        query = """
             SELECT state_group
             FROM state_groups
             WHERE room_nid = ?
             ORDER BY state_group DESC
             LIMIT ?
-            """,
-            (room.nid, PURGE_BATCH),
-        )
-        return self._delete_groups([row[0] for row in rows])
+        """
+        return self._delete_groups(self.database.column(query, (room.nid, PURGE_BATCH)))
 
     def _delete_groups(self, groups: list[int]) -> int:
         for group in groups:
             self.groups.cache.pop(group)
         self._resolved.clear()
-        self.database.execute(
-            "DELETE FROM state_groups WHERE state_group IN (SELECT value FROM json_each(?))",
-            (json.dumps(groups),),
-        )
+        sql = "DELETE FROM state_groups WHERE state_group IN (SELECT value FROM json_each(?))"
+        self.database.execute(sql, (json.dumps(groups),))
         return len(groups)
 
     def position_at(self, room: Room, timestamp: int) -> int:
@@ -6720,37 +6730,27 @@ class RoomKeeper(RoomVisitor):
         since = min(cast(int, first.pos), *room.extremities)
         needed = functools.partial(events_needed, room.nid, since)
         keep = await self.database.read_in_thread(needed)
-        drop = functools.partial(self._drop, room, keep)
-        total = await self._batches(functools.partial(self._drop_old, room, since, drop))
-        cursor = [0]
-        await self._batches(functools.partial(self._drop_outside, room, since, drop, cursor))
+        drop = functools.partial(self._drop, room, keep, since)
+        total = await self._batches(functools.partial(drop, OLD_IN_TIMELINE, [0]))
+        await self._batches(functools.partial(drop, OLD_OUTSIDE, [0]))
         return total
 
-    def _drop_old(self, room: Room, before: int, drop: Callable[[list[EventNid]], int]) -> int:
-        bounds = {"room": room.nid, "before": before, "size": PURGE_BATCH}
-        return drop([row[0] for row in self.database.all(OLD_IN_TIMELINE, bounds)])
+    def _drop(self, room: Room, keep: set[int], before: int, query: str, after: list[int]) -> int:
+        """Delete events, or take them out of the timeline if they must be kept.
 
-    def _drop_outside(
-        self, room: Room, before: int, drop: Callable[[list[EventNid]], int], cursor: list[int]
-    ) -> int:
-        bounds = {"room": room.nid, "before": before, "size": PURGE_BATCH, "after": cursor[0]}
-        nids = [row[0] for row in self.database.all(OLD_OUTSIDE, bounds)]
-        cursor += nids[-1:]
-        del cursor[:-1]
-        return drop(nids)
-
-    def _drop(self, room: Room, keep: set[int], nids: list[EventNid]) -> int:
-        """Delete events, or take them out of the timeline if they must be kept."""
+        Outside of it, where those stay that must, `after` is the last that was looked at.
+        """
+        bounds = {"room": room.nid, "before": before, "size": PURGE_BATCH, "after": after[0]}
+        nids = self.database.column(query, bounds)
+        after[:] = nids[-1:] or after
         kept = [nid for nid in nids if nid in keep]
         self._delete_events(room, [nid for nid in nids if nid not in keep])
-        self.database.execute(
-            """
+        sql = """
             UPDATE events
             SET pos = NULL, state_group = NULL, current_group = NULL, replaces = NULL
             WHERE nid IN (SELECT value FROM json_each(?))
-            """,
-            (json.dumps(kept),),
-        )
+        """
+        self.database.execute(sql, (json.dumps(kept),))
         for nid in kept:
             self._events.pop(nid)
         for event in self.events_by_nids(kept):
@@ -6916,18 +6916,17 @@ class Viewer:
     def _own_events(self) -> list[Event]:
         """The user's own member events, the newest first."""
         if self._own is None:
-            rows = self.rooms.database.all(
-                """
+            query = """
                 SELECT nid
                 FROM events
                 WHERE room_nid = ?
                   AND state_nid = ?
                   AND pos IS NOT NULL
                 ORDER BY pos DESC
-                """,
-                (self.room.nid, self.rooms.groups.names.find(self.key)),
-            )
-            self._own = self.rooms.events_by_nids(row[0] for row in rows)
+            """
+            state_nid = self.rooms.groups.names.find(self.key)
+            nids = self.rooms.database.column(query, (self.room.nid, state_nid))
+            self._own = self.rooms.events_by_nids(nids)
         return self._own
 
 
@@ -7122,13 +7121,8 @@ def client_states(
 
 
 STRIPPED_TYPES = (
-    CREATE,
-    JOIN_RULES,
-    "m.room.canonical_alias",
-    "m.room.avatar",
-    "m.room.name",
-    "m.room.encryption",
-    "m.room.topic",
+    *(CREATE, JOIN_RULES, "m.room.canonical_alias", "m.room.avatar", "m.room.name"),
+    *("m.room.encryption", "m.room.topic"),
 )
 
 
@@ -7216,6 +7210,7 @@ ONLY_ONCE = frozenset(  # to join these would make up a value that nobody sent
     {"content-length", "content-type", "expect", "host", "if-range", "range", "transfer-encoding"}
 )
 CONTROL_BYTES = bytes(set(range(32)) - set(b"\t")) + b"\x7f"
+BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00")
 
 
 def malformed(reason: str, status: int = 400) -> MatrixError:
@@ -7289,9 +7284,6 @@ def body_length(headers: Headers, is_http11: bool) -> int | None:
     if coding.lower() != "chunked":
         raise malformed("the only transfer coding is chunked", 501)
     return None
-
-
-BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})|%00")
 
 
 @functools.lru_cache(512)  # for the ids of rooms and users, which come again and again
@@ -8463,8 +8455,6 @@ class Route:
 
 ROUTES: list[Route] = []
 Endpoint = tuple[Route, tuple[str, ...]]  # a route and the names of the parameters in its path
-
-
 VERSION_SEGMENT = re.compile(r"(?<=/)v[0-9]+(?=/)")
 
 
@@ -11058,15 +11048,13 @@ class Sessions:
 
     def get(self, nid: UserNid) -> Account | None:
         """The account of a user, or None if they have none here."""
-        row = self.db.one(
-            """
+        query = """
             SELECT user_nid, password_hash, is_admin, is_guest, deactivated, locked, suspended,
                 erased
             FROM accounts
             WHERE user_nid = ?
-            """,
-            (nid,),
-        )
+        """
+        row = self.db.one(query, (nid,))
         return None if row is None else Account(row[0], row[1], *map(bool, row[2:]))
 
     # Tokens
@@ -11088,16 +11076,14 @@ class Sessions:
 
     def _read_session(self, key: bytes, *, is_refresh: bool) -> Session:
         """The session of an access or a refresh token; its first use ends the pair before it."""
-        row = self.db.one(
-            """
+        query = """
             SELECT token_nid, user_nid, device_nid, device_id, expires_ts, replaces, spent
             FROM tokens
             JOIN devices USING (user_nid, device_nid)
             WHERE (access_hash = :key AND NOT :is_refresh)
                 OR (refresh_hash = :key AND :is_refresh)
-            """,
-            {"key": key, "is_refresh": is_refresh},
-        )
+        """
+        row = self.db.one(query, {"key": key, "is_refresh": is_refresh})
         account = self.get(row[1]) if row else None
         if row is None or account is None or account.deactivated:
             raise unknown_token()
@@ -11119,13 +11105,11 @@ class Sessions:
         with self.db.write():
             self.db.execute("UPDATE tokens SET spent = 1 WHERE token_nid = ?", (replaced,))
             self.db.execute("UPDATE tokens SET replaces = NULL WHERE token_nid = ?", (token_nid,))
-            self.db.execute(
-                """
+            sql = """
                 DELETE FROM tokens
                 WHERE user_nid = ? AND device_nid = ? AND token_nid NOT IN (?, ?)
-                """,
-                (nid, device_nid, token_nid, replaced),
-            )
+            """
+            self.db.execute(sql, (nid, device_nid, token_nid, replaced))
 
     def refresh(self, refresh_token: str) -> Json:
         """A new pair of tokens; the old one stays good until one of the new is used.
@@ -11155,14 +11139,12 @@ class Sessions:
             expires_ts = now_ms() + ACCESS_TOKEN_LIFETIME_MS
         access_hash = token_hash(answer["access_token"])
         with self.db.write():
-            self.db.execute(
-                """
+            sql = """
                 INSERT INTO tokens
                     (access_hash, refresh_hash, user_nid, device_nid, expires_ts, replaces)
                 VALUES (?, ?, ?, ?, ?, ?)
-                """,
-                (access_hash, refresh_hash, nid, device_nid, expires_ts, replaced),
-            )
+            """
+            self.db.execute(sql, (access_hash, refresh_hash, nid, device_nid, expires_ts, replaced))
         return answer
 
     def _end_tokens(self, nid: UserNid, device_nid: DeviceNid) -> None:
@@ -11197,18 +11179,16 @@ class Sessions:
     def add_device(
         self, nid: UserNid, device_id: str, name: str | None, address: str | None = None
     ) -> DeviceNid:
-        """A device, made if it is not there; inside a write block.  403 for the name of a key."""
+        """A device, made if it is not there.  403 for the name of a key."""
         if self.is_key_name(nid, device_id):
             raise forbidden("The device id is the same as a cross-signing key")
         seen_ts = None if address is None else now_ms()
-        self.db.execute(
-            """
+        sql = """
             INSERT OR IGNORE INTO devices
                 (user_nid, device_id, display_name, last_seen_ip, last_seen_ts)
             VALUES (?, ?, ?, ?, ?)
-            """,
-            (nid, device_id, name, address, seen_ts),
-        )
+        """
+        self.db.change(sql, (nid, device_id, name, address, seen_ts))
         return cast(DeviceNid, self.find_device(nid, device_id))
 
     def find_device(self, nid: UserNid, device_id: str) -> DeviceNid | None:
@@ -11228,28 +11208,19 @@ class Sessions:
     def devices(self, nid: UserNid) -> list[Json]:
         """All devices of a user as /devices shows them to their owner."""
         self.flush_last_seen()
-        rows = self.db.all(
-            """
+        query = """
             SELECT device_id, display_name, last_seen_ip, last_seen_ts
             FROM devices
             WHERE user_nid = ?
             ORDER BY device_nid
-            """,
-            (nid,),
-        )
+        """
+        rows = self.db.all(query, (nid,))
         names = ("device_id", "display_name", "last_seen_ip", "last_seen_ts")
         return [{k: v for k, v in zip(names, row, strict=True) if v is not None} for row in rows]
 
-    def make_device(self, nid: UserNid, device_id: str, name: str | None) -> DeviceNid:
-        """The device of that id, made if it is not there, without a token."""
-        with self.db.write():
-            return self.add_device(nid, device_id, name)
-
     def rename_device(self, nid: UserNid, device_id: str, name: str | None) -> None:
         """Give a device another display name, if one is given. 404 when there is no such device."""
-        device_nid = self.find_device(nid, device_id)
-        if device_nid is None:
-            raise not_found("You have no device with this id")
+        device_nid = or_404(self.find_device(nid, device_id), "You have no device with this id")
         if name is None:
             return
         with self.db.write():
@@ -11275,9 +11246,7 @@ class Sessions:
     def log_out_everywhere(self, nid: UserNid, *, keep: DeviceNid | None = None) -> None:
         """Log out all devices of a user, but the one to keep."""
         rows = self.db.all("SELECT device_nid, device_id FROM devices WHERE user_nid = ?", (nid,))
-        self.delete_devices(
-            nid, [device_id for device_nid, device_id in rows if device_nid != keep]
-        )
+        self.delete_devices(nid, [name for device_nid, name in rows if device_nid != keep])
 
     # Maintenance
 
@@ -11286,27 +11255,23 @@ class Sessions:
         seen, self._seen = self._seen, {}
         with self.db.write() if seen else contextlib.nullcontext():
             for device_nid, (address, seen_ts) in seen.items():
-                self.db.execute(
-                    """
+                sql = """
                     UPDATE devices
                     SET last_seen_ip = :address, last_seen_ts = :seen
                     WHERE device_nid = :device
                         AND (last_seen_ip IS NOT :address OR last_seen_ts < :seen - 300000)
-                    """,
-                    {"address": address, "seen": seen_ts, "device": device_nid},
-                )
+                """
+                self.db.execute(sql, {"address": address, "seen": seen_ts, "device": device_nid})
 
     async def expire(self) -> None:
         """Once an hour, delete transactions that have had their time, device by device."""
         if now_ms() - self._expired_ts < 3_600_000:
             return
         self._expired_ts = now_ms()
-        with self.db.write():
-            self.db.execute("DELETE FROM openid_tokens WHERE expires_ts < ?", (now_ms(),))
+        self.db.change("DELETE FROM openid_tokens WHERE expires_ts < ?", (now_ms(),))
         for (device_nid,) in self.db.all("SELECT device_nid FROM devices"):
             old = (device_nid, now_ms() - TXN_LIFETIME_MS)
-            with self.db.write():
-                self.db.execute("DELETE FROM txns WHERE device_nid = ? AND created_ts < ?", old)
+            self.db.change("DELETE FROM txns WHERE device_nid = ? AND created_ts < ?", old)
             await asyncio.sleep(0)
 
 
@@ -11397,16 +11362,14 @@ class Accounts(Sessions):
 
     def list_local_users(self) -> list[str]:
         """The ids of all active accounts, guests left out, in alphabetical order."""
-        rows = self.db.all(
-            """
+        query = """
             SELECT users.user_id
             FROM accounts
             JOIN users USING (user_nid)
             WHERE deactivated = 0 AND is_guest = 0
             ORDER BY users.user_id
-            """
-        )
-        return [row[0] for row in rows]
+        """
+        return self.db.column(query)
 
     def has_users(self) -> bool:
         """Whether anybody has an account but the server's own bot, guests, bridges and theirs."""
@@ -11460,10 +11423,6 @@ class Accounts(Sessions):
         log_accounts.info("new account %s, %s", user_id, role)
         return nid
 
-    def create_server_account(self, localpart: str, name: str) -> UserNid:
-        """Make the account of the server itself, which has no password."""
-        return self.make_account(f"@{localpart}:{self.hs.config.server_name}", name=name)
-
     async def create_account(
         self, username: str, password: str, *, name: str = "", role: str = "user"
     ) -> UserNid:
@@ -11489,8 +11448,7 @@ class Accounts(Sessions):
 
     def set_admin(self, nid: UserNid, is_admin: bool) -> None:
         """Make a user an administrator, or no longer."""
-        with self.db.write():
-            self.db.execute("UPDATE accounts SET is_admin = ? WHERE user_nid = ?", (is_admin, nid))
+        self.db.change("UPDATE accounts SET is_admin = ? WHERE user_nid = ?", (is_admin, nid))
         self._forget_sessions(nid)
 
     def set_mark(self, nid: UserNid, mark: str, value: bool) -> None:
@@ -11517,14 +11475,12 @@ class Accounts(Sessions):
         """End an account for good: password, devices and tokens go now, rooms in the background."""
         with self.db.write():
             self.log_out_everywhere(nid)
-            self.db.execute(
-                """
+            sql = """
                 UPDATE accounts
                 SET password_hash = NULL, deactivated = 1, is_admin = 0, erased = ?
                 WHERE user_nid = ?
-                """,
-                (max(1, self.hs.stream.position) if erase else 0, nid),
-            )
+            """
+            self.db.execute(sql, (max(1, self.hs.stream.position) if erase else 0, nid))
             self._read_marks()
             for callback in self._deactivated:
                 callback(nid)
@@ -11695,8 +11651,7 @@ class AuthenticationNeeded(MatrixError):
         return self.body
 
 
-IdentifierReader = Callable[["Homeserver", Json], "str | None"]
-IDENTIFIERS: Final[dict[object, IdentifierReader]] = {}  # how each type leads to a user id
+IDENTIFIERS: Final[dict[object, Callable[[Homeserver, Json], str | None]]] = {}  # to a user id
 
 
 def user_of_name(hs: Homeserver, identifier: Json) -> str | None:
@@ -11815,8 +11770,6 @@ NEW_ACCOUNT = {
     **{"auth?": dict, "username?": str, "password?": str, "guest_access_token?": str},
     **{"inhibit_login?": bool, "type?": str},
 }
-
-
 REGISTER_PATH: Final = "/_matrix/static/client/register/"
 
 
@@ -12100,10 +12053,8 @@ async def list_devices(hs: Homeserver, request: Request) -> Json:
 @route("GET", DEVICE, auth=GUEST)
 async def get_device(hs: Homeserver, request: Request, device_id: str) -> Json:
     """One device of the user. 404 M_NOT_FOUND when there is none with this id."""
-    for device in hs.accounts.devices(request.user.nid):
-        if device["device_id"] == device_id:
-            return device
-    raise not_found("You have no device with this id")
+    found = (one for one in hs.accounts.devices(request.user.nid) if one["device_id"] == device_id)
+    return or_404(next(found, None), "You have no device with this id")
 
 
 @route("PUT", DEVICE, auth=GUEST, body={"display_name?": str})
@@ -12112,7 +12063,7 @@ async def put_device(hs: Homeserver, request: Request, device_id: str) -> Json |
     user, name = request.user, request.json.get("display_name")
     check_device_texts({**request.json, "device_id": device_id})
     if user.appservice is not None and hs.accounts.find_device(user.nid, device_id) is None:
-        hs.accounts.make_device(user.nid, device_id, name)
+        hs.accounts.add_device(user.nid, device_id, name)
         return Response(201, b"{}")
     hs.accounts.rename_device(user.nid, device_id, name)
     return {}
@@ -12217,9 +12168,8 @@ async def request_openid_token(hs: Homeserver, request: Request, user_id: str) -
     """A token by which a third service can ask this server who the user is, and nothing else."""
     check_own_user(request, user_id)
     token, expires_ts = random_token(), now_ms() + OPENID_SECONDS * 1000
-    with hs.db.write():
-        row = (token_hash(token), request.user.nid, expires_ts)
-        hs.db.execute("INSERT INTO openid_tokens VALUES (?, ?, ?)", row)
+    row = (token_hash(token), request.user.nid, expires_ts)
+    hs.db.change("INSERT INTO openid_tokens VALUES (?, ?, ?)", row)
     return {
         "access_token": token,
         "token_type": "Bearer",
@@ -12469,15 +12419,13 @@ class Emails:
         """Give a user an address. 400 M_THREEPID_IN_USE for that of another."""
         if self.owner(address) not in (None, nid):
             raise threepid_in_use()
-        with self.db.write():
-            row = (address.lower(), nid, now_ms(), now_ms())
-            self.db.execute("INSERT OR IGNORE INTO emails VALUES (?, ?, ?, ?)", row)
+        row = (address.lower(), nid, now_ms(), now_ms())
+        self.db.change("INSERT OR IGNORE INTO emails VALUES (?, ?, ?, ?)", row)
 
     def remove(self, nid: UserNid, address: str) -> None:
         """Take an address from a user."""
-        with self.db.write():
-            sql = "DELETE FROM emails WHERE address = ? AND user_nid = ?"
-            self.db.execute(sql, (address.lower(), nid))
+        sql = "DELETE FROM emails WHERE address = ? AND user_nid = ?"
+        self.db.change(sql, (address.lower(), nid))
 
     def replace(self, nid: UserNid, addresses: Iterable[str]) -> None:
         """Let a user have these addresses and no others."""
@@ -12492,14 +12440,12 @@ class Emails:
         Whoever asks learns nothing from it: the message alone says whether there is an account.
         """
         address, secret_hash = checked_email(body["email"]), token_hash(body["client_secret"])
-        row = self.db.one(
-            """
+        query = """
             SELECT sid, send_attempt
             FROM email_validations
             WHERE address = ? AND secret_hash = ? AND purpose = ? AND sent_ts > ?
-            """,
-            (address, secret_hash, purpose, now_ms() - VALIDATION_MS),
-        )
+        """
+        row = self.db.one(query, (address, secret_hash, purpose, now_ms() - VALIDATION_MS))
         if row is not None and row[1] >= body["send_attempt"]:
             return cast(str, row[0])
         self.hs.accounts.guesses.take([("mail", address)])
@@ -12522,8 +12468,7 @@ class Emails:
         try:
             await self.mailer.send(address, SUBJECTS[purpose].format(**names), text)
         except MatrixError:  # the client may make the same attempt again
-            with self.db.write():
-                self.db.execute("DELETE FROM email_validations WHERE sid = ?", (sid,))
+            self.db.change("DELETE FROM email_validations WHERE sid = ?", (sid,))
             raise
         return sid
 
@@ -12537,18 +12482,15 @@ class Emails:
 
     def asked(self, token: str, *, answer: bool = False) -> Validation | None:
         """What the token in a link is about, and if it is the answer, the proof; None when over."""
-        row = self.db.one(
-            """
+        query = """
             SELECT sid, purpose, address, user_nid, next_link
             FROM email_validations
             WHERE token_hash = ? AND validated_ts IS NULL AND sent_ts > ?
-            """,
-            (token_hash(token), now_ms() - VALIDATION_MS),
-        )
+        """
+        row = self.db.one(query, (token_hash(token), now_ms() - VALIDATION_MS))
         if row is not None and answer:
-            with self.db.write():
-                sql = "UPDATE email_validations SET validated_ts = ? WHERE sid = ?"
-                self.db.execute(sql, (now_ms(), row[0]))
+            sql = "UPDATE email_validations SET validated_ts = ? WHERE sid = ?"
+            self.db.change(sql, (now_ms(), row[0]))
         return None if row is None else Validation(*row)
 
     def proved(self, creds: Json, purpose: str) -> Validation | None:
@@ -12564,8 +12506,7 @@ class Emails:
         )
         if row is None:
             return None
-        with self.db.write():
-            self.db.execute("DELETE FROM email_validations WHERE sid = ?", (row[0],))
+        self.db.change("DELETE FROM email_validations WHERE sid = ?", (row[0],))
         return Validation(*row)
 
     def _registered(self, nid: UserNid, session: UiaSession) -> None:
@@ -12578,9 +12519,8 @@ class Emails:
 
     def expire(self) -> None:
         """Delete validations that have had their time."""
-        with self.db.write():
-            before = now_ms() - 2 * VALIDATION_MS
-            self.db.execute("DELETE FROM email_validations WHERE sent_ts < ?", (before,))
+        before = now_ms() - 2 * VALIDATION_MS
+        self.db.change("DELETE FROM email_validations WHERE sent_ts < ?", (before,))
 
 
 @stage(EMAIL)
@@ -12592,10 +12532,8 @@ async def is_reader(hs: Homeserver, request: Request, auth: Json, session: UiaSe
     if proved is None:
         return False
     if purpose == "password":
-        is_owner = (
-            proved.user_nid is not None and hs.emails.owner(proved.address) == proved.user_nid
-        )
-        if not is_owner or session.operation[2] not in (None, proved.user_nid):
+        owner = hs.emails.owner(proved.address)
+        if owner is None or owner != proved.user_nid or session.operation[2] not in (None, owner):
             return False
     session.results[EMAIL] = proved
     return True
@@ -12750,25 +12688,12 @@ class RegistrationTokens:
 
     def find(self, token: str) -> RegistrationToken | None:
         """The token, whether it is still good or not."""
-        row = self.db.one(
-            """
-            SELECT token, uses_allowed, completed, expires_ts
-            FROM registration_tokens
-            WHERE token = ?
-            """,
-            (token,),
-        )
+        row = self.db.one("SELECT * FROM registration_tokens WHERE token = ?", (token,))
         return None if row is None else RegistrationToken(*row)
 
     def all(self) -> list[RegistrationToken]:
         """All tokens, in alphabetical order."""
-        rows = self.db.all(
-            """
-            SELECT token, uses_allowed, completed, expires_ts
-            FROM registration_tokens
-            ORDER BY token
-            """
-        )
+        rows = self.db.all("SELECT * FROM registration_tokens ORDER BY token")
         return [RegistrationToken(*row) for row in rows]
 
     def pending(self, token: str) -> int:
@@ -12790,29 +12715,24 @@ class RegistrationTokens:
             raise invalid_param("uses_allowed is a number from 0 on, or null")
         if row.expires_ts is not None and not now_ms() <= row.expires_ts <= MAX_CANONICAL_INT:
             raise invalid_param("expiry_time lies in the past")
-        with self.db.write():
-            sql = "INSERT OR REPLACE INTO registration_tokens VALUES (?, ?, ?, ?)"
-            self.db.execute(sql, row)
+        self.db.change("INSERT OR REPLACE INTO registration_tokens VALUES (?, ?, ?, ?)", row)
 
     def delete(self, token: str) -> bool:
         """Delete a token; whether there was one."""
-        with self.db.write():
-            sql = "DELETE FROM registration_tokens WHERE token = ?"
-            return self.db.execute(sql, (token,)).rowcount > 0
+        sql = "DELETE FROM registration_tokens WHERE token = ?"
+        return self.db.change(sql, (token,)).rowcount > 0
 
     def _use(self, _nid: UserNid, session: UiaSession) -> None:
         """Count a registration. 403 when the token was used up, or deleted, in the meantime."""
         token = session.results.get(REGISTRATION_TOKEN)
         if token is None:
             return
-        cursor = self.db.execute(
-            """
+        sql = """
             UPDATE registration_tokens
             SET completed = completed + 1
             WHERE token = ? AND (uses_allowed IS NULL OR completed < uses_allowed)
-            """,
-            (token,),
-        )
+        """
+        cursor = self.db.execute(sql, (token,))
         if not cursor.rowcount:
             raise forbidden("This registration token is not good any more")
 
@@ -12860,8 +12780,6 @@ async def registration_token_validity(hs: Homeserver, request: Request) -> Json:
 
 # ── 22.6  JSON web tokens ────────────────────────────────────────────────────
 
-JWT_CLAIMS = {"sub": str, "exp": float, "nbf?": float, "iat?": float}
-
 
 def jwt_claims(token: str, secret: str) -> Json:
     """The claims of a token that this secret signed; ValueError or MatrixError for any other.
@@ -12880,7 +12798,7 @@ def jwt_claims(token: str, secret: str) -> Json:
         raise ValueError("the signature is not right")
     header, claims = parse_json(padded[1]), parse_json(padded[2])
     check_shape(header, {"alg": str})
-    check_shape(claims, JWT_CLAIMS)
+    check_shape(claims, {"sub": str, "exp": float, "nbf?": float, "iat?": float})
     if header["alg"] != "HS256" or "crit" in header:
         raise ValueError("only HS256, and nothing beyond it")
     now = now_ms() / 1000
@@ -12945,30 +12863,20 @@ async def put_mark(hs: Homeserver, request: Request, user_id: str) -> Json:
     return {mark: request.json[mark]}
 
 
-def connection_of(device: Json) -> Json:
-    """Where a device was last seen, as whois tells it."""
-    return {"ip": device.get("last_seen_ip", ""), "last_seen": device.get("last_seen_ts", 0)}
-
-
 @route("GET", V3 + "/admin/whois/{user_id}", auth=USER)
 async def who_is(hs: Homeserver, request: Request, user_id: str) -> Json:
     """Where a user's devices were last seen, for themselves and for admins."""
     if user_id != request.user.user_id:
         check_caller(ADMIN, request.user)
-    account = hs.accounts.find(user_id)
-    if account is None:
-        raise not_found("There is no such account")
-    devices = {
-        device["device_id"]: {"sessions": [{"connections": [connection_of(device)]}]}
-        for device in hs.accounts.devices(account.nid)
-    }
+    account = or_404(hs.accounts.find(user_id), "There is no such account")
+    devices: Json = {}
+    for device in hs.accounts.devices(account.nid):
+        seen = {"ip": device.get("last_seen_ip", ""), "last_seen": device.get("last_seen_ts", 0)}
+        devices[device["device_id"]] = {"sessions": [{"connections": [seen]}]}
     return {"user_id": user_id, "devices": devices}
 
 
-OAUTH_PATH = "/_matrix/client/v1/auth_metadata"
-
-
-@route("GET", OAUTH_PATH, auth=NONE)
+@route("GET", "/_matrix/client/v1/auth_metadata", auth=NONE)
 async def auth_metadata(_hs: Homeserver, _request: Request) -> Json:
     """404 M_UNRECOGNIZED tells clients to sign in by the legacy API.  Spec: "Server metadata"."""
     raise MatrixError(404, "M_UNRECOGNIZED", "This server does not use OAuth 2.0")
@@ -13038,7 +12946,6 @@ PROFILE = V3 + "/profile/{user_id}"
 PROFILE_FIELD = PROFILE + "/{name}"
 PROFILE_QUERY = FEDERATION_API + "/query/profile"
 MSC4133 = "/_matrix/client/unstable/uk.tcpip.msc4133"
-PROFILE_OLD = (PROFILE.replace(V3, MSC4133),)
 PROFILE_FIELD_OLD = (PROFILE_FIELD.replace(V3, MSC4133),)
 FIELD_NAME = re.compile(r"[a-z][a-z0-9._-]*")
 FIELD_VALUES: Final = {  # what texts those fields take that clients rely on
@@ -13120,13 +13027,8 @@ async def remote_profile(hs: Homeserver, user_id: str) -> Json:
     """
     expires, raw = hs.profiles.remote.get(user_id) or (0.0, b"{}")
     if expires < time.monotonic():
-        profile = await hs.federation.request(
-            server_of(user_id),
-            "GET",
-            PROFILE_QUERY,
-            query={"user_id": user_id},
-            max_bytes=2 * MAX_PROFILE_BYTES,
-        )
+        asked: Json = {"query": {"user_id": user_id}, "max_bytes": 2 * MAX_PROFILE_BYTES}
+        profile = await hs.federation.request(server_of(user_id), "GET", PROFILE_QUERY, **asked)
         for name, form in FIELD_VALUES.items():
             value = profile.get(name, "")
             if not isinstance(value, str) or not form.fullmatch(value):
@@ -13136,7 +13038,7 @@ async def remote_profile(hs: Homeserver, user_id: str) -> Json:
     return cast(Json, json.loads(raw))
 
 
-@route("GET", PROFILE, auth=NONE, also=PROFILE_OLD)
+@route("GET", PROFILE, auth=NONE, also=(PROFILE.replace(V3, MSC4133),))
 async def get_profile(hs: Homeserver, _request: Request, user_id: str) -> Json:
     """All that a user says about themselves.  Spec: "Profiles"."""
     if not is_user_id(user_id):
@@ -13270,18 +13172,14 @@ class AccountData:
             self.latest.put(nid, latest)
         if latest <= since:
             return []
-        rows = self.hs.db.all(
-            """
+        query = """
             SELECT room_nid, type, content
             FROM account_data
             WHERE user_nid = :user AND pos > :since AND (:since OR content <> 'null')
             ORDER BY pos
-            """,
-            {"user": nid, "since": since},
-        )
-        return [
-            (room, {"type": kind, "content": json.loads(text) or {}}) for room, kind, text in rows
-        ]
+        """
+        rows = self.hs.db.all(query, {"user": nid, "since": since})
+        return [(nid, {"type": kind, "content": json.loads(raw) or {}}) for nid, kind, raw in rows]
 
     def _device_deleted(self, nid: UserNid, _: DeviceNid, device_id: str) -> None:
         """What a client keeps for one device ends with it.  Spec: MSC3890."""
@@ -13323,20 +13221,6 @@ def room_account_data_of(hs: Homeserver, user_nid: UserNid, room_nid: RoomNid) -
     """
     rows = hs.db.all(query, (user_nid, room_nid))
     return [{"type": kind, "content": json.loads(text)} for kind, text in rows]
-
-
-def get_room_account_data(
-    hs: Homeserver, user_nid: UserNid, room_nid: RoomNid, data_type: str
-) -> Json | None:
-    """One type of the user's data of a room, or None."""
-    return hs.account_data.get(user_nid, room_nid, data_type)
-
-
-def set_room_account_data(
-    hs: Homeserver, user_nid: UserNid, room_nid: RoomNid, data_type: str, content: Json
-) -> None:
-    """Set one type of the user's data of a room, for types that the server manages as well."""
-    hs.account_data.put(user_nid, room_nid, data_type, content)
 
 
 def ignored_users(hs: Homeserver, user_nid: UserNid) -> frozenset[str]:
@@ -13433,9 +13317,7 @@ async def get_account_data(
     """Data that the user's clients keep. 404 M_NOT_FOUND when there is none."""
     room_nid = own_room(hs, request, user_id, room_id)
     content = hs.account_data.get(request.user.nid, room_nid, data_type)
-    if content is None:
-        raise not_found("There is no account data of this type")
-    return content
+    return or_404(content, "There is no account data of this type")
 
 
 @route("DELETE", USER_DATA.replace(V3, MSC3391), auth=USER)
@@ -13577,9 +13459,7 @@ class Filters:
         if re.fullmatch("[0-9]{1,15}", filter_id):
             sql = "SELECT content FROM filters WHERE user_nid = ? AND filter_id = ?"
             text = self.db.value(sql, (nid, int(filter_id)))
-        if text is None:
-            raise not_found("There is no filter with this id")
-        return cast(Json, json.loads(text))
+        return cast(Json, json.loads(or_404(text, "There is no filter with this id")))
 
 
 def get_filter(hs: Homeserver, user_nid: UserNid, text: str) -> Json:
@@ -13628,10 +13508,7 @@ CREATE INDEX aliases_of_room ON aliases (room_nid);
 CREATE TABLE published_rooms (room_nid INTEGER PRIMARY KEY); -- in the room list
 CREATE TABLE public_rooms (room_nid INTEGER PRIMARY KEY);    -- anybody could join or look in
 """)
-invariant(
-    "aliases of rooms that are not there",
-    "SELECT alias FROM aliases WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
+room_invariant("aliases of rooms that are not there", "SELECT alias FROM aliases")
 
 ADMINS_ALIAS = "admins"  # the admin room's; nobody else is ever to have it
 MAX_LISTED = 500  # rooms in one answer
@@ -13663,9 +13540,7 @@ def resolve_alias(hs: Homeserver, alias: str) -> tuple[str, list[str]]:
     """The room id that an alias stands for, and servers that know the room. 404 M_NOT_FOUND."""
     if not is_room_alias(alias):
         raise invalid_param("This is not a room alias")
-    room_id = find_alias(hs, alias)
-    if room_id is None:
-        raise not_found(f"The alias {alias} does not stand for a room")
+    room_id = or_404(find_alias(hs, alias), f"The alias {alias} does not stand for a room")
     others = hs.rooms.get(room_id).servers.most_common(MAX_ALIAS_SERVERS)
     return room_id, list(dict.fromkeys([hs.config.server_name, *(name for name, _ in others)]))
 
@@ -13696,15 +13571,18 @@ def set_alias(hs: Homeserver, alias: str, room: Room, creator: str) -> None:
         raise MatrixError(400, "M_EXCLUSIVE", "This alias belongs to an application service")
     if find_alias(hs, alias) is not None:
         raise MatrixError(409, "M_UNKNOWN", f"The alias {alias} exists already")
-    with hs.db.write():
-        row = (alias, room.nid, hs.db.user_nid(creator))
-        hs.db.execute("INSERT INTO aliases VALUES (?, ?, ?)", row)
+    row = (alias, room.nid, hs.db.user_nid(creator))
+    hs.db.change("INSERT INTO aliases VALUES (?, ?, ?)", row)
+
+
+def aliases_of(hs: Homeserver, room: Room) -> list[str]:
+    """The local aliases of a room."""
+    return hs.db.column("SELECT alias FROM aliases WHERE room_nid = ? ORDER BY alias", (room.nid,))
 
 
 def delete_alias(hs: Homeserver, alias: str) -> None:
     """Forget a local alias."""
-    with hs.db.write():
-        hs.db.execute("DELETE FROM aliases WHERE alias = ?", (alias,))
+    hs.db.change("DELETE FROM aliases WHERE alias = ?", (alias,))
 
 
 def may_curate(hs: Homeserver, requester: Requester, room: Room) -> bool:
@@ -13767,8 +13645,7 @@ async def remove_alias(hs: Homeserver, request: Request, alias: str) -> Json:
     """Delete an alias: who made it may, who could set the room's main alias, and admins."""
     check_local_alias(hs, alias)
     row = hs.db.one("SELECT room_nid, creator_nid FROM aliases WHERE alias = ?", (alias,))
-    if row is None:
-        raise not_found(f"The alias {alias} does not stand for a room")
+    row = or_404(row, f"The alias {alias} does not stand for a room")
     room, is_own = hs.rooms.by_nid(row[0]), row[1] == request.user.nid
     is_servers = hs.db.user_id(row[1]) == hs.accounts.bot_id
     if not is_own and (is_servers or not may_curate(hs, request.user, room)):
@@ -13780,18 +13657,14 @@ async def remove_alias(hs: Homeserver, request: Request, alias: str) -> Json:
     return {}
 
 
-ROOM_ALIASES_OLD = ("unstable/org.matrix.msc2432",)
-
-
-@route("GET", V3 + "/rooms/{room_id}/aliases", auth=USER, also=ROOM_ALIASES_OLD)
+@route("GET", V3 + "/rooms/{room_id}/aliases", auth=USER, also=("unstable/org.matrix.msc2432",))
 async def get_room_aliases(hs: Homeserver, request: Request, room_id: str) -> Json:
     """The local aliases of a room, for its members, or everyone if it is world readable."""
     room = hs.rooms.find(room_id)
     is_in = room is not None and room.membership_of(request.user.nid) == "join"
     if room is None or not (is_in or room.history_visibility == "world_readable"):
         raise forbidden("You are not a member of the room")
-    rows = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ? ORDER BY alias", (room.nid,))
-    return {"aliases": [row[0] for row in rows]}
+    return {"aliases": aliases_of(hs, room)}
 
 
 # ── 24.2  Published rooms ────────────────────────────────────────────────────
@@ -13803,6 +13676,7 @@ SHOWN_SETTINGS: Final = {  # member of a listing: event type and key in its cont
     "avatar_url": ("m.room.avatar", "url"),
     "room_type": ("m.room.create", "type"),
 }
+VISIBILITY = V3 + "/directory/list/room/{room_id}"
 
 
 def listing_of(room: Room) -> Json:
@@ -13844,16 +13718,13 @@ class Directory:
         """
         nids = set(self.network_rooms(network or None)) if network or everywhere else set()
         if not network or everywhere:
-            nids |= {row[0] for row in self.hs.db.all("SELECT room_nid FROM published_rooms")}
+            nids.update(self.hs.db.column("SELECT room_nid FROM published_rooms"))
         found = []
         for nid in nids:
             known = self._listings.get(nid)
             if known is None:
                 room = self.hs.rooms.by_nid(nid)
-                known = (
-                    listing_of(room),
-                    room.content("m.room.create").get("m.federate") is not False,
-                )
+                known = listing_of(room), room.content(CREATE).get("m.federate") is not False
                 self._listings.put(nid, known)
             listing, is_open = known
             is_open = is_open and listing["room_id"] not in self.hs.sender.disabled
@@ -13864,23 +13735,20 @@ class Directory:
     def _state_changed(self, room: Room, changes: StateChanges) -> None:
         self._listings.pop(room.nid)
         if not changes.keys().isdisjoint((JOIN_RULES_KEY, VISIBILITY_KEY)):
-            is_public = room.join_rule == "public" or room.history_visibility == "world_readable"
             self.hs.db.execute("DELETE FROM public_rooms WHERE room_nid = ?", (room.nid,))
-            if is_public:
+            if room.join_rule == "public" or room.history_visibility == "world_readable":
                 self.hs.db.execute("INSERT INTO public_rooms VALUES (?)", (room.nid,))
 
 
 def publish_room(hs: Homeserver, room: Room, visibility: str) -> None:
     """Put a room into the list of rooms ("public"), or take it out ("private")."""
-    with hs.db.write():
-        if visibility == "public":
-            hs.db.execute("INSERT OR IGNORE INTO published_rooms VALUES (?)", (room.nid,))
-        else:
-            hs.db.execute("DELETE FROM published_rooms WHERE room_nid = ?", (room.nid,))
+    listed = "INSERT OR IGNORE INTO published_rooms VALUES (?)"
+    unlisted = "DELETE FROM published_rooms WHERE room_nid = ?"
+    hs.db.change(listed if visibility == "public" else unlisted, (room.nid,))
 
 
 def forget_names(hs: Homeserver, room: Room) -> None:
-    """Subscriber of the room store: a room that is deleted has no aliases and is in no list."""
+    """A room that is closed, or deleted (of which the room store tells), has no names here."""
     hs.db.execute("DELETE FROM aliases WHERE room_nid = ?", (room.nid,))
     publish_room(hs, room, "private")
 
@@ -13891,22 +13759,17 @@ def move_to_replacement(hs: Homeserver, old: Room, new: Room) -> set[str]:
     The server's own alias stays: who could move #admins could pretend to be the admin room.
     """
     with hs.db.write():
-        rows = hs.db.all(
-            """
+        update = """
             UPDATE aliases
             SET room_nid = ?
             WHERE room_nid = ?
               AND creator_nid != ?
             RETURNING alias
-            """,
-            (new.nid, old.nid, hs.db.user_nid(hs.accounts.bot_id)),
-        )
+        """
+        moved = hs.db.column(update, (new.nid, old.nid, hs.db.user_nid(hs.accounts.bot_id)))
         sql = "UPDATE OR IGNORE published_rooms SET room_nid = ? WHERE room_nid = ?"
         hs.db.execute(sql, (new.nid, old.nid))
-    return {row[0] for row in rows}
-
-
-VISIBILITY = V3 + "/directory/list/room/{room_id}"
+    return set(moved)
 
 
 def visibility_of(hs: Homeserver, room_nid: RoomNid) -> str:
@@ -14019,13 +13882,9 @@ def list_query(request: Request) -> Json:
 
 @route("GET", V3 + "/publicRooms", auth=OPTIONAL, limit="search")
 async def get_public_rooms(hs: Homeserver, request: Request) -> Json:
-    """The list of published rooms, ours or, for users, another server's.
-
-    Spec: "Published room directory".
-    """
-    own = hs.config.server_name
-    server = request.arg("server") or own
-    if server == own:
+    """The published rooms, ours or, for users, another server's.  "Published room directory"."""
+    server = request.arg("server") or hs.config.server_name
+    if server == hs.config.server_name:
         request.int_arg("limit", 100, 1, MAX_LISTED)
         return public_rooms_page(hs, list_query(request))
     check_caller(USER, request.requester)
@@ -14045,9 +13904,7 @@ async def search_public_rooms(hs: Homeserver, request: Request) -> Json:
 @route("GET", PUBLIC_ROOMS, auth=FEDERATION)
 async def tell_public_rooms(hs: Homeserver, request: Request) -> Json:
     """Our list for another server.  Spec: SS-API "Published Room Directory"; limit 0 is none."""
-    networks: Json = {"include_all_networks": request.bool_arg("include_all_networks", False)}
-    networks["third_party_instance_id"] = request.arg("third_party_instance_id", "")
-    return public_rooms_page(hs, list_query(request) | networks, for_server=True)
+    return public_rooms_page(hs, list_query(request), for_server=True)
 
 
 @route("POST", PUBLIC_ROOMS, auth=FEDERATION, body=ROOM_QUERY)
@@ -14065,16 +13922,14 @@ def matching_members(db: sqlite3.Connection, rooms: str, words: list[str]) -> di
 
     Trap: the name that somebody has in a room is for who sees that room (CVE-2021-39164).
     """
-    rows = db.execute(
-        """
+    sql = """
         SELECT user_id, pdu
         FROM memberships
         JOIN users USING (user_nid)
         JOIN events ON nid = event_nid
         WHERE memberships.room_nid IN (SELECT value FROM json_each(?)) AND membership = 'join'
-        """,
-        (rooms,),
-    )
+    """
+    rows = db.execute(sql, (rooms,))
     found: dict[str, Json] = {}
     for user_id, pdu in rows:
         content = json.loads(pdu)["content"]
@@ -14098,7 +13953,7 @@ async def search_users(hs: Homeserver, request: Request) -> Json:
     words = request.json["search_term"].casefold().split()[:MAX_USER_WORDS]
     if not words:
         return {"results": [], "limited": False}
-    rooms = {row[0] for row in hs.db.all("SELECT room_nid FROM public_rooms")}
+    rooms = {*hs.db.column("SELECT room_nid FROM public_rooms")}
     among = json.dumps([*rooms.union(hs.rooms.joined_rooms(request.user.nid))])
     found = await hs.db.read_in_thread(lambda db: matching_members(db, among, words))
     found.pop(request.user.user_id, None)
@@ -14137,19 +13992,13 @@ CREATE TABLE thread_subscriptions (
 CREATE INDEX thread_subscriptions_pos ON thread_subscriptions (user_nid, pos);
 CREATE INDEX thread_subscriptions_room ON thread_subscriptions (room_nid);
 """)
-invariant(
-    "threads of rooms that are not there",
-    "SELECT root_id FROM threads WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
-invariant(
+room_invariant("threads of rooms that are not there", "SELECT root_id FROM threads")
+room_invariant(
     "subscriptions to threads of rooms that are not there",
-    """
-    SELECT root_id
-    FROM thread_subscriptions
-    WHERE room_nid NOT IN (SELECT room_nid FROM rooms)
-    """,
+    "SELECT root_id FROM thread_subscriptions",
 )
 
+EventTest = Callable[[Event], bool]
 REPLACE, THREAD, REFERENCE = "m.replace", "m.thread", "m.reference"
 MAX_EDITS = 50  # of one event, the newest, among which the valid ones are looked for
 MAX_REFERENCES = 500  # of one event, in its aggregation
@@ -14226,15 +14075,13 @@ class Threads:
 
     def senders(self, room_nid: RoomNid, root_id: str) -> list[tuple[UserNid, int, int]]:
         """Who wrote in a thread, how many replies, and the position of the newest."""
-        return self.db.all(
-            """
+        query = """
             SELECT sender_nid, count, latest
             FROM threads
             WHERE room_nid = ?
               AND root_id = ?
-            """,
-            (room_nid, root_id),
-        )
+        """
+        return self.db.all(query, (room_nid, root_id))
 
     def _on_relation(self, room: Room, event: Event, change: int) -> None:
         kind, root_id = relation_of(event) or ("", "")
@@ -14244,32 +14091,27 @@ class Threads:
         if change < 0:
             self._recount(key)
             return
-        self.db.execute(
-            """
+        sql = """
             INSERT INTO threads (room_nid, root_id, sender_nid, count, latest)
             VALUES (?, ?, ?, 1, ?)
             ON CONFLICT DO UPDATE
             SET count = count + 1, latest = MAX(latest, excluded.latest)
-            """,
-            (*key, event.pos),
-        )
+        """
+        self.db.execute(sql, (*key, event.pos))
 
     def _recount(self, key: tuple[RoomNid, str, UserNid]) -> None:
         """Count the replies of a sender anew: one of them is gone."""
-        count, latest = self.db.one(
-            """
+        query = """
             SELECT COUNT(*), MAX(pos)
             FROM relations
             WHERE room_nid = ?
               AND parent_id = ?
               AND sender_nid = ?
               AND rel_type = 'm.thread'
-            """,
-            key,
-        )
-        self.db.execute(
-            "DELETE FROM threads WHERE room_nid = ? AND root_id = ? AND sender_nid = ?", key
-        )
+        """
+        count, latest = self.db.one(query, key)
+        delete = "DELETE FROM threads WHERE room_nid = ? AND root_id = ? AND sender_nid = ?"
+        self.db.execute(delete, key)
         if count:
             self.db.execute("INSERT INTO threads VALUES (?, ?, ?, ?, ?)", (*key, count, latest))
 
@@ -14290,11 +14132,9 @@ class Threads:
         with self.db.write():
             pos = self.hs.stream.stamp(THREAD_SUBSCRIPTION, user_nid)
             row = (user_nid, room_nid, root_id, pos, state)
-            self.db.execute(
-                "INSERT OR REPLACE INTO thread_subscriptions VALUES (?, ?, ?, ?, ?)", row
-            )
-            self.db.execute(
-                """
+            insert = "INSERT OR REPLACE INTO thread_subscriptions VALUES (?, ?, ?, ?, ?)"
+            self.db.execute(insert, row)
+            sql = """
                 DELETE FROM thread_subscriptions
                 WHERE user_nid = :user
                   AND pos <= (
@@ -14303,9 +14143,8 @@ class Threads:
                     WHERE user_nid = :user
                     ORDER BY pos DESC
                     LIMIT 1 OFFSET :most)
-                """,
-                {"user": user_nid, "most": MAX_SUBSCRIPTIONS},
-            )
+            """
+            self.db.execute(sql, {"user": user_nid, "most": MAX_SUBSCRIPTIONS})
 
     def _forget_user(self, user_nid: UserNid) -> None:
         self.db.execute("DELETE FROM thread_subscriptions WHERE user_nid = ?", (user_nid,))
@@ -14314,8 +14153,7 @@ class Threads:
         self, user_nid: UserNid, since: int, upto: int, limit: int
     ) -> list[SubscriptionChange]:
         """What changed with since < pos <= upto, the newest first, each thread once.  MSC4308."""
-        rows = self.db.all(
-            """
+        query = """
             SELECT room_nid, root_id, pos, state
             FROM thread_subscriptions
             WHERE user_nid = ?
@@ -14323,9 +14161,8 @@ class Threads:
               AND pos <= ?
             ORDER BY pos DESC
             LIMIT ?
-            """,
-            (user_nid, since, upto, limit),
-        )
+        """
+        rows = self.db.all(query, (user_nid, since, upto, limit))
         room = self.hs.rooms.by_nid
         return [SubscriptionChange(room(row[0]).room_id, *row[1:]) for row in rows]
 
@@ -14362,7 +14199,7 @@ CHILDREN_NEWEST = """
 def children(hs: Homeserver, parent: Event, rel_type: str, limit: int) -> list[Event]:
     """What relates to an event in one way, the newest first."""
     key = (parent.room_nid, parent.event_id, rel_type, limit)
-    return hs.rooms.events_by_nids(row[0] for row in hs.db.all(CHILDREN_NEWEST, key))
+    return hs.rooms.events_by_nids(hs.db.column(CHILDREN_NEWEST, key))
 
 
 OWN_ANNOTATIONS = """
@@ -14388,8 +14225,8 @@ def refuse_second_annotation(
     if kind != "m.annotation":
         return
     key = content["m.relates_to"].get("key")
-    rows = hs.db.all(OWN_ANNOTATIONS, (room.nid, parent_id, user_nid, MAX_COUNTED))
-    for event in hs.rooms.events_by_nids(row[0] for row in rows):
+    nids = hs.db.column(OWN_ANNOTATIONS, (room.nid, parent_id, user_nid, MAX_COUNTED))
+    for event in hs.rooms.events_by_nids(nids):
         if event.type == event_type and event.content["m.relates_to"].get("key") == key:
             raise MatrixError(400, "M_DUPLICATE_ANNOTATION", "You reacted with this already")
 
@@ -14399,9 +14236,7 @@ def is_accepted(event: Event) -> bool:
     return event.rejected is None and not event.soft_failed
 
 
-def latest_edit(
-    hs: Homeserver, event: Event, may_see: Callable[[Event], bool] = is_accepted
-) -> Event | None:
+def latest_edit(hs: Homeserver, event: Event, may_see: EventTest = is_accepted) -> Event | None:
     """The newest valid replacement of an event that may be seen, or None.
 
     Spec: CS-API "Validity of replacement events". The new content of an encrypted one is inside.
@@ -14420,16 +14255,13 @@ def latest_edit(
 
 
 def related_to(
-    hs: Homeserver,
-    room: Room,
-    events: Sequence[Event],
-    rel_types: list[str] | None,
-    senders: list[str] | None,
+    hs: Homeserver, room: Room, events: Sequence[Event], wanted: EventFilter
 ) -> list[Event]:
-    """The events that something of these types, sent by one of these, relates to.
+    """The events that something of the types, sent by one of the users, of a filter relates to.
 
     Spec: CS-API "Filtering", `related_by_rel_types` and `related_by_senders`.
     """
+    rel_types, senders = wanted.related_types, wanted.related_senders
     nids = None if senders is None else [hs.db.find_user_nid(sender) for sender in senders]
     rows = hs.db.all(
         """
@@ -14521,7 +14353,6 @@ AGGREGATIONS: Final[dict[str, Callable[[Reader, Event], Json | None]]] = {
     REFERENCE: sum_up_references,
     THREAD: sum_up_thread,
 }
-AGGREGATED: Final = json.dumps([*AGGREGATIONS])
 
 
 def aggregations(hs: Homeserver, user: Requester, events: Sequence[Event]) -> dict[EventNid, Json]:
@@ -14546,7 +14377,7 @@ def aggregations(hs: Homeserver, user: Requester, events: Sequence[Event]) -> di
         """,
         {
             "parents": json.dumps({key: event.room_nid for key, event in parents.items()}),
-            "kinds": AGGREGATED,
+            "kinds": json.dumps([*AGGREGATIONS]),
         },
     )
     found: dict[EventNid, Json] = {}
@@ -14589,9 +14420,8 @@ KEPT_DELAYED = 1000  # and of how many of one user
 DELAYED_AT_ONCE = 50  # overdue ones sent before others get their turn
 DELAYED_RETRY_MS = 10_000  # when the disk did not take one
 DELAY = "org.matrix.msc4140.delay"
-CAPABILITIES["org.matrix.msc4140.delayed_events"] = {
-    **{"max_delay_ms": MAX_DELAY_MS, "max_scheduled": MAX_SCHEDULED}
-}
+LIMITS: Final = {"max_delay_ms": MAX_DELAY_MS, "max_scheduled": MAX_SCHEDULED}
+CAPABILITIES["org.matrix.msc4140.delayed_events"] = LIMITS
 
 schema("""
 CREATE TABLE delayed_events (
@@ -14678,10 +14508,8 @@ class DelayedEvents:
             raise invalid_param("The delay must be more than 0 milliseconds")
         if delay > MAX_DELAY_MS:
             raise forbidden(f"The delay can be {MAX_DELAY_MS} milliseconds at most")
-        waiting, first = self.hs.db.one(
-            "SELECT COUNT(*), MIN(due_ts) FROM delayed_events WHERE user_nid = ? AND due_ts > 0",
-            (nid,),
-        )
+        query = "SELECT COUNT(*), MIN(due_ts) FROM delayed_events WHERE user_nid = ? AND due_ts > 0"
+        waiting, first = self.hs.db.one(query, (nid,))
         if waiting >= MAX_SCHEDULED:
             text = f"You have {MAX_SCHEDULED} delayed events already"
             raise limit_exceeded(max(1, first - now_ms()), text)
@@ -14710,20 +14538,14 @@ class DelayedEvents:
 
     def waiting(self, user_nid: UserNid) -> list[DelayedEvent]:
         """What a user has scheduled, the soonest first."""
-        query = """
-            SELECT *
-            FROM delayed_events
-            WHERE user_nid = ? AND due_ts > 0
-            ORDER BY due_ts
-        """
+        query = "SELECT * FROM delayed_events WHERE user_nid = ? AND due_ts > 0 ORDER BY due_ts"
         return list(itertools.starmap(DelayedEvent, self.hs.db.all(query, (user_nid,))))
 
     def restart(self, delayed: DelayedEvent) -> None:
         """Let the whole delay begin anew."""
         now = now_ms()
         update = "UPDATE delayed_events SET since_ts = ?, due_ts = ? WHERE delayed_nid = ?"
-        with self.hs.db.write():
-            self.hs.db.execute(update, (now, now + delayed.delay_ms, delayed.nid))
+        self.hs.db.change(update, (now, now + delayed.delay_ms, delayed.nid))
         self.arm()
 
     def send_now(self, delayed: DelayedEvent) -> None:
@@ -14733,8 +14555,7 @@ class DelayedEvents:
 
     def cancel(self, delayed: DelayedEvent) -> None:
         """Never send it."""
-        with self.hs.db.write():
-            self._finish(delayed)
+        self._finish(delayed)
 
     def arm(self) -> None:
         """Wait for the next one that is due."""
@@ -14744,8 +14565,7 @@ class DelayedEvents:
         """Forget what became of those that are long done."""
         old = (now_ms() - KEPT_DELAYED_MS,)
         if self.hs.db.value("SELECT 1 FROM delayed_events WHERE finalised_ts < ?", old):
-            with self.hs.db.write():
-                self.hs.db.execute("DELETE FROM delayed_events WHERE finalised_ts < ?", old)
+            self.hs.db.change("DELETE FROM delayed_events WHERE finalised_ts < ?", old)
 
     def stop(self) -> None:
         """Send nothing more."""
@@ -14787,17 +14607,11 @@ class DelayedEvents:
         except MatrixError as error:
             if error.status >= 500:
                 raise
-            with self.hs.db.write():
-                self._finish(delayed, error=json.dumps(error.to_json()))
+            self._finish(delayed, error=error)
 
     def _postpone(self, delayed: DelayedEvent, wait_ms: int) -> None:
-        update = """
-            UPDATE delayed_events
-            SET due_ts = ?
-            WHERE delayed_nid = ? AND due_ts IS NOT NULL
-        """
-        with self.hs.db.write():
-            self.hs.db.execute(update, (now_ms() + wait_ms, delayed.nid))
+        sql = "UPDATE delayed_events SET due_ts = ? WHERE delayed_nid = ? AND due_ts IS NOT NULL"
+        self.hs.db.change(sql, (now_ms() + wait_ms, delayed.nid))
 
     async def _ask(self, delayed: DelayedEvent, need: NeedsConsent) -> None:
         """Ask whether it may be sent, and then try again; who refuses does so for ever."""
@@ -14807,22 +14621,17 @@ class DelayedEvents:
             self.arm()
         except MatrixError as error:
             if error.status < 500:
-                with self.hs.db.write():
-                    self._finish(delayed, error=json.dumps(error.to_json()))
+                self._finish(delayed, error=error)
 
     def _finish(
-        self, delayed: DelayedEvent, event_id: str | None = None, error: str | None = None
+        self, delayed: DelayedEvent, event_id: str | None = None, error: MatrixError | None = None
     ) -> None:
-        self.hs.db.execute(
-            """
+        update = """
             UPDATE delayed_events
             SET due_ts = NULL, finalised_ts = ?, event_id = ?, error = ?
             WHERE delayed_nid = ?
-            """,
-            (now_ms(), event_id, error, delayed.nid),
-        )
-        self.hs.db.execute(
-            """
+        """
+        forget = """
             DELETE FROM delayed_events
             WHERE user_nid = :user AND due_ts IS NULL AND delayed_nid <= (
                 SELECT delayed_nid
@@ -14831,9 +14640,11 @@ class DelayedEvents:
                 ORDER BY delayed_nid DESC
                 LIMIT 1 OFFSET :kept
             )
-            """,
-            {"user": delayed.user_nid, "kept": KEPT_DELAYED},
-        )
+        """
+        why = None if error is None else json.dumps(error.to_json())
+        with self.hs.db.write():
+            self.hs.db.execute(update, (now_ms(), event_id, why, delayed.nid))
+            self.hs.db.execute(forget, {"user": delayed.user_nid, "kept": KEPT_DELAYED})
 
     def _state_set(self, room: Room, event: Event) -> None:
         """State that somebody else sets meanwhile stands: what would overwrite it is cancelled.
@@ -14926,15 +14737,12 @@ async def act_on_delayed_event(
     Without a token the id is the secret: whoever carries the call's media may know it. Once it is
     done, the same again is no error, and anything else 409.
     """
-    acts = {
-        "send": hs.delayed_events.send_now,
-        "cancel": hs.delayed_events.cancel,
-        "restart": hs.delayed_events.restart,
-    }
+    waiting = hs.delayed_events
+    acts = {"send": waiting.send_now, "cancel": waiting.cancel, "restart": waiting.restart}
     wanted = action or request.json["action"]
     if wanted not in acts:
         raise invalid_param("The action is send, cancel or restart")
-    delayed = hs.delayed_events.find(delay_id, request.requester)
+    delayed = waiting.find(delay_id, request.requester)
     if delayed.due_ts is not None:
         acts[wanted](delayed)
     elif wanted != ("cancel" if delayed.event_id is None else "send"):
@@ -14953,9 +14761,7 @@ async def act_on_delayed_event(
 MAX_INVITES = 200  # in one createRoom
 MAX_PAGE = 1000  # events in one answer of /messages
 MAX_FILLS = 5  # times that events are fetched from other servers for one page
-VALIDITY_QUESTION_SECONDS = (
-    10.0  # for the question whether a key of an identity server is still good
-)
+VALIDITY_SECONDS = 10.0  # to ask whether a key of an identity server is still good
 MAX_SCAN = 5000  # events looked at for one page; the token leads on behind them
 DEFAULT_PAGE = 10
 MAX_WILDCARDS = 100  # in one list of a filter
@@ -14984,8 +14790,7 @@ TOKEN = re.compile(r"s(-?[0-9]{1,18})(?:_([0-9]{1,18}))?")  # the second: see ch
 
 def parse_token(text: str) -> int:
     """The position in a token.  400 M_INVALID_PARAM for what is none."""
-    match = TOKEN.fullmatch(text)
-    if match is None:
+    if (match := TOKEN.fullmatch(text)) is None:
         raise invalid_param("That is not a token of this server")
     return int(match[1])
 
@@ -15147,6 +14952,9 @@ REASON: Final[Json] = {"reason?": str}
 USER_AND_REASON: Final[Json] = {"user_id": str, "reason?": str}
 JOIN_BODY: Final[Json] = {"reason?": str, "third_party_signed?": dict}
 INVITE_BODY: Final[Json] = {"user_id?": str, "reason?": str, "medium?": str, "address?": str}
+THIRD_PARTY_SIGNED: Final[Json] = {"sender": str, "mxid": str, "token": str, "signatures": dict}
+GUEST_ACCESS = ("m.room.guest_access", "guest_access")
+UNABLE = ("M_UNABLE_TO_AUTHORISE_JOIN", "M_UNABLE_TO_GRANT_JOIN")
 
 
 def member_profile(hs: Homeserver, user_id: str) -> Json:
@@ -15173,20 +14981,24 @@ def set_own_membership(hs: Homeserver, request: Request, room: Room, content: Js
     hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
 
 
+def enter(hs: Homeserver, room: Room, user_id: str, **more: Any) -> None:
+    """Make a user of this server join a room by themselves."""
+    content = {"membership": "join", **member_profile(hs, user_id), **more}
+    hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
+
+
 def block_room(hs: Homeserver, room_id: str, blocker: str) -> None:
     """Let nobody here join, knock on or be invited to a room any more; who is in stays in."""
     if not is_room_id(room_id):
         raise invalid_param("That is not a room id")
-    with hs.db.write():
-        row = (room_id, hs.db.user_nid(blocker), now_ms())
-        hs.db.execute("INSERT OR IGNORE INTO blocked_rooms VALUES (?, ?, ?)", row)
+    row = (room_id, hs.db.user_nid(blocker), now_ms())
+    hs.db.change("INSERT OR IGNORE INTO blocked_rooms VALUES (?, ?, ?)", row)
 
 
 def unblock_room(hs: Homeserver, room_id: str) -> bool:
     """Open a blocked room again; False if it was none."""
-    with hs.db.write():
-        deleted = hs.db.execute("DELETE FROM blocked_rooms WHERE room_id = ?", (room_id,))
-        return deleted.rowcount > 0
+    deleted = hs.db.change("DELETE FROM blocked_rooms WHERE room_id = ?", (room_id,))
+    return deleted.rowcount > 0
 
 
 def blocked_rooms(hs: Homeserver) -> list[tuple[str, str, int]]:
@@ -15292,11 +15104,6 @@ def room_by_name(hs: Homeserver, name: str) -> Room:
     return hs.rooms.get(name)
 
 
-JOIN_PATH = "/_matrix/client/v3/join/{room}"
-JOIN_BY_ID = "/_matrix/client/v3/rooms/{room}/join"
-KNOCK_PATH = "/_matrix/client/v3/knock/{room}"
-
-
 def in_allowed_room(hs: Homeserver, condition: object, user_nid: UserNid) -> bool:
     """Whether one condition of a restricted join rule is met."""
     if not isinstance(condition, dict) or condition.get("type") != "m.room_membership":
@@ -15312,9 +15119,6 @@ def is_out_of_sight(hs: Homeserver, condition: object) -> bool:
     room_id = condition.get("room_id") if isinstance(condition, dict) else None
     room = hs.rooms.find(room_id) if isinstance(room_id, str) else None
     return is_room_id(room_id) and (room is None or not hs.rooms.is_in(room))
-
-
-UNABLE = ("M_UNABLE_TO_AUTHORISE_JOIN", "M_UNABLE_TO_GRANT_JOIN")
 
 
 def join_authorisation(hs: Homeserver, room: Room, user_nid: UserNid) -> Json:
@@ -15341,16 +15145,10 @@ def join_authorisation(hs: Homeserver, room: Room, user_nid: UserNid) -> Json:
     raise MatrixError(400, UNABLE[1], "Nobody here may let you in")
 
 
-GUEST_ACCESS = ("m.room.guest_access", "guest_access")
-
-
 def require_guest_access(room: Room, user: Requester) -> None:
     """403 for a guest where guests may not join."""
     if user.is_guest and room.setting(*GUEST_ACCESS, "forbidden") != "can_join":
         raise MatrixError(403, "M_GUEST_ACCESS_FORBIDDEN", "Guests cannot join this room")
-
-
-THIRD_PARTY_SIGNED: Final[Json] = {"sender": str, "mxid": str, "token": str, "signatures": dict}
 
 
 def pending_invite(room: Room, user_id: str, signed: Json) -> Event:
@@ -15375,9 +15173,8 @@ async def require_valid_key(hs: Homeserver, pending: Event, signed: Json) -> Non
             return
         with contextlib.suppress(MatrixError):
             query = encode_query({"public_key": key}) if isinstance(url, str) else ""
-            answer = await hs.http_client.request(
-                "GET", f"{url}{query}", timeout=VALIDITY_QUESTION_SECONDS
-            )
+            link = f"{url}{query}"
+            answer = await hs.http_client.request("GET", link, timeout=VALIDITY_SECONDS)
             if answer.status == 200 and answer.json().get("valid") is True:
                 return
     raise forbidden("No key of this invite that is still good has signed third_party_signed")
@@ -15429,8 +15226,8 @@ async def join_here(hs: Homeserver, request: Request, room: Room) -> bool:
     return True
 
 
-@route("POST", JOIN_PATH, auth=GUEST, limit="join", body=JOIN_BODY)
-@route("POST", JOIN_BY_ID, auth=GUEST, limit="join", body=JOIN_BODY)
+@route("POST", V3 + "/join/{room}", auth=GUEST, limit="join", body=JOIN_BODY)
+@route("POST", V3 + "/rooms/{room}/join", auth=GUEST, limit="join", body=JOIN_BODY)
 async def post_join(hs: Homeserver, request: Request, room: str) -> Json:
     """Join a room by its id or one of its aliases.  Spec: CS-API "Joining rooms"."""
     await hs.directory.summon(room)
@@ -15464,14 +15261,12 @@ def auto_join(hs: Homeserver, user_nid: UserNid) -> None:
         try:
             room = room_by_name(hs, alias)
             refuse_blocked(hs, room.room_id)
-            content = {"membership": "join", **member_profile(hs, user_id)}
-            content.update(join_authorisation(hs, room, user_nid))
-            hs.rooms.send(room, user_id, MEMBER, content, state_key=user_id)
+            enter(hs, room, user_id, **join_authorisation(hs, room, user_nid))
         except MatrixError as error:
             log_rooms.warning("%s cannot join %s: %s", user_id, alias, error.error)
 
 
-@route("POST", KNOCK_PATH, auth=USER, limit="join", body=REASON)
+@route("POST", V3 + "/knock/{room}", auth=USER, limit="join", body=REASON)
 async def post_knock(hs: Homeserver, request: Request, room: str) -> Json:
     """Ask to be let into a room.  Spec: CS-API "Knocking on rooms"."""
     user = request.user
@@ -15529,10 +15324,7 @@ def membership_in(hs: Homeserver, room_id: str, user_nid: UserNid) -> tuple[Room
 
 @route("POST", ROOM_PATH + "/leave", auth=GUEST, body=REASON, partial=True)
 async def post_leave(hs: Homeserver, request: Request, room_id: str) -> Json:
-    """Leave a room, reject its invite or take back a knock; leaving twice is no error.
-
-    Spec: CS-API "Leaving rooms".
-    """
+    """Leave a room, reject its invite or take back a knock, even twice.  Spec: "Leaving rooms"."""
     room, member = membership_in(hs, room_id, request.user.nid)
     require_rejectable(hs, room, request.user.nid)
     await depart(hs, room, request.user.user_id, member, request.json.get("reason"))
@@ -15613,23 +15405,19 @@ async def purge_emptied(hs: Homeserver, room: Room) -> None:
 
 async def purge_all_forgotten(hs: Homeserver) -> None:
     """Once a day: delete what could not be deleted when it was forgotten."""
-    rows = hs.db.all(
-        """
+    query = """
         SELECT room_nid
         FROM rooms
         WHERE EXISTS (SELECT 1 FROM memberships WHERE room_nid = rooms.room_nid AND forgotten = 1)
-        """
-    )
+    """
+    rows = hs.db.all(query)
     for (nid,) in rows:
         await purge_forgotten(hs, hs.rooms.by_nid(nid), 0)
 
 
 @route("POST", ROOM_PATH + "/forget", auth=GUEST)
 async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
-    """Stop remembering a room that one has left.  400 M_UNKNOWN while still in it.
-
-    Spec: CS-API "Leaving rooms".
-    """
+    """Forget a room that one has left; 400 M_UNKNOWN while still in it.  Spec: "Leaving rooms"."""
     room, _ = membership_in(hs, room_id, request.user.nid)
     membership = room.membership_of(request.user.nid)
     if membership in {"join", "invite", "knock"}:
@@ -15643,17 +15431,15 @@ async def post_forget(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 async def send_guests_away(hs: Homeserver, room: Room) -> None:
     """Make the guests of this server leave a room, unless it lets them in again by now."""
-    rows = hs.db.all(
-        """
+    query = """
         SELECT user_nid
         FROM memberships
         JOIN accounts USING (user_nid)
         WHERE room_nid = ?
           AND membership = 'join'
           AND is_guest
-        """,
-        (room.nid,),
-    )
+    """
+    rows = hs.db.all(query, (room.nid,))
     for (nid,) in rows:
         shut_out = room.setting(*GUEST_ACCESS, "forbidden") != "can_join"
         if shut_out and room.membership_of(nid) == "join":
@@ -15697,30 +15483,16 @@ POWERS: Final = {
     **{"state_default": 50, "kick": 50, "ban": 50, "redact": 50},
 }
 EVENT_POWERS: Final = {
-    "m.room.name": 50,
-    "m.room.avatar": 50,
-    "m.room.canonical_alias": 50,
-    "m.room.power_levels": 100,
-    "m.room.history_visibility": 100,
-    "m.room.tombstone": 100,
-    "m.room.server_acl": 100,
-    "m.room.encryption": 100,
+    **dict.fromkeys(("m.room.name", "m.room.avatar", "m.room.canonical_alias"), 50),
+    **dict.fromkeys(("m.room.power_levels", "m.room.history_visibility", "m.room.tombstone"), 100),
+    **dict.fromkeys(("m.room.server_acl", "m.room.encryption"), 100),
 }
 CREATE_BODY: Final[Json] = {
-    "visibility?": str,
-    "room_alias_name?": str,
-    "name?": str,
-    "topic?": str,
-    "invite?": [str],
-    "invite_3pid?": [dict],
-    "room_version?": str,
-    "creation_content?": dict,
+    **{"visibility?": str, "preset?": str, "room_version?": str, "creation_content?": dict},
+    **{"name?": str, "topic?": str, "room_alias_name?": str, "is_direct?": bool},
+    **{"invite?": [str], "invite_3pid?": [dict], "power_level_content_override?": dict},
     "initial_state?": [{"type": str, "state_key?": str, "content": dict}],
-    "preset?": str,
-    "is_direct?": bool,
-    "power_level_content_override?": dict,
 }
-CREATE_ROOM = "/_matrix/client/v3/createRoom"
 
 
 def preset_of(body: Json) -> str:
@@ -15853,11 +15625,10 @@ def create_room(hs: Homeserver, creator: str, body: Json) -> Room:
     trusted = invitees if preset == "trusted_private_chat" else []
     content = create_content(version, creator, body, trusted)
     levels = initial_levels(version, creator, body, trusted)
-    joins = {"membership": "join", **member_profile(hs, creator)}
     try:
         with hs.db.write():
             room = hs.rooms.create(version.id, creator, content)
-            hs.rooms.send(room, creator, MEMBER, joins, state_key=creator)
+            enter(hs, room, creator)
             hs.rooms.send(room, creator, POWER_LEVELS, levels, state_key="")
             if alias is not None:
                 set_alias(hs, alias, room, creator)
@@ -15874,7 +15645,7 @@ def create_room(hs: Homeserver, creator: str, body: Json) -> Room:
     return room
 
 
-@route("POST", CREATE_ROOM, auth=USER, limit="create", body=CREATE_BODY)
+@route("POST", V3 + "/createRoom", auth=USER, limit="create", body=CREATE_BODY)
 async def post_create_room(hs: Homeserver, request: Request) -> Json:
     """Create a room.  Spec: CS-API "Creation".
 
@@ -15970,8 +15741,7 @@ def start_replacement(
     content = create_content(version, maker, {"creation_content": content}, [])
     with hs.db.write():
         new = hs.rooms.create(version.id, maker, content)
-        joins = {"membership": "join", **member_profile(hs, maker)}
-        hs.rooms.send(new, maker, MEMBER, joins, state_key=maker)
+        enter(hs, new, maker)
         first = working_levels(version, levels, maker)
         hs.rooms.send(new, maker, POWER_LEVELS, first, state_key="")
     return new, levels
@@ -16122,7 +15892,6 @@ async def post_upgrade(hs: Homeserver, request: Request, room_id: str) -> Json:
 # ── 29.1  Sending ────────────────────────────────────────────────────────────
 
 SEND_PATH = ROOM_PATH + "/send/{event_type}/{txn_id}"
-REDACT_PATH = ROOM_PATH + "/redact/{event_id}/{txn_id}"
 MAX_ALIAS_QUESTIONS = 10  # to other servers, for one event
 STATE_PATH = ROOM_PATH + "/state/{event_type}/{state_key...}"
 
@@ -16143,10 +15912,7 @@ def send_once(
 
 
 def massaged_time(request: Request) -> int | None:
-    """When an event is said to have been sent; only application services can say so.
-
-    Spec: AS-API "Timestamp massaging".
-    """
+    """When an application service says that an event was sent.  AS-API "Timestamp massaging"."""
     if request.user.appservice is None or request.arg("ts") is None:
         return None
     timestamp = request.int_arg("ts", 0, 0, 2**60)
@@ -16156,15 +15922,9 @@ def massaged_time(request: Request) -> int | None:
 
 
 def send_redaction(
-    hs: Homeserver,
-    user: Requester,
-    room_id: str,
-    target_id: str,
-    content: Json,
-    transaction: SentAs,
-    timestamp: int | None = None,
+    hs: Homeserver, user: Requester, room_id: str, target_id: str, content: Json, **how: Any
 ) -> Event:
-    """Redact an event, if the requester may."""
+    """Redact an event, if the requester may; `how` are transaction and timestamp, as for `send`."""
     room = hs.rooms.get(room_id)
     require_joined(room, user.nid)
     target = hs.rooms.event(target_id)
@@ -16177,21 +15937,13 @@ def send_redaction(
         is_admins = user.is_admin and hs.is_local(target.sender)
         if levels.user(sender) < levels.redact and not is_admins:
             raise forbidden("You may not redact the events of others in this room")
-    how: Json = {"redacts": target_id, "transaction": transaction, "timestamp": timestamp}
-    return hs.rooms.send(room, sender, REDACTION, content, **how)
+    return hs.rooms.send(room, sender, REDACTION, content, redacts=target_id, **how)
 
 
 def send_message(
-    hs: Homeserver,
-    user: Requester,
-    room_id: str,
-    event_type: str,
-    content: Json,
-    transaction: SentAs,
-    timestamp: int | None = None,
+    hs: Homeserver, user: Requester, room_id: str, event_type: str, content: Json, **how: Any
 ) -> Event:
     """Send an event that is no state; a redaction names its target in the content."""
-    how: Json = {"transaction": transaction, "timestamp": timestamp}
     if event_type != REDACTION:
         refuse_suspended(hs, user)
         room = hs.rooms.get(room_id)
@@ -16222,7 +15974,7 @@ async def put_send(
     return send_once(hs, request, f"{room_id} {event_type}", txn_id, send)
 
 
-@route("PUT", REDACT_PATH, auth=GUEST, limit="message", body=REASON)
+@route("PUT", ROOM_PATH + "/redact/{event_id}/{txn_id}", auth=GUEST, limit="message", body=REASON)
 async def put_redact(
     hs: Homeserver, request: Request, room_id: str, event_id: str, txn_id: str
 ) -> Json:
@@ -16294,17 +16046,10 @@ def checked_member_content(
 
 
 def set_state(
-    hs: Homeserver,
-    user: Requester,
-    room_id: str,
-    event_type: str,
-    state_key: str,
-    content: Json,
-    transaction: SentAs = None,
-    timestamp: int | None = None,
+    hs: Homeserver, user: Requester, room_id: str, key: StateKey, content: Json, **how: Any
 ) -> Event:
     """Set a piece of state; what is so already is left to the event that did it."""
-    room, user_id = hs.rooms.get(room_id), user.user_id
+    (event_type, state_key), room, user_id = key, hs.rooms.get(room_id), user.user_id
     require_encryption_allowed(hs, event_type)
     if event_type == REDACTION:  # it would get past the checks of `send_redaction`
         raise invalid_param("A redaction is no state; PUT .../redact/{event_id}/{txn_id} sends one")
@@ -16315,11 +16060,10 @@ def set_state(
         content = checked_member_content(hs, user, room, state_key, content)
     if (event_type, state_key, content.get("membership")) != (MEMBER, user_id, "leave"):
         refuse_suspended(hs, user)
-    event = room.state_event(event_type, state_key)
+    event = room.state_event(*key)
     if event is not None and event.content == content and event.sender == user_id:
         return event
-    how: Json = {"state_key": state_key, "transaction": transaction, "timestamp": timestamp}
-    return hs.rooms.send(room, user_id, event_type, content, **how)
+    return hs.rooms.send(room, user_id, event_type, content, state_key=state_key, **how)
 
 
 @route("PUT", STATE_PATH, auth=GUEST, limit="message", body=ANY_OBJECT)
@@ -16343,8 +16087,8 @@ async def put_state(
         invites = hs.joining.invite_elsewhere
         event = await invites(hs.rooms.get(room_id), request.user.user_id, state_key, request.json)
     else:
-        place, timestamp = (room_id, event_type, state_key), massaged_time(request)
-        event = set_state(hs, request.user, *place, request.json, timestamp=timestamp)
+        key, timestamp = (event_type, state_key), massaged_time(request)
+        event = set_state(hs, request.user, room_id, key, request.json, timestamp=timestamp)
     return {"event_id": event.event_id}
 
 
@@ -16358,9 +16102,10 @@ def send_delayed(hs: Homeserver, delayed: DelayedEvent) -> Event:
     user = Requester(user_id, delayed.user_nid, None, None, None, *rights)
     content, sent_as = json.loads(delayed.content), (None, delayed.delay_id)
     if delayed.state_key is None:
-        return send_message(hs, user, delayed.room_id, delayed.type, content, sent_as)
-    place = (delayed.room_id, delayed.type, delayed.state_key)
-    return set_state(hs, user, *place, content, sent_as)
+        place = (delayed.room_id, delayed.type)
+        return send_message(hs, user, *place, content, transaction=sent_as)
+    key = (delayed.type, delayed.state_key)
+    return set_state(hs, user, delayed.room_id, key, content, transaction=sent_as)
 
 
 # ── 29.2  Reading state and members ──────────────────────────────────────────
@@ -16385,8 +16130,7 @@ async def get_state(
     room, limit = readable_room(hs, request, room_id)
     key = (event_type, state_key)
     event = room.state_event(*key) if limit is None else hs.rooms.entry_after(limit, key)
-    if event is None:
-        raise not_found("The room has no such state")
+    event = or_404(event, "The room has no such state")
     if request.arg("format", "content") == "event":
         return as_clients(hs, request, [event])[0]
     return event.content
@@ -16485,10 +16229,7 @@ def visible_event(
 
 @route("GET", ROOM_PATH + "/event/{event_id}", auth=GUEST)
 async def get_event(hs: Homeserver, request: Request, room_id: str, event_id: str) -> Json:
-    """One event; 404 also for what the user may not see.
-
-    Spec: CS-API "Getting events for a room".
-    """
+    """One event; 404 also for what the user may not see.  Spec: "Getting events for a room"."""
     return as_clients(hs, request, [visible_event(hs, request, room_id, event_id)[1]])[0]
 
 
@@ -16501,15 +16242,11 @@ class Page(NamedTuple):
 
 
 Reading = Callable[[int, int, int], list[Event]]  # at most so many events with low < pos <= high
+Keeping = Callable[[list[Event]], list[Event]]  # those of the events that are wanted
 
 
 def collect(
-    read: Reading,
-    keep: Callable[[list[Event]], list[Event]],
-    span: tuple[int, int],
-    limit: int,
-    *,
-    backwards: bool,
+    read: Reading, keep: Keeping, span: tuple[int, int], limit: int, *, backwards: bool
 ) -> Page:
     """Up to `limit` events with span[0] < pos <= span[1] that are to be kept.
 
@@ -16548,7 +16285,7 @@ def read_page(
     def keep(events: list[Event]) -> list[Event]:
         events = wanted.pick(events)
         if wanted.wants_related:
-            events = related_to(hs, room, events, wanted.related_types, wanted.related_senders)
+            events = related_to(hs, room, events, wanted)
         return hs.rooms.visible(user_nid, room, events)
 
     if not wanted.wants_room(room.room_id):
@@ -16594,12 +16331,10 @@ def page_span(
         raise missing_param("dir is missing")
     if direction not in {"b", "f"}:
         raise invalid_param("dir is b or f")
-    first, last = (
-        (room.last_pos, MIN_POSITION) if direction == "b" else (MIN_POSITION, room.last_pos)
-    )
-    begin = parse_token(start) if start else first
-    end = last if to is None else parse_token(to)
-    return begin, (end, begin) if direction == "b" else (begin, end), direction == "b"
+    backwards, ends = direction == "b", (MIN_POSITION, room.last_pos)
+    begin = parse_token(start) if start else ends[backwards]
+    end = ends[not backwards] if to is None else parse_token(to)
+    return begin, (end, begin) if backwards else (begin, end), backwards
 
 
 def senders_of(hs: Homeserver, events: Sequence[Event]) -> list[Event]:
@@ -16634,10 +16369,7 @@ async def get_messages(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 @route("GET", ROOM_PATH + "/context/{event_id}", auth=GUEST)
 async def get_context(hs: Homeserver, request: Request, room_id: str, event_id: str) -> Json:
-    """An event with what came before and after it, and the state at the last of these.
-
-    Spec: CS-API "Event context".
-    """
+    """An event, what came before and after, and the state at the last.  Spec: "Event context"."""
     room, event = visible_event(hs, request, room_id, event_id)
     if event.pos is None:
         raise not_found("The event is not in the room's timeline")
@@ -18059,7 +17791,6 @@ IS_EDIT: Final = property_is(r"content.m\.relates_to.rel_type", "m.replace")
 TWO_MEMBERS: Final = {"kind": "room_member_count", "is": "2"}
 MEMBER_CHANGE: Final = {"type": "m.room.member"}
 INVITE: Final = {**MEMBER_CHANGE, "content.membership": "invite", "state_key": OWN_USER_ID}
-TOMBSTONE: Final = {"type": "m.room.tombstone", "state_key": ""}
 MESSAGE: Final = {"type": "m.room.message"}
 ENCRYPTED: Final = {"type": "m.room.encrypted"}
 
@@ -18080,7 +17811,7 @@ DEFAULT_RULES: Final[dict[str, list[Json]]] = {
         predefined("member_event", MEMBER_CHANGE, []),
         predefined("is_user_mention", {}, [*LOUD, HIGHLIGHT], MENTIONS_USER),
         predefined("is_room_mention", {}, [NOTIFY, HIGHLIGHT], MENTIONS_ROOM, MAY_NOTIFY_ROOM),
-        predefined("tombstone", TOMBSTONE, [NOTIFY, HIGHLIGHT]),
+        predefined("tombstone", {"type": "m.room.tombstone", "state_key": ""}, [NOTIFY, HIGHLIGHT]),
         predefined("reaction", {"type": "m.reaction"}, []),
         predefined("room.server_acl", {"type": "m.room.server_acl", "state_key": ""}, []),
         predefined("suppress_edits", {}, [], IS_EDIT),
@@ -18251,6 +17982,12 @@ def only_value(conditions: list[Json], key: str) -> str | None:
     return None
 
 
+def tweaks_of(actions: list[Any]) -> Json:
+    """How a notification is to be made, by the actions of its rule."""
+    tweaks = (action for action in actions if isinstance(action, dict))
+    return {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
+
+
 class PushRule:
     """One rule, ready to be asked; by `only_type` and `only_room` most events are ruled out."""
 
@@ -18260,10 +17997,8 @@ class PushRule:
         self.conditions = [prepare_condition(condition) for condition in conditions]
         self.actions: list[Any] = rule["actions"]
         self.notify = NOTIFY in self.actions
-        tweaks = (action for action in self.actions if isinstance(action, dict))
-        self.highlight = any(
-            t["set_tweak"] == "highlight" and t.get("value") is not False for t in tweaks
-        )
+        tweaks = tweaks_of(self.actions)
+        self.highlight = tweaks.get("highlight", False) is not False
         self.only_type = only_value(conditions, "type")
         self.only_room = only_value(conditions, "room_id")
 
@@ -18392,14 +18127,6 @@ def push_rules_account_data(hs: Homeserver, user_nid: UserNid, since: int = 0) -
 # ── 31.5  Settings that follow an upgrade ────────────────────────────────────
 
 
-def inherit_push_rule(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
-    """Let the user's room rule for a room hold for its replacement, if that has none yet."""
-    rules = {rule["rule_id"]: rule for rule in hs.push_rules.of(user_nid).stored.get("room", ())}
-    if old.room_id in rules and new.room_id not in rules:
-        with hs.push_rules.edit(user_nid) as stored:
-            stored["room"].insert(0, {**rules[old.room_id], "rule_id": new.room_id})
-
-
 def inherit_account_data(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
     """Give the replacement of a room the user's tags, and its place among the direct chats."""
     tags = tags_of(hs, user_nid, old.nid)
@@ -18416,9 +18143,12 @@ def inherit_account_data(hs: Homeserver, user_nid: UserNid, old: Room, new: Room
 
 
 def inherit_settings(hs: Homeserver, user_nid: UserNid, old: Room, new: Room) -> None:
-    """Carry the personal settings of a room over; what is too large to fit stays behind."""
+    """Carry personal settings over, the rule for a room too; what is too large stays behind."""
+    rules = {rule["rule_id"]: rule for rule in hs.push_rules.of(user_nid).stored.get("room", ())}
     with contextlib.suppress(MatrixError):
-        inherit_push_rule(hs, user_nid, old, new)
+        if old.room_id in rules and new.room_id not in rules:
+            with hs.push_rules.edit(user_nid) as stored:
+                stored["room"].insert(0, {**rules[old.room_id], "rule_id": new.room_id})
         inherit_account_data(hs, user_nid, old, new)
 
 
@@ -18454,7 +18184,6 @@ def follow_tombstone(hs: Homeserver, room: Room, event: Event) -> None:
 
 # ── 31.6  The push rule endpoints ────────────────────────────────────────────
 
-OBSOLETE_ACTIONS = ("dont_notify", "coalesce")
 PUSH_RULES_PATH = "/_matrix/client/v3/pushrules"
 PUSH_RULE_PATH = "/_matrix/client/v3/pushrules/global/{kind}/{rule_id}"
 PUSH_RULE_SHAPE: Final = {
@@ -18499,7 +18228,7 @@ def parse_actions(actions: list[Any]) -> list[Any]:
         tweak = action.get("set_tweak") if isinstance(action, dict) else action
         if not isinstance(tweak, str):
             raise bad_json('An action is a string or an object with "set_tweak"')
-    return [action for action in actions if action not in OBSOLETE_ACTIONS]
+    return [action for action in actions if action not in ("dont_notify", "coalesce")]
 
 
 def parse_push_rule(kind: str, rule_id: str, body: Json) -> Json:
@@ -18523,8 +18252,7 @@ def parse_push_rule(kind: str, rule_id: str, body: Json) -> Json:
 
 def place_rule(rules: list[Json], rule: Json, before: str | None, after: str | None) -> None:
     """Put a rule where `before` or `after` says; else where it was, or first if it is new."""
-    ids = [other["rule_id"] for other in rules]
-    index = 0
+    ids, index = [other["rule_id"] for other in rules], 0
     if rule["rule_id"] in ids:
         index = ids.index(rule["rule_id"])
         rule["enabled"] = rules.pop(index)["enabled"]
@@ -18769,6 +18497,7 @@ ROOM_V1 = "/_matrix/client/v1/rooms/{room_id}"
 
 MAX_RECURSION = 3  # how far what relates to it indirectly may be away
 MAX_RELATED = 5_000  # events found that way
+RELATIONS_PATH = ROOM_V1 + "/relations/{event_id}"
 RELATED_NEWEST = """
     SELECT nid
     FROM relations
@@ -18780,17 +18509,7 @@ RELATED_NEWEST = """
     ORDER BY pos DESC
     LIMIT :size
 """
-RELATED_OLDEST = """
-    SELECT nid
-    FROM relations
-    WHERE room_nid = :room
-      AND parent_id = :parent
-      AND pos > :low
-      AND pos <= :high
-      AND (:kind IS NULL OR rel_type = :kind)
-    ORDER BY pos ASC
-    LIMIT :size
-"""
+RELATED_OLDEST = RELATED_NEWEST.replace("DESC", "ASC")
 
 
 def read_related(hs: Homeserver, parent: Event, kind: str | None, backwards: bool) -> Reading:
@@ -18799,8 +18518,7 @@ def read_related(hs: Homeserver, parent: Event, kind: str | None, backwards: boo
     place = {"room": parent.room_nid, "parent": parent.event_id, "kind": kind}
 
     def read(low: int, high: int, size: int) -> list[Event]:
-        rows = hs.db.all(sql, {**place, "low": low, "high": high, "size": size})
-        nids = [row[0] for row in rows]
+        nids = hs.db.column(sql, {**place, "low": low, "high": high, "size": size})
         return hs.rooms.events_by_nids(reversed(nids) if backwards else nids)
 
     return read
@@ -18840,9 +18558,6 @@ def read_descendants(hs: Homeserver, parent: Event, kind: str | None, backwards:
         return hs.rooms.events_by_nids(nid for _, nid in part)
 
     return read
-
-
-RELATIONS_PATH = ROOM_V1 + "/relations/{event_id}"
 
 
 @route("GET", RELATIONS_PATH, auth=GUEST)
@@ -18888,10 +18603,9 @@ MAX_THREAD_SCANS = 20  # pages of threads looked at for one answer
 
 def thread_page(hs: Homeserver, viewer: Viewer, before: int, limit: int) -> list[tuple[str, int]]:
     """Thread roots and positions of their newest replies, but for those of ignored users."""
-    find = hs.db.find_user_nid
-    ignored = [nid for nid in map(find, viewer.ignored) if nid is not None]
-    return hs.db.all(
-        """
+    nids = [nid for nid in map(hs.db.find_user_nid, viewer.ignored) if nid is not None]
+    values = {"room": viewer.room.nid, "before": before, "ignored": json.dumps(nids)}
+    query = """
         SELECT root_id, latest
         FROM threads AS newest
         WHERE room_nid = :room
@@ -18906,9 +18620,8 @@ def thread_page(hs: Homeserver, viewer: Viewer, before: int, limit: int) -> list
               AND other.sender_nid NOT IN (SELECT value FROM json_each(:ignored)))
         ORDER BY latest DESC
         LIMIT :limit
-        """,
-        {"room": viewer.room.nid, "before": before, "ignored": json.dumps(ignored), "limit": limit},
-    )
+    """
+    return hs.db.all(query, {**values, "limit": limit})
 
 
 def thread_roots(
@@ -18935,10 +18648,7 @@ def thread_roots(
 
 @route("GET", ROOM_V1 + "/threads", auth=GUEST)
 async def get_threads(hs: Homeserver, request: Request, room_id: str) -> Json:
-    """The threads of a room, the one with the newest reply first.
-
-    Spec: CS-API "Querying threads in a room".
-    """
+    """The threads of a room, the newest reply first.  Spec: "Querying threads in a room"."""
     room = viewable_room(hs, request, room_id)
     include = request.arg("include", "all")
     if include not in {"all", "participated"}:
@@ -18951,7 +18661,7 @@ async def get_threads(hs: Homeserver, request: Request, room_id: str) -> Json:
     for _ in range(MAX_THREAD_SCANS):
         wanted = limit - len(chunk)
         rows = thread_page(hs, viewer, before, wanted)
-        roots = [row[0] for row in rows]
+        roots = [root_id for root_id, _ in rows]
         chunk += thread_roots(hs, request, room, roots, include == "participated")
         before = rows[-1][1] if rows else before
         if len(rows) < wanted:
@@ -18978,9 +18688,8 @@ def check_cause(hs: Homeserver, room: Room, root: Event, cause_id: str, ended: i
     if cause is None or not is_there or thread_root(hs.rooms, cause) != root.event_id:
         raise MatrixError(400, "IO.ELEMENT.MSC4306.M_NOT_IN_THREAD", "That is not in the thread")
     if (cause.pos or 0) < ended:
-        raise MatrixError(
-            409, "IO.ELEMENT.MSC4306.M_CONFLICTING_UNSUBSCRIPTION", "Unsubscribed after that"
-        )
+        code = "IO.ELEMENT.MSC4306.M_CONFLICTING_UNSUBSCRIPTION"
+        raise MatrixError(409, code, "Unsubscribed after that")
 
 
 @route("PUT", SUBSCRIPTION_PATH, auth=USER, body={"automatic?": str})
@@ -19029,19 +18738,11 @@ BY_TIME_LATER = """
     ORDER BY ts ASC, pos ASC
     LIMIT ?
 """
-BY_TIME_EARLIER = """
-    SELECT ts, pos, nid
-    FROM events
-    WHERE room_nid = ?
-      AND pos IS NOT NULL
-      AND (ts, pos) < (?, ?)
-    ORDER BY ts DESC, pos DESC
-    LIMIT ?
-"""
+BY_TIME_EARLIER = BY_TIME_LATER.replace(">", "<").replace("ASC", "DESC")
 
 
 async def event_by_time(
-    hs: Homeserver, room: Room, may_see: Callable[[Event], bool], ts: int, *, backwards: bool
+    hs: Homeserver, room: Room, may_see: EventTest, ts: int, *, backwards: bool
 ) -> Event | None:
     """The event nearest to a time, at or before it or at or after it, that who asks may see.
 
@@ -19061,12 +18762,7 @@ async def event_by_time(
 
 
 async def event_near(
-    hs: Homeserver,
-    request: Request,
-    room: Room,
-    may_see: Callable[[Event], bool],
-    *,
-    ask_others: bool = False,
+    hs: Homeserver, request: Request, room: Room, may_see: EventTest, *, ask_others: bool = False
 ) -> Json:
     """The answer to who asks for the event nearest to `ts` (milliseconds) in a direction `dir`."""
     if request.arg("ts") is None or request.arg("dir") is None:
@@ -19077,8 +18773,7 @@ async def event_near(
     event = await event_by_time(hs, room, may_see, ts, backwards=backwards)
     if ask_others and await hs.backfill.jump(room, ts, event, backwards=backwards):
         event = await event_by_time(hs, room, may_see, ts, backwards=backwards)
-    if event is None:
-        raise not_found("There is no event in that direction")
+    event = or_404(event, "There is no event in that direction")
     return {"event_id": event.event_id, "origin_server_ts": event.origin_server_ts}
 
 
@@ -19176,16 +18871,15 @@ class Search:
         """Make the full-text index from the texts: at the first start with a library that can."""
         with self.db.write():
             self.db.execute("DROP TABLE IF EXISTS search_index")
-            self.db.execute(
-                """
+            sql = """
                 CREATE VIRTUAL TABLE search_index USING fts5 (
                     text,
                     content = 'search_texts',
                     content_rowid = 'nid',
                     tokenize = 'unicode61 remove_diacritics 2'
                 )
-                """
-            )
+            """
+            self.db.execute(sql)
             self.db.execute("INSERT INTO search_index (search_index) VALUES ('rebuild')")
             self.db.set_meta("search_indexed", self._upto())
 
@@ -19197,7 +18891,7 @@ class Search:
     def _take_in(self) -> bool:
         """Take in some events; whether there were any."""
         sql = "SELECT nid FROM events WHERE nid > ? ORDER BY nid LIMIT ?"
-        nids = [row[0] for row in self.db.all(sql, (self._upto(), SEARCH_BATCH))]
+        nids = self.db.column(sql, (self._upto(), SEARCH_BATCH))
         if not nids:
             return False
         with self.db.write():
@@ -19229,8 +18923,7 @@ class Search:
         if target is None or target.room_nid != event.room_nid:
             return []
         sql = "SELECT nid FROM search_texts WHERE source = ?"  # the text may have been an edit's
-        edited = self.db.all(sql, (target.nid,))
-        return [target, *self.hs.rooms.events_by_nids(row[0] for row in edited)]
+        return [target, *self.hs.rooms.events_by_nids(self.db.column(sql, (target.nid,)))]
 
     def _refresh(self, event: Event) -> None:
         """Make the index say of an event what is true now."""
@@ -19260,6 +18953,7 @@ class Search:
 
 # ── 33.2  Searching ──────────────────────────────────────────────────────────
 
+SEARCH_CONTEXT = {"before_limit?": int, "after_limit?": int, "include_profile?": bool}
 SEARCH_BODY: Final[Json] = {
     "search_categories": {
         "room_events?": {
@@ -19267,19 +18961,15 @@ SEARCH_BODY: Final[Json] = {
             "keys?": [str],
             "filter?": ROOM_EVENT_FILTER,
             "order_by?": str,
-            "event_context?": {
-                **{"before_limit?": int, "after_limit?": int, "include_profile?": bool}
-            },
+            "event_context?": SEARCH_CONTEXT,
             "include_state?": bool,
             "groupings?": {"group_by?": [{"key": str}]},
         }
     }
 }
 SEARCH_KEYS: Final = [key for key, _ in SEARCHED.values()]
-GROUPS: Final[dict[str, Callable[[Event], str]]] = {
-    "room_id": operator.attrgetter("room_id"),
-    "sender": operator.attrgetter("sender"),
-}
+GROUPS: Final = {name: operator.attrgetter(name) for name in ("room_id", "sender")}
+Hit = tuple[EventNid, float]  # and how well it fits
 MAX_SEARCH_PAGE = 100
 MAX_SEARCH_WORDS = 30
 MAX_CONTEXT = 50
@@ -19330,9 +19020,6 @@ def search_place(hs: Homeserver, token: str | None) -> SearchPlace:
     if kinds != (int, int, int, str, str) or min(at, seen) < 0 or abs(upto) > MAX_POSITION:
         raise invalid_param("next_batch is not a token of this server")
     return place
-
-
-Hit = tuple[EventNid, float]
 
 
 def hits_in_texts(rows: Iterable[tuple[EventNid, str]], words: list[str]) -> Iterator[Hit]:
@@ -19390,9 +19077,7 @@ def chosen_events(
             continue
         if place.group and GROUPS[place.group](event) != place.value:
             continue
-        if wanted.wants_related and not related_to(
-            hs, room, [event], wanted.related_types, wanted.related_senders
-        ):
+        if wanted.wants_related and not related_to(hs, room, [event], wanted):
             continue
         if room.nid not in viewers:
             viewers[room.nid] = Viewer(hs.rooms, room, request.user.nid)
@@ -19403,9 +19088,8 @@ def chosen_events(
 def search_context(hs: Homeserver, request: Request, event: Event, wanted: Json) -> Json:
     """What stands around a hit."""
     room, pos, nid = hs.rooms.by_nid(event.room_nid), cast(int, event.pos), request.user.nid
-    before_limit, after_limit = (
-        min(MAX_CONTEXT, max(0, wanted.get(name, 5))) for name in ("before_limit", "after_limit")
-    )
+    limits = (wanted.get(name, 5) for name in ("before_limit", "after_limit"))
+    before_limit, after_limit = (min(MAX_CONTEXT, max(0, limit)) for limit in limits)
     past, future, every = (MIN_POSITION, pos - 1), (pos, room.last_pos), EventFilter({})
     before = read_page(hs, nid, room, past, every, before_limit, backwards=True)
     after = read_page(hs, nid, room, future, every, after_limit, backwards=False)
@@ -19417,13 +19101,10 @@ def search_context(hs: Homeserver, request: Request, event: Event, wanted: Json)
     }
     if wanted.get("include_profile"):
         members = senders_of(hs, [*before.events, event, *after.events])
+        profiles = ((member.state_key, member.content) for member in members)
         context["profile_info"] = {
-            cast(str, member.state_key): {
-                key: value
-                for key in ("displayname", "avatar_url")
-                if isinstance(value := member.content.get(key), str)
-            }
-            for member in members
+            user_id: {key: said[key] for key in MEMBER_FIELDS if isinstance(said.get(key), str)}
+            for user_id, said in profiles
         }
     return context
 
@@ -19479,10 +19160,7 @@ async def search_page(
 
 @route("POST", V3 + "/search", auth=USER, limit="search", body=SEARCH_BODY)
 async def post_search(hs: Homeserver, request: Request) -> Json:
-    """Find events by words, in the rooms that the user is or was in.
-
-    Spec: CS-API "Server Side Search".
-    """
+    """Find events by words, in rooms that the user is or was in.  Spec: "Server Side Search"."""
     wanted = request.json["search_categories"].get("room_events")
     if wanted is None:
         return {"search_categories": {}}
@@ -19598,11 +19276,9 @@ SUMMARY: Final = {
     "allowed_room_ids?": [str],
 }
 STRIPPED: Final = {
-    **{"type": str, "state_key": str, "sender": str},
-    **{"content": dict, "origin_server_ts": int},
+    **{"type": str, "state_key": str, "sender": str, "content": dict, "origin_server_ts": int}
 }
 TOP: Final = {**SUMMARY, "children_state": [STRIPPED]}
-REMOTE_SPACE: Final = {"room": TOP, "children": [SUMMARY]}
 
 
 class Spaces:
@@ -19634,7 +19310,7 @@ async def ask_for_space(hs: Homeserver, server: str, room_id: str) -> Json | Non
     path, found = f"{FEDERATION_API}/hierarchy/{quote(room_id, safe='')}", None
     try:
         answer = await hs.federation.request(server, "GET", path, timeout=VIA_SECONDS)
-        check_shape(answer, REMOTE_SPACE)
+        check_shape(answer, {"room": TOP, "children": [SUMMARY]})
         if answer["room"]["room_id"] == room_id:
             found = only_known(answer["room"], TOP)
             found["children_state"] = [only_known(c, STRIPPED) for c in found["children_state"]]
@@ -19647,11 +19323,6 @@ async def ask_for_space(hs: Homeserver, server: str, room_id: str) -> Json | Non
         log_federation.info("%s says nothing of %s: %s", server, room_id, error.error)
     remember_space(hs, server, room_id, found)
     return found
-
-
-def allowed_in(summary: Json) -> list[str]:
-    """The rooms whose members may join, in another server's summary of a restricted room."""
-    return summary.get("allowed_room_ids") or []
 
 
 def own_membership(hs: Homeserver, room_id: str, user_nid: UserNid) -> str | None:
@@ -19671,7 +19342,8 @@ async def remote_room(
         found = await ask_for_space(hs, server, room_id)
         if found is not None:
             is_open = found["world_readable"] or found.get("join_rule", "public") in OPEN_RULES
-            allowed = ({"type": "m.room_membership", "room_id": one} for one in allowed_in(found))
+            ids = found.get("allowed_room_ids") or []
+            allowed = ({"type": "m.room_membership", "room_id": one} for one in ids)
             nid = UserNid(0) if user_nid is None else user_nid
             may_know = is_open or any(in_allowed_room(hs, one, nid) for one in allowed)
             return found if may_know or own_membership(hs, room_id, nid) == "invite" else None
@@ -19685,12 +19357,11 @@ def is_lived_in(room: Room | None) -> bool:
 
 # ── 34.3  One room ───────────────────────────────────────────────────────────
 
-SUMMARY_PATH = "/_matrix/client/v1/room_summary/{room}"
 NHEKO_PATH = "/_matrix/client/unstable/im.nheko.summary"
 NHEKO_PATHS = (NHEKO_PATH + "/summary/{room}", NHEKO_PATH + "/rooms/{room}/summary")
 
 
-@route("GET", SUMMARY_PATH, auth=OPTIONAL, also=NHEKO_PATHS)
+@route("GET", "/_matrix/client/v1/room_summary/{room}", auth=OPTIONAL, also=NHEKO_PATHS)
 async def get_room_summary(hs: Homeserver, request: Request, room: str) -> Json:
     """What a room is, for who may know of it.  Spec: CS-API "Room summary".  404 for others."""
     user_nid = request.requester.nid if request.requester is not None else None
@@ -19761,25 +19432,23 @@ def children_state(room: Room, *, suggested_only: bool) -> list[Json]:
     ]
 
 
-def hierarchy_room(hs: Homeserver, user_nid: UserNid, room_id: str, suggested: bool) -> Json | None:
-    """One room of a hierarchy, or None if the user may not know of it or nobody here does."""
-    room = hs.rooms.find(room_id)
-    if room is None or not may_preview(hs, room, user_nid):
-        return None
-    return {**room_summary(room), "children_state": children_state(room, suggested_only=suggested)}
-
-
 async def space_room(
     hs: Homeserver, user_nid: UserNid, room_id: str, suggested: bool, servers: Iterable[str]
 ) -> Json | None:
-    """The same for a room of any server: those that may know it are asked if nobody is in it."""
-    if not is_lived_in(hs.rooms.find(room_id)):
+    """One room of a hierarchy, or None if the user may not know of it or nobody does.
+
+    The servers that may know it are asked if nobody of ours is in it.
+    """
+    room = hs.rooms.find(room_id)
+    if not is_lived_in(room):
         found = await remote_room(hs, user_nid, room_id, servers)
         if found is not None:
             below = (c for c in found["children_state"] if is_room_id(c["state_key"]))
             wanted = [c for c in below if not suggested or c["content"].get("suggested") is True]
             return {**found, "children_state": wanted}
-    return hierarchy_room(hs, user_nid, room_id, suggested)
+    if room is None or not may_preview(hs, room, user_nid):
+        return None
+    return {**room_summary(room), "children_state": children_state(room, suggested_only=suggested)}
 
 
 def via_of(child: Json) -> tuple[str, ...]:
@@ -19839,15 +19508,14 @@ async def get_hierarchy(hs: Homeserver, request: Request, room_id: str) -> Json:
 
 # ── 34.5  Rooms in common ────────────────────────────────────────────────────
 
-MAX_MUTUAL = 100
+MAX_MUTUAL = 100  # rooms in one answer
 MSC2666_PATH = "/_matrix/client/unstable/uk.half-shot.msc2666/user/mutual_rooms"
 
 
 @route("GET", "/_matrix/client/v1/mutual_rooms", auth=USER, limit="search", also=(MSC2666_PATH,))
 async def get_mutual_rooms(hs: Homeserver, request: Request) -> Json:
     """The rooms in which the user is together with another.  Spec: CS-API "Mutual Rooms"."""
-    other = request.arg("user_id")
-    if other is None:
+    if (other := request.arg("user_id")) is None:
         raise missing_param("user_id is missing")
     parts = split_id("@", other)
     if parts is None or not LOCALPART.fullmatch(parts[0]) or other == request.user.user_id:
@@ -19902,13 +19570,11 @@ class Reports:
         why = (reason or "")[:MAX_REASON]
         with self.db.write():
             ids = tuple(what.get(name) for name in ("room_id", "event_id", "user_id"))
-            cursor = self.db.execute(
-                """
+            sql = """
                 INSERT INTO reports (ts, reporter_nid, room_id, event_id, user_id, reason)
                 VALUES (?, ?, ?, ?, ?, ?)
-                """,
-                (now_ms(), reporter.nid, *ids, why),
-            )
+            """
+            cursor = self.db.execute(sql, (now_ms(), reporter.nid, *ids, why))
             oldest = cast(int, cursor.lastrowid) - MAX_REPORTS
             self.db.execute("DELETE FROM reports WHERE report_nid <= ?", (oldest,))
         named = " in ".join(f"{text} {what[key]}" for key, text in REPORTED.items() if key in what)
@@ -19927,8 +19593,7 @@ class Reports:
 
     def dismiss(self, nid: int) -> None:
         """Forget a report."""
-        with self.db.write():
-            self.db.execute("DELETE FROM reports WHERE report_nid = ?", (nid,))
+        self.db.change("DELETE FROM reports WHERE report_nid = ?", (nid,))
 
 
 REPORT_ROOM = V3 + "/rooms/{room_id}/report"
@@ -20013,49 +19678,34 @@ class Receipts:
 
     def newer(self, room_nid: RoomNid, since: int) -> list[tuple[Any, ...]]:
         """The receipts that changed after a position: user nid, type, thread, event id, time."""
-        return self.hs.db.all(
-            """
+        query = """
             SELECT user_nid, type, thread, event_id, ts
             FROM receipts
             WHERE room_nid = ? AND pos > ?
             ORDER BY pos
-            """,
-            (room_nid, since),
-        )
+        """
+        return self.hs.db.all(query, (room_nid, since))
 
     def record(
-        self,
-        room: Room,
-        user_nid: UserNid,
-        kind: str,
-        thread: str,
-        event: Event,
-        ts: int | None = None,
+        self, room: Room, nid: UserNid, kind: str, thread: str, event: Event, ts: int | None = None
     ) -> None:
         """Move a user's receipt forward; one that would go back is dropped without a word."""
-        db, key = self.hs.db, (room.nid, user_nid, kind, thread)
-        old = db.value(
-            """
+        db, key = self.hs.db, (room.nid, nid, kind, thread)
+        query = """
             SELECT event_pos
             FROM receipts
             WHERE room_nid = ? AND user_nid = ? AND type = ? AND thread = ?
-            """,
-            key,
-        )
+        """
+        old = db.value(query, key)
         event_pos = cast(int, event.pos)
         if old is not None and old >= event_pos:
             return
         with db.write():
-            row = (
-                *key,
-                event.event_id,
-                event_pos,
-                now_ms() if ts is None else ts,
-                self.hs.stream.stamp(RECEIPT, room.nid),
-            )
+            pos = self.hs.stream.stamp(RECEIPT, room.nid)
+            row = (*key, event.event_id, event_pos, now_ms() if ts is None else ts, pos)
             db.execute("INSERT OR REPLACE INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-            if user_nid in room.local_joined:
-                self.hs.unread.mark_read(user_nid, room, event_pos, thread or None)
+            if nid in room.local_joined:
+                self.hs.unread.mark_read(nid, room, event_pos, thread or None)
 
     def forget_room(self, room: Room) -> None:
         """Subscriber of the room store: a room is deleted."""
@@ -20098,8 +19748,7 @@ def own_receipt_moved(hs: Homeserver, room_nid: RoomNid, user_nid: UserNid, sinc
 
 # ── 35.2  The receipt endpoints ──────────────────────────────────────────────
 
-RECEIPT_PATH = "/_matrix/client/v3/rooms/{room_id}/receipt/{receipt_type}/{event_id}"
-READ_MARKERS_PATH = "/_matrix/client/v3/rooms/{room_id}/read_markers"
+RECEIPT_PATH = ROOM_PATH + "/receipt/{receipt_type}/{event_id}"
 READ_MARKERS_SHAPE: Final = {"m.fully_read?": str, "m.read?": str, "m.read.private?": str}
 
 
@@ -20147,11 +19796,10 @@ def apply_receipt(
     if kind != FULLY_READ:
         hs.receipts.record(room, user_nid, kind, thread, event)
         return
-    present = get_room_account_data(hs, user_nid, room.nid, FULLY_READ) or {}
+    present = hs.account_data.get(user_nid, room.nid, FULLY_READ) or {}
     old = hs.rooms.event(str(present.get("event_id")))
     if old is None or old.pos is None or old.pos < cast(int, event.pos):
-        content = {"event_id": event.event_id}
-        set_room_account_data(hs, user_nid, room.nid, FULLY_READ, content)
+        hs.account_data.put(user_nid, room.nid, FULLY_READ, {"event_id": event.event_id})
 
 
 @route("POST", RECEIPT_PATH, auth=USER, body=ANY_OBJECT, partial=True)
@@ -20169,7 +19817,7 @@ async def post_receipt(
     return {}
 
 
-@route("POST", READ_MARKERS_PATH, auth=USER, body=READ_MARKERS_SHAPE, partial=True)
+@route("POST", ROOM_PATH + "/read_markers", auth=USER, body=READ_MARKERS_SHAPE, partial=True)
 async def post_read_markers(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Move the marker of what is fully read, and both receipts, at once."""
     room = require_joined_room(hs, request, room_id)
@@ -20184,7 +19832,7 @@ async def post_read_markers(hs: Homeserver, request: Request, room_id: str) -> J
 
 DEFAULT_TYPING_MS = 30_000
 MAX_TYPING_MS = 120_000
-TYPING_PATH = "/_matrix/client/v3/rooms/{room_id}/typing/{user_id}"
+TYPING_PATH = ROOM_PATH + "/typing/{user_id}"
 
 
 class Typing:
@@ -20660,12 +20308,6 @@ class Pusher:
         return cast(Json, self.body["data"])
 
 
-def tweaks_of(actions: list[Any]) -> Json:
-    """How a notification is to be made, by the actions of its rule."""
-    tweaks = [action for action in actions if isinstance(action, dict)]
-    return {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
-
-
 def push_about(pusher: Pusher, tweaks: Json, badge: int) -> Json:
     """What every notification says: for which device, and how much is unread.
 
@@ -20754,8 +20396,7 @@ class Pushers:
         with self.db.write():
             for (other_nid,) in [] if append else self.db.all(others, (*key, user.nid)):
                 self.remove(other_nid, *key)
-            self.db.execute(
-                """
+            sql = """
                 INSERT INTO pushers (user_nid, device_nid, app_id, pushkey, body, enabled,
                     created_ts, badge)
                 VALUES (?, ?, ?, ?, ?, ?, ?, 0)
@@ -20763,9 +20404,8 @@ class Pushers:
                 SET device_nid = excluded.device_nid, body = excluded.body,
                     enabled = excluded.enabled, created_ts = excluded.created_ts,
                     failures = 0, failing_ts = NULL, retry_ts = 0
-                """,
-                (user.nid, user.device_nid, *key, json.dumps(body), enabled, now),
-            )
+            """
+            self.db.execute(sql, (user.nid, user.device_nid, *key, json.dumps(body), enabled, now))
             self._load()
         self.start()
 
@@ -20799,22 +20439,12 @@ class Pushers:
 
     def _load(self) -> None:
         self._by_user, self._pushers = {}, {}
-        rows = self.db.all(
-            """
-            SELECT pusher_nid, user_nid, device_nid, app_id, pushkey, body, enabled, created_ts,
-                badge, pushed_ts, failures, failing_ts, retry_ts, error, failed_ts
-            FROM pushers
-            """
-        )
-        for row in rows:
-            pusher = Pusher(*row)
-            pusher.body = json.loads(row[5])
+        for pusher in itertools.starmap(Pusher, self.db.all("SELECT * FROM pushers")):
+            pusher.body = json.loads(cast(str, pusher.body))
             self._by_user.setdefault(pusher.user_nid, []).append(pusher)
             self._pushers[pusher.nid] = pusher
         self._users = set(self._by_user)
-        self._waiting = {
-            nid for (nid,) in self.db.all("SELECT DISTINCT pusher_nid FROM push_queue")
-        }
+        self._waiting = {*self.db.column("SELECT DISTINCT pusher_nid FROM push_queue")}
 
     def _find(self, user_nid: UserNid, app_id: str, pushkey: str) -> list[Pusher]:
         key = (app_id, pushkey)
@@ -20869,8 +20499,7 @@ class Pushers:
                 continue
             row = (pusher.nid, event_nid, now_ms(), text)
             self.db.execute("INSERT OR REPLACE INTO push_queue VALUES (?, ?, ?, ?)", row)
-            self.db.execute(
-                """
+            sql = """
                 DELETE FROM push_queue
                 WHERE pusher_nid = :pusher AND event_nid <= (
                     SELECT event_nid
@@ -20879,9 +20508,8 @@ class Pushers:
                     ORDER BY event_nid DESC
                     LIMIT 1 OFFSET :kept
                 )
-                """,
-                {"pusher": pusher.nid, "kept": MAX_PUSHES_WAITING},
-            )
+            """
+            self.db.execute(sql, {"pusher": pusher.nid, "kept": MAX_PUSHES_WAITING})
             self._waiting.add(pusher.nid)
 
     # What goes out
@@ -20973,14 +20601,12 @@ class Pushers:
                 return
             pusher.badge, pusher.failures, pusher.failing_ts = badge, 0, None
             pusher.pushed_ts = now_ms()
-            self.db.execute(
-                """
+            sql = """
                 UPDATE pushers
                 SET badge = ?, pushed_ts = ?, failures = 0, failing_ts = NULL
                 WHERE pusher_nid = ?
-                """,
-                (badge, pusher.pushed_ts, pusher.nid),
-            )
+            """
+            self.db.execute(sql, (badge, pusher.pushed_ts, pusher.nid))
             if unread_in_all(self.hs, pusher.user_nid) < badge:
                 self._put(pusher.user_nid, BADGE, {})
 
@@ -21041,10 +20667,7 @@ def check_pusher(body: Json) -> None:
 
 @route("POST", PUSHERS_PATH + "/set", auth=USER, body={"app_id": str, "pushkey": str})
 async def set_pusher(hs: Homeserver, request: Request) -> Json:
-    """Make, change or (kind: null) delete a pusher of the user.
-
-    Spec: POST /_matrix/client/v3/pushers/set.
-    """
+    """Make, change or (kind: null) delete a pusher of the user.  Spec: POST .../pushers/set."""
     body, user = request.json, request.user
     if "kind" not in body:
         raise missing_param("kind is missing")
@@ -21060,12 +20683,11 @@ async def set_pusher(hs: Homeserver, request: Request) -> Json:
 @route("GET", PUSHERS_PATH, auth=USER)
 async def get_pushers(hs: Homeserver, request: Request) -> Json:
     """The pushers of the user."""
-    return {
-        "pushers": [
-            {**pusher.body, ENABLED: bool(pusher.enabled), DEVICE_ID: device_id}
-            for pusher, device_id in hs.pushers.with_devices(request.user.nid)
-        ]
-    }
+    pushers = [
+        {**pusher.body, ENABLED: bool(pusher.enabled), DEVICE_ID: device_id}
+        for pusher, device_id in hs.pushers.with_devices(request.user.nid)
+    ]
+    return {"pushers": pushers}
 
 
 # ── 36.4  The list of notifications ──────────────────────────────────────────
@@ -21125,10 +20747,8 @@ async def get_notifications(hs: Homeserver, request: Request) -> Json:
         }
         for (event, room, rule), shown in zip(chosen, events, strict=False)
     ]
-    return {
-        "notifications": notifications,
-        **({"next_token": stream_token(before)} if before else {}),
-    }
+    rest = {"next_token": stream_token(before)} if before else {}
+    return {"notifications": notifications, **rest}
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -26138,7 +25758,7 @@ def has_type_of(types: dict[RoomNid, str], wanted: list[object]) -> RoomTest:
 
 def tagged_with(ask: SlidingRequest, wanted: list[str]) -> RoomTest:
     """A test for rooms that have one of the tags."""
-    get = functools.partial(get_room_account_data, ask.hs, ask.nid)
+    get = functools.partial(ask.hs.account_data.get, ask.nid)
 
     def test(nid: RoomNid, _room_id: str) -> bool:
         tags = (get(nid, "m.tag") or {}).get("tags")
@@ -28106,7 +27726,7 @@ class Previews:
             return {}, None
         found = await self.hs.db.in_thread(read_html, answer.body, content_type)
         picture, media_nid = await self._picture(user_nid, url, found.pop("og:image", ""))
-        sizes = ("og:image:width", "og:image:height")
+        sizes = [f"og:image:{size}" for size in ("width", "height")]
         numbers = {
             name: int(found[name]) for name in sizes if PIXELS.fullmatch(found.get(name, ""))
         }
@@ -28231,10 +27851,7 @@ invariant(
     WHERE event_nid IS NOT NULL AND event_nid NOT IN (SELECT nid FROM events)
     """,
 )
-invariant(
-    "rooms of networks that are not there",
-    "SELECT room_nid FROM network_rooms WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
+room_invariant("rooms of networks that are not there", "SELECT room_nid FROM network_rooms")
 
 MAX_TXN_ITEMS = 100
 MAX_WAITING_ITEMS = 200_000  # for one service; beyond, the oldest are lost to it
@@ -28539,8 +28156,6 @@ def read_registration(text: str, server_name: str, *, from_file: bool = False) -
 
 # ── 46.3  Who speaks, and what is theirs ─────────────────────────────────────
 
-M_EXCLUSIVE: Final = "M_EXCLUSIVE"
-
 
 class AppserviceRegistry:
     """All application services: what they may do, and which accounts and rooms are theirs."""
@@ -28597,11 +28212,10 @@ class AppserviceRegistry:
 
     def _own_accounts(self) -> None:
         """Find the accounts in the namespaces again."""
-        rows = self.services and self.db.all(
-            "SELECT user_nid, user_id FROM accounts JOIN users USING (user_nid)"
-        )
+        query = "SELECT user_nid, user_id FROM accounts JOIN users USING (user_nid)"
+        rows = self.db.all(query) if self.services else []
         for service in self.services.values():
-            service.owned = {nid for nid, user_id in rows or () if service.claims("users", user_id)}
+            service.owned = {nid for nid, user_id in rows if service.claims("users", user_id)}
 
     def _own_account(self, user_nid: UserNid) -> None:
         for service in self.services.values():
@@ -28617,11 +28231,10 @@ class AppserviceRegistry:
 
     def is_unlimited(self, request: Request) -> bool:
         """Whether no rate limit counts: for the service itself, and for its users if it says so."""
-        service = self.of_request(request)
-        acts_for = request.arg("user_id")
-        return service is not None and (
-            not service.rate_limited or acts_for in (None, service.sender)
-        )
+        service, acts_for = self.of_request(request), request.arg("user_id")
+        if service is None:
+            return False
+        return not service.rate_limited or acts_for in (None, service.sender)
 
     def authenticate(self, request: Request, token: str) -> Requester:
         """Who asks: as for everybody, or the user for whom a service acts by user_id.
@@ -28661,7 +28274,7 @@ class AppserviceRegistry:
         if service is None:
             raise unknown_token()
         if not self.hs.is_local(user_id) or not service.claims("users", user_id):
-            raise MatrixError(400, M_EXCLUSIVE, f"{user_id} is not in your namespaces")
+            raise MatrixError(400, "M_EXCLUSIVE", f"{user_id} is not in your namespaces")
         account = self.hs.accounts.find(user_id)
         if user_id == self.hs.accounts.bot_id or (account is not None and account.is_admin):
             raise forbidden("An application service cannot log in as an admin")
@@ -28682,26 +28295,20 @@ class AppserviceRegistry:
     def _network_rooms(self, instance: str | None) -> list[RoomNid]:
         """The rooms that services list under a network, or under any."""
         if instance is None:
-            rows = self.db.all("SELECT DISTINCT room_nid FROM network_rooms")
-        else:
-            appservice, _, network = instance.rpartition("|")
-            rows = self.db.all(
-                "SELECT room_nid FROM network_rooms WHERE appservice = ? AND network_id = ?",
-                (appservice, network),
-            )
-        return [row[0] for row in rows]
+            return self.db.column("SELECT DISTINCT room_nid FROM network_rooms")
+        appservice, _, network = instance.rpartition("|")
+        query = "SELECT room_nid FROM network_rooms WHERE appservice = ? AND network_id = ?"
+        return self.db.column(query, (appservice, network))
 
     def list_room(self, service_id: str, network_id: str, room: Room, visibility: str) -> None:
         """List a room under a network of a service ("public"), or no longer ("private")."""
         row = (service_id, network_id, room.nid)
         with self.db.write():
-            self.db.execute(
-                """
+            sql = """
                 DELETE FROM network_rooms
                 WHERE appservice = ? AND network_id = ? AND room_nid = ?
-                """,
-                row,
-            )
+            """
+            self.db.execute(sql, row)
             if visibility == "public":
                 self.db.execute("INSERT INTO network_rooms VALUES (?, ?, ?)", row)
 
@@ -28715,13 +28322,10 @@ class AppserviceRegistry:
             return True
         if not service.namespaces.get("aliases"):
             return False
-        rows = self.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
-        return any(service.claims("aliases", alias) for (alias,) in rows)
+        return any(service.claims("aliases", alias) for alias in aliases_of(self.hs, room))
 
 
 # ── 46.4  What they are told ─────────────────────────────────────────────────
-
-INSERT_ITEM = "INSERT INTO appservice_queue (appservice, event_nid, user_id) VALUES (?, ?, ?)"
 
 
 class AppserviceQueues(AppserviceRegistry):
@@ -28744,12 +28348,11 @@ class AppserviceQueues(AppserviceRegistry):
 
     def _put(self, service: Appservice, event_nid: int | None, user_id: str | None) -> None:
         """Put an item into the queue; of a service that is away too long, the oldest is lost."""
-        row = (service.id, event_nid, user_id)
-        item_nid = cast(int, self.db.execute(INSERT_ITEM, row).lastrowid)
+        insert = "INSERT INTO appservice_queue (appservice, event_nid, user_id) VALUES (?, ?, ?)"
+        item_nid = cast(int, self.db.execute(insert, (service.id, event_nid, user_id)).lastrowid)
         service.wake.set()
         if item_nid % PRUNE_EVERY == 0:
-            self.db.execute(
-                """
+            sql = """
                 DELETE FROM appservice_queue
                 WHERE appservice = :id AND item_nid <= (
                     SELECT item_nid
@@ -28758,9 +28361,8 @@ class AppserviceQueues(AppserviceRegistry):
                     ORDER BY item_nid DESC
                     LIMIT 1 OFFSET :kept
                 )
-                """,
-                {"id": service.id, "kept": MAX_WAITING_ITEMS},
-            )
+            """
+            self.db.execute(sql, {"id": service.id, "kept": MAX_WAITING_ITEMS})
 
     def _on_event(self, room: Room, event: Event) -> None:
         for service in self._told():
@@ -28776,11 +28378,8 @@ class AppserviceQueues(AppserviceRegistry):
             service.receipts.pop(room.nid, None)
 
     def _forget_events(self, _: Room, nids: list[EventNid]) -> None:
-        delete = """
-            DELETE FROM appservice_queue
-            WHERE event_nid IN (SELECT value FROM json_each(?))
-        """
-        self.db.execute(delete, (json.dumps(nids),))
+        sql = "DELETE FROM appservice_queue WHERE event_nid IN (SELECT value FROM json_each(?))"
+        self.db.execute(sql, (json.dumps(nids),))
 
     def _on_membership(self, room: Room, user_nid: UserNid, old: str | None, new: str) -> None:
         if (old == "join") == (new == "join"):
@@ -28835,16 +28434,14 @@ class AppserviceQueues(AppserviceRegistry):
         row = self.db.one(sql, (service.id,))
         if row is not None:
             return cast("tuple[str, bytes]", row)
-        items = self.db.all(
-            """
+        query = """
             SELECT item_nid, event_nid, user_id
             FROM appservice_queue
             WHERE appservice = ?
             ORDER BY item_nid
             LIMIT ?
-            """,
-            (service.id, MAX_TXN_ITEMS),
-        )
+        """
+        items = self.db.all(query, (service.id, MAX_TXN_ITEMS))
         with self.db.write():
             body = self._body(service, items)
             if len(body) == 1 and not body["events"] and not items:
@@ -28859,8 +28456,7 @@ class AppserviceQueues(AppserviceRegistry):
     def acknowledged(self, service: Appservice, txn_id: str) -> None:
         """A transaction has arrived: the next may follow."""
         delete = "DELETE FROM appservice_txns WHERE appservice = ? AND txn_id = ?"
-        with self.db.write():
-            self.db.execute(delete, (service.id, txn_id))
+        self.db.change(delete, (service.id, txn_id))
 
     def _body(self, service: Appservice, items: list[Any]) -> Json:
         nids = [event_nid for _, event_nid, _ in items if event_nid is not None]
@@ -28882,10 +28478,8 @@ class AppserviceQueues(AppserviceRegistry):
             content: Json = {"user_ids": typing_users(self.hs, room)}
             yield {"type": "m.typing", "room_id": room.room_id, "content": content}
         for room_nid, since in receipts.items():
-            room_id = self.hs.rooms.by_nid(room_nid).room_id
-            nobody = UserNid(0)
-            read = receipts_since(self.hs, room_nid, nobody, since, also=service.owned)
-            if read:
+            room_id, nobody = self.hs.rooms.by_nid(room_nid).room_id, UserNid(0)
+            if read := receipts_since(self.hs, room_nid, nobody, since, also=service.owned):
                 yield {"type": "m.receipt", "room_id": room_id, "content": read}
         for nid in present:
             shown = self.hs.presence.of(nid)
@@ -28935,6 +28529,7 @@ class AppserviceQueues(AppserviceRegistry):
 
 # ── 46.5  Speaking to them ───────────────────────────────────────────────────
 
+THIRD_PARTY = V3 + "/thirdparty"
 SERVICE_PATH = "/_matrix/app/v1"
 OLD_PATHS: Final = {"thirdparty": "/_matrix/app/unstable", "ping": None}  # the others: at the root
 UNKNOWN_PATH = frozenset({404, 405, 501})
@@ -28964,11 +28559,9 @@ class Appservices(AppserviceQueues):
         if service.url is None:
             return
         if service.encryption:  # what was noted in memory before the last stop
-            service.keys = {
-                nid
-                for nid in service.owned
-                if service.claims("users", self.db.user_id(nid), exclusively=True)
-            }
+            names = {nid: self.db.user_id(nid) for nid in service.owned}
+            own = functools.partial(service.claims, "users", exclusively=True)
+            service.keys = {nid for nid, user_id in names.items() if own(user_id)}
         service.wake.set()
         self.hs.background(self._deliver(service))
 
@@ -28983,9 +28576,8 @@ class Appservices(AppserviceQueues):
 
     def unregister(self, service_id: str) -> None:
         """Forget a service, with all that waits for it. 404, or 400 for one from a file."""
-        service = self.services.get(service_id)
-        if service is None:
-            raise not_found(f"There is no application service {service_id}")
+        missing = f"There is no application service {service_id}"
+        service = or_404(self.services.get(service_id), missing)
         if service.from_file:
             raise invalid_param("It stands in appservice_config_files; take it out there")
         with self.db.write():
@@ -29005,17 +28597,12 @@ class Appservices(AppserviceQueues):
         headers = {"Authorization": f"Bearer {service.hs_token}"}
         if body:
             headers["Content-Type"] = "application/json"
+        limits = {"timeout": SERVICE_SECONDS if body else QUESTION_SECONDS}
+        limits |= {"max_bytes": MAX_SERVICE_ANSWER, "trusted": True}  # the admin wrote that address
         for prefix in (SERVICE_PATH, old):
             token = "" if prefix else f"?access_token={quote(service.hs_token, safe='')}"
-            answer = await client.request(
-                method,
-                f"{service.url}{prefix}{path}{token}",
-                headers=headers,
-                body=body,
-                timeout=SERVICE_SECONDS if body else QUESTION_SECONDS,
-                max_bytes=MAX_SERVICE_ANSWER,
-                trusted=True,  # the admin wrote that address
-            )
+            url = f"{service.url}{prefix}{path}{token}"
+            answer = await client.request(method, url, headers=headers, body=body, **limits)
             if answer.status not in UNKNOWN_PATH or old is None:
                 break
         return answer
@@ -29114,9 +28701,6 @@ class Appservices(AppserviceQueues):
         return found
 
 
-THIRD_PARTY = V3 + "/thirdparty"
-
-
 def query_string(request: Request) -> str:
     """The query of a request for somebody else, without what is between us and the client."""
     private = ("access_token", "user_id", "device_id")
@@ -29139,27 +28723,24 @@ async def get_protocols(hs: Homeserver, _request: Request) -> Json:
 async def get_protocol(hs: Homeserver, _request: Request, name: str) -> Json:
     """One third-party protocol. 404 M_NOT_FOUND when nobody here speaks it."""
     found = await hs.appservices.protocol(name)
-    if found is None:
-        raise not_found("No application service speaks this protocol")
-    return found
+    return or_404(found, "No application service speaks this protocol")
 
 
 @route("GET", THIRD_PARTY + "/{kind}/{name}", auth=USER)
-async def search_third_party(hs: Homeserver, request: Request, kind: str, name: str) -> list[Json]:
-    """Users or locations of a protocol, found by fields. 404 M_NOT_FOUND when there are none."""
-    if kind not in ("user", "location"):
-        raise MatrixError(404, "M_UNRECOGNIZED", "Unrecognized request")
-    path = f"{kind}/{quote(name, safe='')}"
-    return await hs.appservices.look_up(kind, path, query_string(request), name)
-
-
 @route("GET", THIRD_PARTY + "/{kind}", auth=USER)
-async def find_third_party(hs: Homeserver, request: Request, kind: str) -> list[Json]:
-    """What a Matrix user or alias is elsewhere. 404 M_NOT_FOUND when nobody knows."""
+async def find_third_party(
+    hs: Homeserver, request: Request, kind: str, name: str | None = None
+) -> list[Json]:
+    """Users or locations of a protocol, by fields, or what a Matrix user or alias is elsewhere.
+
+    404 M_NOT_FOUND when nobody knows.
+    """
     if kind not in ("user", "location"):
         raise MatrixError(404, "M_UNRECOGNIZED", "Unrecognized request")
-    check_shape(request.query, {"userid" if kind == "user" else "alias": [str]}, "The query")
-    return await hs.appservices.look_up(kind, kind, query_string(request), None)
+    if name is None:
+        check_shape(request.query, {"userid" if kind == "user" else "alias": [str]}, "The query")
+    path = kind if name is None else f"{kind}/{quote(name, safe='')}"
+    return await hs.appservices.look_up(kind, path, query_string(request), name)
 
 
 # ── 46.6  What they ask of us ────────────────────────────────────────────────
@@ -29223,6 +28804,7 @@ async def list_in_network(hs: Homeserver, request: Request, network_id: str, roo
 
 ADMIN_ROOM_VERSION = "12"  # since then nobody has power over the creator of a room: the server
 ADMIN_POWER = 100
+DAY_MS = 86_400_000
 SERVER_POWER = 101  # what only @conduit may do in its room
 REPLY_BYTES = 24_000  # of plain text in one notice; the HTML beside it is about as long
 
@@ -29235,11 +28817,9 @@ CREATE TABLE notice_rooms (        -- where each user hears from the server
     room_nid INTEGER NOT NULL UNIQUE
 );
 """)
-invariant(
-    "rooms for notices that are not there",
-    "SELECT room_nid FROM notice_rooms WHERE room_nid NOT IN (SELECT room_nid FROM rooms)",
-)
+room_invariant("rooms for notices that are not there", "SELECT room_nid FROM notice_rooms")
 
+KNOWN_MEMBERSHIPS = ("join", "invite", "knock", "leave", "ban")
 log_admin = logging.getLogger("conduit.admin")
 
 
@@ -29482,9 +29062,6 @@ def local_account(hs: Homeserver, name: str) -> tuple[str, UserNid]:
     return user_id, account.nid
 
 
-DAY_MS = 86_400_000
-
-
 def count_of(arguments: Arguments, option: str) -> int | None:
     """The number that an option has, where it is given."""
     text = arguments.get(option)
@@ -29493,17 +29070,16 @@ def count_of(arguments: Arguments, option: str) -> int | None:
     return None if text is None else int(text)
 
 
-def minute_of(timestamp: int) -> str:
-    """A time for people, in UTC."""
+def minute_of(timestamp: int | None) -> str:
+    """A time for people, in UTC; nothing for None."""
+    if timestamp is None:
+        return ""
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(timestamp / 1000))
 
 
 def wanted_event(hs: Homeserver, event_id: str) -> Event:
     """An event of any room, or 404."""
-    event = hs.rooms.event(event_id)
-    if event is None:
-        raise not_found("There is no such event")
-    return event
+    return or_404(hs.rooms.event(event_id), "There is no such event")
 
 
 def caches_of(hs: Homeserver) -> dict[str, LruCache[Any, Any]]:
@@ -29615,13 +29191,10 @@ async def help_command(hs: Homeserver, arguments: Arguments) -> Reply:
     if "COMMAND" in arguments:
         name = arguments["COMMAND"].lower()
         return explain(name) if name in COMMANDS else unknown_command(name)
+    title = f"Write a command as it stands here, after !admin, or after {hs.accounts.bot_id}. "
     rows = [(usage, function.__doc__ or "") for usage, function in COMMANDS.values()]
-    return reply_table(
-        f"Write a command as it stands here, after !admin, or after {hs.accounts.bot_id}. "
-        "Each explains itself with --help.",
-        ("Command", "What it does"),
-        rows,
-    )
+    heads = ("Command", "What it does")
+    return reply_table(title + "Each explains itself with --help.", heads, rows)
 
 
 @command("list-local-users")
@@ -29664,19 +29237,14 @@ async def deactivate_user(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("memory-usage")
 async def memory_usage(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show memory, caches and disk space in use."""
-    media = await hs.db.read_in_thread(
-        lambda connection: connection.execute("SELECT SUM(size) FROM media").fetchone()[0]
-    )
+    ((media,),) = await hs.db.scan("SELECT SUM(size) FROM media")
     files = [hs.db.folder / name for name in (DATABASE_FILE, f"{DATABASE_FILE}-wal")]
-    rows = [
-        ("resident memory", mebibytes(resident_bytes()), ""),
-        *((file.name, mebibytes(size_of(file) or 0), "on disk") for file in files),
-        ("uploaded media", mebibytes(media or 0), "on disk"),
-        *(
-            (f"cache {name}", f"{len(cache)} entries", f"{cache.weight / cache.capacity:.0%} full")
-            for name, cache in caches_of(hs).items()
-        ),
-    ]
+    rows = [("resident memory", mebibytes(resident_bytes()), "")]
+    rows += [(file.name, mebibytes(size_of(file) or 0), "on disk") for file in files]
+    rows.append(("uploaded media", mebibytes(media or 0), "on disk"))
+    for name, cache in caches_of(hs).items():
+        full = f"{cache.weight / cache.capacity:.0%} full"
+        rows.append((f"cache {name}", f"{len(cache)} entries", full))
     return reply_table("Memory and disk:", ("What", "Size", ""), rows)
 
 
@@ -29698,9 +29266,8 @@ async def clear_caches(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("version")
 async def show_version(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show which version of this server runs, of Python and of SQLite."""
-    return reply_text(
-        f"conduit.py {VERSION}, Python {sys.version.split()[0]}, SQLite {sqlite3.sqlite_version}"
-    )
+    python, sqlite = sys.version.split()[0], sqlite3.sqlite_version
+    return reply_text(f"conduit.py {VERSION}, Python {python}, SQLite {sqlite}")
 
 
 @command("uptime")
@@ -29804,17 +29371,15 @@ async def backup_command(hs: Homeserver, arguments: Arguments) -> Reply:
     return reply_text(f"Everything is in {target}, {mebibytes(target.stat().st_size)}.")
 
 
-ROOM_SIZE = """
-    SELECT COUNT(*), IFNULL(SUM(LENGTH(pdu)), 0)
-    FROM events
-    WHERE room_nid = ? AND pos IS NOT NULL
-"""
-
-
 async def room_sizes(hs: Homeserver, room_nids: list[RoomNid]) -> dict[RoomNid, tuple[str, str]]:
     """How many events rooms have, and how much they take."""
+    query = """
+        SELECT COUNT(*), IFNULL(SUM(LENGTH(pdu)), 0)
+        FROM events
+        WHERE room_nid = ? AND pos IS NOT NULL
+    """
     found = await hs.db.read_in_thread(
-        lambda db: {nid: db.execute(ROOM_SIZE, (nid,)).fetchone() for nid in room_nids}
+        lambda db: {nid: db.execute(query, (nid,)).fetchone() for nid in room_nids}
     )
     return {nid: (str(count), mebibytes(size)) for nid, (count, size) in found.items()}
 
@@ -29843,7 +29408,6 @@ async def room_info(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show what is known of a room, by its id or alias."""
     room = room_by_name(hs, arguments["ROOM"])
     sizes = await room_sizes(hs, [room.nid])
-    aliases = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
     rows = [
         ("id", room.room_id),
         ("name", room.setting("m.room.name", "name", "")),
@@ -29852,14 +29416,11 @@ async def room_info(hs: Homeserver, arguments: Arguments) -> Reply:
         ("join rule", room.join_rule),
         ("history visibility", room.history_visibility),
         ("encrypted", "yes" if room.encrypted else "no"),
-        ("aliases", " ".join(alias for (alias,) in aliases)),
+        ("aliases", " ".join(aliases_of(hs, room))),
         ("events", ", ".join(sizes[room.nid])),
         ("pieces of state", str(len(room.state))),
     ]
     return reply_table("The room:", ("What", ""), rows)
-
-
-KNOWN_MEMBERSHIPS = ("join", "invite", "knock", "leave", "ban")
 
 
 @command("room-members ROOM [MEMBERSHIP]")
@@ -29883,8 +29444,7 @@ async def room_state(hs: Homeserver, arguments: Arguments) -> Reply:
         rows = [*sorted(room.state)]
         return reply_table(f"{len(rows)} piece(s) of state:", ("Type", "State key"), rows)
     event = room.state_event(arguments["TYPE"], arguments.get("STATE_KEY", ""))
-    if event is None:
-        raise not_found("There is no such state")
+    event = or_404(event, "There is no such state")
     return reply_code("json", json.dumps(event.content, indent=2, ensure_ascii=False))
 
 
@@ -29935,10 +29495,7 @@ async def block_room_command(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("list-blocked-rooms")
 async def list_blocked_rooms(hs: Homeserver, arguments: Arguments) -> Reply:
     """List the rooms that nobody of this server may enter."""
-    rows = [
-        (room_id, time.strftime("%Y-%m-%d", time.gmtime(since / 1000)))
-        for room_id, _, since in blocked_rooms(hs)
-    ]
+    rows = [(room_id, minute_of(since)[:10]) for room_id, _, since in blocked_rooms(hs)]
     return reply_table(f"Found {len(rows)} blocked room(s):", ("Room", "Since"), rows)
 
 
@@ -29954,8 +29511,7 @@ async def put_out(
             with hs.db.write():
                 leave(hs, room, user_id, "The room was closed")
                 if new_room is not None and new_room.membership_of(nid) != "join":
-                    joins = {"membership": "join", **member_profile(hs, user_id)}
-                    hs.rooms.send(new_room, user_id, MEMBER, joins, state_key=user_id)
+                    enter(hs, new_room, user_id)
             left.append(user_id)
         except MatrixError as error:
             log_admin.warning("%s stays in %s: %s", user_id, room.room_id, error)
@@ -29965,12 +29521,10 @@ async def put_out(
 
 def unlist(hs: Homeserver, room: Room) -> list[str]:
     """Take away a room's aliases, which are returned, and its place in the list of rooms."""
-    rows = hs.db.all("SELECT alias FROM aliases WHERE room_nid = ?", (room.nid,))
+    aliases = aliases_of(hs, room)
     with hs.db.write():
-        for (alias,) in rows:
-            delete_alias(hs, alias)
-        publish_room(hs, room, "private")
-    return [alias for (alias,) in rows]
+        forget_names(hs, room)
+    return aliases
 
 
 async def close_down(hs: Homeserver, name: str) -> tuple[Room, Reply]:
@@ -30079,7 +29633,7 @@ async def list_pushers_of(hs: Homeserver, arguments: Arguments) -> Reply:
     for pusher, device_id in hs.pushers.with_devices(nid):
         names = device_id or "", pusher.app_id, urlsplit(pusher.data["url"]).hostname or ""
         last = "failed" if pusher.failing_ts else "ok" if pusher.pushed_ts else ""
-        times = [minute_of(ts) if ts else "" for ts in (pusher.pushed_ts, pusher.failed_ts)]
+        times = minute_of(pusher.pushed_ts), minute_of(pusher.failed_ts)
         rows.append((*names, last if pusher.enabled else "off", *times, pusher.error or ""))
     heads = ("Device", "App", "Gateway", "Last push", "Worked (UTC)", "Failed (UTC)", "Why")
     return reply_table(f"Pushers of {user_id}:", heads, rows)
@@ -30146,9 +29700,8 @@ async def list_tokens(hs: Homeserver, arguments: Arguments) -> Reply:
     rows = []
     for row in hs.registration_tokens.all():
         uses = f"{row.completed} of {'any' if row.uses_allowed is None else row.uses_allowed}"
-        until = "" if row.expires_ts is None else minute_of(row.expires_ts)
         good = "" if hs.registration_tokens.is_good(row) else "no longer good"
-        rows.append((row.token, uses, until, good))
+        rows.append((row.token, uses, minute_of(row.expires_ts), good))
     return reply_table("Registration tokens:", ("Token", "Used", "Until (UTC)", ""), rows)
 
 
@@ -30171,9 +29724,8 @@ async def create_token(hs: Homeserver, arguments: Arguments) -> Reply:
 async def revoke_token(hs: Homeserver, arguments: Arguments) -> Reply:
     """Delete a registration token; the accounts made with it stay."""
     was_there = hs.registration_tokens.delete(arguments["TOKEN"])
-    return reply_text(
-        "It is gone." if was_there else "There is no such token.", failed=not was_there
-    )
+    text = "It is gone." if was_there else "There is no such token."
+    return reply_text(text, failed=not was_there)
 
 
 @command("list-joined-rooms USER")
@@ -30237,7 +29789,7 @@ MEDIA_LIST = """
 @command("media-usage")
 async def media_usage(hs: Homeserver, arguments: Arguments) -> Reply:
     """Show how much each user has uploaded, and how much came from each other server."""
-    found = await hs.db.read_in_thread(lambda db: db.execute(MEDIA_USAGE).fetchall())
+    found = await hs.db.scan(MEDIA_USAGE)
     rows = [(of or "previews", str(count), mebibytes(total or 0)) for of, count, total in found]
     return reply_table("Media:", ("User or server", "Files", "Size"), rows)
 
@@ -30248,8 +29800,7 @@ async def media_budget(hs: Homeserver, arguments: Arguments) -> Reply:
     megabytes = count_of(arguments, "MB")
     if megabytes is not None:
         hs.config = dataclasses.replace(hs.config, media_budget_mb=max(1, megabytes))
-    query = "SELECT SUM(size) FROM media WHERE fetched = 1"
-    used = await hs.db.read_in_thread(lambda db: db.execute(query).fetchone()[0])
+    ((used,),) = await hs.db.scan("SELECT SUM(size) FROM media WHERE fetched = 1")
     limit = hs.config.media_budget_mb
     budget = "there is no budget" if limit is None else f"the budget is {limit} MB"
     return reply_text(f"{(used or 0) / 1_000_000:.1f} MB came from elsewhere; {budget}.")
@@ -30276,9 +29827,7 @@ def chosen_media(hs: Homeserver, arguments: Arguments) -> list[int]:
 @command("list-media WHAT [--days=DAYS]")
 async def list_media(hs: Homeserver, arguments: Arguments) -> Reply:
     """List media: one (mxc://…), or of an event, a user or a server; not used for some days."""
-    chosen = json.dumps(chosen_media(hs, arguments))
-    await hs.db.synced()
-    found = await hs.db.read_in_thread(lambda db: db.execute(MEDIA_LIST, (chosen,)).fetchall())
+    found = await hs.db.scan(MEDIA_LIST, (json.dumps(chosen_media(hs, arguments)),))
     rows = [
         (
             f"mxc://{server or hs.config.server_name}/{media_id}",
@@ -30346,13 +29895,10 @@ async def ping_server(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("list-queues")
 async def list_queues(hs: Homeserver, arguments: Arguments) -> Reply:
     """List the servers for which something waits, those that are stuck for longest first."""
-    rows = [
-        (
-            *(each.server, str(each.events), str(each.messages), str(each.failures)),
-            minute_of(each.retry_ts) if each.retry_ts else "",
-        )
-        for each in queues_by_lateness(hs)
-    ]
+    rows = []
+    for each in queues_by_lateness(hs):
+        counts = map(str, (each.events, each.messages, each.failures))
+        rows.append((each.server, *counts, minute_of(each.retry_ts or None)))
     heads = ("Server", "Events", "To devices", "Failures", "Next try (UTC)")
     return reply_table(f"Found {len(rows)}:", heads, rows)
 
@@ -30404,14 +29950,10 @@ async def unregister_appservice(hs: Homeserver, arguments: Arguments) -> Reply:
 @command("list-appservices")
 async def list_appservices(hs: Homeserver, arguments: Arguments) -> Reply:
     """List the application services, and what waits for them."""
-    services = hs.appservices.services.values()
-    rows = [
-        (
-            *(each.id, each.sender, each.url or ""),
-            *(str(each.failures), str(hs.appservices.waiting(each))),
-        )
-        for each in services
-    ]
+    rows = []
+    for each in hs.appservices.services.values():
+        counts = str(each.failures), str(hs.appservices.waiting(each))
+        rows.append((each.id, each.sender, each.url or "", *counts))
     heads = ("Id", "User", "Address", "Failures", "Waiting")
     return reply_table(f"Appservices ({len(rows)}):", heads, rows)
 
@@ -30564,7 +30106,7 @@ class AdminRoom:
         self._read_room_id()
         with self.hs.db.write():
             if not self.hs.accounts.exists_local(self.bot):
-                self.hs.accounts.create_server_account(BOT_LOCALPART, "Conduit")
+                self.hs.accounts.make_account(self.bot, name="Conduit")
             self._see_to_emergency(self.hs.db.user_nid(self.bot))
             room = self.hs.rooms.find(self.room_id)
             if room is None or room.membership(self.bot) != "join":  # somebody left as @conduit
@@ -30606,8 +30148,7 @@ class AdminRoom:
             return
         try:
             invite(self.hs, self._room(), self.bot, user_id)
-            joined = {"membership": "join", **member_profile(self.hs, user_id)}
-            self.hs.rooms.send(self._room(), user_id, "m.room.member", joined, state_key=user_id)
+            enter(self.hs, self._room(), user_id)
         except MatrixError as error:  # an account without its room is better than none
             log_admin.warning("%s could not join the admin room: %s", user_id, error)
 
@@ -30635,9 +30176,8 @@ class AdminRoom:
         """Whom an admin invites becomes an admin by joining; who leaves is none any more."""
         if event.membership == "invite":
             if event.sender == self.bot or self._may_command(event.sender):
-                self.hs.db.execute(
-                    "INSERT OR IGNORE INTO admin_invitations VALUES (?)", (user_nid,)
-                )
+                sql = "INSERT OR IGNORE INTO admin_invitations VALUES (?)"
+                self.hs.db.execute(sql, (user_nid,))
             return
         delete = "DELETE FROM admin_invitations WHERE user_nid = ?"
         was_invited = self.hs.db.execute(delete, (user_nid,)).rowcount > 0
@@ -30794,6 +30334,21 @@ def rows_page(request: Request, rows: Sequence[Any]) -> tuple[int, Sequence[Any]
     return start, rows[start:end], end if end < len(rows) else None
 
 
+def sort_key(name: str) -> Callable[[Json], tuple[bool, Any]]:
+    """Sorts by a member; those without it come first."""
+    return lambda row: (row[name] is not None, row[name])
+
+
+def sorted_page(
+    request: Request, name: str, rows: list[Json], order: str, token: type = int, down: bool = False
+) -> Json:
+    """The page of the rows that is asked for, sorted; the next one's token is of the type given."""
+    rows.sort(key=sort_key(order), reverse=down or request.arg("dir") == "b")
+    _, page, end = rows_page(request, rows)
+    answer: Json = {name: page, "total": len(rows)}
+    return answer if end is None else {**answer, "next_token": token(end)}
+
+
 def flag_arg(request: Request, name: str) -> bool | None:
     """A query argument that is true or false, or not there."""
     return {"true": True, "false": False, None: None}.get(request.arg(name))
@@ -30803,10 +30358,7 @@ def admin_target(hs: Homeserver, user_id: str) -> Account:
     """The account that a path names. 400 for a user of another server, 404 for nobody."""
     if not is_user_id(user_id) or not hs.is_local(user_id):
         raise invalid_param("This is no user of this server")
-    account = hs.accounts.find(user_id)
-    if account is None:
-        raise not_found("User not found")
-    return account
+    return or_404(hs.accounts.find(user_id), "User not found")
 
 
 def changeable(hs: Homeserver, user_id: str) -> Account:
@@ -30831,7 +30383,6 @@ USER_ROWS = """
     FROM accounts
     JOIN users USING (user_nid)
 """
-USER_ROW = f"{USER_ROWS} WHERE user_nid = ?"
 USER_FLAGS = ("is_guest", "admin", "deactivated", "erased", "locked", "suspended")
 USER_ORDER = {
     **{name: name for name in ("name", "displayname", "avatar_url", "creation_ts", "last_seen_ts")},
@@ -30862,24 +30413,15 @@ def is_wanted_user(request: Request, user: Json) -> bool:
     )
 
 
-def sort_key(name: str) -> Callable[[Json], tuple[bool, Any]]:
-    """Sorts by a member; those without it come first."""
-    return lambda row: (row[name] is not None, row[name])
-
-
 @admin_route("GET", "/v2/users", also=("v3",))
 async def admin_list_users(hs: Homeserver, request: Request) -> Json:
     """The accounts that pass the filters, sorted, page by page."""
     order = USER_ORDER.get(request.arg("order_by", "name") or "name")
     if order is None:
         raise invalid_param("order_by names no known column")
-    await hs.db.synced()
-    rows = await hs.db.read_in_thread(lambda reader: reader.execute(USER_ROWS).fetchall())
-    users = [user for user in map(user_json, rows) if is_wanted_user(request, user)]
-    users.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
-    _, page, end = rows_page(request, users)
-    answer: Json = {"users": page, "total": len(users)}
-    return answer if end is None else {**answer, "next_token": str(end)}
+    users = [user_json(row) for row in await hs.db.scan(USER_ROWS)]
+    found = [user for user in users if is_wanted_user(request, user)]
+    return sorted_page(request, "users", found, order, str)
 
 
 @admin_route("GET", "/v2/users/{user_id}")
@@ -30889,7 +30431,7 @@ async def admin_get_user(hs: Homeserver, _request: Request, user_id: str) -> Jso
     consent = hs.db.one("SELECT version, accepted_ts FROM consents WHERE user_nid = ?", (nid,))
     version, accepted_ts = consent or (None, None)
     return {
-        **user_json(hs.db.one(USER_ROW, (nid,)) or ()),
+        **user_json(hs.db.one(f"{USER_ROWS} WHERE user_nid = ?", (nid,)) or ()),
         **{"threepids": hs.emails.of(nid), "external_ids": [], "appservice_id": None},
         **{"consent_version": version, "consent_ts": accepted_ts},
     }
@@ -31011,16 +30553,11 @@ async def admin_who_is(hs: Homeserver, request: Request, user_id: str) -> Json:
     return await who_is(hs, request, user_id)  # type: ignore[no-any-return]  # a Handler gives Any
 
 
-@admin_route(
-    "GET",
-    "/v1/users/{user_id}/joined_rooms",
-    also=(f"{ADMIN_API}/v1/users/{{user_id}}/memberships",),
-)
+@admin_route("GET", "/v1/users/{user_id}/joined_rooms")
+@admin_route("GET", "/v1/users/{user_id}/memberships")
 async def admin_joined_rooms(hs: Homeserver, request: Request, user_id: str) -> Json:
     """The rooms that a user is in, or with /memberships all that they have a membership in."""
-    nid = hs.db.find_user_nid(user_id)
-    if nid is None:
-        raise not_found("User not found")
+    nid = or_404(hs.db.find_user_nid(user_id), "User not found")
     members = hs.rooms.memberships(nid).items()
     found = {hs.rooms.by_nid(room_nid).room_id: member.membership for room_nid, member in members}
     if request.segments[-1] == "memberships":
@@ -31053,10 +30590,9 @@ async def admin_devices(hs: Homeserver, _request: Request, user_id: str) -> Json
 @admin_route("GET", DEVICE_OF)
 async def admin_device(hs: Homeserver, request: Request, user_id: str, device_id: str) -> Json:
     """One device of a user."""
-    for device in (await admin_devices(hs, request, user_id=user_id))["devices"]:
-        if device["device_id"] == device_id:
-            return cast(Json, device)
-    raise not_found("There is no such device")
+    devices = (await admin_devices(hs, request, user_id=user_id))["devices"]
+    found: Iterator[Json] = (one for one in devices if one["device_id"] == device_id)
+    return or_404(next(found, None), "There is no such device")
 
 
 @admin_route("PUT", DEVICE_OF, body={"display_name?": str})
@@ -31097,10 +30633,7 @@ def token_json(hs: Homeserver, row: RegistrationToken) -> Json:
 
 def wanted_token(hs: Homeserver, token: str) -> RegistrationToken:
     """A registration token, or 404."""
-    row = hs.registration_tokens.find(token)
-    if row is None:
-        raise not_found(f"No such registration token: {token[:64]}")
-    return row
+    return or_404(hs.registration_tokens.find(token), f"No such registration token: {token[:64]}")
 
 
 @admin_route("GET", TOKENS)
@@ -31273,8 +30806,7 @@ async def admin_join(hs: Homeserver, request: Request, room: str) -> Json:
             if found.join_rule != "public" and found.membership_of(nid) != "invite":
                 require_joined(found, request.user.nid)
                 invite(hs, found, request.user.user_id, user_id)
-            content = {"membership": "join", **member_profile(hs, user_id)}
-            hs.rooms.send(found, user_id, MEMBER, content, state_key=user_id)
+            enter(hs, found, user_id)
     return {"room_id": found.room_id}
 
 
@@ -31379,7 +30911,7 @@ async def shut_down(hs: Homeserver, room: Room, body: Json, result: Json, user: 
         await purge_emptied(hs, room)
 
 
-def new_shutdown(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, Json]:
+def new_shutdown(hs: Homeserver, room_id: str) -> tuple[Room, Json]:
     """The room to delete, and the result as it is before; the admin room is not to be had."""
     if room_id == hs.admin_room.room_id:
         raise forbidden("This is the admin room")
@@ -31390,7 +30922,7 @@ def new_shutdown(hs: Homeserver, request: Request, room_id: str) -> tuple[Room, 
 @admin_route("DELETE", "/v1/rooms/{room_id}", body=DELETION, partial=True)
 async def admin_delete_now(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Delete a room, and answer when that is done."""
-    room, result = new_shutdown(hs, request, room_id)
+    room, result = new_shutdown(hs, room_id)
     await shut_down(hs, room, request.json, result, request.user)
     return result
 
@@ -31398,7 +30930,7 @@ async def admin_delete_now(hs: Homeserver, request: Request, room_id: str) -> Js
 @admin_route("DELETE", "/v2/rooms/{room_id}", body=DELETION, partial=True)
 async def admin_delete_room(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Delete a room beside the requests; the answer names the job."""
-    room, result = new_shutdown(hs, request, room_id)
+    room, result = new_shutdown(hs, room_id)
     job = {"status": "shutting_down", "shutdown_room": result, "room_id": room_id}
     work = shut_down(hs, room, request.json, result, request.user)
     return {"delete_id": hs.admin_jobs.begin(job, work)}
@@ -31413,10 +30945,7 @@ def job_json(job: Json) -> Json:
 @admin_route("GET", "/v1/purge_history_status/{job_id}")
 async def admin_job_status(hs: Homeserver, _request: Request, job_id: str) -> Json:
     """How far a deletion has come; for a day, and until the next restart."""
-    job = hs.admin_jobs.jobs.get(job_id)
-    if job is None:
-        raise not_found("There is no such deletion")
-    return job_json(job)
+    return job_json(or_404(hs.admin_jobs.jobs.get(job_id), "There is no such deletion"))
 
 
 @admin_route("GET", "/v2/rooms/{room_id}/delete_status", partial=True)
@@ -31452,9 +30981,7 @@ async def has_own(hs: Homeserver, room: Room, before: int) -> bool:
           AND json_extract(CAST(pdu AS TEXT), '$.sender') LIKE '%:' || ?
         LIMIT 1
     """
-    values = (room.nid, before, hs.config.server_name)
-    rows = await hs.db.read_in_thread(lambda reader: reader.execute(query, values).fetchall())
-    return bool(rows)
+    return bool(await hs.db.scan(query, (room.nid, before, hs.config.server_name)))
 
 
 @admin_route("POST", PURGE_PATH, body=PURGE)
@@ -31476,8 +31003,6 @@ async def admin_purge(
 USER_MEDIA = "/v1/users/{user_id}/media"
 ONE_MEDIA = "{server}/{media_id}"
 ROOM_MEDIA_BATCH = 1000  # events of a room read at a time
-
-
 USER_MEDIA_ROWS = """
     SELECT media_id, content_type, size, filename, created_ts, last_access_ts, quarantined
     FROM media
@@ -31502,16 +31027,10 @@ async def admin_user_media(hs: Homeserver, request: Request, user_id: str) -> Js
     order = request.arg("order_by", "created_ts") or ""
     if order not in MEDIA_ORDER:
         raise invalid_param(f"order_by is one of {', '.join(MEDIA_ORDER)}")
-    nid = admin_target(hs, user_id).nid
-    await hs.db.synced()
-    query = USER_MEDIA_ROWS
-    rows = await hs.db.read_in_thread(lambda db: db.execute(query, (nid,)).fetchall())
+    rows = await hs.db.scan(USER_MEDIA_ROWS, (admin_target(hs, user_id).nid,))
     media = [media_json(hs, row) for row in rows]
     newest_first = "order_by" not in request.query and request.arg("dir") is None
-    media.sort(key=sort_key(order), reverse=newest_first or request.arg("dir") == "b")
-    _, page, end = rows_page(request, media)
-    answer: Json = {"media": page, "total": len(media)}
-    return answer if end is None else {**answer, "next_token": end}
+    return sorted_page(request, "media", media, order, down=newest_first)
 
 
 async def deleted(hs: Homeserver, nids: Sequence[int]) -> Json:
@@ -31548,11 +31067,9 @@ def unused_since(hs: Homeserver, request: Request) -> int:
 
 async def avatars(hs: Homeserver) -> set[int]:
     """The media that are pictures of users or rooms, now."""
-    query = "SELECT value FROM profiles WHERE field = 'avatar_url'"
-    await hs.db.synced()
-    profiles = await hs.db.read_in_thread(lambda db: db.execute(query).fetchall())
+    profiles = await hs.db.scan("SELECT value FROM profiles WHERE field = 'avatar_url'")
     names = [json.loads(value) for (value,) in profiles]
-    for (nid,) in hs.db.all("SELECT room_nid FROM rooms WHERE state_group > 0"):
+    for nid in hs.db.column("SELECT room_nid FROM rooms WHERE state_group > 0"):
         names.append(hs.rooms.by_nid(nid).setting("m.room.avatar", "url", ""))
         await asyncio.sleep(0)
     return set(hs.media.named_in(names))
@@ -31582,14 +31099,7 @@ async def admin_purge_media(hs: Homeserver, request: Request) -> Json:
 
 async def media_of_room(hs: Homeserver, room: Room) -> set[tuple[str, str]]:
     """The media that a room's events name, as far as they can be read."""
-    query = """
-        SELECT pos, pdu
-        FROM events
-        WHERE room_nid = ?
-          AND pos > ?
-        ORDER BY pos
-        LIMIT ?
-    """
+    query = "SELECT pos, pdu FROM events WHERE room_nid = ? AND pos > ? ORDER BY pos LIMIT ?"
 
     def batch(after: int, db: sqlite3.Connection) -> tuple[int | None, set[tuple[str, str]]]:
         rows = db.execute(query, (room.nid, after, ROOM_MEDIA_BATCH)).fetchall()
@@ -31655,24 +31165,18 @@ MEDIA_STATISTICS = """
 @admin_route("GET", "/v1/statistics/users/media")
 async def admin_media_statistics(hs: Homeserver, request: Request) -> Json:
     """How much each user has uploaded, most first, page by page."""
-    query = MEDIA_STATISTICS
-    await hs.db.synced()
-    found = await hs.db.read_in_thread(lambda db: db.execute(query).fetchall())
     users = [
         {
             **{"user_id": user_id, "media_count": count, "media_length": size},
             "displayname": None if name is None else json.loads(name),
         }
-        for user_id, count, size, name in found
+        for user_id, count, size, name in await hs.db.scan(MEDIA_STATISTICS)
         if (request.arg("search_term") or "") in user_id
     ]
     order = request.arg("order_by", "user_id")
     if order not in ("user_id", "displayname", "media_count", "media_length"):
         raise invalid_param("order_by is user_id, displayname, media_count or media_length")
-    users.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
-    _, page, end = rows_page(request, users)
-    answer: Json = {"users": page, "total": len(users)}
-    return answer if end is None else {**answer, "next_token": end}
+    return sorted_page(request, "users", users, order)
 
 
 @admin_route("GET", "/v1/users/{user_id}/pushers")
@@ -31720,14 +31224,6 @@ async def known_destination(hs: Homeserver, server: str) -> Json:
     return destination_json(hs, server, failures, retry_ts)
 
 
-def destinations_page(request: Request, name: str, rows: list[Json], order: str) -> Json:
-    """The page of sorted rows that is asked for; the token of the next is a string."""
-    rows.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
-    _, page, end = rows_page(request, rows)
-    answer: Json = {name: page, "total": len(rows)}
-    return answer if end is None else {**answer, "next_token": str(end)}
-
-
 @admin_route("GET", "/v1/federation/destinations")
 async def admin_destinations(hs: Homeserver, request: Request) -> Json:
     """The servers that we deal with, and how it goes, sorted, page by page."""
@@ -31735,7 +31231,7 @@ async def admin_destinations(hs: Homeserver, request: Request) -> Json:
     if order not in DESTINATION_ORDER:
         raise invalid_param(f"order_by is one of {', '.join(DESTINATION_ORDER)}")
     found = [destination_json(hs, *row) for row in await destinations(hs) if wanted in row[0]]
-    return destinations_page(request, "destinations", found, order)
+    return sorted_page(request, "destinations", found, order, str)
 
 
 @admin_route("GET", DESTINATION_PATH)
@@ -31749,10 +31245,10 @@ async def admin_destination_rooms(hs: Homeserver, request: Request, server: str)
     """The rooms that we share with a server, and up to where it has our events."""
     await known_destination(hs, server)
     query = "SELECT DISTINCT room_nid FROM room_servers WHERE server = ? AND until = ?"
-    acked, rows = acked_by(hs, server), hs.db.all(query, (server, MAX_POSITION))
-    rooms = [hs.rooms.by_nid(nid) for (nid,) in rows]
+    acked, nids = acked_by(hs, server), hs.db.column(query, (server, MAX_POSITION))
+    rooms = map(hs.rooms.by_nid, nids)
     found = [{"room_id": r.room_id, "stream_ordering": min(r.last_pos, acked)} for r in rooms]
-    return destinations_page(request, "rooms", found, "room_id")
+    return sorted_page(request, "rooms", found, "room_id", str)
 
 
 @admin_route("POST", DESTINATION_PATH + "/reset_connection", body={})
@@ -31785,10 +31281,8 @@ def report_json(hs: Homeserver, report: UserReport) -> Json:
 
 def wanted_report(hs: Homeserver, report_id: str) -> UserReport:
     """The report that a path names, or 404."""
-    found = [report for report in hs.reports.of_events() if str(report.nid) == report_id]
-    if not found:
-        raise not_found("Event report not found")
-    return found[0]
+    found = (report for report in hs.reports.of_events() if str(report.nid) == report_id)
+    return or_404(next(found, None), "Event report not found")
 
 
 @admin_route("GET", REPORTS_PATH)
@@ -31804,8 +31298,8 @@ async def admin_reports(hs: Homeserver, request: Request) -> Json:
     ]
     found = found if request.arg("dir") == "f" else found[::-1]
     _, page, end = rows_page(request, found)
-    answer: Json = {"event_reports": [report_json(hs, report) for report in page]}
-    answer["total"] = len(found)
+    reports = [report_json(hs, report) for report in page]
+    answer: Json = {"event_reports": reports, "total": len(found)}
     return answer if end is None else {**answer, "next_token": end}
 
 
@@ -31981,21 +31475,22 @@ overflow-wrap:anywhere;font-family:ui-monospace,"Cascadia Mono","DejaVu Sans Mon
 footer{color:var(--soft);font-size:.9rem;padding:.5rem 0 0}
 """
 
-PAGE = string.Template("""<!doctype html>
+HEAD = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta name="robots" content="noindex">
-<title>$name: a Matrix server</title>
+<title>$title</title>
 <link rel="icon" href="/favicon.svg" type="image/svg+xml">
 <style>$style</style>
 </head>
 <body><main>
 <header><img src="/favicon.svg" alt="">
-<div><h1>$name</h1><p>is a Matrix homeserver, and it is running.</p></div>
+<div><h1>$heading</h1><p>$subheading</p></div>
 </header>
-<section><h2>What is this?</h2>
+"""
+PAGE = string.Template(f"""{HEAD}<section><h2>What is this?</h2>
 <p><a href="https://matrix.org">Matrix</a> is an open network for chat and calls. As with e-mail,
 everybody picks a server; this one is the home of users whose names look like
 <code>@you:$name</code>. You do not chat on this page: you use an app, and tell it about this
@@ -32027,9 +31522,15 @@ in the configuration file, which <code>conduit-example.toml</code> explains key 
 <footer>conduit.py $version$support</footer>
 </main></body></html>
 """)
-STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+
+
+def source_hash(text: str) -> str:
+    """What a policy calls an inline style or script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 PAGE_HEADERS = {
-    "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{STYLE_HASH}';"
+    "Content-Security-Policy": f"default-src 'none'; style-src {source_hash(STYLE)};"
     " img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -32083,12 +31584,16 @@ def support_links(config: Config) -> str:
 def landing_html(config: Config, has_users: bool, has_tokens: bool = False) -> str:
     """The page for people who come with a browser."""
     registration, third_step = way_in(config, has_users, has_tokens)
+    name = config.server_name.translate(HTML_ESCAPES)
     return PAGE.substitute(
         registration=registration,
         or_register="" if third_step is SIGN_IN else " or <b>Create account</b>",
         third_step=third_step,
         style=STYLE,
-        name=config.server_name.translate(HTML_ESCAPES),
+        title=f"{name}: a Matrix server",
+        heading=name,
+        subheading="is a Matrix homeserver, and it is running.",
+        name=name,
         address=config.well_known.client.translate(HTML_ESCAPES),
         version=VERSION,
         support=support_links(config),
@@ -32114,6 +31619,7 @@ async def favicon(hs: Homeserver, request: Request) -> Response:
 #  e-mail. No page does anything when it is merely opened: mail scanners do that.
 
 MAX_FORM_BYTES = 4096
+STAGE_PAGE = V3 + "/auth/{kind}/fallback/web"
 FORM_STYLE = (
     STYLE
     + """
@@ -32127,21 +31633,7 @@ border-radius:8px;background:var(--accent);color:var(--card);cursor:pointer}
 .error{border-left:4px solid #dc2626;padding:.2rem 0 .2rem .9rem}
 """
 )
-FORM_PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="robots" content="noindex">
-<title>$title: $name</title>
-<link rel="icon" href="/favicon.svg" type="image/svg+xml">
-<style>$style</style>
-</head>
-<body><main>
-<header><img src="/favicon.svg" alt="">
-<div><h1>$title</h1><p>on the Matrix server <b>$name</b></p></div>
-</header>
-<section>$body</section>
+FORM_PAGE = string.Template(f"""{HEAD}<section>$body</section>
 </main><script>$script</script></body></html>
 """)
 DONE = (
@@ -32214,6 +31706,7 @@ $fields<p id="problem" role="alert" hidden class="error"></p>
 encrypted messages if you lose all your devices.</li></ol></div>
 <noscript><p class="error">This page needs JavaScript.</p></noscript>
 """)
+ACCEPT_FIELD = '<label><input type="checkbox" required> I accept all of this</label>'
 INVITED_FIELD = """<div id="invited"><label for="token">Registration token</label>
 <input id="token" autocomplete="off" autocapitalize="none" spellcheck="false" required></div>
 """
@@ -32280,17 +31773,13 @@ form.addEventListener("submit", async (event) => {
 """
 
 
-def source_hash(text: str) -> str:
-    """What a policy calls an inline style or script by."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
 def form_page(
     hs: Homeserver, title: str, body: str, script: str = "", *, status: int = 200
 ) -> Response:
     """A page whose body, trusted HTML, may be a form to this server; only this script runs."""
-    values = {"title": title, "name": hs.config.server_name, "style": FORM_STYLE}
-    html = FORM_PAGE.substitute(values, body=body, script=script)
+    name = hs.config.server_name
+    texts = {"heading": title, "subheading": f"on the Matrix server <b>{name}</b>", "body": body}
+    html = FORM_PAGE.substitute(texts, title=f"{title}: {name}", style=FORM_STYLE, script=script)
     policy = (
         f"default-src 'none'; style-src {source_hash(FORM_STYLE)}; script-src"
         f" {source_hash(script)}; img-src 'self'; connect-src 'self'; form-action 'self';"
@@ -32298,9 +31787,6 @@ def form_page(
     )
     headers = {**PAGE_HEADERS, "Content-Security-Policy": policy, "Cache-Control": "no-store"}
     return Response(status, html.encode(), headers, "text/html; charset=utf-8")
-
-
-ACCEPT_FIELD = '<label><input type="checkbox" required> I accept all of this</label>'
 
 
 def terms_list(hs: Homeserver) -> str:
@@ -32341,9 +31827,6 @@ def form_fields(raw: bytes) -> dict[str, list[str]]:
         return parse_qs(raw.decode("utf-8", "replace"), max_num_fields=10)
     except ValueError as error:
         raise bad_json("This is not our form") from error
-
-
-STAGE_PAGE = V3 + "/auth/{kind}/fallback/web"
 
 
 @route("GET", STAGE_PAGE, auth=NONE, limit="login")
@@ -32421,9 +31904,8 @@ async def validation_page(hs: Homeserver, request: Request) -> Response:
     user = hs.db.user_id(found.user_nid) if found.user_nid else ""
     names = {"address": found.address, "user": user}
     text = text.format(**{key: value.translate(HTML_ESCAPES) for key, value in names.items()})
-    return form_page(
-        hs, title, f'<p>{text}</p><form method="post"><button>That was me</button></form>'
-    )
+    form = '<form method="post"><button>That was me</button></form>'
+    return form_page(hs, title, f"<p>{text}</p>{form}")
 
 
 # ╔═══════════════════════════════════════════════════════════════════════════╗
@@ -32453,6 +31935,7 @@ SAMPLE_SECONDS = 0.01
 FLAME_SECONDS = 30.0
 MAX_STACKS = 20_000
 FLAME_FILE = "flame.folded"
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 log_tracing = logging.getLogger("conduit.tracing")
 
@@ -32465,9 +31948,6 @@ class Sample(NamedTuple):
     value: float
     labels: Mapping[str, str] = types.MappingProxyType({})
     suffix: str = ""
-
-
-LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 def metric(name: str, kind: str, text: str, samples: Iterable[Sample]) -> str:
@@ -32596,8 +32076,11 @@ class Tracer:
         """Keep the span of one request; its caller's `traceparent` says what it is a part of."""
         parent = TRACE_PARENT.fullmatch(request.headers.get("traceparent", ""))
         end = time.time_ns()
-        attributes = {"http.request.method": request.method, "http.route": request.route_path}
-        number = {"key": "http.response.status_code", "value": {"intValue": str(status)}}
+        attributes = {
+            "http.request.method": {"stringValue": request.method},
+            "http.route": {"stringValue": request.route_path},
+            "http.response.status_code": {"intValue": str(status)},
+        }
         self._spans.append(
             {
                 "traceId": parent[1] if parent else secrets.token_hex(16),
@@ -32607,11 +32090,7 @@ class Tracer:
                 "kind": 2,  # a server's
                 "startTimeUnixNano": str(end - int(seconds * 1e9)),
                 "endTimeUnixNano": str(end),
-                "attributes": [
-                    {"key": key, "value": {"stringValue": value}}
-                    for key, value in attributes.items()
-                ]
-                + [number],
+                "attributes": [{"key": key, "value": one} for key, one in attributes.items()],
                 "status": {"code": 2 if status >= 500 else 0},
             }
         )
@@ -32624,22 +32103,17 @@ class Tracer:
 
     async def ship(self) -> None:
         """Send the spans to tracing_endpoint, again and again; what is not taken is lost."""
+        client: Any = self.hs.http_client
+        how: Json = {"headers": {"Content-Type": "application/json"}, "timeout": SPAN_SECONDS}
         while True:
             await asyncio.sleep(SPAN_SECONDS)
-            client: Any = self.hs.http_client
             spans = [*self._spans]
             self._spans.clear()
             if not spans:
                 continue
             try:
-                answer = await client.request(
-                    "POST",
-                    self.hs.config.tracing_endpoint,
-                    headers={"Content-Type": "application/json"},
-                    body=encode_json(self._document(spans)),
-                    timeout=SPAN_SECONDS,
-                    trusted=True,
-                )
+                url, body = self.hs.config.tracing_endpoint, encode_json(self._document(spans))
+                answer = await client.request("POST", url, body=body, trusted=True, **how)
                 if answer.status >= 300:
                     log_tracing.warning("the traces were refused: status %d", answer.status)
             except (MatrixError, OSError) as error:
@@ -32736,9 +32210,8 @@ class LoopWatch:
                 self.hs.late = late = time.monotonic() - before - WATCH_SECONDS
                 if late > LATE_SECONDS:
                     text = "the loop was busy for %.0f ms without a pause: %s"
-                    log_loop.warning(
-                        text, late * 1000, self._busy_with or "it is not known with what"
-                    )
+                    what = self._busy_with or "it is not known with what"
+                    log_loop.warning(text, late * 1000, what)
                 self._round.set()
         finally:
             self._ended = True
@@ -32773,12 +32246,8 @@ class Homeserver:
         self.request_counts = RequestCounts()
         self.flame: FlameSampler | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.db = Database(
-            Path(config.database_path),
-            config.server_name,
-            config.db_cache_capacity_mb,
-            checkpoints=config.checkpoints,
-        )
+        where = Path(config.database_path), config.server_name, config.db_cache_capacity_mb
+        self.db = Database(*where, checkpoints=config.checkpoints)
         self.stream = Stream(self.db)
         self.signing_key = self._load_signing_key()
         scale = config.conduit_cache_capacity_modifier
@@ -32891,9 +32360,8 @@ class Homeserver:
     def _load_signing_key(self) -> SigningKey:
         text = self.db.meta("signing_key")
         if text is None:
-            key = SigningKey.generate()
-            self.db.set_meta("signing_key", key.text())
-            return key
+            text = SigningKey.generate().text()
+            self.db.set_meta("signing_key", text)
         return SigningKey.parse(text)
 
     def is_local(self, user_id: str) -> bool:
@@ -33056,9 +32524,8 @@ class Homeserver:
                 await self.accounts.expire()
                 await self.search.catch_up()
                 self.previews.maintain()
-                self.media.expire(
-                    self.config.media_retention_remote_days, self.config.media_budget_mb
-                )
+                config = self.config
+                self.media.expire(config.media_retention_remote_days, config.media_budget_mb)
                 await self.media.sweep()
                 self.emails.expire()
                 await self._tidy_rooms()
@@ -33073,42 +32540,25 @@ class Homeserver:
 # ── 52.2  What this server speaks ────────────────────────────────────────────
 
 SPEC_VERSIONS = [f"v1.{minor}" for minor in range(1, 20)]
-UNSTABLE_FEATURES = {
-    "fi.mau.msc2659.stable": True,
-    "org.matrix.e2e_cross_signing": True,
-    "org.matrix.msc2285.stable": True,
-    "org.matrix.msc3026.busy_presence": True,
-    "org.matrix.msc3030": True,
-    "org.matrix.msc3391": True,
-    "org.matrix.msc3440.stable": True,
-    "org.matrix.msc3771": True,
-    "org.matrix.msc3773": True,
-    "org.matrix.msc3827.stable": True,
-    "org.matrix.msc3874": True,
-    "org.matrix.msc3881": True,
-    "org.matrix.msc3882": True,
-    "org.matrix.msc3916.stable": True,
-    "org.matrix.msc3981": True,
-    "org.matrix.msc4140": True,
-    "org.matrix.msc4143": True,
-    "org.matrix.msc4155": True,
-    "org.matrix.msc4222": True,
-    "org.matrix.msc4306": True,
-    "org.matrix.msc4380.stable": True,
-    "org.matrix.simplified_msc3575": True,
-    "uk.half-shot.msc2666.query_mutual_rooms.stable": True,
-    "uk.tcpip.msc4133": True,
-    "uk.tcpip.msc4133.stable": True,
-    "uk.timedout.msc4323": True,
-}
+UNSTABLE_FEATURES = dict.fromkeys(
+    (
+        *("fi.mau.msc2659.stable", "org.matrix.e2e_cross_signing", "org.matrix.msc2285.stable"),
+        *("org.matrix.msc3026.busy_presence", "org.matrix.msc3030", "org.matrix.msc3391"),
+        *("org.matrix.msc3440.stable", "org.matrix.msc3771", "org.matrix.msc3773"),
+        *("org.matrix.msc3827.stable", "org.matrix.msc3874", "org.matrix.msc3881"),
+        *("org.matrix.msc3882", "org.matrix.msc3916.stable", "org.matrix.msc3981"),
+        *("org.matrix.msc4140", "org.matrix.msc4143", "org.matrix.msc4155"),
+        *("org.matrix.msc4222", "org.matrix.msc4306", "org.matrix.msc4380.stable"),
+        *("org.matrix.simplified_msc3575", "uk.half-shot.msc2666.query_mutual_rooms.stable"),
+        *("uk.tcpip.msc4133", "uk.tcpip.msc4133.stable", "uk.timedout.msc4323"),
+    ),
+    True,
+)
 
 
 @route("GET", "/_matrix/client/versions", auth=OPTIONAL, limit=None)
 async def get_versions(_hs: Homeserver, _request: Request) -> Json:
-    """The versions of the specification that this server knows, and features beside them.
-
-    Spec: CS-API "API Versions".
-    """
+    """The versions of the specification that this server knows.  Spec: CS-API "API Versions"."""
     return {"versions": SPEC_VERSIONS, "unstable_features": UNSTABLE_FEATURES}
 
 
@@ -33185,26 +32635,16 @@ def command_line(arguments: Sequence[str]) -> argparse.Namespace:
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--version", action="version", version=f"conduit.py {VERSION}")
     choice.add_argument("--check", action="store_true", help="verify the database and exit")
-    choice.add_argument(
-        "--backup",
-        type=Path,
-        metavar="FILE",
-        help="copy all data, even in use, to FILE or into a folder; the database alone to a .db",
-    )
-    choice.add_argument(
-        "--restore", type=Path, metavar="FILE", help="make the data anew from a backup, and exit"
-    )
-    choice.add_argument(
-        "--admin",
-        metavar="COMMAND",
-        help="have the running server do what admins can order; - reads it from standard input",
-    )
-    parser.add_argument(
-        "--keep", type=int, default=0, metavar="COUNT", help="backups that stay in a folder"
-    )
-    choice.add_argument(
-        "--routes", action="store_true", help="list all paths and who may call them"
-    )
+    file: Any = {"type": Path, "metavar": "FILE"}
+    text = "copy all data, even in use, to FILE or into a folder; the database alone to a .db"
+    choice.add_argument("--backup", help=text, **file)
+    choice.add_argument("--restore", help="make the data anew from a backup, and exit", **file)
+    text = "have the running server do what admins can order; - reads it from standard input"
+    choice.add_argument("--admin", metavar="COMMAND", help=text)
+    count: Any = {"type": int, "default": 0, "metavar": "COUNT"}
+    parser.add_argument("--keep", help="backups that stay in a folder", **count)
+    text = "list all paths and who may call them"
+    choice.add_argument("--routes", action="store_true", help=text)
     return parser.parse_args(arguments)
 
 
