@@ -334,7 +334,12 @@ TOKEN_ALPHABET = string.ascii_letters + string.digits
 
 def random_token(length: int = 43) -> str:
     """Random letters and digits from the system's source; 43 of them carry 256 bits."""
-    return "".join(secrets.choice(TOKEN_ALPHABET) for _ in range(length))
+    number = secrets.randbelow(len(TOKEN_ALPHABET) ** length)  # the source is asked once
+    letters = []
+    for _ in range(length):
+        number, index = divmod(number, len(TOKEN_ALPHABET))
+        letters.append(TOKEN_ALPHABET[index])
+    return "".join(letters)
 
 
 # ── 1.3  Identifiers ─────────────────────────────────────────────────────────
