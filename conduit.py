@@ -196,7 +196,6 @@ import types
 import weakref
 from collections import ChainMap, Counter, OrderedDict, deque
 from collections.abc import (
-    AsyncGenerator,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -344,7 +343,12 @@ TOKEN_ALPHABET = string.ascii_letters + string.digits
 
 def random_token(length: int = 43) -> str:
     """Random letters and digits from the system's source; 43 of them carry 256 bits."""
-    return "".join(secrets.choice(TOKEN_ALPHABET) for _ in range(length))
+    number = secrets.randbelow(len(TOKEN_ALPHABET) ** length)  # the source is asked once
+    letters = []
+    for _ in range(length):
+        number, index = divmod(number, len(TOKEN_ALPHABET))
+        letters.append(TOKEN_ALPHABET[index])
+    return "".join(letters)
 
 
 # ── 1.3  Identifiers ─────────────────────────────────────────────────────────
@@ -7184,6 +7188,7 @@ MAX_CHUNK_LINE = 256  # a chunk size with its extensions
 MAX_DRAIN = 65_536  # of an unwanted body, to keep the connection usable
 READ_BYTES = 65_536
 BODY_BLOCK = 524_288  # of a long body; more than a stream ever holds, before it pauses the socket
+TURN_BYTES = 16 * BODY_BLOCK  # of a body that comes fast, before its thread sees to others
 FILE_BLOCK = 131_072  # a file of no more than this is sent as one piece
 
 HEAD_SECONDS = 15.0  # from the first byte of a request to the end of its head
@@ -7311,6 +7316,7 @@ class BodyStream:
     def __init__(self, connection: Connection, length: int | None, expect: str) -> None:
         self.limit = connection.server.max_request_size
         self.finished = length == 0
+        self.is_long = False  # whether the rest is still in the socket, and much
         self._connection = connection
         self._chunked = length is None
         self._left = length or 0  # of the body, or of the chunk at hand
@@ -7339,28 +7345,18 @@ class BodyStream:
         if self._received + self._left > self.limit:
             raise too_large(f"The body is larger than {self.limit} bytes")
         self._invite()
+        empties = self._left > BODY_BLOCK and not (self._chunked or self._connection.buffer)
         block = await self._connection.some(self._left)
         self._received += len(block)
         self._left -= len(block)
+        self.is_long = empties and self._left > 0 and self._connection.is_plain
         self.finished = not self._left and not self._chunked
         return block
 
-    async def blocks(self) -> AsyncGenerator[bytes | memoryview, None]:
-        """The same in blocks as large as may be, each of them good until the next is asked for."""
-        connection, is_long = self._connection, False
-        async for block in self:
-            if is_long:  # that took all from the stream, so the socket has the rest
-                with connection.receiver() as receiver:
-                    yield block
-                    while not self.finished:
-                        filled = await receiver.fill(self._left)
-                        self._left -= len(filled)
-                        self.finished = not self._left
-                        yield filled
-            else:
-                yield block
-            may_be = self._left > BODY_BLOCK and not (self._chunked or connection.buffer)
-            is_long = may_be and connection.is_plain
+    async def pour(self, write: Callable[[Any], None], first: bytes | bytearray) -> None:
+        """Have threads write what came before, and then the rest of a long body."""
+        await self._connection.receive(write, first, self._left)
+        self._left, self.finished = 0, True
 
     def _invite(self) -> None:
         """Tell a client that waits for it to go ahead, unless the body has come already."""
@@ -7662,7 +7658,7 @@ def select_range(request: Request, response: Response, file: FileBody) -> None:
 
 
 def open_whole(file: FileBody) -> io.FileIO:
-    """In a thread: the file, if it is as long as it was said to be."""
+    """The file, whose size was just asked for, if it is as long as it was said to be."""
     handle = io.FileIO(file.path)
     if os.fstat(handle.fileno()).st_size < file.end:
         handle.close()
@@ -7670,10 +7666,13 @@ def open_whole(file: FileBody) -> io.FileIO:
     return handle
 
 
-def read_part(file: FileBody) -> bytes:
-    """In a thread: the wanted part of a short file."""
-    with open_whole(file) as handle:
-        return os.pread(handle.fileno(), file.end - file.first, file.first)
+def part_in_memory(handle: io.FileIO, first: int, size: int) -> bytes | bytearray:
+    """A part of a file; nothing if the disk would have to be waited for."""
+    part = bytearray(size)
+    with contextlib.suppress(OSError):
+        if os.preadv(handle.fileno(), [part], first, os.RWF_NOWAIT) == size:
+            return part
+    return b""
 
 
 def send_part(handle: io.FileIO, sock: socket.socket, first: int, end: int) -> int:
@@ -7685,6 +7684,36 @@ def send_part(handle: io.FileIO, sock: socket.socket, first: int, end: int) -> i
     if not sent:
         raise OSError("a file became shorter while it was sent")
     return sent
+
+
+def receive_part(
+    sock: socket.socket, block: memoryview, write: Callable[[Any], None], size: int
+) -> int:
+    """In a thread: write so much of a body, or what has come of it; how many bytes."""
+    left = size
+    while left:
+        try:
+            count = sock.recv_into(block[:left])
+        except BlockingIOError:
+            break
+        if not count:
+            raise ClientGone
+        write(block[:count])
+        left -= count
+    return size - left
+
+
+async def to_its_end(function: Callable[..., Result], *args: Any) -> Result:
+    """Run in a thread what uses open files.
+
+    Trap: the thread goes on when this is cancelled; its descriptors must not be closed before.
+    """
+    job = asyncio.get_running_loop().run_in_executor(None, function, *args)
+    try:
+        return await asyncio.shield(job)
+    except asyncio.CancelledError:
+        await asyncio.wait([job])
+        raise
 
 
 async def file_blocks(file: FileBody) -> AsyncIterator[bytes]:
@@ -7705,75 +7734,6 @@ async def file_blocks(file: FileBody) -> AsyncIterator[bytes]:
 # ── 15.5  A connection ───────────────────────────────────────────────────────
 
 IDLE, READING, WORKING, WRITING, CLOSING = range(5)  # what a connection is doing
-
-
-class BlockReceiver(asyncio.BufferedProtocol):
-    """Takes a stream's place for the rest of a long body: the socket is read into one block.
-
-    A stream copies each byte three times, and wakes its reader for each few. Whatever else happens
-    is still the stream's, which gets its place back in the end.
-    """
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._transport = cast(asyncio.Transport, connection.writer.transport)
-        self._stream = cast(asyncio.Protocol, self._transport.get_protocol())
-        self._block = memoryview(bytearray(BODY_BLOCK))
-        self._free = self._block[:0]
-
-    def __enter__(self) -> BlockReceiver:
-        """Take over from the stream, which holds no bytes now."""
-        self._transport.pause_reading()
-        self._transport.set_protocol(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._transport.set_protocol(self._stream)
-        self._transport.resume_reading()
-
-    async def fill(self, left: int) -> memoryview:
-        """The next block of the body, of which so much is left."""
-        connection = self._connection
-        self._free = block = self._block[:left]
-        connection.wait_for_body()
-        self._transport.resume_reading()
-        while self._free:
-            connection.raise_if_over()
-            connection.waiting = asyncio.get_running_loop().create_future()
-            await connection.waiting
-        connection.phase, connection.waiting = WORKING, None
-        return block
-
-    def get_buffer(self, _sizehint: int) -> memoryview:
-        """Where the next bytes go."""
-        return self._free
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """So many came; a full block has to be used before there is room for more."""
-        self._free = self._free[nbytes:]
-        self._connection.has_come(nbytes)
-        self._connection.wait_for_body()
-        if not self._free:
-            self._transport.pause_reading()
-            give_up(self._connection.waiting)
-
-    def pause_writing(self) -> None:
-        """The client takes no more at the moment."""
-        self._stream.pause_writing()
-
-    def resume_writing(self) -> None:
-        """It takes more again."""
-        self._stream.resume_writing()
-
-    def eof_received(self) -> bool | None:
-        """The client sends no more."""
-        give_up(self._connection.waiting)
-        return self._stream.eof_received()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone."""
-        give_up(self._connection.waiting)
-        self._stream.connection_lost(exc)
 
 
 class Connection:
@@ -7957,33 +7917,23 @@ class Connection:
 
     async def _send_file(self, head: bytes, file: FileBody) -> None:
         """Write a file: a short one at once, a long one by the kernel, which need not copy it."""
-        in_thread = asyncio.get_running_loop().run_in_executor
-        if file.end - file.first <= FILE_BLOCK:
-            self.write(head + await in_thread(None, read_part, file))
-        elif not self.is_plain:
+        first, size = file.first, file.end - file.first
+        if size > FILE_BLOCK and not self.is_plain:
             await self._send_blocks(head, file_blocks(file), in_chunks=False)
-        else:
-            handle = await in_thread(None, open_whole, file)
-            with handle, self.writer.get_extra_info("socket").dup() as sock:
-                self.write(head)
-                while self.writer.transport.get_write_buffer_size():
-                    await self._writable(sock)
-                await self._pass_on(handle, sock, file.first, file.end)
-
-    async def _pass_on(self, handle: io.FileIO, sock: socket.socket, first: int, end: int) -> None:
-        """Copy a file to the socket; a thread waits for the disk, the loop for the client.
-
-        Trap: the thread goes on when this is cancelled; its descriptors must not be closed before.
-        """
-        while first < end:
-            in_thread = asyncio.get_running_loop().run_in_executor
-            part = in_thread(None, send_part, handle, sock, first, end)
-            try:
-                first += await asyncio.shield(part)
-            finally:
-                await asyncio.wait([part])
-            if first < end:
+            return
+        with open_whole(file) as handle, self.writer.get_extra_info("socket").dup() as sock:
+            if size <= FILE_BLOCK:
+                part = part_in_memory(handle, first, size)
+                part = part or await to_its_end(os.pread, handle.fileno(), size, first)
+                self.write(head + part)
+                return
+            self.write(head)
+            while self.writer.transport.get_write_buffer_size():
                 await self._writable(sock)
+            while first < file.end:
+                first += await to_its_end(send_part, handle, sock, first, file.end)
+                if first < file.end:
+                    await self._writable(sock)
 
     async def _writable(self, sock: socket.socket) -> None:
         """Wait until the client has taken some of what the kernel holds for it."""
@@ -7999,16 +7949,46 @@ class Connection:
             raise ClientGone
         self.phase, self.waiting = WORKING, None
 
-    def receiver(self) -> BlockReceiver:
-        """What reads a long body, when the stream has been emptied."""
-        return BlockReceiver(self)
+    async def receive(
+        self, write: Callable[[Any], None], first: bytes | bytearray, left: int
+    ) -> None:
+        """Have the rest of a body written by threads, while the loop waits for the client.
 
-    def raise_if_over(self) -> None:
-        """End what waits for a client that is gone or took too long."""
+        A stream would copy each byte three times, and wake its reader for each few.
+        """
+        block = memoryview(bytearray(BODY_BLOCK))
+        transport = cast(asyncio.Transport, self.writer.transport)
+        transport.pause_reading()
+        with self.writer.get_extra_info("socket").dup() as sock:
+            try:
+                await to_its_end(write, first)
+                while left:
+                    await self._readable(sock, min(left, BODY_BLOCK))
+                    turn = min(left, TURN_BYTES)
+                    count = await to_its_end(receive_part, sock, block, write, turn)
+                    self.patience = min(BODY_SECONDS, self.patience + count / MIN_RATE)
+                    left -= count
+            finally:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+                transport.resume_reading()
+
+    async def _readable(self, sock: socket.socket, size: int) -> None:
+        """Wait until so much of a body has come; a slow client's is looked at with each sweep."""
+        loop = asyncio.get_running_loop()
+        self.waiting = loop.create_future()
+        self.wait_for_body()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+        loop.add_reader(sock, give_up, self.waiting)
+        try:
+            await self.waiting
+        finally:
+            loop.remove_reader(sock)
         if error := self.reader.exception():
             raise error
-        if self.is_gone():
+        if self.writer.transport.is_closing():
             raise ClientGone
+        self.has_come(0)
+        self.phase, self.waiting = WORKING, None
 
     @property
     def is_plain(self) -> bool:
@@ -8025,7 +8005,8 @@ class Connection:
             if self.waiting is not None and self.is_gone():
                 give_up(self.waiting)
         elif now < self.deadline:
-            return
+            if self.phase == READING:
+                give_up(self.waiting)
         elif self.phase == IDLE:
             self._limit(CLOSING, LINGER_SECONDS)  # Python 3.10 waits for ever for the end of TLS
             self.writer.close()
@@ -26667,29 +26648,28 @@ def storing() -> Iterator[None]:
 
 
 class IncomingFile:
-    """A temporary file that becomes a stored one when it is complete. For threads of the pool.
-
-    Trap: a cancelled request does not stop the thread that writes for it; after `discard` that
-    thread finds the file closed, or nothing to give its name to.
-    """
+    """A temporary file that becomes a stored one when complete. For one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._digest = hashlib.sha256()
-        self._handle = path.open("xb")
+        self._handle: io.BufferedWriter | None = None
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append to the file and to the hash."""
+        if self._handle is None:
+            self._handle = self.path.open("xb")
         self._handle.write(data)
         self._digest.update(data)
 
     def finish(self, rest: bytes | bytearray, folder: Path) -> tuple[str, int]:
         """Force everything onto the disk and give the file its name; hash and size."""
         self.write(rest)
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        sha256, size = self._digest.hexdigest(), self._handle.tell()
-        self._handle.close()
+        handle = cast(io.BufferedWriter, self._handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+        sha256, size = self._digest.hexdigest(), handle.tell()
+        handle.close()
         target = media_file(folder, sha256)
         self.path.replace(target)
         sync_path(target.parent)
@@ -26699,12 +26679,11 @@ class IncomingFile:
         """Close a file that will not be finished, and leave nothing behind."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
-            self._handle.close()
+            if self._handle is not None:
+                self._handle.close()
 
 
-async def receive_file(
-    hs: Homeserver, chunks: AsyncIterator[bytes | memoryview]
-) -> tuple[str, int]:
+async def receive_file(hs: Homeserver, chunks: AsyncIterator[bytes]) -> tuple[str, int]:
     """Store a body of unknown length in constant memory: hash and size, or no trace of it."""
     with storing():
         name = str(next(hs.media.numbers))
@@ -26713,14 +26692,15 @@ async def receive_file(
         hs.media.receiving += 1
         try:
             async for chunk in chunks:
-                if len(chunk) >= UPLOAD_CHUNK and not buffer:
-                    await hs.db.in_thread(incoming.write, chunk)
-                    continue
                 buffer += chunk
-                if len(buffer) >= UPLOAD_CHUNK:
-                    await hs.db.in_thread(incoming.write, buffer)
-                    buffer = bytearray()
-            return await hs.db.in_thread(incoming.finish, buffer, hs.media.folder)
+                if isinstance(chunks, BodyStream) and chunks.is_long:
+                    await chunks.pour(incoming.write, buffer)
+                elif len(buffer) >= UPLOAD_CHUNK:
+                    await to_its_end(incoming.write, buffer)
+                else:
+                    continue
+                buffer = bytearray()
+            return await to_its_end(incoming.finish, buffer, hs.media.folder)
         except BaseException:
             hs.db.pool.submit(incoming.discard)
             raise
@@ -27184,8 +27164,7 @@ def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
 
 async def receive_upload(hs: Homeserver, request: Request) -> StoredUpload:
     """Store the body, with the type and the name that the uploader gives it, made safe for ever."""
-    async with contextlib.aclosing(request.stream.blocks()) as blocks:
-        sha256, size = await receive_file(hs, blocks)
+    sha256, size = await receive_file(hs, request.stream)
     hs.accounts.check_logged_in(request.user)
     content_type = safe_content_type(request.headers.get("content-type"))
     return sha256, size, content_type, safe_filename(request.arg("filename"))

@@ -6383,13 +6383,19 @@ def test_small_refused_body_keeps_the_connection() -> None:
 
 async def digest_of(request: conduit.Request) -> conduit.Response:
     """The hash of a body that is taken in blocks, by a handler that is not in a hurry."""
-    digest, sizes = hashlib.sha256(), set()
-    async with contextlib.aclosing(request.stream.blocks()) as blocks:
-        async for block in blocks:
-            digest.update(block)
-            sizes.add(len(block))
-            await asyncio.sleep(0.001)
-    return json_response({"sha256": digest.hexdigest(), "largest": max(sizes, default=0)})
+    digest, sizes = hashlib.sha256(), []
+
+    def take(block: Any) -> None:
+        digest.update(block)
+        sizes.append(len(block))
+        time.sleep(0.001)
+
+    async for block in request.stream:
+        if request.stream.is_long:
+            await request.stream.pour(take, block)
+        else:
+            take(block)
+    return json_response({"sha256": digest.hexdigest(), "sizes": sizes})
 
 
 @pytest.fixture
@@ -6417,9 +6423,20 @@ def test_long_bodies_are_whole_and_no_longer(taker: Web, size: int, piece: int) 
         answers = answers_in(until_closed(sock))
     expected = [hashlib.sha256(one).hexdigest() for one in (body, another, body, b"")]
     assert [answer.json()["sha256"] for answer in answers] == expected
-    assert answers[0].json()["largest"] <= BLOCK
-    if size > 4 * BLOCK:
-        assert answers[0].json()["largest"] == BLOCK
+    assert max(answers[0].json()["sizes"], default=0) <= BLOCK
+
+
+def test_long_bodies_that_trickle_are_taken_in_few_blocks(taker: Web) -> None:
+    """A thread is not sent for each packet, though nothing of the body is left waiting."""
+    piece = bytes(16_384)
+    with taker.connect() as sock:
+        sock.sendall(request_bytes("POST", "/", None, f"Content-Length: {9 * BLOCK}"))
+        for _ in range(9 * BLOCK // len(piece)):
+            sock.sendall(piece)
+            time.sleep(0.002)
+        (answer,) = answers_in(sock.recv(100_000))
+    assert answer.json()["sha256"] == hashlib.sha256(bytes(9 * BLOCK)).hexdigest()
+    assert len(answer.json()["sizes"]) < 60
 
 
 def test_long_chunks_are_whole(taker: Web) -> None:
@@ -6677,6 +6694,30 @@ def test_ranges_are_slices(first: int, last: int, size: int) -> None:
     suffix = conduit.byte_range(f"bytes=-{last}", size)
     assert suffix is not None
     assert whole[slice(*suffix)] == (whole[-last:] if last else b"")
+
+
+@pytest.mark.parametrize("error", [None, BlockingIOError, OSError])
+def test_short_files_need_a_thread_only_for_the_disk(
+    web: Web, some_file: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError] | None
+) -> None:
+    """What the kernel has in memory is answered at once, the rest when the disk has given it."""
+    preadv, pread, waited = os.preadv, os.pread, []
+
+    def from_memory(*args: Any) -> int:
+        if error:
+            raise error
+        return preadv(*args)
+
+    def from_disk(*args: Any) -> bytes:
+        waited.append(threading.current_thread().name)
+        return pread(*args)
+
+    monkeypatch.setattr(os, "preadv", from_memory)
+    monkeypatch.setattr(os, "pread", from_disk)
+    lines = ("Range: bytes=7-1006", "Connection: close")
+    (answer,) = web.ask(request_bytes("GET", f"/file{some_file}", None, *lines))
+    assert answer.body == CONTENT[7:1007]
+    assert [name.startswith("asyncio_") for name in waited] == [True] * bool(error)
 
 
 def test_missing_and_shrunken_files(
