@@ -7669,7 +7669,7 @@ def open_whole(file: FileBody) -> io.FileIO:
 def part_in_memory(handle: io.FileIO, first: int, size: int) -> bytes | bytearray:
     """A part of a file; nothing if the disk would have to be waited for."""
     part = bytearray(size)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):  # only Linux can tell
         if os.preadv(handle.fileno(), [part], first, os.RWF_NOWAIT) == size:
             return part
     return b""
