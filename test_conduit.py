@@ -27510,6 +27510,63 @@ def test_rooms_are_listed_and_shown(admin: Client, alice: Client, bob: Client) -
     fails(admin.get(f"{ADMIN_API}v1/rooms/!none:test.example"), 404)
 
 
+def test_admins_read_rooms_that_they_are_not_in(admin: Client, alice: Client, bob: Client) -> None:
+    hidden = {"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}
+    room = alice.room_with(bob, initial_state=[hidden])
+    first, second = alice.send_text(room, "one"), bob.send_text(room, "two")
+    edit = {"rel_type": "m.replace", "event_id": first}
+    text = {"msgtype": "m.text", "body": "1"}
+    alice.send(room, "m.room.message", {**text, "m.new_content": text, "m.relates_to": edit})
+    bob.set_state(room, "m.room.member", {"membership": "join", "displayname": "B"}, bob.user_id)
+    bob.leave(room)
+    ok(bob.uia("POST", "account/deactivate", {"erase": True}))
+    path = f"{ADMIN_API}v1/rooms/{quote(room)}"
+    page = ok(admin.get(path + "/messages", limit=100))
+    assert page["chunk"][0]["type"] == "m.room.create"
+    shown = {event["event_id"]: event for event in page["chunk"]}
+    assert shown[second]["content"]["body"] == "two"
+    latest = shown[first]["unsigned"]["m.relations"]["m.replace"]["content"]
+    assert latest["m.new_content"] == text
+    assert page["chunk"][-1]["unsigned"]["prev_content"]["displayname"] == "B"
+    ids = list(shown)
+    newest = ok(admin.get(path + "/messages", dir="b", limit=1))
+    older = ok(admin.get(path + "/messages", dir="b", **{"from": newest["end"]}))
+    chunk = [*newest["chunk"], *older["chunk"]]
+    assert [event["event_id"] for event in chunk] == ids[:-12:-1]
+    wanted = json.dumps({"senders": [bob.user_id], "types": ["m.room.message"]})
+    [only] = ok(admin.get(path + "/messages", filter=wanted))["chunk"]
+    around = ok(admin.get(f"{path}/context/{quote(second)}", limit=3))
+    assert only["event_id"] == around["event"]["event_id"] == second
+    assert [event["event_id"] for event in around["events_before"]] == [first]
+    assert len(around["events_after"]) == 1
+    assert {"m.room.create", "m.room.member"} <= {event["type"] for event in around["state"]}
+    at = shown[second]["origin_server_ts"]
+    found = ok(admin.get(path + "/timestamp_to_event", ts=at, dir="b"))
+    assert found == {"event_id": second, "origin_server_ts": at}
+    assert ok(admin.get(path + "/timestamp_to_event", ts=0))["event_id"] == ids[0]
+    for name in ("messages", "hierarchy", "timestamp_to_event?ts=0", f"context/{quote(second)}"):
+        fails(admin.get(f"{ADMIN_API}v1/rooms/!none:test.example/{name}"), 404, "M_NOT_FOUND")
+        fails(alice.get(f"{path}/{name}"), 403, "M_FORBIDDEN")
+    fails(admin.get(f"{path}/context/$none"), 404, "M_NOT_FOUND")
+    fails(admin.get(("rooms", room, "messages"), dir="b"), 403, "M_FORBIDDEN")
+
+
+def test_admins_see_what_is_in_a_space(admin: Client, alice: Client) -> None:
+    space = alice.create_room(creation_content={"type": "m.space"}, name="space")
+    rooms = [alice.create_room(name="a"), alice.create_room(name="b"), "!elsewhere:there.example"]
+    for order, room in enumerate(rooms):
+        child = {"via": ["test.example"], "order": str(order)}
+        alice.set_state(space, "m.space.child", child, room)
+    path = f"{ADMIN_API}v1/rooms/{quote(space)}/hierarchy"
+    found = ok(admin.get(path, limit=2))
+    assert [room["name"] for room in found["rooms"]] == ["space", "a"]
+    assert [one["state_key"] for one in found["rooms"][0]["children_state"]] == rooms
+    rest = ok(admin.get(path, limit=2, **{"from": found["next_batch"]}))
+    assert ([room["room_id"] for room in rest["rooms"]], "next_batch" in rest) == ([rooms[1]], False)
+    assert len(ok(admin.get(path, max_depth=0))["rooms"]) == 1
+    fails(admin.get(f"/_matrix/client/v1/rooms/{quote(space)}/hierarchy"), 403, "M_FORBIDDEN")
+
+
 def test_admins_bring_users_into_rooms_and_to_power(
     admin: Client, alice: Client, bob: Client
 ) -> None:
