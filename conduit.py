@@ -1709,7 +1709,7 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
         """,
     ),
     Migration(
-        "events of rooms that are being entered",
+        "events of rooms that are being entered, limits of users, keys that may be replaced",
         """
         CREATE TABLE early_events (
             item_nid INTEGER PRIMARY KEY,
@@ -1717,7 +1717,13 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
             origin TEXT NOT NULL,
             pdu BLOB NOT NULL
         );
-        CREATE INDEX early_events_room ON early_events (room_id)
+        CREATE INDEX early_events_room ON early_events (room_id);
+        CREATE TABLE rate_limits (
+            user_nid INTEGER PRIMARY KEY,
+            rate INTEGER NOT NULL,
+            burst INTEGER NOT NULL
+        );
+        ALTER TABLE cross_signing_keys ADD COLUMN free_until INTEGER
         """,
     ),
 )
@@ -8425,10 +8431,17 @@ class RateLimiter:
 
     def __init__(self) -> None:
         self._full_at: dict[tuple[str, int | str], float] = {}
+        # Of users whom an admin gave a limit for messages of their own; with a rate of 0, no limit.
+        self.own: Mapping[Any, tuple[int, int]] = {}
 
     def check(self, limit: str, who: int | str, share: int = 1) -> None:
         """Count one request of a user or an address; 429 if it comes too soon."""
         rate, burst = RATE_LIMITS[limit]
+        own = self.own.get(who)
+        if own is not None and own[0] == 0:
+            return
+        if own is not None and limit == "message":
+            rate, burst = own[0], max(1, own[1])
         now = time.monotonic()
         key = (limit, who)
         full_at = max(self._full_at.get(key, now), now)
@@ -8582,6 +8595,16 @@ class NeedsConsent(MatrixError):
         super().__init__(403, "M_FORBIDDEN", "The room's policy server must be asked first")
 
 
+async def with_consent(act: Callable[[], Awaitable[Any]]) -> Any:
+    """Do something, once more after each event of it for which others were asked."""
+    for _ in range(MAX_CONSENTS):
+        try:
+            return await act()
+        except NeedsConsent as need:
+            await need.ask()
+    return await act()
+
+
 class Router:
     """Finds the handler of a request, and calls it when everything that its route demands is met.
 
@@ -8624,26 +8647,18 @@ class Router:
             request.requester = self.authenticate(request, access_token(self.hs, request) or "")
             check_caller(entry.auth, request.requester)
         lost = self.hs.db.lost
-        result = await self._call(entry, request, arguments)
+        act = functools.partial(entry.handler, self.hs, request, **arguments)
+        result = await with_consent(act)
         if self.hs.db.lost != lost and method not in {"GET", "HEAD"}:  # perhaps a part of this
             raise MatrixError(507, "M_UNKNOWN", "The server could not store all of this; try again")
         return result if isinstance(result, Response) else Response(200, encode_json(result))
-
-    async def _call(self, entry: Route, request: Request, arguments: dict[str, str]) -> Any:
-        """Call the handler, once more after each event of it for which others were asked."""
-        for _ in range(MAX_CONSENTS):
-            try:
-                return await entry.handler(self.hs, request, **arguments)
-            except NeedsConsent as need:
-                await need.ask()
-        return await entry.handler(self.hs, request, **arguments)
 
     def _admit(self, request: Request, entry: Route) -> None:
         """Find out who asks, and whether they may, and whether they may already again."""
         is_limited = self.hs.config.rate_limit and not self.is_unlimited(request)
         limit = entry.limit if is_limited else None
         anonymous = entry.auth is NONE
-        if limit is not None:
+        if limit is not None and not self._has_own_limit(request):
             share = 1 if anonymous else ADDRESS_SHARE
             self.limiter.check(limit, address_group(request.address), share)
         if anonymous or entry.auth is FEDERATION:
@@ -8653,6 +8668,13 @@ class Router:
         check_caller(entry.auth, request.requester)
         if limit is not None and request.requester is not None:
             self.limiter.check(limit, request.requester.nid)
+
+    def _has_own_limit(self, request: Request) -> bool:
+        """Whether a user's own limit counts, and not that of the address that they share."""
+        token = access_token(self.hs, request) if self.limiter.own else None
+        with contextlib.suppress(MatrixError):
+            return bool(token) and self.authenticate(request, token).nid in self.limiter.own
+        return False
 
     async def _read_body(self, request: Request, entry: Route) -> None:
         """Read and check the body, as the route wants it; servers have signed it."""
@@ -10840,6 +10862,11 @@ CREATE TABLE txns (
     created_ts INTEGER NOT NULL,
     PRIMARY KEY (device_nid, txn_key)
 ) WITHOUT ROWID;
+CREATE TABLE rate_limits (           -- of users who have one of their own, see chapter 16
+    user_nid INTEGER PRIMARY KEY,
+    rate INTEGER NOT NULL,           -- messages a second
+    burst INTEGER NOT NULL
+);
 CREATE TABLE openid_tokens (token_hash BLOB PRIMARY KEY, user_nid INTEGER, expires_ts INTEGER);
 CREATE INDEX openid_tokens_expiry ON openid_tokens (expires_ts);
 """)
@@ -11348,6 +11375,7 @@ class Accounts(Sessions):
         self.login_tokens: ShortLived[tuple[UserNid, str | None]] = ShortLived(120)
         self.suspended: set[str] = set()
         self.erased: dict[str, int] = {}  # user id → the position of the erasure
+        self.rate_limits: dict[UserNid, tuple[int, int]] = {}
         self._hashing = asyncio.Semaphore(2)  # since each takes 19 MiB
         self._admin_token = random_token()
         self._created: list[Callable[[UserNid], None]] = []
@@ -11365,13 +11393,16 @@ class Accounts(Sessions):
             self.hs.background(self._update_rooms(nid))
 
     def _read_marks(self) -> None:
-        """Read who is suspended or erased, which is asked for with each event."""
+        """Read who is suspended or erased, or has a rate limit, which is asked for all the time."""
         suspended = self.db.all("SELECT user_nid FROM accounts WHERE suspended > 0")
         erased = self.db.all("SELECT user_nid, erased FROM accounts WHERE erased > 0")
         self.suspended.clear()
         self.suspended.update(self.db.user_id(nid) for (nid,) in suspended)
         self.erased.clear()
         self.erased.update((self.db.user_id(nid), position) for nid, position in erased)
+        limits = self.db.all("SELECT user_nid, rate, burst FROM rate_limits")
+        self.rate_limits.clear()
+        self.rate_limits.update((nid, (rate, burst)) for nid, rate, burst in limits)
 
     # Questions
 
@@ -11505,6 +11536,14 @@ class Accounts(Sessions):
             self._read_marks()
         log_accounts.info("%s: %s is now %s", self.db.user_id(nid), mark, value)
 
+    def set_rate_limit(self, nid: UserNid, limit: tuple[int, int] | None) -> None:
+        """Give a user a limit of their own, (messages a second, at once), or that of all."""
+        with self.db.write():
+            self.db.execute("DELETE FROM rate_limits WHERE user_nid = ?", (nid,))
+            if limit is not None:
+                self.db.execute("INSERT INTO rate_limits VALUES (?, ?, ?)", (nid, *limit))
+            self._read_marks()
+
     async def set_password(
         self, nid: UserNid, password: str, *, keep: DeviceNid | None = None, log_out: bool = True
     ) -> None:
@@ -11529,7 +11568,7 @@ class Accounts(Sessions):
                 """,
                 (max(1, self.hs.stream.position) if erase else 0, nid),
             )
-            self._read_marks()
+            self.set_rate_limit(nid, None)
             for callback in self._deactivated:
                 callback(nid)
             self.update_rooms(nid)
@@ -21174,7 +21213,9 @@ CREATE TABLE one_time_keys (
 CREATE INDEX one_time_keys_held ON one_time_keys (device_nid, algorithm, fallback)
     WHERE body IS NOT NULL;
 CREATE TABLE cross_signing_keys (
-    user_nid INTEGER, usage TEXT, body BLOB NOT NULL, PRIMARY KEY (user_nid, usage)
+    user_nid INTEGER, usage TEXT, body BLOB NOT NULL,
+    free_until INTEGER,           -- of a master key: till then no password is asked to replace it
+    PRIMARY KEY (user_nid, usage)
 ) WITHOUT ROWID;
 CREATE TABLE key_signatures (
     target_nid INTEGER, target_key TEXT, signer_nid INTEGER, signer_key TEXT, signature TEXT,
@@ -21485,6 +21526,19 @@ def check_cross_signing(hs: Homeserver, user: Requester, body: Json) -> dict[str
     return keys
 
 
+def free_keys(hs: Homeserver, user_nid: UserNid, until: int) -> bool:
+    """Let a user replace their keys once until then (ms) without proof; False if there are none."""
+    sql = "UPDATE cross_signing_keys SET free_until = ? WHERE user_nid = ? AND usage = 'master'"
+    with hs.db.write():
+        return hs.db.execute(sql, (until, user_nid)).rowcount > 0
+
+
+def may_replace_keys(hs: Homeserver, user_nid: UserNid) -> bool:
+    """Whether a user need not prove who they are to replace their keys."""
+    sql = "SELECT free_until FROM cross_signing_keys WHERE user_nid = ? AND usage = 'master'"
+    return (hs.db.value(sql, (user_nid,)) or 0) > now_ms()
+
+
 def store_cross_signing(hs: Homeserver, user_nid: UserNid, keys: dict[str, Json]) -> None:
     """Keep checked keys; with another master key, all that the old one signed goes."""
     before = cross_signing_keys_of(hs, user_nid)
@@ -21498,7 +21552,7 @@ def store_cross_signing(hs: Homeserver, user_nid: UserNid, keys: dict[str, Json]
         hs.db.execute("DELETE FROM cross_signing_keys WHERE user_nid = ?", (user_nid,))
         for usage, key in after.items():
             row = (user_nid, usage, bounded_json(key, "A key"))
-            hs.db.execute("INSERT INTO cross_signing_keys VALUES (?, ?, ?)", row)
+            hs.db.execute("INSERT INTO cross_signing_keys VALUES (?, ?, ?, NULL)", row)
         if hs.rooms.is_local(user_nid):
             device_list_changed(hs, user_nid, "")
         elif before:  # else they are new only to us
@@ -21511,7 +21565,8 @@ async def upload_cross_signing_keys(hs: Homeserver, request: Request) -> Json:
     user = request.user
     keys, stored = check_cross_signing(hs, user, request.json), cross_signing_keys_of(hs, user.nid)
     same = [u for u in keys if u in stored and signed_bytes(stored[u]) == signed_bytes(keys[u])]
-    if len(same) < len(keys) and "master" in stored and user.appservice is None:
+    is_free = user.appservice is not None or may_replace_keys(hs, user.nid)
+    if len(same) < len(keys) and "master" in stored and not is_free:
         await user_interactive_auth(hs, request)
         keys = check_cross_signing(hs, user, request.json)
     store_cross_signing(hs, user.nid, keys)
@@ -30709,6 +30764,12 @@ def flag_arg(request: Request, name: str) -> bool | None:
     return {"true": True, "false": False, None: None}.get(request.arg(name))
 
 
+async def scan(hs: Homeserver, query: str, values: Any = ()) -> list[Any]:
+    """The rows of a query that takes its time, beside the requests."""
+    await hs.db.synced()
+    return await hs.db.read_in_thread(lambda reader: reader.execute(query, values).fetchall())
+
+
 def admin_target(hs: Homeserver, user_id: str) -> Account:
     """The account that a path names. 400 for a user of another server, 404 for nobody."""
     if not is_user_id(user_id) or not hs.is_local(user_id):
@@ -30783,9 +30844,8 @@ async def admin_list_users(hs: Homeserver, request: Request) -> Json:
     order = USER_ORDER.get(request.arg("order_by", "name") or "name")
     if order is None:
         raise invalid_param("order_by names no known column")
-    await hs.db.synced()
-    rows = await hs.db.read_in_thread(lambda reader: reader.execute(USER_ROWS).fetchall())
-    users = [user for user in map(user_json, rows) if is_wanted_user(request, user)]
+    rows = map(user_json, await scan(hs, USER_ROWS))
+    users = [user for user in rows if is_wanted_user(request, user)]
     users.sort(key=sort_key(order), reverse=request.arg("dir") == "b")
     _, page, end = rows_page(request, users)
     answer: Json = {"users": page, "total": len(users)}
@@ -30945,6 +31005,74 @@ async def admin_username_available(hs: Homeserver, request: Request) -> Json:
     check_shape(request.query, {"username": [str]}, "The query")
     hs.accounts.check_available(local_user_id(hs, request.query["username"][0]))
     return {"available": True}
+
+
+@admin_route("GET", "/v1/threepid/{medium}/users/{address}")
+async def admin_user_of(hs: Homeserver, _request: Request, medium: str, address: str) -> Json:
+    """Whose address this is; we know of e-mail only."""
+    nid = hs.emails.owner(address) if medium == "email" else None
+    if nid is None:
+        raise not_found("User not found")
+    return {"user_id": hs.db.user_id(nid)}
+
+
+@admin_route("GET", "/v1/users/{user_id}/accountdata")
+async def admin_account_data(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """What clients keep here for a user."""
+    query = """
+        SELECT room_nid, room_id, type, content
+        FROM account_data
+        LEFT JOIN rooms USING (room_nid)
+        WHERE user_nid = ? AND content <> 'null'
+    """
+    found: Json = {"global": {}, "rooms": {}}
+    for room_nid, room_id, kind, text in hs.db.all(query, (admin_target(hs, user_id).nid,)):
+        if room_nid == NO_ROOM:
+            found["global"][kind] = json.loads(text)
+        elif room_id is not None:
+            found["rooms"].setdefault(room_id, {})[kind] = json.loads(text)
+    return {"account_data": found}
+
+
+RATE_LIMIT_PATH = "/v1/users/{user_id}/override_ratelimit"
+RATE_LIMIT_NAMES = ("messages_per_second", "burst_count")
+
+
+@admin_route("GET", RATE_LIMIT_PATH)
+async def admin_get_rate_limit(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """The rate limit of a user's own; nothing if there is none."""
+    limit = hs.accounts.rate_limits.get(admin_target(hs, user_id).nid, ())
+    return dict(zip(RATE_LIMIT_NAMES, limit, strict=False))
+
+
+@admin_route("POST", RATE_LIMIT_PATH, body={f"{name}?": int for name in RATE_LIMIT_NAMES})
+async def admin_set_rate_limit(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Give a user a limit for messages of their own, or with 0 for both no limit at all."""
+    nid = changeable(hs, user_id).nid
+    rate, burst = (request.json.get(name, 0) for name in RATE_LIMIT_NAMES)
+    if not 0 <= min(rate, burst) <= max(rate, burst) <= MAX_CANONICAL_INT:
+        raise invalid_param("A limit cannot be negative, nor that large")
+    hs.accounts.set_rate_limit(nid, (rate, burst))
+    return {"messages_per_second": rate, "burst_count": burst}
+
+
+@admin_route("DELETE", RATE_LIMIT_PATH)
+async def admin_delete_rate_limit(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """Let the limits of all count for a user again."""
+    hs.accounts.set_rate_limit(admin_target(hs, user_id).nid, None)
+    return {}
+
+
+FREE_KEYS_MS = 600_000
+
+
+@admin_route("POST", "/v1/users/{user_id}/_allow_cross_signing_replacement_without_uia")
+async def admin_free_keys(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """Let a user replace their cross-signing keys in the next minutes without a password."""
+    until = now_ms() + FREE_KEYS_MS
+    if not free_keys(hs, admin_target(hs, user_id).nid, until):
+        raise not_found("User has no master cross-signing key")
+    return {"updatable_without_uia_before_ms": until}
 
 
 # ── 49.3  Devices ────────────────────────────────────────────────────────────
@@ -31339,6 +31467,7 @@ def job_json(job: Json) -> Json:
 
 @admin_route("GET", "/v2/rooms/delete_status/{job_id}")
 @admin_route("GET", "/v1/purge_history_status/{job_id}")
+@admin_route("GET", "/v1/user/redact_status/{job_id}")
 async def admin_job_status(hs: Homeserver, _request: Request, job_id: str) -> Json:
     """How far a deletion has come; for a day, and until the next restart."""
     job = hs.admin_jobs.jobs.get(job_id)
@@ -31381,8 +31510,7 @@ async def has_own(hs: Homeserver, room: Room, before: int) -> bool:
         LIMIT 1
     """
     values = (room.nid, before, hs.config.server_name)
-    rows = await hs.db.read_in_thread(lambda reader: reader.execute(query, values).fetchall())
-    return bool(rows)
+    return bool(await scan(hs, query, values))
 
 
 @admin_route("POST", PURGE_PATH, body=PURGE)
@@ -31397,6 +31525,73 @@ async def admin_purge(
         raise invalid_param("There is what users of this server sent: say delete_local_events")
     purge = hs.rooms.purge_history(room, before)
     return {"purge_id": hs.admin_jobs.begin({"status": "active"}, purge)}
+
+
+REDACT_ALL = {
+    **{"rooms": [str], "reason?": str, "limit?": int, "use_admin?": bool},
+    **{"after_ts?": int, "before_ts?": int},
+}
+EVENTS_OF_USER = """
+    SELECT nid
+    FROM events
+    WHERE room_nid = :room
+      AND pos IS NOT NULL
+      AND redacted_by IS NULL
+      AND ts BETWEEN :after AND :before
+      AND json_extract(CAST(pdu AS TEXT), '$.sender') = :user
+      AND (state_nid IS NULL OR json_extract(CAST(pdu AS TEXT), '$.content.membership') = 'join')
+      AND json_extract(CAST(pdu AS TEXT), '$.type') <> 'm.room.redaction'
+    ORDER BY pos DESC
+    LIMIT :limit
+"""
+
+
+async def redact_one(hs: Homeserver, admin: Requester, room: Room, event: Event, how: Json) -> None:
+    """Redact an event in the name of a user of ours who is in the room, else in the admin's."""
+    content = with_reason({}, how.get("reason"))
+    is_there = hs.is_local(event.sender) and room.membership(event.sender) == "join"
+    if is_there and not how.get("use_admin"):
+        hs.rooms.send(room, event.sender, REDACTION, content, redacts=event.event_id)
+    else:
+        send_redaction(hs, admin, room.room_id, event.event_id, content, None)
+
+
+async def redact_all(
+    hs: Homeserver, admin: Requester, user_id: str, how: Json, failed: dict[str, str]
+) -> None:
+    """Redact what a user said in rooms, and the names and pictures they bore, the newest first."""
+    after, before = how.get("after_ts", 0), how.get("before_ts", MAX_CANONICAL_INT)
+    span: Json = {"after": after, "before": before, "limit": how.get("limit", 1000)}
+    for room in filter(None, map(hs.rooms.find, how["rooms"])):
+        values = {**span, "room": room.nid, "user": user_id}
+        for (nid,) in await scan(hs, EVENTS_OF_USER, values):
+            event = hs.rooms.event_by_nid(nid)
+            if event is None or event.redacted_by is not None:
+                continue
+            try:
+                await with_consent(functools.partial(redact_one, hs, admin, room, event, how))
+            except MatrixError as error:
+                failed[event.event_id] = error.error
+            await asyncio.sleep(0)  # others get a turn
+
+
+@admin_route("POST", "/v1/user/{user_id}/redact", body=REDACT_ALL)
+async def admin_redact_all(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Redact what a user of any server sent, beside the requests; the answer names the job."""
+    how, numbers = request.json, ("limit", "after_ts", "before_ts")
+    if not is_user_id(user_id) or not 0 < how.get("limit", 1) <= MAX_CANONICAL_INT:
+        raise invalid_param("This is no user id, or the limit is not positive")
+    if not all(is_canonical_int(how.get(name, 0)) for name in numbers):
+        raise invalid_param("This is no time")
+    nid = hs.db.find_user_nid(user_id)
+    members = {} if nid is None else hs.rooms.memberships(nid)
+    there = (room for room, member in members.items() if member.membership in {"join", "ban"})
+    how["rooms"] = how["rooms"] or [hs.rooms.by_nid(room_nid).room_id for room_nid in there]
+    log_admin.warning("%s redacts what %s sent", request.user.user_id, user_id)
+    failed: dict[str, str] = {}
+    work = redact_all(hs, request.user, user_id, how, failed)
+    job = {"status": "active", "failed_redactions": failed}
+    return {"redact_id": hs.admin_jobs.begin(job, work)}
 
 
 # ── 49.7  Media and pushers ──────────────────────────────────────────────────
@@ -31431,10 +31626,7 @@ async def admin_user_media(hs: Homeserver, request: Request, user_id: str) -> Js
     if order not in MEDIA_ORDER:
         raise invalid_param(f"order_by is one of {', '.join(MEDIA_ORDER)}")
     nid = admin_target(hs, user_id).nid
-    await hs.db.synced()
-    query = USER_MEDIA_ROWS
-    rows = await hs.db.read_in_thread(lambda db: db.execute(query, (nid,)).fetchall())
-    media = [media_json(hs, row) for row in rows]
+    media = [media_json(hs, row) for row in await scan(hs, USER_MEDIA_ROWS, (nid,))]
     newest_first = "order_by" not in request.query and request.arg("dir") is None
     media.sort(key=sort_key(order), reverse=newest_first or request.arg("dir") == "b")
     _, page, end = rows_page(request, media)
@@ -31477,9 +31669,7 @@ def unused_since(hs: Homeserver, request: Request) -> int:
 async def avatars(hs: Homeserver) -> set[int]:
     """The media that are pictures of users or rooms, now."""
     query = "SELECT value FROM profiles WHERE field = 'avatar_url'"
-    await hs.db.synced()
-    profiles = await hs.db.read_in_thread(lambda db: db.execute(query).fetchall())
-    names = [json.loads(value) for (value,) in profiles]
+    names = [json.loads(value) for (value,) in await scan(hs, query)]
     for (nid,) in hs.db.all("SELECT room_nid FROM rooms WHERE state_group > 0"):
         names.append(hs.rooms.by_nid(nid).setting("m.room.avatar", "url", ""))
         await asyncio.sleep(0)
@@ -31583,15 +31773,12 @@ MEDIA_STATISTICS = """
 @admin_route("GET", "/v1/statistics/users/media")
 async def admin_media_statistics(hs: Homeserver, request: Request) -> Json:
     """How much each user has uploaded, most first, page by page."""
-    query = MEDIA_STATISTICS
-    await hs.db.synced()
-    found = await hs.db.read_in_thread(lambda db: db.execute(query).fetchall())
     users = [
         {
             **{"user_id": user_id, "media_count": count, "media_length": size},
             "displayname": None if name is None else json.loads(name),
         }
-        for user_id, count, size, name in found
+        for user_id, count, size, name in await scan(hs, MEDIA_STATISTICS)
         if (request.arg("search_term") or "") in user_id
     ]
     order = request.arg("order_by", "user_id")
@@ -32764,6 +32951,7 @@ class Homeserver:
         router.authenticate = self.appservices.authenticate
         router.authenticate_server = self.federation.authenticate
         router.is_unlimited = self.appservices.is_unlimited
+        router.limiter.own = self.accounts.rate_limits
         router.settle = self.joining.late_members.settle
         http = HttpServer(
             router.dispatch,

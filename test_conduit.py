@@ -2056,7 +2056,11 @@ UNDONE: Final = (  # for each migration, what leads back
     INSERT INTO search_texts VALUES (0, 0, 0, 'content.body', 0, 'of an event long gone')
     """,
     "DROP TABLE partial_rooms;",
-    "DROP TABLE early_events;",
+    """
+    DROP TABLE early_events;
+    DROP TABLE rate_limits;
+    ALTER TABLE cross_signing_keys DROP COLUMN free_until
+    """,
 )
 
 
@@ -7755,6 +7759,9 @@ def test_limits_by_user_and_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limited.json()["errcode"] == "M_LIMIT_EXCEEDED"
     assert int(limited.headers["Retry-After"]) * 1000 >= limited.json()["retry_after_ms"]
     assert {ask("/free").status for _ in range(20)} == {200}
+    router.limiter.own = {KNOWN_TOKENS["user"].nid: (0, 0)}
+    assert {ask("/closed", "user").status for _ in range(20)} == {200}
+    assert ask("/closed", "admin").status == 429
     made.hs.config.rate_limit = False
     assert {ask("/closed", "user").status for _ in range(20)} == {200}
 
@@ -27421,6 +27428,83 @@ def test_an_account_is_made_and_changed(server: Server, admin: Client) -> None:
     fails(admin.get(f"{ADMIN_API}v2/users/@none:test.example"), 404, "M_NOT_FOUND")
 
 
+def test_a_user_is_found_by_address(admin: Client, alice: Client) -> None:
+    path, address = f"{ADMIN_API}v1/threepid/email/users", f"{unique()}@example.org"
+    fails(admin.get(f"{path}/{quote(address)}"), 404, "M_NOT_FOUND")
+    threepids = {"threepids": [{"medium": "email", "address": address}]}
+    ok(admin.put(f"{ADMIN_API}v2/users/{quote(alice.user_id)}", threepids))
+    assert ok(admin.get(f"{path}/{quote(address)}")) == {"user_id": alice.user_id}
+    fails(admin.get(f"{ADMIN_API}v1/threepid/msisdn/users/{quote(address)}"), 404, "M_NOT_FOUND")
+
+
+def test_admins_see_account_data(admin: Client, alice: Client) -> None:
+    room = alice.create_room()
+    base = ("user", alice.user_id)
+    ok(alice.put((*base, "account_data", "org.x"), {"a": 1}))
+    ok(alice.put((*base, "rooms", room, "account_data", "org.y"), {"b": [None]}))
+    ok(alice.put((*base, "account_data", "org.gone"), {"c": 1}))
+    ok(alice.delete(f"{conduit.MSC3391}/user/{quote(alice.user_id)}/account_data/org.gone"))
+    path = f"{ADMIN_API}v1/users/{{}}/accountdata"
+    found = ok(admin.get(path.format(quote(alice.user_id))))["account_data"]
+    assert found["global"]["org.x"] == {"a": 1}
+    assert "org.gone" not in found["global"]
+    assert found["rooms"][room]["org.y"] == {"b": [None]}
+    fails(admin.get(path.format("@none:test.example")), 404, "M_NOT_FOUND")
+    fails(admin.get(path.format("@none:there.example")), 400)
+
+
+def test_a_user_has_a_rate_limit_of_their_own(new_server: Callable[..., Server]) -> None:
+    server = new_server(rate_limit=True)
+    admin, user = register(server, "admin"), register(server)
+    path, room = f"{ADMIN_API}v1/users/{quote(user.user_id)}/override_ratelimit", user.create_room()
+
+    def statuses(count: int) -> list[int]:
+        send, text = ("rooms", room, "send", "m.room.message"), {"msgtype": "m.text", "body": "x"}
+        return [user.put((*send, unique()), text).status_code for _ in range(count)]
+
+    assert ok(admin.get(path)) == {}
+    assert set(statuses(10)) == {200}
+    for bad in ({"messages_per_second": -1}, {"burst_count": 2**60}):
+        fails(admin.post(path, bad), 400, "M_INVALID_PARAM")
+    limit = {"messages_per_second": 1, "burst_count": 2}
+    assert ok(admin.post(path, limit)) == limit
+    server.restart()
+    assert ok(admin.get(path)) == limit
+    found = statuses(6)
+    assert (found[0], found[-1]) == (200, 429)
+    assert {user.get("account/whoami").status_code for _ in range(20)} == {200}
+    assert ok(admin.post(path)) == {"messages_per_second": 0, "burst_count": 0}
+    assert set(statuses(150)) == {200}
+    assert ok(admin.delete(path)) == ok(admin.get(path)) == {}
+    assert 429 in statuses(400)
+
+
+def test_an_admin_lets_keys_be_replaced_without_the_password(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    admin, user = register(server, "admin"), register(server)
+    user.checked = False  # the specification's data leave out the 401 of this endpoint
+    path = f"{ADMIN_API}v1/users/{quote(user.user_id)}"
+    path += "/_allow_cross_signing_replacement_without_uia"
+    fails(admin.post(path, {}), 404, "M_NOT_FOUND")
+    device, upload = crypto(user), "keys/device_signing/upload"
+    ok(user.post(upload, device.cross_signing_keys()))
+    assert user.post(upload, device.cross_signing_keys()).status_code == 401
+    until = ok(admin.post(path, {}))["updatable_without_uia_before_ms"]
+    assert 590_000 < until - time.time() * 1000 <= 600_000
+    server.restart()
+    ok(user.post(upload, device.cross_signing_keys()))
+    assert user.post(upload, device.cross_signing_keys()).status_code == 401
+    ok(admin.post(path, {}))
+    server.stop()
+    with contextlib.closing(sqlite3.connect(server.data / "conduit.db")) as connection:
+        connection.execute("UPDATE cross_signing_keys SET free_until = free_until - 600000")
+        connection.commit()
+    server.start()
+    assert user.post(upload, device.cross_signing_keys()).status_code == 401
+
+
 def test_passwords_admins_devices_and_sessions(
     server: Server, admin: Client, alice: Client
 ) -> None:
@@ -27565,6 +27649,64 @@ def test_admins_see_what_is_in_a_space(admin: Client, alice: Client) -> None:
     assert ([room["room_id"] for room in rest["rooms"]], "next_batch" in rest) == ([rooms[1]], False)
     assert len(ok(admin.get(path, max_depth=0))["rooms"]) == 1
     fails(admin.get(f"/_matrix/client/v1/rooms/{quote(space)}/hierarchy"), 403, "M_FORBIDDEN")
+
+
+def redacted_by_admin(admin: Client, user: Client | str, **body: Any) -> Json:
+    """The result of the job that redacts what a user sent."""
+    user_id = user if isinstance(user, str) else user.user_id
+    answer = ok(admin.post(f"{ADMIN_API}v1/user/{quote(user_id)}/redact", {"rooms": [], **body}))
+    path = f"{ADMIN_API}v1/user/redact_status/{answer['redact_id']}"
+    return dict(eventually(lambda: (job := ok(admin.get(path)))["status"] != "active" and job))
+
+
+@pytest.mark.parametrize("version", ["10", "12"])
+def test_what_a_user_sent_is_redacted(
+    admin: Client, alice: Client, bob: Client, version: str
+) -> None:
+    rooms = [alice.room_with(bob, room_version=version) for _ in range(3)]
+    for room in rooms:
+        ids = [bob.send_text(room, text) for text in ("one", "two", "three")]
+        alice.send_text(room, "hers")
+    bob.send(rooms[0], "m.reaction", {"m.relates_to": {"event_id": ids[0]}})
+    nothing = redacted_by_admin(admin, "@none:test.example")
+    assert nothing == {"status": "complete", "failed_redactions": {}}
+    done = redacted_by_admin(admin, bob, rooms=rooms[:1], limit=2, reason="spam")
+    assert done == {"status": "complete", "failed_redactions": {}}
+    assert alice.bodies(rooms[0]) == ["one", "two", "hers"]
+    [newest, *_] = [e for e in alice.messages(rooms[0])["chunk"] if e["type"] == "m.room.redaction"]
+    assert (newest["sender"], newest["content"]["reason"]) == (bob.user_id, "spam")
+    at = ok(alice.get(("rooms", rooms[2], "event", ids[1])))["origin_server_ts"]
+    redacted_by_admin(admin, bob, rooms=rooms[2:], after_ts=at + 1)
+    assert "two" in alice.bodies(rooms[2])
+    bob.leave(rooms[1])
+    assert redacted_by_admin(admin, bob) == done
+    found = [alice.bodies(room) for room in rooms]
+    assert found == [["hers"], ["one", "two", "three", "hers"], ["hers"]]
+    members = [e for e in alice.messages(rooms[0])["chunk"] if e.get("state_key") == bob.user_id]
+    assert ["displayname" in event["content"] for event in members] == [False, True]
+    assert ok(bob.get("joined_rooms"))["joined_rooms"] == [rooms[0], rooms[2]]
+    fails(admin.get(f"{ADMIN_API}v1/user/redact_status/none"), 404, "M_NOT_FOUND")
+    path = f"{ADMIN_API}v1/user/{quote(bob.user_id)}/redact"
+    fails(admin.post(path, {}), 400, "M_MISSING_PARAM")
+    for bad in ({"limit": 0}, {"limit": -1}, {"after_ts": 2**60}):
+        fails(admin.post(path, {"rooms": rooms, **bad}), 400, "M_INVALID_PARAM")
+    fails(admin.post(path.replace("%40", ""), {"rooms": []}), 400, "M_INVALID_PARAM")
+
+
+def test_an_admin_redacts_what_its_sender_cannot(admin: Client, alice: Client, bob: Client) -> None:
+    room, other = alice.room_with(bob, admin), alice.room_with(bob)
+    first, second = bob.send_text(room, "one"), bob.send_text(other, "two")
+    for each in (room, other):
+        ok(alice.post(("rooms", each, "ban"), {"user_id": bob.user_id}))
+    failed = redacted_by_admin(admin, bob)["failed_redactions"]
+    assert second in failed and first not in failed
+    assert (alice.bodies(room), alice.bodies(other)) == ([], ["two"])
+    event = ok(alice.get(("rooms", room, "event", first)))
+    assert event["unsigned"]["redacted_because"]["sender"] == admin.user_id
+    third = alice.send_text(room, "three")
+    assert redacted_by_admin(admin, alice, rooms=[room], use_admin=True)["failed_redactions"] == {}
+    event = ok(alice.get(("rooms", room, "event", third)))
+    assert event["unsigned"]["redacted_because"]["sender"] == admin.user_id
 
 
 def test_admins_bring_users_into_rooms_and_to_power(
