@@ -1709,7 +1709,7 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
         """,
     ),
     Migration(
-        "events of rooms that are being entered, limits of users, keys that may be replaced",
+        "events of rooms that are being entered, limits, keys to replace, media to keep",
         """
         CREATE TABLE early_events (
             item_nid INTEGER PRIMARY KEY,
@@ -1723,7 +1723,8 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
             rate INTEGER NOT NULL,
             burst INTEGER NOT NULL
         );
-        ALTER TABLE cross_signing_keys ADD COLUMN free_until INTEGER
+        ALTER TABLE cross_signing_keys ADD COLUMN free_until INTEGER;
+        ALTER TABLE media ADD COLUMN protected INTEGER NOT NULL DEFAULT 0
         """,
     ),
 )
@@ -8671,9 +8672,9 @@ class Router:
 
     def _has_own_limit(self, request: Request) -> bool:
         """Whether a user's own limit counts, and not that of the address that they share."""
-        token = access_token(self.hs, request) if self.limiter.own else None
-        with contextlib.suppress(MatrixError):
-            return bool(token) and self.authenticate(request, token).nid in self.limiter.own
+        if self.limiter.own and (token := access_token(self.hs, request)):
+            with contextlib.suppress(MatrixError):
+                return self.authenticate(request, token).nid in self.limiter.own
         return False
 
     async def _read_body(self, request: Request, entry: Route) -> None:
@@ -26962,6 +26963,7 @@ CREATE TABLE media (
     created_ts INTEGER NOT NULL,
     last_access_ts INTEGER NOT NULL,
     expires_ts INTEGER,     -- when an id without a file is forgotten; NULL once uploaded
+    protected INTEGER NOT NULL DEFAULT 0,   -- an admin wants it never to be quarantined
     UNIQUE (server, media_id)
 );
 CREATE INDEX media_by_hash ON media (sha256);
@@ -27451,12 +27453,28 @@ class Media:
             found.update(nid for (nid,) in self.db.all(query, {"server": of, "id": media_id}))
         return sorted(found)
 
-    def quarantine(self, nids: Iterable[int], quarantined: bool = True) -> None:
-        """Let nobody have these media any more, or again; their files stay."""
+    def quarantine(self, nids: Iterable[int], quarantined: bool = True) -> int:
+        """Let nobody have these media any more, or again; their files stay.  How many these are.
+
+        What an admin has protected cannot get there.
+        """
+        update = """
+            UPDATE media
+            SET quarantined = :hidden
+            WHERE media_nid = :nid AND NOT (protected AND :hidden)
+        """
+        with self.db.write():
+            return sum(
+                self.db.execute(update, {"hidden": quarantined, "nid": nid}).rowcount
+                for nid in nids
+            )
+
+    def protect(self, nids: Iterable[int], protected: bool) -> None:
+        """Keep media from quarantine, or no more."""
         with self.db.write():
             for nid in nids:
-                update = "UPDATE media SET quarantined = ? WHERE media_nid = ?"
-                self.db.execute(update, (quarantined, nid))
+                update = "UPDATE media SET protected = ? WHERE media_nid = ?"
+                self.db.execute(update, (protected, nid))
 
     async def sweep(self) -> None:
         """Remove files whose last row was deleted, once that is on the disk.
@@ -30267,9 +30285,9 @@ async def delete_media(hs: Homeserver, arguments: Arguments) -> Reply:
 async def quarantine_media(hs: Homeserver, arguments: Arguments) -> Reply:
     """Let nobody have media any more: one (mxc://…), those of an event, a user or a server."""
     undo, chosen = "--undo" in arguments, chosen_media(hs, arguments)
-    hs.media.quarantine(chosen, not undo)
+    count = hs.media.quarantine(chosen, not undo)
     state = "can be had again" if undo else "in quarantine"
-    return reply_text(f"{len(chosen)} {state}.", failed=not chosen)
+    return reply_text(f"{count} {state}.", failed=not count)
 
 
 def other_server(hs: Homeserver, name: str) -> str:
@@ -30999,6 +31017,49 @@ async def admin_joined_rooms(hs: Homeserver, request: Request, user_id: str) -> 
     return {"joined_rooms": rooms, "total": len(rooms)}
 
 
+USER_COUNTS = {
+    "sent_invite_count": """
+        SELECT COUNT(*)
+        FROM memberships
+        JOIN events USING (room_nid)
+        WHERE memberships.user_nid = :nid
+          AND events.ts >= :from_ts
+          AND pos IS NOT NULL
+          AND state_nid IS NOT NULL
+          AND json_extract(CAST(pdu AS TEXT), '$.type') = 'm.room.member'
+          AND json_extract(CAST(pdu AS TEXT), '$.sender') = :user_id
+          AND json_extract(CAST(pdu AS TEXT), '$.content.membership') = 'invite'
+    """,
+    "cumulative_joined_room_count": """
+        SELECT COUNT(DISTINCT joins.room_nid)
+        FROM memberships
+        JOIN events AS joins USING (room_nid)
+        LEFT JOIN events AS prior ON prior.nid = joins.replaces
+        WHERE memberships.user_nid = :nid
+          AND joins.state_nid = (
+              SELECT state_nid
+              FROM state_keys
+              WHERE type = 'm.room.member' AND state_key = :user_id)
+          AND joins.pos IS NOT NULL
+          AND joins.ts >= :from_ts
+          AND json_extract(CAST(joins.pdu AS TEXT), '$.content.membership') = 'join'
+          AND json_extract(CAST(prior.pdu AS TEXT), '$.content.membership') IS NOT 'join'
+    """,
+}
+
+
+@admin_route("GET", "/v1/users/{user_id}/sent_invite_count")
+@admin_route("GET", "/v1/users/{user_id}/cumulative_joined_room_count")
+async def admin_count(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """How many a user has invited since a time, or how many rooms they have entered."""
+    check_shape(request.query, {"from_ts": [str]}, "The query")
+    since, nid = request.int_arg("from_ts", 0, 0, MAX_CANONICAL_INT), hs.db.find_user_nid(user_id)
+    values = {"nid": nid, "user_id": user_id, "from_ts": since}
+    name = request.segments[-1]
+    [(count,)] = await scan(hs, USER_COUNTS[name], values)
+    return {name.removeprefix("sent_"): count}
+
+
 @admin_route("GET", "/v1/username_available")
 async def admin_username_available(hs: Homeserver, request: Request) -> Json:
     """Whether a user name can be had, also where registration is closed."""
@@ -31086,6 +31147,16 @@ async def admin_devices(hs: Homeserver, _request: Request, user_id: str) -> Json
     """The devices of a user."""
     devices = hs.accounts.devices(admin_target(hs, user_id).nid)
     return {"devices": [{**one, "user_id": user_id} for one in devices], "total": len(devices)}
+
+
+@admin_route("POST", DEVICES_OF, body={"device_id": str})
+async def admin_make_device(hs: Homeserver, request: Request, user_id: str) -> Response:
+    """Make a device of a user, without a token, if it is not there."""
+    check_device_texts(request.json)
+    if not request.json["device_id"]:
+        raise missing_param("device_id is missing")
+    hs.accounts.make_device(changeable(hs, user_id).nid, request.json["device_id"], None)
+    return Response(201, b"{}")
 
 
 @admin_route("GET", DEVICE_OF)
@@ -31357,29 +31428,47 @@ async def admin_make_room_admin(hs: Homeserver, request: Request, room: str) -> 
 # ── 49.6  Blocking and deleting rooms ────────────────────────────────────────
 
 
+@dataclass
+class AdminJob:
+    """Something that takes its time: what it does to what, and what is told of it."""
+
+    action: str
+    resource_id: str
+    told: Json
+    name: str = ""
+    ts: int = 0  # of its last change
+
+    def change(self, **news: Any) -> None:
+        """Note how it goes."""
+        self.told.update(news)
+        self.ts = now_ms()
+
+
 class AdminJobs:
     """Deletions that take their time."""
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
-        self.jobs: ShortLived[Json] = ShortLived(86_400)
+        self.jobs: ShortLived[AdminJob] = ShortLived(86_400)
 
-    def begin(self, job: Json, work: Awaitable[object]) -> str:
+    def begin(self, action: str, resource_id: str, told: Json, work: Awaitable[object]) -> str:
         """Do something beside the requests, under a name by which its progress is asked for."""
+        job = AdminJob(action, resource_id, told, ts=now_ms())
 
         async def attempt() -> None:
             try:
                 await work
             except MatrixError as error:
-                job.update(status="failed", error=error.error)
+                job.change(status="failed", error=error.error)
             except BaseException:
-                job.update(status="failed", error="the server's log has the reason")
+                job.change(status="failed", error="the server's log has the reason")
                 raise
             else:
-                job["status"] = "complete"
+                job.change(status="complete")
 
         self.hs.background(attempt())
-        return self.jobs.add(job)
+        job.name = self.jobs.add(job)
+        return job.name
 
 
 @admin_route("GET", "/v1/rooms/{room_id}/block", partial=True)
@@ -31455,14 +31544,10 @@ async def admin_delete_now(hs: Homeserver, request: Request, room_id: str) -> Js
 async def admin_delete_room(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Delete a room beside the requests; the answer names the job."""
     room, result = new_shutdown(hs, request, room_id)
-    job = {"status": "shutting_down", "shutdown_room": result, "room_id": room_id}
+    told = {"status": "shutting_down", "shutdown_room": result, "room_id": room_id}
     work = shut_down(hs, room, request.json, result, request.user)
-    return {"delete_id": hs.admin_jobs.begin(job, work)}
-
-
-def job_json(job: Json) -> Json:
-    """What is told of a job."""
-    return {key: value for key, value in job.items() if key != "room_id"}
+    told["delete_id"] = hs.admin_jobs.begin("shutdown_and_purge_room", room_id, told, work)
+    return {"delete_id": told["delete_id"]}
 
 
 @admin_route("GET", "/v2/rooms/delete_status/{job_id}")
@@ -31473,16 +31558,43 @@ async def admin_job_status(hs: Homeserver, _request: Request, job_id: str) -> Js
     job = hs.admin_jobs.jobs.get(job_id)
     if job is None:
         raise not_found("There is no such deletion")
-    return job_json(job)
+    return job.told
 
 
 @admin_route("GET", "/v2/rooms/{room_id}/delete_status", partial=True)
 async def admin_room_jobs(hs: Homeserver, _request: Request, room_id: str) -> Json:
     """The deletions of one room."""
-    found = [job_json(job) for job in hs.admin_jobs.jobs.live() if job.get("room_id") == room_id]
+    found = [job.told for job in hs.admin_jobs.jobs.live() if job.told.get("room_id") == room_id]
     if not found:
         raise not_found("There is no deletion of this room")
     return {"results": found}
+
+
+def task_json(job: AdminJob) -> Json:
+    """A job as a scheduled task of Synapse's."""
+    told = dict(job.told)
+    status, error = told.pop("status"), told.pop("error", None)
+    return {
+        **{"id": job.name, "action": job.action, "resource_id": job.resource_id},
+        "status": status if status in {"complete", "failed"} else "active",
+        **{"timestamp_ms": job.ts, "result": told or None, "error": error},
+    }
+
+
+@admin_route("GET", "/v1/scheduled_tasks")
+async def admin_tasks(hs: Homeserver, request: Request) -> Json:
+    """The jobs of the last day that pass the filters."""
+    before = request.int_arg("max_timestamp", MAX_CANONICAL_INT, 0, MAX_CANONICAL_INT)
+    wanted = request.query.get
+    tasks = [
+        task
+        for task in map(task_json, hs.admin_jobs.jobs.live())
+        if task["action"] in wanted("action_name", [task["action"]])
+        and task["resource_id"] in wanted("resource_id", [task["resource_id"]])
+        and task["status"] in wanted("status", wanted("job_status", [task["status"]]))
+        and task["timestamp_ms"] <= before
+    ]
+    return {"scheduled_tasks": tasks}
 
 
 PURGE = {"delete_local_events?": bool, "purge_up_to_event_id?": str, "purge_up_to_ts?": int}
@@ -31524,7 +31636,8 @@ async def admin_purge(
     if not request.json.get("delete_local_events", False) and await has_own(hs, room, before):
         raise invalid_param("There is what users of this server sent: say delete_local_events")
     purge = hs.rooms.purge_history(room, before)
-    return {"purge_id": hs.admin_jobs.begin({"status": "active"}, purge)}
+    name = hs.admin_jobs.begin("purge_history", room_id, {"status": "active"}, purge)
+    return {"purge_id": name}
 
 
 REDACT_ALL = {
@@ -31590,8 +31703,8 @@ async def admin_redact_all(hs: Homeserver, request: Request, user_id: str) -> Js
     log_admin.warning("%s redacts what %s sent", request.user.user_id, user_id)
     failed: dict[str, str] = {}
     work = redact_all(hs, request.user, user_id, how, failed)
-    job = {"status": "active", "failed_redactions": failed}
-    return {"redact_id": hs.admin_jobs.begin(job, work)}
+    told = {"status": "active", "failed_redactions": failed}
+    return {"redact_id": hs.admin_jobs.begin("redact_all_events", user_id, told, work)}
 
 
 # ── 49.7  Media and pushers ──────────────────────────────────────────────────
@@ -31602,21 +31715,21 @@ ROOM_MEDIA_BATCH = 1000  # events of a room read at a time
 
 
 USER_MEDIA_ROWS = """
-    SELECT media_id, content_type, size, filename, created_ts, last_access_ts, quarantined
+    SELECT media_id, content_type, size, filename, created_ts, last_access_ts, protected,
+        quarantined
     FROM media
     WHERE user_nid = ?
 """
 MEDIA_ORDER = (
     *("media_id", "media_type", "media_length", "upload_name", "created_ts", "last_access_ts"),
-    "quarantined_by",
+    *("safe_from_quarantine", "quarantined_by"),
 )
 
 
 def media_json(hs: Homeserver, row: Sequence[Any]) -> Json:
     """A row of USER_MEDIA_ROWS as Synapse shows it; who quarantined it is not on record."""
     by = hs.accounts.bot_id if row[-1] else None
-    shown = dict(zip(MEDIA_ORDER, (*row[:-1], by), strict=True))
-    return {**shown, "safe_from_quarantine": False}
+    return dict(zip(MEDIA_ORDER, (*row[:-2], bool(row[-2]), by), strict=True))
 
 
 @admin_route("GET", USER_MEDIA)
@@ -31648,6 +31761,41 @@ async def admin_delete_user_media(hs: Homeserver, _request: Request, user_id: st
     """Delete all that a user has uploaded."""
     nid = admin_target(hs, user_id).nid
     return await deleted(hs, hs.media.select(user_nid=nid, before=now_ms() + 1))
+
+
+ONE_MEDIA_ROW = """
+    SELECT user_nid, sha256, media_id, content_type, size, filename, created_ts, last_access_ts,
+        protected, quarantined
+    FROM media
+    WHERE server = ? AND media_id = ?
+"""
+
+
+@admin_route("GET", "/v1/media/" + ONE_MEDIA)
+async def admin_media_info(hs: Homeserver, _request: Request, server: str, media_id: str) -> Json:
+    """What is known of a file of this server, or of the copy of another's; the file's name is
+    its hash.
+    """
+    is_own = server == hs.config.server_name
+    row = hs.db.one(ONE_MEDIA_ROW, ("" if is_own else server, media_id))
+    if row is None:
+        raise not_found("Unknown media")
+    info = {
+        **media_json(hs, row[2:]),
+        **{"media_origin": None if is_own else server, "sha256": row[1], "url_cache": None},
+        **{"filesystem_id": None if is_own else row[1], "authenticated": True},
+        "user_id": hs.db.user_id(row[0]) if is_own else None,
+    }
+    return {"media_info": info}
+
+
+@admin_route("POST", "/v1/media/protect/{media_id}")
+@admin_route("POST", "/v1/media/unprotect/{media_id}")
+async def admin_protect(hs: Homeserver, request: Request, media_id: str) -> Json:
+    """Keep a file of this server from quarantine, or no more."""
+    nids = hs.media.named_in(f"mxc://{hs.config.server_name}/{media_id}")
+    hs.media.protect(nids, request.segments[-2] == "protect")
+    return {}
 
 
 @admin_route("DELETE", "/v1/media/" + ONE_MEDIA)
@@ -31734,21 +31882,23 @@ async def admin_room_media(hs: Homeserver, _request: Request, room_id: str) -> J
     return places
 
 
-@admin_route("POST", "/v1/room/{room_id}/media/quarantine")
+@admin_route(
+    "POST",
+    "/v1/room/{room_id}/media/quarantine",
+    also=(f"{ADMIN_API}/v1/quarantine_media/{{room_id}}",),
+)
 async def admin_quarantine_room(hs: Homeserver, _request: Request, room_id: str) -> Json:
     """Let nobody have the media of a room any more."""
     found = await media_of_room(hs, hs.rooms.get(room_id))
     nids = hs.media.named_in([f"mxc://{server}/{media_id}" for server, media_id in found])
-    hs.media.quarantine(nids)
-    return {"num_quarantined": len(nids)}
+    return {"num_quarantined": hs.media.quarantine(nids)}
 
 
 @admin_route("POST", "/v1/user/{user_id}/media/quarantine")
 async def admin_quarantine_user(hs: Homeserver, _request: Request, user_id: str) -> Json:
     """Let nobody have what a user has uploaded."""
     nids = hs.media.select(user_nid=admin_target(hs, user_id).nid, before=now_ms() + 1)
-    hs.media.quarantine(nids)
-    return {"num_quarantined": len(nids)}
+    return {"num_quarantined": hs.media.quarantine(nids)}
 
 
 @admin_route("POST", "/v1/media/quarantine/" + ONE_MEDIA)
@@ -31788,6 +31938,24 @@ async def admin_media_statistics(hs: Homeserver, request: Request) -> Json:
     _, page, end = rows_page(request, users)
     answer: Json = {"users": page, "total": len(users)}
     return answer if end is None else {**answer, "next_token": end}
+
+
+LARGEST_ROOMS = """
+    SELECT room_id, SUM(LENGTH(pdu) + LENGTH(auth) + 2 * LENGTH(event_id) + ?) AS size
+    FROM events
+    JOIN rooms USING (room_nid)
+    GROUP BY room_nid
+    ORDER BY size DESC
+    LIMIT 10
+"""
+EVENT_ROW_BYTES = 100  # of its integers, with those in the indices
+
+
+@admin_route("GET", "/v1/statistics/database/rooms")
+async def admin_largest_rooms(hs: Homeserver, _request: Request) -> Json:
+    """The rooms that take most of the database, by their events."""
+    rows = await scan(hs, LARGEST_ROOMS, (EVENT_ROW_BYTES,))
+    return {"rooms": [{"room_id": room_id, "estimated_size": size} for room_id, size in rows]}
 
 
 @admin_route("GET", "/v1/users/{user_id}/pushers")

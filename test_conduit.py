@@ -2059,7 +2059,8 @@ UNDONE: Final = (  # for each migration, what leads back
     """
     DROP TABLE early_events;
     DROP TABLE rate_limits;
-    ALTER TABLE cross_signing_keys DROP COLUMN free_until
+    ALTER TABLE cross_signing_keys DROP COLUMN free_until;
+    ALTER TABLE media DROP COLUMN protected
     """,
 )
 
@@ -27428,6 +27429,36 @@ def test_an_account_is_made_and_changed(server: Server, admin: Client) -> None:
     fails(admin.get(f"{ADMIN_API}v2/users/@none:test.example"), 404, "M_NOT_FOUND")
 
 
+def test_what_a_user_did_is_counted(admin: Client, alice: Client, bob: Client) -> None:
+    def counted(name: str, user: Client, since: int = 0) -> int:
+        answer = ok(admin.get(f"{ADMIN_API}v1/users/{quote(user.user_id)}/{name}", from_ts=since))
+        return int(answer[name.removeprefix("sent_")])
+
+    invites, joins = "sent_invite_count", "cumulative_joined_room_count"
+    first = alice.room_with(bob, admin)
+    bob.set_state(first, "m.room.member", {"membership": "join", "displayname": "B"}, bob.user_id)
+    bob.leave(first)
+    time.sleep(0.01)
+    since = int(time.time() * 1000)
+    assert [counted(invites, alice), counted(joins, alice), counted(joins, bob)] == [2, 1, 1]
+    assert [counted(name, alice, since) for name in (invites, joins)] == [0, 0]
+    bob.set_state(alice.room_with(bob, admin), "m.room.member", {"membership": "join"}, bob.user_id)
+    assert [counted(invites, alice, since), counted(joins, bob, since)] == [2, 1]
+    assert [counted(invites, alice), counted(joins, bob)] == [4, 2]
+    assert counted(invites, bob) == 0
+    fails(admin.get(f"{ADMIN_API}v1/users/{quote(bob.user_id)}/{invites}"), 400, "M_MISSING_PARAM")
+
+
+def test_the_largest_rooms_are_shown(new_server: Callable[..., Server]) -> None:
+    admin = register(new_server(), "admin")
+    rooms = [admin.create_room() for _ in range(12)]
+    admin.send_text(rooms[5], "x" * 30_000)
+    found = ok(admin.get(ADMIN_API + "v1/statistics/database/rooms"))["rooms"]
+    sizes = [room["estimated_size"] for room in found]
+    assert (len(found), found[0]["room_id"], sizes) == (10, rooms[5], sorted(sizes, reverse=True))
+    assert 30_000 < sizes[0] - sizes[-1] < 32_000
+
+
 def test_a_user_is_found_by_address(admin: Client, alice: Client) -> None:
     path, address = f"{ADMIN_API}v1/threepid/email/users", f"{unique()}@example.org"
     fails(admin.get(f"{path}/{quote(address)}"), 404, "M_NOT_FOUND")
@@ -27526,6 +27557,11 @@ def test_passwords_admins_devices_and_sessions(
     others = [d["device_id"] for d in devices["devices"] if d["device_id"] != alice.device_id]
     ok(admin.post(f"{ADMIN_API}v2/users/{user}/delete_devices", {"devices": others}))
     fails(stand_in.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    made = admin.post(f"{ADMIN_API}v2/users/{user}/devices", {"device_id": "MADE"})
+    assert (made.status_code, made.json()) == (201, {})
+    assert "MADE" in [device["device_id"] for device in ok(alice.get("devices"))["devices"]]
+    for bad in ({}, {"device_id": ""}, {"device_id": "x" * 101}):
+        fails(admin.post(f"{ADMIN_API}v2/users/{user}/devices", bad), 400)
     ok(admin.delete(own))
     fails(admin.get(own), 404, "M_NOT_FOUND")
     fails(alice.get("account/whoami"), 401)
@@ -27646,7 +27682,10 @@ def test_admins_see_what_is_in_a_space(admin: Client, alice: Client) -> None:
     assert [room["name"] for room in found["rooms"]] == ["space", "a"]
     assert [one["state_key"] for one in found["rooms"][0]["children_state"]] == rooms
     rest = ok(admin.get(path, limit=2, **{"from": found["next_batch"]}))
-    assert ([room["room_id"] for room in rest["rooms"]], "next_batch" in rest) == ([rooms[1]], False)
+    assert ([room["room_id"] for room in rest["rooms"]], "next_batch" in rest) == (
+        [rooms[1]],
+        False,
+    )
     assert len(ok(admin.get(path, max_depth=0))["rooms"]) == 1
     fails(admin.get(f"/_matrix/client/v1/rooms/{quote(space)}/hierarchy"), 403, "M_FORBIDDEN")
 
@@ -27749,6 +27788,17 @@ def test_a_room_is_deleted(admin: Client, alice: Client, bob: Client, version: s
         status = f"{ADMIN_API}v2/rooms/delete_status/{result['delete_id']}"
         job = eventually(lambda: (j := ok(admin.get(status)))["status"] == "complete" and j)
         assert ok(admin.get(f"{path}/delete_status"))["results"] == [job]
+        assert (job["delete_id"], job["room_id"]) == (result["delete_id"], room)
+        tasks = f"{ADMIN_API}v1/scheduled_tasks"
+        [task] = ok(admin.get(tasks, resource_id=room, status="complete"))["scheduled_tasks"]
+        assert abs(task.pop("timestamp_ms") - time.time() * 1000) < 60_000
+        told = {key: job[key] for key in ("shutdown_room", "room_id", "delete_id")}
+        assert task == {
+            **{"id": job["delete_id"], "action": "shutdown_and_purge_room", "error": None},
+            **{"resource_id": room, "status": "complete", "result": told},
+        }
+        for unwanted in ({"status": "active"}, {"action_name": "x"}, {"max_timestamp": 1}):
+            assert not ok(admin.get(tasks, resource_id=room, **unwanted))["scheduled_tasks"]
         result = job["shutdown_room"]
     assert set(result["kicked_users"]) == {alice.user_id, bob.user_id}
     assert result["local_aliases"] == [f"#{alias}:test.example"]
@@ -27965,8 +28015,21 @@ def test_admins_look_after_media(admin: Client, alice: Client) -> None:
     assert alice.download(mxcs[0]).content == b"x" * 10
     ok(admin.post(f"{api}/media/quarantine/{name}/{ids[0]}", {}))
     assert alice.download(mxcs[0]).status_code == 404
+    ok(admin.post(f"{api}/media/protect/{ids[1]}", {}))
     everything = ok(admin.post(f"{api}/user/{alice.user_id}/media/quarantine", {}))
-    assert everything == {"num_quarantined": 3}
+    assert everything == {"num_quarantined": 2}
+    assert alice.download(mxcs[1]).status_code == 200
+    shown = ok(admin.get(path, order_by="safe_from_quarantine", dir="b"))["media"]
+    assert [media["safe_from_quarantine"] for media in shown] == [True, False, False]
+    info = ok(admin.get(f"{api}/media/{name}/{ids[1]}"))["media_info"]
+    assert shown[0].items() <= info.items()
+    assert (info["user_id"], info["media_origin"]) == (alice.user_id, None)
+    assert info["sha256"] == hashlib.sha256(b"x" * 2000).hexdigest()
+    fails(admin.get(f"{api}/media/{name}/none"), 404, "M_NOT_FOUND")
+    ok(admin.post(f"{api}/media/unprotect/{ids[1]}", {}))
+    ok(admin.post(f"{api}/media/quarantine/{name}/{ids[1]}", {}))
+    assert alice.download(mxcs[1]).status_code == 404
+    assert ok(admin.post(f"{api}/quarantine_media/{room_id}", {})) == {"num_quarantined": 1}
 
     answer = ok(admin.request("DELETE", f"{api}/media/{name}/{ids[0]}"))
     assert answer == {"deleted_media": [ids[0]], "total": 1}
@@ -34556,6 +34619,10 @@ SCANS: Final = {
     "SELECT name FROM sqlite_schema": "at the start",
     "SELECT room_id FROM disabled_rooms": "at the start; few",
     "SELECT server, acked FROM late_servers": "at the start",
+    "SELECT user_nid, rate, burst FROM rate_limits": "at the start, and when a mark is set; few",
+    "SELECT room_id, SUM(LENGTH(pdu) + LENGTH(auth) + 2 * LENGTH(event_id) + ?) AS size"
+    " FROM events JOIN rooms USING (room_nid) GROUP BY room_nid ORDER BY size DESC"
+    " LIMIT 10": "for an admin, in a thread",
     "SELECT server FROM late_servers": "when writes were undone",
     "SELECT server FROM key_answers WHERE NOT EXISTS (SELECT 1 FROM room_servers WHERE server ="
     " key_answers.server) ORDER BY until_ts DESC LIMIT -1 OFFSET ?": "when many are new",
