@@ -31660,10 +31660,11 @@ EVENTS_OF_USER = """
 
 
 async def redact_one(hs: Homeserver, admin: Requester, room: Room, event: Event, how: Json) -> None:
-    """Redact an event in the name of a user of ours who is in the room, else in the admin's."""
+    """Redact an event in the name of a user of ours who still can, else in the admin's."""
     content = with_reason({}, how.get("reason"))
-    is_there = hs.is_local(event.sender) and room.membership(event.sender) == "join"
-    if is_there and not how.get("use_admin"):
+    levels, is_there = room.power_levels(), room.membership(event.sender) == "join"
+    may_send = is_there and levels.user(event.sender) >= levels.event(REDACTION, False)
+    if may_send and hs.is_local(event.sender) and not how.get("use_admin"):
         hs.rooms.send(room, event.sender, REDACTION, content, redacts=event.event_id)
     else:
         send_redaction(hs, admin, room.room_id, event.event_id, content, None)

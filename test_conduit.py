@@ -27748,6 +27748,19 @@ def test_an_admin_redacts_what_its_sender_cannot(admin: Client, alice: Client, b
     assert event["unsigned"]["redacted_because"]["sender"] == admin.user_id
 
 
+def test_who_is_muted_or_suspended_is_redacted(admin: Client, alice: Client, bob: Client) -> None:
+    muted, quiet = alice.room_with(bob, admin), alice.room_with(bob)
+    first, second = bob.send_text(muted, "one"), bob.send_text(quiet, "two")
+    levels = alice.state(muted, "m.room.power_levels")
+    levels["users"][bob.user_id] = -1
+    alice.set_state(muted, "m.room.power_levels", levels)
+    ok(admin.put(f"{ADMIN_API}v1/suspend/{quote(bob.user_id)}", {"suspend": True}))
+    assert redacted_by_admin(admin, bob)["failed_redactions"] == {}
+    for room, event_id, sender in ((muted, first, admin), (quiet, second, bob)):
+        event = ok(alice.get(("rooms", room, "event", event_id)))
+        assert event["unsigned"]["redacted_because"]["sender"] == sender.user_id
+
+
 def test_admins_bring_users_into_rooms_and_to_power(
     admin: Client, alice: Client, bob: Client
 ) -> None:
