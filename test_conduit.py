@@ -27354,8 +27354,10 @@ def test_sec_50_the_admin_api_is_not_open_to_the_world(new_server: Callable[...,
     fails(admin.get(ADMIN_API + "v2/users", headers=from_afar("127.0.0.1")), 403)
 
 
-def test_sec_50_every_admin_path_asks_who_it_is(server: Server, alice: Client) -> None:
-    """Class 50: no path below /_synapse/admin answers a user who is no admin, or nobody."""
+def test_sec_50_every_admin_path_asks_who_it_is(
+    server: Server, admin: Client, alice: Client
+) -> None:
+    """Class 50: no path below /_synapse/admin answers who is no admin, nobody, or far away."""
     open_paths = {ADMIN_API + "v1/register", ADMIN_API + "v1/server_version"}
     count = 0
     for entry in conduit.ROUTES:
@@ -27366,8 +27368,11 @@ def test_sec_50_every_admin_path_asks_who_it_is(server: Server, alice: Client) -
             body = None if entry.method == "GET" else {}
             fails(alice.request(entry.method, url, body), 403, "M_FORBIDDEN")
             fails(Client(server).request(entry.method, url, body), 401, "M_MISSING_TOKEN")
+            afar = admin.request(entry.method, url, body, headers=from_afar("192.0.2.7"))
+            needs_more = body is not None and afar.json()["errcode"] == "M_MISSING_PARAM"
+            assert needs_more or fails(afar, 403, "M_FORBIDDEN"), url
             count += 1
-    assert count > 40
+    assert count > 80
 
 
 def test_users_are_listed_sorted_and_filtered(server: Server, admin: Client) -> None:
