@@ -1729,7 +1729,8 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
         """,
     ),
     Migration(
-        "events of rooms that are being entered; what sliding sync has sent of each extension",
+        "events of rooms that are being entered; what sliding sync has sent of each extension;"
+        " limits of users; keys that may be replaced; media to keep",
         """
         CREATE TABLE early_events (
             item_nid INTEGER PRIMARY KEY,
@@ -1738,7 +1739,14 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
             pdu BLOB NOT NULL
         );
         CREATE INDEX early_events_room ON early_events (room_id);
-        ALTER TABLE sliding_rooms ADD COLUMN extensions TEXT NOT NULL DEFAULT ''
+        ALTER TABLE sliding_rooms ADD COLUMN extensions TEXT NOT NULL DEFAULT '';
+        CREATE TABLE rate_limits (
+            user_nid INTEGER PRIMARY KEY,
+            rate INTEGER NOT NULL,
+            burst INTEGER NOT NULL
+        );
+        ALTER TABLE cross_signing_keys ADD COLUMN free_until INTEGER;
+        ALTER TABLE media ADD COLUMN protected INTEGER NOT NULL DEFAULT 0
         """,
     ),
 )
@@ -2147,7 +2155,7 @@ class Database:
         """Run a long scan in the pool on a read-only connection, which sees what is committed."""
         return await self.in_thread(self._with_reader, function)
 
-    async def scan(self, sql: str, params: Sequence[Any] = ()) -> list[Any]:
+    async def scan(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = ()) -> list[Any]:
         """All rows of a long query, read in a thread, once what it sees is on the disk."""
         await self.synced()
         return await self.read_in_thread(lambda reader: reader.execute(sql, params).fetchall())
@@ -6831,6 +6839,7 @@ class RoomKeeper(RoomVisitor):
 # setting; one's own membership event by the better of the memberships around it.
 
 VISIBILITY_KEY: Final[StateKey] = ("m.room.history_visibility", "")
+ALL_SEEING: Final = UserNid(-1)  # in the place of a reader: an admin, from whom nothing is hidden
 
 
 class Viewer:
@@ -6839,11 +6848,13 @@ class Viewer:
     def __init__(self, rooms: RoomReader, room: Room, user_nid: UserNid | None) -> None:
         self.rooms = rooms
         self.room = room
+        self.sees_all = user_nid == ALL_SEEING
+        user_nid = None if self.sees_all else user_nid
         member = rooms.memberships(user_nid).get(room.nid) if user_nid is not None else None
         self.member = None if member is not None and member.forgotten else member
         user_id = rooms.database.user_id(user_nid) if user_nid is not None else ""
         self.key = (MEMBER, user_id)
-        self.is_joined = member is not None and member.membership == "join"
+        self.is_joined = self.sees_all or (member is not None and member.membership == "join")
         self.ignored = frozenset[str]() if user_nid is None else rooms.ignored(user_nid)
         self._seen: dict[tuple[int | None, StateKey], Event | None] = {}
         self._until: int | None = None
@@ -6861,6 +6872,8 @@ class Viewer:
         """Whether history visibility lets the user see the event."""
         if event.rejected or event.soft_failed or event.type == DUMMY_EVENT:
             return False
+        if self.sees_all:
+            return True
         member = self.member
         if member is not None and self.is_joined and event.pos == event.nid >= member.join_pos:
             return True  # by far the most frequent case
@@ -6882,7 +6895,7 @@ class Viewer:
         Spec: CS-API "Account deactivation", `erase`. State goes on to be what the room needs.
         """
         position = self.rooms.erased.get(event.sender)
-        if position is None or event.is_state:
+        if position is None or event.is_state or self.sees_all:
             return event
         if self.is_joined and cast(Member, self.member).join_pos <= position:
             return event
@@ -8394,10 +8407,17 @@ class RateLimiter:
 
     def __init__(self) -> None:
         self._full_at: dict[tuple[str, int | str], float] = {}
+        # Of users whom an admin gave a limit for messages of their own; with a rate of 0, no limit.
+        self.own: Mapping[Any, tuple[int, int]] = {}
 
     def check(self, limit: str, who: int | str, share: int = 1) -> None:
         """Count one request of a user or an address; 429 if it comes too soon."""
         rate, burst = RATE_LIMITS[limit]
+        own = self.own.get(who)
+        if own is not None and own[0] == 0:
+            return
+        if own is not None and limit == "message":
+            rate, burst = own[0], max(1, own[1])
         now = time.monotonic()
         key = (limit, who)
         full_at = max(self._full_at.get(key, now), now)
@@ -8549,6 +8569,16 @@ class NeedsConsent(MatrixError):
         super().__init__(403, "M_FORBIDDEN", "The room's policy server must be asked first")
 
 
+async def with_consent(act: Callable[[], Awaitable[Any]]) -> Any:
+    """Do something, once more after each event of it for which others were asked."""
+    for _ in range(MAX_CONSENTS):
+        try:
+            return await act()
+        except NeedsConsent as need:
+            await need.ask()
+    return await act()
+
+
 class Router:
     """Finds the handler of a request, and calls it when everything that its route demands is met.
 
@@ -8591,26 +8621,18 @@ class Router:
             request.requester = self.authenticate(request, access_token(self.hs, request) or "")
             check_caller(entry.auth, request.requester)
         lost = self.hs.db.lost
-        result = await self._call(entry, request, arguments)
+        act = functools.partial(entry.handler, self.hs, request, **arguments)
+        result = await with_consent(act)
         if self.hs.db.lost != lost and method not in {"GET", "HEAD"}:  # perhaps a part of this
             raise MatrixError(507, "M_UNKNOWN", "The server could not store all of this; try again")
         return result if isinstance(result, Response) else Response(200, encode_json(result))
-
-    async def _call(self, entry: Route, request: Request, arguments: dict[str, str]) -> Any:
-        """Call the handler, once more after each event of it for which others were asked."""
-        for _ in range(MAX_CONSENTS):
-            try:
-                return await entry.handler(self.hs, request, **arguments)
-            except NeedsConsent as need:
-                await need.ask()
-        return await entry.handler(self.hs, request, **arguments)
 
     def _admit(self, request: Request, entry: Route) -> None:
         """Find out who asks, and whether they may, and whether they may already again."""
         is_limited = self.hs.config.rate_limit and not self.is_unlimited(request)
         limit = entry.limit if is_limited else None
         anonymous = entry.auth is NONE
-        if limit is not None:
+        if limit is not None and not self._has_own_limit(request):
             share = 1 if anonymous else ADDRESS_SHARE
             self.limiter.check(limit, address_group(request.address), share)
         if anonymous or entry.auth is FEDERATION:
@@ -8620,6 +8642,13 @@ class Router:
         check_caller(entry.auth, request.requester)
         if limit is not None and request.requester is not None:
             self.limiter.check(limit, request.requester.nid)
+
+    def _has_own_limit(self, request: Request) -> bool:
+        """Whether a user's own limit counts, and not that of the address that they share."""
+        if self.limiter.own and (token := access_token(self.hs, request)):
+            with contextlib.suppress(MatrixError):
+                return self.authenticate(request, token).nid in self.limiter.own
+        return False
 
     async def _read_body(self, request: Request, entry: Route) -> None:
         """Read and check the body, as the route wants it; servers have signed it."""
@@ -10807,6 +10836,11 @@ CREATE TABLE txns (
     created_ts INTEGER NOT NULL,
     PRIMARY KEY (device_nid, txn_key)
 ) WITHOUT ROWID;
+CREATE TABLE rate_limits (           -- of users who have one of their own, see chapter 16
+    user_nid INTEGER PRIMARY KEY,
+    rate INTEGER NOT NULL,           -- messages a second
+    burst INTEGER NOT NULL
+);
 CREATE TABLE openid_tokens (token_hash BLOB PRIMARY KEY, user_nid INTEGER, expires_ts INTEGER);
 CREATE INDEX openid_tokens_expiry ON openid_tokens (expires_ts);
 """)
@@ -11290,6 +11324,7 @@ class Accounts(Sessions):
         self.login_tokens: ShortLived[tuple[UserNid, str | None]] = ShortLived(120)
         self.suspended: set[str] = set()
         self.erased: dict[str, int] = {}  # user id → the position of the erasure
+        self.rate_limits: dict[UserNid, tuple[int, int]] = {}
         self._hashing = asyncio.Semaphore(2)  # since each takes 19 MiB
         self._admin_token = random_token()
         self._created: list[Callable[[UserNid], None]] = []
@@ -11307,13 +11342,16 @@ class Accounts(Sessions):
             self.hs.background(self._update_rooms(nid))
 
     def _read_marks(self) -> None:
-        """Read who is suspended or erased, which is asked for with each event."""
+        """Read who is suspended or erased, or has a rate limit, which is asked for all the time."""
         suspended = self.db.all("SELECT user_nid FROM accounts WHERE suspended > 0")
         erased = self.db.all("SELECT user_nid, erased FROM accounts WHERE erased > 0")
         self.suspended.clear()
         self.suspended.update(self.db.user_id(nid) for (nid,) in suspended)
         self.erased.clear()
         self.erased.update((self.db.user_id(nid), position) for nid, position in erased)
+        limits = self.db.all("SELECT user_nid, rate, burst FROM rate_limits")
+        self.rate_limits.clear()
+        self.rate_limits.update((nid, (rate, burst)) for nid, rate, burst in limits)
 
     # Questions
 
@@ -11440,6 +11478,14 @@ class Accounts(Sessions):
             self._read_marks()
         log_accounts.info("%s: %s is now %s", self.db.user_id(nid), mark, value)
 
+    def set_rate_limit(self, nid: UserNid, limit: tuple[int, int] | None) -> None:
+        """Give a user a limit of their own, (messages a second, at once), or that of all."""
+        with self.db.write():
+            self.db.execute("DELETE FROM rate_limits WHERE user_nid = ?", (nid,))
+            if limit is not None:
+                self.db.execute("INSERT INTO rate_limits VALUES (?, ?, ?)", (nid, *limit))
+            self._read_marks()
+
     async def set_password(
         self, nid: UserNid, password: str, *, keep: DeviceNid | None = None, log_out: bool = True
     ) -> None:
@@ -11463,6 +11509,7 @@ class Accounts(Sessions):
             """
             self.db.execute(sql, (max(1, self.hs.stream.position) if erase else 0, nid))
             self._read_marks()
+            self.set_rate_limit(nid, None)
             for callback in self._deactivated:
                 callback(nid)
             self.update_rooms(nid)
@@ -14905,7 +14952,7 @@ def viewable_room(hs: Homeserver, request: Request, room_id: str) -> Room:
     """A room of which the user may see at least some events; history visibility decides which."""
     room = known_room(hs, room_id)
     visibility = room.history_visibility
-    if visibility == "world_readable":
+    if visibility == "world_readable" or request.user.nid == ALL_SEEING:
         return room
     member = hs.rooms.memberships(request.user.nid).get(room.nid)
     if member is None or member.forgotten or member.membership == "knock":
@@ -19216,7 +19263,7 @@ def may_preview(hs: Homeserver, room: Room, user_nid: UserNid | None) -> bool:
 
     Spec: CS-API `GET /hierarchy` and `GET /room_summary`.
     """
-    if room.history_visibility == "world_readable":
+    if room.history_visibility == "world_readable" or user_nid == ALL_SEEING:
         return True
     membership = None if user_nid is None else room.membership_of(user_nid)
     if membership in {"join", "invite"}:
@@ -19418,10 +19465,10 @@ async def space_room(
 ) -> Json | None:
     """One room of a hierarchy, or None if the user may not know of it or nobody does.
 
-    The servers that may know it are asked if nobody of ours is in it.
+    The servers that may know it are asked if nobody of ours is in it; for an admin, none is.
     """
     room = hs.rooms.find(room_id)
-    if not is_lived_in(room):
+    if user_nid != ALL_SEEING and not is_lived_in(room):
         found = await remote_room(hs, user_nid, room_id, servers)
         if found is not None:
             below = (c for c in found["children_state"] if is_room_id(c["state_key"]))
@@ -20774,7 +20821,9 @@ CREATE TABLE one_time_keys (
 CREATE INDEX one_time_keys_held ON one_time_keys (device_nid, algorithm, fallback)
     WHERE body IS NOT NULL;
 CREATE TABLE cross_signing_keys (
-    user_nid INTEGER, usage TEXT, body BLOB NOT NULL, PRIMARY KEY (user_nid, usage)
+    user_nid INTEGER, usage TEXT, body BLOB NOT NULL,
+    free_until INTEGER,           -- of a master key: till then no password is asked to replace it
+    PRIMARY KEY (user_nid, usage)
 ) WITHOUT ROWID;
 CREATE TABLE key_signatures (
     target_nid INTEGER, target_key TEXT, signer_nid INTEGER, signer_key TEXT, signature TEXT,
@@ -21085,6 +21134,19 @@ def check_cross_signing(hs: Homeserver, user: Requester, body: Json) -> dict[str
     return keys
 
 
+def free_keys(hs: Homeserver, user_nid: UserNid, until: int) -> bool:
+    """Let a user replace their keys once until then (ms) without proof; False if there are none."""
+    sql = "UPDATE cross_signing_keys SET free_until = ? WHERE user_nid = ? AND usage = 'master'"
+    with hs.db.write():
+        return hs.db.execute(sql, (until, user_nid)).rowcount > 0
+
+
+def may_replace_keys(hs: Homeserver, user_nid: UserNid) -> bool:
+    """Whether a user need not prove who they are to replace their keys."""
+    sql = "SELECT free_until FROM cross_signing_keys WHERE user_nid = ? AND usage = 'master'"
+    return (hs.db.value(sql, (user_nid,)) or 0) > now_ms()
+
+
 def store_cross_signing(hs: Homeserver, user_nid: UserNid, keys: dict[str, Json]) -> None:
     """Keep checked keys; with another master key, all that the old one signed goes."""
     before = cross_signing_keys_of(hs, user_nid)
@@ -21098,7 +21160,7 @@ def store_cross_signing(hs: Homeserver, user_nid: UserNid, keys: dict[str, Json]
         hs.db.execute("DELETE FROM cross_signing_keys WHERE user_nid = ?", (user_nid,))
         for usage, key in after.items():
             row = (user_nid, usage, bounded_json(key, "A key"))
-            hs.db.execute("INSERT INTO cross_signing_keys VALUES (?, ?, ?)", row)
+            hs.db.execute("INSERT INTO cross_signing_keys VALUES (?, ?, ?, NULL)", row)
         if hs.rooms.is_local(user_nid):
             device_list_changed(hs, user_nid, "")
         elif before:  # else they are new only to us
@@ -21111,7 +21173,8 @@ async def upload_cross_signing_keys(hs: Homeserver, request: Request) -> Json:
     user = request.user
     keys, stored = check_cross_signing(hs, user, request.json), cross_signing_keys_of(hs, user.nid)
     same = [u for u in keys if u in stored and signed_bytes(stored[u]) == signed_bytes(keys[u])]
-    if len(same) < len(keys) and "master" in stored and user.appservice is None:
+    is_free = user.appservice is not None or may_replace_keys(hs, user.nid)
+    if len(same) < len(keys) and "master" in stored and not is_free:
         await user_interactive_auth(hs, request)
         keys = check_cross_signing(hs, user, request.json)
     store_cross_signing(hs, user.nid, keys)
@@ -26598,6 +26661,7 @@ CREATE TABLE media (
     created_ts INTEGER NOT NULL,
     last_access_ts INTEGER NOT NULL,
     expires_ts INTEGER,     -- when an id without a file is forgotten; NULL once uploaded
+    protected INTEGER NOT NULL DEFAULT 0,   -- an admin wants it never to be quarantined
     UNIQUE (server, media_id)
 );
 CREATE INDEX media_by_hash ON media (sha256);
@@ -27086,12 +27150,28 @@ class Media:
             found.update(nid for (nid,) in self.db.all(query, {"server": of, "id": media_id}))
         return sorted(found)
 
-    def quarantine(self, nids: Iterable[int], quarantined: bool = True) -> None:
-        """Let nobody have these media any more, or again; their files stay."""
+    def quarantine(self, nids: Iterable[int], quarantined: bool = True) -> int:
+        """Let nobody have these media any more, or again; their files stay.  How many these are.
+
+        What an admin has protected cannot get there.
+        """
+        update = """
+            UPDATE media
+            SET quarantined = :hidden
+            WHERE media_nid = :nid AND NOT (protected AND :hidden)
+        """
+        with self.db.write():
+            return sum(
+                self.db.execute(update, {"hidden": quarantined, "nid": nid}).rowcount
+                for nid in nids
+            )
+
+    def protect(self, nids: Iterable[int], protected: bool) -> None:
+        """Keep media from quarantine, or no more."""
         with self.db.write():
             for nid in nids:
-                update = "UPDATE media SET quarantined = ? WHERE media_nid = ?"
-                self.db.execute(update, (quarantined, nid))
+                update = "UPDATE media SET protected = ? WHERE media_nid = ?"
+                self.db.execute(update, (protected, nid))
 
     async def sweep(self) -> None:
         """Remove files whose last row was deleted, once that is on the disk.
@@ -29830,9 +29910,9 @@ async def delete_media(hs: Homeserver, arguments: Arguments) -> Reply:
 async def quarantine_media(hs: Homeserver, arguments: Arguments) -> Reply:
     """Let nobody have media any more: one (mxc://…), those of an event, a user or a server."""
     undo, chosen = "--undo" in arguments, chosen_media(hs, arguments)
-    hs.media.quarantine(chosen, not undo)
+    count = hs.media.quarantine(chosen, not undo)
     state = "can be had again" if undo else "in quarantine"
-    return reply_text(f"{len(chosen)} {state}.", failed=not chosen)
+    return reply_text(f"{count} {state}.", failed=not count)
 
 
 def other_server(hs: Homeserver, name: str) -> str:
@@ -30545,12 +30625,123 @@ async def admin_joined_rooms(hs: Homeserver, request: Request, user_id: str) -> 
     return {"joined_rooms": rooms, "total": len(rooms)}
 
 
+USER_COUNTS = {
+    "sent_invite_count": """
+        SELECT COUNT(*)
+        FROM memberships
+        JOIN events USING (room_nid)
+        WHERE memberships.user_nid = :nid
+          AND events.ts >= :from_ts
+          AND pos IS NOT NULL
+          AND state_nid IS NOT NULL
+          AND json_extract(CAST(pdu AS TEXT), '$.type') = 'm.room.member'
+          AND json_extract(CAST(pdu AS TEXT), '$.sender') = :user_id
+          AND json_extract(CAST(pdu AS TEXT), '$.content.membership') = 'invite'
+    """,
+    "cumulative_joined_room_count": """
+        SELECT COUNT(DISTINCT joins.room_nid)
+        FROM memberships
+        JOIN events AS joins USING (room_nid)
+        LEFT JOIN events AS prior ON prior.nid = joins.replaces
+        WHERE memberships.user_nid = :nid
+          AND joins.state_nid = (
+              SELECT state_nid
+              FROM state_keys
+              WHERE type = 'm.room.member' AND state_key = :user_id)
+          AND joins.pos IS NOT NULL
+          AND joins.ts >= :from_ts
+          AND json_extract(CAST(joins.pdu AS TEXT), '$.content.membership') = 'join'
+          AND json_extract(CAST(prior.pdu AS TEXT), '$.content.membership') IS NOT 'join'
+    """,
+}
+
+
+@admin_route("GET", "/v1/users/{user_id}/sent_invite_count")
+@admin_route("GET", "/v1/users/{user_id}/cumulative_joined_room_count")
+async def admin_count(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """How many a user has invited since a time, or how many rooms they have entered."""
+    check_shape(request.query, {"from_ts": [str]}, "The query")
+    since, nid = request.int_arg("from_ts", 0, 0, MAX_CANONICAL_INT), hs.db.find_user_nid(user_id)
+    values = {"nid": nid, "user_id": user_id, "from_ts": since}
+    name = request.segments[-1]
+    [(count,)] = await hs.db.scan(USER_COUNTS[name], values)
+    return {name.removeprefix("sent_"): count}
+
+
 @admin_route("GET", "/v1/username_available")
 async def admin_username_available(hs: Homeserver, request: Request) -> Json:
     """Whether a user name can be had, also where registration is closed."""
     check_shape(request.query, {"username": [str]}, "The query")
     hs.accounts.check_available(local_user_id(hs, request.query["username"][0]))
     return {"available": True}
+
+
+@admin_route("GET", "/v1/threepid/{medium}/users/{address}")
+async def admin_user_of(hs: Homeserver, _request: Request, medium: str, address: str) -> Json:
+    """Whose address this is; we know of e-mail only."""
+    nid = hs.emails.owner(address) if medium == "email" else None
+    if nid is None:
+        raise not_found("User not found")
+    return {"user_id": hs.db.user_id(nid)}
+
+
+@admin_route("GET", "/v1/users/{user_id}/accountdata")
+async def admin_account_data(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """What clients keep here for a user."""
+    query = """
+        SELECT room_nid, room_id, type, content
+        FROM account_data
+        LEFT JOIN rooms USING (room_nid)
+        WHERE user_nid = ? AND content <> 'null'
+    """
+    found: Json = {"global": {}, "rooms": {}}
+    for room_nid, room_id, kind, text in hs.db.all(query, (admin_target(hs, user_id).nid,)):
+        if room_nid == NO_ROOM:
+            found["global"][kind] = json.loads(text)
+        elif room_id is not None:
+            found["rooms"].setdefault(room_id, {})[kind] = json.loads(text)
+    return {"account_data": found}
+
+
+RATE_LIMIT_PATH = "/v1/users/{user_id}/override_ratelimit"
+RATE_LIMIT_NAMES = ("messages_per_second", "burst_count")
+
+
+@admin_route("GET", RATE_LIMIT_PATH)
+async def admin_get_rate_limit(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """The rate limit of a user's own; nothing if there is none."""
+    limit = hs.accounts.rate_limits.get(admin_target(hs, user_id).nid, ())
+    return dict(zip(RATE_LIMIT_NAMES, limit, strict=False))
+
+
+@admin_route("POST", RATE_LIMIT_PATH, body={f"{name}?": int for name in RATE_LIMIT_NAMES})
+async def admin_set_rate_limit(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Give a user a limit for messages of their own, or with 0 for both no limit at all."""
+    nid = changeable(hs, user_id).nid
+    rate, burst = (request.json.get(name, 0) for name in RATE_LIMIT_NAMES)
+    if not 0 <= min(rate, burst) <= max(rate, burst) <= MAX_CANONICAL_INT:
+        raise invalid_param("A limit cannot be negative, nor that large")
+    hs.accounts.set_rate_limit(nid, (rate, burst))
+    return {"messages_per_second": rate, "burst_count": burst}
+
+
+@admin_route("DELETE", RATE_LIMIT_PATH)
+async def admin_delete_rate_limit(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """Let the limits of all count for a user again."""
+    hs.accounts.set_rate_limit(admin_target(hs, user_id).nid, None)
+    return {}
+
+
+FREE_KEYS_MS = 600_000
+
+
+@admin_route("POST", "/v1/users/{user_id}/_allow_cross_signing_replacement_without_uia")
+async def admin_free_keys(hs: Homeserver, _request: Request, user_id: str) -> Json:
+    """Let a user replace their cross-signing keys in the next minutes without a password."""
+    until = now_ms() + FREE_KEYS_MS
+    if not free_keys(hs, admin_target(hs, user_id).nid, until):
+        raise not_found("User has no master cross-signing key")
+    return {"updatable_without_uia_before_ms": until}
 
 
 # ── 49.3  Devices ────────────────────────────────────────────────────────────
@@ -30564,6 +30755,17 @@ async def admin_devices(hs: Homeserver, _request: Request, user_id: str) -> Json
     """The devices of a user."""
     devices = hs.accounts.devices(admin_target(hs, user_id).nid)
     return {"devices": [{**one, "user_id": user_id} for one in devices], "total": len(devices)}
+
+
+@admin_route("POST", DEVICES_OF, body={"device_id": str})
+async def admin_make_device(hs: Homeserver, request: Request, user_id: str) -> Response:
+    """Make a device of a user, without a token, if it is not there."""
+    check_device_texts(request.json)
+    if not request.json["device_id"]:
+        raise missing_param("device_id is missing")
+    with hs.db.write():
+        hs.accounts.add_device(changeable(hs, user_id).nid, request.json["device_id"], None)
+    return Response(201, b"{}")
 
 
 @admin_route("GET", DEVICE_OF)
@@ -30749,6 +30951,24 @@ async def admin_room_state(hs: Homeserver, request: Request, room_id: str) -> Js
     return {"state": as_clients(hs, request, [e for e in events if wanted in (None, e.type)])}
 
 
+ROOM_READERS = {
+    **{"messages": get_messages, "context": get_context, "hierarchy": get_hierarchy},
+    "timestamp_to_event": get_event_by_time,
+}
+
+
+@admin_route("GET", "/v1/rooms/{room_id}/messages")
+@admin_route("GET", "/v1/rooms/{room_id}/context/{event_id}")
+@admin_route("GET", "/v1/rooms/{room_id}/hierarchy")
+@admin_route("GET", "/v1/rooms/{room_id}/timestamp_to_event")
+async def admin_read_room(hs: Homeserver, request: Request, room_id: str, **more: str) -> Any:
+    """What clients read of a room, with all that is there; forwards, unless told otherwise."""
+    hs.rooms.get(room_id)
+    request.requester = dataclasses.replace(request.user, nid=ALL_SEEING)
+    request.query.setdefault("dir", ["f"])
+    return await ROOM_READERS[request.segments[5]](hs, request, room_id, **more)
+
+
 @admin_route("GET", "/v1/fetch_event/{event_id}")
 async def admin_event(hs: Homeserver, request: Request, event_id: str) -> Json:
     """One event of any room."""
@@ -30812,29 +31032,47 @@ async def admin_make_room_admin(hs: Homeserver, request: Request, room: str) -> 
 # ── 49.6  Blocking and deleting rooms ────────────────────────────────────────
 
 
+@dataclass
+class AdminJob:
+    """Something that takes its time: what it does to what, and what is told of it."""
+
+    action: str
+    resource_id: str
+    told: Json
+    name: str = ""
+    ts: int = 0  # of its last change
+
+    def change(self, **news: Any) -> None:
+        """Note how it goes."""
+        self.told.update(news)
+        self.ts = now_ms()
+
+
 class AdminJobs:
     """Deletions that take their time."""
 
     def __init__(self, hs: Homeserver) -> None:
         self.hs = hs
-        self.jobs: ShortLived[Json] = ShortLived(86_400)
+        self.jobs: ShortLived[AdminJob] = ShortLived(86_400)
 
-    def begin(self, job: Json, work: Awaitable[object]) -> str:
+    def begin(self, action: str, resource_id: str, told: Json, work: Awaitable[object]) -> str:
         """Do something beside the requests, under a name by which its progress is asked for."""
+        job = AdminJob(action, resource_id, told, ts=now_ms())
 
         async def attempt() -> None:
             try:
                 await work
             except MatrixError as error:
-                job.update(status="failed", error=error.error)
+                job.change(status="failed", error=error.error)
             except BaseException:
-                job.update(status="failed", error="the server's log has the reason")
+                job.change(status="failed", error="the server's log has the reason")
                 raise
             else:
-                job["status"] = "complete"
+                job.change(status="complete")
 
         self.hs.background(attempt())
-        return self.jobs.add(job)
+        job.name = self.jobs.add(job)
+        return job.name
 
 
 @admin_route("GET", "/v1/rooms/{room_id}/block", partial=True)
@@ -30910,30 +31148,54 @@ async def admin_delete_now(hs: Homeserver, request: Request, room_id: str) -> Js
 async def admin_delete_room(hs: Homeserver, request: Request, room_id: str) -> Json:
     """Delete a room beside the requests; the answer names the job."""
     room, result = new_shutdown(hs, room_id)
-    job = {"status": "shutting_down", "shutdown_room": result, "room_id": room_id}
+    told = {"status": "shutting_down", "shutdown_room": result, "room_id": room_id}
     work = shut_down(hs, room, request.json, result, request.user)
-    return {"delete_id": hs.admin_jobs.begin(job, work)}
-
-
-def job_json(job: Json) -> Json:
-    """What is told of a job."""
-    return {key: value for key, value in job.items() if key != "room_id"}
+    told["delete_id"] = hs.admin_jobs.begin("shutdown_and_purge_room", room_id, told, work)
+    return {"delete_id": told["delete_id"]}
 
 
 @admin_route("GET", "/v2/rooms/delete_status/{job_id}")
 @admin_route("GET", "/v1/purge_history_status/{job_id}")
+@admin_route("GET", "/v1/user/redact_status/{job_id}")
 async def admin_job_status(hs: Homeserver, _request: Request, job_id: str) -> Json:
     """How far a deletion has come; for a day, and until the next restart."""
-    return job_json(or_404(hs.admin_jobs.jobs.get(job_id), "There is no such deletion"))
+    return or_404(hs.admin_jobs.jobs.get(job_id), "There is no such deletion").told
 
 
 @admin_route("GET", "/v2/rooms/{room_id}/delete_status", partial=True)
 async def admin_room_jobs(hs: Homeserver, _request: Request, room_id: str) -> Json:
     """The deletions of one room."""
-    found = [job_json(job) for job in hs.admin_jobs.jobs.live() if job.get("room_id") == room_id]
+    found = [job.told for job in hs.admin_jobs.jobs.live() if job.told.get("room_id") == room_id]
     if not found:
         raise not_found("There is no deletion of this room")
     return {"results": found}
+
+
+def task_json(job: AdminJob) -> Json:
+    """A job as a scheduled task of Synapse's."""
+    told = dict(job.told)
+    status, error = told.pop("status"), told.pop("error", None)
+    return {
+        **{"id": job.name, "action": job.action, "resource_id": job.resource_id},
+        "status": status if status in {"complete", "failed"} else "active",
+        **{"timestamp_ms": job.ts, "result": told or None, "error": error},
+    }
+
+
+@admin_route("GET", "/v1/scheduled_tasks")
+async def admin_tasks(hs: Homeserver, request: Request) -> Json:
+    """The jobs of the last day that pass the filters."""
+    before = request.int_arg("max_timestamp", MAX_CANONICAL_INT, 0, MAX_CANONICAL_INT)
+    wanted = request.query.get
+    tasks = [
+        task
+        for task in map(task_json, hs.admin_jobs.jobs.live())
+        if task["action"] in wanted("action_name", [task["action"]])
+        and task["resource_id"] in wanted("resource_id", [task["resource_id"]])
+        and task["status"] in wanted("status", wanted("job_status", [task["status"]]))
+        and task["timestamp_ms"] <= before
+    ]
+    return {"scheduled_tasks": tasks}
 
 
 PURGE = {"delete_local_events?": bool, "purge_up_to_event_id?": str, "purge_up_to_ts?": int}
@@ -30974,7 +31236,76 @@ async def admin_purge(
     if not request.json.get("delete_local_events", False) and await has_own(hs, room, before):
         raise invalid_param("There is what users of this server sent: say delete_local_events")
     purge = hs.rooms.purge_history(room, before)
-    return {"purge_id": hs.admin_jobs.begin({"status": "active"}, purge)}
+    name = hs.admin_jobs.begin("purge_history", room_id, {"status": "active"}, purge)
+    return {"purge_id": name}
+
+
+REDACT_ALL = {
+    **{"rooms": [str], "reason?": str, "limit?": int, "use_admin?": bool},
+    **{"after_ts?": int, "before_ts?": int},
+}
+EVENTS_OF_USER = """
+    SELECT nid
+    FROM events
+    WHERE room_nid = :room
+      AND pos IS NOT NULL
+      AND redacted_by IS NULL
+      AND ts BETWEEN :after AND :before
+      AND json_extract(CAST(pdu AS TEXT), '$.sender') = :user
+      AND (state_nid IS NULL OR json_extract(CAST(pdu AS TEXT), '$.content.membership') = 'join')
+      AND json_extract(CAST(pdu AS TEXT), '$.type') <> 'm.room.redaction'
+    ORDER BY pos DESC
+    LIMIT :limit
+"""
+
+
+async def redact_one(hs: Homeserver, admin: Requester, room: Room, event: Event, how: Json) -> None:
+    """Redact an event in the name of a user of ours who still can, else in the admin's."""
+    content = with_reason({}, how.get("reason"))
+    levels, is_there = room.power_levels(), room.membership(event.sender) == "join"
+    may_send = is_there and levels.user(event.sender) >= levels.event(REDACTION, False)
+    if may_send and hs.is_local(event.sender) and not how.get("use_admin"):
+        hs.rooms.send(room, event.sender, REDACTION, content, redacts=event.event_id)
+    else:
+        send_redaction(hs, admin, room.room_id, event.event_id, content)
+
+
+async def redact_all(
+    hs: Homeserver, admin: Requester, user_id: str, how: Json, failed: dict[str, str]
+) -> None:
+    """Redact what a user said in rooms, and the names and pictures they bore, the newest first."""
+    after, before = how.get("after_ts", 0), how.get("before_ts", MAX_CANONICAL_INT)
+    span: Json = {"after": after, "before": before, "limit": how.get("limit", 1000)}
+    for room in filter(None, map(hs.rooms.find, how["rooms"])):
+        values = {**span, "room": room.nid, "user": user_id}
+        for (nid,) in await hs.db.scan(EVENTS_OF_USER, values):
+            event = hs.rooms.event_by_nid(nid)
+            if event is None or event.redacted_by is not None:
+                continue
+            try:
+                await with_consent(functools.partial(redact_one, hs, admin, room, event, how))
+            except MatrixError as error:
+                failed[event.event_id] = error.error
+            await asyncio.sleep(0)  # others get a turn
+
+
+@admin_route("POST", "/v1/user/{user_id}/redact", body=REDACT_ALL)
+async def admin_redact_all(hs: Homeserver, request: Request, user_id: str) -> Json:
+    """Redact what a user of any server sent, beside the requests; the answer names the job."""
+    how, numbers = request.json, ("limit", "after_ts", "before_ts")
+    if not is_user_id(user_id) or not 0 < how.get("limit", 1) <= MAX_CANONICAL_INT:
+        raise invalid_param("This is no user id, or the limit is not positive")
+    if not all(is_canonical_int(how.get(name, 0)) for name in numbers):
+        raise invalid_param("This is no time")
+    nid = hs.db.find_user_nid(user_id)
+    members = {} if nid is None else hs.rooms.memberships(nid)
+    there = (room for room, member in members.items() if member.membership in {"join", "ban"})
+    how["rooms"] = how["rooms"] or [hs.rooms.by_nid(room_nid).room_id for room_nid in there]
+    log_admin.warning("%s redacts what %s sent", request.user.user_id, user_id)
+    failed: dict[str, str] = {}
+    work = redact_all(hs, request.user, user_id, how, failed)
+    told = {"status": "active", "failed_redactions": failed}
+    return {"redact_id": hs.admin_jobs.begin("redact_all_events", user_id, told, work)}
 
 
 # ── 49.7  Media and pushers ──────────────────────────────────────────────────
@@ -30983,21 +31314,21 @@ USER_MEDIA = "/v1/users/{user_id}/media"
 ONE_MEDIA = "{server}/{media_id}"
 ROOM_MEDIA_BATCH = 1000  # events of a room read at a time
 USER_MEDIA_ROWS = """
-    SELECT media_id, content_type, size, filename, created_ts, last_access_ts, quarantined
+    SELECT media_id, content_type, size, filename, created_ts, last_access_ts, protected,
+        quarantined
     FROM media
     WHERE user_nid = ?
 """
 MEDIA_ORDER = (
     *("media_id", "media_type", "media_length", "upload_name", "created_ts", "last_access_ts"),
-    "quarantined_by",
+    *("safe_from_quarantine", "quarantined_by"),
 )
 
 
 def media_json(hs: Homeserver, row: Sequence[Any]) -> Json:
     """A row of USER_MEDIA_ROWS as Synapse shows it; who quarantined it is not on record."""
     by = hs.accounts.bot_id if row[-1] else None
-    shown = dict(zip(MEDIA_ORDER, (*row[:-1], by), strict=True))
-    return {**shown, "safe_from_quarantine": False}
+    return dict(zip(MEDIA_ORDER, (*row[:-2], bool(row[-2]), by), strict=True))
 
 
 @admin_route("GET", USER_MEDIA)
@@ -31026,6 +31357,41 @@ async def admin_delete_user_media(hs: Homeserver, _request: Request, user_id: st
     """Delete all that a user has uploaded."""
     nid = admin_target(hs, user_id).nid
     return await deleted(hs, hs.media.select(user_nid=nid, before=now_ms() + 1))
+
+
+ONE_MEDIA_ROW = """
+    SELECT user_nid, sha256, media_id, content_type, size, filename, created_ts, last_access_ts,
+        protected, quarantined
+    FROM media
+    WHERE server = ? AND media_id = ?
+"""
+
+
+@admin_route("GET", "/v1/media/" + ONE_MEDIA)
+async def admin_media_info(hs: Homeserver, _request: Request, server: str, media_id: str) -> Json:
+    """What is known of a file of this server, or of the copy of another's; the file's name is
+    its hash.
+    """
+    is_own = server == hs.config.server_name
+    row = hs.db.one(ONE_MEDIA_ROW, ("" if is_own else server, media_id))
+    if row is None:
+        raise not_found("Unknown media")
+    info = {
+        **media_json(hs, row[2:]),
+        **{"media_origin": None if is_own else server, "sha256": row[1], "url_cache": None},
+        **{"filesystem_id": None if is_own else row[1], "authenticated": True},
+        "user_id": hs.db.user_id(row[0]) if is_own else None,
+    }
+    return {"media_info": info}
+
+
+@admin_route("POST", "/v1/media/protect/{media_id}")
+@admin_route("POST", "/v1/media/unprotect/{media_id}")
+async def admin_protect(hs: Homeserver, request: Request, media_id: str) -> Json:
+    """Keep a file of this server from quarantine, or no more."""
+    nids = hs.media.named_in(f"mxc://{hs.config.server_name}/{media_id}")
+    hs.media.protect(nids, request.segments[-2] == "protect")
+    return {}
 
 
 @admin_route("DELETE", "/v1/media/" + ONE_MEDIA)
@@ -31105,21 +31471,23 @@ async def admin_room_media(hs: Homeserver, _request: Request, room_id: str) -> J
     return places
 
 
-@admin_route("POST", "/v1/room/{room_id}/media/quarantine")
+@admin_route(
+    "POST",
+    "/v1/room/{room_id}/media/quarantine",
+    also=(f"{ADMIN_API}/v1/quarantine_media/{{room_id}}",),
+)
 async def admin_quarantine_room(hs: Homeserver, _request: Request, room_id: str) -> Json:
     """Let nobody have the media of a room any more."""
     found = await media_of_room(hs, hs.rooms.get(room_id))
     nids = hs.media.named_in([f"mxc://{server}/{media_id}" for server, media_id in found])
-    hs.media.quarantine(nids)
-    return {"num_quarantined": len(nids)}
+    return {"num_quarantined": hs.media.quarantine(nids)}
 
 
 @admin_route("POST", "/v1/user/{user_id}/media/quarantine")
 async def admin_quarantine_user(hs: Homeserver, _request: Request, user_id: str) -> Json:
     """Let nobody have what a user has uploaded."""
     nids = hs.media.select(user_nid=admin_target(hs, user_id).nid, before=now_ms() + 1)
-    hs.media.quarantine(nids)
-    return {"num_quarantined": len(nids)}
+    return {"num_quarantined": hs.media.quarantine(nids)}
 
 
 @admin_route("POST", "/v1/media/quarantine/" + ONE_MEDIA)
@@ -31156,6 +31524,24 @@ async def admin_media_statistics(hs: Homeserver, request: Request) -> Json:
     if order not in ("user_id", "displayname", "media_count", "media_length"):
         raise invalid_param("order_by is user_id, displayname, media_count or media_length")
     return sorted_page(request, "users", users, order)
+
+
+LARGEST_ROOMS = """
+    SELECT room_id, SUM(LENGTH(pdu) + LENGTH(auth) + 2 * LENGTH(event_id) + ?) AS size
+    FROM events
+    JOIN rooms USING (room_nid)
+    GROUP BY room_nid
+    ORDER BY size DESC
+    LIMIT 10
+"""
+EVENT_ROW_BYTES = 100  # of its integers, with those in the indices
+
+
+@admin_route("GET", "/v1/statistics/database/rooms")
+async def admin_largest_rooms(hs: Homeserver, _request: Request) -> Json:
+    """The rooms that take most of the database, by their events."""
+    rows = await hs.db.scan(LARGEST_ROOMS, (EVENT_ROW_BYTES,))
+    return {"rooms": [{"room_id": room_id, "estimated_size": size} for room_id, size in rows]}
 
 
 @admin_route("GET", "/v1/users/{user_id}/pushers")
@@ -32284,6 +32670,7 @@ class Homeserver:
         router.authenticate = self.appservices.authenticate
         router.authenticate_server = self.federation.authenticate
         router.is_unlimited = self.appservices.is_unlimited
+        router.limiter.own = self.accounts.rate_limits
         router.settle = self.joining.late_members.settle
         http = HttpServer(
             router.dispatch,

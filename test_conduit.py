@@ -2056,7 +2056,13 @@ UNDONE: Final = (  # for each migration, what leads back
     INSERT INTO search_texts VALUES (0, 0, 0, 'content.body', 0, 'of an event long gone')
     """,
     "DROP TABLE partial_rooms;",
-    "DROP TABLE early_events; ALTER TABLE sliding_rooms DROP COLUMN extensions;",
+    """
+    DROP TABLE early_events;
+    ALTER TABLE sliding_rooms DROP COLUMN extensions;
+    DROP TABLE rate_limits;
+    ALTER TABLE cross_signing_keys DROP COLUMN free_until;
+    ALTER TABLE media DROP COLUMN protected
+    """,
 )
 
 
@@ -7796,6 +7802,9 @@ def test_limits_by_user_and_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limited.json()["errcode"] == "M_LIMIT_EXCEEDED"
     assert int(limited.headers["Retry-After"]) * 1000 >= limited.json()["retry_after_ms"]
     assert {ask("/free").status for _ in range(20)} == {200}
+    router.limiter.own = {KNOWN_TOKENS["user"].nid: (0, 0)}
+    assert {ask("/closed", "user").status for _ in range(20)} == {200}
+    assert ask("/closed", "admin").status == 429
     made.hs.config.rate_limit = False
     assert {ask("/closed", "user").status for _ in range(20)} == {200}
 
@@ -27655,8 +27664,10 @@ def test_sec_50_the_admin_api_is_not_open_to_the_world(new_server: Callable[...,
     fails(admin.get(ADMIN_API + "v2/users", headers=from_afar("127.0.0.1")), 403)
 
 
-def test_sec_50_every_admin_path_asks_who_it_is(server: Server, alice: Client) -> None:
-    """Class 50: no path below /_synapse/admin answers a user who is no admin, or nobody."""
+def test_sec_50_every_admin_path_asks_who_it_is(
+    server: Server, admin: Client, alice: Client
+) -> None:
+    """Class 50: no path below /_synapse/admin answers who is no admin, nobody, or far away."""
     open_paths = {ADMIN_API + "v1/register", ADMIN_API + "v1/server_version"}
     count = 0
     for entry in conduit.ROUTES:
@@ -27667,8 +27678,11 @@ def test_sec_50_every_admin_path_asks_who_it_is(server: Server, alice: Client) -
             body = None if entry.method == "GET" else {}
             fails(alice.request(entry.method, url, body), 403, "M_FORBIDDEN")
             fails(Client(server).request(entry.method, url, body), 401, "M_MISSING_TOKEN")
+            afar = admin.request(entry.method, url, body, headers=from_afar("192.0.2.7"))
+            needs_more = body is not None and afar.json()["errcode"] == "M_MISSING_PARAM"
+            assert needs_more or fails(afar, 403, "M_FORBIDDEN"), url
             count += 1
-    assert count > 40
+    assert count > 80
 
 
 def test_users_are_listed_sorted_and_filtered(server: Server, admin: Client) -> None:
@@ -27730,6 +27744,113 @@ def test_an_account_is_made_and_changed(server: Server, admin: Client) -> None:
     fails(admin.get(f"{ADMIN_API}v2/users/@none:test.example"), 404, "M_NOT_FOUND")
 
 
+def test_what_a_user_did_is_counted(admin: Client, alice: Client, bob: Client) -> None:
+    def counted(name: str, user: Client, since: int = 0) -> int:
+        answer = ok(admin.get(f"{ADMIN_API}v1/users/{quote(user.user_id)}/{name}", from_ts=since))
+        return int(answer[name.removeprefix("sent_")])
+
+    invites, joins = "sent_invite_count", "cumulative_joined_room_count"
+    first = alice.room_with(bob, admin)
+    bob.set_state(first, "m.room.member", {"membership": "join", "displayname": "B"}, bob.user_id)
+    bob.leave(first)
+    time.sleep(0.01)
+    since = int(time.time() * 1000)
+    assert [counted(invites, alice), counted(joins, alice), counted(joins, bob)] == [2, 1, 1]
+    assert [counted(name, alice, since) for name in (invites, joins)] == [0, 0]
+    bob.set_state(alice.room_with(bob, admin), "m.room.member", {"membership": "join"}, bob.user_id)
+    assert [counted(invites, alice, since), counted(joins, bob, since)] == [2, 1]
+    assert [counted(invites, alice), counted(joins, bob)] == [4, 2]
+    assert counted(invites, bob) == 0
+    fails(admin.get(f"{ADMIN_API}v1/users/{quote(bob.user_id)}/{invites}"), 400, "M_MISSING_PARAM")
+
+
+def test_the_largest_rooms_are_shown(new_server: Callable[..., Server]) -> None:
+    admin = register(new_server(), "admin")
+    rooms = [admin.create_room() for _ in range(12)]
+    admin.send_text(rooms[5], "x" * 30_000)
+    found = ok(admin.get(ADMIN_API + "v1/statistics/database/rooms"))["rooms"]
+    sizes = [room["estimated_size"] for room in found]
+    assert (len(found), found[0]["room_id"], sizes) == (10, rooms[5], sorted(sizes, reverse=True))
+    assert 30_000 < sizes[0] - sizes[-1] < 32_000
+
+
+def test_a_user_is_found_by_address(admin: Client, alice: Client) -> None:
+    path, address = f"{ADMIN_API}v1/threepid/email/users", f"{unique()}@example.org"
+    fails(admin.get(f"{path}/{quote(address)}"), 404, "M_NOT_FOUND")
+    threepids = {"threepids": [{"medium": "email", "address": address}]}
+    ok(admin.put(f"{ADMIN_API}v2/users/{quote(alice.user_id)}", threepids))
+    assert ok(admin.get(f"{path}/{quote(address)}")) == {"user_id": alice.user_id}
+    fails(admin.get(f"{ADMIN_API}v1/threepid/msisdn/users/{quote(address)}"), 404, "M_NOT_FOUND")
+
+
+def test_admins_see_account_data(admin: Client, alice: Client) -> None:
+    room = alice.create_room()
+    base = ("user", alice.user_id)
+    ok(alice.put((*base, "account_data", "org.x"), {"a": 1}))
+    ok(alice.put((*base, "rooms", room, "account_data", "org.y"), {"b": [None]}))
+    ok(alice.put((*base, "account_data", "org.gone"), {"c": 1}))
+    ok(alice.delete(f"{conduit.MSC3391}/user/{quote(alice.user_id)}/account_data/org.gone"))
+    path = f"{ADMIN_API}v1/users/{{}}/accountdata"
+    found = ok(admin.get(path.format(quote(alice.user_id))))["account_data"]
+    assert found["global"]["org.x"] == {"a": 1}
+    assert "org.gone" not in found["global"]
+    assert found["rooms"][room]["org.y"] == {"b": [None]}
+    fails(admin.get(path.format("@none:test.example")), 404, "M_NOT_FOUND")
+    fails(admin.get(path.format("@none:there.example")), 400)
+
+
+def test_a_user_has_a_rate_limit_of_their_own(new_server: Callable[..., Server]) -> None:
+    server = new_server(rate_limit=True)
+    admin, user = register(server, "admin"), register(server)
+    path, room = f"{ADMIN_API}v1/users/{quote(user.user_id)}/override_ratelimit", user.create_room()
+
+    def statuses(count: int) -> list[int]:
+        send, text = ("rooms", room, "send", "m.room.message"), {"msgtype": "m.text", "body": "x"}
+        return [user.put((*send, unique()), text).status_code for _ in range(count)]
+
+    assert ok(admin.get(path)) == {}
+    assert set(statuses(10)) == {200}
+    for bad in ({"messages_per_second": -1}, {"burst_count": 2**60}):
+        fails(admin.post(path, bad), 400, "M_INVALID_PARAM")
+    limit = {"messages_per_second": 1, "burst_count": 2}
+    assert ok(admin.post(path, limit)) == limit
+    server.restart()
+    assert ok(admin.get(path)) == limit
+    found = statuses(6)
+    assert (found[0], found[-1]) == (200, 429)
+    assert {user.get("account/whoami").status_code for _ in range(20)} == {200}
+    assert ok(admin.post(path)) == {"messages_per_second": 0, "burst_count": 0}
+    assert set(statuses(150)) == {200}
+    assert ok(admin.delete(path)) == ok(admin.get(path)) == {}
+    assert 429 in statuses(400)
+
+
+def test_an_admin_lets_keys_be_replaced_without_the_password(
+    new_server: Callable[..., Server],
+) -> None:
+    server = new_server()
+    admin, user = register(server, "admin"), register(server)
+    user.checked = False  # the specification's data leave out the 401 of this endpoint
+    path = f"{ADMIN_API}v1/users/{quote(user.user_id)}"
+    path += "/_allow_cross_signing_replacement_without_uia"
+    fails(admin.post(path, {}), 404, "M_NOT_FOUND")
+    device, upload = crypto(user), "keys/device_signing/upload"
+    ok(user.post(upload, device.cross_signing_keys()))
+    assert user.post(upload, device.cross_signing_keys()).status_code == 401
+    until = ok(admin.post(path, {}))["updatable_without_uia_before_ms"]
+    assert 590_000 < until - time.time() * 1000 <= 600_000
+    server.restart()
+    ok(user.post(upload, device.cross_signing_keys()))
+    assert user.post(upload, device.cross_signing_keys()).status_code == 401
+    ok(admin.post(path, {}))
+    server.stop()
+    with contextlib.closing(sqlite3.connect(server.data / "conduit.db")) as connection:
+        connection.execute("UPDATE cross_signing_keys SET free_until = free_until - 600000")
+        connection.commit()
+    server.start()
+    assert user.post(upload, device.cross_signing_keys()).status_code == 401
+
+
 def test_passwords_admins_devices_and_sessions(
     server: Server, admin: Client, alice: Client
 ) -> None:
@@ -27751,6 +27872,11 @@ def test_passwords_admins_devices_and_sessions(
     others = [d["device_id"] for d in devices["devices"] if d["device_id"] != alice.device_id]
     ok(admin.post(f"{ADMIN_API}v2/users/{user}/delete_devices", {"devices": others}))
     fails(stand_in.get("account/whoami"), 401, "M_UNKNOWN_TOKEN")
+    made = admin.post(f"{ADMIN_API}v2/users/{user}/devices", {"device_id": "MADE"})
+    assert (made.status_code, made.json()) == (201, {})
+    assert "MADE" in [device["device_id"] for device in ok(alice.get("devices"))["devices"]]
+    for bad in ({}, {"device_id": ""}, {"device_id": "x" * 101}):
+        fails(admin.post(f"{ADMIN_API}v2/users/{user}/devices", bad), 400)
     ok(admin.delete(own))
     fails(admin.get(own), 404, "M_NOT_FOUND")
     fails(alice.get("account/whoami"), 401)
@@ -27819,6 +27945,137 @@ def test_rooms_are_listed_and_shown(admin: Client, alice: Client, bob: Client) -
     fails(admin.get(f"{ADMIN_API}v1/rooms/!none:test.example"), 404)
 
 
+def test_admins_read_rooms_that_they_are_not_in(admin: Client, alice: Client, bob: Client) -> None:
+    hidden = {"type": "m.room.history_visibility", "content": {"history_visibility": "joined"}}
+    room = alice.room_with(bob, initial_state=[hidden])
+    first, second = alice.send_text(room, "one"), bob.send_text(room, "two")
+    edit = {"rel_type": "m.replace", "event_id": first}
+    text = {"msgtype": "m.text", "body": "1"}
+    alice.send(room, "m.room.message", {**text, "m.new_content": text, "m.relates_to": edit})
+    bob.set_state(room, "m.room.member", {"membership": "join", "displayname": "B"}, bob.user_id)
+    bob.leave(room)
+    ok(bob.uia("POST", "account/deactivate", {"erase": True}))
+    path = f"{ADMIN_API}v1/rooms/{quote(room)}"
+    page = ok(admin.get(path + "/messages", limit=100))
+    assert page["chunk"][0]["type"] == "m.room.create"
+    shown = {event["event_id"]: event for event in page["chunk"]}
+    assert shown[second]["content"]["body"] == "two"
+    latest = shown[first]["unsigned"]["m.relations"]["m.replace"]["content"]
+    assert latest["m.new_content"] == text
+    assert page["chunk"][-1]["unsigned"]["prev_content"]["displayname"] == "B"
+    ids = list(shown)
+    newest = ok(admin.get(path + "/messages", dir="b", limit=1))
+    older = ok(admin.get(path + "/messages", dir="b", **{"from": newest["end"]}))
+    chunk = [*newest["chunk"], *older["chunk"]]
+    assert [event["event_id"] for event in chunk] == ids[:-12:-1]
+    wanted = json.dumps({"senders": [bob.user_id], "types": ["m.room.message"]})
+    [only] = ok(admin.get(path + "/messages", filter=wanted))["chunk"]
+    around = ok(admin.get(f"{path}/context/{quote(second)}", limit=3))
+    assert only["event_id"] == around["event"]["event_id"] == second
+    assert [event["event_id"] for event in around["events_before"]] == [first]
+    assert len(around["events_after"]) == 1
+    assert {"m.room.create", "m.room.member"} <= {event["type"] for event in around["state"]}
+    at = shown[second]["origin_server_ts"]
+    found = ok(admin.get(path + "/timestamp_to_event", ts=at, dir="b"))
+    assert found == {"event_id": second, "origin_server_ts": at}
+    assert ok(admin.get(path + "/timestamp_to_event", ts=0))["event_id"] == ids[0]
+    for name in ("messages", "hierarchy", "timestamp_to_event?ts=0", f"context/{quote(second)}"):
+        fails(admin.get(f"{ADMIN_API}v1/rooms/!none:test.example/{name}"), 404, "M_NOT_FOUND")
+        fails(alice.get(f"{path}/{name}"), 403, "M_FORBIDDEN")
+    fails(admin.get(f"{path}/context/$none"), 404, "M_NOT_FOUND")
+    fails(admin.get(("rooms", room, "messages"), dir="b"), 403, "M_FORBIDDEN")
+
+
+def test_admins_see_what_is_in_a_space(admin: Client, alice: Client) -> None:
+    space = alice.create_room(creation_content={"type": "m.space"}, name="space")
+    rooms = [alice.create_room(name="a"), alice.create_room(name="b"), "!elsewhere:there.example"]
+    for order, room in enumerate(rooms):
+        child = {"via": ["test.example"], "order": str(order)}
+        alice.set_state(space, "m.space.child", child, room)
+    path = f"{ADMIN_API}v1/rooms/{quote(space)}/hierarchy"
+    found = ok(admin.get(path, limit=2))
+    assert [room["name"] for room in found["rooms"]] == ["space", "a"]
+    assert [one["state_key"] for one in found["rooms"][0]["children_state"]] == rooms
+    rest = ok(admin.get(path, limit=2, **{"from": found["next_batch"]}))
+    assert ([room["room_id"] for room in rest["rooms"]], "next_batch" in rest) == (
+        [rooms[1]],
+        False,
+    )
+    assert len(ok(admin.get(path, max_depth=0))["rooms"]) == 1
+    fails(admin.get(f"/_matrix/client/v1/rooms/{quote(space)}/hierarchy"), 403, "M_FORBIDDEN")
+
+
+def redacted_by_admin(admin: Client, user: Client | str, **body: Any) -> Json:
+    """The result of the job that redacts what a user sent."""
+    user_id = user if isinstance(user, str) else user.user_id
+    answer = ok(admin.post(f"{ADMIN_API}v1/user/{quote(user_id)}/redact", {"rooms": [], **body}))
+    path = f"{ADMIN_API}v1/user/redact_status/{answer['redact_id']}"
+    return dict(eventually(lambda: (job := ok(admin.get(path)))["status"] != "active" and job))
+
+
+@pytest.mark.parametrize("version", ["10", "12"])
+def test_what_a_user_sent_is_redacted(
+    admin: Client, alice: Client, bob: Client, version: str
+) -> None:
+    rooms = [alice.room_with(bob, room_version=version) for _ in range(3)]
+    for room in rooms:
+        ids = [bob.send_text(room, text) for text in ("one", "two", "three")]
+        alice.send_text(room, "hers")
+    bob.send(rooms[0], "m.reaction", {"m.relates_to": {"event_id": ids[0]}})
+    nothing = redacted_by_admin(admin, "@none:test.example")
+    assert nothing == {"status": "complete", "failed_redactions": {}}
+    done = redacted_by_admin(admin, bob, rooms=rooms[:1], limit=2, reason="spam")
+    assert done == {"status": "complete", "failed_redactions": {}}
+    assert alice.bodies(rooms[0]) == ["one", "two", "hers"]
+    [newest, *_] = [e for e in alice.messages(rooms[0])["chunk"] if e["type"] == "m.room.redaction"]
+    assert (newest["sender"], newest["content"]["reason"]) == (bob.user_id, "spam")
+    at = ok(alice.get(("rooms", rooms[2], "event", ids[1])))["origin_server_ts"]
+    redacted_by_admin(admin, bob, rooms=rooms[2:], after_ts=at + 1)
+    assert "two" in alice.bodies(rooms[2])
+    bob.leave(rooms[1])
+    assert redacted_by_admin(admin, bob) == done
+    found = [alice.bodies(room) for room in rooms]
+    assert found == [["hers"], ["one", "two", "three", "hers"], ["hers"]]
+    members = [e for e in alice.messages(rooms[0])["chunk"] if e.get("state_key") == bob.user_id]
+    assert ["displayname" in event["content"] for event in members] == [False, True]
+    assert ok(bob.get("joined_rooms"))["joined_rooms"] == [rooms[0], rooms[2]]
+    fails(admin.get(f"{ADMIN_API}v1/user/redact_status/none"), 404, "M_NOT_FOUND")
+    path = f"{ADMIN_API}v1/user/{quote(bob.user_id)}/redact"
+    fails(admin.post(path, {}), 400, "M_MISSING_PARAM")
+    for bad in ({"limit": 0}, {"limit": -1}, {"after_ts": 2**60}):
+        fails(admin.post(path, {"rooms": rooms, **bad}), 400, "M_INVALID_PARAM")
+    fails(admin.post(path.replace("%40", ""), {"rooms": []}), 400, "M_INVALID_PARAM")
+
+
+def test_an_admin_redacts_what_its_sender_cannot(admin: Client, alice: Client, bob: Client) -> None:
+    room, other = alice.room_with(bob, admin), alice.room_with(bob)
+    first, second = bob.send_text(room, "one"), bob.send_text(other, "two")
+    for each in (room, other):
+        ok(alice.post(("rooms", each, "ban"), {"user_id": bob.user_id}))
+    failed = redacted_by_admin(admin, bob)["failed_redactions"]
+    assert second in failed and first not in failed
+    assert (alice.bodies(room), alice.bodies(other)) == ([], ["two"])
+    event = ok(alice.get(("rooms", room, "event", first)))
+    assert event["unsigned"]["redacted_because"]["sender"] == admin.user_id
+    third = alice.send_text(room, "three")
+    assert redacted_by_admin(admin, alice, rooms=[room], use_admin=True)["failed_redactions"] == {}
+    event = ok(alice.get(("rooms", room, "event", third)))
+    assert event["unsigned"]["redacted_because"]["sender"] == admin.user_id
+
+
+def test_who_is_muted_or_suspended_is_redacted(admin: Client, alice: Client, bob: Client) -> None:
+    muted, quiet = alice.room_with(bob, admin), alice.room_with(bob)
+    first, second = bob.send_text(muted, "one"), bob.send_text(quiet, "two")
+    levels = alice.state(muted, "m.room.power_levels")
+    levels["users"][bob.user_id] = -1
+    alice.set_state(muted, "m.room.power_levels", levels)
+    ok(admin.put(f"{ADMIN_API}v1/suspend/{quote(bob.user_id)}", {"suspend": True}))
+    assert redacted_by_admin(admin, bob)["failed_redactions"] == {}
+    for room, event_id, sender in ((muted, first, admin), (quiet, second, bob)):
+        event = ok(alice.get(("rooms", room, "event", event_id)))
+        assert event["unsigned"]["redacted_because"]["sender"] == sender.user_id
+
+
 def test_admins_bring_users_into_rooms_and_to_power(
     admin: Client, alice: Client, bob: Client
 ) -> None:
@@ -27859,6 +28116,17 @@ def test_a_room_is_deleted(admin: Client, alice: Client, bob: Client, version: s
         status = f"{ADMIN_API}v2/rooms/delete_status/{result['delete_id']}"
         job = eventually(lambda: (j := ok(admin.get(status)))["status"] == "complete" and j)
         assert ok(admin.get(f"{path}/delete_status"))["results"] == [job]
+        assert (job["delete_id"], job["room_id"]) == (result["delete_id"], room)
+        tasks = f"{ADMIN_API}v1/scheduled_tasks"
+        [task] = ok(admin.get(tasks, resource_id=room, status="complete"))["scheduled_tasks"]
+        assert abs(task.pop("timestamp_ms") - time.time() * 1000) < 60_000
+        told = {key: job[key] for key in ("shutdown_room", "room_id", "delete_id")}
+        assert task == {
+            **{"id": job["delete_id"], "action": "shutdown_and_purge_room", "error": None},
+            **{"resource_id": room, "status": "complete", "result": told},
+        }
+        for unwanted in ({"status": "active"}, {"action_name": "x"}, {"max_timestamp": 1}):
+            assert not ok(admin.get(tasks, resource_id=room, **unwanted))["scheduled_tasks"]
         result = job["shutdown_room"]
     assert set(result["kicked_users"]) == {alice.user_id, bob.user_id}
     assert result["local_aliases"] == [f"#{alias}:test.example"]
@@ -28075,8 +28343,21 @@ def test_admins_look_after_media(admin: Client, alice: Client) -> None:
     assert alice.download(mxcs[0]).content == b"x" * 10
     ok(admin.post(f"{api}/media/quarantine/{name}/{ids[0]}", {}))
     assert alice.download(mxcs[0]).status_code == 404
+    ok(admin.post(f"{api}/media/protect/{ids[1]}", {}))
     everything = ok(admin.post(f"{api}/user/{alice.user_id}/media/quarantine", {}))
-    assert everything == {"num_quarantined": 3}
+    assert everything == {"num_quarantined": 2}
+    assert alice.download(mxcs[1]).status_code == 200
+    shown = ok(admin.get(path, order_by="safe_from_quarantine", dir="b"))["media"]
+    assert [media["safe_from_quarantine"] for media in shown] == [True, False, False]
+    info = ok(admin.get(f"{api}/media/{name}/{ids[1]}"))["media_info"]
+    assert shown[0].items() <= info.items()
+    assert (info["user_id"], info["media_origin"]) == (alice.user_id, None)
+    assert info["sha256"] == hashlib.sha256(b"x" * 2000).hexdigest()
+    fails(admin.get(f"{api}/media/{name}/none"), 404, "M_NOT_FOUND")
+    ok(admin.post(f"{api}/media/unprotect/{ids[1]}", {}))
+    ok(admin.post(f"{api}/media/quarantine/{name}/{ids[1]}", {}))
+    assert alice.download(mxcs[1]).status_code == 404
+    assert ok(admin.post(f"{api}/quarantine_media/{room_id}", {})) == {"num_quarantined": 1}
 
     answer = ok(admin.request("DELETE", f"{api}/media/{name}/{ids[0]}"))
     assert answer == {"deleted_media": [ids[0]], "total": 1}
@@ -34666,6 +34947,10 @@ SCANS: Final = {
     "SELECT name FROM sqlite_schema": "at the start",
     "SELECT room_id FROM disabled_rooms": "at the start; few",
     "SELECT server, acked FROM late_servers": "at the start",
+    "SELECT user_nid, rate, burst FROM rate_limits": "at the start, and when a mark is set; few",
+    "SELECT room_id, SUM(LENGTH(pdu) + LENGTH(auth) + 2 * LENGTH(event_id) + ?) AS size"
+    " FROM events JOIN rooms USING (room_nid) GROUP BY room_nid ORDER BY size DESC"
+    " LIMIT 10": "for an admin, in a thread",
     "SELECT server FROM late_servers": "when writes were undone",
     "SELECT server FROM key_answers WHERE NOT EXISTS (SELECT 1 FROM room_servers WHERE server ="
     " key_answers.server) ORDER BY until_ts DESC LIMIT -1 OFFSET ?": "when many are new",
