@@ -1999,7 +1999,7 @@ class Database:
         return contextlib.nullcontext() if self._blocks else self
 
     def change(self, sql: str, params: Sequence[Any] = ()) -> sqlite3.Cursor:
-        """Write by a single statement."""
+        """Write by a single statement, as a block of its own."""
         with self.written():
             return self.execute(sql, params)
 
@@ -11637,7 +11637,8 @@ class AuthenticationNeeded(MatrixError):
         return self.body
 
 
-IDENTIFIERS: Final[dict[object, Callable[[Homeserver, Json], str | None]]] = {}  # to a user id
+# How each type of identifier leads to a user id.
+IDENTIFIERS: Final[dict[object, Callable[[Homeserver, Json], str | None]]] = {}
 
 
 def user_of_name(hs: Homeserver, identifier: Json) -> str | None:
@@ -13860,7 +13861,7 @@ def list_query(request: Request) -> Json:
 
 @route("GET", V3 + "/publicRooms", auth=OPTIONAL, limit="search")
 async def get_public_rooms(hs: Homeserver, request: Request) -> Json:
-    """The published rooms, ours or, for users, another server's.  "Published room directory"."""
+    """Published rooms, ours or, for users, another's.  Spec: "Published room directory"."""
     server = request.arg("server") or hs.config.server_name
     if server == hs.config.server_name:
         request.int_arg("limit", 100, 1, MAX_LISTED)
@@ -14222,38 +14223,6 @@ def latest_edit(hs: Homeserver, event: Event, may_see: EventTest = is_accepted) 
     return max(valid, key=lambda edit: (edit.origin_server_ts, edit.event_id), default=None)
 
 
-def related_to(
-    hs: Homeserver, room: Room, events: Sequence[Event], wanted: EventFilter
-) -> list[Event]:
-    """The events that something of the types, sent by one of the users, of a filter relates to.
-
-    Spec: CS-API "Filtering", `related_by_rel_types` and `related_by_senders`.
-    """
-    rel_types, senders = wanted.related_types, wanted.related_senders
-    nids = None if senders is None else [hs.db.find_user_nid(sender) for sender in senders]
-    rows = hs.db.all(
-        """
-        SELECT value
-        FROM json_each(:parents)
-        WHERE EXISTS (
-            SELECT 1
-            FROM relations
-            WHERE room_nid = :room
-              AND parent_id = json_each.value
-              AND (:types IS NULL OR rel_type IN (SELECT value FROM json_each(:types)))
-              AND (:senders IS NULL OR sender_nid IN (SELECT value FROM json_each(:senders))))
-        """,
-        {
-            "room": room.nid,
-            "parents": json.dumps([event.event_id for event in events]),
-            "types": None if rel_types is None else json.dumps(rel_types),
-            "senders": None if nids is None else json.dumps(nids),
-        },
-    )
-    found = {row[0] for row in rows}
-    return [event for event in events if event.event_id in found]
-
-
 # ── 25.3  Aggregations ───────────────────────────────────────────────────────
 
 
@@ -14322,6 +14291,7 @@ AGGREGATIONS: Final[dict[str, Callable[[Reader, Event], Json | None]]] = {
     REFERENCE: sum_up_references,
     THREAD: sum_up_thread,
 }
+AGGREGATED: Final = json.dumps([*AGGREGATIONS])
 
 
 def aggregations(hs: Homeserver, user: Requester, events: Sequence[Event]) -> dict[EventNid, Json]:
@@ -14346,7 +14316,7 @@ def aggregations(hs: Homeserver, user: Requester, events: Sequence[Event]) -> di
         """,
         {
             "parents": json.dumps({key: event.room_nid for key, event in parents.items()}),
-            "kinds": json.dumps([*AGGREGATIONS]),
+            "kinds": AGGREGATED,
         },
     )
     found: dict[EventNid, Json] = {}
@@ -14392,8 +14362,9 @@ MSC4140: Final = "/_matrix/client/unstable/org.matrix.msc4140"
 DELAYED_PATH: Final = MSC4140 + "/delayed_events"
 DELAYED_EVENT: Final = {**{"delay_ms?": int, "delay?": int, "state_key?": str}, "content": dict}
 DELAY = "org.matrix.msc4140.delay"
-LIMITS: Final = {"max_delay_ms": MAX_DELAY_MS, "max_scheduled": MAX_SCHEDULED}
-CAPABILITIES["org.matrix.msc4140.delayed_events"] = LIMITS
+CAPABILITIES["org.matrix.msc4140.delayed_events"] = {
+    **{"max_delay_ms": MAX_DELAY_MS, "max_scheduled": MAX_SCHEDULED}
+}
 
 schema("""
 CREATE TABLE delayed_events (
@@ -14841,6 +14812,38 @@ def page_filter(request: Request) -> EventFilter:
     if request.arg("limit") is not None:
         definition["limit"] = request.int_arg("limit", DEFAULT_PAGE, 0, MAX_PAGE)
     return EventFilter(definition)
+
+
+def related_to(
+    hs: Homeserver, room: Room, events: Sequence[Event], wanted: EventFilter
+) -> list[Event]:
+    """The events that something of the types, sent by one of the users, of a filter relates to.
+
+    Spec: CS-API "Filtering", `related_by_rel_types` and `related_by_senders`.
+    """
+    rel_types, senders = wanted.related_types, wanted.related_senders
+    nids = None if senders is None else [hs.db.find_user_nid(sender) for sender in senders]
+    rows = hs.db.all(
+        """
+        SELECT value
+        FROM json_each(:parents)
+        WHERE EXISTS (
+            SELECT 1
+            FROM relations
+            WHERE room_nid = :room
+              AND parent_id = json_each.value
+              AND (:types IS NULL OR rel_type IN (SELECT value FROM json_each(:types)))
+              AND (:senders IS NULL OR sender_nid IN (SELECT value FROM json_each(:senders))))
+        """,
+        {
+            "room": room.nid,
+            "parents": json.dumps([event.event_id for event in events]),
+            "types": None if rel_types is None else json.dumps(rel_types),
+            "senders": None if nids is None else json.dumps(nids),
+        },
+    )
+    found = {row[0] for row in rows}
+    return [event for event in events if event.event_id in found]
 
 
 # ── 27.2  Who may look into a room ───────────────────────────────────────────
@@ -15877,7 +15880,7 @@ def send_once(
 
 
 def massaged_time(request: Request) -> int | None:
-    """When an application service says that an event was sent.  AS-API "Timestamp massaging"."""
+    """When an application service says an event was sent.  Spec: AS-API "Timestamp massaging"."""
     if request.user.appservice is None or request.arg("ts") is None:
         return None
     timestamp = request.int_arg("ts", 0, 0, 2**60)
@@ -17960,12 +17963,6 @@ def only_value(conditions: list[Json], key: str) -> str | None:
     return None
 
 
-def tweaks_of(actions: list[Any]) -> Json:
-    """How a notification is to be made, by the actions of its rule."""
-    tweaks = (action for action in actions if isinstance(action, dict))
-    return {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
-
-
 class PushRule:
     """One rule, ready to be asked; by `only_type` and `only_room` most events are ruled out."""
 
@@ -17975,8 +17972,9 @@ class PushRule:
         self.conditions = [prepare_condition(condition) for condition in conditions]
         self.actions: list[Any] = rule["actions"]
         self.notify = NOTIFY in self.actions
-        tweaks = tweaks_of(self.actions)
-        self.highlight = tweaks.get("highlight", False) is not False
+        tweaks = (action for action in self.actions if isinstance(action, dict))
+        marks = (tweak for tweak in tweaks if tweak["set_tweak"] == "highlight")
+        self.highlight = any(mark.get("value") is not False for mark in marks)
         self.only_type = only_value(conditions, "type")
         self.only_room = only_value(conditions, "room_id")
 
@@ -19417,13 +19415,13 @@ async def space_room(
 
     The servers that may know it are asked if nobody of ours is in it.
     """
-    room = hs.rooms.find(room_id)
-    if not is_lived_in(room):
+    if not is_lived_in(hs.rooms.find(room_id)):
         found = await remote_room(hs, user_nid, room_id, servers)
         if found is not None:
             below = (c for c in found["children_state"] if is_room_id(c["state_key"]))
             wanted = [c for c in below if not suggested or c["content"].get("suggested") is True]
             return {**found, "children_state": wanted}
+    room = hs.rooms.find(room_id)
     if room is None or not may_preview(hs, room, user_nid):
         return None
     return {**room_summary(room), "children_state": children_state(room, suggested_only=suggested)}
@@ -20272,6 +20270,12 @@ class Pusher:
     def data(self) -> Json:
         """What the client wants its gateway to know, and the gateway's URL."""
         return cast(Json, self.body["data"])
+
+
+def tweaks_of(actions: list[Any]) -> Json:
+    """How a notification is to be made, by the actions of its rule."""
+    tweaks = (action for action in actions if isinstance(action, dict))
+    return {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
 
 
 def push_about(pusher: Pusher, tweaks: Json, badge: int) -> Json:
