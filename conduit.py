@@ -27549,7 +27549,7 @@ class Previews:
             return {}, None
         found = await self.hs.db.in_thread(read_html, answer.body, content_type)
         picture, media_nid = await self._picture(user_nid, url, found.pop("og:image", ""))
-        sizes = [f"og:image:{size}" for size in ("width", "height")]
+        sizes = ("og:image:width", "og:image:height")
         numbers = {
             name: int(found[name]) for name in sizes if PIXELS.fullmatch(found.get(name, ""))
         }
