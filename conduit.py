@@ -2024,7 +2024,7 @@ class Database:
         return contextlib.nullcontext() if self._blocks else self
 
     def change(self, sql: str, params: Sequence[Any] = ()) -> sqlite3.Cursor:
-        """Write by a single statement."""
+        """Write by a single statement, as a block of its own."""
         with self.written():
             return self.execute(sql, params)
 
@@ -7394,6 +7394,9 @@ class BodyStream:
 
 # ── 15.3  A request ──────────────────────────────────────────────────────────
 
+FORWARDING_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+LOOPBACK_HOST = re.compile(r"(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
+INTEGER = re.compile(r"-?[0-9]{1,16}")  # int() alone takes "1_0", " 1" and digits of all scripts
 parse_address = functools.lru_cache(1024)(ipaddress.ip_address)  # 2 µs each, for every request
 
 
@@ -7413,11 +7416,6 @@ def address_group(address: str) -> str:
 
 class ClientGone(ConnectionError):
     """The client hung up; there is nobody left to answer."""
-
-
-FORWARDING_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
-LOOPBACK_HOST = re.compile(r"(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
-INTEGER = re.compile(r"-?[0-9]{1,16}")  # int() alone takes "1_0", " 1" and digits of all scripts
 
 
 def give_up(waiting: asyncio.Future[Any] | None) -> None:
@@ -7537,6 +7535,21 @@ class Request:
 
 # ── 15.4  Answers ────────────────────────────────────────────────────────────
 
+SECRET_MEMBERS = frozenset(
+    {"access_token", "client_secret", "mac", "new_password", "password"}
+    | {"pin", "refresh_token", "secret", "token"}
+)
+SECRET_ARGUMENT = re.compile(r"(?:access_token|token|loginToken)=([^&]+)")
+CORS = (
+    "Access-Control-Allow-Origin: *\r\n"
+    "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, DELETE, OPTIONS\r\n"
+    "Access-Control-Allow-Headers: X-Requested-With, Content-Type, Authorization\r\n"
+)
+STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n" for s in HTTPStatus}
+NO_BODY = frozenset({204, 304})
+UNSAFE_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
+RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
+
 
 class FileBody(NamedTuple):
     """A file as the body of an answer: sent in blocks, or in part when a Range asks for that."""
@@ -7564,13 +7577,6 @@ def error_response(error: MatrixError) -> Response:
     return Response(error.status, encode_json(error.to_json()), headers)
 
 
-SECRET_MEMBERS = frozenset(
-    {"access_token", "client_secret", "mac", "new_password", "password"}
-    | {"pin", "refresh_token", "secret", "token"}
-)
-SECRET_ARGUMENT = re.compile(r"(?:access_token|token|loginToken)=([^&]+)")
-
-
 def secrets_in(value: Any) -> Iterator[str]:
     """Each text in a JSON body that stands under a secret name."""
     members = dict(enumerate(value)) if isinstance(value, list) else value
@@ -7595,17 +7601,6 @@ def failure_response(request: Request, error: Exception) -> Response:
         report = report.replace(secret, "***")
     log_http.error("%s %s failed\n%s", request.method, request.path, report)
     return error_response(MatrixError(500, "M_UNKNOWN", "Internal server error"))
-
-
-CORS = (
-    "Access-Control-Allow-Origin: *\r\n"
-    "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, DELETE, OPTIONS\r\n"
-    "Access-Control-Allow-Headers: X-Requested-With, Content-Type, Authorization\r\n"
-)
-STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n" for s in HTTPStatus}
-NO_BODY = frozenset({204, 304})
-UNSAFE_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
-RANGE = re.compile(r"bytes=([0-9]{0,15})-([0-9]{0,15})")
 
 
 @functools.lru_cache(2)
@@ -11679,7 +11674,8 @@ class AuthenticationNeeded(MatrixError):
         return self.body
 
 
-IDENTIFIERS: Final[dict[object, Callable[[Homeserver, Json], str | None]]] = {}  # to a user id
+# How each type of identifier leads to a user id.
+IDENTIFIERS: Final[dict[object, Callable[[Homeserver, Json], str | None]]] = {}
 
 
 def user_of_name(hs: Homeserver, identifier: Json) -> str | None:
@@ -11792,6 +11788,10 @@ async def user_interactive_auth(
 
 # ── 21.2  Registration ───────────────────────────────────────────────────────
 
+BY_SECRET = {
+    **{"nonce": str, "username": str, "password": str, "mac": str},
+    **{"admin?": bool, "user_type?": str, "displayname?": str},
+}
 DEVICE_FIELDS = {"device_id?": str, "initial_device_display_name?": str, "refresh_token?": bool}
 NEW_ACCOUNT = {
     **DEVICE_FIELDS,
@@ -11914,12 +11914,6 @@ async def registration_nonce(hs: Homeserver, _request: Request) -> Json:
     return {"nonce": hs.accounts.nonces.add(True)}
 
 
-BY_SECRET = {
-    **{"nonce": str, "username": str, "password": str, "mac": str},
-    **{"admin?": bool, "user_type?": str, "displayname?": str},
-}
-
-
 @route("POST", "/_synapse/admin/v1/register", auth=NONE, limit="register", body=BY_SECRET)
 async def register_by_shared_secret(hs: Homeserver, request: Request) -> Json:
     """Make an account for who knows registration_shared_secret, as Synapse's tools do.
@@ -11944,6 +11938,8 @@ async def register_by_shared_secret(hs: Homeserver, request: Request) -> Json:
 
 # ── 21.3  Login and refresh ──────────────────────────────────────────────────
 
+GET_TOKEN = "/_matrix/client/v1/login/get_token"  # noqa: S105  a path
+MSC3882_PATH = "/_matrix/client/unstable/org.matrix.msc3882/login/get_token"
 LOGIN = {
     **DEVICE_FIELDS,
     **{"type": str, "identifier?": dict, "user?": str, "password?": str, "token?": str},
@@ -12033,10 +12029,6 @@ async def login(hs: Homeserver, request: Request) -> Json:
     return hs.accounts.log_in(account.nid, request.address, request.json)
 
 
-GET_TOKEN = "/_matrix/client/v1/login/get_token"  # noqa: S105  a path
-MSC3882_PATH = "/_matrix/client/unstable/org.matrix.msc3882/login/get_token"
-
-
 @route("POST", GET_TOKEN, auth=USER, limit="login", body={"auth?": dict}, also=(MSC3882_PATH,))
 async def get_login_token(hs: Homeserver, request: Request) -> Json:
     """A token with which one other device can log in as the same user, after asking for consent."""
@@ -12109,6 +12101,7 @@ async def delete_devices(hs: Homeserver, request: Request, device_id: str | None
 
 # ── 21.5  The own account ────────────────────────────────────────────────────
 
+CAPABILITIES: Json = {}  # those that later chapters add, by name
 PASSWORD_CHANGE = {"new_password": str, "logout_devices?": bool, "auth?": dict}
 DEACTIVATION = {"auth?": dict, "id_server?": str, "erase?": bool}
 
@@ -12151,9 +12144,6 @@ async def who_am_i(_hs: Homeserver, request: Request) -> Json:
     user = request.user
     answer = {"user_id": user.user_id, "device_id": user.device_id, "is_guest": user.is_guest}
     return {key: value for key, value in answer.items() if value is not None}
-
-
-CAPABILITIES: Json = {}  # those that later chapters add, by name
 
 
 @route("GET", V3 + "/capabilities", auth=GUEST)
@@ -12317,6 +12307,7 @@ MAILS_WAITING = 50
 PLAIN_EMAIL = re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]{1,64}@[A-Za-z0-9.-]{1,190}", re.ASCII)
 CLIENT_SECRET = re.compile(r"[0-9a-zA-Z.=_-]{1,255}")
 VALIDATE_PATH = "/_conduit/email/validate"
+VALIDITY = "/_matrix/client/v1/register/m.login.registration_token/validity"
 
 log_mail = logging.getLogger("conduit.mail")
 
@@ -12792,9 +12783,6 @@ async def has_token(hs: Homeserver, request: Request, auth: Json, session: UiaSe
     if not is_fixed_token(hs, auth["token"]):  # whose uses nobody counts
         session.results[REGISTRATION_TOKEN] = auth["token"]
     return True
-
-
-VALIDITY = "/_matrix/client/v1/register/m.login.registration_token/validity"
 
 
 @route("GET", VALIDITY, auth=NONE, limit="register")
@@ -13910,7 +13898,7 @@ def list_query(request: Request) -> Json:
 
 @route("GET", V3 + "/publicRooms", auth=OPTIONAL, limit="search")
 async def get_public_rooms(hs: Homeserver, request: Request) -> Json:
-    """The published rooms, ours or, for users, another server's.  "Published room directory"."""
+    """Published rooms, ours or, for users, another's.  Spec: "Published room directory"."""
     server = request.arg("server") or hs.config.server_name
     if server == hs.config.server_name:
         request.int_arg("limit", 100, 1, MAX_LISTED)
@@ -14216,30 +14204,21 @@ def follows_thread(rooms: RoomReader, event: Event, user_id: str) -> bool | None
 CHILDREN_NEWEST = """
     SELECT nid
     FROM relations
-    WHERE room_nid = ?
-      AND parent_id = ?
-      AND rel_type = ?
+    WHERE room_nid = :room
+      AND parent_id = :parent
+      AND rel_type = :kind
+      AND (:by IS NULL OR sender_nid = :by)
     ORDER BY pos DESC
-    LIMIT ?
+    LIMIT :most
 """
 
 
-def children(hs: Homeserver, parent: Event, rel_type: str, limit: int) -> list[Event]:
-    """What relates to an event in one way, the newest first."""
-    key = (parent.room_nid, parent.event_id, rel_type, limit)
+def children(
+    hs: Homeserver, parent: tuple[RoomNid, str], kind: str, most: int, by: UserNid | None = None
+) -> list[Event]:
+    """What relates to an event (a room, an id) in one way, sent by all or one, the newest first."""
+    key = {"room": parent[0], "parent": parent[1], "kind": kind, "by": by, "most": most}
     return hs.rooms.events_by_nids(hs.db.column(CHILDREN_NEWEST, key))
-
-
-OWN_ANNOTATIONS = """
-    SELECT nid
-    FROM relations
-    WHERE room_nid = ?
-      AND parent_id = ?
-      AND rel_type = 'm.annotation'
-      AND sender_nid = ?
-    ORDER BY pos DESC
-    LIMIT ?
-"""
 
 
 def refuse_second_annotation(
@@ -14253,8 +14232,7 @@ def refuse_second_annotation(
     if kind != "m.annotation":
         return
     key = content["m.relates_to"].get("key")
-    nids = hs.db.column(OWN_ANNOTATIONS, (room.nid, parent_id, user_nid, MAX_COUNTED))
-    for event in hs.rooms.events_by_nids(nids):
+    for event in children(hs, (room.nid, parent_id), kind, MAX_COUNTED, user_nid):
         if event.type == event_type and event.content["m.relates_to"].get("key") == key:
             raise MatrixError(400, "M_DUPLICATE_ANNOTATION", "You reacted with this already")
 
@@ -14274,44 +14252,12 @@ def latest_edit(hs: Homeserver, event: Event, may_see: EventTest = is_accepted) 
         return None
     valid = (
         edit
-        for edit in children(hs, event, REPLACE, MAX_EDITS)
+        for edit in children(hs, (event.room_nid, event.event_id), REPLACE, MAX_EDITS)
         if (edit.sender, edit.type, edit.is_state) == (event.sender, event.type, False)
         and (edit.type == "m.room.encrypted" or isinstance(edit.content.get("m.new_content"), dict))
         and may_see(edit)
     )
     return max(valid, key=lambda edit: (edit.origin_server_ts, edit.event_id), default=None)
-
-
-def related_to(
-    hs: Homeserver, room: Room, events: Sequence[Event], wanted: EventFilter
-) -> list[Event]:
-    """The events that something of the types, sent by one of the users, of a filter relates to.
-
-    Spec: CS-API "Filtering", `related_by_rel_types` and `related_by_senders`.
-    """
-    rel_types, senders = wanted.related_types, wanted.related_senders
-    nids = None if senders is None else [hs.db.find_user_nid(sender) for sender in senders]
-    rows = hs.db.all(
-        """
-        SELECT value
-        FROM json_each(:parents)
-        WHERE EXISTS (
-            SELECT 1
-            FROM relations
-            WHERE room_nid = :room
-              AND parent_id = json_each.value
-              AND (:types IS NULL OR rel_type IN (SELECT value FROM json_each(:types)))
-              AND (:senders IS NULL OR sender_nid IN (SELECT value FROM json_each(:senders))))
-        """,
-        {
-            "room": room.nid,
-            "parents": json.dumps([event.event_id for event in events]),
-            "types": None if rel_types is None else json.dumps(rel_types),
-            "senders": None if nids is None else json.dumps(nids),
-        },
-    )
-    found = {row[0] for row in rows}
-    return [event for event in events if event.event_id in found]
 
 
 # ── 25.3  Aggregations ───────────────────────────────────────────────────────
@@ -14333,7 +14279,7 @@ def sum_up_edits(reader: Reader, event: Event) -> Json | None:
 
 def sum_up_references(reader: Reader, event: Event) -> Json | None:
     """The ids of what refers to it.  Spec: "Server-side aggregation of `m.reference`"."""
-    found = children(reader.hs, event, REFERENCE, MAX_REFERENCES)
+    found = children(reader.hs, (event.room_nid, event.event_id), REFERENCE, MAX_REFERENCES)
     chunk = [{"event_id": one.event_id} for one in reversed(found) if reader.viewer.may_see(one)]
     return {"chunk": chunk} if chunk else None
 
@@ -14364,7 +14310,8 @@ def sum_up_thread(reader: Reader, event: Event) -> Json | None:
     newest = hs.rooms.event_at(viewer.room, at)
     is_there = newest is not None and newest.pos == at  # or old history was deleted
     if newest is None or not (is_there and viewer.is_joined and viewer.may_see(newest)):
-        seen = [*filter(viewer.may_see, children(hs, event, THREAD, MAX_COUNTED))]
+        replies = children(hs, (event.room_nid, event.event_id), THREAD, MAX_COUNTED)
+        seen = [*filter(viewer.may_see, replies)]
         if not seen:
             return None
         newest, count = seen[0], len(seen)
@@ -14381,6 +14328,7 @@ AGGREGATIONS: Final[dict[str, Callable[[Reader, Event], Json | None]]] = {
     REFERENCE: sum_up_references,
     THREAD: sum_up_thread,
 }
+AGGREGATED: Final = json.dumps([*AGGREGATIONS])
 
 
 def aggregations(hs: Homeserver, user: Requester, events: Sequence[Event]) -> dict[EventNid, Json]:
@@ -14405,7 +14353,7 @@ def aggregations(hs: Homeserver, user: Requester, events: Sequence[Event]) -> di
         """,
         {
             "parents": json.dumps({key: event.room_nid for key, event in parents.items()}),
-            "kinds": json.dumps([*AGGREGATIONS]),
+            "kinds": AGGREGATED,
         },
     )
     found: dict[EventNid, Json] = {}
@@ -14447,9 +14395,13 @@ KEPT_DELAYED_MS = 7 * 24 * 3600 * 1000  # how long it is told what became of the
 KEPT_DELAYED = 1000  # and of how many of one user
 DELAYED_AT_ONCE = 50  # overdue ones sent before others get their turn
 DELAYED_RETRY_MS = 10_000  # when the disk did not take one
+MSC4140: Final = "/_matrix/client/unstable/org.matrix.msc4140"
+DELAYED_PATH: Final = MSC4140 + "/delayed_events"
+DELAYED_EVENT: Final = {"delay_ms?": int, "delay?": int, "state_key?": str, "content": dict}
 DELAY = "org.matrix.msc4140.delay"
-LIMITS: Final = {"max_delay_ms": MAX_DELAY_MS, "max_scheduled": MAX_SCHEDULED}
-CAPABILITIES["org.matrix.msc4140.delayed_events"] = LIMITS
+CAPABILITIES["org.matrix.msc4140.delayed_events"] = {
+    **{"max_delay_ms": MAX_DELAY_MS, "max_scheduled": MAX_SCHEDULED}
+}
 
 schema("""
 CREATE TABLE delayed_events (
@@ -14692,11 +14644,6 @@ class DelayedEvents:
                 self._finish(delayed)
 
 
-MSC4140: Final = "/_matrix/client/unstable/org.matrix.msc4140"
-DELAYED_PATH: Final = MSC4140 + "/delayed_events"
-DELAYED_EVENT: Final = {"delay_ms?": int, "delay?": int, "state_key?": str, "content": dict}
-
-
 def schedule_once(
     hs: Homeserver,
     request: Request,
@@ -14791,6 +14738,8 @@ MAX_PAGE = 1000  # events in one answer of /messages
 MAX_FILLS = 5  # times that events are fetched from other servers for one page
 VALIDITY_SECONDS = 10.0  # to ask whether a key of an identity server is still good
 MAX_SCAN = 5000  # events looked at for one page; the token leads on behind them
+PURGE_SECONDS = 10.0  # that the others get to hear of the last departure
+FAREWELLS = 10  # seconds at most that a room which is deleted still waits for others to hear of it
 DEFAULT_PAGE = 10
 MAX_WILDCARDS = 100  # in one list of a filter
 ROOM_PATH = "/_matrix/client/v3/rooms/{room_id}"
@@ -14900,6 +14849,38 @@ def page_filter(request: Request) -> EventFilter:
     if request.arg("limit") is not None:
         definition["limit"] = request.int_arg("limit", DEFAULT_PAGE, 0, MAX_PAGE)
     return EventFilter(definition)
+
+
+def related_to(
+    hs: Homeserver, room: Room, events: Sequence[Event], wanted: EventFilter
+) -> list[Event]:
+    """The events that something of the types, sent by one of the users, of a filter relates to.
+
+    Spec: CS-API "Filtering", `related_by_rel_types` and `related_by_senders`.
+    """
+    rel_types, senders = wanted.related_types, wanted.related_senders
+    nids = None if senders is None else [hs.db.find_user_nid(sender) for sender in senders]
+    rows = hs.db.all(
+        """
+        SELECT value
+        FROM json_each(:parents)
+        WHERE EXISTS (
+            SELECT 1
+            FROM relations
+            WHERE room_nid = :room
+              AND parent_id = json_each.value
+              AND (:types IS NULL OR rel_type IN (SELECT value FROM json_each(:types)))
+              AND (:senders IS NULL OR sender_nid IN (SELECT value FROM json_each(:senders))))
+        """,
+        {
+            "room": room.nid,
+            "parents": json.dumps([event.event_id for event in events]),
+            "types": None if rel_types is None else json.dumps(rel_types),
+            "senders": None if nids is None else json.dumps(nids),
+        },
+    )
+    found = {row[0] for row in rows}
+    return [event for event in events if event.event_id in found]
 
 
 # ── 27.2  Who may look into a room ───────────────────────────────────────────
@@ -15389,10 +15370,6 @@ async def post_action(hs: Homeserver, request: Request, room_id: str) -> Json:
     content = with_reason({**content, "membership": after}, request.json.get("reason"))
     hs.rooms.send(room, request.user.user_id, MEMBER, content, state_key=target)
     return {}
-
-
-PURGE_SECONDS = 10.0  # that the others get to hear of the last departure
-FAREWELLS = 10  # seconds at most that a room which is deleted still waits for others to hear of it
 
 
 def remembered(hs: Homeserver, room: Room) -> bool:
@@ -15940,7 +15917,7 @@ def send_once(
 
 
 def massaged_time(request: Request) -> int | None:
-    """When an application service says that an event was sent.  AS-API "Timestamp massaging"."""
+    """When an application service says an event was sent.  Spec: AS-API "Timestamp massaging"."""
     if request.user.appservice is None or request.arg("ts") is None:
         return None
     timestamp = request.int_arg("ts", 0, 0, 2**60)
@@ -18010,12 +17987,6 @@ def only_value(conditions: list[Json], key: str) -> str | None:
     return None
 
 
-def tweaks_of(actions: list[Any]) -> Json:
-    """How a notification is to be made, by the actions of its rule."""
-    tweaks = (action for action in actions if isinstance(action, dict))
-    return {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
-
-
 class PushRule:
     """One rule, ready to be asked; by `only_type` and `only_room` most events are ruled out."""
 
@@ -18025,8 +17996,9 @@ class PushRule:
         self.conditions = [prepare_condition(condition) for condition in conditions]
         self.actions: list[Any] = rule["actions"]
         self.notify = NOTIFY in self.actions
-        tweaks = tweaks_of(self.actions)
-        self.highlight = tweaks.get("highlight", False) is not False
+        tweaks = (action for action in self.actions if isinstance(action, dict))
+        marks = (tweak for tweak in tweaks if tweak["set_tweak"] == "highlight")
+        self.highlight = any(mark.get("value") is not False for mark in marks)
         self.only_type = only_value(conditions, "type")
         self.only_room = only_value(conditions, "room_id")
 
@@ -19467,13 +19439,13 @@ async def space_room(
 
     The servers that may know it are asked if nobody of ours is in it; for an admin, none is.
     """
-    room = hs.rooms.find(room_id)
-    if user_nid != ALL_SEEING and not is_lived_in(room):
+    if user_nid != ALL_SEEING and not is_lived_in(hs.rooms.find(room_id)):
         found = await remote_room(hs, user_nid, room_id, servers)
         if found is not None:
             below = (c for c in found["children_state"] if is_room_id(c["state_key"]))
             wanted = [c for c in below if not suggested or c["content"].get("suggested") is True]
             return {**found, "children_state": wanted}
+    room = hs.rooms.find(room_id)
     if room is None or not may_preview(hs, room, user_nid):
         return None
     return {**room_summary(room), "children_state": children_state(room, suggested_only=suggested)}
@@ -19565,6 +19537,8 @@ async def get_mutual_rooms(hs: Homeserver, request: Request) -> Json:
 # Of rooms and users, whatever is reported is accepted, whether it exists or not: an
 # answer must not tell (MSC4277), and things on other servers can be reported too.
 
+REPORT_ROOM = V3 + "/rooms/{room_id}/report"
+REASON_NEEDED: Final[Json] = {"reason": str}
 MAX_REPORTS = 10_000  # kept, the newest
 MAX_REASON = 1_000  # characters
 REPORTED: Final = {"event_id": "the event", "room_id": "the room", "user_id": "the user"}
@@ -19622,10 +19596,6 @@ class Reports:
     def dismiss(self, nid: int) -> None:
         """Forget a report."""
         self.db.change("DELETE FROM reports WHERE report_nid = ?", (nid,))
-
-
-REPORT_ROOM = V3 + "/rooms/{room_id}/report"
-REASON_NEEDED: Final[Json] = {"reason": str}
 
 
 @route("POST", REPORT_ROOM + "/{event_id}", auth=USER, limit="report", body=REASON, partial=True)
@@ -20334,6 +20304,12 @@ class Pusher:
     def data(self) -> Json:
         """What the client wants its gateway to know, and the gateway's URL."""
         return cast(Json, self.body["data"])
+
+
+def tweaks_of(actions: list[Any]) -> Json:
+    """How a notification is to be made, by the actions of its rule."""
+    tweaks = (action for action in actions if isinstance(action, dict))
+    return {tweak["set_tweak"]: tweak.get("value", True) for tweak in tweaks}
 
 
 def push_about(pusher: Pusher, tweaks: Json, badge: int) -> Json:
@@ -27785,7 +27761,7 @@ class Previews:
             return {}, None
         found = await self.hs.db.in_thread(read_html, answer.body, content_type)
         picture, media_nid = await self._picture(user_nid, url, found.pop("og:image", ""))
-        sizes = [f"og:image:{size}" for size in ("width", "height")]
+        sizes = ("og:image:width", "og:image:height")
         numbers = {
             name: int(found[name]) for name in sizes if PIXELS.fullmatch(found.get(name, ""))
         }
@@ -28957,6 +28933,8 @@ Arguments = dict[str, str]  # by the names in the usage; an option without value
 CommandFunction = Callable[["Homeserver", Arguments], Awaitable[Reply]]
 COMMANDS: Final[dict[str, tuple[str, CommandFunction]]] = {}  # name → usage, function
 CODE_BLOCK = re.compile(r"\s*```(?:[^\n`]*\n)?(.*?)\n?```\s*", re.DOTALL)
+# What follows "!admin", "@conduit:server.name" and the display name before the command.
+ADDRESS_ENDS: Final = {"!": {"", " "}, "@": {"", " ", ":"}, "c": {":"}}
 PHONE_MARKS = re.compile(r"(?<!\S)—(?=\w)|(?<!\S)[“„]|[“”](?!\S)")  # of two hyphens, and of quotes
 
 
@@ -29076,10 +29054,6 @@ async def run_order(hs: Homeserver, order: str, addressed: bool) -> Reply | None
         return reply_text(f"{name}: {error}.\nUsage: {usage}", failed=True)
     except MatrixError as error:
         return reply_text(f"{name}: {error.error}", failed=True)
-
-
-# What follows "!admin", "@conduit:server.name" and the display name before the command.
-ADDRESS_ENDS: Final = {"!": {"", " "}, "@": {"", " ", ":"}, "c": {":"}}
 
 
 def addressed_line(hs: Homeserver, event: Event) -> tuple[str, bool] | None:
@@ -30432,6 +30406,12 @@ def changeable(hs: Homeserver, user_id: str) -> Account:
 
 # ── 49.2  Users ──────────────────────────────────────────────────────────────
 
+RESET = {"new_password": str, "logout_devices?": bool}
+USER_CHANGES = {
+    **{"password?": str, "logout_devices?": bool, "displayname?": str, "avatar_url?": str},
+    **{"admin?": bool, "deactivated?": bool, "locked?": bool, "suspended?": bool},
+    "threepids?": [{"medium": str, "address": str}],
+}
 USER_ROWS = """
     SELECT user_id, is_guest, is_admin, deactivated, erased > 0, locked, suspended, created_ts,
         (SELECT value FROM profiles WHERE profiles.user_nid = accounts.user_nid
@@ -30496,13 +30476,6 @@ async def admin_get_user(hs: Homeserver, _request: Request, user_id: str) -> Jso
     }
 
 
-USER_CHANGES = {
-    **{"password?": str, "logout_devices?": bool, "displayname?": str, "avatar_url?": str},
-    **{"admin?": bool, "deactivated?": bool, "locked?": bool, "suspended?": bool},
-    "threepids?": [{"medium": str, "address": str}],
-}
-
-
 async def change_user(hs: Homeserver, user_id: str, nid: UserNid, changes: Json) -> None:
     """Do what the body of PUT /v2/users says, deactivation last."""
     for name in ("displayname", "avatar_url"):
@@ -30552,9 +30525,6 @@ async def admin_deactivate(hs: Homeserver, request: Request, user_id: str) -> Js
     account = changeable(hs, user_id)
     await hs.accounts.deactivate(account.nid, erase=request.json.get("erase", False))
     return {"id_server_unbind_result": "success"}
-
-
-RESET = {"new_password": str, "logout_devices?": bool}
 
 
 @admin_route("POST", "/v1/reset_password/{user_id}", body=RESET)
@@ -31031,6 +31001,13 @@ async def admin_make_room_admin(hs: Homeserver, request: Request, room: str) -> 
 
 # ── 49.6  Blocking and deleting rooms ────────────────────────────────────────
 
+DELETION = {
+    **{"new_room_user_id?": str, "room_name?": str, "message?": str},
+    **{"block?": bool, "purge?": bool, "force_purge?": bool},
+}
+PURGE = {"delete_local_events?": bool, "purge_up_to_event_id?": str, "purge_up_to_ts?": int}
+PURGE_PATH = "/v1/purge_history/{room_id}"
+
 
 @dataclass
 class AdminJob:
@@ -31090,12 +31067,6 @@ async def admin_block(hs: Homeserver, request: Request, room_id: str) -> Json:
     else:
         unblock_room(hs, room_id)
     return {"block": request.json["block"]}
-
-
-DELETION = {
-    **{"new_room_user_id?": str, "room_name?": str, "message?": str},
-    **{"block?": bool, "purge?": bool, "force_purge?": bool},
-}
 
 
 def successor(hs: Homeserver, body: Json) -> Room | None:
@@ -31196,10 +31167,6 @@ async def admin_tasks(hs: Homeserver, request: Request) -> Json:
         and task["timestamp_ms"] <= before
     ]
     return {"scheduled_tasks": tasks}
-
-
-PURGE = {"delete_local_events?": bool, "purge_up_to_event_id?": str, "purge_up_to_ts?": int}
-PURGE_PATH = "/v1/purge_history/{room_id}"
 
 
 def purge_limit(hs: Homeserver, room: Room, body: Json, event_id: str | None) -> int:
@@ -31310,6 +31277,14 @@ async def admin_redact_all(hs: Homeserver, request: Request, user_id: str) -> Js
 
 # ── 49.7  Media and pushers ──────────────────────────────────────────────────
 
+MEDIA_STATISTICS = """
+    SELECT user_id, COUNT(*), IFNULL(SUM(size), 0),
+        (SELECT value FROM profiles WHERE profiles.user_nid = media.user_nid
+            AND field = 'displayname')
+    FROM media
+    JOIN users USING (user_nid)
+    GROUP BY user_nid
+"""
 USER_MEDIA = "/v1/users/{user_id}/media"
 ONE_MEDIA = "{server}/{media_id}"
 ROOM_MEDIA_BATCH = 1000  # events of a room read at a time
@@ -31499,16 +31474,6 @@ async def admin_quarantine(hs: Homeserver, request: Request, server: str, media_
     return {}
 
 
-MEDIA_STATISTICS = """
-    SELECT user_id, COUNT(*), IFNULL(SUM(size), 0),
-        (SELECT value FROM profiles WHERE profiles.user_nid = media.user_nid
-            AND field = 'displayname')
-    FROM media
-    JOIN users USING (user_nid)
-    GROUP BY user_nid
-"""
-
-
 @admin_route("GET", "/v1/statistics/users/media")
 async def admin_media_statistics(hs: Homeserver, request: Request) -> Json:
     """How much each user has uploaded, most first, page by page."""
@@ -31686,15 +31651,14 @@ async def admin_dismiss_report(hs: Homeserver, _request: Request, report_id: str
 
 # ── 49.10  The server ────────────────────────────────────────────────────────
 
+NOTICE = {"user_id": str, "content": dict, "type?": str, "state_key?": str}
+NOTICE_PATH = "/v1/send_server_notice"
+
 
 @route("GET", ADMIN_API + "/v1/server_version", auth=NONE)
 async def admin_version(_hs: Homeserver, _request: Request) -> Json:
     """What runs here; tools ask for it before they have a token."""
     return {"server_version": f"conduit.py {VERSION}"}
-
-
-NOTICE = {"user_id": str, "content": dict, "type?": str, "state_key?": str}
-NOTICE_PATH = "/v1/send_server_notice"
 
 
 @admin_route("POST", NOTICE_PATH, body=NOTICE)
@@ -32169,6 +32133,15 @@ def terms_form(hs: Homeserver) -> str:
     return f'{terms_list(hs)}<form method="post">{ACCEPT_FIELD}<button>Accept</button></form>'
 
 
+MAIL_FORMS = {
+    "register": ("Confirm your address", "Somebody registers with the address <b>{address}</b>."),
+    "3pid": ("Confirm your address", "Somebody adds <b>{address}</b> to their account."),
+    "password": (
+        "New password",
+        "Somebody wants a new password for <b>{user}</b>. Confirm this only if you have asked for"
+        " it yourself just now: whoever asked can then choose the password.",
+    ),
+}
 INVITED_FORM = """<p>Who runs this server gives out tokens, with which one can register.</p>
 <form method="post"><label for="token">Registration token</label>
 <input id="token" name="token" autocomplete="off" autocapitalize="none" required autofocus>
@@ -32242,17 +32215,6 @@ async def register_page(hs: Homeserver, request: Request) -> Response:
     return form_page(hs, "Create account", body, REGISTER_SCRIPT)
 
 
-MAIL_FORMS = {
-    "register": ("Confirm your address", "Somebody registers with the address <b>{address}</b>."),
-    "3pid": ("Confirm your address", "Somebody adds <b>{address}</b> to their account."),
-    "password": (
-        "New password",
-        "Somebody wants a new password for <b>{user}</b>. Confirm this only if you have asked for"
-        " it yourself just now: whoever asked can then choose the password.",
-    ),
-}
-
-
 @route("GET", VALIDATE_PATH, auth=NONE, limit="login")
 @route("POST", VALIDATE_PATH, auth=NONE, limit="login")
 async def validation_page(hs: Homeserver, request: Request) -> Response:
@@ -32301,7 +32263,11 @@ FLAME_SECONDS = 30.0
 MAX_STACKS = 20_000
 FLAME_FILE = "flame.folded"
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-
+COUNTS: Final = {
+    "users": "SELECT COUNT(*) FROM accounts WHERE deactivated = 0 AND is_guest = 0",
+    "rooms": "SELECT COUNT(*) FROM rooms",
+    "events": "SELECT MAX(nid) FROM events",
+}
 log_tracing = logging.getLogger("conduit.tracing")
 
 # ── 51.1  Metrics ────────────────────────────────────────────────────────────
@@ -32368,13 +32334,6 @@ def cache_metrics(hs: Homeserver) -> Iterator[str]:
     for name, text, value in figures:
         samples = [Sample(value(cache), labels) for labels, cache in caches]
         yield metric(f"conduit_cache_{name}", "gauge", text, samples)
-
-
-COUNTS: Final = {
-    "users": "SELECT COUNT(*) FROM accounts WHERE deactivated = 0 AND is_guest = 0",
-    "rooms": "SELECT COUNT(*) FROM rooms",
-    "events": "SELECT MAX(nid) FROM events",
-}
 
 
 async def metrics_text(hs: Homeserver) -> str:
