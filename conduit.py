@@ -1218,10 +1218,10 @@ def masked_config(config: Any, prefix: str = "global") -> str:
 
 MAX_CANONICAL_INT = 2**53 - 1  # what a double holds exactly; the limit for canonical JSON
 MAX_CANONICAL_DIGITS = 17  # of such an integer, with its sign
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-_encode_sorted = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), allow_nan=False, sort_keys=True
-).encode
+COMPACT: Final[Json] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+COMPACT["check_circular"] = False  # nothing that was JSON refers to itself
+_encode = json.JSONEncoder(**COMPACT).encode
+_encode_sorted = json.JSONEncoder(**COMPACT, sort_keys=True).encode
 
 
 RAW_MARK = secrets.token_hex(16)  # which nobody who sends us JSON can know
@@ -1415,7 +1415,9 @@ def b64decode(text: object) -> bytes:
     """
     if not isinstance(text, str) or not BASE64_TEXT.fullmatch(text):
         raise invalid_param("Not valid base64")
-    bare = text.rstrip("=").translate(TO_STANDARD_ALPHABET)
+    bare = text.rstrip("=")
+    if "-" in bare or "_" in bare:
+        bare = bare.translate(TO_STANDARD_ALPHABET)
     try:
         return binascii.a2b_base64(bare + "=" * (-len(bare) % 4))
     except binascii.Error as error:
