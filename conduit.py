@@ -1232,10 +1232,10 @@ def masked_config(config: Any, prefix: str = "global") -> str:
 
 MAX_CANONICAL_INT = 2**53 - 1  # what a double holds exactly; the limit for canonical JSON
 MAX_CANONICAL_DIGITS = 17  # of such an integer, with its sign
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-_encode_sorted = json.JSONEncoder(
-    ensure_ascii=False, separators=(",", ":"), allow_nan=False, sort_keys=True
-).encode
+COMPACT: Final[Json] = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False}
+COMPACT["check_circular"] = False  # nothing that was JSON refers to itself
+_encode = json.JSONEncoder(**COMPACT).encode
+_encode_sorted = json.JSONEncoder(**COMPACT, sort_keys=True).encode
 
 
 RAW_MARK = secrets.token_hex(16)  # which nobody who sends us JSON can know
@@ -1429,7 +1429,9 @@ def b64decode(text: object) -> bytes:
     """
     if not isinstance(text, str) or not BASE64_TEXT.fullmatch(text):
         raise invalid_param("Not valid base64")
-    bare = text.rstrip("=").translate(TO_STANDARD_ALPHABET)
+    bare = text.rstrip("=")
+    if "-" in bare or "_" in bare:
+        bare = bare.translate(TO_STANDARD_ALPHABET)
     try:
         return binascii.a2b_base64(bare + "=" * (-len(bare) % 4))
     except binascii.Error as error:
@@ -2943,11 +2945,16 @@ def event_id_from(version: RoomVersion, covered: bytes) -> str:
     return "$" + (b64url_encode(digest) if version.url_safe_event_ids else b64encode(digest))
 
 
+def event_id_of(version: RoomVersion, pdu: Json) -> str:
+    """The id that an event has if its format is good."""
+    if version.explicit_event_ids:
+        return str(pdu.get("event_id"))
+    return event_id_from(version, reference_bytes(version, pdu))
+
+
 def make_event(version: RoomVersion, pdu: Json, event_id: str | None = None) -> Event:
     """The event of a PDU that check_format has passed; whoever knows its id saves computing it."""
-    if event_id is None and version.explicit_event_ids:
-        event_id = pdu["event_id"]
-    return Event(version, pdu, event_id or event_id_from(version, reference_bytes(version, pdu)))
+    return Event(version, pdu, event_id or event_id_of(version, pdu))
 
 
 def event_reference(event: Event) -> Any:
@@ -2984,14 +2991,13 @@ def verify_event_signatures(event: Event, find_key: FindKey) -> None:
     Spec: SS-API "Validating hashes and signatures": unknown and expired keys are skipped, all
     others must verify, and at least one must be left.
     """
-    covered = reference_bytes(event.version, event.pdu)
     for server in required_signers(event):
         found = False
         for key_id, signature in signatures_by(event.pdu, server).items():
             public = find_key(server, key_id) if key_id.startswith("ed25519:") else None
             if public is None:
                 continue
-            if not verify_signature(public, signature, covered):
+            if not verify_signature(public, signature, reference_bytes(event.version, event.pdu)):
                 raise forbidden(f"The signature of {server} with {key_id} is wrong")
             found = True
         if not found:
@@ -4711,6 +4717,7 @@ AUTH_CHAIN = """
     SELECT event_id
     FROM chain
     JOIN events USING (nid)
+    ORDER BY nid
 """
 
 
@@ -5184,18 +5191,23 @@ class RoomResolver(RoomReader):
         Raises MissingEvents for those that are not stored.
         """
         wanted = set(event_ids)
-        rows = self.database.all(
+        rows = self.stored(room, wanted)
+        if len(rows) < len(wanted):
+            raise MissingEvents(wanted - {row[0] for row in rows})
+        return self._group_with(room, {key: nid for _, nid, key in rows if key is not None})
+
+    def stored(
+        self, room: Room, event_ids: Iterable[str]
+    ) -> list[tuple[str, EventNid, StateNid | None]]:
+        """Those of the events that are stored, with what they may set of the room's state."""
+        return self.database.all(
             """
             SELECT event_id, nid, CASE WHEN rejected IS NULL AND room_nid = ? THEN state_nid END
             FROM json_each(?)
             JOIN events ON event_id = value
             """,
-            (room.nid, json.dumps(list(wanted))),
+            (room.nid, json.dumps(list(event_ids))),
         )
-        if len(rows) < len(wanted):
-            raise MissingEvents(wanted - {row[0] for row in rows})
-        state = {StateNid(key): EventNid(nid) for _, nid, key in rows if key is not None}
-        return self._group_with(room, state)
 
     def _group_with(self, room: Room, state: dict[StateNid, EventNid]) -> int:
         """The group of a state of a room, put down as what it says otherwise than the room's."""
@@ -5814,6 +5826,12 @@ def in_order(edges: Mapping[str, Iterable[str]]) -> list[str]:
     return [*placed]
 
 
+def stands_on(event: Event) -> list[str]:
+    """What an event is judged by: from version 12 on also a create event that it does not name."""
+    is_unnamed = event.version.room_id_is_hash and event.type != CREATE
+    return [*event.auth_events, "$" + event.room_id[1:]] if is_unnamed else event.auth_events
+
+
 class RoomReceiver(RoomWriter):
     """Lets in events of other servers, whose format, hashes and signatures have been checked."""
 
@@ -5873,18 +5891,18 @@ class RoomReceiver(RoomWriter):
         where that is known.
         """
         given = self._of_room(room, events)
-        edges = {key: event.auth_events for key, event in given.items()}
+        edges = {key: stands_on(event) for key, event in given.items()}
         with self.database.write():
             known = self.events_by_ids({*given, *itertools.chain(*edges.values())})
             here, rows = {event.event_id: event for event in known}, list[Any]()
-            # A create event goes first: from version 12 on, it is not named by what stands on it.
-            order = sorted(in_order(edges), key=lambda event_id: given[event_id].type != CREATE)
+            order = in_order(edges)
             for event_id in order:
-                event, auth = given[event_id], [here[key] for key in edges[event_id] if key in here]
+                event = given[event_id]
                 if event.room_id != room.room_id:
                     raise bad_json("The event is of another room")
-                if event_id in here or len(auth) < len(edges[event_id]):
+                if event_id in here or not all(key in here for key in edges[event_id]):
                     continue
+                auth = [here[key] for key in event.auth_events]
                 event.rejected = self._refusal(room, event, auth)
                 event.nid, event.room_nid = EventNid(self.stream.advance()), room.nid
                 here[event_id] = event
@@ -6366,134 +6384,122 @@ class RoomVisitor(RoomReceiver):
         return newest
 
 
-# What is wrong with each of some events, None for those that are right.
-EventsCheck = Callable[[Sequence[Event]], Awaitable[Sequence[MatrixError | None]]]
-
-
 class RoomImport:
-    """A room as the answer to a join brings it: add() its events as they come, then finish().
+    """A room as the answer to a join brings it: take() its events as they come, then finish().
 
-    The events wait in a file without a name, and only how they hang together is in memory: they
-    come in any order, and each can be judged only after its auth events.
+    What can be judged is stored at once. The rest waits in a file without a name, and only how it
+    hangs together is in memory: events come in any order, and each can be judged only after its
+    auth events, and when the keys are known with which it is signed.
     """
 
-    def __init__(self, rooms: RoomVisitor, version_id: str, room_id: str) -> None:
-        self.rooms = rooms
-        self.version = ROOM_VERSIONS[version_id]
-        self.room_id = room_id
+    def __init__(self, rooms: RoomVisitor, version: RoomVersion, room_id: str) -> None:
         folder = rooms.database.folder
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  open until finish()
-        self._places: dict[str, tuple[int, int]] = {}
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  open until close()
+        self.rooms, self.room = rooms, rooms.room_for(room_id, version)
+        rooms.importing[self.room.nid] += 1  # so that it does not count as empty
+        self._places: dict[str, tuple[int, int]] = {}  # of the events that wait,
         self._edges: dict[str, tuple[str, ...]] = {}
-        self._state: list[str] = []
-
-    def add(self, event: Event, raw: bytes, *, is_state: bool) -> None:
-        """Take a checked event, which `raw` encodes, of the state or of its auth chain."""
-        if event.room_id != self.room_id:
-            raise bad_json("The event is of another room")
-        if is_state:
-            self._state.append(event.event_id)
-        if event.event_id in self._edges:
-            return
-        self._places[event.event_id] = (self._file.tell(), len(raw))
-        self._file.write(raw)
-        is_create_unnamed = self.version.room_id_is_hash and event.type != CREATE
-        auth = event.auth_events + ["$" + self.room_id[1:]] * is_create_unnamed
-        self._edges[event.event_id] = tuple(map(sys.intern, auth))
+        self._checked = set[str]()  # of which these have good signatures,
+        self._told = set[str]()  # and these are said to be of the state
+        self._state = dict[StateKey, EventNid]()
+        self._memberships = dict[EventNid, str]()
+        self._lost = rooms.database.lost
 
     def close(self) -> None:
-        """Let go of the file; finish() does it too."""
+        """Let go of the file, and of the room."""
         self._file.close()
+        self.rooms.importing[self.room.nid] -= 1
 
-    def _read(self, event_ids: list[str]) -> tuple[dict[str, bytes], list[Event]]:
-        """Events as they are encoded, and as they are."""
-        found = {}
-        for event_id in event_ids:
-            start, length = self._places[event_id]
-            found[event_id] = os.pread(self._file.fileno(), length, start)
-        events = [make_event(self.version, json.loads(raw), key) for key, raw in found.items()]
-        return found, events
+    async def check(self, events: Sequence[Event]) -> Sequence[MatrixError | None]:
+        """What is wrong with the signatures of each event; here they come checked."""
+        return [None] * len(events)
 
-    async def finish(
-        self, join: Event, check: EventsCheck | None = None, servers: Collection[str] | None = None
-    ) -> Room:
-        """Judge and store all, then enter the room with the join; other work goes on meanwhile.
+    async def take(
+        self, encoded: Mapping[Event, bytes], told: Container[str] = frozenset()
+    ) -> list[Event]:
+        """Take in events, with their canonical JSON; `told` has the ids of those of the state.
 
-        `check` says of a batch of events what is wrong with each, if they come unchecked: such ones
-        are left out. 403 M_FORBIDDEN or 400 M_BAD_JSON when that does not make a room; the rest of
-        it is taken away by maintenance. With `servers` members are missing, as for `enter`.
+        The result are those that have to wait.
         """
-        room = self.rooms.room_for(self.room_id, self.version)
-        async with self._importing(room):
-            state, memberships = await self._store(room, check)
-            if room.local_joined:  # one more of us enters by way of another server
-                join = self.rooms.receive(room, join, [self.rooms.nids_of(self._state)])
-                if join.rejected or join.soft_failed:
-                    raise forbidden(join.rejected or "The room does not let you in now")
-            else:
-                await self._enter(room, join, state, memberships, servers)
-        return room
+        if any(event.room_id != self.room.room_id for event in encoded):
+            raise bad_json("The event is of another room")
+        self._told |= {event.event_id for event in encoded if event.event_id in told}
+        new = {event.event_id: event for event in encoded if event.event_id not in self._edges}
+        left = await self._judge([*new.values()], {key: encoded[one] for key, one in new.items()})
+        for event in left:
+            self._places[event.event_id] = (self._file.tell(), len(encoded[event]))
+            self._file.write(encoded[event])
+            self._edges[event.event_id] = tuple(map(sys.intern, stands_on(event)))
+        return left
 
-    async def complete(self, room: Room, check: EventsCheck) -> None:
-        """Judge and store all, and add it to the room, if it still lacks members."""
-        async with self._importing(room):
-            state, memberships = await self._store(room, check)
-            if room.is_partial:
-                whole = self.rooms.whole_state(room, state)
-                await self.rooms.make_whole(room, whole, memberships)
-
-    @contextlib.asynccontextmanager
-    async def _importing(self, room: Room) -> AsyncIterator[None]:
-        """Meanwhile the room counts as not empty; the file is let go of at the end."""
-        self.rooms.importing[room.nid] += 1
-        try:
-            yield
-        finally:
-            self.rooms.importing[room.nid] -= 1
-            self.close()
-
-    async def _store(
-        self, room: Room, check: EventsCheck | None
-    ) -> tuple[dict[StateKey, EventNid], dict[EventNid, str]]:
-        """Store the good events; those of the state, and what its member events say.
+    async def _judge(self, events: Sequence[Event], encoded: Mapping[str, bytes]) -> list[Event]:
+        """Store those that are right and stand on what is stored; the others.
 
         429 when the room is deleted meanwhile.
         """
-        rooms, told, lost = self.rooms, set(self._state), self.rooms.database.lost
-        state, memberships = dict[StateKey, EventNid](), dict[EventNid, str]()
-        order = await rooms.database.in_thread(in_order, self._edges)
+        rooms, room, here = self.rooms, self.room, set[str]()
+        new = [event for event in events if event.event_id not in self._checked]
+        pairs = zip(new, await self.check(new), strict=True)
+        self._checked |= {event.event_id for event, problem in pairs if problem is None}
+        good = [event for event in events if event.event_id in self._checked]
+        if room.nid in rooms.purging or rooms.heard_of(room.room_id) is not room:
+            raise limit_exceeded(10_000, "The room is being deleted")
+        for event in rooms.outliers(room, good, encoded) if good else ():
+            here.add(event.event_id)
+            is_told = event.event_id in self._told and event.room_nid == room.nid
+            if is_told and event.is_state and not event.rejected:
+                self._state[event.key] = event.nid
+                if event.membership:
+                    self._memberships[event.nid] = event.membership
+            self._places.pop(event.event_id, None)
+            self._edges.pop(event.event_id, None)
+        self._checked -= here
+        self._told -= here
+        await asyncio.sleep(0)
+        rooms.database.check_kept(self._lost)  # or the room would have events that are not there
+        return [event for event in events if event.event_id not in here]
+
+    async def judge_rest(self) -> None:
+        """Store what had to wait, as far as it is good."""
+        order = await self.rooms.database.in_thread(in_order, self._edges)
         self._file.flush()
         for start in range(0, len(order), IMPORT_BATCH):
-            encoded, batch = self._read(order[start : start + IMPORT_BATCH])
-            here = rooms.nids_of(encoded)  # which were checked when they came
-            new = [event for event in batch if event.event_id not in here]
-            problems = await check(new) if check else [None] * len(new)
-            bad = {event.event_id for event, wrong in zip(new, problems, strict=True) if wrong}
-            good = [event for event in batch if event.event_id not in bad]
-            if room.nid in rooms.purging or rooms.heard_of(self.room_id) is not room:
-                raise limit_exceeded(10_000, "The room is being deleted")
-            for event in rooms.outliers(room, good, encoded):
-                is_told = event.event_id in told and event.room_nid == room.nid
-                if is_told and event.is_state and not event.rejected:
-                    state[event.key] = event.nid
-                    if event.membership:
-                        memberships[event.nid] = event.membership
-            await asyncio.sleep(0)
-            rooms.database.check_kept(lost)  # or the room would have events that are not there
-        return state, memberships
+            found = {}
+            for event_id in order[start : start + IMPORT_BATCH]:
+                place, length = self._places[event_id]
+                found[event_id] = os.pread(self._file.fileno(), length, place)
+            version, raws = self.room.version, found.items()
+            await self._judge([make_event(version, json.loads(raw), i) for i, raw in raws], found)
 
-    async def _enter(
-        self,
-        room: Room,
-        join: Event,
-        state: StateChanges,
-        memberships: Memberships,
-        servers: Collection[str] | None,
-    ) -> None:
+    async def finish(self, join: Event, servers: Collection[str] | None = None) -> Room:
+        """Judge and store the rest, then enter the room; other work goes on meanwhile.
+
+        403 M_FORBIDDEN or 400 M_BAD_JSON when what came does not make a room; it is taken away by
+        maintenance. With `servers` members are missing, as for `enter`.
+        """
+        await self.judge_rest()
+        if self.room.local_joined:  # one more of us enters by way of another server
+            state = self.rooms.ids_of(self._state.values())
+            join = self.rooms.receive(self.room, join, [state])
+            if join.rejected or join.soft_failed:
+                raise forbidden(join.rejected or "The room does not let you in now")
+        else:
+            await self._enter(self.room, join, servers)
+        return self.room
+
+    async def complete(self) -> None:
+        """Judge and store the rest, and add all of it to the room, if it still lacks members."""
+        await self.judge_rest()
+        if self.room.is_partial:
+            whole = self.rooms.whole_state(self.room, self._state)
+            await self.rooms.make_whole(self.room, whole, self._memberships)
+
+    async def _enter(self, room: Room, join: Event, servers: Collection[str] | None) -> None:
         """Enter a room new to us: a large one at first without its members, or all would wait.
 
         What the join stands on goes with it in any case.
         """
+        state, memberships = self._state, self._memberships
         if servers is not None:
             auth = self.rooms.events_by_ids(join.auth_events)
             good = (event for event in auth if event.membership and not event.rejected)
@@ -6507,8 +6513,7 @@ class RoomImport:
             joined = (key for key, nid in state.items() if memberships.get(nid) == "join")
             there = {server_of(user_id) for _, user_id in joined} - {self.rooms.server_name}
             self.rooms.enter(room, join, first, memberships, there)
-            state = self.rooms.whole_state(room, state)
-            await self.rooms.make_whole(room, state, memberships)
+            await self.rooms.make_whole(room, self.rooms.whole_state(room, state), memberships)
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -9307,8 +9312,8 @@ def as_unreachable(place: str) -> Iterator[None]:
         reason = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
         raise unreachable(f"{place} is out of reach: {reason or 'it hung up'}") from error
     except MatrixError as error:
-        if error.errcode in ("M_UNREACHABLE", "M_TOO_LARGE"):
-            raise
+        if error.status >= 429 or error.errcode == "M_TOO_LARGE":
+            raise  # it says so already, or the fault is not the other's
         raise unreachable(f"{place} gives a malformed answer: {error.error}") from error
 
 
@@ -10285,7 +10290,9 @@ async def verify_events(hs: Homeserver, events: Sequence[Event]) -> list[MatrixE
     return await verify_by_known(hs, events)
 
 
-def read_pdu(version: RoomVersion, pdu: Any, *, is_old: bool = False) -> Event | MatrixError:
+def read_pdu(
+    version: RoomVersion, pdu: Any, event_id: str | None = None, *, is_old: bool = False
+) -> Event | MatrixError:
     """For a thread: the event in a PDU, redacted if its content is not what its sender hashed.
 
     Spec: SS-API "Checks performed on receipt of a PDU", checks 1 and 3.  What others say besides,
@@ -10294,7 +10301,8 @@ def read_pdu(version: RoomVersion, pdu: Any, *, is_old: bool = False) -> Event |
     try:
         hashed = check_format(version, pdu, is_old=is_old)
         is_whole = content_hash_ok(pdu, hashed)
-        return make_event(version, without_unsigned(pdu) if is_whole else redact(version, pdu))
+        kept = without_unsigned(pdu) if is_whole else redact(version, pdu)
+        return make_event(version, kept, event_id)
     except MatrixError as error:
         return error
 
@@ -10306,12 +10314,10 @@ def read_pdus(
     return [read_pdu(version, pdu, is_old=is_old) for pdu in pdus]
 
 
-def read_encoded(
-    version: RoomVersion, pdus: Sequence[Any]
-) -> list[tuple[Event | MatrixError, bytes]]:
-    """The same, with the canonical JSON of each event."""
-    read = read_pdus(version, pdus)
-    return [(one, canonical_json(one.pdu) if isinstance(one, Event) else b"") for one in read]
+def read_encoded(version: RoomVersion, pdus: Mapping[str, Any]) -> dict[Event, bytes]:
+    """The good ones of PDUs by their ids, with the canonical JSON of each event."""
+    read = (read_pdu(version, pdu, event_id) for event_id, pdu in pdus.items())
+    return {one: canonical_json(one.pdu) for one in read if isinstance(one, Event)}
 
 
 async def check_pdus(
@@ -16418,7 +16424,7 @@ LEAVE_SERVERS = 3  # the same for who wants out
 PATIENT_TRIES = 2  # of them that did not answer a moment ago, but may be back
 JOIN_SECONDS = 900.0  # for the whole of a room's state to come
 JOIN_BYTES = 2**30
-SIGNER_SECONDS = 60.0  # for the keys of all servers that signed it
+SIGNER_SECONDS, FIRST_SIGNER_SECONDS = 60.0, 3.0  # for the keys of all servers that signed it
 HANDSHAKE_SECONDS = 30.0
 WHOLE_SECONDS = 60.0  # that a request waits for the members of a room
 REFILL_SECONDS, MAX_REFILL_SECONDS = 5.0, 600.0  # before servers are asked for them again
@@ -16735,56 +16741,78 @@ class Handshakes:
             return {name: value async for name, value in answer.members()}
 
 
-class StateIntake:
-    """Puts the events of a state aside as they come; what it needs to know is noted on the way."""
+def named_pdus(
+    version: RoomVersion, batch: Iterable[tuple[bool, Any]]
+) -> tuple[dict[str, Json], dict[str, bool]]:
+    """For a thread: what may be PDUs by their ids, and whether each is said to be of the state."""
+    pdus, told = dict[str, Json](), dict[str, bool]()
+    for is_state, pdu in batch:
+        with contextlib.suppress(MatrixError, AttributeError):  # it may be anything
+            event_id = event_id_of(version, pdu)
+            pdus.setdefault(event_id, pdu)
+            told[event_id] = is_state or told.get(event_id, False)
+    return pdus, told
 
-    def __init__(self, hs: Homeserver, version: RoomVersion, arriving: RoomImport) -> None:
+
+class StateIntake(RoomImport):
+    """Takes in a state and its auth chain, as another server tells them."""
+
+    def __init__(self, hs: Homeserver, version: RoomVersion, room_id: str) -> None:
+        super().__init__(hs.rooms, version, room_id)
         self.hs = hs
-        self.version = version
-        self.arriving = arriving
-        self.creates = set[str]()
-        self.unknown = set[tuple[str, str]]()  # keys that are needed, with their servers
+        self._creates = set[str]()
+        self._unknown = set[tuple[str, str]]()  # keys that are needed, with their servers
 
-    async def take(self, batch: Sequence[tuple[bool, Any]]) -> None:
-        """Events as they came, each with whether it is of the state or of what that stands on."""
-        pdus = [pdu for _, pdu in batch]
-        read = await self.hs.db.in_thread(read_encoded, self.version, pdus)
-        events = list[Event]()
-        for (is_state, _), (event, raw) in zip(batch, read, strict=True):
-            if isinstance(event, MatrixError):
+    async def check(self, events: Sequence[Event]) -> Sequence[MatrixError | None]:
+        """Whether they are signed with keys that we know."""
+        return await verify_by_known(self.hs, events)
+
+    async def read(self, answer: JsonStream, name: str) -> Json:
+        """Take in the list of that name, and the auth chain; fetch the keys of their servers.
+
+        What else counts in the answer is returned.
+        """
+        rest, batch = cast(Json, {}), list[tuple[bool, Any]]()
+        async for member, value in answer.members(name, "auth_chain"):
+            if member not in {name, "auth_chain"}:
+                rest |= {member: value} if member in JOIN_MEMBERS else {}
                 continue
+            batch.append((member == name, value))
+            if len(batch) == PDU_BATCH:
+                await self._read(batch)
+                batch = []
+        await self._read(batch)
+        if len(self._creates) != 1:
+            raise bad_json(f"A room with {len(self._creates)} create events")
+        await self._fetch_keys(SIGNER_SECONDS)
+        return rest
+
+    async def _read(self, batch: Sequence[tuple[bool, Any]]) -> None:
+        """Events as they came, each with whether it is of the state; known ones are not read."""
+        version = self.room.version
+        pdus, told = await self.hs.db.in_thread(named_pdus, version, batch)
+        rows, name = self.rooms.stored(self.room, told), self.rooms.groups.names.name
+        self._state |= {name(key): nid for one, nid, key in rows if key is not None and told[one]}
+        here = {row[0] for row in rows}
+        created = self.rooms.events_by_ids(key for key in here if pdus[key].get("type") == CREATE)
+        new = {event_id: pdu for event_id, pdu in pdus.items() if event_id not in here}
+        read = await self.hs.db.in_thread(read_encoded, version, new)
+        for event in (*read, *created):
             if event.type == CREATE:
-                self.creates.add(event.event_id)
-                if event.content.get("room_version", "1") != self.version.id:
+                self._creates.add(event.event_id)
+                if event.content.get("room_version", "1") != version.id:
                     raise bad_json("The room is of another version than was said")
-            self.arriving.add(event, raw, is_state=is_state)
-            events.append(event)
-        self.unknown |= unknown_keys(events, self.hs.server_keys)
+        left = await self.take(read, {event_id for event_id in new if told[event_id]})
+        is_first = not self._unknown
+        self._unknown |= unknown_keys(left, self.hs.server_keys)
+        if is_first and self._unknown:  # on what comes first all else stands, and would wait too
+            await self._fetch_keys(FIRST_SIGNER_SECONDS)
+            await self.judge_rest()
 
-
-async def take_state(
-    hs: Homeserver, answer: JsonStream, name: str, version: RoomVersion, arriving: RoomImport
-) -> Json:
-    """Take in a state, the list of that name, and its auth chain; fetch the keys of its servers.
-
-    What else counts in the answer is returned.
-    """
-    intake, rest = StateIntake(hs, version, arriving), cast(Json, {})
-    batch: list[tuple[bool, Any]] = []
-    async for member, value in answer.members(name, "auth_chain"):
-        if member not in {name, "auth_chain"}:
-            rest |= {member: value} if member in JOIN_MEMBERS else {}
-            continue
-        batch.append((member == name, value))
-        if len(batch) == PDU_BATCH:
-            await intake.take(batch)
-            batch = []
-    await intake.take(batch)
-    if len(intake.creates) != 1:
-        raise bad_json(f"A room with {len(intake.creates)} create events")
-    with contextlib.suppress(asyncio.TimeoutError):
-        await asyncio.wait_for(hs.server_keys.fetch_named(intake.unknown), SIGNER_SECONDS)
-    return rest
+    async def _fetch_keys(self, seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            wanted = self.hs.server_keys.fetch_named(self._unknown)
+            await asyncio.wait_for(wanted, seconds)
 
 
 def told_servers(hs: Homeserver, answer: Json, server: str) -> list[str]:
@@ -16885,7 +16913,7 @@ class LateMembers:
         path = f"{FEDERATION_API}/state/{quote(room.room_id, '')}"
         options: Json = {"timeout": JOIN_SECONDS, "max_bytes": JOIN_BYTES}
         options["query"] = {"event_id": join_id}
-        arriving = RoomImport(self.hs.rooms, room.version.id, room.room_id)
+        arriving = StateIntake(self.hs, room.version, room.room_id)
         try:
             async with self.hs.federation.stream(server, "GET", path, **options) as response:
                 if response.status != 200:
@@ -16893,9 +16921,8 @@ class LateMembers:
                     response.body = await response.read()
                     raise peer_error(server, response)
                 with as_unreachable(server):
-                    answer = JsonStream(response)
-                    await take_state(self.hs, answer, "pdus", room.version, arriving)
-            await arriving.complete(room, functools.partial(verify_by_known, self.hs))
+                    await arriving.read(JsonStream(response), "pdus")
+            await arriving.complete()
             await self.hs.db.synced()  # or it is not whole after all
         finally:
             arriving.close()
@@ -16950,7 +16977,7 @@ class Joining(Handshakes):
     async def _join_through(self, room_id: str, user_id: str, content: Json, server: str) -> None:
         """Join by way of one server: its template, our event, and its answer with the state."""
         event = await self._make(server, room_id, user_id, content)
-        arriving = RoomImport(self.hs.rooms, event.version.id, room_id)
+        arriving = StateIntake(self.hs, event.version, room_id)
         try:
             rest = await self._receive_state(server, event, arriving)
             voucher = event.content.get("join_authorised_via_users_server")
@@ -16958,8 +16985,7 @@ class Joining(Handshakes):
                 event = await add_signature(self.hs, event, server_of(voucher), rest.get("event"))
             is_late = rest.get("members_omitted") is True
             there = told_servers(self.hs, rest, server) if is_late else None
-            check = functools.partial(verify_by_known, self.hs)
-            await arriving.finish(event, check, there)
+            await arriving.finish(event, there)
         finally:
             arriving.close()
             room = self.hs.rooms.heard_of(room_id)
@@ -16975,7 +17001,7 @@ class Joining(Handshakes):
         invite = None if member is None else self.hs.rooms.event_by_nid(member.event_nid)
         return invite is None or invite.content.get("is_direct") is not True
 
-    async def _receive_state(self, server: str, event: Event, arriving: RoomImport) -> Json:
+    async def _receive_state(self, server: str, event: Event, arriving: StateIntake) -> Json:
         """Send our join, take the state of the room as it comes, and fetch the keys for it.
 
         What else counts in the answer is returned.
@@ -16984,7 +17010,7 @@ class Joining(Handshakes):
         query = {"omit_members": "true"} if self._may_be_large(event) else {}
         options: Json = {"timeout": JOIN_SECONDS, "max_bytes": JOIN_BYTES, "query": query}
         async with self._put(server, "send_join", event, bodies, **options) as answer:
-            rest = await take_state(self.hs, answer, "state", event.version, arriving)
+            rest = await arriving.read(answer, "state")
         if rest.get("members_omitted") is True and not query:
             raise unreachable(f"{server}: Not all of the state is there")
         return rest
@@ -17523,7 +17549,7 @@ async def pdu_blocks(hs: Homeserver, nids: Sequence[EventNid]) -> AsyncIterator[
 
 
 async def join_answer(hs: Homeserver, room: Room, event: Event, request: Request) -> Response:
-    """The state before a join with what it stands on, sent as it is read.
+    """The state before a join, after what it stands on, so that who reads it can judge it at once.
 
     Spec: `PUT /send_join`.  With omit_members only what shows the room, and who is to be asked.
     """
@@ -17537,15 +17563,15 @@ async def join_answer(hs: Homeserver, room: Room, event: Event, request: Request
     await hs.db.synced()
     given = json.dumps([*nids, event.nid])
     rows = await hs.db.read_in_thread(lambda db: db.execute(CHAIN_BELOW, (given,)).fetchall())
-    unsent = {row[0] for row in rows} - set(nids if more["members_omitted"] else ())
+    chain = {row[0] for row in rows} | {room.state[CREATE_KEY]}
 
     async def blocks() -> AsyncIterator[bytes]:
         is_first = request.segments[2] == "v1"
-        yield (b"[200," if is_first else b"") + encode_json(more)[:-1] + b',"state":['
-        async for block in pdu_blocks(hs, nids):
+        yield (b"[200," if is_first else b"") + encode_json(more)[:-1] + b',"auth_chain":['
+        async for block in pdu_blocks(hs, sorted(chain)):
             yield block
-        yield b'],"auth_chain":['
-        async for block in pdu_blocks(hs, sorted(unsent)):
+        yield b'],"state":['
+        async for block in pdu_blocks(hs, sorted(nids)):
             yield block
         yield b"]}]" if is_first else b"]}"
 
@@ -24066,7 +24092,7 @@ async def serve_event_by_time(hs: Homeserver, request: Request, room_id: str) ->
 def with_create(room: Room, chain: list[str]) -> list[str]:
     """An auth chain with the create event, which nothing names where the room has its id."""
     created = "$" + room.room_id[1:]
-    return chain + [created] * (room.version.room_id_is_hash and created not in chain)
+    return [created] * (room.version.room_id_is_hash and created not in chain) + chain
 
 
 async def state_and_chain(hs: Homeserver, request: Request, room_id: str) -> list[list[str]]:
@@ -24078,7 +24104,7 @@ async def state_and_chain(hs: Homeserver, request: Request, room_id: str) -> lis
     event = served_event(hs, room, required_arg(request, "event_id"))
     if event.state_group is None:
         raise not_found("The state at this event is not known here")
-    nids = json.dumps(list(hs.rooms.nids_before(event).values()))
+    nids = json.dumps(sorted(hs.rooms.nids_before(event).values()))
     await hs.db.synced()
 
     def read(connection: sqlite3.Connection) -> list[list[str]]:
@@ -24110,7 +24136,7 @@ async def events_as_json(hs: Homeserver, **lists: list[str]) -> AsyncIterator[by
 async def serve_state(hs: Homeserver, request: Request, room_id: str) -> Response:
     """The state before an event, with its auth chain.  Spec: SS-API "Retrieving events"."""
     state, chain = await state_and_chain(hs, request, room_id)
-    return Response(body=events_as_json(hs, pdus=state, auth_chain=chain))
+    return Response(body=events_as_json(hs, auth_chain=chain, pdus=state))
 
 
 @route("GET", FEDERATION_API + "/state_ids/{room_id}", auth=FEDERATION)

@@ -4505,12 +4505,11 @@ async def enter_room(
     chain: Iterable[conduit.Event] = (),
 ) -> conduit.Room:
     """Enter a room by a join with some events as the state before it."""
-    arriving = conduit.RoomImport(rooms, join.version.id, join.room_id)
-    for event in chain:
-        arriving.add(event, conduit.canonical_json(event.pdu), is_state=False)
-    for event in events:
-        arriving.add(event, conduit.canonical_json(event.pdu), is_state=True)
-    return await arriving.finish(join)
+    with contextlib.closing(conduit.RoomImport(rooms, join.version, join.room_id)) as arriving:
+        await arriving.take({event: conduit.canonical_json(event.pdu) for event in chain})
+        state = {event: conduit.canonical_json(event.pdu) for event in events}
+        await arriving.take(state, {event.event_id for event in state})
+        return await arriving.finish(join)
 
 
 def again(event: conduit.Event) -> conduit.Event:
@@ -5153,9 +5152,9 @@ def test_sec_02_evil_answers_to_a_join_make_no_room() -> None:
         join = far.member(ME)
         state = list(far.state.values())[:-1]
         second = far.put("m.room.create", {"room_version": "11", "x": 1}, "", prev=[])
-        arriving = conduit.RoomImport(rooms, "11", far.room_id)
+        arriving = conduit.RoomImport(rooms, far.version, far.room_id)
         with pytest.raises(conduit.MatrixError, match="another room"):
-            arriving.add(FarRoom("12").events[0], b"{}", is_state=True)
+            await arriving.take({FarRoom("12").events[0]: b"{}"})
         arriving.close()
         for evil in (state[1:], state[:1], [], other.events[:2]):
             with pytest.raises(conduit.MatrixError, match="M_FORBIDDEN"):
@@ -5164,6 +5163,26 @@ def test_sec_02_evil_answers_to_a_join_make_no_room() -> None:
         room = await enter_room(rooms, map(again, [*state, second]), again(join))
         assert cast(Any, rooms.event(second.event_id)).rejected
         assert ids_of(rooms, room.state)["m.room.create", ""] == far.events[0].event_id
+
+    with_rooms(story)
+
+
+@pytest.mark.parametrize("version", ["1", "11", "12"])
+def test_the_state_of_a_room_comes_in_any_order(version: str) -> None:
+    """An event waits for those that it stands on, and is judged after them."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom(version)
+        state, join = list(far.state.values()), far.member(ME)
+        arriving = conduit.RoomImport(rooms, far.version, far.room_id)
+        for event in reversed(state):
+            raw = conduit.canonical_json(event.pdu)
+            left = await arriving.take({again(event): raw}, {event.event_id})
+            assert bool(left) is (event is not state[0])
+        room = await arriving.finish(again(join))
+        arriving.close()
+        expected = {key: event.event_id for key, event in far.state.items()}
+        assert ids_of(rooms, room.state) == expected
 
     with_rooms(story)
 
@@ -14311,6 +14330,35 @@ def test_sec_06_paths_that_differ_from_bodies(pair: tuple[Server, Server], peer:
     )
 
 
+@pytest.mark.parametrize("version", ["11", "12"])
+def test_what_our_answers_tell_of_a_state_can_be_judged_as_it_is_read(
+    pair: tuple[Server, Server], peer: Peer, version: str
+) -> None:
+    """Each event comes after those that it stands on, the create event first."""
+    server, user = pair[0], f"@eve:{peer.name}"
+    alice, bob = register(server), register(server)
+    room_id = alice.create_room(preset="public_chat", room_version=version)
+    ok(bob.post(f"join/{room_id}", {}))
+    named = {"membership": "join", "displayname": "Bob"}  # stands on what is not of the state
+    bob.set_state(room_id, "m.room.member", named, bob.user_id)
+    place = f"{quote(room_id)}/{quote(user)}?ver={version}"
+    made = ok(peer.ask(server, "GET", f"{FEDERATION}/v1/make_join/{place}"))
+    fields = {**made["event"], "origin_server_ts": conduit.now_ms()}
+    rules = conduit.ROOM_VERSIONS[version]
+    event = conduit.finish_event(rules, fields, peer.name, peer.key)
+    place = f"{quote(room_id, '')}/{quote(event.event_id)}?omit_members=true"
+    answers = [peer.ask(server, "PUT", f"{FEDERATION}/v2/send_join/{place}", event.pdu)]
+    place = f"{quote(room_id)}?event_id={quote(event.event_id)}"
+    answers.append(peer.ask(server, "GET", f"{FEDERATION}/v1/state/{place}"))
+    for answer in map(ok, answers):
+        seen = set[str]()
+        for pdu in (one for value in answer.values() if isinstance(value, list) for one in value):
+            if isinstance(pdu, dict):
+                entry = conduit.make_event(rules, pdu)
+                assert seen.issuperset(conduit.stands_on(entry))
+                seen.add(entry.event_id)
+
+
 def test_sec_43_odd_invites(pair: tuple[Server, Server], peer: Peer) -> None:
     """Stripped state of the wrong shape is left out, and sync goes on to work."""
     alice = register(pair[0])
@@ -14747,6 +14795,7 @@ def test_members_are_fetched_after_a_crash_and_from_whom_has_them(
     alice, room = register(server), LateRoom(peer, 250)
     ok(join_via(alice, room.room_id, peer))
     alice.send_text(room.room_id, "before")
+    eventually(lambda: room.asked_for)
     server.kill9()
     room.refusals = [500]
     server.start()
@@ -14764,6 +14813,22 @@ def test_members_are_fetched_after_a_crash_and_from_whom_has_them(
     server.stop()
     server.assert_clean_log()
     server.check()
+
+
+def test_the_members_of_a_large_room_come_in_any_order(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    """Before what they stand on, before the keys of their server are known, or twice."""
+    room = large_room(peer, 250, 0)
+
+    def backwards(made: Json) -> Json:
+        return {"state": made["state"][::-1], "auth_chain": made["state"]}
+
+    room.serve(answer=backwards)
+    alice = register(pair[0])
+    ok(join_via(alice, room.room_id, peer))
+    assert len(ok(alice.get(("rooms", room.room_id, "joined_members")))["joined"]) == 251
+    pair[0].check()
 
 
 def test_a_room_can_be_left_before_its_members_are_known(
