@@ -9312,7 +9312,7 @@ def as_unreachable(place: str) -> Iterator[None]:
         reason = getattr(error, "verify_message", None) or getattr(error, "strerror", None)
         raise unreachable(f"{place} is out of reach: {reason or 'it hung up'}") from error
     except MatrixError as error:
-        if error.status >= 429 or error.errcode == "M_TOO_LARGE":
+        if error.status in {429, 500, 502, 504, 507} or error.errcode == "M_TOO_LARGE":
             raise  # it says so already, or the fault is not the other's
         raise unreachable(f"{place} gives a malformed answer: {error.error}") from error
 

@@ -24880,7 +24880,7 @@ def test_sec_38_unbounded_upload(new_server: Callable[..., Server], announced: b
     assert alice.download(alice.upload(bytes(1_000_000))).content == bytes(1_000_000)
 
 
-@pytest.mark.parametrize("sent", [50_000, 3_000_000])
+@pytest.mark.parametrize("sent", [1_000_000, 3_000_000])
 def test_a_client_that_goes_away_leaves_nothing(server: Server, alice: Client, sent: int) -> None:
     head = (
         f"POST {UPLOAD} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {alice.token}\r\n"
