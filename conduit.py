@@ -5832,6 +5832,11 @@ def stands_on(event: Event) -> list[str]:
     return [*event.auth_events, "$" + event.room_id[1:]] if is_unnamed else event.auth_events
 
 
+def not_whole() -> MatrixError:
+    """504 for what has to wait for the members of a room."""
+    return MatrixError(504, "M_UNKNOWN", "The members of this room are not known yet")
+
+
 class RoomReceiver(RoomWriter):
     """Lets in events of other servers, whose format, hashes and signatures have been checked."""
 
@@ -5849,11 +5854,14 @@ class RoomReceiver(RoomWriter):
         `soft_failed` and `pos` set. `states` are the states, as event ids, after those of its
         prev_events that we do not have; a gap stays there in the timeline. `soft_failed` is the
         verdict of check 7. Raises MissingEvents, having stored nothing, when auth events, the
-        events of `states`, or without `states` prev events must be fetched first.
+        events of `states`, or without `states` prev events must be fetched first; 504 while not all
+        members of the room are known.
         """
         event, is_settled = self._known(room, event)
         if is_settled:
             return event
+        if room.is_partial:  # Trap: that it is not may have been undone meanwhile
+            raise not_whole()
         if self._floor(room, [event.event_id]) is not None:
             filled = self.backfill(room, [event], {event.event_id: states})
             if not filled:
@@ -16883,7 +16891,7 @@ class LateMembers:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(known.wait(), WHOLE_SECONDS)
         if room.is_partial:
-            raise MatrixError(504, "M_UNKNOWN", "The members of this room are not known yet")
+            raise not_whole()
 
     async def _fill(self, room: Room, first: str) -> None:
         """Ask some servers, the next ones later, and so on until all members are known."""

@@ -15154,6 +15154,24 @@ def test_one_of_us_leaves_before_the_members_are_known_and_one_stays(
     server.check()
 
 
+def test_no_event_is_judged_before_the_members_are_known(
+    pair: tuple[Server, Server], peer: Peer
+) -> None:
+    """Not even if they seemed to be known when it was begun with, and that was undone."""
+    alice, room = register(pair[0]), LateRoom(peer, 3)
+    ok(join_via(alice, room.room_id, peer))
+    room.events.append(conduit.make_event(room.version, room.given[0]))
+    text = room.put("m.room.message", {"body": "early"}, None, sender=room.users[0])
+
+    def story(hs: conduit.Homeserver) -> None:
+        with pytest.raises(conduit.MatrixError, match="not known yet"):
+            hs.rooms.receive(hs.rooms.get(room.room_id), text)
+        assert hs.rooms.event(text.event_id) is None
+
+    inside(pair[0], story)
+    room.gate.set()
+
+
 def test_who_is_deactivated_leaves_before_the_members_are_known(
     pair: tuple[Server, Server], peer: Peer
 ) -> None:
