@@ -6415,9 +6415,10 @@ class RoomImport:
         self._lost = rooms.database.lost
 
     def close(self) -> None:
-        """Let go of the file, and of the room."""
-        self._file.close()
+        """Let go of the room, and of the file."""
         self.rooms.importing[self.room.nid] -= 1
+        with contextlib.suppress(OSError):  # it could not be written
+            self._file.close()
 
     async def check(self, events: Sequence[Event]) -> Sequence[MatrixError | None]:
         """What is wrong with the signatures of each event; here they come checked."""
@@ -6435,10 +6436,14 @@ class RoomImport:
         self._told |= {event.event_id for event in encoded if event.event_id in told}
         new = {event.event_id: event for event in encoded if event.event_id not in self._edges}
         left = await self._judge([*new.values()], {key: encoded[one] for key, one in new.items()})
-        for event in left:
-            self._places[event.event_id] = (self._file.tell(), len(encoded[event]))
-            self._file.write(encoded[event])
-            self._edges[event.event_id] = tuple(map(sys.intern, stands_on(event)))
+        try:
+            for event in left:
+                self._places[event.event_id] = (self._file.tell(), len(encoded[event]))
+                self._file.write(encoded[event])
+                self._edges[event.event_id] = tuple(map(sys.intern, stands_on(event)))
+            self._file.flush()
+        except OSError as error:
+            raise storage_error(error) from error
         return left
 
     async def _judge(self, events: Sequence[Event], encoded: Mapping[str, bytes]) -> list[Event]:
@@ -6471,7 +6476,6 @@ class RoomImport:
     async def judge_rest(self) -> None:
         """Store what had to wait, as far as it is good."""
         order = await self.rooms.database.in_thread(in_order, self._edges)
-        self._file.flush()
         for start in range(0, len(order), IMPORT_BATCH):
             found = {}
             for event_id in order[start : start + IMPORT_BATCH]:
@@ -6722,9 +6726,8 @@ class RoomKeeper(RoomVisitor):
         return self.database.execute(sql, (room.nid, PURGE_BATCH)).rowcount
 
     def _purge_events(self, room: Room, query: str) -> int:
-        bounds = {"after": 0, "before": MAX_POSITION, "size": PURGE_BATCH}
-        nids = self.database.column(query, {"room": room.nid, **bounds})
-        return self._delete_events(room, nids)
+        bounds = {"room": room.nid, "after": 0, "before": MAX_POSITION, "size": PURGE_BATCH}
+        return self._delete_events(room, self.database.column(query, bounds))
 
     def _purge_groups(self, room: Room) -> int:
         """Newest first: no group goes before those that differ from it."""
@@ -6837,17 +6840,18 @@ class RoomKeeper(RoomVisitor):
             else:
                 await self.drop_empty(room)
 
-    async def drop_empty(self, room: Room) -> None:
+    async def drop_empty(self, room: Room | None) -> None:
         """Delete what is left of a room that we did not get into, or that a restart came upon.
 
         One that had no timeline yet, but that somebody is invited to, is kept, and so is one that
         we have left; but what no more than the failed tries brought goes. Trap: an event that came
         altered is kept as if redacted; what it says, the next server would tell in vain.
         """
+        if room is None or room.local_joined or self.importing[room.nid]:
+            return
         query = "SELECT 1 FROM memberships WHERE room_nid = ? AND forgotten = 0 LIMIT 1"
         awaited = not room.last_pos and self.database.one(query, (room.nid,)) is not None
-        if not room.local_joined and not self.importing[room.nid]:
-            await self.purge_room(room, is_empty=room.group is None and not awaited)
+        await self.purge_room(room, is_empty=room.group is None and not awaited)
 
     async def _purge_outside(self, room: Room) -> None:
         scan = functools.partial(events_not_needed, room.nid, self.stream.position)
@@ -16996,13 +17000,7 @@ class Joining(Handshakes):
             finally:
                 self.entering.discard(room_id)
                 self.hs.background(self.hs.inbox.take_early(room_id))
-                await self._drop_tries(room_id)
-
-    async def _drop_tries(self, room_id: str) -> None:
-        """What servers told counts no more if we did not get in by it."""
-        room = self.hs.rooms.heard_of(room_id)
-        if room is not None:
-            await self.hs.rooms.drop_empty(room)
+                await self.hs.rooms.drop_empty(self.hs.rooms.heard_of(room_id))
 
     def _join_own(self, room: Room, user_id: str, content: Json) -> bool:
         """Join a room that we came into while waiting; False if others have to decide."""
@@ -17018,7 +17016,7 @@ class Joining(Handshakes):
     async def _join_through(self, room_id: str, user_id: str, content: Json, server: str) -> None:
         """Join by way of one server: its template, our event, and its answer with the state."""
         event = await self._make(server, room_id, user_id, content)
-        await self._drop_tries(room_id)
+        await self.hs.rooms.drop_empty(self.hs.rooms.heard_of(room_id))
         arriving = StateIntake(self.hs, event.version, room_id)
         try:
             rest = await self._receive_state(server, event, arriving)
