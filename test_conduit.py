@@ -5193,15 +5193,15 @@ def test_a_full_disk_while_the_state_of_a_room_waits() -> None:
     async def story(rooms: conduit.Rooms) -> None:
         far = FarRoom()
         arriving = conduit.RoomImport(rooms, far.version, far.room_id)
-        with open("/dev/full", "r+b") as full:
-            arriving._file = cast("Any", full)
-            with pytest.raises(conduit.MatrixError) as caught:
-                await arriving.take({again(far.events[-1]): b"{}"})
-            assert caught.value.status == 507
-            arriving.close()
-            assert not rooms.importing[arriving.room.nid] and full.closed
+        arriving._file = cast("Any", full)
+        with pytest.raises(conduit.MatrixError) as caught:
+            await arriving.take({again(far.events[-1]): b"{}"})
+        assert caught.value.status == 507
+        arriving.close()
+        assert not rooms.importing[arriving.room.nid] and full.closed
 
-    with_rooms(story)
+    with open("/dev/full", "r+b") as full:
+        with_rooms(story)
 
 
 def test_sec_02_an_event_of_another_room_stays_there() -> None:
