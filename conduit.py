@@ -2792,6 +2792,14 @@ def check_numbers(version: RoomVersion, pdu: Json) -> None:
             raise bad_json(f"{name} is not an integer in range")
 
 
+def check_event_id(pdu: Json) -> str:
+    """The id that an event of version 1 or 2 carries."""
+    event_id = check_text(pdu, "event_id")
+    if split_id("$", event_id) is None:
+        raise bad_json("event_id is not of the form $id:server")
+    return event_id
+
+
 def check_references(version: RoomVersion, pdu: Json, name: str, limit: int) -> None:
     """A list of at most `limit` event ids, in versions 1 and 2 of pairs of id and hashes."""
     references = pdu.get(name)
@@ -2825,8 +2833,8 @@ def check_fields(version: RoomVersion, pdu: Json, *, is_old: bool = False) -> No
     check_numbers(version, pdu)
     check_references(version, pdu, "prev_events", MAX_EVENT_BYTES if is_old else MAX_PREV_EVENTS)
     check_references(version, pdu, "auth_events", MAX_EVENT_BYTES if is_old else MAX_AUTH_EVENTS)
-    if version.explicit_event_ids and split_id("$", check_text(pdu, "event_id")) is None:
-        raise bad_json("event_id is not of the form $id:server")
+    if version.explicit_event_ids:
+        check_event_id(pdu)
     if not version.redacts_in_content and not isinstance(pdu.get("redacts", ""), str):
         raise bad_json("redacts is not a string")
     if version.strict_json:
@@ -2948,7 +2956,7 @@ def event_id_from(version: RoomVersion, covered: bytes) -> str:
 def event_id_of(version: RoomVersion, pdu: Json) -> str:
     """The id that an event has if its format is good."""
     if version.explicit_event_ids:
-        return str(pdu.get("event_id"))
+        return check_event_id(pdu)
     return event_id_from(version, reference_bytes(version, pdu))
 
 
@@ -5667,21 +5675,22 @@ class RoomWriter(RoomResolver):
         """
         unknown = [nid for nid in changes.values() if nid not in memberships]
         if unknown:
-            rows = self.database.all(
-                """
-                SELECT nid, json_extract(CAST(pdu AS TEXT), '$.content.membership')
-                FROM json_each(?)
-                JOIN events ON nid = value
-                """,
-                (json.dumps(unknown),),
-            )
-            memberships = {**memberships, **dict(rows)}
+            memberships = {**memberships, **self.told_memberships(unknown)}
         user_nid = self.database.user_nid
         found = [
             (one := user_nid(name), self._member(room, one, nid, memberships.get(nid), pos))
             for name, nid in changes.items()
         ]
         self._write_members(room, found)
+
+    def told_memberships(self, nids: Sequence[EventNid]) -> dict[EventNid, str]:
+        """What member events say."""
+        query = """
+            SELECT nid, json_extract(CAST(pdu AS TEXT), '$.content.membership')
+            FROM json_each(?)
+            JOIN events ON nid = value
+        """
+        return dict(self.database.all(query, (json.dumps(nids),)))
 
     def _member(
         self,
@@ -6414,9 +6423,10 @@ class RoomImport:
         self._lost = rooms.database.lost
 
     def close(self) -> None:
-        """Let go of the file, and of the room."""
-        self._file.close()
+        """Let go of the room, and of the file."""
         self.rooms.importing[self.room.nid] -= 1
+        with contextlib.suppress(OSError):  # it could not be written
+            self._file.close()
 
     async def check(self, events: Sequence[Event]) -> Sequence[MatrixError | None]:
         """What is wrong with the signatures of each event; here they come checked."""
@@ -6434,10 +6444,14 @@ class RoomImport:
         self._told |= {event.event_id for event in encoded if event.event_id in told}
         new = {event.event_id: event for event in encoded if event.event_id not in self._edges}
         left = await self._judge([*new.values()], {key: encoded[one] for key, one in new.items()})
-        for event in left:
-            self._places[event.event_id] = (self._file.tell(), len(encoded[event]))
-            self._file.write(encoded[event])
-            self._edges[event.event_id] = tuple(map(sys.intern, stands_on(event)))
+        try:
+            for event in left:
+                self._places[event.event_id] = (self._file.tell(), len(encoded[event]))
+                self._file.write(encoded[event])
+                self._edges[event.event_id] = tuple(map(sys.intern, stands_on(event)))
+            self._file.flush()
+        except OSError as error:
+            raise storage_error(error) from error
         return left
 
     async def _judge(self, events: Sequence[Event], encoded: Mapping[str, bytes]) -> list[Event]:
@@ -6470,7 +6484,6 @@ class RoomImport:
     async def judge_rest(self) -> None:
         """Store what had to wait, as far as it is good."""
         order = await self.rooms.database.in_thread(in_order, self._edges)
-        self._file.flush()
         for start in range(0, len(order), IMPORT_BATCH):
             found = {}
             for event_id in order[start : start + IMPORT_BATCH]:
@@ -6611,6 +6624,11 @@ def events_needed(room_nid: RoomNid, since: int, connection: sqlite3.Connection)
             WHERE room_nid = :room
             UNION
             SELECT auth.value
+            FROM events
+            JOIN json_each(events.auth) AS auth
+            WHERE room_nid = :room AND pos >= :since
+            UNION
+            SELECT auth.value
             FROM chain
             JOIN events USING (nid)
             JOIN json_each(events.auth) AS auth
@@ -6618,8 +6636,17 @@ def events_needed(room_nid: RoomNid, since: int, connection: sqlite3.Connection)
         SELECT nid
         FROM chain
     """
-    rows = connection.execute(sql, {"events": json.dumps(list(found)), "room": room_nid})
-    return {row[0] for row in rows}
+    params = {"events": json.dumps(list(found)), "room": room_nid, "since": since}
+    return {row[0] for row in connection.execute(sql, params)}
+
+
+def events_not_needed(
+    room_nid: RoomNid, newest: int, connection: sqlite3.Connection
+) -> list[EventNid]:
+    """Up to the newest nid, the events outside of a timeline that nothing in it needs, in order."""
+    needed = events_needed(room_nid, MIN_POSITION, connection)
+    bounds = {"room": room_nid, "after": 0, "before": newest + 1, "size": -1}
+    return [nid for (nid,) in connection.execute(OLD_OUTSIDE, bounds) if nid not in needed]
 
 
 class RoomKeeper(RoomVisitor):
@@ -6649,7 +6676,7 @@ class RoomKeeper(RoomVisitor):
             total += done
             await self.database.synced()
 
-    def _delete_events(self, room: Room, nids: list[EventNid]) -> None:
+    def _delete_events(self, room: Room, nids: list[EventNid]) -> int:
         for listener in self._history_listeners:
             listener(room, nids)
         for sql in EVENT_ROWS:
@@ -6657,17 +6684,19 @@ class RoomKeeper(RoomVisitor):
         for nid in nids:
             self._events.pop(nid)
         self.forget_written()
+        return len(nids)
 
-    async def purge_room(self, room: Room) -> None:
+    async def purge_room(self, room: Room, *, is_empty: bool = True) -> None:
         """Delete a room with all that is in it. No local user should be in it any more.
 
-        It is gone at once for all who ask; the rows go in batches, after a restart too.
+        It is gone at once for all who ask; the rows go in batches, after a restart too. If it is
+        not `is_empty`, only what no event in the timeline and no membership stands on goes.
         """
         if room.nid in self.purging:
             return
         self.purging.add(room.nid)
         try:
-            await self._purge_room(room)
+            await (self._purge_room(room) if is_empty else self._purge_outside(room))
         finally:
             self.purging.discard(room.nid)
 
@@ -6705,10 +6734,8 @@ class RoomKeeper(RoomVisitor):
         return self.database.execute(sql, (room.nid, PURGE_BATCH)).rowcount
 
     def _purge_events(self, room: Room, query: str) -> int:
-        bounds = {"after": 0, "before": MAX_POSITION, "size": PURGE_BATCH}
-        nids = self.database.column(query, {"room": room.nid, **bounds})
-        self._delete_events(room, nids)
-        return len(nids)
+        bounds = {"room": room.nid, "after": 0, "before": MAX_POSITION, "size": PURGE_BATCH}
+        return self._delete_events(room, self.database.column(query, bounds))
 
     def _purge_groups(self, room: Room) -> int:
         """Newest first: no group goes before those that differ from it."""
@@ -6821,15 +6848,26 @@ class RoomKeeper(RoomVisitor):
             else:
                 await self.drop_empty(room)
 
-    async def drop_empty(self, room: Room) -> None:
+    async def drop_empty(self, room: Room | None) -> None:
         """Delete what is left of a room that we did not get into, or that a restart came upon.
 
-        One that had no timeline yet, but that somebody is invited to, is kept.
+        One that had no timeline yet, but that somebody is invited to, is kept, and so is one that
+        we have left; but what no more than the failed tries brought goes. Trap: an event that came
+        altered is kept as if redacted; what it says, the next server would tell in vain.
         """
+        if room is None or room.local_joined or self.importing[room.nid]:
+            return
         query = "SELECT 1 FROM memberships WHERE room_nid = ? AND forgotten = 0 LIMIT 1"
         awaited = not room.last_pos and self.database.one(query, (room.nid,)) is not None
-        if room.group is None and not awaited and not self.importing[room.nid]:
-            await self.purge_room(room)
+        await self.purge_room(room, is_empty=room.group is None and not awaited)
+
+    async def _purge_outside(self, room: Room) -> None:
+        scan = functools.partial(events_not_needed, room.nid, self.stream.position)
+        await self.database.synced()
+        dead = await self.database.read_in_thread(scan)
+        await self._batches(  # the newest first, since they stand on the older ones
+            lambda: self._delete_events(room, [dead.pop() for _ in dead[:PURGE_BATCH]])
+        )
 
 
 # ═════════════════════════════════════════════════════════════════════════════
@@ -16800,7 +16838,10 @@ class StateIntake(RoomImport):
         version = self.room.version
         pdus, told = await self.hs.db.in_thread(named_pdus, version, batch)
         rows, name = self.rooms.stored(self.room, told), self.rooms.groups.names.name
-        self._state |= {name(key): nid for one, nid, key in rows if key is not None and told[one]}
+        state = {name(key): nid for one, nid, key in rows if key is not None and told[one]}
+        members = [nid for (kind, _), nid in state.items() if kind == MEMBER]
+        self._state |= state
+        self._memberships |= self.rooms.told_memberships(members) if members else {}
         here = {row[0] for row in rows}
         created = self.rooms.events_by_ids(key for key in here if pdus[key].get("type") == CREATE)
         new = {event_id: pdu for event_id, pdu in pdus.items() if event_id not in here}
@@ -16967,9 +17008,7 @@ class Joining(Handshakes):
             finally:
                 self.entering.discard(room_id)
                 self.hs.background(self.hs.inbox.take_early(room_id))
-                left = self.hs.rooms.heard_of(room_id)
-                if left is not None:
-                    await self.hs.rooms.drop_empty(left)
+                await self.hs.rooms.drop_empty(self.hs.rooms.heard_of(room_id))
 
     def _join_own(self, room: Room, user_id: str, content: Json) -> bool:
         """Join a room that we came into while waiting; False if others have to decide."""
@@ -16985,6 +17024,7 @@ class Joining(Handshakes):
     async def _join_through(self, room_id: str, user_id: str, content: Json, server: str) -> None:
         """Join by way of one server: its template, our event, and its answer with the state."""
         event = await self._make(server, room_id, user_id, content)
+        await self.hs.rooms.drop_empty(self.hs.rooms.heard_of(room_id))
         arriving = StateIntake(self.hs, event.version, room_id)
         try:
             rest = await self._receive_state(server, event, arriving)

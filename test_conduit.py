@@ -5187,6 +5187,23 @@ def test_the_state_of_a_room_comes_in_any_order(version: str) -> None:
     with_rooms(story)
 
 
+def test_a_full_disk_while_the_state_of_a_room_waits() -> None:
+    """It is no fault of the other server, and the room can go."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        arriving = conduit.RoomImport(rooms, far.version, far.room_id)
+        arriving._file = cast("Any", full)
+        with pytest.raises(conduit.MatrixError) as caught:
+            await arriving.take({again(far.events[-1]): b"{}"})
+        assert caught.value.status == 507
+        arriving.close()
+        assert not rooms.importing[arriving.room.nid] and full.closed
+
+    with open("/dev/full", "r+b") as full:
+        with_rooms(story)
+
+
 def test_sec_02_an_event_of_another_room_stays_there() -> None:
     """In versions 1 and 2 a server can give an event the id of one that we have elsewhere."""
 
@@ -14574,6 +14591,59 @@ def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> No
     fails(join_via(alice, other.room_id, peer), 400, "M_INCOMPATIBLE_ROOM_VERSION")
 
 
+def liar(room: PeerRoom, authority: Authority, answer: Callable[[Json], Any]) -> Peer:
+    """One more server that lets users into a room, with such an answer."""
+    owner, room.peer = room.peer, Peer(authority)
+    room.serve(answer=answer)
+    found, room.peer = room.peer, owner
+    return found
+
+
+@pytest.mark.parametrize("before", ["new", "invited", "left"])
+def test_sec_02_what_a_liar_told_is_not_kept(
+    pair: tuple[Server, Server], peer: Peer, authority: Authority, before: str
+) -> None:
+    """An event that came altered counts as redacted, but not once an honest server tells it."""
+    alice, room = register(pair[0]), PeerRoom(peer)
+    peer.answers["send"] = {"pdus": {}}
+    if before == "left":
+        ok(join_via(alice, room.serve().room_id, peer))
+        room.events.append(conduit.make_event(room.version, room.given[0]))
+        alice.leave(room.room_id)
+    secret = {"algorithm": "m.megolm.v1.aes-sha2"}
+    room.put("m.room.encryption", secret)
+    for number in range(conduit.PDU_BATCH):
+        user = f"@u{number}:{peer.name}"
+        room.put("m.room.member", {"membership": "join"}, user, sender=user)
+    if before == "invited":
+        ok(room.invite(pair[0], alice.user_id))
+
+    def altered(made: Json) -> Json:
+        lies = {"m.room.encryption": {"content": {}}}
+        state = [{**pdu, **lies.get(pdu["type"], {})} for pdu in made["state"]]
+        return {"state": state, "auth_chain": 5}
+
+    def stored() -> list[Any]:
+        query = "SELECT nid FROM events JOIN rooms USING (room_nid) WHERE room_id = ?"
+        return sorted(rows_of(pair[0], query, room.room_id))
+
+    evil, known = liar(room, authority, altered), stored()
+    fails(join_via(alice, room.serve(answer=altered).room_id, evil, peer), 502)
+    assert stored() == known
+    ok(join_via(alice, room.serve().room_id, evil, peer))
+    assert alice.state(room.room_id, "m.room.encryption") == secret
+    assert not conduit.check_database(pair[0].database.parent)
+
+
+def test_sec_02_ids_that_sqlite_would_cut(pair: tuple[Server, Server], peer: Peer) -> None:
+    """What JSON in SQLite takes for the id of a stored event is none."""
+    room, alice = PeerRoom(peer, "1"), register(pair[0])
+    cut = [{**event.pdu, "event_id": event.event_id + "\0x"} for event in room.events]
+    chain = [*[{}] * conduit.PDU_BATCH, *cut]
+    room.serve(answer=lambda made: {**made, "auth_chain": chain})
+    ok(join_via(alice, room.room_id, peer))
+
+
 def test_what_comes_while_we_join_outlives_a_crash(
     authority: Authority, peer: Peer, tmp_path: Path
 ) -> None:
@@ -14671,6 +14741,24 @@ class LateRoom(PeerRoom):
         )
         body = {"origin": self.peer.name, "origin_server_ts": 1, "pdus": [event.pdu], "edus": []}
         return self.peer.ask(server, "PUT", f"{SEND_PATH}{unique('txn')}", body)
+
+
+def test_servers_of_members_that_came_with_the_auth_chain(
+    pair: tuple[Server, Server], peer: Peer, authority: Authority
+) -> None:
+    """Till all members are in, it is known on which servers they are, whatever came first."""
+    room, third = PeerRoom(peer), Peer(authority)
+    for number in range(conduit.LARGE_STATE):
+        user = f"@u{number}:{third.name}"
+        fields = room.fields("m.room.member", {"membership": "join"}, user, user)
+        event = conduit.finish_event(room.version, fields, third.name, third.key)
+        room.events.append(event)
+        room.state[event.key] = event
+    room.serve(answer=lambda made: {"auth_chain": made["state"], "state": made["state"]})
+    ok(join_via(register(pair[0]), room.room_id, peer))
+    query = "SELECT servers FROM partial_rooms JOIN rooms USING (room_nid) WHERE room_id = ?"
+    there = {peer.name, third.name}
+    assert set(json.loads(rows_of(pair[0], query, room.room_id)[0][0])) == there
 
 
 def section_of(result: Json, room_id: str) -> Json:
