@@ -7709,6 +7709,8 @@ def receive_part(
             count = sock.recv_into(block[:left])
         except BlockingIOError:
             break
+        except OSError:
+            count = 0
         if not count:
             raise ClientGone
         write(block[:count])
@@ -7842,7 +7844,9 @@ class Connection:
     async def _fill(self, size: int = READ_BYTES) -> None:
         """Wait for more of a body."""
         self.wait_for_body()
-        data = await self.reader.read(size)
+        data = b""
+        with contextlib.suppress(OSError):
+            data = await self.reader.read(size)
         self.phase = WORKING
         if not data:
             raise ClientGone
@@ -7996,10 +8000,10 @@ class Connection:
             await self.waiting
         finally:
             loop.remove_reader(sock)
-        if error := self.reader.exception():
-            raise error
         if self.writer.transport.is_closing():
             raise ClientGone
+        if error := self.reader.exception():
+            raise error
         self.has_come(0)
         self.phase, self.waiting = WORKING, None
 

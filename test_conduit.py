@@ -6471,12 +6471,15 @@ def test_long_chunks_are_whole(taker: Web) -> None:
     assert answer.json()["sha256"] == hashlib.sha256(chunk * 2).hexdigest()
 
 
+@pytest.mark.parametrize("sent", [100, 3 * BLOCK + 5])
 @pytest.mark.parametrize("end", ["close", "reset", "half"])
-def test_clients_that_go_away_within_a_long_body(taker: Web, end: str) -> None:
-    """Nobody waits for the rest, whatever the way in which it does not come."""
+def test_clients_that_go_away_within_a_long_body(
+    taker: Web, end: str, sent: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for the rest, or calls it a fault of ours, in whatever way it does not come."""
     with taker.connect() as sock:
         sock.sendall(request_bytes("POST", "/", None, f"Content-Length: {9 * BLOCK}"))
-        sock.sendall(bytes(3 * BLOCK + 5))
+        sock.sendall(bytes(sent))
         eventually(lambda: taker.http._connections, 5)
         time.sleep(0.1)
         if end == "half":
@@ -6485,6 +6488,7 @@ def test_clients_that_go_away_within_a_long_body(taker: Web, end: str) -> None:
         elif end == "reset":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     eventually(lambda: not taker.http._connections, 3)
+    assert "failed" not in caplog.text
 
 
 def test_sec_c_slow_long_body(taker: Web) -> None:
