@@ -7220,6 +7220,7 @@ MIN_RATE = 1_024  # bytes a second, below which a client is hung up on
 MAX_CONNECTIONS = 4_096
 MAX_CONNECTIONS_PER_ADDRESS = 256
 RESERVED_FILES = 256  # for the database, media, and what goes out
+MAX_FILES = 10_240  # no system refuses so many; each file under way takes two beside its connection
 
 # ── 15.1  The head of a request ──────────────────────────────────────────────
 
@@ -8101,12 +8102,11 @@ def tls_context(certs: Path, key: Path) -> ssl.SSLContext:
 
 
 def connection_limit() -> int:
-    """How many connections to allow, after asking the system for as many files as that takes."""
+    """How many connections to allow, after asking the system for the files that they may take."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + RESERVED_FILES
-    files = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    files = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
-    return max(16, files - RESERVED_FILES)
+    return max(16, min(MAX_CONNECTIONS, files - RESERVED_FILES))
 
 
 class HttpServer:
@@ -8635,8 +8635,8 @@ class Router:
         """Find out who asks, and whether they may, and whether they may already again."""
         is_limited = self.hs.config.rate_limit and not self.is_unlimited(request)
         limit = entry.limit if is_limited else None
-        anonymous = entry.auth is NONE
-        if limit is not None and not self._has_own_limit(request):
+        anonymous, is_open = entry.auth is NONE, entry.auth in (NONE, OPTIONAL, FEDERATION)
+        if limit is not None and (is_open or not self._has_own_limit(request)):
             share = 1 if anonymous else ADDRESS_SHARE
             self.limiter.check(limit, address_group(request.address), share)
         if anonymous or entry.auth is FEDERATION:

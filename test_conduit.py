@@ -6937,6 +6937,18 @@ def test_sec_c_connections_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     web.close()
 
 
+def test_files_that_are_sent_and_taken_leave_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand connections may each have a file under way, which takes two beside the socket."""
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1 << 20))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    allowed = conduit.connection_limit()
+    assert allowed == conduit.MAX_CONNECTIONS
+    assert asked[0][0] >= allowed + conduit.RESERVED_FILES + 2 * 1000
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    assert conduit.connection_limit() == 1024 - conduit.RESERVED_FILES
+
+
 def test_sec_c_connections_per_address_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     """One address cannot take all places, unless it is a trusted proxy."""
     monkeypatch.setattr(conduit, "MAX_CONNECTIONS_PER_ADDRESS", 5)
@@ -27890,6 +27902,8 @@ def test_a_user_has_a_rate_limit_of_their_own(new_server: Callable[..., Server])
     assert {user.get("account/whoami").status_code for _ in range(20)} == {200}
     assert ok(admin.post(path)) == {"messages_per_second": 0, "burst_count": 0}
     assert set(statuses(150)) == {200}
+    for attempt in ("login", "register/available?username=x"):  # which anybody has, and address
+        assert 429 in {user.get(attempt).status_code for _ in range(30)}
     assert ok(admin.delete(path)) == ok(admin.get(path)) == {}
     assert 429 in statuses(400)
 
