@@ -31249,8 +31249,9 @@ EVENTS_OF_USER = """
       AND redacted_by IS NULL
       AND ts BETWEEN :after AND :before
       AND json_extract(CAST(pdu AS TEXT), '$.sender') = :user
-      AND (state_nid IS NULL OR json_extract(CAST(pdu AS TEXT), '$.content.membership') = 'join')
       AND json_extract(CAST(pdu AS TEXT), '$.type') <> 'm.room.redaction'
+      AND (state_nid IS NULL OR json_extract(CAST(pdu AS TEXT), '$.type') = 'm.room.member'
+          AND json_extract(CAST(pdu AS TEXT), '$.content.membership') = 'join')
     ORDER BY pos DESC
     LIMIT :limit
 """

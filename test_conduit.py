@@ -28130,6 +28130,18 @@ def test_what_a_user_sent_is_redacted(
     fails(admin.post(path.replace("%40", ""), {"rooms": []}), 400, "M_INVALID_PARAM")
 
 
+def test_state_is_kept_by_who_redacts_all_of_a_user(admin: Client, alice: Client) -> None:
+    """Also where it says that it were a membership: a room without its version is none."""
+    creation: Json = {"creation_content": {"membership": "join"}, "room_version": "10"}
+    room = alice.create_room(**creation)
+    levels = ok(alice.get(("rooms", room, "state", "m.room.power_levels")))
+    alice.set_state(room, "m.room.power_levels", {**levels, "membership": "join"})
+    assert redacted_by_admin(admin, alice, rooms=[room])["status"] == "complete"
+    state = ok(alice.get(("rooms", room, "state")))
+    redacted = {event["type"] for event in state if "redacted_because" in event["unsigned"]}
+    assert redacted == {"m.room.member"}
+
+
 def test_an_admin_redacts_what_its_sender_cannot(admin: Client, alice: Client, bob: Client) -> None:
     room, other = alice.room_with(bob, admin), alice.room_with(bob)
     first, second = bob.send_text(room, "one"), bob.send_text(other, "two")
