@@ -27020,7 +27020,7 @@ class Media:
         self._waiting: list[tuple[int, asyncio.Future[Any]]] = []
         self.receiving = 0  # files that are being stored
         self.numbers = itertools.count()  # to name them by until then
-        self._unused: set[str] = set()  # hashes of files that may have lost their last row
+        self.unused: set[str] = set()  # hashes of files that may have no row, or lost their last
         try:
             self._prepare()
         except OSError as error:
@@ -27125,7 +27125,7 @@ class Media:
         with self.db.write():
             for nid in nids:
                 query = "SELECT sha256 FROM media WHERE media_nid = ?"
-                self._unused.add(self.db.value(query, (nid,)) or "")
+                self.unused.add(self.db.value(query, (nid,)) or "")
                 delete = "DELETE FROM media WHERE media_nid = ?"
                 count += self.db.execute(delete, (nid,)).rowcount
         return count
@@ -27184,12 +27184,12 @@ class Media:
 
         Trap: a file that is being stored may be one of these and has no row yet.
         """
-        unused, self._unused = self._unused - {""}, set()
+        unused, self.unused = self.unused - {""}, set()
         await self.db.synced()
         for sha256 in unused:
             await asyncio.sleep(0)
             if self.receiving:
-                self._unused.add(sha256)
+                self.unused.add(sha256)
             elif not self.db.value("SELECT 1 FROM media WHERE sha256 = ?", (sha256,)):
                 kept = [thumbnail_file(self.folder, sha256, size) for size in THUMBNAIL_SIZES]
                 for path in (media_file(self.folder, sha256), *kept):
@@ -27251,6 +27251,7 @@ def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
 async def receive_upload(hs: Homeserver, request: Request) -> StoredUpload:
     """Store the body, with the type and the name that the uploader gives it, made safe for ever."""
     sha256, size = await receive_file(hs, request.stream)
+    hs.media.unused.add(sha256)  # unless a row follows
     hs.accounts.check_logged_in(request.user)
     content_type = safe_content_type(request.headers.get("content-type"))
     return sha256, size, content_type, safe_filename(request.arg("filename"))

@@ -25236,7 +25236,8 @@ def test_a_download_waits_for_its_upload(alice: Client, bob: Client) -> None:
         assert [future.result(5).content for future in waiting] == [b"at last"] * 2
 
 
-def test_two_uploads_to_one_id(alice: Client) -> None:
+def test_two_uploads_to_one_id(server: Server, alice: Client) -> None:
+    """One gets it; what the others sent is off the disk when next deleted files are."""
     mxc = create_media(alice)
     with ThreadPoolExecutor(4) as pool:
         bodies = [bytes([number]) * 300_000 for number in range(4)]
@@ -25244,6 +25245,11 @@ def test_two_uploads_to_one_id(alice: Client) -> None:
     assert sorted(answer.status_code for answer in answers) == [200, 409, 409, 409]
     winner = next(body for body, answer in zip(bodies, answers, strict=True) if answer.is_success)
     assert alice.download(mxc).content == winner
+    more = alice.upload(secrets.token_bytes(10)).removeprefix("mxc://")
+    ok(server_admin(server).delete(f"{ADMIN_API}v1/media/{more}"))
+    kept = {path.parent.name + path.name for path in stored(server)}
+    hashes = {hashlib.sha256(body).hexdigest() for body in bodies}
+    assert kept & hashes == {hashlib.sha256(winner).hexdigest()}
 
 
 def test_pending_uploads_are_limited(alice: Client) -> None:
