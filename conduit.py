@@ -7939,13 +7939,15 @@ class Connection:
         if size > FILE_BLOCK and not self.is_plain:
             await self._send_blocks(head, file_blocks(file), in_chunks=False)
             return
-        with open_whole(file) as handle, self.writer.get_extra_info("socket").dup() as sock:
+        with contextlib.ExitStack() as opened:
+            handle = opened.enter_context(open_whole(file))
             if size <= FILE_BLOCK:
                 part = part_in_memory(handle, first, size)
                 part = part or await to_its_end(os.pread, handle.fileno(), size, first)
                 self.write(head + part)
                 return
-            self.write(head)
+            self.write(head)  # or raise: who has hung up has no socket
+            sock = opened.enter_context(self.writer.get_extra_info("socket").dup())
             while self.writer.transport.get_write_buffer_size():
                 await self._writable(sock)
             while first < file.end:
@@ -14329,7 +14331,7 @@ def sum_up_thread(reader: Reader, event: Event) -> Json | None:
         "latest_event": latest_reply(reader, viewer.without_erased(newest)),
         "count": count,
         "current_user_participated": event.sender == user.user_id
-        or any(row[0] == user.nid for row in rows),
+        or any(hs.db.user_id(row[0]) == user.user_id for row in rows),
     }
 
 

@@ -6714,6 +6714,28 @@ def test_if_range(web: Web, some_file: Path) -> None:
     assert statuses == [206, 200, 200]
 
 
+@pytest.mark.parametrize("length", [1000, 512_000])
+def test_files_for_clients_that_have_gone(
+    some_file: Path, length: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who resets the connection before the answer is there is no fault of ours."""
+    ready = threading.Event()
+
+    async def handler(_request: conduit.Request) -> conduit.Response:
+        ready.set()
+        await asyncio.sleep(0.2)
+        return conduit.Response(body=conduit.FileBody(some_file, length))
+
+    web = Web(handler)
+    with web.connect() as sock:
+        sock.sendall(request_bytes())
+        assert ready.wait(5)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    eventually(lambda: not web.http._connections, 3)
+    web.close()
+    assert "failed" not in caplog.text
+
+
 @given(first=st.integers(0, 20), last=st.integers(0, 20), size=st.integers(0, 20))
 def test_ranges_are_slices(first: int, last: int, size: int) -> None:
     """A range is what Python's slice gives; a suffix too."""
@@ -28073,6 +28095,17 @@ def test_admins_read_rooms_that_they_are_not_in(admin: Client, alice: Client, bo
         fails(alice.get(f"{path}/{name}"), 403, "M_FORBIDDEN")
     fails(admin.get(f"{path}/context/$none"), 404, "M_NOT_FOUND")
     fails(admin.get(("rooms", room, "messages"), dir="b"), 403, "M_FORBIDDEN")
+
+
+def test_admins_who_read_a_room_find_themselves_in_it(admin: Client, alice: Client) -> None:
+    room = alice.room_with(admin)
+    root = alice.send_text(room, "root")
+    thread = {"m.relates_to": {"rel_type": "m.thread", "event_id": root}}
+    admin.send(room, "m.room.message", {"msgtype": "m.text", "body": "reply", **thread})
+    admin.leave(room)
+    path = f"{ADMIN_API}v1/rooms/{quote(room)}/context/{quote(root)}"
+    summed = ok(admin.get(path))["event"]["unsigned"]["m.relations"]["m.thread"]
+    assert (summed["count"], summed["current_user_participated"]) == (1, True)
 
 
 def test_admins_see_what_is_in_a_space(admin: Client, alice: Client) -> None:
