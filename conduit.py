@@ -7266,6 +7266,7 @@ MIN_RATE = 1_024  # bytes a second, below which a client is hung up on
 MAX_CONNECTIONS = 4_096
 MAX_CONNECTIONS_PER_ADDRESS = 256
 RESERVED_FILES = 256  # for the database, media, and what goes out
+MAX_FILES = 10_240  # no system refuses so many; each file under way takes two beside its connection
 
 # ── 15.1  The head of a request ──────────────────────────────────────────────
 
@@ -7755,6 +7756,8 @@ def receive_part(
             count = sock.recv_into(block[:left])
         except BlockingIOError:
             break
+        except OSError:
+            count = 0
         if not count:
             raise ClientGone
         write(block[:count])
@@ -7888,7 +7891,9 @@ class Connection:
     async def _fill(self, size: int = READ_BYTES) -> None:
         """Wait for more of a body."""
         self.wait_for_body()
-        data = await self.reader.read(size)
+        data = b""
+        with contextlib.suppress(OSError):
+            data = await self.reader.read(size)
         self.phase = WORKING
         if not data:
             raise ClientGone
@@ -7980,13 +7985,15 @@ class Connection:
         if size > FILE_BLOCK and not self.is_plain:
             await self._send_blocks(head, file_blocks(file), in_chunks=False)
             return
-        with open_whole(file) as handle, self.writer.get_extra_info("socket").dup() as sock:
+        with contextlib.ExitStack() as opened:
+            handle = opened.enter_context(open_whole(file))
             if size <= FILE_BLOCK:
                 part = part_in_memory(handle, first, size)
                 part = part or await to_its_end(os.pread, handle.fileno(), size, first)
                 self.write(head + part)
                 return
-            self.write(head)
+            self.write(head)  # or raise: who has hung up has no socket
+            sock = opened.enter_context(self.writer.get_extra_info("socket").dup())
             while self.writer.transport.get_write_buffer_size():
                 await self._writable(sock)
             while first < file.end:
@@ -8042,10 +8049,10 @@ class Connection:
             await self.waiting
         finally:
             loop.remove_reader(sock)
-        if error := self.reader.exception():
-            raise error
         if self.writer.transport.is_closing():
             raise ClientGone
+        if error := self.reader.exception():
+            raise error
         self.has_come(0)
         self.phase, self.waiting = WORKING, None
 
@@ -8143,12 +8150,11 @@ def tls_context(certs: Path, key: Path) -> ssl.SSLContext:
 
 
 def connection_limit() -> int:
-    """How many connections to allow, after asking the system for as many files as that takes."""
+    """How many connections to allow, after asking the system for the files that they may take."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + RESERVED_FILES
-    files = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    files = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, files), hard))
-    return max(16, files - RESERVED_FILES)
+    return max(16, min(MAX_CONNECTIONS, files - RESERVED_FILES))
 
 
 class HttpServer:
@@ -8677,8 +8683,8 @@ class Router:
         """Find out who asks, and whether they may, and whether they may already again."""
         is_limited = self.hs.config.rate_limit and not self.is_unlimited(request)
         limit = entry.limit if is_limited else None
-        anonymous = entry.auth is NONE
-        if limit is not None and not self._has_own_limit(request):
+        anonymous, is_open = entry.auth is NONE, entry.auth in (NONE, OPTIONAL, FEDERATION)
+        if limit is not None and (is_open or not self._has_own_limit(request)):
             share = 1 if anonymous else ADDRESS_SHARE
             self.limiter.check(limit, address_group(request.address), share)
         if anonymous or entry.auth is FEDERATION:
@@ -14371,7 +14377,7 @@ def sum_up_thread(reader: Reader, event: Event) -> Json | None:
         "latest_event": latest_reply(reader, viewer.without_erased(newest)),
         "count": count,
         "current_user_participated": event.sender == user.user_id
-        or any(row[0] == user.nid for row in rows),
+        or any(hs.db.user_id(row[0]) == user.user_id for row in rows),
     }
 
 
@@ -27064,7 +27070,7 @@ class Media:
         self._waiting: list[tuple[int, asyncio.Future[Any]]] = []
         self.receiving = 0  # files that are being stored
         self.numbers = itertools.count()  # to name them by until then
-        self._unused: set[str] = set()  # hashes of files that may have lost their last row
+        self.unused: set[str] = set()  # hashes of files that may have no row, or lost their last
         try:
             self._prepare()
         except OSError as error:
@@ -27169,7 +27175,7 @@ class Media:
         with self.db.write():
             for nid in nids:
                 query = "SELECT sha256 FROM media WHERE media_nid = ?"
-                self._unused.add(self.db.value(query, (nid,)) or "")
+                self.unused.add(self.db.value(query, (nid,)) or "")
                 delete = "DELETE FROM media WHERE media_nid = ?"
                 count += self.db.execute(delete, (nid,)).rowcount
         return count
@@ -27228,12 +27234,12 @@ class Media:
 
         Trap: a file that is being stored may be one of these and has no row yet.
         """
-        unused, self._unused = self._unused - {""}, set()
+        unused, self.unused = self.unused - {""}, set()
         await self.db.synced()
         for sha256 in unused:
             await asyncio.sleep(0)
             if self.receiving:
-                self._unused.add(sha256)
+                self.unused.add(sha256)
             elif not self.db.value("SELECT 1 FROM media WHERE sha256 = ?", (sha256,)):
                 kept = [thumbnail_file(self.folder, sha256, size) for size in THUMBNAIL_SIZES]
                 for path in (media_file(self.folder, sha256), *kept):
@@ -27295,6 +27301,7 @@ def find_media(hs: Homeserver, server: str, media_id: str) -> MediaRow:
 async def receive_upload(hs: Homeserver, request: Request) -> StoredUpload:
     """Store the body, with the type and the name that the uploader gives it, made safe for ever."""
     sha256, size = await receive_file(hs, request.stream)
+    hs.media.unused.add(sha256)  # unless a row follows
     hs.accounts.check_logged_in(request.user)
     content_type = safe_content_type(request.headers.get("content-type"))
     return sha256, size, content_type, safe_filename(request.arg("filename"))
@@ -31293,8 +31300,9 @@ EVENTS_OF_USER = """
       AND redacted_by IS NULL
       AND ts BETWEEN :after AND :before
       AND json_extract(CAST(pdu AS TEXT), '$.sender') = :user
-      AND (state_nid IS NULL OR json_extract(CAST(pdu AS TEXT), '$.content.membership') = 'join')
       AND json_extract(CAST(pdu AS TEXT), '$.type') <> 'm.room.redaction'
+      AND (state_nid IS NULL OR json_extract(CAST(pdu AS TEXT), '$.type') = 'm.room.member'
+          AND json_extract(CAST(pdu AS TEXT), '$.content.membership') = 'join')
     ORDER BY pos DESC
     LIMIT :limit
 """

@@ -6488,12 +6488,15 @@ def test_long_chunks_are_whole(taker: Web) -> None:
     assert answer.json()["sha256"] == hashlib.sha256(chunk * 2).hexdigest()
 
 
+@pytest.mark.parametrize("sent", [100, 3 * BLOCK + 5])
 @pytest.mark.parametrize("end", ["close", "reset", "half"])
-def test_clients_that_go_away_within_a_long_body(taker: Web, end: str) -> None:
-    """Nobody waits for the rest, whatever the way in which it does not come."""
+def test_clients_that_go_away_within_a_long_body(
+    taker: Web, end: str, sent: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody waits for the rest, or calls it a fault of ours, in whatever way it does not come."""
     with taker.connect() as sock:
         sock.sendall(request_bytes("POST", "/", None, f"Content-Length: {9 * BLOCK}"))
-        sock.sendall(bytes(3 * BLOCK + 5))
+        sock.sendall(bytes(sent))
         eventually(lambda: taker.http._connections, 5)
         time.sleep(0.1)
         if end == "half":
@@ -6502,6 +6505,7 @@ def test_clients_that_go_away_within_a_long_body(taker: Web, end: str) -> None:
         elif end == "reset":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     eventually(lambda: not taker.http._connections, 3)
+    assert "failed" not in caplog.text
 
 
 def test_sec_c_slow_long_body(taker: Web) -> None:
@@ -6727,6 +6731,28 @@ def test_if_range(web: Web, some_file: Path) -> None:
     assert statuses == [206, 200, 200]
 
 
+@pytest.mark.parametrize("length", [1000, 512_000])
+def test_files_for_clients_that_have_gone(
+    some_file: Path, length: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who resets the connection before the answer is there is no fault of ours."""
+    ready = threading.Event()
+
+    async def handler(_request: conduit.Request) -> conduit.Response:
+        ready.set()
+        await asyncio.sleep(0.2)
+        return conduit.Response(body=conduit.FileBody(some_file, length))
+
+    web = Web(handler)
+    with web.connect() as sock:
+        sock.sendall(request_bytes())
+        assert ready.wait(5)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    eventually(lambda: not web.http._connections, 3)
+    web.close()
+    assert "failed" not in caplog.text
+
+
 @given(first=st.integers(0, 20), last=st.integers(0, 20), size=st.integers(0, 20))
 def test_ranges_are_slices(first: int, last: int, size: int) -> None:
     """A range is what Python's slice gives; a suffix too."""
@@ -6948,6 +6974,18 @@ def test_sec_c_connections_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     for sock in [*polls, *idle, *more]:
         sock.close()
     web.close()
+
+
+def test_files_that_are_sent_and_taken_leave_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand connections may each have a file under way, which takes two beside the socket."""
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1 << 20))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    allowed = conduit.connection_limit()
+    assert allowed == conduit.MAX_CONNECTIONS
+    assert asked[0][0] >= allowed + conduit.RESERVED_FILES + 2 * 1000
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    assert conduit.connection_limit() == 1024 - conduit.RESERVED_FILES
 
 
 def test_sec_c_connections_per_address_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25326,7 +25364,8 @@ def test_a_download_waits_for_its_upload(alice: Client, bob: Client) -> None:
         assert [future.result(5).content for future in waiting] == [b"at last"] * 2
 
 
-def test_two_uploads_to_one_id(alice: Client) -> None:
+def test_two_uploads_to_one_id(server: Server, alice: Client) -> None:
+    """One gets it; what the others sent is off the disk when next deleted files are."""
     mxc = create_media(alice)
     with ThreadPoolExecutor(4) as pool:
         bodies = [bytes([number]) * 300_000 for number in range(4)]
@@ -25334,6 +25373,11 @@ def test_two_uploads_to_one_id(alice: Client) -> None:
     assert sorted(answer.status_code for answer in answers) == [200, 409, 409, 409]
     winner = next(body for body, answer in zip(bodies, answers, strict=True) if answer.is_success)
     assert alice.download(mxc).content == winner
+    more = alice.upload(secrets.token_bytes(10)).removeprefix("mxc://")
+    ok(server_admin(server).delete(f"{ADMIN_API}v1/media/{more}"))
+    kept = {path.parent.name + path.name for path in stored(server)}
+    hashes = {hashlib.sha256(body).hexdigest() for body in bodies}
+    assert kept & hashes == {hashlib.sha256(winner).hexdigest()}
 
 
 def test_pending_uploads_are_limited(alice: Client) -> None:
@@ -27992,6 +28036,8 @@ def test_a_user_has_a_rate_limit_of_their_own(new_server: Callable[..., Server])
     assert {user.get("account/whoami").status_code for _ in range(20)} == {200}
     assert ok(admin.post(path)) == {"messages_per_second": 0, "burst_count": 0}
     assert set(statuses(150)) == {200}
+    for attempt in ("login", "register/available?username=x"):  # which anybody has, and address
+        assert 429 in {user.get(attempt).status_code for _ in range(30)}
     assert ok(admin.delete(path)) == ok(admin.get(path)) == {}
     assert 429 in statuses(400)
 
@@ -28157,6 +28203,17 @@ def test_admins_read_rooms_that_they_are_not_in(admin: Client, alice: Client, bo
     fails(admin.get(("rooms", room, "messages"), dir="b"), 403, "M_FORBIDDEN")
 
 
+def test_admins_who_read_a_room_find_themselves_in_it(admin: Client, alice: Client) -> None:
+    room = alice.room_with(admin)
+    root = alice.send_text(room, "root")
+    thread = {"m.relates_to": {"rel_type": "m.thread", "event_id": root}}
+    admin.send(room, "m.room.message", {"msgtype": "m.text", "body": "reply", **thread})
+    admin.leave(room)
+    path = f"{ADMIN_API}v1/rooms/{quote(room)}/context/{quote(root)}"
+    summed = ok(admin.get(path))["event"]["unsigned"]["m.relations"]["m.thread"]
+    assert (summed["count"], summed["current_user_participated"]) == (1, True)
+
+
 def test_admins_see_what_is_in_a_space(admin: Client, alice: Client) -> None:
     space = alice.create_room(creation_content={"type": "m.space"}, name="space")
     rooms = [alice.create_room(name="a"), alice.create_room(name="b"), "!elsewhere:there.example"]
@@ -28216,6 +28273,18 @@ def test_what_a_user_sent_is_redacted(
     for bad in ({"limit": 0}, {"limit": -1}, {"after_ts": 2**60}):
         fails(admin.post(path, {"rooms": rooms, **bad}), 400, "M_INVALID_PARAM")
     fails(admin.post(path.replace("%40", ""), {"rooms": []}), 400, "M_INVALID_PARAM")
+
+
+def test_state_is_kept_by_who_redacts_all_of_a_user(admin: Client, alice: Client) -> None:
+    """Also where it says that it were a membership: a room without its version is none."""
+    creation: Json = {"creation_content": {"membership": "join"}, "room_version": "10"}
+    room = alice.create_room(**creation)
+    levels = ok(alice.get(("rooms", room, "state", "m.room.power_levels")))
+    alice.set_state(room, "m.room.power_levels", {**levels, "membership": "join"})
+    assert redacted_by_admin(admin, alice, rooms=[room])["status"] == "complete"
+    state = ok(alice.get(("rooms", room, "state")))
+    redacted = {event["type"] for event in state if "redacted_because" in event["unsigned"]}
+    assert redacted == {"m.room.member"}
 
 
 def test_an_admin_redacts_what_its_sender_cannot(admin: Client, alice: Client, bob: Client) -> None:
