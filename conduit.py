@@ -13234,15 +13234,21 @@ def room_account_data(hs: Homeserver, user_nid: UserNid, since: int) -> dict[Roo
     return by_room
 
 
-def room_account_data_of(hs: Homeserver, user_nid: UserNid, room_nid: RoomNid) -> list[Json]:
-    """All of the user's data of one room."""
+def room_account_data_of(
+    hs: Homeserver, user_nid: UserNid, room_nid: RoomNid, since: int = 0
+) -> list[Json]:
+    """The user's data of one room that changed after a position; 0: all that there are.
+
+    Trap: by the index on pos, which + keeps away, the data of all rooms would be looked at.
+    """
     query = """
         SELECT type, content
         FROM account_data
-        WHERE user_nid = ? AND room_nid = ? AND content <> 'null'
+        WHERE user_nid = :user AND room_nid = :room
+          AND +pos > :since AND (:since OR content <> 'null')
     """
-    rows = hs.db.all(query, (user_nid, room_nid))
-    return [{"type": kind, "content": json.loads(text)} for kind, text in rows]
+    rows = hs.db.all(query, {"user": user_nid, "room": room_nid, "since": since})
+    return [{"type": kind, "content": json.loads(text) or {}} for kind, text in rows]
 
 
 def ignored_users(hs: Homeserver, user_nid: UserNid) -> frozenset[str]:
@@ -26333,12 +26339,9 @@ async def account_data_extension(answer: Answer) -> tuple[Json, bool]:
     changed = room_account_data(ask.hs, ask.nid, since)
     rooms: Json = {}
     async for room, begin in rooms_of_extension(answer, "account_data", set(changed)):
-        if begin is None:
-            found = room_account_data_of(ask.hs, ask.nid, room.nid)
-        elif begin == since:
-            found = changed.get(room.nid, [])
-        else:
-            found = room_account_data(ask.hs, ask.nid, begin).get(room.nid, [])
+        found = changed.get(room.nid, [])
+        if begin is None or begin != since:
+            found = room_account_data_of(ask.hs, ask.nid, room.nid, begin or 0)
         if found:
             rooms[room.room_id] = found
     return {"global": events, "rooms": rooms}, bool(events or rooms)

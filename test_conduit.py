@@ -24029,6 +24029,26 @@ def test_first_window_of_a_thousand_rooms_is_cheap(new_server: Callable[..., Ser
     assert cost(sync) < 3
 
 
+@deep
+def test_sec_43_rooms_that_come_back_are_cheap(new_server: Callable[..., Server]) -> None:
+    """Also if the user's data changed in all of them: each room is asked for its own."""
+    one = new_server()
+    alice = register(one)
+    rooms = [alice.create_room() for _ in range(150)]
+    sync = Slider(alice, lists={"all": window([0, 149], limit=1)}, extensions=wants("account_data"))
+    sync()
+    sync(lists={"all": window([0, 0], limit=1)})
+    for room_id in rooms:
+        for number in range(6):
+            path = ("user", alice.user_id, "rooms", room_id, "account_data", f"x.{number}")
+            ok(alice.put(path, {"a": number}))
+    sync(lists={"all": window([0, 0], limit=1)})
+    before = one.cpu()
+    back = sync()["extensions"]["account_data"]["rooms"]
+    assert one.cpu() - before < 0.1
+    assert sum(map(len, back.values())) == 6 * 149
+
+
 def test_read_elsewhere_takes_the_badge_away(alice: Client, bob: Client) -> None:
     room_id = alice.room_with(bob)
     event_id = alice.send_text(room_id, "one")
