@@ -26234,11 +26234,11 @@ class Answer:
 
     def _note(self, nid: RoomNid, now: SentRoom) -> None:
         """What the client then has of a room, if that is not what it had."""
-        sent, scopes = self.connection.rooms.get(nid), self.window.scopes.items()
+        had, scopes = self._had(nid), self.window.scopes.items()
         wanted = self.ask.extensions if nid == NO_ROOM else [n for n, nids in scopes if nid in nids]
-        known, begin = (sent.extensions, begin_of(self.ask, sent)) if sent else ((), 0)
+        known, begin = (had.extensions, begin_of(self.ask, had)) if had else ((), 0)
         now = now._replace(extensions=extensions_after(known, frozenset(wanted), begin))
-        if now != sent:
+        if now != self.connection.rooms.get(nid):
             self.sent[nid] = now
 
     def _may_have_news(
@@ -26281,10 +26281,14 @@ class Answer:
         sent = self.connection.rooms.get(nid)
         return None if sent is None else begin_of(self.ask, sent)
 
+    def _had(self, nid: RoomNid) -> SentRoom | None:
+        """What the client keeps of a room: nothing if that begins anew."""
+        return None if "initial" in self.rooms.get(nid, ()) else self.connection.rooms.get(nid)
+
     def begin_with(self, name: str, nid: RoomNid = NO_ROOM) -> int | None:
         """The position up to which the client has an extension's data of a room; None: has none."""
-        sent, begins_anew = self.connection.rooms.get(nid), "initial" in self.rooms.get(nid, ())
-        at = None if sent is None or begins_anew else dict(sent.extensions).get(name)
+        had = self._had(nid)
+        at = None if had is None else dict(had.extensions).get(name)
         return self.begin(nid) if at == LIVE else at
 
 

@@ -23875,9 +23875,12 @@ def test_who_begins_anew_gets_all_of_the_extensions(alice: Client, bob: Client) 
     sync()
     alice.invite(room_id, bob)
     bob.join(room_id)
-    back = sync()
+    pos, back = sync.pos, sync()
     assert back["rooms"][room_id]["initial"] is True
     assert list(back["extensions"]["account_data"]["rooms"]) == [room_id]
+    # also who does not ask for them just then, but later
+    assert sync(pos=pos, extensions={})["rooms"][room_id]["initial"] is True
+    assert list(sync()["extensions"]["account_data"]["rooms"]) == [room_id]
 
 
 def test_typing_that_ended_out_of_the_window(alice: Client, bob: Client) -> None:
