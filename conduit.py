@@ -25955,6 +25955,7 @@ class RoomView(NamedTuple):
     sent: SentRoom | None
     since: int | None  # the position up to which the client has it; None: it begins anew
     timeline: Timeline
+    happened: bool  # whether there is anything new in it, also if none of it is wanted
     state: Mapping[StateKey, EventNid]  # the whole state at the end
     changed: dict[StateKey, EventNid]  # of that, what is new since
     expanded: bool  # the timeline goes further back than before
@@ -26028,9 +26029,10 @@ def view_room(
             shown = names.union(sent.extra, select_state(config.state, state).values())
             redacted = redacted_since(ask, timeline, shown, since)
             changed = redacted | changed_state(ask, room, since, timeline, at)
+    happened = bool(timeline.events)
     if config.limit == 0:
         timeline = Timeline([], False, timeline.prev_batch, False)
-    return RoomView(room, config, sent, since, timeline, state, changed, expanded)
+    return RoomView(room, config, sent, since, timeline, happened, state, changed, expanded)
 
 
 def lazy_members(view: RoomView) -> set[StateKey]:
@@ -26124,10 +26126,10 @@ def entered_section(
         events = ask.hs.rooms.events_by_nids(sorted(chosen.values()))
         result["required_state"] = [ask.format(event) for event in events]
     stamp = newest_bump(ask, room) if is_joined else member.event_nid
-    is_shown = bool(view.timeline.events or result)  # not if all that is new is by ignored users
+    is_shown = bool(view.happened or result)  # not if all that is new is by ignored users
     if config.limit > 0 and is_shown:
         result.update(timeline_members(ask, view))
-    if (view.since is None or stamp > view.since) and (is_shown or config.limit == 0):
+    if (view.since is None or stamp > view.since) and is_shown:
         result["bump_stamp"] = max(0, stamp)
     keeps = sent is not None and view.since is not None and not view.timeline.limited
     limit = max(config.limit, cast(SentRoom, sent).limit) if keeps else config.limit

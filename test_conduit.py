@@ -24122,6 +24122,11 @@ def test_list_without_timelines_hears_of_what_happens(alice: Client, bob: Client
     alice.send_text(room_id, "y")
     assert "required_state" not in sync()["rooms"][room_id]
     assert sync()["rooms"] == {}
+    ignored = {"ignored_users": {alice.user_id: {}}}
+    ok(bob.put(("user", bob.user_id, "account_data", "m.ignored_user_list"), ignored))
+    sync()
+    alice.send_text(room_id, "z")
+    assert sync()["rooms"] == {}
 
 
 def test_redacted_names_are_sent_again(alice: Client, bob: Client) -> None:
