@@ -13286,15 +13286,21 @@ def room_account_data(hs: Homeserver, user_nid: UserNid, since: int) -> dict[Roo
     return by_room
 
 
-def room_account_data_of(hs: Homeserver, user_nid: UserNid, room_nid: RoomNid) -> list[Json]:
-    """All of the user's data of one room."""
+def room_account_data_of(
+    hs: Homeserver, user_nid: UserNid, room_nid: RoomNid, since: int = 0
+) -> list[Json]:
+    """The user's data of one room that changed after a position; 0: all that there are.
+
+    Trap: by the index on pos, which + keeps away, the data of all rooms would be looked at.
+    """
     query = """
         SELECT type, content
         FROM account_data
-        WHERE user_nid = ? AND room_nid = ? AND content <> 'null'
+        WHERE user_nid = :user AND room_nid = :room
+          AND +pos > :since AND (:since OR content <> 'null')
     """
-    rows = hs.db.all(query, (user_nid, room_nid))
-    return [{"type": kind, "content": json.loads(text)} for kind, text in rows]
+    rows = hs.db.all(query, {"user": user_nid, "room": room_nid, "since": since})
+    return [{"type": kind, "content": json.loads(text) or {}} for kind, text in rows]
 
 
 def ignored_users(hs: Homeserver, user_nid: UserNid) -> frozenset[str]:
@@ -26003,6 +26009,7 @@ class RoomView(NamedTuple):
     sent: SentRoom | None
     since: int | None  # the position up to which the client has it; None: it begins anew
     timeline: Timeline
+    happened: bool  # whether there is anything new in it, also if none of it is wanted
     state: Mapping[StateKey, EventNid]  # the whole state at the end
     changed: dict[StateKey, EventNid]  # of that, what is new since
     expanded: bool  # the timeline goes further back than before
@@ -26076,9 +26083,10 @@ def view_room(
             shown = names.union(sent.extra, select_state(config.state, state).values())
             redacted = redacted_since(ask, timeline, shown, since)
             changed = redacted | changed_state(ask, room, since, timeline, at)
+    happened = bool(timeline.events)
     if config.limit == 0:
         timeline = Timeline([], False, timeline.prev_batch, False)
-    return RoomView(room, config, sent, since, timeline, state, changed, expanded)
+    return RoomView(room, config, sent, since, timeline, happened, state, changed, expanded)
 
 
 def lazy_members(view: RoomView) -> set[StateKey]:
@@ -26172,10 +26180,10 @@ def entered_section(
         events = ask.hs.rooms.events_by_nids(sorted(chosen.values()))
         result["required_state"] = [ask.format(event) for event in events]
     stamp = newest_bump(ask, room) if is_joined else member.event_nid
-    is_shown = bool(view.timeline.events or result)  # not if all that is new is by ignored users
+    is_shown = bool(view.happened or result)  # not if all that is new is by ignored users
     if config.limit > 0 and is_shown:
         result.update(timeline_members(ask, view))
-    if (view.since is None or stamp > view.since) and (is_shown or config.limit == 0):
+    if (view.since is None or stamp > view.since) and is_shown:
         result["bump_stamp"] = max(0, stamp)
     keeps = sent is not None and view.since is not None and not view.timeline.limited
     limit = max(config.limit, cast(SentRoom, sent).limit) if keeps else config.limit
@@ -26282,11 +26290,11 @@ class Answer:
 
     def _note(self, nid: RoomNid, now: SentRoom) -> None:
         """What the client then has of a room, if that is not what it had."""
-        sent, scopes = self.connection.rooms.get(nid), self.window.scopes.items()
+        had, scopes = self._had(nid), self.window.scopes.items()
         wanted = self.ask.extensions if nid == NO_ROOM else [n for n, nids in scopes if nid in nids]
-        known, begin = (sent.extensions, begin_of(self.ask, sent)) if sent else ((), 0)
+        known, begin = (had.extensions, begin_of(self.ask, had)) if had else ((), 0)
         now = now._replace(extensions=extensions_after(known, frozenset(wanted), begin))
-        if now != sent:
+        if now != self.connection.rooms.get(nid):
             self.sent[nid] = now
 
     def _may_have_news(
@@ -26329,10 +26337,14 @@ class Answer:
         sent = self.connection.rooms.get(nid)
         return None if sent is None else begin_of(self.ask, sent)
 
+    def _had(self, nid: RoomNid) -> SentRoom | None:
+        """What the client keeps of a room: nothing if that begins anew."""
+        return None if "initial" in self.rooms.get(nid, ()) else self.connection.rooms.get(nid)
+
     def begin_with(self, name: str, nid: RoomNid = NO_ROOM) -> int | None:
         """The position up to which the client has an extension's data of a room; None: has none."""
-        sent, begins_anew = self.connection.rooms.get(nid), "initial" in self.rooms.get(nid, ())
-        at = None if sent is None or begins_anew else dict(sent.extensions).get(name)
+        had = self._had(nid)
+        at = None if had is None else dict(had.extensions).get(name)
         return self.begin(nid) if at == LIVE else at
 
 
@@ -26387,12 +26399,9 @@ async def account_data_extension(answer: Answer) -> tuple[Json, bool]:
     changed = room_account_data(ask.hs, ask.nid, since)
     rooms: Json = {}
     async for room, begin in rooms_of_extension(answer, "account_data", set(changed)):
-        if begin is None:
-            found = room_account_data_of(ask.hs, ask.nid, room.nid)
-        elif begin == since:
-            found = changed.get(room.nid, [])
-        else:
-            found = room_account_data(ask.hs, ask.nid, begin).get(room.nid, [])
+        found = changed.get(room.nid, [])
+        if begin is None or begin != since:
+            found = room_account_data_of(ask.hs, ask.nid, room.nid, begin or 0)
         if found:
             rooms[room.room_id] = found
     return {"global": events, "rooms": rooms}, bool(events or rooms)

@@ -24019,9 +24019,12 @@ def test_who_begins_anew_gets_all_of_the_extensions(alice: Client, bob: Client) 
     sync()
     alice.invite(room_id, bob)
     bob.join(room_id)
-    back = sync()
+    pos, back = sync.pos, sync()
     assert back["rooms"][room_id]["initial"] is True
     assert list(back["extensions"]["account_data"]["rooms"]) == [room_id]
+    # also who does not ask for them just then, but later
+    assert sync(pos=pos, extensions={})["rooms"][room_id]["initial"] is True
+    assert list(sync()["extensions"]["account_data"]["rooms"]) == [room_id]
 
 
 def test_typing_that_ended_out_of_the_window(alice: Client, bob: Client) -> None:
@@ -24173,6 +24176,26 @@ def test_first_window_of_a_thousand_rooms_is_cheap(new_server: Callable[..., Ser
     assert cost(sync) < 3
 
 
+@deep
+def test_sec_43_rooms_that_come_back_are_cheap(new_server: Callable[..., Server]) -> None:
+    """Also if the user's data changed in all of them: each room is asked for its own."""
+    one = new_server()
+    alice = register(one)
+    rooms = [alice.create_room() for _ in range(150)]
+    sync = Slider(alice, lists={"all": window([0, 149], limit=1)}, extensions=wants("account_data"))
+    sync()
+    sync(lists={"all": window([0, 0], limit=1)})
+    for room_id in rooms:
+        for number in range(6):
+            path = ("user", alice.user_id, "rooms", room_id, "account_data", f"x.{number}")
+            ok(alice.put(path, {"a": number}))
+    sync(lists={"all": window([0, 0], limit=1)})
+    before = one.cpu()
+    back = sync()["extensions"]["account_data"]["rooms"]
+    assert one.cpu() - before < 0.1
+    assert sum(map(len, back.values())) == 6 * 149
+
+
 def test_read_elsewhere_takes_the_badge_away(alice: Client, bob: Client) -> None:
     room_id = alice.room_with(bob)
     event_id = alice.send_text(room_id, "one")
@@ -24242,6 +24265,11 @@ def test_list_without_timelines_hears_of_what_happens(alice: Client, bob: Client
     assert [e["content"] for e in sync()["rooms"][room_id]["required_state"]] == [{}]
     alice.send_text(room_id, "y")
     assert "required_state" not in sync()["rooms"][room_id]
+    assert sync()["rooms"] == {}
+    ignored = {"ignored_users": {alice.user_id: {}}}
+    ok(bob.put(("user", bob.user_id, "account_data", "m.ignored_user_list"), ignored))
+    sync()
+    alice.send_text(room_id, "z")
     assert sync()["rooms"] == {}
 
 
