@@ -6641,12 +6641,13 @@ def events_needed(room_nid: RoomNid, since: int, connection: sqlite3.Connection)
 
 
 def events_not_needed(
-    room_nid: RoomNid, newest: int, connection: sqlite3.Connection
+    room_nid: RoomNid, after: int, newest: int, connection: sqlite3.Connection
 ) -> list[EventNid]:
-    """Up to the newest nid, the events outside of a timeline that nothing in it needs, in order."""
-    needed = events_needed(room_nid, MIN_POSITION, connection)
-    bounds = {"room": room_nid, "after": 0, "before": newest + 1, "size": -1}
-    return [nid for (nid,) in connection.execute(OLD_OUTSIDE, bounds) if nid not in needed]
+    """Between two nids, the events outside of a timeline that nothing in it needs, in order."""
+    bounds = {"room": room_nid, "after": after, "before": newest + 1, "size": -1}
+    found = [row[0] for row in connection.execute(OLD_OUTSIDE, bounds)]
+    needed = events_needed(room_nid, MIN_POSITION, connection) if found else set()
+    return [nid for nid in found if nid not in needed]
 
 
 class RoomKeeper(RoomVisitor):
@@ -6862,7 +6863,8 @@ class RoomKeeper(RoomVisitor):
         await self.purge_room(room, is_empty=room.group is None and not awaited)
 
     async def _purge_outside(self, room: Room) -> None:
-        scan = functools.partial(events_not_needed, room.nid, self.stream.position)
+        after, newest = room.last_pos, self.stream.position
+        scan = functools.partial(events_not_needed, room.nid, after, newest)
         await self.database.synced()
         dead = await self.database.read_in_thread(scan)
         await self._batches(  # the newest first, since they stand on the older ones
