@@ -23449,6 +23449,7 @@ def test_invites_elsewhere_to_a_room_that_was_out_of_the_window(
     bob.leave(room_id)
     assert room_id in sync()["rooms"]
     sync()
+    eventually(lambda: alice.state(room_id, "m.room.member", bob.user_id)["membership"] == "leave")
     alice.invite(room_id, bob)
     assert "invite_state" in sync(timeout=9000)["rooms"][room_id]
     sync.body = slide(bob, [0, 0], limit=1, state=[["m.room.member", "$ME"]]).body
