@@ -26820,7 +26820,6 @@ async def receive_file(hs: Homeserver, chunks: AsyncIterator[bytes]) -> tuple[st
         name = str(next(hs.media.numbers))
         incoming = IncomingFile(hs.media.folder / "incoming" / name)
         buffer = bytearray()
-        hs.media.receiving += 1
         try:
             async for chunk in chunks:
                 buffer += chunk
@@ -26831,12 +26830,14 @@ async def receive_file(hs: Homeserver, chunks: AsyncIterator[bytes]) -> tuple[st
                 else:
                     continue
                 buffer = bytearray()
-            return await to_its_end(incoming.finish, buffer, hs.media.folder)
+            hs.media.finishing += 1
+            try:
+                return await to_its_end(incoming.finish, buffer, hs.media.folder)
+            finally:
+                hs.media.finishing -= 1
         except BaseException:
             hs.db.pool.submit(incoming.discard)
             raise
-        finally:
-            hs.media.receiving -= 1
 
 
 # ── 44.2  Headers that cannot hurt ───────────────────────────────────────────
@@ -27079,7 +27080,7 @@ class Media:
         self.touched: dict[int, int] = {}  # when files were asked for; reading must not write
         self.fetching: Flights[tuple[str, str], None] = Flights()  # from other servers
         self._waiting: list[tuple[int, asyncio.Future[Any]]] = []
-        self.receiving = 0  # files that are being stored
+        self.finishing = 0  # files that are just getting their names
         self.numbers = itertools.count()  # to name them by until then
         self.unused: set[str] = set()  # hashes of files that may have no row, or lost their last
         try:
@@ -27243,13 +27244,13 @@ class Media:
     async def sweep(self) -> None:
         """Remove files whose last row was deleted, once that is on the disk.
 
-        Trap: a file that is being stored may be one of these and has no row yet.
+        Trap: a file that just gets its name may be one of these and has no row yet.
         """
         unused, self.unused = self.unused - {""}, set()
         await self.db.synced()
         for sha256 in unused:
             await asyncio.sleep(0)
-            if self.receiving:
+            if self.finishing:
                 self.unused.add(sha256)
             elif not self.db.value("SELECT 1 FROM media WHERE sha256 = ?", (sha256,)):
                 kept = [thumbnail_file(self.folder, sha256, size) for size in THUMBNAIL_SIZES]

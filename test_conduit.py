@@ -25409,6 +25409,21 @@ def test_two_uploads_to_one_id(server: Server, alice: Client) -> None:
     assert kept & hashes == {hashlib.sha256(winner).hexdigest()}
 
 
+def test_who_uploads_slowly_keeps_no_deleted_file(server: Server, alice: Client) -> None:
+    """Else somebody who never ends would see to it that nothing is ever taken off the disk."""
+    data = secrets.token_bytes(1000)
+    mxc = alice.upload(data).removeprefix("mxc://")
+    name = hashlib.sha256(data).hexdigest()
+    lines = f"Authorization: Bearer {alice.token}", "Content-Length: 1000000"
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        sock.sendall(request_bytes("POST", UPLOAD, None, *lines) + bytes(500_000))
+        eventually(lambda: incoming(server))
+        ok(server_admin(server).delete(f"{ADMIN_API}v1/media/{mxc}"))
+        assert not (server.data / "media" / name[:2] / name[2:]).exists()
+        sock.sendall(bytes(500_000))
+        assert sock.recv(100).startswith(b"HTTP/1.1 200")
+
+
 def test_pending_uploads_are_limited(alice: Client) -> None:
     first = create_media(alice)
     for _ in range(conduit.PENDING_UPLOADS - 1):
