@@ -5187,6 +5187,40 @@ def test_the_state_of_a_room_comes_in_any_order(version: str) -> None:
     with_rooms(story)
 
 
+def test_sec_14_what_stands_on_many_large_events() -> None:
+    """It is judged a few at a time: what it stands on has to be read."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far, count = FarRoom(), 300
+        large = [far.put("org.large", {"a": [[]] * 20_000}, str(i)).event_id for i in range(count)]
+        arriving, held = conduit.RoomImport(rooms, far.version, far.room_id), list[int]()
+        read = rooms.events_by_ids
+
+        def reads(event_ids: Iterable[str]) -> list[conduit.Event]:
+            found = read(event_ids)
+            held.append(sum(event.type == "org.large" for event in found))
+            return found
+
+        def coming(events: Iterable[conduit.Event]) -> dict[conduit.Event, bytes]:
+            return {again(event): conduit.canonical_json(event.pdu) for event in events}
+
+        told = {event.event_id for event in far.events}
+        for start in range(0, len(far.events), 50):
+            await arriving.take(coming(far.events[start : start + 50]), told)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rooms, "events_by_ids", reads)
+            small = [
+                far.put("org.small", {}, str(i), auth_events=large[i : i + 10])
+                for i in range(0, count, 10)
+            ]
+            assert not await arriving.take(coming(small))
+        assert sum(held) == count and max(held) <= conduit.MANY_BELOW + 10
+        await arriving.finish(again(far.member(ME)))
+        arriving.close()
+
+    with_rooms(story)
+
+
 def test_a_full_disk_while_the_state_of_a_room_waits() -> None:
     """It is no fault of the other server, and the room can go."""
 
@@ -14633,6 +14667,31 @@ def test_sec_02_what_a_liar_told_is_not_kept(
     ok(join_via(alice, room.serve().room_id, evil, peer))
     assert alice.state(room.room_id, "m.room.encryption") == secret
     assert not conduit.check_database(pair[0].database.parent)
+
+
+def test_sec_38_a_state_of_what_grows_when_parsed(
+    tmp_path: Path, authority: Authority, peer: Peer
+) -> None:
+    """What other servers answer is in memory a few pieces at a time, however long they are."""
+    server, room = federating(tmp_path, authority).start(), PeerRoom(peer).serve()
+    piece = b"[" + b"[]," * 160_000 + b"[]],"
+
+    async def blocks() -> AsyncIterator[bytes]:
+        yield b'{"state":['
+        for _ in range(50):
+            yield piece
+        yield conduit.encode_json([event.pdu for event in room.events])[1:] + b"}"
+
+    def peak() -> int:
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+
+    peer.answers["send_join"] = lambda _: conduit.Response(200, body=blocks())
+    alice, before = register(server), peak()
+    ok(join_via(alice, room.room_id, peer))
+    assert peak() - before < 100_000  # KiB
+    server.stop()
+    server.assert_clean_log()
 
 
 def test_sec_02_ids_that_sqlite_would_cut(pair: tuple[Server, Server], peer: Peer) -> None:
