@@ -16865,8 +16865,7 @@ class StateIntake(RoomImport):
 
     async def _fetch_keys(self, seconds: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
-            wanted = self.hs.server_keys.fetch_named(self._unknown)
-            await asyncio.wait_for(wanted, seconds)
+            await asyncio.wait_for(self.hs.server_keys.fetch_named(self._unknown), seconds)
 
 
 def told_servers(hs: Homeserver, answer: Json, server: str) -> list[str]:
@@ -22744,23 +22743,24 @@ class Inbox:
         room_id = str(pdu.get("room_id")) if isinstance(pdu, dict) else ""
         if room_id not in self.hs.joining.entering:
             return False
-        raw = encode_json(pdu)
+        raw = encode_json(without_unsigned(pdu))
         if len(raw) > MAX_EVENT_BYTES:
             return True
         with self.hs.db.write():
             insert = "INSERT INTO early_events (room_id, origin, pdu) VALUES (?, ?, ?)"
             self.hs.db.execute(insert, (room_id, origin, raw))
-            keep_newest = """
+            drop_oldest = """
                 DELETE FROM early_events
-                WHERE item_nid IN (
-                    SELECT item_nid
+                WHERE item_nid = (
+                    SELECT MIN(item_nid)
                     FROM early_events
-                    WHERE room_id = ?
-                    ORDER BY item_nid DESC
-                    LIMIT -1 OFFSET ?
+                    WHERE room_id = :room
+                    GROUP BY origin
+                    ORDER BY COUNT(*) DESC
+                    LIMIT (SELECT COUNT(*) > :most FROM early_events WHERE room_id = :room)
                 )
-            """
-            self.hs.db.execute(keep_newest, (room_id, MAX_EARLY))  # they lead to the others
+            """  # of the server that sent most; the others lead to it
+            self.hs.db.execute(drop_oldest, {"room": room_id, "most": MAX_EARLY})
         return True
 
     async def take_early(self, room_id: str) -> None:

@@ -14596,6 +14596,36 @@ def test_what_comes_before_we_are_in_is_not_lost(pair: tuple[Server, Server], pe
     assert ok(sent[0])["pdus"] == {}
 
 
+def test_sec_44_strangers_do_not_push_out_what_comes_early(
+    pair: tuple[Server, Server], peer: Peer, authority: Authority
+) -> None:
+    """Of a room that is being entered only some is kept, of each server that sends its share."""
+    alice, room, stranger = register(pair[0]), PeerRoom(peer), Peer(authority)
+
+    def send(origin: Peer, *pdus: Json) -> None:
+        body = {"origin": origin.name, "pdus": pdus}
+        ok(origin.ask(pair[0], "PUT", f"{SEND_PATH}{unique('txn')}", body))
+
+    def answer(made: Json) -> Json:
+        join = conduit.make_event(room.version, room.given[0])
+        content, prev = {"msgtype": "m.text", "body": "welcome"}, [join.event_id]
+        place = {"prev_events": prev, "depth": join.depth + 1}
+        welcome = room.make("m.room.message", content, None, **place)
+        send(peer, {**welcome.pdu, "unsigned": {"odd": "x" * conduit.MAX_EVENT_BYTES}})
+        for number in range(3):
+            noise = {"room_id": room.room_id, "auth_events": [[]], "number": number}
+            send(stranger, *[noise] * conduit.MAX_PDUS)
+        query = "SELECT COUNT(*) FROM early_events"
+        assert rows_of(pair[0], query) == [(conduit.MAX_EARLY,)]
+        return made
+
+    for origin in (peer, stranger):  # whose keys are known then
+        ok(origin.ask(pair[0], "GET", PROFILE_OF + quote(alice.user_id)))
+    ok(join_via(alice, room.serve(answer=answer).room_id, peer))
+    eventually(lambda: alice.bodies(room.room_id) == ["welcome"])
+    eventually(lambda: not rows_of(pair[0], "SELECT * FROM early_events"))
+
+
 def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> None:
     """Each error of the specification for restricted rooms; with several servers, all are tried."""
     alice, server = register(pair[0]), pair[0]
