@@ -1735,7 +1735,7 @@ MIGRATIONS: Final[tuple[Migration, ...]] = (
         " limits of users; keys that may be replaced; media to keep",
         """
         CREATE TABLE early_events (
-            item_nid INTEGER PRIMARY KEY,
+            item_nid INTEGER PRIMARY KEY AUTOINCREMENT,
             room_id TEXT NOT NULL,
             origin TEXT NOT NULL,
             pdu BLOB NOT NULL
@@ -4537,6 +4537,7 @@ RESOLUTIONS = 1000  # outcomes of resolutions remembered
 WRITTEN_OVERHEAD_BYTES = 500  # what a written state event weighs beside its text
 WRITE_AT_ONCE = 200  # state events written before others get a turn, where that can be
 IMPORT_BATCH = 100
+MANY_BELOW = 30  # auth events of those that are judged at once
 LARGE_STATE = 1_000  # entries; of more, the members follow when the room is entered
 DUMMY_EVENT: Final = "org.matrix.dummy_event"
 AUTH_TYPES = frozenset({CREATE, MEMBER, POWER_LEVELS, JOIN_RULES, THIRD_PARTY_INVITE})
@@ -5835,6 +5836,19 @@ def in_order(edges: Mapping[str, Iterable[str]]) -> list[str]:
     return [*placed]
 
 
+def in_small_parts(events: Iterable[Event]) -> Iterator[list[Event]]:
+    """Parts of some events, none of which stands on many others: each of those may be large."""
+    part, below = list[Event](), set[str]()
+    for event in events:
+        part.append(event)
+        below.update(event.auth_events)
+        if len(part) == IMPORT_BATCH or len(below) > MANY_BELOW:
+            yield part
+            part, below = [], set()
+    if part:
+        yield part
+
+
 def stands_on(event: Event) -> list[str]:
     """What an event is judged by: from version 12 on also a create event that it does not name."""
     is_unnamed = event.version.room_id_is_hash and event.type != CREATE
@@ -6464,21 +6478,22 @@ class RoomImport:
         pairs = zip(new, await self.check(new), strict=True)
         self._checked |= {event.event_id for event, problem in pairs if problem is None}
         good = [event for event in events if event.event_id in self._checked]
-        if room.nid in rooms.purging or rooms.heard_of(room.room_id) is not room:
-            raise limit_exceeded(10_000, "The room is being deleted")
-        for event in rooms.outliers(room, good, encoded) if good else ():
-            here.add(event.event_id)
-            is_told = event.event_id in self._told and event.room_nid == room.nid
-            if is_told and event.is_state and not event.rejected:
-                self._state[event.key] = event.nid
-                if event.membership:
-                    self._memberships[event.nid] = event.membership
-            self._places.pop(event.event_id, None)
-            self._edges.pop(event.event_id, None)
+        for part in in_small_parts(good):
+            if room.nid in rooms.purging or rooms.heard_of(room.room_id) is not room:
+                raise limit_exceeded(10_000, "The room is being deleted")
+            for event in rooms.outliers(room, part, encoded):
+                here.add(event.event_id)
+                is_told = event.event_id in self._told and event.room_nid == room.nid
+                if is_told and event.is_state and not event.rejected:
+                    self._state[event.key] = event.nid
+                    if event.membership:
+                        self._memberships[event.nid] = event.membership
+                self._places.pop(event.event_id, None)
+                self._edges.pop(event.event_id, None)
+            await asyncio.sleep(0)
+            rooms.database.check_kept(self._lost)  # or there would be events that are not there
         self._checked -= here
         self._told -= here
-        await asyncio.sleep(0)
-        rooms.database.check_kept(self._lost)  # or the room would have events that are not there
         return [event for event in events if event.event_id not in here]
 
     async def judge_rest(self) -> None:
@@ -6638,16 +6653,6 @@ def events_needed(room_nid: RoomNid, since: int, connection: sqlite3.Connection)
     """
     params = {"events": json.dumps(list(found)), "room": room_nid, "since": since}
     return {row[0] for row in connection.execute(sql, params)}
-
-
-def events_not_needed(
-    room_nid: RoomNid, after: int, newest: int, connection: sqlite3.Connection
-) -> list[EventNid]:
-    """Between two nids, the events outside of a timeline that nothing in it needs, in order."""
-    bounds = {"room": room_nid, "after": after, "before": newest + 1, "size": -1}
-    found = [row[0] for row in connection.execute(OLD_OUTSIDE, bounds)]
-    needed = events_needed(room_nid, MIN_POSITION, connection) if found else set()
-    return [nid for nid in found if nid not in needed]
 
 
 class RoomKeeper(RoomVisitor):
@@ -6852,9 +6857,8 @@ class RoomKeeper(RoomVisitor):
     async def drop_empty(self, room: Room | None) -> None:
         """Delete what is left of a room that we did not get into, or that a restart came upon.
 
-        One that had no timeline yet, but that somebody is invited to, is kept, and so is one that
-        we have left; but what no more than the failed tries brought goes. Trap: an event that came
-        altered is kept as if redacted; what it says, the next server would tell in vain.
+        One that somebody is invited to, or that we have left, is kept, but for what failed tries
+        brought. Trap: an event that came altered is stored as if it were redacted.
         """
         if room is None or room.local_joined or self.importing[room.nid]:
             return
@@ -6863,10 +6867,13 @@ class RoomKeeper(RoomVisitor):
         await self.purge_room(room, is_empty=room.group is None and not awaited)
 
     async def _purge_outside(self, room: Room) -> None:
-        after, newest = room.last_pos, self.stream.position
-        scan = functools.partial(events_not_needed, room.nid, after, newest)
-        await self.database.synced()
-        dead = await self.database.read_in_thread(scan)
+        bounds = {"after": room.last_pos, "before": self.stream.position + 1, "size": -1}
+        rows = await self.database.scan(OLD_OUTSIDE, {"room": room.nid, **bounds})
+        if not rows:
+            return
+        needed = functools.partial(events_needed, room.nid, MIN_POSITION)
+        keep = await self.database.read_in_thread(needed)
+        dead = [nid for (nid,) in rows if nid not in keep]
         await self._batches(  # the newest first, since they stand on the older ones
             lambda: self._delete_events(room, [dead.pop() for _ in dead[:PURGE_BATCH]])
         )
@@ -16521,6 +16528,7 @@ class JsonStream:
         self._blocks = blocks
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
         self._text, self._at, self._ended = "", 0, False
+        self._size = 0  # of the values in a batch
 
     async def _fill(self) -> None:
         """Skip space, and have a whole value at hand, unless the text ends before."""
@@ -16556,6 +16564,7 @@ class JsonStream:
         depth = (self._text.count(bracket, start, self._at) for bracket in "[{")
         if sum(depth) > MAX_JSON_DEPTH:
             check_depth(value)
+        self._size += self._at - start
         return value
 
     async def _items(self) -> AsyncIterator[Any]:
@@ -16591,6 +16600,16 @@ class JsonStream:
                 yield str(name), await self._value()
             if await self._take(",}") == "}":
                 return
+
+    async def batches(self, *lists: str) -> AsyncIterator[list[tuple[str, Any]]]:
+        """The same, some at a time: few where they are long, as `[[],[]]` grows twentyfold."""
+        batch = list[tuple[str, Any]]()
+        async for member in self.members(*lists):
+            batch.append(member)
+            if len(batch) == PDU_BATCH or self._size > JSON_WINDOW:
+                yield batch
+                batch, self._size = [], 0
+        yield batch
 
 
 # ── 30.2  Checks ─────────────────────────────────────────────────────────────
@@ -16832,16 +16851,10 @@ class StateIntake(RoomImport):
 
         What else counts in the answer is returned.
         """
-        rest, batch = cast(Json, {}), list[tuple[bool, Any]]()
-        async for member, value in answer.members(name, "auth_chain"):
-            if member not in {name, "auth_chain"}:
-                rest |= {member: value} if member in JOIN_MEMBERS else {}
-                continue
-            batch.append((member == name, value))
-            if len(batch) == PDU_BATCH:
-                await self._read(batch)
-                batch = []
-        await self._read(batch)
+        rest, lists = cast(Json, {}), {name, "auth_chain"}
+        async for batch in answer.batches(*lists):
+            rest |= {member: value for member, value in batch if member in JOIN_MEMBERS}
+            await self._read([(member == name, pdu) for member, pdu in batch if member in lists])
         if len(self._creates) != 1:
             raise bad_json(f"A room with {len(self._creates)} create events")
         await self._fetch_keys(SIGNER_SECONDS)
@@ -16874,8 +16887,7 @@ class StateIntake(RoomImport):
 
     async def _fetch_keys(self, seconds: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
-            wanted = self.hs.server_keys.fetch_named(self._unknown)
-            await asyncio.wait_for(wanted, seconds)
+            await asyncio.wait_for(self.hs.server_keys.fetch_named(self._unknown), seconds)
 
 
 def told_servers(hs: Homeserver, answer: Json, server: str) -> list[str]:
@@ -17234,19 +17246,7 @@ async def stated_events(
     The answer is read as it comes, and no more of it is kept than what is wanted.
     """
     path = f"{FEDERATION_API}/state/{quote(room.room_id, '')}"
-    found: dict[str, Event] = {}
-    batch, odd = list[Any](), 0
-
-    async def take() -> None:
-        nonlocal odd
-        for one in await hs.db.in_thread(read_pdus, room.version, [*batch]):
-            if isinstance(one, Event) and one.event_id in wanted and one.room_id == room.room_id:
-                found[one.event_id] = one
-            odd += isinstance(one, MatrixError)
-        batch.clear()
-        if odd > MAX_ODD:
-            raise bad_json("Too much in it is no event")
-
+    found, odd, lists = dict[str, Event](), 0, {"pdus", "auth_chain"}
     options: Json = {"query": {"event_id": event_id}, "timeout": STATE_SECONDS}
     options["max_bytes"] = MAX_STATE_BYTES
     async with hs.federation.stream(server, "GET", path, **options) as response:
@@ -17255,12 +17255,15 @@ async def stated_events(
             response.body = await response.read()
             raise peer_error(server, response)
         with as_unreachable(server):
-            async for name, value in JsonStream(response).members("pdus", "auth_chain"):
-                batch += [value] if name in {"pdus", "auth_chain"} else []
-                if len(batch) == PDU_BATCH:
-                    await take()
-            await take()
-    events = [*found.values()]
+            async for batch in JsonStream(response).batches(*lists):
+                pdus = [pdu for name, pdu in batch if name in lists]
+                read = await hs.db.in_thread(read_pdus, room.version, pdus)
+                events = [one for one in read if isinstance(one, Event)]
+                odd += len(read) - len(events)
+                if odd > MAX_ODD:
+                    raise bad_json("Too much in it is no event")
+                found |= {one.event_id: one for one in events if one.event_id in wanted}
+    events = [one for one in found.values() if one.room_id == room.room_id]
     problems = await verify_events(hs, events)
     return [event for event, problem in zip(events, problems, strict=True) if problem is None]
 
@@ -17285,8 +17288,8 @@ async def keep_outside(hs: Homeserver, room: Room, events: Iterable[Event]) -> N
     given = {event.event_id: event for event in events}
     edges = {key: event.auth_events for key, event in given.items()}
     order = await hs.db.in_thread(in_order, edges)
-    for start in range(0, len(order), IMPORT_BATCH):
-        hs.rooms.outliers(room, (given[key] for key in order[start : start + IMPORT_BATCH]))
+    for part in in_small_parts(given[key] for key in order):
+        hs.rooms.outliers(room, part)
         await asyncio.sleep(0)
 
 
@@ -22299,7 +22302,7 @@ CREATE TABLE inbox (                -- what came and waits for its room
 );
 CREATE INDEX inbox_by_room ON inbox (room_nid, error, item_nid);
 CREATE TABLE early_events (         -- of rooms that are being entered
-    item_nid INTEGER PRIMARY KEY,   -- rises in the order of arrival
+    item_nid INTEGER PRIMARY KEY AUTOINCREMENT,  -- rises in the order of arrival
     room_id TEXT NOT NULL,
     origin TEXT NOT NULL,
     pdu BLOB NOT NULL               -- JSON, not looked at yet
@@ -22762,23 +22765,24 @@ class Inbox:
         room_id = str(pdu.get("room_id")) if isinstance(pdu, dict) else ""
         if room_id not in self.hs.joining.entering:
             return False
-        raw = encode_json(pdu)
+        raw = encode_json(without_unsigned(pdu))
         if len(raw) > MAX_EVENT_BYTES:
             return True
         with self.hs.db.write():
             insert = "INSERT INTO early_events (room_id, origin, pdu) VALUES (?, ?, ?)"
             self.hs.db.execute(insert, (room_id, origin, raw))
-            keep_newest = """
+            drop_oldest = """
                 DELETE FROM early_events
-                WHERE item_nid IN (
-                    SELECT item_nid
+                WHERE item_nid = (
+                    SELECT MIN(item_nid)
                     FROM early_events
-                    WHERE room_id = ?
-                    ORDER BY item_nid DESC
-                    LIMIT -1 OFFSET ?
+                    WHERE room_id = :room
+                    GROUP BY origin
+                    ORDER BY COUNT(*) DESC
+                    LIMIT (SELECT COUNT(*) > :most FROM early_events WHERE room_id = :room)
                 )
-            """
-            self.hs.db.execute(keep_newest, (room_id, MAX_EARLY))  # they lead to the others
+            """  # of the server that sent most; the others lead to it
+            self.hs.db.execute(drop_oldest, {"room": room_id, "most": MAX_EARLY})
         return True
 
     async def take_early(self, room_id: str) -> None:
@@ -22788,7 +22792,8 @@ class Inbox:
         for origin, items in itertools.groupby(rows, key=lambda row: row[2]):
             numbers, _, _, raws = zip(*items, strict=True)
             _, events = await self._judge(origin, [json.loads(raw) for raw in raws])
-            with self.hs.db.write():
+            # Where the disk is full they stay, and have another try after the next start.
+            with contextlib.suppress(MatrixError), self.hs.db.write():
                 self._keep(origin, events)
                 done = "DELETE FROM early_events WHERE room_id = ? AND origin = ? AND item_nid <= ?"
                 self.hs.db.execute(done, (room_id, origin, numbers[-1]))

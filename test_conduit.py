@@ -5187,6 +5187,40 @@ def test_the_state_of_a_room_comes_in_any_order(version: str) -> None:
     with_rooms(story)
 
 
+def test_sec_14_what_stands_on_many_large_events() -> None:
+    """It is judged a few at a time: what it stands on has to be read."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far, count = FarRoom(), 300
+        large = [far.put("org.large", {"a": [[]] * 20_000}, str(i)).event_id for i in range(count)]
+        arriving, held = conduit.RoomImport(rooms, far.version, far.room_id), list[int]()
+        read = rooms.events_by_ids
+
+        def reads(event_ids: Iterable[str]) -> list[conduit.Event]:
+            found = read(event_ids)
+            held.append(sum(event.type == "org.large" for event in found))
+            return found
+
+        def coming(events: Iterable[conduit.Event]) -> dict[conduit.Event, bytes]:
+            return {again(event): conduit.canonical_json(event.pdu) for event in events}
+
+        told = {event.event_id for event in far.events}
+        for start in range(0, len(far.events), 50):
+            await arriving.take(coming(far.events[start : start + 50]), told)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rooms, "events_by_ids", reads)
+            small = [
+                far.put("org.small", {}, str(i), auth_events=large[i : i + 10])
+                for i in range(0, count, 10)
+            ]
+            assert not await arriving.take(coming(small))
+        assert sum(held) == count and max(held) <= conduit.MANY_BELOW + 10
+        await arriving.finish(again(far.member(ME)))
+        arriving.close()
+
+    with_rooms(story)
+
+
 def test_a_full_disk_while_the_state_of_a_room_waits() -> None:
     """It is no fault of the other server, and the room can go."""
 
@@ -14600,6 +14634,36 @@ def test_what_comes_before_we_are_in_is_not_lost(pair: tuple[Server, Server], pe
     assert ok(sent[0])["pdus"] == {}
 
 
+def test_sec_44_strangers_do_not_push_out_what_comes_early(
+    pair: tuple[Server, Server], peer: Peer, authority: Authority
+) -> None:
+    """Of a room that is being entered only some is kept, of each server that sends its share."""
+    alice, room, stranger = register(pair[0]), PeerRoom(peer), Peer(authority)
+
+    def send(origin: Peer, *pdus: Json) -> None:
+        body = {"origin": origin.name, "pdus": pdus}
+        ok(origin.ask(pair[0], "PUT", f"{SEND_PATH}{unique('txn')}", body))
+
+    def answer(made: Json) -> Json:
+        join = conduit.make_event(room.version, room.given[0])
+        content, prev = {"msgtype": "m.text", "body": "welcome"}, [join.event_id]
+        place = {"prev_events": prev, "depth": join.depth + 1}
+        welcome = room.make("m.room.message", content, None, **place)
+        send(peer, {**welcome.pdu, "unsigned": {"odd": "x" * conduit.MAX_EVENT_BYTES}})
+        for number in range(3):
+            noise = {"room_id": room.room_id, "auth_events": [[]], "number": number}
+            send(stranger, *[noise] * conduit.MAX_PDUS)
+        query = "SELECT COUNT(*) FROM early_events"
+        assert rows_of(pair[0], query) == [(conduit.MAX_EARLY,)]
+        return made
+
+    for origin in (peer, stranger):  # whose keys are known then
+        ok(origin.ask(pair[0], "GET", PROFILE_OF + quote(alice.user_id)))
+    ok(join_via(alice, room.serve(answer=answer).room_id, peer))
+    eventually(lambda: alice.bodies(room.room_id) == ["welcome"])
+    eventually(lambda: not rows_of(pair[0], "SELECT * FROM early_events"))
+
+
 def test_joins_that_nobody_grants(pair: tuple[Server, Server], peer: Peer) -> None:
     """Each error of the specification for restricted rooms; with several servers, all are tried."""
     alice, server = register(pair[0]), pair[0]
@@ -14671,6 +14735,31 @@ def test_sec_02_what_a_liar_told_is_not_kept(
     ok(join_via(alice, room.serve().room_id, evil, peer))
     assert alice.state(room.room_id, "m.room.encryption") == secret
     assert not conduit.check_database(pair[0].database.parent)
+
+
+def test_sec_38_a_state_of_what_grows_when_parsed(
+    tmp_path: Path, authority: Authority, peer: Peer
+) -> None:
+    """What other servers answer is in memory a few pieces at a time, however long they are."""
+    server, room = federating(tmp_path, authority).start(), PeerRoom(peer).serve()
+    piece = b"[" + b"[]," * 160_000 + b"[]],"
+
+    async def blocks() -> AsyncIterator[bytes]:
+        yield b'{"state":['
+        for _ in range(50):
+            yield piece
+        yield conduit.encode_json([event.pdu for event in room.events])[1:] + b"}"
+
+    def peak() -> int:
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+
+    peer.answers["send_join"] = lambda _: conduit.Response(200, body=blocks())
+    alice, before = register(server), peak()
+    ok(join_via(alice, room.room_id, peer))
+    assert peak() - before < 100_000  # KiB
+    server.stop()
+    server.assert_clean_log()
 
 
 def test_sec_02_ids_that_sqlite_would_cut(pair: tuple[Server, Server], peer: Peer) -> None:
