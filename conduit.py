@@ -24281,7 +24281,7 @@ MAX_SYNC_LIMIT = 100  # timeline events of a room in one answer
 MAX_SYNC_TIMEOUT_MS = 300_000
 HEROES = 5
 NAMING = frozenset({MEMBER, "m.room.name", CANONICAL_ALIAS})  # what the summary depends on
-YIELD_SECONDS = 0.01  # how long a big sync may hold the loop before others get a turn
+YIELD_SECONDS = 0.002  # how long a big sync holds the loop; smaller requests take several turns
 PURGED_KEPT_MS = 90 * 24 * 3600 * 1000  # how long a deleted room is told to who was away
 
 schema("""
