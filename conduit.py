@@ -6506,6 +6506,7 @@ class RoomImport:
                 found[event_id] = os.pread(self._file.fileno(), length, place)
             version, raws = self.room.version, found.items()
             await self._judge([make_event(version, json.loads(raw), i) for i, raw in raws], found)
+        self.rooms.database.check_kept(self._lost)  # what came first may have been undone since
 
     async def finish(self, join: Event, servers: Collection[str] | None = None) -> Room:
         """Judge and store the rest, then enter the room; other work goes on meanwhile.

@@ -5238,6 +5238,28 @@ def test_a_full_disk_while_the_state_of_a_room_waits() -> None:
         with_rooms(story)
 
 
+def test_no_room_is_entered_when_what_came_of_it_may_have_been_undone() -> None:
+    """Its state is stored as it comes, in writes that may be lost before the last one."""
+
+    async def story(rooms: conduit.Rooms) -> None:
+        far = FarRoom()
+        state, join = {again(event): event.pdu for event in far.events}, far.member(ME)
+        told = {event.event_id for event in state}
+        arriving = conduit.RoomImport(rooms, far.version, far.room_id)
+        coming = {event: conduit.canonical_json(pdu) for event, pdu in state.items()}
+        assert not await arriving.take(coming, told)
+        with pytest.raises(conduit.MatrixError), rooms.database.write():
+            rooms.database.connection.execute("ROLLBACK")
+        with pytest.raises(conduit.MatrixError) as caught:
+            await arriving.finish(again(join))
+        assert caught.value.status == 507 and rooms.find(far.room_id) is None
+        arriving.close()
+        room = await enter_room(rooms, map(again, list(far.state.values())[:-1]), again(join))
+        assert room.joined_count == 3
+
+    with_rooms(story)
+
+
 def test_sec_02_an_event_of_another_room_stays_there() -> None:
     """In versions 1 and 2 a server can give an event the id of one that we have elsewhere."""
 
