@@ -6522,6 +6522,8 @@ def test_long_bodies_are_whole_and_no_longer(taker: Web, size: int, piece: int) 
     expected = [hashlib.sha256(one).hexdigest() for one in (body, another, body, b"")]
     assert [answer.json()["sha256"] for answer in answers] == expected
     assert max(answers[0].json()["sizes"], default=0) <= BLOCK
+    if size > 4 * BLOCK:
+        assert max(answers[0].json()["sizes"]) == BLOCK
 
 
 def test_long_bodies_that_trickle_are_taken_in_few_blocks(taker: Web) -> None:
@@ -25164,7 +25166,7 @@ def test_sec_38_unbounded_upload(new_server: Callable[..., Server], announced: b
     assert alice.download(alice.upload(bytes(1_000_000))).content == bytes(1_000_000)
 
 
-@pytest.mark.parametrize("sent", [1_000_000, 3_000_000])
+@pytest.mark.parametrize("sent", [200_000, 3_000_000])
 def test_a_client_that_goes_away_leaves_nothing(server: Server, alice: Client, sent: int) -> None:
     head = (
         f"POST {UPLOAD} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {alice.token}\r\n"
